@@ -1,0 +1,7 @@
+"""`python -m mtp_jax COMMAND …`, the same as `mtp COMMAND …`."""
+
+import sys
+
+from mtp_jax import main
+
+sys.exit(main.main())

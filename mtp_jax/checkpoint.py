@@ -1,0 +1,147 @@
+"""Checkpoints: the state, and what one must know to go on from it.
+
+Floor 3; the only file that imports orbax. Each lies in WORKDIR/checkpoints/STEP
+and appears by a rename when it is complete, so that a save that was cut off
+leaves none. A checkpoint restores onto any mesh: the target's shardings say
+where each shard goes.
+"""
+
+import contextlib
+import json
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mtp_jax import config
+
+FORMAT = 1  # raised when a saved state can no longer be read as it is
+
+
+def manager(workdir: str, cfg: config.Config) -> ocp.CheckpointManager:
+  """Asynchronous; keeps the last --train.keep_last and each keep_every-th."""
+  return ocp.CheckpointManager(
+    _folder(workdir),
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=cfg.train.keep_last,
+      keep_period=cfg.train.keep_every or None,
+      enable_async_checkpointing=True,
+      cleanup_tmp_directories=True,  # what a killed save left behind
+    ),
+  )
+
+
+def _folder(workdir: str) -> str:
+  return os.path.join(os.path.abspath(workdir), 'checkpoints')
+
+
+def save(
+  to: ocp.CheckpointManager, step: int, state: Any, cfg: config.Config,
+  store: str,
+) -> None:  # fmt: skip
+  """Starts to save the state; returns before it is done.
+
+  Args:
+    to: a manager.
+    step: the state's step, under which it is filed.
+    state: the State; may be donated as soon as this returns.
+    cfg: what the state was trained with.
+    store: fingerprint of the token store. The position in it is step x
+      batch_size, hence not saved.
+  """
+  about = dict(
+    format=FORMAT, config=json.loads(config.to_json(cfg)), store=store
+  )
+  to.save(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+    ),
+  )
+
+
+def steps(workdir: str) -> list[int]:
+  """Steps of the complete checkpoints, oldest first."""
+  try:
+    names = os.listdir(_folder(workdir))
+  except FileNotFoundError:
+    return []
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def find(path: str) -> tuple[str, int]:
+  """A workdir, its newest checkpoint; or WORKDIR/checkpoints/STEP itself.
+
+  Returns:
+    (workdir, step).
+  """
+  folder, name = os.path.split(os.path.abspath(path))
+  if os.path.basename(folder) == 'checkpoints' and name.isdigit():
+    workdir, wanted = os.path.dirname(folder), int(name)
+  else:
+    workdir, wanted = path, None
+  there = steps(workdir)
+  if not there or (wanted is not None and wanted not in there):
+    raise config.ConfigError(
+      'eval.checkpoint', path,
+      'no complete checkpoint there'
+      + (f'; there are {there} in {workdir}' if there else ''),
+    )  # fmt: skip
+  return workdir, there[-1] if wanted is None else wanted
+
+
+@contextlib.contextmanager
+def _reading(path: str):
+  """What orbax and tensorstore raise for a broken file, as one line."""
+  try:
+    yield
+  except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    first = str(error).strip().splitlines()[0][:300]
+    raise config.ConfigError(
+      'train.workdir', path, f'cannot be read as a checkpoint: {first}'
+    ) from error
+
+
+def about(workdir: str, step: int) -> tuple[config.Config, str]:
+  """(Config, store fingerprint) of a checkpoint."""
+  path = os.path.join(_folder(workdir), str(step))
+  with _reading(path):
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      saved = reader.restore(os.path.join(path, 'about'))
+  if saved['format'] != FORMAT:
+    raise config.ConfigError(
+      'train.workdir', workdir,
+      f'checkpoint {step} has format {saved["format"]}, this program reads'
+      f' {FORMAT}',
+    )  # fmt: skip
+  return config.from_json(json.dumps(saved['config'])), saved['store']
+
+
+def restore(workdir: str, step: int, abstract_state: Any) -> Any:
+  """The saved state, each leaf with the sharding of its abstract counterpart."""
+  path = os.path.join(_folder(workdir), str(step))
+  with _reading(path):
+    with ocp.StandardCheckpointer() as reader:
+      return reader.restore(os.path.join(path, 'state'), abstract_state)
+
+
+def restore_params(workdir: str, step: int, abstract_params: Any) -> Any:
+  """The parameters alone; the optimizer state is not read."""
+  path = os.path.join(_folder(workdir), str(step))
+  target = dict(params=abstract_params)
+  with _reading(path):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.restore(
+        os.path.join(path, 'state'),
+        args=ocp.args.PyTreeRestore(
+          item=target,
+          restore_args=jax.tree.map(
+            lambda x: ocp.ArrayRestoreArgs(
+              sharding=x.sharding, dtype=x.dtype, global_shape=x.shape
+            ),
+            target,
+          ),
+          partial_restore=True,
+        ),
+      )['params']

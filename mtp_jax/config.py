@@ -1,0 +1,456 @@
+"""One frozen Config: every hyper-parameter of a run, its unit and its limits.
+
+Floor 0: standard library only. A field exists only if something reads it; each
+becomes the flag --section.field (flags.py). `result=False` marks what may
+change when a run is resumed, because it does not change what is computed.
+"""
+
+import dataclasses
+import json
+import typing
+
+VERSION = 1  # of the JSON form; raised when a field changes its meaning
+DTYPES = ('float32', 'bfloat16')
+UNSIGNED = dict(min=0)
+POSITIVE = dict(min=1)
+
+
+class ConfigError(ValueError):
+  """One line that names the flag, its value and what is allowed."""
+
+  def __init__(self, flag: str, value: object, allowed: str):
+    super().__init__(f'--{flag}={value}: {allowed}')
+
+
+def _f(default, help, *, result=True, **limits):
+  metadata = dict(help=help, result=result, **limits)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The shared trunk, and the shape that every block-like head repeats."""
+
+  d_model: int = _f(128, 'width of the residual stream', **POSITIVE)
+  n_layers: int = _f(
+    5, 'layers in all; block-like heads are counted in', **POSITIVE
+  )
+  n_attn_heads: int = _f(4, 'query heads of an attention', **POSITIVE)
+  n_kv_heads: int = _f(0, 'key/value heads; 0 = n_attn_heads', **UNSIGNED)
+  d_ff: int = _f(
+    0, 'width of the SwiGLU; 0 = 8/3 d_model, up to a multiple of 256',
+    **UNSIGNED,
+  )  # fmt: skip
+  vocab_size: int = _f(264, 'rows of the embedding, in tokens', min=2)
+  rope_theta: float = _f(10_000.0, 'base wavelength of RoPE', above=0)
+  norm_eps: float = _f(1e-5, 'epsilon of RMSNorm', above=0)
+  param_dtype: str = _f('float32', 'of parameters at rest', choices=DTYPES)
+  compute_dtype: str = _f(
+    'bfloat16', 'of matrix products and activations', choices=DTYPES
+  )
+  remat: str = _f(
+    'block',
+    'kept of a trunk layer for its backward: everything, its input, or its'
+    ' products without a batch dimension',
+    choices=('none', 'block', 'dots'),
+  )
+
+  @property
+  def kv_heads(self) -> int:
+    return self.n_kv_heads or self.n_attn_heads
+
+  @property
+  def ff_width(self) -> int:
+    return self.d_ff or 256 * -(-8 * self.d_model // (3 * 256))
+
+  @property
+  def head_width(self) -> int:
+    return self.d_model // self.n_attn_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+  """The prediction heads: head k predicts token t + k."""
+
+  n: int = _f(4, 'prediction heads, i.e. future tokens predicted', **POSITIVE)
+  family: str = _f(
+    'parallel', 'how head k is computed from the trunk', choices=('parallel',)
+  )
+  unembedding: str = _f(
+    'shared', 'whose unembedding a head uses', choices=('shared',)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """The multi-head loss."""
+
+  schedule: str = _f(
+    'remat',
+    'remat: a scan of rematerialised heads; eager: each head runs forward and'
+    ' backward at once, nothing is computed twice',
+    choices=('remat', 'eager'),
+  )
+  chunk: int = _f(
+    0, 'positions whose logits are alive at once; 0 = seq_len', **UNSIGNED
+  )
+  weights: str = _f(
+    '0:1',
+    'weight by head from a step on, e.g. 0:1,.3;50000:1,.1; the last weight'
+    ' serves all further heads',
+  )
+  curriculum: str = _f(
+    '', 'active heads from a step on, e.g. 0:1;1000:2; empty = all of them'
+  )
+  z_loss: float = _f(
+    0.0, 'weight of the squared log-sum-exp inside each head loss', min=0
+  )
+  grad_dtype: str = _f(
+    'float32', 'in which gradients are summed over heads and micro-batches',
+    choices=DTYPES,
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where tokens come from."""
+
+  store: str = _f('', 'directory of a token store', result=False)
+  documents: str = _f(
+    'python:stdlib',
+    'sources for prepare, separated by commas: python:stdlib, python:PACKAGE,'
+    ' dir:PATH, text:PATH, jsonl:PATH#field',
+    result=False,
+  )
+  tokenizer: str = _f('bytes', 'bytes: UTF-8 bytes with BOS and EOS')
+  seq_len: int = _f(256, 'queries of a window, in tokens', **POSITIVE)
+  batch_size: int = _f(
+    8, 'windows of one optimizer step, over all devices', **POSITIVE
+  )
+  valid_fraction: float = _f(
+    0.02, 'share of documents that prepare holds out', result=False, min=0
+  )
+  overwrite: bool = _f(
+    False, 'prepare replaces the store that is there', result=False
+  )
+  verify: bool = _f(
+    True, 'check the checksums of a store when it is opened', result=False
+  )
+  read_threads: int = _f(2, 'threads that read rows', result=False, **POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """The optimizer and its learning rate."""
+
+  name: str = _f('adamw', 'update rule', choices=('adamw',))
+  lr: float = _f(3e-4, 'peak learning rate', above=0)
+  warmup_steps: int = _f(100, 'steps of linear warm-up from 0', **UNSIGNED)
+  schedule: str = _f(
+    'cosine',
+    'after the warm-up: cosine down to end_ratio, wsd (constant, then linear'
+    ' to end_ratio within decay_steps), or constant',
+    choices=('cosine', 'wsd', 'constant'),
+  )
+  end_ratio: float = _f(0.03, 'last learning rate over peak', min=0, max=1)
+  decay_steps: int = _f(0, 'steps of the decay of wsd', **UNSIGNED)
+  b1: float = _f(0.9, 'decay of the first moment', min=0, below=1)
+  b2: float = _f(0.95, 'decay of the second moment', min=0, below=1)
+  eps: float = _f(1e-8, 'added to the root of the second moment', above=0)
+  weight_decay: float = _f(0.1, 'decoupled decay of matrices', min=0)
+  clip_norm: float = _f(1.0, 'global gradient norm; 0 = no clipping', min=0)
+  moment_dtype: str = _f('float32', 'of the first moment', choices=DTYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices along each mesh axis; one of them may be -1 = what is left."""
+
+  data: int = _f(1, 'replicas of the parameters', result=False)
+  fsdp: int = _f(-1, 'shards of parameters and of the batch', result=False)
+  tensor: int = _f(1, 'shards of a layer and of the vocabulary', result=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The loop."""
+
+  workdir: str = _f('', 'directory of the run', result=False)
+  steps: int = _f(1000, 'optimizer steps', result=False, **POSITIVE)
+  accumulate: int = _f(1, 'micro-batches of one optimizer step', **POSITIVE)
+  seed: int = _f(
+    0, 'of initial parameters and of the order of data', min=0, max=2**32 - 1
+  )
+  log_every: int = _f(
+    10, 'steps from one log line to the next', result=False, **POSITIVE
+  )
+  eval_every: int = _f(
+    0, 'steps between evaluations; 0 = at the end', result=False, **UNSIGNED
+  )
+  checkpoint_every: int = _f(
+    0, 'steps between checkpoints; 0 = at the end', result=False, **UNSIGNED
+  )
+  keep_last: int = _f(2, 'newest checkpoints kept', result=False, **POSITIVE)
+  keep_every: int = _f(
+    0, 'checkpoints at multiples of this step are kept as well; 0 = none',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
+  max_nonfinite: int = _f(
+    10, 'non-finite steps in a row that end the run', **POSITIVE
+  )
+  profile_start: int = _f(
+    0, 'first step of the profile', result=False, **UNSIGNED
+  )
+  profile_steps: int = _f(
+    0, 'steps in the profile; 0 = no profile', result=False, **UNSIGNED
+  )
+  compilation_cache: str = _f(
+    '~/.cache/mtp_jax', 'directory of compiled programs; empty = none',
+    result=False,
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Evaluation of a checkpoint."""
+
+  checkpoint: str = _f(
+    '', 'workdir of a run, or one of its checkpoints/STEP', result=False
+  )
+  split: str = _f(
+    'valid', 'part of the store', result=False, choices=('train', 'valid')
+  )
+  batches: int = _f(
+    0, 'batches of data.batch_size windows; 0 = all', result=False, **UNSIGNED
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+  """What `mtp inspect` prints."""
+
+  step: int = _f(0, 'training step whose batch is shown', result=False, min=0)
+  rows: int = _f(1, 'windows shown', result=False, **POSITIVE)
+  tokens: int = _f(40, 'positions shown of each', result=False, **POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that defines a run."""
+
+  model: Model = Model()
+  heads: Heads = Heads()
+  loss: Loss = Loss()
+  data: Data = Data()
+  optim: Optim = Optim()
+  mesh: Mesh = Mesh()
+  train: Train = Train()
+  eval: Eval = Eval()
+  inspect: Inspect = Inspect()
+
+
+def fields() -> dict[str, dataclasses.Field]:
+  """'section.field' -> its dataclass field, in reading order."""
+  hints = typing.get_type_hints(Config)
+  return {
+    f'{section}.{field.name}': field
+    for section, cls in hints.items()
+    for field in dataclasses.fields(cls)
+  }
+
+
+def get(cfg: Config, name: str):
+  """Value of the field called 'section.field'."""
+  section, field = name.split('.')
+  return getattr(getattr(cfg, section), field)
+
+
+def replace(cfg: Config, **values) -> Config:
+  """A Config with some 'section.field' values changed, not yet checked."""
+  by_section = {}
+  for name, value in values.items():
+    section, field = name.split('.')
+    by_section.setdefault(section, {})[field] = value
+  return dataclasses.replace(
+    cfg,
+    **{
+      section: dataclasses.replace(getattr(cfg, section), **changed)
+      for section, changed in by_section.items()
+    },
+  )
+
+
+def to_json(cfg: Config) -> str:
+  return json.dumps(dict(version=VERSION) | dataclasses.asdict(cfg), indent=1)
+
+
+def from_json(text: str) -> Config:
+  """The Config that to_json wrote; an unknown field is an error."""
+  sections = json.loads(text)
+  version = sections.pop('version', None)
+  if version != VERSION:
+    raise ValueError(f'config version {version}, this program reads {VERSION}')
+  return replace(
+    Config(),
+    **{
+      f'{section}.{name}': value
+      for section, values in sections.items()
+      for name, value in values.items()
+    },
+  )
+
+
+def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:
+  """'0:1,.3;50000:1,.1' -> ((0, (1.0, 0.3)), (50000, (1.0, 0.1)))."""
+  phases = []
+  for phase in text.split(';'):
+    step, values = phase.split(':')
+    phases.append((int(step), tuple(float(v) for v in values.split(','))))
+  starts = [step for step, _ in phases]
+  if starts[0] != 0 or starts != sorted(set(starts)):
+    raise ValueError('steps must start at 0 and rise')
+  return tuple(phases)
+
+
+def head_weights(cfg: Config) -> tuple[tuple[int, tuple[float, ...]], ...]:
+  """--loss.weights by phase, one weight a head."""
+  return tuple(
+    (start, values + values[-1:] * (cfg.heads.n - len(values)))
+    for start, values in parse_steps(cfg.loss.weights)
+  )
+
+
+def active_heads(cfg: Config, step: int) -> int:
+  """Heads 1..m that train at this step, under --loss.curriculum."""
+  if not cfg.loss.curriculum:
+    return cfg.heads.n
+  phases = parse_steps(cfg.loss.curriculum)
+  return int([values for start, values in phases if start <= step][-1][0])
+
+
+def changed(old: Config, new: Config) -> list[tuple[str, object, object]]:
+  """Fields that change a run's result and differ: (name, old, new)."""
+  return [
+    (name, get(old, name), get(new, name))
+    for name, field in fields().items()
+    if field.metadata['result'] and get(old, name) != get(new, name)
+  ]
+
+
+def validate(cfg: Config) -> Config:
+  """Returns cfg, or raises ConfigError for the first field that is wrong."""
+  for name, field in fields().items():
+    _check_limits(name, get(cfg, name), field.metadata)
+  _check_model(cfg)
+  _check_loss(cfg)
+  _check_steps(cfg)
+  return cfg
+
+
+def _check_limits(name, value, limits):
+  def need(ok, allowed):
+    if not ok:
+      raise ConfigError(name, value, allowed)
+
+  if 'choices' in limits:
+    need(value in limits['choices'], f'one of {", ".join(limits["choices"])}')
+  if 'min' in limits:
+    need(value >= limits['min'], f'must be at least {limits["min"]}')
+  if 'above' in limits:
+    need(value > limits['above'], f'must be above {limits["above"]}')
+  if 'max' in limits:
+    need(value <= limits['max'], f'must be at most {limits["max"]}')
+  if 'below' in limits:
+    need(value < limits['below'], f'must be below {limits["below"]}')
+  if isinstance(value, float):  # also what passed as a limit, e.g. inf
+    need(abs(value) < float('inf'), 'must be a finite number')
+
+
+def _check_model(cfg):
+  m, n = cfg.model, cfg.heads.n
+  if m.d_model % m.n_attn_heads:
+    raise ConfigError(
+      'model.d_model', m.d_model,
+      f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}',
+    )  # fmt: skip
+  if m.head_width % 2:
+    raise ConfigError(
+      'model.d_model', m.d_model,
+      f'd_model / n_attn_heads = {m.head_width} must be even (RoPE pairs)',
+    )  # fmt: skip
+  if m.n_attn_heads % m.kv_heads:
+    raise ConfigError(
+      'model.n_kv_heads', m.n_kv_heads,
+      f'must divide --model.n_attn_heads={m.n_attn_heads}',
+    )  # fmt: skip
+  if m.n_layers - n < 1:
+    raise ConfigError(
+      'heads.n', n,
+      f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
+      f' needs at least one; at most {m.n_layers - 1}',
+    )  # fmt: skip
+  if n >= cfg.data.seq_len:
+    raise ConfigError(
+      'heads.n', n, f'must be below --data.seq_len={cfg.data.seq_len}'
+    )
+
+
+def _check_loss(cfg):
+  n, seq_len, chunk = cfg.heads.n, cfg.data.seq_len, cfg.loss.chunk
+  if chunk and seq_len % chunk:
+    raise ConfigError(
+      'loss.chunk', chunk, f'must divide --data.seq_len={seq_len}'
+    )
+  for name, ok, allowed in (
+    (
+      'weights',
+      lambda v: len(v) <= n and all(0 <= w < float('inf') for w in v),
+      f'STEP:W,W,…;STEP:… with at most --heads.n={n} weights >= 0 and steps'
+      ' that start at 0 and rise',
+    ),
+    (
+      'curriculum',
+      lambda v: len(v) == 1 and v[0] == int(v[0]) and 1 <= v[0] <= n,
+      f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start'
+      ' at 0 and rise',
+    ),
+  ):
+    text = getattr(cfg.loss, name)
+    if name == 'curriculum' and not text:
+      continue
+    try:
+      good = all(ok(values) for _, values in parse_steps(text))
+    except (ValueError, OverflowError):
+      good = False
+    if not good:
+      raise ConfigError(f'loss.{name}', text, allowed)
+
+
+def _check_steps(cfg):
+  t, o, batch_size = cfg.train, cfg.optim, cfg.data.batch_size
+  if batch_size % t.accumulate:
+    raise ConfigError(
+      'train.accumulate', t.accumulate,
+      f'must divide --data.batch_size={batch_size}',
+    )  # fmt: skip
+  if o.warmup_steps >= t.steps:
+    raise ConfigError(
+      'optim.warmup_steps', o.warmup_steps,
+      f'must be below --train.steps={t.steps}',
+    )  # fmt: skip
+  if o.schedule == 'wsd' and not 1 <= o.decay_steps <= t.steps - o.warmup_steps:
+    raise ConfigError(
+      'optim.decay_steps', o.decay_steps,
+      'wsd needs 1 to steps - warmup_steps ='
+      f' {t.steps - o.warmup_steps} of them',
+    )  # fmt: skip
+  if cfg.data.valid_fraction >= 1:
+    raise ConfigError(
+      'data.valid_fraction', cfg.data.valid_fraction, 'must be below 1'
+    )
+  sizes = dataclasses.asdict(cfg.mesh)
+  for axis, size in sizes.items():
+    if size < 1 and (size != -1 or list(sizes.values()).count(-1) > 1):
+      raise ConfigError(
+        f'mesh.{axis}', size, 'at least 1, or -1 on a single axis'
+      )

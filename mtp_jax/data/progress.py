@@ -1,0 +1,34 @@
+"""How far the preparation of a store is. Floor 2."""
+
+import contextlib
+import sys
+import time
+
+import rich.console
+import rich.status
+
+
+@contextlib.contextmanager
+def status():
+  """show(documents, tokens, bytes): a live line at a terminal; at the end, and
+  elsewhere only then, one line with the speed."""
+  begin, so_far = time.perf_counter(), (0, 0, 0)
+
+  def text():
+    seconds = time.perf_counter() - begin
+    documents, tokens, n_bytes = so_far
+    return (
+      f'{documents:,} documents, {tokens:,} tokens in {seconds:.1f} s:'
+      f' {tokens / seconds:,.0f} tokens/s, {n_bytes / seconds / 1e6:.1f} MB/s'
+    )
+
+  console = rich.console.Console(quiet=not sys.stdout.isatty())
+  with rich.status.Status('', console=console) as live:
+
+    def show(*counts):
+      nonlocal so_far
+      so_far = counts
+      live.update(text())
+
+    yield show
+  print(text())

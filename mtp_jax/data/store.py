@@ -1,0 +1,268 @@
+"""The token store: documents as flat token shards with offsets and checksums.
+
+Floor 2: standard library and NumPy. A store is a directory:
+
+  manifest.json                    tokenizer, counts, sizes, checksums
+  {train,valid}/tokens-00000.bin   uint16, or uint32 above 65,536 tokens
+  {train,valid}/offsets-00000.bin  uint64, where each document starts
+
+A document is BOS, its tokens, EOS, within one shard, little endian. The
+sha256 of its text decides everything else: duplicates, its split, its place in
+the split. So the order is a shuffle, and the same documents in any order make
+the same bytes. Letter: M documents.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.data import shards, tokenizers, windows
+from mtp_jax.data import spool as spool_lib
+
+FORMAT = 1  # raised when an older program would misread the store
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+  path: pathlib.Path
+  manifest: dict
+  splits: dict[str, windows.Split]
+
+  def split(self, name: str) -> windows.Split:
+    if name not in self.splits:
+      has = ', '.join(self.splits)
+      raise _error(self.path, f'has no split {name!r}, only: {has}')
+    return self.splits[name]
+
+
+def _error(path, problem: str) -> config.ConfigError:
+  return config.ConfigError('data.store', path, problem)
+
+
+# Writing.
+
+
+def write(
+  out_dir,
+  documents: Iterable,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  valid_fraction: float,
+  shard_tokens: int = 2**27,
+  sources: str = '',
+  progress: spool_lib.Progress | None = None,
+  overwrite: bool = False,
+) -> dict:
+  """Writes a store, complete or not at all, and returns its manifest.
+
+  Each text is encoded once, into a spool beside the store, so the disk holds
+  the tokens twice; memory holds about 200 bytes a document.
+
+  Args:
+    out_dir: the store's directory; it appears when everything is on disk.
+    documents: records with a `text`.
+    tokenizer: how texts become ids.
+    valid_fraction: probability of a document to be held out, by a part of its
+      hash that does not order it; 0 = no valid split.
+    shard_tokens: most tokens of a shard, unless one document is longer.
+    sources: kept in the manifest for the reader.
+    progress: called now and then with documents, tokens and text bytes so far.
+    overwrite: replace the store that is there.
+
+  Raises:
+    ConfigError: a directory that may not be replaced, a fraction outside
+      [0, 1), a split without documents.
+  """
+  out = pathlib.Path(out_dir).expanduser().resolve()
+  _check_target(out_dir, out, overwrite)
+  if not 0 <= valid_fraction < 1:
+    raise config.ConfigError(
+      'data.valid_fraction', valid_fraction, 'from 0 to below 1'
+    )
+  tmp = out.with_name(f'{out.name}.tmp-{os.getpid()}')
+  shutil.rmtree(tmp, ignore_errors=True)  # of a dead process with this id
+  try:
+    tmp.mkdir(parents=True)
+  except OSError as error:
+    raise _error(out_dir, f'cannot write there: {error.strerror}') from error
+  try:
+    spool = spool_lib.fill(tmp / 'spool', documents, tokenizer, progress)
+    manifest = _describe(tokenizer, sources, valid_fraction, spool)
+    for name, rows_M in _split_rows(spool, valid_fraction, sources).items():
+      manifest['splits'][name] = shards.write_split(
+        tmp / name, spool, rows_M, shard_tokens
+      )
+    spool.path.unlink()
+    manifest['sha256'] = _manifest_sha256(manifest)
+    shards.write_file(tmp / 'manifest.json', [_to_json(manifest).encode()])
+    shards.sync_folder(tmp)
+    _publish(tmp, out)
+  finally:
+    shutil.rmtree(tmp, ignore_errors=True)
+  return manifest
+
+
+def _check_target(shown, out: pathlib.Path, overwrite: bool):
+  if not str(shown):
+    raise _error(shown, 'must be a directory')
+  if out.exists() and not overwrite:
+    raise _error(shown, 'exists; give another directory, or overwrite it')
+  # Overwriting is for stores: a slip must not remove a home directory.
+  if out.exists() and not (
+    out.is_dir() and ((out / 'manifest.json').exists() or not os.listdir(out))
+  ):
+    raise _error(shown, 'is not a token store, so it is not overwritten')
+
+
+def _describe(tokenizer, sources, valid_fraction, spool) -> dict:
+  return {
+    'format': FORMAT,
+    'sources': sources,
+    'valid_fraction': valid_fraction,
+    'duplicates': spool.duplicates,
+    'empty': spool.empty,
+    'dtype': spool.dtype,
+    'splits': {},
+    'tokenizer': {
+      'name': tokenizer.name,
+      'vocab_size': int(tokenizer.vocab_size),
+      'bos': int(tokenizer.bos),
+      'eos': int(tokenizer.eos),
+      'fingerprint': tokenizer.fingerprint,
+      'token_bytes': np.asarray(tokenizer.token_bytes_V).tolist(),
+    },
+  }
+
+
+def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
+  """Rows of the spool of each split in the order of the store."""
+  n, key_M4 = len(spool.digest_M4), spool.digest_M4
+  if not n:
+    raise config.ConfigError(
+      'data.documents', sources, 'there is no document with text in it'
+    )
+  order_M = np.lexsort((key_M4[:, 2], key_M4[:, 1], key_M4[:, 0]))
+  # The last word decides the split; the order does not depend on it.
+  valid_M = key_M4[order_M, 3] < np.uint64(int(valid_fraction * 2**64))
+  rows = {'train': order_M[~valid_M], 'valid': order_M[valid_M]}
+  if not valid_fraction:
+    del rows['valid']
+  for name, rows_M in rows.items():
+    if not rows_M.size:
+      raise config.ConfigError(
+        'data.valid_fraction', valid_fraction,
+        f'it leaves the {name} split of {n} documents empty',
+      )  # fmt: skip
+  return rows
+
+
+def _publish(tmp: pathlib.Path, out: pathlib.Path):
+  """Puts tmp in the place of out; what was there is removed last."""
+  if not out.exists():
+    os.rename(tmp, out)
+    shards.sync_folder(out.parent)
+    return
+  # Not two names of one process id: a leftover must not stop the exchange.
+  old = tempfile.mkdtemp(prefix=f'{out.name}.old-', dir=out.parent)
+  try:
+    os.rename(out, old)  # power lost here leaves both, under other names
+    os.rename(tmp, out)
+    shards.sync_folder(out.parent)
+  finally:
+    if not out.exists():
+      os.rename(old, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest_sha256(manifest: dict) -> str:
+  rest = {key: value for key, value in manifest.items() if key != 'sha256'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _to_json(manifest: dict) -> str:
+  """One line a key: readable without a line for each token's bytes."""
+  lines = (f'{json.dumps(k)}: {json.dumps(v)}' for k, v in manifest.items())
+  return '{\n' + ',\n'.join(lines) + '\n}\n'
+
+
+# Reading.
+
+
+def open_store(path, *, verify: bool = True) -> Store:
+  """Opens a store whose files are whole, or raises ConfigError naming one.
+
+  The manifest's own checksum and every file's size are always checked; with
+  verify, every file is read and its sha256 compared.
+  """
+  root = pathlib.Path(path).expanduser()
+  manifest = _read_manifest(path, root)
+  splits = {
+    name: shards.open_split(root, name, split, manifest['dtype'], verify)
+    for name, split in manifest['splits'].items()
+  }
+  return Store(root, manifest, splits)
+
+
+def _read_manifest(path, root: pathlib.Path) -> dict:
+  if not str(path) or not root.is_dir():
+    moved = sorted(root.parent.glob(f'{glob.escape(root.name)}.old-*'))
+    hint = f'; the one before it is {moved[0]}' if moved else ''
+    raise _error(path, f'no such directory; mtp prepare makes a store{hint}')
+  try:
+    manifest = json.loads((root / 'manifest.json').read_bytes())
+  except FileNotFoundError as error:
+    raise _error(path, 'is no token store: no manifest.json') from error
+  except OSError as error:
+    raise _error(path, f'manifest.json: {error.strerror}') from error
+  except ValueError as error:
+    raise _error(path, f'manifest.json is damaged: {error}') from error
+  if not isinstance(manifest, dict) or 'format' not in manifest:
+    raise _error(path, 'manifest.json is not the manifest of a token store')
+  if manifest['format'] != FORMAT:
+    raise _error(
+      path, f'has format {manifest["format"]}, this program reads {FORMAT}'
+    )
+  if manifest.get('sha256') != _manifest_sha256(manifest):
+    raise _error(path, 'manifest.json is damaged: its checksum is wrong')
+  return manifest
+
+
+def check_tokenizer(store: Store, tokenizer: tokenizers.Tokenizer):
+  """Raises ConfigError unless the store was made with this tokenizer."""
+  made = store.manifest['tokenizer']
+  for key in ('name', 'fingerprint'):
+    if made[key] != getattr(tokenizer, key):
+      raise config.ConfigError(
+        'data.tokenizer', tokenizer.name,
+        f'the store {store.path} was made with {made["name"]}; {key} there'
+        f' {made[key]}, here {getattr(tokenizer, key)}',
+      )  # fmt: skip
+
+
+def summary(manifest: dict) -> list[str]:
+  """What a store holds, in lines for people."""
+  tokenizer = manifest['tokenizer']
+  lines = [
+    f'sources    {manifest["sources"] or "not recorded"}',
+    f'tokenizer  {tokenizer["name"]}, {tokenizer["vocab_size"]:,} tokens as'
+    f' {np.dtype(manifest["dtype"]).name}',
+  ]
+  for name, split in manifest['splits'].items():
+    lines.append(
+      f'{name:10} {split["documents"]:,} documents, {split["tokens"]:,} tokens,'
+      f' {split["bytes"]:,} bytes of text, shards: {len(split["shards"])}'
+    )
+  left_out = f'{manifest["duplicates"]:,} duplicates'
+  return [
+    *lines,
+    f'left out   {left_out}, {manifest["empty"]:,} empty documents',
+  ]

@@ -1,0 +1,124 @@
+"""Every Config field as an absl flag; flag files in and out.
+
+Floor 1. `--section.field=VALUE`; a flag file holds one such line each, `#`
+comments, and further `--flagfile=` lines, looked up beside the file that
+includes them and then from the working directory. Later lines win. Unknown
+flags are fatal.
+"""
+
+import os
+from typing import NamedTuple
+
+from absl import flags
+
+from mtp_jax import config
+
+_DEFINE = {
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  str: flags.DEFINE_string,
+  bool: flags.DEFINE_boolean,
+}
+
+
+def expand(args: list[str], beside: str = '', seen: tuple = ()) -> list[str]:
+  """Replaces each --flagfile by the flags in it, recursively."""
+  out, args = [], list(args)
+  while args:
+    arg = args.pop(0)
+    name, _, path = arg.partition('=')
+    if name not in ('--flagfile', '-flagfile'):
+      out.append(arg)
+      continue
+    path = path or (args.pop(0) if args else '')
+    out += _read_flag_file(path, beside, seen)
+  return out
+
+
+def _read_flag_file(path, beside, seen):
+  found = [p for p in (os.path.join(beside, path), path) if os.path.isfile(p)]
+  if not found:
+    raise config.ConfigError('flagfile', path, 'no such file')
+  real = os.path.realpath(found[0])
+  if real in seen:
+    raise config.ConfigError('flagfile', path, 'includes itself')
+  try:
+    with open(real, encoding='utf-8') as f:
+      lines = [line.strip() for line in f]
+  except UnicodeDecodeError:
+    raise config.ConfigError('flagfile', path, 'is not text') from None
+  args = [line for line in lines if line and not line.startswith('#')]
+  for arg in args:
+    if not arg.startswith('-'):
+      raise config.ConfigError('flagfile', path, f'{arg!r} is not a flag')
+  return expand(args, os.path.dirname(real), (*seen, real))
+
+
+def _define() -> flags.FlagValues:
+  values = flags.FlagValues()
+  for name, field in config.fields().items():
+    help = field.metadata['help']
+    if 'choices' in field.metadata:
+      help += f' [{" | ".join(field.metadata["choices"])}]'
+    _DEFINE[field.type](name, field.default, help, flag_values=values)
+  flags.DEFINE_string(
+    'out', '', 'file for the report as JSON', flag_values=values
+  )
+  return values
+
+
+class Parsed(NamedTuple):
+  """A command line: the fields it sets, the file for a report, the rest."""
+
+  given: dict[str, object]
+  out: str
+  rest: list[str]
+
+  def config(self, base: config.Config | None = None) -> config.Config:
+    """`base`, or the defaults, with what was given; checked."""
+    cfg = config.replace(base or config.Config(), **self.given)
+    return config.validate(cfg)
+
+
+def parse(args: list[str]) -> Parsed:
+  """Reads flags and flag files.
+
+  Raises:
+    ConfigError: a flag file is missing or no flag file.
+    absl.flags.Error: a flag is unknown, or its value of another type.
+  """
+  values = _define()
+  rest = values(['mtp', *expand(args)])[1:]
+  given = {
+    name: values[name].value
+    for name in config.fields()
+    if values[name].present
+  }
+  return Parsed(given, values['out'].value, rest)
+
+
+def to_flag_file(cfg: config.Config) -> str:
+  """All fields as flag lines, the workdir left out: it is the run's identity,
+  not its definition."""
+  return ''.join(
+    f'--{name}={config.get(cfg, name)}\n'
+    for name in config.fields()
+    if name != 'train.workdir'
+  )
+
+
+def usage(sections: tuple[str, ...]) -> str:
+  """The flags of some sections, with help and default."""
+  lines = []
+  for name, flag in sorted(
+    _define()._flags().items(), key=lambda item: _order(item[0])
+  ):
+    if name == 'out' or name.split('.')[0] in sections:
+      shown = flag.default if flag.default != '' else "''"
+      lines.append(f'  --{name}={shown}\n      {flag.help}')
+  return '\n'.join(lines)
+
+
+def _order(name):
+  names = list(config.fields())
+  return names.index(name) if name in names else len(names)

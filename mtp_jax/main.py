@@ -1,0 +1,183 @@
+"""`mtp COMMAND --flagfile=…`: dispatch only. Floor 6.
+
+jax is imported when a command needs it, so that a wrong flag fails at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from absl import flags as absl_flags
+
+from mtp_jax import config, flags
+
+
+class Command(NamedTuple):
+  """What a command is for, the flags that matter to it, and its function."""
+
+  help: str
+  sections: tuple[str, ...]
+  run: Callable[[flags.Parsed], int]
+
+
+def _need(cfg: config.Config, name: str, what: str) -> None:
+  if not config.get(cfg, name):
+    raise config.ConfigError(name, '', f'give {what}')
+
+
+def _report(lines: list[str], values: dict, out: str) -> None:
+  print('\n'.join(lines))
+  if out:
+    with open(out + '.tmp', 'w', encoding='utf-8') as f:
+      json.dump(values, f, indent=1)
+    os.replace(out + '.tmp', out)
+
+
+def _start_jax(cfg: config.Config) -> None:
+  import jax
+
+  if cfg.train.compilation_cache:
+    jax.config.update(
+      'jax_compilation_cache_dir',
+      os.path.expanduser(cfg.train.compilation_cache),
+    )
+
+
+def _no_more(parsed: flags.Parsed) -> None:
+  if parsed.rest:
+    raise absl_flags.Error(f'{parsed.rest[0]!r} is not a flag')
+
+
+def _prepare(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  from mtp_jax.data import documents, progress, store, tokenizers
+
+  cfg = parsed.config()
+  _need(cfg, 'data.store', 'the directory to write')
+  with progress.status() as show:
+    manifest = store.write(
+      cfg.data.store,
+      documents.read(cfg.data.documents),
+      tokenizers.get(cfg.data.tokenizer),
+      valid_fraction=cfg.data.valid_fraction,
+      sources=cfg.data.documents,
+      progress=show,
+      overwrite=cfg.data.overwrite,
+    )
+  _report(store.summary(manifest), manifest, parsed.out)
+  return 0
+
+
+def _train(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  cfg = parsed.config()
+  _need(cfg, 'train.workdir', 'the directory of the run')
+  _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
+  # A run repeats from any working directory.
+  cfg = config.replace(
+    cfg,
+    **{
+      'data.store': os.path.abspath(cfg.data.store),
+      'train.workdir': os.path.abspath(cfg.train.workdir),
+    },
+  )
+  _start_jax(cfg)
+  from mtp_jax.train import loop
+
+  return loop.train(cfg)
+
+
+def _eval(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  path = parsed.given.get('eval.checkpoint')
+  if not path:
+    raise config.ConfigError('eval.checkpoint', '', 'give a workdir')
+  _start_jax(config.Config())
+  from mtp_jax import report
+
+  lines, values = report.evaluate(path, parsed)
+  _report(lines, values, parsed.out)
+  return 0
+
+
+def _inspect(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  cfg = parsed.config()
+  _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
+  _start_jax(cfg)
+  from mtp_jax import report
+
+  lines, values = report.inspect(cfg)
+  _report(lines, values, parsed.out)
+  return 0
+
+
+def _curves(parsed: flags.Parsed) -> int:
+  from mtp_jax import report
+
+  if not parsed.rest:
+    raise absl_flags.Error('report needs the workdir of a run, or several')
+  lines, values = report.curves(parsed.rest)
+  _report(lines, values, parsed.out)
+  return 0
+
+
+COMMANDS = {
+  'prepare': Command('documents -> token store', ('data',), _prepare),
+  'inspect': Command(
+    'print real batches: tokens, positions, targets, masks, counts',
+    ('data', 'heads', 'inspect', 'train'),
+    _inspect,
+  ),
+  'train': Command(
+    'train, or go on with, the model of a flag file',
+    ('model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train', 'eval'),
+    _train,
+  ),
+  'eval': Command(
+    'held-out loss, accuracy and acceptance by head',
+    ('eval', 'data', 'mesh'),
+    _eval,
+  ),
+  'report': Command(
+    'RUN [RUN …]: draw the curves of one or more runs into RUN/curves.png',
+    (),
+    _curves,
+  ),
+}
+
+
+def _usage() -> str:
+  width = max(map(len, COMMANDS))
+  return '\n'.join([
+    'mtp COMMAND [--flagfile=FILE] [--section.field=VALUE …]',
+    '',
+    *(f'  {name:{width}}  {c.help}' for name, c in COMMANDS.items()),
+    '',
+    'mtp COMMAND --help lists the flags that matter there, with their defaults.',
+  ])  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command; returns the exit status: 0, 2 for bad input, or what the
+  command says (README.md lists them)."""
+  args = sys.argv[1:] if argv is None else list(argv)
+  if not args or args[0] in ('-h', '--help', 'help'):
+    print(_usage())
+    return 0 if args else 2
+  name, *args = args
+  try:
+    if name not in COMMANDS:
+      raise absl_flags.Error(
+        f'no command {name!r}; there are {", ".join(COMMANDS)}'
+      )
+    command = COMMANDS[name]
+    if '--help' in args or '-h' in args:
+      print(f'mtp {name}: {command.help}\n\n{flags.usage(command.sections)}')
+      return 0
+    return command.run(flags.parse(args))
+  except (config.ConfigError, absl_flags.Error) as error:
+    print(f'mtp: {str(error).splitlines()[0]}', file=sys.stderr)
+    return 2

@@ -1,0 +1,94 @@
+"""One pre-norm Llama layer: what the trunk stacks and what a head is.
+
+Floor 2. Touvron et al. 2023, https://arxiv.org/abs/2302.13971; no biases.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mtp_jax import config, params, sharding
+from mtp_jax.model import attention, layers
+
+
+@flax.struct.dataclass
+class Block:
+  """Parameters of one layer; stacked ones have a leading axis."""
+
+  attn_norm: Any
+  q: Any
+  k: Any
+  v: Any
+  o: Any
+  mlp_norm: Any
+  gate: Any
+  up: Any
+  down: Any
+
+
+class Context(NamedTuple):
+  """What every layer needs to know about a window besides its activations."""
+
+  segment_BT: Any
+  sin: Any  # (B, T, H/2)
+  cos: Any
+
+
+def specs(cfg: config.Config) -> Block:
+  m = cfg.model
+  D, N, G, H, F = (
+    m.d_model, m.n_attn_heads, m.kv_heads, m.head_width, m.ff_width
+  )  # fmt: skip
+  std = D**-0.5
+  # What is added to the residual stream 2L times starts that much smaller.
+  depth = (2 * m.n_layers) ** -0.5
+  S = params.Spec
+  return Block(
+    attn_norm=S((D,), (None,), None),
+    q=S((D, N, H), ('embed', 'attn_heads', None), std),
+    k=S((D, G, H), ('embed', 'kv_heads', None), std),
+    v=S((D, G, H), ('embed', 'kv_heads', None), std),
+    o=S((N, H, D), ('attn_heads', None, 'embed'), (N * H) ** -0.5 * depth),
+    mlp_norm=S((D,), (None,), None),
+    gate=S((D, F), ('embed', 'mlp'), std),
+    up=S((D, F), ('embed', 'mlp'), std),
+    down=S((F, D), ('mlp', 'embed'), F**-0.5 * depth),
+  )
+
+
+def context(position_BT, cfg: config.Config) -> Context:
+  """A document starts wherever a position is 0."""
+  sin, cos = layers.rope_tables(
+    position_BT, cfg.model.head_width, cfg.model.rope_theta
+  )
+  return Context(jnp.cumsum(position_BT == 0, axis=1), sin, cos)
+
+
+def block(layer: Block, x_BTD, ctx: Context, cfg: config.Config):
+  """x + attention + SwiGLU; `layer` is sharded, and gathered here."""
+  eps, dtype = cfg.model.norm_eps, cfg.model.compute_dtype
+  with jax.named_scope('gather'):
+    w = params.gather(layer, specs(cfg), dtype, cfg.loss.grad_dtype)
+    w = jax.tree.map(lambda leaf: leaf.astype(dtype), w)
+  residual = sharding.pspec('batch', None, None)
+  with jax.named_scope('qkv'):
+    y_BTD = layers.rms_norm(x_BTD, w.attn_norm, eps)
+    q_BTNH = jnp.einsum('BTD,DNH->BTNH', y_BTD, w.q)
+    k_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.k)
+    v_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.v)
+  with jax.named_scope('rope'):
+    q_BTNH = layers.rope(q_BTNH, ctx.sin, ctx.cos)
+    k_BTGH = layers.rope(k_BTGH, ctx.sin, ctx.cos)
+  with jax.named_scope('attend'):
+    a_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT)
+    x_BTD += jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=residual)
+  with jax.named_scope('mlp'):
+    y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, eps)
+    gate_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.gate)
+    up_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.up)
+    return x_BTD + jnp.einsum(
+      'BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, w.down,
+      out_sharding=residual,
+    )  # fmt: skip

@@ -1,0 +1,40 @@
+"""RMSNorm, RoPE and the embedding. Floor 2."""
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax import sharding
+
+
+def rms_norm(x_BTD, w_D, eps: float):
+  """x w / sqrt(mean(x^2) + eps), in float32 (Zhang & Sennrich 2019,
+  https://arxiv.org/abs/1910.07467)."""
+  x32_BTD = x_BTD.astype(jnp.float32)
+  ms_BT1 = jnp.mean(x32_BTD**2, axis=-1, keepdims=True)
+  w_11D = w_D.astype(jnp.float32)[None, None, :]
+  return (x32_BTD * jax.lax.rsqrt(ms_BT1 + eps) * w_11D).astype(x_BTD.dtype)
+
+
+def rope_tables(position_BT, head_width: int, theta: float):
+  """Sines and cosines (B, T, H/2) of position x theta^(-2i/H), in float32:
+  bfloat16 rounds the position 257 to 256, and the two angles are far apart."""
+  i = jnp.arange(0, head_width, 2, dtype=jnp.float32)
+  rate = theta ** (-i / head_width)
+  angle = position_BT.astype(jnp.float32)[:, :, None] * rate[None, None, :]
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def rope(x_BTNH, sin, cos):
+  """Rotates the pairs (i, i + H/2) of each head (Su et al. 2021,
+  https://arxiv.org/abs/2104.09864), in the rotate-half layout."""
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  sin, cos = sin[:, :, None, :], cos[:, :, None, :]
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return rotated.astype(x_BTNH.dtype)
+
+
+def embed(table_VD, tokens_BT):
+  """Rows of a gathered table; the vocabulary may stay sharded."""
+  return table_VD.at[tokens_BT].get(
+    out_sharding=sharding.pspec('batch', None, None)
+  )

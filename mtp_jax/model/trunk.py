@@ -1,0 +1,24 @@
+"""tokens -> z: the embedding and the scanned layers of the trunk. Floor 2."""
+
+import jax
+
+from mtp_jax import config
+from mtp_jax.model import block
+
+POLICIES = {
+  'block': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def trunk(layers: block.Block, x_BTD, ctx: block.Context, cfg: config.Config):
+  """Stacked layers applied in turn; --model.remat says what each one keeps."""
+
+  def layer(x_BTD, params):
+    return block.block(params, x_BTD, ctx, cfg), None
+
+  if cfg.model.remat != 'none':
+    layer = jax.checkpoint(layer, policy=POLICIES[cfg.model.remat])
+  with jax.named_scope('trunk'):
+    z_BTD, _ = jax.lax.scan(layer, x_BTD, layers)
+  return z_BTD

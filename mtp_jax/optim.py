@@ -1,0 +1,63 @@
+"""The update rule, its learning rate, and what does not take part. Floor 3."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtp_jax import config
+from mtp_jax.model import lm
+
+
+def learning_rate(cfg: config.Config) -> optax.Schedule:
+  """Linear from 0 over warmup_steps to lr, then --optim.schedule."""
+  o, steps = cfg.optim, cfg.train.steps
+  left = steps - o.warmup_steps
+  after = {
+    'cosine': lambda: optax.cosine_decay_schedule(o.lr, left, o.end_ratio),
+    'wsd': lambda: optax.join_schedules(
+      [
+        optax.constant_schedule(o.lr),
+        optax.linear_schedule(o.lr, o.lr * o.end_ratio, o.decay_steps),
+      ],
+      [left - o.decay_steps],
+    ),
+    'constant': lambda: optax.constant_schedule(o.lr),
+  }[o.schedule]()
+  warmup = optax.linear_schedule(0.0, o.lr, o.warmup_steps)
+  return optax.join_schedules([warmup, after], [o.warmup_steps])
+
+
+def transform(cfg: config.Config) -> optax.GradientTransformation:
+  """Gradients -> a direction; the step multiplies it by -learning_rate.
+
+  Clip by global norm, Adam, then decoupled decay of every matrix (Loshchilov &
+  Hutter 2019, https://arxiv.org/abs/1711.05101). What decays is read from the
+  Spec: a stack of norms is not a matrix.
+  """
+  o = cfg.optim
+  decays = jax.tree.map(lambda spec: spec.decay, lm.specs(cfg))
+  return optax.chain(
+    optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+    optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.moment_dtype),
+    optax.add_decayed_weights(o.weight_decay, mask=decays),
+  )
+
+
+def keep_inactive_heads(new, old, n_active: int, n: int):
+  """`new`, with what belongs to heads n_active + 1..n taken from `old`.
+
+  For parameters and optimizer state alike: an inactive head has no moment
+  update and no decay.
+  """
+  if n_active == n:
+    return new
+
+  def leaf(path, new, old):
+    if jax.tree_util.GetAttrKey('heads') not in path:
+      return new
+    active_K = jnp.arange(new.shape[0]) < n_active
+    return jnp.where(
+      active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old
+    )
+
+  return jax.tree_util.tree_map_with_path(leaf, new, old)

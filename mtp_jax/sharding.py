@@ -1,0 +1,116 @@
+"""The device mesh and the one table from logical axes to mesh axes.
+
+Floor 1. Mesh axes are explicit: an array's sharding is part of its type, so a
+missing or wrong one is an error when the program is traced. `gather` is the
+only place where a parameter stops being sharded over the batch axes.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from mtp_jax import config
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = ('data', 'fsdp')  # every axis that splits the batch
+
+# Logical axis of an array -> mesh axis. One rule a logical axis; None means
+# that no device holds less than all of it.
+RULES = {
+  'batch': BATCH,
+  'embed': 'fsdp',
+  'attn_heads': 'tensor',
+  'kv_heads': 'tensor',
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+  None: None,
+}
+
+
+def make_mesh(cfg: config.Config, devices=None) -> Mesh:
+  """The mesh of --mesh.*, over all devices; validates what depends on it."""
+  devices = jax.devices() if devices is None else devices
+  sizes = {axis: getattr(cfg.mesh, axis) for axis in AXES}
+  free = [axis for axis in AXES if sizes[axis] == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(devices) % fixed or (not free and fixed != len(devices)):
+    name = max(AXES, key=lambda axis: sizes[axis])
+    raise config.ConfigError(
+      f'mesh.{name}',
+      sizes[name],
+      f'{" x ".join(f"{a}={s}" for a, s in sizes.items())} does not fit'
+      f' {len(devices)} devices',
+    )
+  for axis in free:
+    sizes[axis] = len(devices) // fixed
+  _check_divisible(cfg, sizes)
+  return Mesh(
+    np.asarray(devices).reshape(*sizes.values()),
+    AXES,
+    axis_types=(AxisType.Explicit,) * len(AXES),
+  )
+
+
+def _check_divisible(cfg, sizes):
+  rows = cfg.data.batch_size // cfg.train.accumulate
+  n_batch = math.prod(sizes[axis] for axis in BATCH)
+  if rows % n_batch:
+    raise config.ConfigError(
+      'data.batch_size',
+      cfg.data.batch_size,
+      f'must be a multiple of mesh data x fsdp = {n_batch} times'
+      f' --train.accumulate={cfg.train.accumulate}',
+    )
+  m = cfg.model
+  for name, size, axis in (
+    ('model.d_model', m.d_model, 'fsdp'),
+    ('model.n_kv_heads', m.kv_heads, 'tensor'),
+    ('model.d_ff', m.ff_width, 'tensor'),
+    ('model.vocab_size', m.vocab_size, 'tensor'),
+  ):
+    if size % sizes[axis]:
+      raise config.ConfigError(
+        name, size, f'must be a multiple of mesh {axis}={sizes[axis]}'
+      )
+
+
+def pspec(*axes) -> P:
+  """Logical axes, one a dimension -> PartitionSpec."""
+  return P(*(RULES[axis] for axis in axes))
+
+
+def gather(w, axes, compute_dtype, grad_dtype):
+  """A parameter as one device uses it: whole over the batch axes, and cast.
+
+  Moved in `compute_dtype`. `reduced` makes its gradient stay a sum not yet
+  taken over devices ("unreduced"), in `grad_dtype`, until it leaves this
+  function backwards: one reduction a gather, wherever w is used, loops included
+  (JAX, explicit sharding, https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
+  A parameter that no batch axis shards, i.e. a norm, has nothing to gather (and
+  an elementwise product takes no `reduced` operand).
+  """
+  if not any(RULES[axis] in BATCH for axis in axes):
+    return w.astype(compute_dtype).astype(grad_dtype)
+  spec = [None if RULES[axis] in BATCH else RULES[axis] for axis in axes]
+  whole = jax.reshard(w.astype(compute_dtype), P(*spec, reduced=set(BATCH)))
+  return whole.astype(grad_dtype)
+
+
+def zeros_cotangent(w):
+  """Zeros of the type that a gradient of the gathered array w has."""
+  spec = jax.typeof(w).sharding.spec
+  return jnp.zeros(
+    w.shape, w.dtype, out_sharding=P(*spec.partitions, unreduced=spec.reduced)
+  )
+
+
+def put_batch(mesh: Mesh, batch: dict) -> dict:
+  """This process's rows (A, b, U) of each array -> global (A, B, U) arrays."""
+  sharding = NamedSharding(mesh, pspec(None, 'batch', None))
+  place = functools.partial(jax.make_array_from_process_local_data, sharding)
+  return {name: place(x) for name, x in batch.items()}

@@ -1,0 +1,89 @@
+"""One writer a workdir. Floor 4.
+
+WORKDIR/lock.json names the run that may write. A run takes the lock at its
+start and looks at it again before each write, so that a process that was frozen,
+replaced and then wakes up stops instead of writing into its successor's files.
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+
+from mtp_jax import config
+
+STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
+
+
+class Lost(RuntimeError):
+  """Another run has taken the workdir."""
+
+
+class Lock:
+  """Taken on construction; ConfigError if a living run holds the workdir."""
+
+  def __init__(self, workdir: str):
+    self._path = os.path.join(workdir, 'lock.json')
+    self._id = uuid.uuid4().hex
+    holder = _read(self._path)
+    if holder and _alive(holder, self._path):
+      raise config.ConfigError(
+        'train.workdir', workdir,
+        f'is being written by process {holder["pid"]} on {holder["host"]};'
+        ' one run a workdir',
+      )  # fmt: skip
+    tmp = f'{self._path}.{self._id}'
+    with open(tmp, 'w', encoding='utf-8') as f:
+      json.dump(
+        dict(
+          run=self._id,
+          host=socket.gethostname(),
+          pid=os.getpid(),
+          started=_started(os.getpid()),
+        ),
+        f,
+      )
+    os.replace(tmp, self._path)
+
+  def check(self) -> None:
+    """Raises Lost unless this run still holds the lock; shows it is alive."""
+    holder = _read(self._path)
+    if not holder or holder['run'] != self._id:
+      raise Lost(f'{self._path} was taken by another run; nothing was written')
+    os.utime(self._path)
+
+  def release(self) -> None:
+    holder = _read(self._path)
+    if holder and holder['run'] == self._id:
+      os.remove(self._path)
+
+
+def _read(path):
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.load(f)
+  except (FileNotFoundError, json.JSONDecodeError):
+    return None
+
+
+def _started(pid: int) -> str:
+  """When a process of this machine began, so that a reused pid is told apart;
+  empty where the system does not say."""
+  try:
+    with open(f'/proc/{pid}/stat', encoding='utf-8') as f:
+      return f.read().rsplit(')', 1)[1].split()[19]
+  except OSError:
+    return ''
+
+
+def _alive(holder, path) -> bool:
+  if holder['host'] != socket.gethostname():
+    return time.time() - os.path.getmtime(path) < STALE_S
+  try:
+    os.kill(holder['pid'], 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return _started(holder['pid']) == holder['started']

@@ -1,0 +1,384 @@
+"""The training run: everything that has an effect. Floor 5.
+
+  take the workdir -> restore or make the state -> for each step: batch, step,
+  and at their cadence log line, evaluation, checkpoint -> last checkpoint.
+
+A run writes WORKDIR/{run.flags, config.json, metrics.jsonl, tensorboard/,
+checkpoints/}. The position in the data is the step, so a run that was stopped
+and resumed is, bit for bit, the run that was not.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import rich.progress
+
+from mtp_jax import checkpoint, config, flags, params, sharding
+from mtp_jax.data import loader, store, tokenizers
+from mtp_jax.evals import heldout
+from mtp_jax.model import heads, lm
+from mtp_jax.train import lock, metrics, state as state_lib
+from mtp_jax.train import step as step_lib
+
+EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
+EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
+
+
+class Tokens(NamedTuple):
+  """A checked token store and the tokenizer that made it."""
+
+  store: store.Store
+  tokenizer: tokenizers.Tokenizer
+
+  @property
+  def fingerprint(self) -> str:
+    return self.store.manifest['sha256']
+
+
+def open_tokens(cfg: config.Config) -> Tokens:
+  """--data.store, refused unless whole, and made for this model's tokenizer."""
+  tokenizer = tokenizers.get(cfg.data.tokenizer)
+  opened = store.open_store(cfg.data.store, verify=cfg.data.verify)
+  store.check_tokenizer(opened, tokenizer)
+  if tokenizer.vocab_size > cfg.model.vocab_size:
+    raise config.ConfigError(
+      'model.vocab_size', cfg.model.vocab_size,
+      f'tokenizer {tokenizer.name} needs at least {tokenizer.vocab_size}',
+    )  # fmt: skip
+  return Tokens(opened, tokenizer)
+
+
+def bytes_of_tokens(tokens: Tokens, cfg: config.Config, mesh):
+  """UTF-8 bytes of each row of the vocabulary, on every device."""
+  bytes_V = np.zeros(cfg.model.vocab_size, np.int32)
+  bytes_V[: tokens.tokenizer.vocab_size] = tokens.tokenizer.token_bytes_V
+  return jax.device_put(bytes_V, jax.NamedSharding(mesh, jax.P()))
+
+
+def train_batches(
+  tokens: Tokens, cfg: config.Config, start_step: int
+) -> Iterator[dict]:
+  """This process's rows of each step from start_step on, endlessly."""
+  return loader.train_batches(
+    tokens.store.split('train'),
+    seq_len=cfg.data.seq_len,
+    span=cfg.heads.n,
+    batch_size=cfg.data.batch_size,
+    accumulate=cfg.train.accumulate,
+    seed=cfg.train.seed,
+    start_step=start_step,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    threads=cfg.data.read_threads,
+  )
+
+
+def eval_batches(tokens: Tokens, cfg: config.Config) -> Iterator[dict]:
+  return loader.eval_batches(
+    tokens.store.split(cfg.eval.split),
+    seq_len=cfg.data.seq_len,
+    span=cfg.heads.n,
+    batch_size=cfg.data.batch_size // cfg.train.accumulate,
+    limit=cfg.eval.batches or None,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def train(cfg: config.Config) -> int:
+  """Trains to --train.steps, from the newest checkpoint of the workdir if there
+  is one. Returns the exit status."""
+  tokens = open_tokens(cfg)
+  mesh = sharding.make_mesh(cfg)
+  train_batches(tokens, cfg, 0)  # refuses what it cannot divide
+  workdir = cfg.train.workdir
+  os.makedirs(workdir, exist_ok=True)
+  held = lock.Lock(workdir)
+  try:
+    start = _start_step(cfg, tokens)
+    if start >= cfg.train.steps:
+      print(f'{workdir} is trained already, to step {start}')
+      return 0
+    _write_definition(cfg)
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(jax.set_mesh(mesh))
+      sinks = metrics.Sinks(workdir, start)
+      stack.callback(sinks.close)
+      saver = checkpoint.manager(workdir, cfg)
+      stack.callback(saver.close)  # waits for the save that is under way
+      stop = stack.enter_context(_stop_on_signal())
+      run = _Run(
+        cfg, mesh, tokens, bytes_of_tokens(tokens, cfg, mesh), held, sinks,
+        saver, stop,
+      )  # fmt: skip
+      return _loop(run, start, train_batches(tokens, cfg, start))
+  finally:
+    held.release()
+
+
+class _Run(NamedTuple):
+  cfg: config.Config
+  mesh: Any
+  tokens: Tokens
+  bytes_V: Any
+  held: lock.Lock
+  sinks: metrics.Sinks
+  saver: Any
+  stop: threading.Event
+
+
+def _start_step(cfg, tokens) -> int:
+  """Step of the newest checkpoint, 0 without one; refused if the run there is
+  another one."""
+  workdir = cfg.train.workdir
+  there = checkpoint.steps(workdir)
+  if not there:
+    return 0
+  old, fingerprint = checkpoint.about(workdir, there[-1])
+  for name, was, now in config.changed(old, cfg):
+    raise config.ConfigError(
+      name, now,
+      f'the run in --train.workdir={workdir} was started with {was}; give that,'
+      ' or another workdir',
+    )  # fmt: skip
+  if fingerprint != tokens.fingerprint:
+    raise config.ConfigError(
+      'data.store', cfg.data.store,
+      f'is not the store that the run in --train.workdir={workdir} reads',
+    )  # fmt: skip
+  return there[-1]
+
+
+def _write_definition(cfg) -> None:
+  for name, text in (
+    ('run.flags', flags.to_flag_file(cfg)),
+    ('config.json', config.to_json(cfg)),
+  ):
+    path = os.path.join(cfg.train.workdir, name)
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+      f.write(text)
+    os.replace(path + '.tmp', path)
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+  """An event that SIGTERM or the first SIGINT sets; a second SIGINT raises."""
+  stop = threading.Event()
+
+  def handle(number, _):
+    if stop.is_set() and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    stop.set()
+
+  if threading.current_thread() is not threading.main_thread():
+    yield stop  # signals belong to the main thread's owner
+    return
+  old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
+  cfg, t = run.cfg, run.cfg.train
+  abstract = state_lib.abstract(cfg, run.mesh)
+  state = (
+    checkpoint.restore(t.workdir, start, abstract)
+    if start
+    else state_lib.init(cfg, run.mesh)
+  )
+  _say_what(run, abstract, start)
+  step_of = _compiler(run, abstract)
+  evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)
+  clock = _Clock()
+  with _progress(start, t.steps) as say, _transfers_are_explicit():
+    for done in range(start + 1, t.steps + 1):
+      n_active = config.active_heads(cfg, done - 1)
+      step = step_of(n_active, say, clock)
+      _profile(done - 1, cfg)
+      batch = sharding.put_batch(run.mesh, next(batches))
+      state, values = step(state, batch, run.bytes_V)
+      clock.steps += 1
+      last, stop = done == t.steps, run.stop.is_set()
+      if done % t.log_every == 0 or last:
+        values = metrics.scalars(jax.device_get(values))
+        _log(run, done, n_active, values, clock, say)
+        if values['skipped_in_a_row'] >= t.max_nonfinite:
+          say(
+            f'{values["skipped_in_a_row"]:.0f} steps in a row were not finite'
+            f' (--train.max_nonfinite={t.max_nonfinite}); stopped, nothing saved'
+          )
+          return EXIT_DIVERGED
+      clock.pause()
+      if last or (t.eval_every and done % t.eval_every == 0):
+        _evaluate(run, done, state, evaluate, say)
+      due = t.checkpoint_every and done % t.checkpoint_every == 0
+      if last or stop or due:
+        run.held.check()
+        checkpoint.save(run.saver, done, state, cfg, run.tokens.fingerprint)
+      clock.go_on()
+      if stop and not last:
+        run.saver.wait_until_finished()
+        say(f'interrupted: saved step {done}; run the same command to go on')
+        return EXIT_INTERRUPTED
+    run.saver.wait_until_finished()
+  return 0
+
+
+def _compiler(run: _Run, abstract):
+  """(n_active, say, clock) -> compiled step; one compile a number of heads."""
+  cfg, steps = run.cfg, {}
+  rows = (
+    cfg.train.accumulate,
+    cfg.data.batch_size // cfg.train.accumulate,
+    cfg.data.seq_len + cfg.heads.n,
+  )
+  batch = jax.ShapeDtypeStruct(
+    rows, np.int32,
+    sharding=jax.NamedSharding(
+      run.mesh, sharding.pspec(None, 'batch', None)
+    ),
+  )  # fmt: skip
+
+  def step_of(n_active, say, clock):
+    if n_active not in steps:
+      clock.pause()
+      begin = time.perf_counter()
+      steps[n_active] = (
+        step_lib.compiled(cfg, n_active)
+        .lower(abstract, dict(tokens=batch, position=batch), run.bytes_V)
+        .compile()
+      )
+      memory = steps[n_active].memory_analysis()
+      say(
+        f'compiled the step with {n_active} heads in'
+        f' {time.perf_counter() - begin:.1f} s'
+        + (
+          f'; temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB a device'
+          if memory
+          else ''
+        )
+      )
+      clock.go_on()
+    return steps[n_active]
+
+  return step_of
+
+
+class _Clock:
+  """Seconds a step since the last log line; pauses for other work."""
+
+  def __init__(self):
+    self.steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
+
+  def lap(self) -> float:
+    self.pause()
+    step_time_s = self._seconds / self.steps if self.steps else float('nan')
+    self.steps, self._seconds = 0, 0.0
+    self.go_on()
+    return step_time_s
+
+  def pause(self):
+    self._seconds += time.perf_counter() - self._since
+
+  def go_on(self):
+    self._since = time.perf_counter()
+
+
+def _log(run, done, n_active, values, clock, say):
+  cfg = run.cfg
+  step_time_s = clock.lap()
+  tokens_per_s = cfg.data.batch_size * cfg.data.seq_len / step_time_s
+  flops_per_s = tokens_per_s * metrics.flops_per_token(cfg, n_active)
+  values |= dict(
+    step_time_s=step_time_s,
+    tokens_per_s=tokens_per_s,
+    model_flops_per_s=flops_per_s,
+    time_left_s=step_time_s * (cfg.train.steps - done),
+  )
+  peak = metrics.peak_flops(jax.devices()[0].device_kind)
+  if peak:
+    values['mfu'] = flops_per_s / (peak * run.mesh.size)
+  run.held.check()
+  run.sinks.write('train', done, values)
+  say(metrics.line(done, cfg.train.steps, values), done)
+
+
+def _evaluate(run, done, state, evaluate, say):
+  if run.cfg.eval.split not in run.tokens.store.splits:
+    return
+  batches = eval_batches(run.tokens, run.cfg)
+  values = metrics.scalars(evaluate(state.params, batches))
+  run.held.check()
+  run.sinks.write('eval', done, values)
+  say(f'held out, after step {done}:')
+  for line in metrics.table(values, run.cfg.heads.n):
+    say('  ' + line)
+
+
+def _say_what(run: _Run, abstract, start: int) -> None:
+  cfg, specs = run.cfg, lm.specs(run.cfg)
+  trunk, head, ends = (
+    params.count(tree)
+    for tree in (specs.trunk, specs.heads, (specs.embed, specs.unembed))
+  )
+  held = params.bytes_per_device(abstract.params)
+  moments = params.bytes_per_device(abstract.opt_state)
+  axes = ' x '.join(f'{a}={s}' for a, s in run.mesh.shape.items())
+  tokens = cfg.data.batch_size * cfg.data.seq_len
+  kind = jax.devices()[0].device_kind
+  print(
+    f'parameters {params.count(specs):,}: trunk {trunk:,}'
+    f' ({heads.trunk_layers(cfg)} layers), {cfg.heads.n} {cfg.heads.family}'
+    f' heads {head:,}, embeddings {ends:,}\n'
+    f'per device: parameters {held / 2**20:.1f} MiB, optimizer state'
+    f' {moments / 2**20:.1f} MiB; {run.mesh.size} x {kind}, mesh {axes}\n'
+    f'{tokens:,} tokens a step ({cfg.data.batch_size} windows of'
+    f' {cfg.data.seq_len}, {cfg.train.accumulate} micro-batches);'
+    f' step {start} of {cfg.train.steps}, {cfg.train.steps - start} to go\n'
+    f'writing to {cfg.train.workdir}',
+    flush=True,
+  )
+
+
+@contextlib.contextmanager
+def _progress(start: int, steps: int):
+  """say(text, step=None): a bar at a terminal, plain lines elsewhere."""
+  if not sys.stdout.isatty():
+    yield lambda text, step=None: print(text, flush=True)
+    return
+  with rich.progress.Progress(
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.MofNCompleteColumn(),
+  ) as bar:
+    task = bar.add_task('training', total=steps, completed=start)
+
+    def say(text, step=None):
+      bar.console.print(text, markup=False, highlight=False)
+      if step:
+        bar.update(task, completed=step)
+
+    yield say
+
+
+def _transfers_are_explicit():
+  """A hidden copy between host and device would wait for the device."""
+  return jax.transfer_guard('disallow')
+
+
+def _profile(step: int, cfg: config.Config) -> None:
+  t = cfg.train
+  if t.profile_steps and step == t.profile_start:
+    jax.profiler.start_trace(os.path.join(t.workdir, 'profile'))
+  if t.profile_steps and step == t.profile_start + t.profile_steps:
+    jax.profiler.stop_trace()

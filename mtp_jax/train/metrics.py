@@ -1,0 +1,172 @@
+"""What a run says: flat scalars, their sinks, the log line, FLOPs. Floor 4.
+
+Only head 1's loss is comparable with a next-token model's: totals of different
+n are not.
+"""
+
+import json
+import math
+import os
+
+import numpy as np
+import tensorboardX
+
+from mtp_jax import config, params
+from mtp_jax.model import heads, lm
+
+# Dense bfloat16 FLOP/s of one device, by the start of jax's device_kind.
+PEAK_FLOPS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+  'NVIDIA B200': 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Peak of one device; None where nobody should compute an MFU (a CPU)."""
+  known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
+  return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def flops_per_token(cfg: config.Config, n_active: int) -> float:
+  """Model FLOPs of one training token: forward, and twice that backward.
+
+  Two a weight of a matrix product (the unembedding once a head, the embedding
+  not at all) and 4 T N H a layer for attention, over all T keys: the convention
+  of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311), appendix B.
+  Recomputation is not counted: it is a cost, not work.
+  """
+  m, specs = cfg.model, lm.specs(cfg)
+  layer_weights = params.count(specs.trunk) / heads.trunk_layers(cfg)
+  layers = heads.trunk_layers(cfg) + n_active
+  attention = 4 * cfg.data.seq_len * m.n_attn_heads * m.head_width
+  unembedding = 2 * params.count(specs.unembed)
+  forward = layers * (2 * layer_weights + attention) + n_active * unembedding
+  return 3 * forward
+
+
+def acceptance(accepted_K) -> tuple[list[float], float]:
+  """`loss.acceptance` sums -> (rate of heads 2..K, expected length).
+
+  A rate is conditional on the drafts before it; the length is the head-1 token
+  plus the drafts accepted in a row, in tokens a forward pass. NaN where nothing
+  was asked.
+  """
+  rates, length, alive = [], 1.0, 1.0
+  for before, after in zip(accepted_K[:-1], accepted_K[1:], strict=True):
+    rates.append(float(after / before) if before else math.nan)
+    alive *= rates[-1] if before else 0.0
+    length += alive
+  return rates, length
+
+
+def scalars(metrics: dict) -> dict[str, float]:
+  """A step's metrics, on the host, as flat names in reading order."""
+  out = dict(loss=float(metrics['total']))
+  for name in ('loss', 'z_loss', 'accuracy', 'head_grad_norm', 'weight'):
+    values_K = metrics.get(f'{name}_K')
+    if values_K is not None and (name != 'z_loss' or np.any(values_K)):
+      out |= {f'{name}_{k}': float(v) for k, v in enumerate(values_K, 1)}
+  rates, length = acceptance(metrics['accepted_K'])
+  out |= {f'acceptance_{k}': rate for k, rate in enumerate(rates, 2)}
+  out['accepted_length'] = length
+  n_bytes = metrics['bytes']
+  out['bits_per_byte'] = (
+    float(metrics['nats'] / math.log(2) / n_bytes) if n_bytes else math.nan
+  )
+  for name in ('lr', 'grad_norm', 'skipped', 'skipped_in_a_row'):
+    if name in metrics:
+      out[name] = float(metrics[name])
+  return out
+
+
+def line(step: int, steps: int, values: dict[str, float]) -> str:
+  """One log line."""
+  mfu = values.get('mfu')
+  return (
+    f'step {step}/{steps}  loss {values["loss"]:.4f}'
+    f'  head 1 {values["loss_1"]:.4f}'
+    f'  bits/byte {values["bits_per_byte"]:.3f}  lr {values["lr"]:.2e}'
+    f'  |grad| {values["grad_norm"]:.3f}'
+    f'  E[accepted] {values["accepted_length"]:.2f}'
+    f'  {values["tokens_per_s"]:,.0f} tokens/s'
+    f'  {values["model_flops_per_s"] / 1e12:.3g} TFLOP/s'
+    f'  MFU {"n/a" if mfu is None else f"{mfu:.1%}"}'
+    f'  left {duration(values["time_left_s"])}'
+    + (f'  skipped {values["skipped"]:.0f}' if values['skipped'] else '')
+  )
+
+
+def duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def table(values: dict[str, float], n: int) -> list[str]:
+  """Held-out results by head, as lines."""
+  lines = ['head    loss  accuracy  acceptance']
+  for k in range(1, n + 1):
+    rate = values.get(f'acceptance_{k}')
+    lines.append(
+      f'{k:4d}  {values[f"loss_{k}"]:6.4f}  {values[f"accuracy_{k}"]:8.2%}'
+      f'  {"" if rate is None else f"{rate:10.2%}"}'
+    )
+  return [
+    *lines,
+    f'bits per byte {values["bits_per_byte"]:.4f}, expected accepted length'
+    f' {values["accepted_length"]:.3f} tokens (teacher-forced estimate)',
+  ]
+
+
+def jsonl_path(workdir: str) -> str:
+  return os.path.join(workdir, 'metrics.jsonl')
+
+
+def read(workdir: str) -> list[dict]:
+  """Records of metrics.jsonl; a last line cut off by a crash is left out."""
+  try:
+    with open(jsonl_path(workdir), encoding='utf-8') as f:
+      lines = f.readlines()
+  except FileNotFoundError:
+    return []
+  return [json.loads(text) for text in lines if text.endswith('\n')]
+
+
+class Sinks:
+  """metrics.jsonl and TensorBoard, both cut back to the step a run starts at.
+
+  NaN is written as null: JSON has no other word for it.
+  """
+
+  def __init__(self, workdir: str, start_step: int):
+    kept = [r for r in read(workdir) if r['step'] <= start_step]
+    tmp = jsonl_path(workdir) + '.tmp'
+    with open(tmp, 'w', encoding='utf-8') as f:
+      f.writelines(json.dumps(record) + '\n' for record in kept)
+    os.replace(tmp, jsonl_path(workdir))
+    self._jsonl = open(jsonl_path(workdir), 'a', encoding='utf-8')
+    self._board = tensorboardX.SummaryWriter(
+      os.path.join(workdir, 'tensorboard'), purge_step=start_step + 1
+    )
+
+  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    record = dict(kind=kind, step=step) | finite
+    self._jsonl.write(json.dumps(record) + '\n')
+    self._jsonl.flush()
+    for name, value in values.items():
+      self._board.add_scalar(f'{kind}/{name}', value, step)
+    self._board.flush()
+
+  def close(self) -> None:
+    self._jsonl.close()
+    self._board.close()

@@ -1,0 +1,58 @@
+"""Everything that a step changes and a checkpoint keeps. Floor 4."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtp_jax import config, optim, params
+from mtp_jax.model import lm
+
+
+@flax.struct.dataclass
+class State:
+  """params, optimizer state, and three int32 counters.
+
+  step counts optimizer steps, skipped ones too, so that step x batch_size is
+  the position in the data; skipped counts the non-finite steps; skipped_in_a_row
+  those since the last good one.
+  """
+
+  params: lm.LM
+  opt_state: Any
+  step: Any
+  skipped: Any
+  skipped_in_a_row: Any
+
+
+def init(cfg: config.Config, mesh: Mesh) -> State:
+  """The state of step 0, made in its shards: never whole on one device."""
+
+  def make(key):
+    model = params.init(key, lm.specs(cfg), cfg.model.param_dtype)
+    zero = jnp.zeros((), jnp.int32)
+    return State(model, optim.transform(cfg).init(model), zero, zero, zero)
+
+  with jax.set_mesh(mesh):
+    return jax.jit(make)(jax.random.key(cfg.train.seed))
+
+
+def abstract(cfg: config.Config, mesh: Mesh) -> State:
+  """The state's shapes, dtypes and shardings, without making it."""
+  with jax.set_mesh(mesh):
+    model = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
+    opt_state = jax.eval_shape(optim.transform(cfg).init, model)
+    zero = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
+
+  def place(x):
+    sharding = x.sharding
+    if sharding is None or not sharding.spec:
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+    return jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, sharding.spec)
+    )
+
+  return jax.tree.map(place, State(model, opt_state, zero, zero, zero))

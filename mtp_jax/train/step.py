@@ -1,0 +1,97 @@
+"""One optimizer step: a pure function of the state and a batch. Floor 4."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtp_jax import config, loss, optim
+from mtp_jax.train import state as state_lib
+
+
+def train_step(
+  state: state_lib.State, batch: dict, bytes_V, *, n_active: int,
+  cfg: config.Config,
+):  # fmt: skip
+  """Loss, gradients, update.
+
+  Args:
+    state: donated by the caller.
+    batch: tokens and position (A, B, U) int32; A micro-batches, summed.
+    bytes_V: UTF-8 bytes of each token, for bits per byte.
+    n_active: heads that train (--loss.curriculum).
+    cfg: static.
+
+  Returns:
+    (new state, metrics): scalars and (n_active,) arrays of this very step. A
+    step whose loss or gradient is not finite changes no parameter.
+  """
+  count_K, n_bytes = loss.counts(batch, cfg.heads.n, bytes_V)
+  weight_K = loss.weights(state.step, cfg)
+
+  def micro_batch(rows):
+    return jax.value_and_grad(loss.mtp_loss, argnums=(0, 1), has_aux=True)(
+      state.params, jnp.zeros(cfg.heads.n), rows,
+      count_K=count_K, weight_K=weight_K, n_active=n_active, cfg=cfg,
+    )  # fmt: skip
+
+  def accumulate(summed, rows):
+    out = micro_batch(rows)
+    return jax.tree.map(lambda s, x: s + x.astype(s.dtype), summed, out), None
+
+  # Summed in grad_dtype even where parameters, hence gradients, are bfloat16:
+  # there the eighth micro-batch would already be rounded away by the sum.
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(
+      x.shape, jnp.promote_types(x.dtype, cfg.loss.grad_dtype),
+      out_sharding=x.sharding.spec,
+    ),
+    jax.eval_shape(micro_batch, jax.tree.map(lambda x: x[0], batch)),
+  )  # fmt: skip
+  ((total, sums), (grads, norm2_K)), _ = jax.lax.scan(accumulate, zeros, batch)
+
+  with jax.named_scope('update'):
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+    lr = optim.learning_rate(cfg)(state.step)
+    new = _update(state, grads, lr, n_active, cfg)
+    new = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      new, (state.params, state.opt_state),
+    )  # fmt: skip
+  bad = 1 - finite.astype(jnp.int32)
+  metrics = sums | dict(
+    total=total, head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]), lr=lr,
+    grad_norm=grad_norm, weight_K=weight_K[:n_active],
+    skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+    nats=(sums['loss_K'] - sums['z_loss_K'])[0] * count_K[0], count_K=count_K, bytes=n_bytes,
+  )  # fmt: skip
+  return state_lib.State(
+    *new,
+    step=state.step + 1,
+    skipped=metrics['skipped'],
+    skipped_in_a_row=metrics['skipped_in_a_row'],
+  ), metrics
+
+
+def _update(state, grads, lr, n_active, cfg):
+  direction, opt_state = optim.transform(cfg).update(
+    grads, state.opt_state, state.params
+  )
+  params = jax.tree.map(
+    lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction
+  )
+  return optim.keep_inactive_heads(
+    (params, opt_state),
+    (state.params, state.opt_state),
+    n_active,
+    cfg.heads.n,
+  )
+
+
+def compiled(cfg: config.Config, n_active: int):
+  """The step under jit, its state donated. Call it under jax.set_mesh."""
+
+  def step(state, batch, bytes_V):
+    return train_step(state, batch, bytes_V, n_active=n_active, cfg=cfg)
+
+  return jax.jit(step, donate_argnums=0)

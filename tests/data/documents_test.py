@@ -1,0 +1,221 @@
+import collections
+import gzip
+import json
+import os
+import sys
+
+import pytest
+
+from mtp_jax import config
+from mtp_jax.data import documents
+
+
+def _read(sources: str) -> list[tuple[str, str]]:
+  return [tuple(document) for document in documents.read(sources)]
+
+
+def _refused(sources: str) -> str:
+  """The line that reading ends with, checked to name the source."""
+  with pytest.raises(config.ConfigError) as error:
+    _read(sources)
+  line = str(error.value)
+  flag, _, problem = line.partition(': ')
+  assert flag == f'--data.documents={sources}' and '\n' not in line
+  return problem
+
+
+def _gz(path, data: bytes):
+  with gzip.open(path, 'wb') as file:
+    file.write(data)
+
+
+def test_stdlib():
+  found = dict(documents.read('python:stdlib'))
+  names = list(found)
+  assert names == sorted(names) and len(names) > 500
+  assert 'class JSONDecoder' in found['stdlib/json/decoder.py']
+  parts = {part for name in names for part in name.split('/')[:-1]}
+  assert not parts & documents.NOT_STDLIB
+  assert all(name.endswith('.py') for name in names)
+
+
+def test_python_package_is_not_imported(tmp_path, monkeypatch):
+  package = tmp_path / 'floor_pkg'
+  (package / 'sub' / 'tests').mkdir(parents=True)
+  bomb = 'raise RuntimeError("imported")\n'
+  for name in ('__init__.py', 'a.py', 'sub/__init__.py', 'sub/tests/t.py'):
+    (package / name).write_text(bomb)
+  (package / 'data.txt').write_text('no source')
+  (tmp_path / 'floor_module.py').write_text(bomb)
+  monkeypatch.syspath_prepend(tmp_path)
+  assert [name for name, _ in _read('python:floor_pkg')] == [
+    'floor_pkg/__init__.py',
+    'floor_pkg/a.py',
+    'floor_pkg/sub/__init__.py',
+    'floor_pkg/sub/tests/t.py',
+  ]
+  assert _read('python:floor_pkg.sub')[0] == ('floor_pkg/sub/__init__.py', bomb)
+  assert _read('python:floor_pkg.a') == [('floor_pkg/a.py', bomb)]
+  assert _read('python:floor_module') == [('floor_module.py', bomb)]
+  assert not [name for name in sys.modules if name.startswith('floor_')]
+
+
+def test_python_frozen_and_namespace_modules(tmp_path, monkeypatch):
+  assert _read('python:os')[0][0] == 'os.py'  # frozen, yet its source is there
+  for place in ('one', 'two'):
+    (tmp_path / place / 'floor_ns').mkdir(parents=True)
+    (tmp_path / place / 'floor_ns' / f'{place}.py').write_text(place)
+    monkeypatch.syspath_prepend(tmp_path / place)
+  assert _read('python:floor_ns') == [
+    ('floor_ns/one.py', 'one'),
+    ('floor_ns/two.py', 'two'),
+  ]
+
+
+@pytest.mark.parametrize(
+  'module', ['no_such_module_x', 'json.no_such', 'os.path.x', 'a b', '.json']
+)
+def test_python_module_missing(module):
+  problem = _refused(f'python:{module}')
+  assert problem == 'no module of this name is installed'
+
+
+def test_python_without_source(monkeypatch):
+  assert _refused('python:sys') == 'there is no .py file in it'
+  monkeypatch.setitem(sys.modules, 'floor_specless', type(sys)('x'))
+  problem = _refused('python:floor_specless')  # as __main__: __spec__ is None
+  assert problem == 'no module of this name is installed'
+
+
+def test_dir_skips_and_counts_what_is_no_text(tmp_path):
+  root = tmp_path / 'tree'
+  (root / 'b').mkdir(parents=True)
+  (root / 'z.txt').write_bytes('é\r\n'.encode())
+  (root / 'b' / 'a.md').write_text('a')
+  (root / 'latin.txt').write_bytes(b'caf\xe9')
+  (root / 'zeros').write_bytes(b'a\0b')
+  _gz(root / 'b' / 'packed.gz', b'text inside')
+  (root / 'broken.gz').write_bytes(b'\x1f\x8b\xff')
+  (tmp_path / 'outside').mkdir()
+  (tmp_path / 'outside' / 'secret').write_text('secret')
+  (root / 'link').symlink_to(tmp_path / 'outside')
+  (root / 'link.txt').symlink_to(root / 'z.txt')
+  os.mkfifo(root / 'pipe')
+  skipped = collections.Counter()
+  found = [tuple(d) for d in documents.read(f'dir:{root}', skipped)]
+  assert found == [('tree/b/a.md', 'a'), ('tree/z.txt', 'é\r\n')]
+  assert skipped == {'not UTF-8 text': 4}
+  assert _read(f'dir:{root}/') == found
+
+
+def test_dir_errors(tmp_path, monkeypatch):
+  assert _refused(f'dir:{tmp_path}/none') == 'no such directory'
+  assert _refused(f'dir:{tmp_path}') == 'there is no regular file in it'
+
+  def denied(top, onerror):
+    onerror(PermissionError(13, 'Permission denied', f'{top}/x'))
+    return iter(())
+
+  monkeypatch.setattr(os, 'walk', denied)
+  problem = _refused(f'dir:{tmp_path}')
+  assert problem == f'cannot read {tmp_path}/x: Permission denied'
+
+
+def test_text_path_glob_and_gz(tmp_path):
+  for folder, text in (('b', 'two'), ('a', 'one')):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / 'part.txt').write_text(text)
+  _gz(tmp_path / 'a' / 'more.txt.gz', 'zipped é'.encode())
+  (tmp_path / 'a' / 'folder.txt').mkdir()
+  (tmp_path / 'odd[1].txt').write_text('brackets')
+  assert _read(f'text:{tmp_path}/b/part.txt') == [('part.txt', 'two')]
+  assert _read(f'text:{tmp_path}/*/*.txt*') == [
+    ('a/more.txt.gz', 'zipped é'),
+    ('a/part.txt', 'one'),
+    ('b/part.txt', 'two'),
+  ]
+  assert [n for n, _ in _read(f'text:{tmp_path}/**/part.txt')] == [
+    'a/part.txt',
+    'b/part.txt',
+  ]
+  assert _read(f'text:{tmp_path}/odd[1].txt') == [('odd[1].txt', 'brackets')]
+
+
+def test_text_errors(tmp_path):
+  assert _refused(f'text:{tmp_path}/none.txt') == 'no such file'
+  assert _refused(f'text:{tmp_path}/*.txt') == 'no file matches'
+  assert _refused(f'text:{tmp_path}') == 'is a directory; dir:PATH reads one'
+  bad = tmp_path / 'bad.txt'
+  bad.write_bytes(b'\xff')
+  assert _refused(f'text:{bad}') == f'{bad} is not UTF-8 text'
+
+
+def test_unreadable_files(tmp_path, monkeypatch):
+  whole = tmp_path / 'whole.gz'
+  _gz(whole, b'{"text": "x"}\n' * 1000)
+  cut = tmp_path / 'cut.gz'
+  cut.write_bytes(whole.read_bytes()[:-12])
+  flipped = tmp_path / 'flipped.gz'
+  data = bytearray(whole.read_bytes())
+  data[25] ^= 0xFF
+  flipped.write_bytes(data)
+  (tmp_path / 'plain.gz').write_bytes(b'not zipped')
+  for name in ('cut.gz', 'flipped.gz', 'plain.gz'):
+    for kind in ('text', 'jsonl'):
+      problem = _refused(f'{kind}:{tmp_path}/{name}')
+      assert problem.startswith(f'cannot read {tmp_path}/{name}: ')
+  later = documents.read(f'text:{whole}')
+  whole.unlink()  # between the look-up and the reading
+  with pytest.raises(config.ConfigError, match='No such file or directory'):
+    next(later)
+
+
+def test_jsonl(tmp_path):
+  lines = '{"text": "one", "body": "eins"}\n\n  \n{"text": "\\ud83d\\ude00"}\n'
+  (tmp_path / 'a.jsonl').write_text(lines)
+  assert _read(f'jsonl:{tmp_path}/a.jsonl') == [
+    ('a.jsonl:1', 'one'),
+    ('a.jsonl:4', '😀'),
+  ]
+  _gz(tmp_path / 'b.jsonl.gz', b'{"body": "zwei"}')
+  _gz(tmp_path / 'c.jsonl.gz', b'{"body": "half \\ud83d."}')
+  assert _read(f'jsonl:{tmp_path}/*.gz#body') == [
+    ('b.jsonl.gz:1', 'zwei'),
+    ('c.jsonl.gz:1', 'half \ufffd.'),
+  ]
+
+
+@pytest.mark.parametrize(
+  'line, problem',
+  [
+    (b'{"text": ', 'bad JSON: Expecting value at column 9'),
+    (b'[' * 200_000, 'bad JSON: nested too deeply'),
+    (b'"\xff"', 'not UTF-8 text'),
+    (b'[1]', 'list where an object should be'),
+    (b'{"b": 1, "a": 2}', "no field 'text', its fields are: a, b"),
+    (b'{}', "no field 'text', its fields are: none"),
+    (b'{"text": 3}', "field 'text' is int, not a string"),
+    (b'{"text": null}', "field 'text' is NoneType, not a string"),
+  ],
+)
+def test_jsonl_errors_name_file_and_line(tmp_path, line, problem):
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n')
+  assert _refused(f'jsonl:{path}') == f'{path}:3: {problem}'
+
+
+@pytest.mark.parametrize('source', ['', 'parquet:x', 'dir', 'dir:', 'x.txt'])
+def test_unknown_kinds(source):
+  kinds = 'python, dir, text, jsonl'
+  assert _refused(source) == f'KIND:ARG with KIND one of: {kinds}'
+
+
+def test_sources_are_looked_up_before_reading(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('a')
+  with pytest.raises(config.ConfigError, match='text:missing: no such file'):
+    documents.read(f'text:{path},text:missing')
+  line = json.dumps({'text': 'b'})
+  (tmp_path / 'b.jsonl').write_text(line)
+  both = f'text:{path} , jsonl:{tmp_path}/b.jsonl'
+  assert _read(both) == [('a.txt', 'a'), ('b.jsonl:1', 'b')]

@@ -1,0 +1,353 @@
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from mtp_jax import config
+from mtp_jax.data import documents, spool, store, tokenizers
+
+BYTES = tokenizers.get('bytes')
+TEXTS = [f'document {i} ' + 'é' * (i % 7) for i in range(200)]
+
+
+def _documents(texts):
+  for i, text in enumerate(texts):
+    yield documents.Document(f'{i}', text)
+
+
+def _write(path, texts=TEXTS, tokenizer=BYTES, *, valid_fraction=0.2, **kwargs):
+  return store.write(
+    path, _documents(texts), tokenizer, valid_fraction=valid_fraction, **kwargs
+  )
+
+
+def _texts(opened: store.Store, name: str) -> list[str]:
+  """Documents of a split, framing checked, in the order of the store."""
+  made, found, split = opened.manifest['tokenizer'], [], opened.split(name)
+  for tokens_P, offset_M in zip(split.tokens, split.offsets, strict=True):
+    for ids_T in np.split(tokens_P, offset_M[1:].astype(np.int64)):
+      assert (ids_T[0], ids_T[-1]) == (made['bos'], made['eos'])
+      assert not np.isin(ids_T[1:-1], (made['bos'], made['eos'])).any()
+      found.append(BYTES.decode(ids_T))
+  return found
+
+
+def _files(path: pathlib.Path) -> dict[str, bytes]:
+  files = (p for p in sorted(path.rglob('*')) if p.is_file())
+  return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+def _refused(call, *args, **kwargs) -> str:
+  with pytest.raises(config.ConfigError) as error:
+    call(*args, **kwargs)
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+def _wide(vocab_size: int) -> tokenizers.Tokenizer:
+  """Bytes with the specials at the end of a vocabulary of this size."""
+  return BYTES._replace(
+    name=f'wide{vocab_size}', vocab_size=vocab_size, fingerprint='0' * 64,
+    bos=vocab_size - 2, eos=vocab_size - 1,
+  )  # fmt: skip
+
+
+def test_round_trip(tmp_path):
+  manifest = _write(tmp_path / 's', sources='here')
+  opened = store.open_store(tmp_path / 's')
+  assert opened.manifest == manifest and manifest['sources'] == 'here'
+  splits = {name: _texts(opened, name) for name in ('train', 'valid')}
+  assert sorted(splits['train'] + splits['valid']) == sorted(TEXTS)
+  for name, texts in splits.items():
+    n_bytes = sum(len(text.encode()) for text in texts)
+    entry = manifest['splits'][name]
+    assert entry['documents'] == len(texts)
+    assert entry['bytes'] == n_bytes
+    assert entry['tokens'] == n_bytes + 2 * len(texts)
+  assert manifest['tokenizer']['token_bytes'] == BYTES.token_bytes_V.tolist()
+  assert len(splits['valid']) == pytest.approx(40, abs=20)
+  assert os.listdir(tmp_path) == ['s']  # no spool, no temporary directory
+
+
+def test_manifest_lists_every_file_truly(tmp_path):
+  manifest = _write(tmp_path / 's', shard_tokens=300)
+  files = _files(tmp_path / 's')
+  del files['manifest.json']
+  for entry in manifest['splits'].values():
+    for shard in entry['shards']:
+      for kind, width, n in (
+        ('tokens_file', 2, shard['tokens']),
+        ('offsets_file', 8, shard['documents']),
+      ):
+        data = files.pop(shard[kind]['file'])
+        assert len(data) == shard[kind]['size'] == width * n
+        assert hashlib.sha256(data).hexdigest() == shard[kind]['sha256']
+  assert not files
+
+
+def test_order_is_by_hash_and_independent_of_reading(tmp_path):
+  _write(tmp_path / 'a')
+  shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
+  _write(tmp_path / 'b', shuffled)
+  assert _files(tmp_path / 'a') == _files(tmp_path / 'b')
+  for name in ('train', 'valid'):
+    texts = _texts(store.open_store(tmp_path / 'a'), name)
+    hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+    assert hashes == sorted(hashes)
+
+
+def test_split_of_a_document_is_its_own(tmp_path):
+  _write(tmp_path / 'a')
+  _write(tmp_path / 'b', [*TEXTS[50:], *(f'more {i}' for i in range(300))])
+  _write(tmp_path / 'c', valid_fraction=0.5)
+  a, b, c = (store.open_store(tmp_path / name) for name in 'abc')
+  for name in ('train', 'valid'):
+    kept = set(_texts(a, name)) & set(TEXTS[50:])
+    assert kept == set(_texts(b, name)) & set(TEXTS)
+  # A larger fraction holds out more, and never trains on what was held out.
+  assert set(_texts(a, 'valid')) < set(_texts(c, 'valid'))
+  # The order of the store says nothing about the split.
+  first = [hashlib.sha256(t.encode()).digest()[0] for t in _texts(c, 'valid')]
+  assert np.mean(first) == pytest.approx(127.5, abs=25)
+
+
+def test_duplicates_and_empty_documents(tmp_path):
+  manifest = _write(tmp_path / 's', [*TEXTS, '', *TEXTS[:3], '', TEXTS[0]])
+  assert (manifest['duplicates'], manifest['empty']) == (4, 2)
+  same = _write(tmp_path / 't')
+  assert manifest['splits'] == same['splits']
+
+
+@pytest.mark.parametrize(
+  'vocab_size, dtype', [(258, 'u2'), (65536, 'u2'), (65537, 'u4')]
+)
+def test_dtype(tmp_path, vocab_size, dtype):
+  tokenizer = _wide(vocab_size)
+  manifest = _write(tmp_path / 's', tokenizer=tokenizer)
+  assert manifest['dtype'] == f'<{dtype}'
+  opened = store.open_store(tmp_path / 's')
+  assert opened.split('train').tokens[0].dtype == np.dtype(f'<{dtype}')
+  assert opened.split('train').tokens[0].max() == vocab_size - 1
+  both = _texts(opened, 'train') + _texts(opened, 'valid')
+  assert sorted(both) == sorted(TEXTS)
+
+
+def test_ids_outside_the_vocabulary_are_an_error(tmp_path):
+  for bad in ([70000], [-1]):
+    broken = BYTES._replace(encode=lambda text, bad=bad: np.array(bad))
+    with pytest.raises(ValueError, match='its vocab_size is 258'):
+      _write(tmp_path / 's', tokenizer=broken)
+  assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('shard_tokens', [1, 16, 100, 1000])
+def test_shards_hold_whole_documents(tmp_path, shard_tokens):
+  manifest = _write(tmp_path / 'many', shard_tokens=shard_tokens)
+  _write(tmp_path / 'one')
+  many, one = (store.open_store(tmp_path / name) for name in ('many', 'one'))
+  for name in ('train', 'valid'):
+    assert _texts(many, name) == _texts(one, name)
+    shards = manifest['splits'][name]['shards']
+    assert len(shards) > 1 and len(one.split(name).tokens) == 1
+    for shard, after in zip(shards, shards[1:], strict=False):
+      assert shard['tokens'] <= shard_tokens or shard['documents'] == 1
+      assert shard['tokens'] + after['tokens'] > shard_tokens  # nearly full
+    split = many.split(name)
+    expected = sum(max(t.size - 1, 0) // 8 for t in split.tokens)
+    assert split.n_windows(8, 1) == expected
+
+
+def test_progress_rises_to_the_totals(tmp_path, monkeypatch):
+  monkeypatch.setattr(spool, 'PROGRESS_TOKENS', 500)
+  calls = []
+  manifest = _write(tmp_path / 's', progress=lambda *n: calls.append(n))
+  assert len(calls) > 3 and calls == sorted(calls)
+  entries = manifest['splits'].values()
+  assert calls[-1] == tuple(
+    sum(entry[key] for entry in entries)
+    for key in ('documents', 'tokens', 'bytes')
+  )
+
+
+def test_fractions(tmp_path):
+  manifest = _write(tmp_path / 's', valid_fraction=0)
+  assert list(manifest['splits']) == ['train']
+  line = _refused(store.open_store(tmp_path / 's').split, 'valid')
+  assert line.endswith("s: has no split 'valid', only: train")
+  for fraction in (1, 1.5, -0.1, float('nan')):
+    line = _refused(_write, tmp_path / 't', valid_fraction=fraction)
+    assert line == f'--data.valid_fraction={fraction}: from 0 to below 1'
+  for fraction, name in ((1e-9, 'valid'), (1 - 1e-9, 'train')):
+    line = _refused(_write, tmp_path / 't', TEXTS[:3], valid_fraction=fraction)
+    problem = f'it leaves the {name} split of 3 documents empty'
+    assert line == f'--data.valid_fraction={fraction}: {problem}'
+  line = _refused(_write, tmp_path / 't', ['', ''], sources='dir:x')
+  assert line == (
+    '--data.documents=dir:x: there is no document with text in it'
+  )
+  assert os.listdir(tmp_path) == ['s']
+
+
+def test_targets_that_are_not_overwritten(tmp_path):
+  _write(tmp_path / 's')
+  before = _files(tmp_path / 's')
+  line = _refused(_write, tmp_path / 's', TEXTS[:50])
+  assert line.endswith('s: exists; give another directory, or overwrite it')
+  home = tmp_path / 'home'
+  (home / 'thesis').mkdir(parents=True)
+  (tmp_path / 'file').write_text('x')
+  for name in ('home', 'file'):
+    line = _refused(_write, tmp_path / name, overwrite=True)
+    assert line.endswith('is not a token store, so it is not overwritten')
+  assert (home / 'thesis').is_dir() and _files(tmp_path / 's') == before
+  assert _refused(_write, '') == '--data.store=: must be a directory'
+  line = _refused(_write, tmp_path / 'file' / 'below')
+  assert line.endswith('below: cannot write there: Not a directory')
+
+
+def test_overwrite(tmp_path, monkeypatch):
+  (tmp_path / 's').mkdir()  # an empty directory may be taken
+  _write(tmp_path / 's', overwrite=True)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  manifest = _write('~/s', TEXTS[:50], overwrite=True)
+  assert store.open_store('~/s').manifest == manifest
+  assert os.listdir(tmp_path) == ['s']
+
+
+class Killed(BaseException):
+  """What no `except Exception` catches, as KeyboardInterrupt."""
+
+
+def _killed_after(n: int):
+  yield from _documents(TEXTS[:n])
+  raise Killed
+
+
+def test_killed_write_leaves_nothing(tmp_path):
+  with pytest.raises(Killed):
+    store.write(tmp_path / 's', _killed_after(50), BYTES, valid_fraction=0.2)
+  assert not os.listdir(tmp_path)
+  stale = tmp_path / f's.tmp-{os.getpid()}'  # what SIGKILL would have left
+  (stale / 'train').mkdir(parents=True)
+  _write(tmp_path / 's')
+  store.open_store(tmp_path / 's')
+  before = _files(tmp_path / 's')
+  with pytest.raises(Killed):
+    store.write(
+      tmp_path / 's', _killed_after(50), BYTES, valid_fraction=0.2,
+      overwrite=True,
+    )  # fmt: skip
+  assert _files(tmp_path / 's') == before
+  assert os.listdir(tmp_path) == ['s']
+
+
+@pytest.mark.parametrize('failing', [1, 2])
+def test_failed_exchange_keeps_the_old_store(tmp_path, monkeypatch, failing):
+  _write(tmp_path / 's')
+  before, rename, calls = _files(tmp_path / 's'), os.rename, []
+
+  def fails_once(source, target):
+    calls.append(source)
+    if len(calls) == failing:
+      raise OSError(errno.EIO, 'Input/output error')
+    rename(source, target)
+
+  monkeypatch.setattr(os, 'rename', fails_once)
+  with pytest.raises(OSError):
+    _write(tmp_path / 's', TEXTS[:50], overwrite=True)
+  assert _files(tmp_path / 's') == before
+  assert os.listdir(tmp_path) == ['s']
+
+
+def _record(path: pathlib.Path, kind: str) -> str:
+  manifest = json.loads((path / 'manifest.json').read_bytes())
+  return manifest['splits']['valid']['shards'][0][kind]['file']
+
+
+@pytest.mark.parametrize('kind', ['tokens_file', 'offsets_file'])
+def test_damaged_files_are_refused_by_name(tmp_path, kind):
+  path = tmp_path / 's'
+  _write(path)
+  name = _record(path, kind)
+  data = (path / name).read_bytes()
+  flipped = bytearray(data)
+  flipped[len(data) // 2] ^= 1
+  (path / name).write_bytes(flipped)
+  line = _refused(store.open_store, path)
+  start = f'--data.store={path}: {name}: '
+  assert line == start + 'it is damaged, its checksum is wrong'
+  store.open_store(path, verify=False)
+  n = len(data)
+  for bad in (data[:-1], data + b'\0'):
+    (path / name).write_bytes(bad)
+    line = _refused(store.open_store, path, verify=False)
+    assert line == start + f'it has {len(bad)} bytes instead of {n}'
+  (path / name).unlink()
+  assert _refused(store.open_store, path) == start + 'No such file or directory'
+
+
+def test_damaged_manifests_are_refused(tmp_path):
+  path = tmp_path / 's'
+  _write(path)
+  manifest = path / 'manifest.json'
+  good = manifest.read_text()
+  for bad, problem in (
+    (good[:-10], 'manifest.json is damaged: '),
+    ('\xff', 'manifest.json is damaged: '),
+    ('[1]', 'manifest.json is not the manifest of a token store'),
+    ('{"a": 1}', 'manifest.json is not the manifest of a token store'),
+    (good.replace('"format": 1', '"format": 9'), 'has format 9, this program'),
+    (good.replace('"bos": 256', '"bos": 0'), 'its checksum is wrong'),
+  ):
+    assert bad != good
+    manifest.write_bytes(bad.encode('latin-1'))
+    line = _refused(store.open_store, path)
+    assert line.startswith(f'--data.store={path}: ') and problem in line
+  manifest.unlink()
+  line = _refused(store.open_store, path)
+  assert line == f'--data.store={path}: is no token store: no manifest.json'
+  manifest.mkdir()
+  assert 'manifest.json: Is a directory' in _refused(store.open_store, path)
+
+
+def test_missing_stores(tmp_path):
+  for path in ('', tmp_path / 'none', __file__):
+    line = _refused(store.open_store, path)
+    assert line == (
+      f'--data.store={path}: no such directory; mtp prepare makes a store'
+    )
+  (tmp_path / 'none.old-x1').mkdir()  # power lost between two renames
+  line = _refused(store.open_store, tmp_path / 'none')
+  assert line.endswith(f'; the one before it is {tmp_path}/none.old-x1')
+
+
+def test_check_tokenizer(tmp_path):
+  _write(tmp_path / 's')
+  opened = store.open_store(tmp_path / 's')
+  store.check_tokenizer(opened, BYTES)
+  start = f'the store {tmp_path}/s was made with bytes; '
+  line = _refused(store.check_tokenizer, opened, _wide(300))
+  assert line == (
+    f'--data.tokenizer=wide300: {start}name there bytes, here wide300'
+  )
+  changed = BYTES._replace(fingerprint='f' * 64)
+  line = _refused(store.check_tokenizer, opened, changed)
+  assert f'fingerprint there {BYTES.fingerprint}, here {"f" * 64}' in line
+
+
+def test_summary(tmp_path):
+  manifest = _write(tmp_path / 's', [*TEXTS, ''], sources='dir:x')
+  n = {name: entry['documents'] for name, entry in manifest['splits'].items()}
+  lines = store.summary(manifest)
+  assert lines[:2] == [
+    'sources    dir:x',
+    'tokenizer  bytes, 258 tokens as uint16',
+  ]
+  assert lines[2].startswith(f'train      {n["train"]} documents, ')
+  assert lines[3].startswith(f'valid      {n["valid"]} documents, ')
+  assert lines[4] == 'left out   0 duplicates, 1 empty documents'
