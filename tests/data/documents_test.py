@@ -138,6 +138,11 @@ def test_text_path_glob_and_gz(tmp_path):
     'a/part.txt',
     'b/part.txt',
   ]
+  numbers = [7, 2, 9, 0, 5, 3, 8, 1, 6, 4]
+  for number in numbers:
+    (tmp_path / f'n{number}').write_text(f'{number}')
+  texts = [text for _, text in _read(f'text:{tmp_path}/n*')]
+  assert texts == sorted(map(str, numbers))
   assert _read(f'text:{tmp_path}/odd[1].txt') == [('odd[1].txt', 'brackets')]
 
 

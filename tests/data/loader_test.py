@@ -1,4 +1,5 @@
 import itertools
+import pathlib
 import subprocess
 import sys
 
@@ -205,7 +206,12 @@ def test_no_flags_are_needed():
     ' accumulate=1, seed=0)\n'
     'print(next(batches)["tokens"].shape)\n'
   )
+  root = pathlib.Path(__file__).parents[2]
   done = subprocess.run(
-    [sys.executable, '-c', program], capture_output=True, text=True, check=True
+    [sys.executable, '-c', program],
+    cwd=root,
+    capture_output=True,
+    text=True,
+    check=True,
   )
   assert done.stdout == '(1, 2, 5)\n'

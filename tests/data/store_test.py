@@ -145,7 +145,7 @@ def test_ids_outside_the_vocabulary_are_an_error(tmp_path):
   assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize('shard_tokens', [1, 16, 100, 1000])
+@pytest.mark.parametrize('shard_tokens', [1, 16, 100, 400])
 def test_shards_hold_whole_documents(tmp_path, shard_tokens):
   manifest = _write(tmp_path / 'many', shard_tokens=shard_tokens)
   _write(tmp_path / 'one')
@@ -160,6 +160,13 @@ def test_shards_hold_whole_documents(tmp_path, shard_tokens):
     split = many.split(name)
     expected = sum(max(t.size - 1, 0) // 8 for t in split.tokens)
     assert split.n_windows(8, 1) == expected
+
+
+def test_shards_are_filled_to_the_last_token(tmp_path):
+  texts = [f'{i:08d}' for i in range(12)]  # 10 tokens each
+  manifest = _write(tmp_path / 's', texts, valid_fraction=0, shard_tokens=40)
+  shards = manifest['splits']['train']['shards']
+  assert [shard['tokens'] for shard in shards] == [40, 40, 40]
 
 
 def test_progress_rises_to_the_totals(tmp_path, monkeypatch):

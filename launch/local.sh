@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A multi-token model of real code, on this machine, from a fresh clone:
+#   launch/local.sh [--section.field=VALUE …]
+# Makes .venv, prepares a store from the Python standard library, trains
+# experiments/smoke.flags, evaluates it and draws its curves. What is there
+# already is used again; other flags get a run of their own.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+store=stores/python-stdlib-bytes
+name=smoke
+for flag in "$@"; do name+="_${flag#--}"; done
+run=runs/$(printf %s "$name" | tr -c 'A-Za-z0-9._=-' '_')
+
+source launch/venv.sh ''
+[ -e "$store/manifest.json" ] ||
+  mtp prepare --flagfile=experiments/smoke.flags --data.store="$store"
+mtp train --flagfile=experiments/smoke.flags --data.store="$store" \
+  --train.workdir="$run" "$@"
+mtp eval --eval.checkpoint="$run" --out="$run/heldout.json"
+mtp report "$run"
+echo "checkpoints: $run/checkpoints"
+echo "metrics:     $run/metrics.jsonl, $run/tensorboard, $run/heldout.json"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Installs what tests need into .venv and runs them:
+#   launch/test.sh            the test command: lint, and all tests but slow ones
+#   launch/test.sh --slow     the full products and the long runs as well
+#   launch/test.sh ARGS …     pytest with these arguments
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+source launch/venv.sh test
+ruff check .
+ruff format --check .
+if [ "${1:-}" = --slow ]; then
+  shift
+  set -- -m 'slow or not slow' "$@"
+fi
+exec python -m pytest "$@"

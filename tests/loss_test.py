@@ -1,0 +1,331 @@
+"""The loss: one value and one gradient, whatever computes it."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import loss, params, sharding
+from mtp_jax.model import lm
+from tests import oracle, pairwise, tiny
+
+# float32 rounding: sums of a few thousand terms, in another order.
+TOLERANCE = dict(rtol=2e-4, atol=2e-6)
+
+WHAT = dict(  # changes the value
+  n=(1, 2, 4),
+  packed=(True, False),
+  weights=('0:1', '0:1,.3'),
+  z_loss=(0.0, 1e-2),
+)
+HOW = dict(  # must not
+  schedule=('remat', 'eager'),
+  chunk=(0, 4),
+  accumulate=(1, 2),
+  mesh=((1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2), (1, 2, 2)),
+  remat=('none', 'block', 'dots'),
+)
+
+
+def _cfg(n, weights, z_loss, schedule='remat', chunk=0, accumulate=1,
+         mesh=(1, 1, 1), remat='none'):  # fmt: skip
+  return tiny.cfg(
+    heads__n=n, loss__weights=weights if n > 1 else '0:1',
+    loss__z_loss=z_loss, loss__schedule=schedule, loss__chunk=chunk,
+    train__accumulate=accumulate, mesh__data=mesh[0], mesh__fsdp=mesh[1],
+    mesh__tensor=mesh[2], model__remat=remat, data__batch_size=16,
+  )  # fmt: skip
+
+
+@functools.cache
+def _dense(n, packed, weights, z_loss):
+  """(total, loss_K, gradients) with everything unrolled and alive at once."""
+  c = _cfg(n, weights, z_loss)
+  m = tiny.mesh(c)
+  rows = sharding.put_batch(m, tiny.batch(c, packed=packed))
+  with jax.set_mesh(m):
+    f = jax.jit(
+      jax.value_and_grad(functools.partial(tiny.dense_loss, c=c), has_aux=True)
+    )
+    (total, loss_K), grads = jax.device_get(f(tiny.model(c, m), rows))
+  return total, loss_K, grads
+
+
+def _equals_dense(row):
+  what = {name: row[name] for name in WHAT}
+  how = {name: row[name] for name in HOW}
+  total, loss_K, grads = _dense(**what)
+  packed = what.pop('packed')
+  c = _cfg(**what, **how)
+  (got, sums), (got_grads, _) = tiny.value_and_grad(
+    c, tiny.batch(c, packed=packed)
+  )
+  np.testing.assert_allclose(got, total, **TOLERANCE)
+  np.testing.assert_allclose(sums['loss_K'], loss_K, **TOLERANCE)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got_grads, grads
+  )
+
+
+@pytest.mark.parametrize('row', pairwise.rows(WHAT | HOW), ids=str)
+def test_schedules_chunks_meshes_accumulation_equal_dense(row):
+  _equals_dense(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('values', itertools.product(*(WHAT | HOW).values()))
+def test_full_product_equals_dense(values):
+  _equals_dense(dict(zip(WHAT | HOW, values, strict=True)))
+
+
+def test_pairwise_rows_hold_every_pair():
+  rows = pairwise.rows(WHAT | HOW)
+  for a, b in itertools.combinations(WHAT | HOW, 2):
+    for x, y in itertools.product((WHAT | HOW)[a], (WHAT | HOW)[b]):
+      assert any(r[a] == x and r[b] == y for r in rows)
+
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+def test_equals_oracle(n, schedule):
+  c = _cfg(n, '0:1,.3', 1e-2, schedule, chunk=4, accumulate=2, mesh=(2, 2, 2))
+  rows = tiny.batch(c)
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
+  flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+  shape = oracle.Shape('parallel', n, z_loss=1e-2)
+  w = tiny.flat(tiny.model(c, tiny.mesh(c)))
+  weights = [1.0, 0.3, 0.3, 0.3][:n]
+
+  def losses(w):
+    logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
+    return logits, oracle.losses(
+      logits, flat['tokens'], flat['position'], shape, weights
+    )
+
+  logits, want = losses(w)
+  np.testing.assert_allclose(total, want['total'], rtol=1e-5)
+  np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
+  np.testing.assert_allclose(sums['accuracy_K'], want['accuracy_K'], rtol=1e-5)
+  accepted = oracle.acceptance(logits, flat['tokens'], flat['position'])
+  got_K = sums['accepted_K']
+  for k in range(1, n):
+    rate = got_K[k] / got_K[k - 1] if got_K[k - 1] else 0
+    np.testing.assert_allclose(rate, accepted['rate_K'][k], rtol=1e-6)
+  # One entry of each kind of parameter, by central differences.
+  for path, grad in tiny.flat(grads).items():
+    at = np.unravel_index(np.argmax(np.abs(grad)), grad.shape)
+    numeric = oracle.numeric_grad(lambda w: losses(w)[1]['total'], w, path, at)
+    np.testing.assert_allclose(grad[at], numeric, rtol=2e-4, err_msg=path)
+
+
+def test_targets_on_a_periodic_sequence():
+  tokens_BU = jnp.arange(20)[None] % 5
+  position_BU = jnp.arange(20)[None]
+  targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, 4)
+  assert targets_KBT.shape == (4, 1, 16) and valid_KBT.all()
+  for k in range(1, 5):
+    np.testing.assert_array_equal(targets_KBT[k - 1, 0], (np.arange(16) + k) % 5)
+
+
+def test_targets_never_cross_a_document():
+  position_BU = jnp.array([[0, 1, 2, 0, 1, 0, 0, 1, 2, 3]])
+  _, valid_KBT = loss.targets(jnp.zeros((1, 10), int), position_BU, 3)
+  brute = [
+    [int(all(position_BU[0, t + j] for j in range(1, k + 1))) for t in range(7)]
+    for k in (1, 2, 3)
+  ]
+  np.testing.assert_array_equal(valid_KBT[:, 0], brute)
+
+
+def test_batch_without_a_target_gives_zero_and_finite_gradients():
+  for schedule in ('remat', 'eager'):
+    c = tiny.cfg(heads__n=3, loss__schedule=schedule, loss__z_loss=1e-2)
+    rows = tiny.batch(c)
+    rows['position'][:] = 0
+    (total, sums), (grads, norm2_K) = tiny.value_and_grad(c, rows)
+    assert total == 0
+    np.testing.assert_array_equal(sums['loss_K'], 0)
+    for g in jax.tree.leaves((grads, norm2_K)):
+      np.testing.assert_array_equal(g, 0)
+
+
+def test_a_head_is_divided_by_its_own_count():
+  # Documents of two tokens: head 1 has one target each, head 2 none.
+  c = tiny.cfg(heads__n=2)
+  rows = tiny.batch(c)
+  rows['position'][:] = np.arange(rows['position'].shape[-1]) % 2
+  (_, two), _ = tiny.value_and_grad(c, rows)
+  assert two['loss_K'][0] > 1 and two['loss_K'][1] == 0
+  np.testing.assert_allclose(
+    two['loss_K'][0], _oracle_losses(c, rows)['loss_K'][0], rtol=1e-5
+  )
+
+
+def _oracle_losses(c, rows):
+  flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+  shape = oracle.Shape(c.heads.family, c.heads.n)
+  w = tiny.flat(tiny.model(c, tiny.mesh(c)))
+  logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
+  return oracle.losses(logits, flat['tokens'], flat['position'], shape)
+
+
+def test_micro_batches_of_unequal_counts_sum_exactly():
+  # The first micro-batch holds nearly all of the valid targets.
+  one, four = (tiny.cfg(heads__n=2, train__accumulate=a) for a in (1, 4))
+  rows = tiny.batch(one, packed=False)
+  rows['position'][:, 2:] = 0
+  cut = {k: x.reshape(4, 2, -1) for k, x in rows.items()}
+  (a, a_sums), (a_grads, _) = tiny.value_and_grad(one, rows)
+  (b, b_sums), (b_grads, _) = tiny.value_and_grad(four, cut)
+  np.testing.assert_allclose(a, b, rtol=1e-6)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE),
+    (a_sums, a_grads), (b_sums, b_grads),
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+def test_head_gradient_norms_are_those_of_each_head_alone(schedule):
+  c = tiny.cfg(heads__n=3, loss__schedule=schedule, train__accumulate=2)
+  rows = tiny.batch(c)
+  _, (_, norm2_K) = tiny.value_and_grad(c, rows)
+  m = tiny.mesh(c)
+  w = tiny.model(c, m)
+  flat = {k: x.reshape(1, -1, x.shape[-1]) for k, x in rows.items()}
+  for k in range(3):
+    # The same head alone, through a trunk whose output is a free variable.
+    with jax.set_mesh(m):
+      placed = sharding.put_batch(m, flat)
+      got = jax.jit(functools.partial(_dz_norm2, c=c, k=k))(w, placed)
+    np.testing.assert_allclose(norm2_K[k], got, rtol=1e-4)
+
+
+def _dz_norm2(w, rows, c, k):
+  from mtp_jax.model import heads
+
+  tokens_BU, position_BU = rows['tokens'][0], rows['position'][0]
+  T = c.data.seq_len
+  targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, c.heads.n)
+  z_BTD, ctx = lm.hidden(w, tokens_BU[:, :T], position_BU[:, :T], c)
+
+  def of_head(z_BTD):
+    head = jax.tree.map(lambda p: p[k], w.heads)
+    _, h = heads.family(c).step(head, w.norm, z_BTD, z_BTD, None, ctx, c)
+    logits = jnp.einsum('BTD,DV->BTV', h, w.unembed)
+    onehot = jax.nn.one_hot(targets_KBT[k], c.model.vocab_size)
+    nll = -jnp.sum(onehot * jax.nn.log_softmax(logits), -1)
+    return jnp.sum(nll * valid_KBT[k]) / jnp.sum(valid_KBT[k])
+
+  return jnp.sum(jax.grad(of_head)(z_BTD) ** 2)
+
+
+def test_z_loss_is_reported_apart_and_inside():
+  c = tiny.cfg(heads__n=2, loss__z_loss=0.1)
+  plain = tiny.cfg(heads__n=2)
+  (_, a), _ = tiny.value_and_grad(c, tiny.batch(c))
+  (_, b), _ = tiny.value_and_grad(plain, tiny.batch(c))
+  assert (a['z_loss_K'] > 0).all()
+  np.testing.assert_allclose(a['loss_K'] - a['z_loss_K'], b['loss_K'], rtol=1e-5)
+
+
+def test_weights_by_step():
+  c = tiny.cfg(heads__n=3, loss__weights='0:1,.3;10:1,.1,.2')
+  for step, want in ((0, [1, 0.3, 0.3]), (9, [1, 0.3, 0.3]), (10, [1, 0.1, 0.2])):
+    np.testing.assert_allclose(loss.weights(jnp.int32(step), c), want)
+
+
+def test_inactive_heads_cost_nothing_and_get_no_gradient():
+  c = tiny.cfg(heads__n=4, train__steps=200)
+  rows = tiny.batch(c)
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows, n_active=2)
+  (_, all_sums), _ = tiny.value_and_grad(c, rows)
+  np.testing.assert_allclose(sums['loss_K'], all_sums['loss_K'][:2], rtol=1e-6)
+  np.testing.assert_allclose(total, sum(sums['loss_K']), rtol=1e-6)
+  for g in jax.tree.leaves(grads.heads):
+    assert np.any(g[:2]) and not np.any(g[2:])
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    args = tiny.model(c, m), sharding.put_batch(m, rows)
+    flops = [
+      tiny._value_and_grad.lower(*args, c=c, n_active=k)
+      .compile().cost_analysis()['flops'] for k in (1, 4)
+    ]  # fmt: skip
+  assert flops[0] < flops[1]
+
+
+def test_counts_and_bytes():
+  c = tiny.cfg(heads__n=2, train__accumulate=2)
+  rows = tiny.batch(c)
+  bytes_V = np.arange(32, dtype=np.int32)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    count_K, n_bytes = jax.jit(loss.counts, static_argnums=1)(
+      sharding.put_batch(m, rows), 2, jnp.array(bytes_V)
+    )
+  want_K, want_bytes = np.zeros(2), 0
+  tokens, position = (x.reshape(8, -1) for x in rows.values())
+  for b, t, k in itertools.product(range(8), range(16), (1, 2)):
+    if position[b, t + k] == position[b, t] + k:
+      want_K[k - 1] += 1
+      want_bytes += bytes_V[tokens[b, t + 1]] if k == 1 else 0
+  np.testing.assert_array_equal(count_K, want_K)
+  assert n_bytes == want_bytes
+
+
+def test_acceptance_is_agreement_with_head_1_not_label_accuracy():
+  # Head 2 repeats what head 1 will say next; both are wrong about the text.
+  argmax_KBT = jnp.array([[[7, 8, 9, 7]], [[8, 9, 5, 0]], [[9, 0, 0, 0]]])
+  accepted_K = loss.acceptance(argmax_KBT, jnp.ones((1, 4), bool))
+  np.testing.assert_array_equal(accepted_K, [2, 2, 1])
+  masked = loss.acceptance(argmax_KBT, jnp.array([[False, True, True, True]]))
+  np.testing.assert_array_equal(masked, [1, 1, 0])
+
+
+def test_bfloat16_log_sum_exp_is_float32():
+  c = tiny.cfg(model__compute_dtype='bfloat16', heads__n=2)
+  full = tiny.cfg(heads__n=2)
+  (low, _), (grads, _) = tiny.value_and_grad(c, tiny.batch(c))
+  (high, _), _ = tiny.value_and_grad(full, tiny.batch(c))
+  assert low.dtype == np.float32
+  # bfloat16 has 8 bits: a log-sum-exp in it would be off by 4e-3 relative.
+  np.testing.assert_allclose(low, high, rtol=1e-3)
+  for g in jax.tree.leaves(grads):
+    assert g.dtype == np.float32 and np.isfinite(g).all()
+
+
+def _temp_bytes(n, schedule, chunk=0):
+  c = tiny.cfg(
+    heads__n=n, model__n_layers=10, model__vocab_size=4096, data__seq_len=64,
+    loss__schedule='remat' if schedule == 'dense' else schedule,
+    loss__chunk=chunk, data__batch_size=4, model__remat='block',
+  )  # fmt: skip
+  m = tiny.mesh(c)
+  rows = {
+    name: jax.ShapeDtypeStruct(
+      (1, 4, 64 + n), np.int32,
+      sharding=jax.NamedSharding(m, sharding.pspec(None, 'batch', None)),
+    )
+    for name in ('tokens', 'position')
+  }  # fmt: skip
+  with jax.set_mesh(m):
+    w = params.abstract(lm.specs(c), jnp.float32, m)
+    if schedule == 'dense':
+      f = jax.jit(jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True))
+      lowered = f.lower(w, rows)
+    else:
+      lowered = tiny._value_and_grad.lower(w, rows, c=c, n_active=n)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+def test_memory_is_flat_in_the_number_of_heads(schedule):
+  one = _temp_bytes(1, schedule)
+  assert abs(_temp_bytes(8, schedule) - one) < 0.1 * one
+  assert _temp_bytes(8, schedule, chunk=16) < 0.5 * one
+
+
+def test_keeping_all_logits_is_not():
+  assert _temp_bytes(8, 'dense') > 4 * _temp_bytes(1, 'dense')

@@ -1,0 +1,198 @@
+"""The model: causality, documents, n = 1, and the oracle's forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import config, params, sharding
+from mtp_jax.model import attention, block, heads, layers, lm
+from tests import oracle, tiny
+
+
+@functools.partial(jax.jit, static_argnames='c')
+def _hidden_heads(w, tokens_BU, position_BU, *, c):
+  """What each head hands to the unembedding, (K, B, T, D)."""
+  T = tokens_BU.shape[1] - c.heads.n
+  z_BTD, ctx = lm.hidden(w, tokens_BU[:, :T], position_BU[:, :T], c)
+
+  def head(carry_BTD, head_k):
+    return heads.family(c).step(head_k, w.norm, z_BTD, carry_BTD, None, ctx, c)
+
+  return jax.lax.scan(head, z_BTD, w.heads)[1]
+
+
+def _logits(c, rows):
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    w = tiny.model(c, m)
+    placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
+    h_KBTD = _hidden_heads(w, *(placed[k][0] for k in ('tokens', 'position')), c=c)
+    return jax.device_get(jnp.einsum('KBTD,DV->KBTV', h_KBTD, w.unembed)), w
+
+
+def _rows(c, **kwargs):
+  return {k: x[0] for k, x in tiny.batch(c, **kwargs).items()}
+
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_forward_equals_oracle(n):
+  c = tiny.cfg(heads__n=n)
+  rows = _rows(c)
+  logits_KBTV, w = _logits(c, rows)
+  want = oracle.forward(
+    tiny.flat(w), rows['tokens'], rows['position'], oracle.Shape('parallel', n)
+  )
+  np.testing.assert_allclose(logits_KBTV, want, rtol=1e-4, atol=1e-5)
+
+
+def test_scanned_equals_unrolled():
+  c = tiny.cfg(heads__n=3)
+  rows = _rows(c)
+  logits_KBTV, w = _logits(c, rows)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
+    want = tiny.dense_logits(
+      w, placed['tokens'][0], placed['position'][0], c
+    )
+  np.testing.assert_allclose(logits_KBTV, want, rtol=1e-5, atol=1e-5)
+
+
+def test_one_head_is_the_plain_transformer_of_as_many_layers():
+  c = tiny.cfg(heads__n=1)
+  rows = _rows(c)
+  logits_KBTV, w = _logits(c, rows)
+  m = tiny.mesh(c)
+  T = c.data.seq_len
+  with jax.set_mesh(m):  # all L layers in one scan, no head anywhere
+    stacked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), w.trunk, w.heads)
+    assert stacked.q.shape[0] == c.model.n_layers
+    placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
+    z_BTD, _ = lm.hidden(
+      w.replace(trunk=stacked),
+      placed['tokens'][0][:, :T], placed['position'][0][:, :T], c,
+    )  # fmt: skip
+    want = layers.rms_norm(z_BTD, w.norm, c.model.norm_eps) @ w.unembed
+  np.testing.assert_allclose(logits_KBTV[0], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('t', [0, 5, 15])
+def test_no_head_sees_past_its_position(t):
+  """d h_k[t] / d embedding of token s is 0 for s > t, and not for s <= t."""
+  c = tiny.cfg(heads__n=3, data__batch_size=1)
+  m = tiny.mesh(c)
+  T = c.data.seq_len
+  with jax.set_mesh(m):
+    w = tiny.model(c, m)
+    position_BT = jnp.arange(T)[None]
+    ctx = block.context(position_BT, c)
+    x_BTD = jax.random.normal(jax.random.key(1), (1, T, c.model.d_model))
+
+    def of_embeddings(x_BTD, k):
+      from mtp_jax.model import trunk
+
+      z_BTD = trunk.trunk(w.trunk, x_BTD, ctx, c)
+      head = jax.tree.map(lambda p: p[k], w.heads)
+      _, h_BTD = heads.family(c).step(head, w.norm, z_BTD, z_BTD, None, ctx, c)
+      return jnp.sum(h_BTD[0, t] ** 3)
+
+    for k in range(3):
+      g_TD = jax.jit(jax.grad(functools.partial(of_embeddings, k=k)))(x_BTD)[0]
+      seen_T = np.any(np.asarray(g_TD) != 0, axis=-1)
+      np.testing.assert_array_equal(seen_T, np.arange(T) <= t)
+
+
+def test_a_packed_document_is_read_as_if_alone():
+  c = tiny.cfg(heads__n=3, data__batch_size=1)
+  rng = np.random.default_rng(3)
+  tokens = rng.integers(0, 32, (1, 19))
+  position = np.concatenate([np.arange(7), np.arange(12)])[None]
+  packed, _ = _logits(c, dict(tokens=tokens, position=position))
+  alone, _ = _logits(c, dict(
+    tokens=np.concatenate([tokens[:, 7:], tokens[:, :7]], axis=1),
+    position=np.concatenate([np.arange(12), np.arange(7)])[None],
+  ))  # fmt: skip
+  np.testing.assert_allclose(
+    packed[:, :, 7:16], alone[:, :, :9], rtol=1e-5, atol=1e-6
+  )
+  # And it does change what is read: without the boundary all is different.
+  merged, _ = _logits(c, dict(tokens=tokens, position=np.arange(19)[None]))
+  assert np.abs(packed[:, :, 7:16] - merged[:, :, 7:16]).max() > 1e-3
+
+
+def test_rope_scores_depend_on_distance_only():
+  q_BTNH, k_BTNH = jax.random.normal(jax.random.key(0), (2, 1, 8, 1, 6))
+  scores = []
+  for shift in (0, 300):
+    sin, cos = layers.rope_tables(jnp.arange(8)[None] + shift, 6, 1e4)
+    q, k = layers.rope(q_BTNH, sin, cos), layers.rope(k_BTNH, sin, cos)
+    scores.append(jnp.einsum('BTNH,BSNH->TS', q, k))
+  np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)
+  assert np.abs(scores[0] - jnp.einsum('BTNH,BSNH->TS', q_BTNH, k_BTNH)).max() > 0.1
+
+
+def test_grouped_queries_read_their_own_group():
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), (2, 5, heads, 4))
+    for i, heads in enumerate((6, 2, 2))
+  )
+  segment = jnp.ones((2, 5), int)
+  got = attention.attend(q, k, v, segment)
+  want = attention.attend(
+    q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), segment
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'size, total',
+  [  # PAPER: S14, computed totals at a vocabulary of 32,000
+    ('1m', 9.5e6), ('3m', 19.8e6), ('10m', 35.2e6), ('30m', 66.9e6),
+    ('100m', 148e6), ('300m', 387e6), ('1b', 1.12e9), ('0.3b', 297e6),
+    ('0.6b', 630e6), ('1.3b', 1.36e9), ('3b', 3.02e9), ('7b', 6.74e9),
+    ('13b', 13.02e9),
+  ],
+)  # fmt: skip
+def test_size_files_have_the_published_parameter_counts(size, total):
+  from mtp_jax import flags
+
+  for n in (1, 2):
+    parsed = flags.parse(
+      [f'--flagfile=experiments/size/{size}.flags', f'--heads.n={n}']
+    )
+    assert abs(params.count(lm.specs(parsed.config())) / total - 1) < 0.01
+
+
+def test_initial_values_have_their_spread_and_do_not_depend_on_others():
+  c = tiny.cfg(heads__n=2, model__d_model=64, model__d_ff=96)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    w = params.init(jax.random.key(0), lm.specs(c), 'float32')
+    more = tiny.cfg(heads__n=2, model__d_model=64, model__d_ff=128)
+    other = params.init(jax.random.key(0), lm.specs(more), 'float32')
+  for x, spec in zip(jax.tree.leaves(w), jax.tree.leaves(lm.specs(c)), strict=True):
+    if spec.std is None:
+      np.testing.assert_array_equal(x, 1)
+    else:
+      np.testing.assert_allclose(np.std(x), spec.std, rtol=0.1)
+  np.testing.assert_array_equal(w.trunk.q, other.trunk.q)
+  assert w.trunk.o.std() < w.trunk.q.std() / 2  # (2L)^-1/2 smaller
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+  values = []
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    c = tiny.cfg(mesh__data=sizes[0], mesh__fsdp=sizes[1], mesh__tensor=sizes[2])
+    m = tiny.mesh(c)
+    values.append(jax.device_get(tiny.model(c, m)))
+  jax.tree.map(np.testing.assert_array_equal, *values)
+
+
+def test_decay_is_read_from_the_spec_not_from_dimensions():
+  decays = jax.tree.map(lambda s: s.decay, lm.specs(config.Config()))
+  assert decays.embed and decays.unembed and decays.trunk.q
+  assert not decays.norm
+  assert not decays.trunk.attn_norm and not decays.heads.mlp_norm

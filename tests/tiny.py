@@ -1,0 +1,141 @@
+"""Tiny configs, models and batches that the tests share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import config, loss, params, sharding
+from mtp_jax.model import block, heads, layers, lm
+
+BASE = {
+  'model.d_model': 16,
+  'model.n_layers': 6,
+  'model.n_attn_heads': 4,
+  'model.n_kv_heads': 2,
+  'model.d_ff': 24,
+  'model.vocab_size': 32,
+  'model.compute_dtype': 'float32',
+  'model.remat': 'none',
+  'data.seq_len': 16,
+  'data.batch_size': 8,
+  'optim.warmup_steps': 2,
+  'mesh.fsdp': 1,
+  'train.compilation_cache': '',
+}
+
+
+def cfg(**changes) -> config.Config:
+  """A checked Config; `heads__n=2` stands for heads.n."""
+  changes = {k.replace('__', '.'): v for k, v in changes.items()}
+  return config.validate(config.replace(config.Config(), **BASE | changes))
+
+
+def mesh(c: config.Config):
+  """The mesh of c over as many devices as it names."""
+  size = c.mesh.data * c.mesh.fsdp * c.mesh.tensor
+  return sharding.make_mesh(c, jax.devices()[:size])
+
+
+def model(c: config.Config, m, seed: int = 0) -> lm.LM:
+  """Initial parameters on mesh m, norms moved away from 1 so that they count."""
+
+  def make(key):
+    specs = lm.specs(c)
+    w = params.init(key, specs, c.model.param_dtype)
+    return jax.tree.map(
+      lambda w, s: w if s.decay else w + 0.3 * jnp.sin(
+        jnp.arange(w.size, dtype=w.dtype).reshape(w.shape)
+      ),
+      w, specs,
+    )  # fmt: skip
+
+  with jax.set_mesh(m):
+    return jax.jit(make)(jax.random.key(seed))
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+  """'trunk.q' -> array, as the oracle takes parameters."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): np.asarray(
+      jax.device_get(x), np.float64
+    )
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def batch(c: config.Config, *, packed=True, seed=0) -> dict[str, np.ndarray]:
+  """Random rows (A, B / A, U); packed ones hold several documents."""
+  rng = np.random.default_rng(seed)
+  A = c.train.accumulate
+  U = c.data.seq_len + c.heads.n
+  tokens_BU = rng.integers(0, c.model.vocab_size, (c.data.batch_size, U))
+  start_BU = rng.random(tokens_BU.shape) < (0.15 if packed else 0)
+  start_BU[:, 0] = True
+  index_U = np.arange(U)
+  position_BU = index_U - np.maximum.accumulate(
+    np.where(start_BU, index_U, 0), axis=1
+  )
+  return {
+    'tokens': tokens_BU.astype(np.int32).reshape(A, -1, U),
+    'position': position_BU.astype(np.int32).reshape(A, -1, U),
+  }
+
+
+@functools.partial(jax.jit, static_argnames=('c', 'n_active'))
+def _value_and_grad(w, rows, *, c, n_active):
+  bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
+  count_K, _ = loss.counts(rows, c.heads.n, bytes_V)
+  grad = jax.value_and_grad(loss.mtp_loss, argnums=(0, 1), has_aux=True)
+  total = None
+  for a in range(rows['tokens'].shape[0]):
+    out = grad(
+      w, jnp.zeros(c.heads.n), jax.tree.map(lambda x: x[a], rows),  # noqa: B023
+      count_K=count_K, weight_K=loss.weights(0, c), n_active=n_active, cfg=c,
+    )  # fmt: skip
+    total = out if total is None else jax.tree.map(jnp.add, total, out)
+  return total
+
+
+def value_and_grad(c: config.Config, rows, w=None, n_active=None):
+  """((total, sums), (parameter gradients, |dL/dz|^2 by head)), on the host."""
+  m = mesh(c)
+  w = model(c, m) if w is None else w
+  with jax.set_mesh(m):
+    out = _value_and_grad(
+      w, sharding.put_batch(m, rows), c=c, n_active=n_active or c.heads.n
+    )
+  return jax.device_get(out)
+
+
+def dense_logits(w: lm.LM, tokens_BU, position_BU, c: config.Config):
+  """Logits of all heads at once, layers and heads unrolled: (K, B, T, V)."""
+  T = tokens_BU.shape[1] - c.heads.n
+  ctx = block.context(position_BU[:, :T], c)
+  x_BTD = layers.embed(w.embed, tokens_BU[:, :T])
+  for i in range(heads.trunk_layers(c)):
+    x_BTD = block.block(jax.tree.map(lambda p: p[i], w.trunk), x_BTD, ctx, c)  # noqa: B023
+  logits = []
+  for k in range(c.heads.n):
+    head = jax.tree.map(lambda p: p[k], w.heads)  # noqa: B023
+    _, h_BTD = heads.family(c).step(head, w.norm, x_BTD, x_BTD, None, ctx, c)
+    logits.append(jnp.einsum('BTD,DV->BTV', h_BTD, w.unembed))
+  return jnp.stack(logits)
+
+
+def dense_loss(w: lm.LM, rows, c: config.Config):
+  """The same loss with n logits alive: nothing scanned, rematerialised, cut."""
+  tokens_BU, position_BU = (
+    rows[name].reshape(-1, rows[name].shape[-1])
+    for name in ('tokens', 'position')
+  )
+  targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, c.heads.n)
+  logits_KBTV = dense_logits(w, tokens_BU, position_BU, c)
+  lse_KBT = jax.nn.logsumexp(logits_KBTV, axis=-1)
+  onehot_KBTV = jax.nn.one_hot(targets_KBT, c.model.vocab_size)
+  label_KBT = jnp.sum(onehot_KBTV * logits_KBTV, axis=-1)
+  nll_KBT = lse_KBT - label_KBT + c.loss.z_loss * lse_KBT**2
+  count_K = jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)
+  loss_K = jnp.sum(jnp.where(valid_KBT, nll_KBT, 0), axis=(1, 2)) / count_K
+  return jnp.sum(loss.weights(0, c) * loss_K), loss_K
