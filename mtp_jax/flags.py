@@ -90,9 +90,7 @@ def parse(args: list[str]) -> Parsed:
   values = _define()
   rest = values(['mtp', *expand(args)])[1:]
   given = {
-    name: values[name].value
-    for name in config.fields()
-    if values[name].present
+    name: values[name].value for name in config.fields() if values[name].present
   }
   return Parsed(given, values['out'].value, rest)
 

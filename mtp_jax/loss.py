@@ -194,8 +194,7 @@ def _in_chunks(cfg, *xs_BT):
   T = xs_BT[0].shape[1]
   C = cfg.loss.chunk or T
   return tuple(
-    x.reshape(x.shape[0], T // C, C, *x.shape[2:]).swapaxes(0, 1)
-    for x in xs_BT
+    x.reshape(x.shape[0], T // C, C, *x.shape[2:]).swapaxes(0, 1) for x in xs_BT
   )
 
 
@@ -249,7 +248,13 @@ def _remat(active, z_BTD, norm_and_unembed, probe_K, rows: Rows, cfg):
   def head(carry_BTD, xs):
     params_k, probe, target_BT, valid_BT = xs
     carry_BTD, h_BTD = step(
-      params_k, shared.norm_D, _tap(z_BTD, probe), carry_BTD, None, rows.ctx, cfg
+      params_k,
+      shared.norm_D,
+      _tap(z_BTD, probe),
+      carry_BTD,
+      None,
+      rows.ctx,
+      cfg,
     )
     with jax.named_scope('ce'):
       _, (loss_X, stats) = jax.lax.scan(
@@ -271,9 +276,7 @@ def _eager(active, z_BTD, norm_and_unembed, probe_K, rows: Rows, cfg):
 
 def _eager_fwd(active, z_BTD, norm_and_unembed, probe_K, rows: Rows, cfg):
   step = heads.family(cfg).step
-  shared, scatter = jax.vjp(
-    lambda w: _gather_shared(w, cfg), norm_and_unembed
-  )
+  shared, scatter = jax.vjp(lambda w: _gather_shared(w, cfg), norm_and_unembed)
 
   def head(carry, xs):
     dz_BTD, dshared = carry

@@ -56,8 +56,6 @@ def keep_inactive_heads(new, old, n_active: int, n: int):
     if jax.tree_util.GetAttrKey('heads') not in path:
       return new
     active_K = jnp.arange(new.shape[0]) < n_active
-    return jnp.where(
-      active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old
-    )
+    return jnp.where(active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
   return jax.tree_util.tree_map_with_path(leaf, new, old)

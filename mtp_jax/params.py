@@ -32,9 +32,7 @@ class Spec:
 def stack(n: int, specs):
   """The specs of n equal modules, stacked on a new leading axis."""
   return jax.tree.map(
-    lambda s: dataclasses.replace(
-      s, shape=(n, *s.shape), axes=(None, *s.axes)
-    ),
+    lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)),
     specs,
   )
 

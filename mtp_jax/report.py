@@ -75,7 +75,9 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
     + ' '.join(f'{k}: {c:,}' for k, c in enumerate(count_K, 1))
   ]
   for b in range(min(cfg.inspect.rows, len(rows))):
-    lines.append(f'window {rows[b]}: {tokens.tokenizer.decode(flat["tokens"][b])!r}')
+    lines.append(
+      f'window {rows[b]}: {tokens.tokenizer.decode(flat["tokens"][b])!r}'
+    )
     lines.append('    t  token     position  segment  targets t+1 …')
     segment_U = np.cumsum(flat['position'][b] == 0)
     for t in range(min(cfg.inspect.tokens, cfg.data.seq_len)):

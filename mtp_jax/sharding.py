@@ -10,9 +10,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 
 from mtp_jax import config
 

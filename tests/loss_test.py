@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import loss, params, sharding
-from mtp_jax.model import lm
+from mtp_jax.model import heads, lm
 from tests import oracle, pairwise, tiny
 
 # float32 rounding: sums of a few thousand terms, in another order.
@@ -25,7 +25,7 @@ HOW = dict(  # must not
   schedule=('remat', 'eager'),
   chunk=(0, 4),
   accumulate=(1, 2),
-  mesh=((1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2), (1, 2, 2)),
+  mesh=((1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)),
   remat=('none', 'block', 'dots'),
 )
 
@@ -127,7 +127,9 @@ def test_targets_on_a_periodic_sequence():
   targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, 4)
   assert targets_KBT.shape == (4, 1, 16) and valid_KBT.all()
   for k in range(1, 5):
-    np.testing.assert_array_equal(targets_KBT[k - 1, 0], (np.arange(16) + k) % 5)
+    np.testing.assert_array_equal(
+      targets_KBT[k - 1, 0], (np.arange(16) + k) % 5
+    )
 
 
 def test_targets_never_cross_a_document():
@@ -204,8 +206,6 @@ def test_head_gradient_norms_are_those_of_each_head_alone(schedule):
 
 
 def _dz_norm2(w, rows, c, k):
-  from mtp_jax.model import heads
-
   tokens_BU, position_BU = rows['tokens'][0], rows['position'][0]
   T = c.data.seq_len
   targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, c.heads.n)
@@ -228,12 +228,18 @@ def test_z_loss_is_reported_apart_and_inside():
   (_, a), _ = tiny.value_and_grad(c, tiny.batch(c))
   (_, b), _ = tiny.value_and_grad(plain, tiny.batch(c))
   assert (a['z_loss_K'] > 0).all()
-  np.testing.assert_allclose(a['loss_K'] - a['z_loss_K'], b['loss_K'], rtol=1e-5)
+  np.testing.assert_allclose(
+    a['loss_K'] - a['z_loss_K'], b['loss_K'], rtol=1e-5
+  )
 
 
 def test_weights_by_step():
   c = tiny.cfg(heads__n=3, loss__weights='0:1,.3;10:1,.1,.2')
-  for step, want in ((0, [1, 0.3, 0.3]), (9, [1, 0.3, 0.3]), (10, [1, 0.1, 0.2])):
+  for step, want in (
+    (0, [1, 0.3, 0.3]),
+    (9, [1, 0.3, 0.3]),
+    (10, [1, 0.1, 0.2]),
+  ):
     np.testing.assert_allclose(loss.weights(jnp.int32(step), c), want)
 
 
@@ -313,7 +319,9 @@ def _temp_bytes(n, schedule, chunk=0):
   with jax.set_mesh(m):
     w = params.abstract(lm.specs(c), jnp.float32, m)
     if schedule == 'dense':
-      f = jax.jit(jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True))
+      f = jax.jit(
+        jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True)
+      )
       lowered = f.lower(w, rows)
     else:
       lowered = tiny._value_and_grad.lower(w, rows, c=c, n_active=n)

@@ -1,5 +1,6 @@
 """Tiny configs, models and batches that the tests share."""
 
+import dataclasses
 import functools
 
 import jax
@@ -38,21 +39,32 @@ def mesh(c: config.Config):
   return sharding.make_mesh(c, jax.devices()[:size])
 
 
-def model(c: config.Config, m, seed: int = 0) -> lm.LM:
+def model(c: config.Config, m) -> lm.LM:
   """Initial parameters on mesh m, norms moved away from 1 so that they count."""
+  specs = lm.specs(c)
+  abstract = params.abstract(specs, c.model.param_dtype, m)
+  return jax.tree.map(
+    lambda w, a: jax.device_put(w, a.sharding),
+    _values(c.model, c.heads),
+    abstract,
+  )
+
+
+@functools.cache
+def _values(model: config.Model, head: config.Heads):
+  c = dataclasses.replace(cfg(), model=model, heads=head)
 
   def make(key):
     specs = lm.specs(c)
-    w = params.init(key, specs, c.model.param_dtype)
     return jax.tree.map(
       lambda w, s: w if s.decay else w + 0.3 * jnp.sin(
         jnp.arange(w.size, dtype=w.dtype).reshape(w.shape)
       ),
-      w, specs,
+      params.init(key, specs, c.model.param_dtype), specs,
     )  # fmt: skip
 
-  with jax.set_mesh(m):
-    return jax.jit(make)(jax.random.key(seed))
+  with jax.set_mesh(mesh(cfg())):
+    return jax.device_get(jax.jit(make)(jax.random.key(0)))
 
 
 def flat(tree) -> dict[str, np.ndarray]:

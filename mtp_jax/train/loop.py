@@ -25,7 +25,8 @@ from mtp_jax import checkpoint, config, flags, params, sharding
 from mtp_jax.data import loader, store, tokenizers
 from mtp_jax.evals import heldout
 from mtp_jax.model import heads, lm
-from mtp_jax.train import lock, metrics, state as state_lib
+from mtp_jax.train import lock, metrics
+from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
 EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import config, params, sharding
-from mtp_jax.model import attention, block, heads, layers, lm
+from mtp_jax import config, flags, params, sharding
+from mtp_jax.model import attention, block, heads, layers, lm, trunk
 from tests import oracle, tiny
 
 
@@ -29,7 +29,9 @@ def _logits(c, rows):
   with jax.set_mesh(m):
     w = tiny.model(c, m)
     placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
-    h_KBTD = _hidden_heads(w, *(placed[k][0] for k in ('tokens', 'position')), c=c)
+    h_KBTD = _hidden_heads(
+      w, *(placed[k][0] for k in ('tokens', 'position')), c=c
+    )
     return jax.device_get(jnp.einsum('KBTD,DV->KBTV', h_KBTD, w.unembed)), w
 
 
@@ -55,9 +57,7 @@ def test_scanned_equals_unrolled():
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
-    want = tiny.dense_logits(
-      w, placed['tokens'][0], placed['position'][0], c
-    )
+    want = tiny.dense_logits(w, placed['tokens'][0], placed['position'][0], c)
   np.testing.assert_allclose(logits_KBTV, want, rtol=1e-5, atol=1e-5)
 
 
@@ -68,7 +68,9 @@ def test_one_head_is_the_plain_transformer_of_as_many_layers():
   m = tiny.mesh(c)
   T = c.data.seq_len
   with jax.set_mesh(m):  # all L layers in one scan, no head anywhere
-    stacked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), w.trunk, w.heads)
+    stacked = jax.tree.map(
+      lambda a, b: jnp.concatenate([a, b]), w.trunk, w.heads
+    )
     assert stacked.q.shape[0] == c.model.n_layers
     placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
     z_BTD, _ = lm.hidden(
@@ -89,11 +91,12 @@ def test_no_head_sees_past_its_position(t):
     w = tiny.model(c, m)
     position_BT = jnp.arange(T)[None]
     ctx = block.context(position_BT, c)
-    x_BTD = jax.random.normal(jax.random.key(1), (1, T, c.model.d_model))
+    x_BTD = jax.random.normal(
+      jax.random.key(1), (1, T, c.model.d_model),
+      out_sharding=sharding.pspec('batch', None, None),
+    )  # fmt: skip
 
     def of_embeddings(x_BTD, k):
-      from mtp_jax.model import trunk
-
       z_BTD = trunk.trunk(w.trunk, x_BTD, ctx, c)
       head = jax.tree.map(lambda p: p[k], w.heads)
       _, h_BTD = heads.family(c).step(head, w.norm, z_BTD, z_BTD, None, ctx, c)
@@ -131,7 +134,9 @@ def test_rope_scores_depend_on_distance_only():
     q, k = layers.rope(q_BTNH, sin, cos), layers.rope(k_BTNH, sin, cos)
     scores.append(jnp.einsum('BTNH,BSNH->TS', q, k))
   np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)
-  assert np.abs(scores[0] - jnp.einsum('BTNH,BSNH->TS', q_BTNH, k_BTNH)).max() > 0.1
+  assert (
+    np.abs(scores[0] - jnp.einsum('BTNH,BSNH->TS', q_BTNH, k_BTNH)).max() > 0.1
+  )
 
 
 def test_grouped_queries_read_their_own_group():
@@ -157,8 +162,6 @@ def test_grouped_queries_read_their_own_group():
   ],
 )  # fmt: skip
 def test_size_files_have_the_published_parameter_counts(size, total):
-  from mtp_jax import flags
-
   for n in (1, 2):
     parsed = flags.parse(
       [f'--flagfile=experiments/size/{size}.flags', f'--heads.n={n}']
@@ -173,7 +176,9 @@ def test_initial_values_have_their_spread_and_do_not_depend_on_others():
     w = params.init(jax.random.key(0), lm.specs(c), 'float32')
     more = tiny.cfg(heads__n=2, model__d_model=64, model__d_ff=128)
     other = params.init(jax.random.key(0), lm.specs(more), 'float32')
-  for x, spec in zip(jax.tree.leaves(w), jax.tree.leaves(lm.specs(c)), strict=True):
+  for x, spec in zip(
+    jax.tree.leaves(w), jax.tree.leaves(lm.specs(c)), strict=True
+  ):
     if spec.std is None:
       np.testing.assert_array_equal(x, 1)
     else:
@@ -185,9 +190,12 @@ def test_initial_values_have_their_spread_and_do_not_depend_on_others():
 def test_initial_values_do_not_depend_on_the_mesh():
   values = []
   for sizes in ((1, 1, 1), (2, 2, 2)):
-    c = tiny.cfg(mesh__data=sizes[0], mesh__fsdp=sizes[1], mesh__tensor=sizes[2])
-    m = tiny.mesh(c)
-    values.append(jax.device_get(tiny.model(c, m)))
+    c = tiny.cfg(
+      mesh__data=sizes[0], mesh__fsdp=sizes[1], mesh__tensor=sizes[2]
+    )
+    with jax.set_mesh(tiny.mesh(c)):
+      make = jax.jit(lambda key: params.init(key, lm.specs(c), 'float32'))  # noqa: B023
+      values.append(jax.device_get(make(jax.random.key(0))))
   jax.tree.map(np.testing.assert_array_equal, *values)
 
 
