@@ -119,7 +119,7 @@ def about(workdir: str, step: int) -> tuple[config.Config, str]:
 
 
 def restore(workdir: str, step: int, abstract_state: Any) -> Any:
-  """The saved state, each leaf with the sharding of its abstract counterpart."""
+  """The saved state, each leaf sharded like its abstract counterpart."""
   path = os.path.join(_folder(workdir), str(step))
   with _reading(path):
     with ocp.StandardCheckpointer() as reader:

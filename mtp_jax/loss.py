@@ -6,8 +6,8 @@ section 2: head k predicts token t + k from the shared trunk's z_t, and
   total = sum_k weight_k  sum_t valid_kt nll_kt / count_k .
 
 Logits and their gradients are by far the largest arrays, B x T x V a head.
-Neither schedule ever holds those of two heads, nor, with --loss.chunk=C, of more
-than C positions:
+Neither schedule ever holds those of two heads, nor, with --loss.chunk=C, of
+more than C positions:
 
   remat  one scan over heads, each rematerialised: its backward pass recomputes
          its block and its logits. Kept between the passes: nothing a head.

@@ -156,7 +156,7 @@ def _usage() -> str:
     '',
     *(f'  {name:{width}}  {c.help}' for name, c in COMMANDS.items()),
     '',
-    'mtp COMMAND --help lists the flags that matter there, with their defaults.',
+    'mtp COMMAND --help lists the flags that matter there, with defaults.',
   ])  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def mesh(c: config.Config):
 
 
 def model(c: config.Config, m) -> lm.LM:
-  """Initial parameters on mesh m, norms moved away from 1 so that they count."""
+  """Initial parameters on mesh m, norms moved off 1 so that they count."""
   specs = lm.specs(c)
   abstract = params.abstract(specs, c.model.param_dtype, m)
   return jax.tree.map(

@@ -1,8 +1,9 @@
 """One writer a workdir. Floor 4.
 
 WORKDIR/lock.json names the run that may write. A run takes the lock at its
-start and looks at it again before each write, so that a process that was frozen,
-replaced and then wakes up stops instead of writing into its successor's files.
+start and looks at it again before each write, so that a process that was
+frozen, replaced and then wakes up stops instead of writing into its successor's
+files.
 """
 
 import json

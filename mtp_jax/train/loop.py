@@ -217,7 +217,7 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
         if values['skipped_in_a_row'] >= t.max_nonfinite:
           say(
             f'{values["skipped_in_a_row"]:.0f} steps in a row were not finite'
-            f' (--train.max_nonfinite={t.max_nonfinite}); stopped, nothing saved'
+            f' (--train.max_nonfinite={t.max_nonfinite}); stopped, unsaved'
           )
           return EXIT_DIVERGED
       clock.pause()

@@ -16,8 +16,8 @@ class State:
   """params, optimizer state, and three int32 counters.
 
   step counts optimizer steps, skipped ones too, so that step x batch_size is
-  the position in the data; skipped counts the non-finite steps; skipped_in_a_row
-  those since the last good one.
+  the position in the data; skipped counts the non-finite steps, and
+  skipped_in_a_row those since the last good one.
   """
 
   params: lm.LM

@@ -62,8 +62,9 @@ def train_step(
   metrics = sums | dict(
     total=total, head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]), lr=lr,
     grad_norm=grad_norm, weight_K=weight_K[:n_active],
-    skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
-    nats=(sums['loss_K'] - sums['z_loss_K'])[0] * count_K[0], count_K=count_K, bytes=n_bytes,
+    nats=(sums['loss_K'] - sums['z_loss_K'])[0] * count_K[0],
+    count_K=count_K, bytes=n_bytes, skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
   )  # fmt: skip
   return state_lib.State(
     *new,

@@ -100,7 +100,7 @@ def test_no_head_sees_past_its_position(t):
       z_BTD = trunk.trunk(w.trunk, x_BTD, ctx, c)
       head = jax.tree.map(lambda p: p[k], w.heads)
       _, h_BTD = heads.family(c).step(head, w.norm, z_BTD, z_BTD, None, ctx, c)
-      return jnp.sum(h_BTD[0, t] ** 3)
+      return jnp.sum(h_BTD[:, t] ** 3)
 
     for k in range(3):
       g_TD = jax.jit(jax.grad(functools.partial(of_embeddings, k=k)))(x_BTD)[0]
