@@ -68,7 +68,11 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
     loss.targets(flat['tokens'], flat['position'], cfg.heads.n)
   )
   count_K = valid_KBT.sum(axis=(1, 2))
-  piece = tokens.tokenizer.piece
+
+  def piece(token):
+    text = tokens.tokenizer.piece(int(token))
+    return text if text.strip() else text.replace(' ', '␣')
+
   lines = [
     f'step {cfg.inspect.step}: {len(rows)} windows of {cfg.data.seq_len} +'
     f' {cfg.heads.n} tokens; valid targets by head '
@@ -82,11 +86,11 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
     segment_U = np.cumsum(flat['position'][b] == 0)
     for t in range(min(cfg.inspect.tokens, cfg.data.seq_len)):
       shown = [
-        piece(int(x)) if ok else f'[{piece(int(x))}]'
+        piece(x) if ok else f'[{piece(x)}]'
         for x, ok in zip(targets_KBT[:, b, t], valid_KBT[:, b, t], strict=True)
       ]
       lines.append(
-        f'{t:5d}  {piece(int(flat["tokens"][b, t])):8}'
+        f'{t:5d}  {piece(flat["tokens"][b, t]):8}'
         f'  {flat["position"][b, t]:8d}  {segment_U[t]:7d}  {"  ".join(shown)}'
       )
   lines.append('[x]: not a target: another document')
