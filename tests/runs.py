@@ -1,0 +1,93 @@
+"""Tiny runs that the tests of the loop and of the command line share."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from mtp_jax import checkpoint, config, main, sharding
+from mtp_jax.data import documents, store, tokenizers
+from mtp_jax.train import metrics, state
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FLAGS = {
+  'model.d_model': 16,
+  'model.n_layers': 3,
+  'model.n_attn_heads': 2,
+  'model.d_ff': 32,
+  'model.compute_dtype': 'float32',
+  'model.remat': 'none',
+  'heads.n': 2,
+  'data.seq_len': 16,
+  'data.batch_size': 8,
+  'optim.warmup_steps': 2,
+  'optim.lr': 1e-2,
+  'train.steps': 6,
+  'train.log_every': 1,
+  'eval.batches': 2,
+  'train.compilation_cache': '',
+}
+TIMES = ('step_time_s', 'tokens_per_s', 'model_flops_per_s', 'time_left_s')
+
+
+def make_store(path: str, seed: int = 0) -> str:
+  rng = np.random.default_rng(seed)
+  texts = [
+    ''.join(rng.choice(list('abcde ()\n'), size=rng.integers(20, 200)))
+    for _ in range(60)
+  ]
+  store.write(
+    path,
+    (documents.Document(str(i), text) for i, text in enumerate(texts)),
+    tokenizers.get('bytes'),
+    valid_fraction=0.2,
+  )
+  return path
+
+
+def args(store_path: str, workdir: str, **changes) -> list[str]:
+  """Flags of a run; `train__steps=3` stands for --train.steps=3."""
+  values = FLAGS | {k.replace('__', '.'): v for k, v in changes.items()}
+  values |= {'data.store': store_path, 'train.workdir': workdir}
+  return [f'--{name}={value}' for name, value in values.items()]
+
+
+def train(store_path: str, workdir, **changes) -> int:
+  return main.main(['train', *args(store_path, str(workdir), **changes)])
+
+
+def process(command: list[str], **kwargs) -> subprocess.Popen:
+  """A run in a process of its own, on one CPU device."""
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', PYTHONPATH=ROOT)
+  environment['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+  return subprocess.Popen(
+    [sys.executable, *command], env=environment, text=True, cwd=ROOT,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+  )  # fmt: skip
+
+
+def restored(workdir, step: int, **mesh) -> state.State:
+  """The whole saved state, on a mesh, on the host."""
+  cfg, _ = checkpoint.about(str(workdir), step)
+  sizes = dict(data=1, fsdp=1, tensor=1) | mesh
+  cfg = config.replace(cfg, **{f'mesh.{k}': v for k, v in sizes.items()})
+  devices = jax.devices()[: np.prod(list(sizes.values()))]
+  m = sharding.make_mesh(cfg, devices)
+  return jax.device_get(
+    checkpoint.restore(str(workdir), step, state.abstract(cfg, m))
+  )
+
+
+def records(workdir) -> list[dict]:
+  """metrics.jsonl without what a clock wrote."""
+  return [
+    {k: v for k, v in record.items() if k not in TIMES}
+    for record in metrics.read(str(workdir))
+  ]
+
+
+def assert_same(a, b) -> None:
+  """Two States, bit for bit."""
+  jax.tree.map(np.testing.assert_array_equal, a, b)
