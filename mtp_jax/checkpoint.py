@@ -65,7 +65,7 @@ def steps(workdir: str) -> list[int]:
   """Steps of the complete checkpoints, oldest first."""
   try:
     names = os.listdir(_folder(workdir))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return []
   return sorted(int(name) for name in names if name.isdigit())
 
@@ -96,8 +96,8 @@ def _reading(path: str):
   """What orbax and tensorstore raise for a broken file, as one line."""
   try:
     yield
-  except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-    first = str(error).strip().splitlines()[0][:300]
+  except Exception as error:  # orbax raises just that for a damaged array
+    first = (str(error).strip() or repr(error)).splitlines()[0][:300]
     raise config.ConfigError(
       'train.workdir', path, f'cannot be read as a checkpoint: {first}'
     ) from error

@@ -56,6 +56,7 @@ def _read_flag_file(path, beside, seen):
 
 def _define() -> flags.FlagValues:
   values = flags.FlagValues()
+  values.set_gnu_getopt(True)  # flags may follow the runs of a report
   for name, field in config.fields().items():
     help = field.metadata['help']
     if 'choices' in field.metadata:

@@ -22,6 +22,10 @@ class Command(NamedTuple):
   run: Callable[[flags.Parsed], int]
 
 
+def _absolute(path: str) -> str:
+  return os.path.abspath(os.path.expanduser(path))
+
+
 def _need(cfg: config.Config, name: str, what: str) -> None:
   if not config.get(cfg, name):
     raise config.ConfigError(name, '', f'give {what}')
@@ -43,6 +47,14 @@ def _start_jax(cfg: config.Config) -> None:
       'jax_compilation_cache_dir',
       os.path.expanduser(cfg.train.compilation_cache),
     )
+
+
+def _parse(args: list[str]) -> flags.Parsed:
+  parsed = flags.parse(args)
+  folder = os.path.dirname(_absolute(parsed.out))
+  if not os.path.isdir(folder):  # not after hours of work
+    raise config.ConfigError('out', parsed.out, f'there is no {folder}')
+  return parsed
 
 
 def _no_more(parsed: flags.Parsed) -> None:
@@ -79,8 +91,8 @@ def _train(parsed: flags.Parsed) -> int:
   cfg = config.replace(
     cfg,
     **{
-      'data.store': os.path.abspath(cfg.data.store),
-      'train.workdir': os.path.abspath(cfg.train.workdir),
+      'data.store': _absolute(cfg.data.store),
+      'train.workdir': _absolute(cfg.train.workdir),
     },
   )
   _start_jax(cfg)
@@ -94,10 +106,10 @@ def _eval(parsed: flags.Parsed) -> int:
   path = parsed.given.get('eval.checkpoint')
   if not path:
     raise config.ConfigError('eval.checkpoint', '', 'give a workdir')
-  _start_jax(config.Config())
+  _start_jax(config.replace(config.Config(), **parsed.given))
   from mtp_jax import report
 
-  lines, values = report.evaluate(path, parsed)
+  lines, values = report.evaluate(_absolute(path), parsed)
   _report(lines, values, parsed.out)
   return 0
 
@@ -177,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     if '--help' in args or '-h' in args:
       print(f'mtp {name}: {command.help}\n\n{flags.usage(command.sections)}')
       return 0
-    return command.run(flags.parse(args))
+    return command.run(_parse(args))
   except (config.ConfigError, absl_flags.Error) as error:
     print(f'mtp: {str(error).splitlines()[0]}', file=sys.stderr)
     return 2

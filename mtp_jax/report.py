@@ -45,7 +45,7 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
     f' {raw["count_K"][0]:,.0f} targets of head 1',
     *metrics.table(values, cfg.heads.n),
   ]
-  return lines, dict(workdir=workdir, step=step) | values
+  return lines, dict(workdir=workdir, step=step) | metrics.jsonable(values)
 
 
 def inspect(cfg: config.Config) -> tuple[list[str], dict]:
@@ -143,7 +143,10 @@ def curves(runs: list[str]) -> tuple[list[str], dict]:
   last = {run: found[-1] for run, found in records.items()}
   lines = [
     f'{run}: step {r["step"]}, '
-    + ', '.join(f'head {n[5:]} {r[n]:.4f}' for n in _heads([r], 'loss'))
+    + ', '.join(
+      f'head {n[5:]} ' + ('nan' if r[n] is None else f'{r[n]:.4f}')
+      for n in _heads([r], 'loss')
+    )
     for run, r in last.items()
   ]
   return [*lines, f'curves: {path}'], dict(curves=path, last=last)

@@ -70,10 +70,12 @@ def _read(path):
 
 def _started(pid: int) -> str:
   """When a process of this machine began, so that a reused pid is told apart;
-  empty where the system does not say."""
+  empty where the system does not say, and of a dead one nobody has waited for.
+  """
   try:
     with open(f'/proc/{pid}/stat', encoding='utf-8') as f:
-      return f.read().rsplit(')', 1)[1].split()[19]
+      state, *rest = f.read().rsplit(')', 1)[1].split()
+    return '' if state == 'Z' else rest[18]
   except OSError:
     return ''
 

@@ -101,7 +101,12 @@ def train(cfg: config.Config) -> int:
   mesh = sharding.make_mesh(cfg)
   train_batches(tokens, cfg, 0)  # refuses what it cannot divide
   workdir = cfg.train.workdir
-  os.makedirs(workdir, exist_ok=True)
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as error:
+    raise config.ConfigError(
+      'train.workdir', workdir, f'cannot write there: {error.strerror}'
+    ) from error
   held = lock.Lock(workdir)
   try:
     start = _start_step(cfg, tokens)
@@ -202,11 +207,15 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
   step_of = _compiler(run, abstract)
   evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)
   clock = _Clock()
-  with _progress(start, t.steps) as say, _transfers_are_explicit():
+  with (
+    _progress(start, t.steps) as say,
+    _profile(cfg) as profile,
+    _transfers_are_explicit(),
+  ):
     for done in range(start + 1, t.steps + 1):
       n_active = config.active_heads(cfg, done - 1)
       step = step_of(n_active, say, clock)
-      _profile(done - 1, cfg)
+      profile(done - 1, state)
       batch = sharding.put_batch(run.mesh, next(batches))
       state, values = step(state, batch, run.bytes_V)
       clock.steps += 1
@@ -220,11 +229,15 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
             f' (--train.max_nonfinite={t.max_nonfinite}); stopped, unsaved'
           )
           return EXIT_DIVERGED
-      clock.pause()
-      if last or (t.eval_every and done % t.eval_every == 0):
-        _evaluate(run, done, state, evaluate, say)
+      evaluates = last or (t.eval_every and done % t.eval_every == 0)
       due = t.checkpoint_every and done % t.checkpoint_every == 0
-      if last or stop or due:
+      saves = last or stop or due
+      if evaluates or saves:
+        jax.block_until_ready(state)  # else the pause would hide its seconds
+      clock.pause()
+      if evaluates:
+        _evaluate(run, done, state, evaluate, say)
+      if saves:
         run.held.check()
         checkpoint.save(run.saver, done, state, cfg, run.tokens.fingerprint)
       clock.go_on()
@@ -377,9 +390,24 @@ def _transfers_are_explicit():
   return jax.transfer_guard('disallow')
 
 
-def _profile(step: int, cfg: config.Config) -> None:
-  t = cfg.train
-  if t.profile_steps and step == t.profile_start:
-    jax.profiler.start_trace(os.path.join(t.workdir, 'profile'))
-  if t.profile_steps and step == t.profile_start + t.profile_steps:
-    jax.profiler.stop_trace()
+@contextlib.contextmanager
+def _profile(cfg: config.Config):
+  """at(step, state), called before each step, traces those of the profile; a
+  run that begins or ends among them traces what it has of them."""
+  t, tracing = cfg.train, False
+  wanted = range(t.profile_start, t.profile_start + t.profile_steps)
+
+  def at(step, state):
+    nonlocal tracing
+    if tracing and step not in wanted:
+      jax.block_until_ready(state)  # dispatched is not yet done
+      jax.profiler.stop_trace()
+    elif not tracing and step in wanted:
+      jax.profiler.start_trace(os.path.join(t.workdir, 'profile'))
+    tracing = step in wanted
+
+  try:
+    yield at
+  finally:
+    if tracing:
+      jax.profiler.stop_trace()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 
+import jax
 import numpy as np
 import tensorboardX
 
@@ -45,7 +46,8 @@ def flops_per_token(cfg: config.Config, n_active: int) -> float:
   Recomputation is not counted: it is a cost, not work.
   """
   m, specs = cfg.model, lm.specs(cfg)
-  layer_weights = params.count(specs.trunk) / heads.trunk_layers(cfg)
+  matrices = [s for s in jax.tree.leaves(specs.trunk) if s.decay]
+  layer_weights = params.count(matrices) / heads.trunk_layers(cfg)
   layers = heads.trunk_layers(cfg) + n_active
   attention = 4 * cfg.data.seq_len * m.n_attn_heads * m.head_width
   unembedding = 2 * params.count(specs.unembed)
@@ -136,16 +138,18 @@ def read(workdir: str) -> list[dict]:
   try:
     with open(jsonl_path(workdir), encoding='utf-8') as f:
       lines = f.readlines()
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return []
   return [json.loads(text) for text in lines if text.endswith('\n')]
 
 
-class Sinks:
-  """metrics.jsonl and TensorBoard, both cut back to the step a run starts at.
+def jsonable(values: dict[str, float]) -> dict[str, float | None]:
+  """NaN and infinities as None, i.e. null: JSON has no other word for them."""
+  return {k: v if math.isfinite(v) else None for k, v in values.items()}
 
-  NaN is written as null: JSON has no other word for it.
-  """
+
+class Sinks:
+  """metrics.jsonl and TensorBoard, both cut back to the step a run starts at."""
 
   def __init__(self, workdir: str, start_step: int):
     kept = [r for r in read(workdir) if r['step'] <= start_step]
@@ -159,8 +163,7 @@ class Sinks:
     )
 
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-    finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-    record = dict(kind=kind, step=step) | finite
+    record = dict(kind=kind, step=step) | jsonable(values)
     self._jsonl.write(json.dumps(record) + '\n')
     self._jsonl.flush()
     for name, value in values.items():
