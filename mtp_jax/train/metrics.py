@@ -149,7 +149,7 @@ def jsonable(values: dict[str, float]) -> dict[str, float | None]:
 
 
 class Sinks:
-  """metrics.jsonl and TensorBoard, both cut back to the step a run starts at."""
+  """metrics.jsonl and TensorBoard, cut back to the step a run starts at."""
 
   def __init__(self, workdir: str, start_step: int):
     kept = [r for r in read(workdir) if r['step'] <= start_step]

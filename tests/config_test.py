@@ -1,0 +1,146 @@
+"""The Config: its JSON, its limits, and what its small languages mean."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mtp_jax import config
+
+OTHER = {
+  'model.d_model': 96,
+  'model.rope_theta': 500_000.0,
+  'model.norm_eps': 1e-6,
+  'heads.n': 3,
+  'loss.weights': '0:1,.3;50:1,.1',
+  'data.verify': False,
+  'data.documents': 'text:/tmp/a b.txt,python:json',
+  'optim.lr': 0.1 + 0.2,  # 0.30000000000000004
+  'train.seed': 2**32 - 1,
+  'train.workdir': '/runs/ü',
+}
+
+# Every field that may differ when a run goes on; all others may not.
+FREE = """
+  data.store data.documents data.valid_fraction data.overwrite data.verify
+  data.read_threads mesh.data mesh.fsdp mesh.tensor train.workdir train.steps
+  train.log_every train.eval_every train.checkpoint_every train.keep_last
+  train.keep_every train.profile_start train.profile_steps
+  train.compilation_cache eval.checkpoint eval.split eval.batches inspect.step
+  inspect.rows inspect.tokens
+""".split()
+
+
+def _cfg(**changes):
+  changes = {k.replace('__', '.'): v for k, v in changes.items()}
+  return config.replace(config.Config(), **changes)
+
+
+def test_json_round_trip():
+  cfg = config.replace(config.Config(), **OTHER)
+  assert config.from_json(config.to_json(cfg)) == cfg
+  for name, value in OTHER.items():
+    assert config.get(cfg, name) == value
+  changed = [n for n in config.fields() if config.get(_cfg(), n) !=
+             config.get(cfg, n)]  # fmt: skip
+  assert sorted(changed) == sorted(OTHER)
+
+
+def test_json_of_an_older_program_keeps_new_defaults():
+  sections = json.loads(config.to_json(_cfg(heads__n=2)))
+  del sections['inspect'], sections['train']['keep_every']
+  assert config.from_json(json.dumps(sections)) == _cfg(heads__n=2)
+
+
+def test_json_of_another_program_is_refused():
+  sections = json.loads(config.to_json(_cfg()))
+  with pytest.raises(TypeError, match='d_modle'):
+    config.from_json(
+      json.dumps(sections | dict(model=dict(d_modle=3)))
+    )  # fmt: skip
+  for version in (config.VERSION + 1, None):
+    with pytest.raises(ValueError, match=f'config version {version}'):
+      config.from_json(json.dumps(sections | dict(version=version)))
+
+
+def test_the_defaults_are_valid():
+  config.validate(config.Config())
+
+
+def test_every_field_has_help_and_a_type_that_a_flag_can_have():
+  for name, field in config.fields().items():
+    assert field.type in (int, float, str, bool), name
+    assert isinstance(field.default, field.type), name
+    assert field.metadata['help'], name
+
+
+def test_what_may_change_when_a_run_goes_on():
+  def other(field):
+    if field.type is bool:
+      return not field.default
+    return field.default + (1 if field.type in (int, float) else 'x')
+
+  free = []
+  for name, field in config.fields().items():
+    new = config.replace(config.Config(), **{name: other(field)})
+    found = config.changed(config.Config(), new)
+    if not found:
+      free.append(name)
+      continue
+    assert found == [(name, field.default, other(field))]
+  assert sorted(free) == sorted(FREE)
+
+
+@pytest.mark.parametrize(
+  'text, phases',
+  [
+    ('0:1', ((0, (1.0,)),)),
+    ('0:1,.3;50000:1,.1', ((0, (1.0, 0.3)), (50_000, (1.0, 0.1)))),
+    ('0:2;10:3;20:1', ((0, (2.0,)), (10, (3.0,)), (20, (1.0,)))),
+  ],
+)
+def test_parse_steps(text, phases):
+  assert config.parse_steps(text) == phases
+
+
+@pytest.mark.parametrize(
+  'text', ['', '1', '1:1', '0:', '0:a', '0:1;', '0:1;5', '0:1;5:1;5:2',
+           '0:1;9:1;5:1', '0.5:1', '0:1;-1:1', '0:1:2'],
+)  # fmt: skip
+def test_parse_steps_refuses(text):
+  with pytest.raises(ValueError):
+    config.parse_steps(text)
+
+
+@pytest.mark.parametrize(
+  'text, weights',
+  [
+    ('0:1', ((0, (1, 1, 1, 1)),)),
+    ('0:1,.3', ((0, (1, 0.3, 0.3, 0.3)),)),
+    ('0:1;7:4,3,2,1', ((0, (1, 1, 1, 1)), (7, (4, 3, 2, 1)))),
+  ],
+)
+def test_head_weights(text, weights):
+  assert config.head_weights(_cfg(heads__n=4, loss__weights=text)) == weights
+
+
+def test_active_heads():
+  cfg = _cfg(heads__n=4, loss__curriculum='0:1;3:2;10:4')
+  steps = (0, 2, 3, 9, 10, 10**6)
+  assert [config.active_heads(cfg, s) for s in steps] == [1, 1, 2, 2, 4, 4]
+  assert config.active_heads(_cfg(heads__n=4), 0) == 4
+
+
+def test_derived_shapes():
+  m = _cfg(model__d_model=96, model__n_attn_heads=4).model
+  assert (m.head_width, m.kv_heads, m.ff_width) == (24, 4, 256)
+  m = dataclasses.replace(m, d_model=288, n_kv_heads=2)
+  assert (m.head_width, m.kv_heads, m.ff_width) == (72, 2, 768)
+  assert dataclasses.replace(m, d_model=4096).ff_width == 11_008  # Llama 7B
+  assert dataclasses.replace(m, d_ff=100).ff_width == 100
+
+
+def test_a_config_is_frozen_and_hashable():
+  assert hash(_cfg(heads__n=2)) == hash(_cfg(heads__n=2))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.Config().model.d_model = 3
