@@ -23,3 +23,21 @@ def compilation_cache(tmp_path_factory):
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
   yield folder
+
+
+@pytest.fixture(scope='session')
+def store(tmp_path_factory):
+  """Path of a token store of some 6,000 bytes; see runs.make_store."""
+  from tests import runs
+
+  return runs.make_store(str(tmp_path_factory.mktemp('data') / 'store'))
+
+
+@pytest.fixture(scope='session')
+def undisturbed(store, tmp_path_factory):
+  """Workdir of a finished run; tests copy it before they change it."""
+  from tests import runs
+
+  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
+  assert runs.train(store, workdir, train__checkpoint_every=3) == 0
+  return workdir

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -26,14 +27,14 @@ def test_a_living_holder_is_named(tmp_path):
   assert json.loads((tmp_path / 'lock.json').read_text())['run'] == 'x'
 
 
-def test_a_second_run_in_a_living_workdir_is_refused(tmp_path, capsys):
-  store = runs.make_store(str(tmp_path / 'store'))
+def test_a_second_run_in_a_living_workdir_is_refused(store, tmp_path, capsys):
   workdir = tmp_path / 'run'
   workdir.mkdir()
   held = lock.Lock(str(workdir))
   assert runs.train(store, workdir) == 2
   error = capsys.readouterr().err
-  assert '--train.workdir=' in error and 'one run a workdir' in error
+  assert error.startswith(f'mtp: --train.workdir={workdir}: is being written')
+  assert error.endswith('one run a workdir\n') and error.count('\n') == 1
   assert os.listdir(workdir) == ['lock.json']
   held.check()
 
@@ -43,6 +44,19 @@ def test_a_dead_process_loses_its_lock(tmp_path):
   dead.wait()
   _other(tmp_path / 'lock.json', pid=dead.pid)
   lock.Lock(str(tmp_path)).check()
+
+
+def test_a_killed_process_that_nobody_waited_for_loses_its_lock(tmp_path):
+  sleeping = subprocess.Popen([sys.executable, '-c', 'input()'],
+                              stdin=subprocess.PIPE)  # fmt: skip
+  started = lock._started(sleeping.pid)
+  _other(tmp_path / 'lock.json', pid=sleeping.pid, started=started)
+  with pytest.raises(config.ConfigError):
+    lock.Lock(str(tmp_path))
+  sleeping.kill()
+  os.waitid(os.P_PID, sleeping.pid, os.WEXITED | os.WNOWAIT)
+  lock.Lock(str(tmp_path)).check()
+  sleeping.communicate()
 
 
 def test_a_reused_pid_is_not_the_holder(tmp_path):
@@ -65,7 +79,23 @@ def test_who_was_replaced_notices(tmp_path):
   with pytest.raises(lock.Lost):
     first.check()
   first.release()
-  assert (tmp_path / 'lock.json').exists()
+  assert json.loads((tmp_path / 'lock.json').read_text())['run'] == 'x'
+  os.remove(tmp_path / 'lock.json')
+  with pytest.raises(lock.Lost):
+    first.check()
+
+
+def test_checking_shows_that_the_run_is_alive(tmp_path):
+  held = lock.Lock(str(tmp_path))
+  os.utime(tmp_path / 'lock.json', (0, 0))
+  held.check()
+  age_s = time.time() - (tmp_path / 'lock.json').stat().st_mtime
+  assert age_s < lock.STALE_S
+
+
+def test_an_unreadable_lock_is_nobodys(tmp_path):
+  (tmp_path / 'lock.json').write_text('{"run"')
+  lock.Lock(str(tmp_path)).check()
 
 
 def test_release(tmp_path):

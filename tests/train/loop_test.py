@@ -1,40 +1,52 @@
 """A run: stopped and resumed it is the run that was not, bit for bit."""
 
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, config, main
-from mtp_jax.train import loop, metrics
+from mtp_jax import checkpoint, config, loss
+from mtp_jax.train import lock, loop, metrics
 from tests import runs
 
 
-@pytest.fixture(scope='module')
-def store(tmp_path_factory):
-  return runs.make_store(str(tmp_path_factory.mktemp('data') / 'store'))
+@pytest.fixture
+def resumable(undisturbed, tmp_path):
+  """A copy of the undisturbed run, killed between step 5 and the end."""
+  run = tmp_path / 'resumable'
+  shutil.copytree(undisturbed, run)
+  shutil.rmtree(run / 'checkpoints' / '6')
+  path = run / 'metrics.jsonl'
+  lines = path.read_text().splitlines(keepends=True)
+  assert len(lines) == 7
+  path.write_text(''.join(lines[:5]) + lines[5][:30])
+  return run
 
 
-@pytest.fixture(scope='module')
-def undisturbed(store, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
-  assert runs.train(store, workdir, train__checkpoint_every=3) == 0
-  return workdir
+def _at_batch(monkeypatch, number, action):
+  """Calls action when the run is about to use its number-th batch."""
+  put, calls = loop.sharding.put_batch, []
+
+  def patched(mesh, batch):
+    calls.append(1)
+    if len(calls) == number:
+      action()
+    return put(mesh, batch)
+
+  monkeypatch.setattr(loop.sharding, 'put_batch', patched)
 
 
-@pytest.fixture(scope='module')
-def undisturbed_process(store, tmp_path_factory):
-  """The same on one device: other sums, so another run."""
-  workdir = tmp_path_factory.mktemp('runs') / 'process'
-  run = runs.process(
-    ['-m', 'mtp_jax', 'train', *runs.args(store, str(workdir))]
-  )
-  assert run.wait() == 0, run.stderr.read()
-  return workdir
+def _of_kind(workdir, kind, names=None):
+  """Records of a kind; with names, the values of those as rows."""
+  found = [r for r in runs.records(workdir) if r['kind'] == kind]
+  return [[r[n] for n in names] for r in found] if names else found
 
 
 def test_a_run_writes_what_it_says(undisturbed, store):
@@ -47,118 +59,153 @@ def test_a_run_writes_what_it_says(undisturbed, store):
   assert 'workdir' not in (undisturbed / 'run.flags').read_text()
   kinds = [(r['kind'], r['step']) for r in runs.records(undisturbed)]
   assert kinds == [('train', s) for s in range(1, 7)] + [('eval', 6)]
-  last = runs.records(undisturbed)[-2]
-  for name in (
-    'loss', 'loss_1', 'loss_2', 'bits_per_byte', 'lr', 'grad_norm',
-    'accepted_length', 'acceptance_2', 'head_grad_norm_2',
-  ):  # fmt: skip
+  lr = np.float32(1e-2) * np.array([0, 0.2, 0.4, 0.6, 0.8, 1])
+  rows = _of_kind(undisturbed, 'train', ['lr', 'loss'])
+  np.testing.assert_allclose([row[0] for row in rows], lr, rtol=1e-6)
+  assert rows[-1][1] < rows[0][1]  # it learns
+  last = metrics.read(str(undisturbed))[5]
+  for name in ('loss_1', 'loss_2', 'bits_per_byte', 'grad_norm', 'accuracy_2',
+               'accepted_length', 'acceptance_2', 'head_grad_norm_2',
+               *runs.TIMES):  # fmt: skip
     assert np.isfinite(last[name]), name
+  state = runs.restored(undisturbed, 6)
+  assert (state.step, state.skipped, state.skipped_in_a_row) == (6, 0, 0)
 
 
+# Stopped and resumed.
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_then_the_same_command_is_the_undisturbed_run(
-  store, tmp_path, undisturbed, monkeypatch
+  store, tmp_path, undisturbed, monkeypatch, capsys, number
 ):
-  put, calls = loop.sharding.put_batch, []
-
-  def signalled(mesh, batch):
-    calls.append(1)
-    if len(calls) == 4:
-      os.kill(os.getpid(), signal.SIGINT)
-    return put(mesh, batch)
-
-  monkeypatch.setattr(loop.sharding, 'put_batch', signalled)
-  workdir = tmp_path / 'run'
-  assert runs.train(store, workdir) == loop.EXIT_INTERRUPTED
-  assert checkpoint.steps(str(workdir)) == [4]
+  handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+  _at_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
+  assert runs.train(store, tmp_path) == loop.EXIT_INTERRUPTED == 75
+  assert 'saved step 4; run the same command' in capsys.readouterr().out
+  assert checkpoint.steps(str(tmp_path)) == [4]
   monkeypatch.undo()
-  assert runs.train(store, workdir) == 0
-  runs.assert_same(runs.restored(workdir, 6), runs.restored(undisturbed, 6))
-  assert runs.records(workdir) == runs.records(undisturbed)
+  assert handlers == [
+    signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)
+  ]
+  assert runs.train(store, tmp_path) == 0
+  assert 'step 4 of 6, 2 to go' in capsys.readouterr().out
+  runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
+  assert runs.records(tmp_path) == runs.records(undisturbed)
 
 
-def test_sigterm_to_a_process(store, tmp_path, undisturbed_process):
-  workdir = tmp_path / 'run'
-  command = ['-m', 'mtp_jax', 'train', *runs.args(store, str(workdir))]
-  run = runs.process(command)
+def test_a_second_interrupt_does_not_wait(store, tmp_path, monkeypatch):
+  def twice():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  _at_batch(monkeypatch, 4, twice)
+  with pytest.raises(KeyboardInterrupt):
+    runs.train(store, tmp_path)
+  assert checkpoint.steps(str(tmp_path)) == []
+  assert not (tmp_path / 'lock.json').exists()
+
+
+def test_sigterm_to_a_process(store, tmp_path):
+  # Long enough that it cannot be over before the signal arrives.
+  flags = dict(train__steps=60, train__log_every=4)
+  interrupted, straight = tmp_path / 'a', tmp_path / 'b'
+  command = runs.args(store, str(interrupted), **flags)
+  run = runs.process(['-m', 'mtp_jax', 'train', *command])
   for line in run.stdout:
-    if line.startswith('step 2/'):
+    if line.startswith('step 4/') and _of_kind(interrupted, 'train'):
       run.send_signal(signal.SIGTERM)
       break
-  assert run.wait() == loop.EXIT_INTERRUPTED, run.stderr.read()
-  stopped_at = checkpoint.steps(str(workdir))[-1]
-  assert 2 <= stopped_at < 6
-  run = runs.process(command)
-  assert run.wait() == 0, run.stderr.read()
-  runs.assert_same(
-    runs.restored(workdir, 6), runs.restored(undisturbed_process, 6)
-  )
-  assert runs.records(workdir) == runs.records(undisturbed_process)
+  _, error = run.communicate()
+  assert run.returncode == loop.EXIT_INTERRUPTED, error
+  (stopped_at,) = checkpoint.steps(str(interrupted))
+  assert 4 <= stopped_at < 60
+  run = runs.process(['-m', 'mtp_jax', 'train', *command])
+  out, error = run.communicate()
+  assert run.returncode == 0, error
+  assert f'step {stopped_at} of 60' in out
+  assert runs.train(store, straight, **flags) == 0
+  runs.assert_same(runs.restored(interrupted, 60), runs.restored(straight, 60))
+  assert runs.records(interrupted) == runs.records(straight)
 
 
 KILLED_SAVING = """
-import os, signal, sys, threading
-from mtp_jax import checkpoint, main
+import os, signal, sys
+from mtp_jax import main
 
-save = checkpoint.save
+rename = os.rename
 
-def killed(to, step, *args):
-  # The commit of step 4 is a rename; everything before it has been written.
-  if step == 4:
-    to.wait_until_finished()
-    import orbax.checkpoint as ocp
-    def die(*_, **__):
-      os.kill(os.getpid(), signal.SIGKILL)
-    os.rename = die
-    import pathlib
-    pathlib.Path.rename = die
-    from etils import epath
-    for cls in type(epath.Path('/tmp')).__mro__:
-      if 'rename' in vars(cls):
-        try: cls.rename = die
-        except TypeError: pass
-  save(to, step, *args)
-  if step == 4:
-    to.wait_until_finished()
+def killed(source, target, **kwargs):
+  # The commit of step 4; everything before it has been written.
+  if os.path.basename(target) == '4':
+    os.kill(os.getpid(), signal.SIGKILL)
+  rename(source, target, **kwargs)
 
-checkpoint.save = killed
+os.rename = killed
 sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def test_kill_during_a_save(store, tmp_path, undisturbed_process):
-  workdir = tmp_path / 'run'
-  flags = runs.args(store, str(workdir), train__checkpoint_every=2)
-  run = runs.process(['-c', KILLED_SAVING, 'train', *flags])
-  assert run.wait() == -signal.SIGKILL, run.stderr.read()
-  left = os.listdir(workdir / 'checkpoints')
-  assert any('4' in name and not name.isdigit() for name in left), left
-  assert checkpoint.steps(str(workdir)) == [2]
-  run = runs.process(['-m', 'mtp_jax', 'train', *flags])
-  out, error = run.communicate()
-  assert run.returncode == 0, error
-  assert 'step 3/' in out and 'step 2/' not in out
-  runs.assert_same(
-    runs.restored(workdir, 6), runs.restored(undisturbed_process, 6)
-  )
-  assert runs.records(workdir) == runs.records(undisturbed_process)
-  assert sorted(os.listdir(workdir / 'checkpoints')) == ['4', '6']
+def test_kill_during_a_save(store, tmp_path, undisturbed):
+  flags = dict(train__checkpoint_every=2)
+  command = runs.args(store, str(tmp_path), **flags)
+  run = runs.process(['-c', KILLED_SAVING, 'train', *command])
+  _, error = run.communicate()
+  assert run.returncode == -signal.SIGKILL, error
+  left = set(os.listdir(tmp_path / 'checkpoints')) - {'2'}
+  assert left and all(name.startswith('4.') for name in left), left
+  assert (tmp_path / 'lock.json').exists()
+  assert checkpoint.steps(str(tmp_path)) == [2]
+  assert checkpoint.find(str(tmp_path)) == (str(tmp_path), 2)
+  assert runs.train(store, tmp_path, **flags) == 0
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['4', '6']
+  runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
+  assert runs.records(tmp_path) == runs.records(undisturbed)
 
 
-def test_run_flags_repeat_the_run(undisturbed, tmp_path):
-  assert 0 == main.main([
-    'train', f'--flagfile={undisturbed}/run.flags',
-    f'--train.workdir={tmp_path}/again',
-  ])  # fmt: skip
-  runs.assert_same(
-    runs.restored(tmp_path / 'again', 6), runs.restored(undisturbed, 6)
+def test_records_past_the_checkpoint_are_cut_off(
+  store, resumable, undisturbed, capsys
+):
+  assert runs.train(store, resumable, train__checkpoint_every=3) == 0
+  assert 'step 3 of 6, 3 to go' in capsys.readouterr().out
+  assert runs.records(resumable) == runs.records(undisturbed)
+  runs.assert_same(runs.restored(resumable, 6), runs.restored(undisturbed, 6))
+
+
+def test_steps_and_cadences_may_change(store, resumable, undisturbed):
+  assert 0 == runs.train(
+    store, resumable, train__steps=8, train__log_every=5, train__eval_every=7,
+    train__checkpoint_every=2, train__keep_last=9,
+  )  # fmt: skip
+  kinds = [(r['kind'], r['step']) for r in runs.records(resumable)[3:]]
+  assert kinds == [('train', 5), ('eval', 7), ('train', 8), ('eval', 8)]
+  assert checkpoint.steps(str(resumable)) == [3, 4, 6, 8]
+  mine, theirs = (runs.restored(w, 6) for w in (resumable, undisturbed))
+  runs.assert_same(mine, theirs)
+  cfg = config.from_json((resumable / 'config.json').read_text())
+  assert cfg.train.steps == 8
+
+
+def test_another_mesh_goes_on(store, tmp_path, undisturbed, monkeypatch):
+  _at_batch(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  mesh = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+  assert runs.train(store, tmp_path, **mesh) == loop.EXIT_INTERRUPTED
+  monkeypatch.undo()
+  assert runs.train(store, tmp_path) == 0
+  names = ['loss', 'loss_1', 'loss_2', 'grad_norm', 'head_grad_norm_2', 'lr']
+  np.testing.assert_allclose(
+    _of_kind(tmp_path, 'train', names),
+    _of_kind(undisturbed, 'train', names),
+    rtol=1e-4,
   )
+  assert runs.records(tmp_path) != runs.records(undisturbed)  # other sums
 
 
 def test_a_finished_run_is_left_alone(store, undisturbed, capsys):
-  before = (undisturbed / 'metrics.jsonl').stat().st_mtime_ns
+  before = _contents(undisturbed)
   assert runs.train(store, undisturbed, train__checkpoint_every=3) == 0
   assert 'trained already, to step 6' in capsys.readouterr().out
-  assert (undisturbed / 'metrics.jsonl').stat().st_mtime_ns == before
+  assert _contents(undisturbed) == before
 
 
 @pytest.mark.parametrize(
@@ -167,149 +214,188 @@ def test_a_finished_run_is_left_alone(store, undisturbed, capsys):
     ({'optim__lr': 0.5}, '--optim.lr=0.5: the run in'),
     ({'heads__n': 1}, '--heads.n=1: the run in'),
     ({'train__seed': 7}, '--train.seed=7: the run in'),
+    ({'loss__schedule': 'eager'}, '--loss.schedule=eager: the run in'),
+    ({'train__accumulate': 1, 'data__batch_size': 16}, '--data.batch_size=16'),
   ],
 )
-def test_a_changed_result_is_refused(store, undisturbed, capsys, change, line):
+def test_what_changes_the_result_is_refused(
+  store, undisturbed, capsys, change, line
+):
+  before = _contents(undisturbed)
   assert runs.train(store, undisturbed, train__steps=9, **change) == 2
   error = capsys.readouterr().err
-  assert line in error and 'was started with' in error
+  old = runs.FLAGS.get(line[2:].split('=')[0])
+  assert line in error and f'was started with {old or ""}' in error
   assert error.count('\n') == 1
-  assert checkpoint.steps(str(undisturbed)) == [3, 6]
+  assert _contents(undisturbed) == before
 
 
 def test_another_store_is_refused(undisturbed, tmp_path, capsys):
   other = runs.make_store(str(tmp_path / 'other'), seed=1)
+  before = _contents(undisturbed)
   assert runs.train(other, undisturbed, train__steps=9) == 2
-  assert 'is not the store' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert f'--data.store={other}: is not the store' in error
+  assert error.count('\n') == 1
+  assert _contents(undisturbed) == before
 
 
-def test_another_mesh_goes_on_from_the_same_state(store, tmp_path):
-  # More steps: the schedule must not depend on them.
-  flags = dict(optim__schedule='constant', model__vocab_size=264)
-  workdir = tmp_path / 'run'
-  assert 0 == runs.train(
-    store, workdir, train__steps=3, mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
-    **flags,
-  )  # fmt: skip
-  meshes = (dict(), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2))
-  for other in meshes[:-1]:
-    runs.assert_same(
-      runs.restored(workdir, 3, **other),
-      runs.restored(workdir, 3, **meshes[-1]),
-    )
-  assert 0 == runs.train(store, workdir, mesh__fsdp=8, **flags)
-  straight = tmp_path / 'straight'
-  assert 0 == runs.train(store, straight, mesh__fsdp=8, **flags)
-  for a, b in zip(*map(_train_records, (workdir, straight)), strict=True):
-    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-4)
+def _contents(workdir):
+  """Every file below workdir and its bytes."""
+  return {
+    os.path.join(folder, name): open(os.path.join(folder, name), 'rb').read()
+    for folder, _, names in os.walk(workdir)
+    for name in names
+  }
 
 
-def _train_records(workdir):
-  return [r for r in runs.records(workdir) if r['kind'] == 'train']
+@pytest.mark.parametrize(
+  'cadence',
+  [
+    dict(train__log_every=1),
+    dict(train__log_every=99, train__eval_every=2),
+    dict(train__log_every=99, train__checkpoint_every=2),
+  ],
+)
+def test_who_lost_the_lock_writes_nothing_more(
+  store, tmp_path, monkeypatch, cadence
+):
+  seen = {}
+
+  def files():  # TensorBoard writes when it likes, to a file of this run only
+    return {k: v for k, v in _contents(tmp_path).items() if 'tfev' not in k}
+
+  def take():
+    holder = json.loads((tmp_path / 'lock.json').read_text())
+    (tmp_path / 'lock.json').write_text(json.dumps(holder | dict(run='other')))
+    seen.update(files())
+
+  _at_batch(monkeypatch, 2, take)
+  with pytest.raises(lock.Lost, match='taken by another run'):
+    runs.train(store, tmp_path, **cadence)
+  assert files() == seen and len(seen) == 4, seen.keys()
+  assert checkpoint.steps(str(tmp_path)) == []
 
 
-def test_the_last_and_every_mth_checkpoint_stay(store, tmp_path):
-  assert 0 == runs.train(
-    store, tmp_path, train__checkpoint_every=1, train__keep_last=2,
-    train__keep_every=3,
-  )  # fmt: skip
-  assert checkpoint.steps(str(tmp_path)) == [3, 5, 6]
+# What goes wrong in a step, and what does not take part in it.
 
 
 def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
   store, tmp_path, monkeypatch, capsys
 ):
-  make, bad = loop.step_lib.compiled, {2, 4}
+  # By step: a loss that is no number, or a gradient whose norm overflows.
+  factors = np.ones(6, np.float32)
+  factors[[1, 4]], factors[3] = np.nan, 1e37
+  weights = loss.weights
+  monkeypatch.setattr(
+    loss, 'weights',
+    lambda step, cfg: weights(step, cfg) * jnp.array(factors)[step],
+  )  # fmt: skip
+  every = dict(train__checkpoint_every=1, train__keep_last=9)
+  a, b = tmp_path / 'a', tmp_path / 'b'
+  assert runs.train(store, a, train__max_nonfinite=3, **every) == 0
+  assert _of_kind(a, 'train', ['skipped', 'skipped_in_a_row']) == [
+    [0, 0], [1, 1], [1, 0], [2, 1], [3, 2], [3, 0],
+  ]  # fmt: skip
+  first, *states = (runs.restored(a, step) for step in range(1, 7))
+  for old, new, factor in zip(
+    [first, *states], states, factors[1:], strict=False
+  ):
+    assert new.step == old.step + 1
+    held = [
+      (x == y).all()
+      for x, y in zip(
+        jax.tree.leaves((old.params, old.opt_state)),
+        jax.tree.leaves((new.params, new.opt_state)),
+        strict=True,
+      )
+    ]
+    assert all(held) if factor != 1 else not any(held)
+  losses = [record['loss'] for record in _of_kind(a, 'train')]
+  norms = [record['grad_norm'] for record in _of_kind(a, 'train')]
+  assert [x is None for x in losses] == [0, 1, 0, 0, 1, 0]  # NaN, in JSON
+  assert [x is None for x in norms] == [0, 1, 0, 1, 1, 0]
 
-  def poisoned(cfg, n_active):
-    good = make(cfg, n_active)
-
-    class Step:
-      def lower(self, *a):
-        return self
-
-      def compile(self):
-        return self
-
-      def memory_analysis(self):
-        return None
-
-      def __call__(self, state, batch, bytes_V):
-        with jax.transfer_guard('allow'):
-          before = jax.device_get(state)
-          step = int(before.step)
-          if step in bad:  # as a hardware fault would
-            state = state.replace(params=state.params.replace(
-              norm=state.params.norm * np.nan))  # fmt: skip
-          new, values = good(state, batch, bytes_V)
-          if step in bad:
-            for a, b in (
-              (new.opt_state, before.opt_state),
-              (new.params.trunk, before.params.trunk),
-            ):
-              jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), b)
-            new = new.replace(params=jax.tree.map(
-              jax.device_put, before.params,
-              jax.tree.map(lambda x: x.sharding, new.params)))  # fmt: skip
-        return new, values
-
-    return Step()
-
-  monkeypatch.setattr(loop.step_lib, 'compiled', poisoned)
-  assert runs.train(store, tmp_path / 'a', train__max_nonfinite=2) == 0
-  skipped = [r['skipped'] for r in metrics.read(str(tmp_path / 'a'))
-             if r['kind'] == 'train']  # fmt: skip
-  assert skipped == [0, 0, 1, 1, 2, 2]
-  lines = (tmp_path / 'a' / 'metrics.jsonl').read_text().splitlines()
-  assert json.loads(lines[2])['loss'] is None  # NaN, in JSON
-  bad.add(3)
   capsys.readouterr()
-  assert (
-    runs.train(store, tmp_path / 'b', train__max_nonfinite=2)
-    == loop.EXIT_DIVERGED
-  )
+  assert runs.train(store, b, train__max_nonfinite=2) == 76
+  assert loop.EXIT_DIVERGED == 76
   assert '2 steps in a row were not finite' in capsys.readouterr().out
-  assert checkpoint.steps(str(tmp_path / 'b')) == []
+  assert checkpoint.steps(str(b)) == []
+  assert _of_kind(b, 'train')[-1]['step'] == 5
 
 
 def test_a_curriculum_leaves_inactive_heads_alone(store, tmp_path):
-  flags = dict(heads__n=2, loss__curriculum='0:1;3:2', optim__weight_decay=0.5)
   assert 0 == runs.train(
-    store, tmp_path, train__checkpoint_every=1, train__keep_last=9, **flags
-  )
-  states = [runs.restored(tmp_path, step) for step in range(1, 7)]
+    store, tmp_path, train__checkpoint_every=1, train__keep_last=9,
+    loss__curriculum='0:1;2:2;4:1',
+  )  # fmt: skip
+  states = {step: runs.restored(tmp_path, step) for step in range(1, 7)}
 
-  def of_head(state, k):
-    adam = state.opt_state[1]
-    return jax.tree.map(
-      lambda x: x[k], (state.params.heads, adam.mu.heads, adam.nu.heads)
-    )
+  def of_head(k, step):
+    adam = states[step].opt_state[1]
+    return [
+      leaf[k - 1]
+      for tree in (states[step].params.heads, adam.mu.heads, adam.nu.heads)
+      for leaf in jax.tree.leaves(tree)
+    ]
 
-  runs.assert_same(of_head(states[0], 1), of_head(states[2], 1))
-  for mu in jax.tree.leaves(of_head(states[2], 1)[1]):
-    assert not mu.any()
-  start = jax.tree.leaves(of_head(states[0], 1)[0])
-  for moved in (of_head(states[5], 1), of_head(states[2], 0)):
-    for a, b in zip(jax.tree.leaves(moved[0]), start, strict=True):
-      assert (a != b).any()
-  found = _train_records(tmp_path)
-  assert ['loss_2' in r for r in found] == [False] * 3 + [True] * 3
+  def moved(k, first, last):
+    pairs = zip(of_head(k, first), of_head(k, last), strict=True)
+    return [bool((x != y).any()) for x, y in pairs]
 
-
-def test_a_half_written_last_record_is_dropped(store, tmp_path, undisturbed):
-  flags = dict(train__checkpoint_every=3)
-  run = tmp_path / 'run'
-  assert runs.train(store, run, **flags) == 0
-  shutil.rmtree(run / 'checkpoints' / '6')
-  with open(run / 'metrics.jsonl', 'a') as f:
-    f.write('{"kind": "train", "st')
-  assert runs.train(store, run, **flags) == 0
-  assert runs.records(run) == runs.records(undisturbed)
+  moments = slice(len(of_head(2, 1)) // 3, None)
+  assert not any(x.any() for x in of_head(2, 2)[moments])
+  assert not any(moved(2, 1, 2)) and not any(moved(2, 4, 6))
+  assert all(moved(2, 2, 3)) and all(moved(2, 3, 4))
+  assert all(all(moved(1, step, step + 1)) for step in range(1, 6))
+  found = ['loss_2' in record for record in _of_kind(tmp_path, 'train')]
+  assert found == [False, False, True, True, False, False]
+  assert ['loss_2' in r for r in _of_kind(tmp_path, 'eval')] == [True]
 
 
-def test_a_profile_is_written(store, tmp_path):
+# What one looks at.
+
+
+@pytest.mark.parametrize(
+  'start, steps, told',
+  [
+    (2, 2, 'start batch stop batch batch'),
+    (4, 9, 'batch start batch batch'),
+  ],
+)
+def test_a_profile_of_what_the_run_has_of_its_steps(
+  store, resumable, monkeypatch, start, steps, told
+):
+  """The run goes from step 3 to 6: from within the profile, or into it."""
+  calls = []
+
+  def tell(owner, name, word):
+    function = getattr(owner, name)
+
+    def patched(*args):
+      calls.append(word)
+      return function(*args)
+
+    monkeypatch.setattr(owner, name, patched)
+
+  tell(jax.profiler, 'start_trace', 'start')
+  tell(jax.profiler, 'stop_trace', 'stop')
+  tell(loop.sharding, 'put_batch', 'batch')
   assert 0 == runs.train(
-    store, tmp_path, train__profile_start=2, train__profile_steps=2
+    store, resumable, train__profile_start=start, train__profile_steps=steps
   )
-  found = [f for _, _, files in os.walk(tmp_path / 'profile') for f in files]
+  assert ' '.join(calls[: len(told.split())]) == told
+  assert calls.count('start') == calls.count('stop') == 1
+  found = [f for _, _, files in os.walk(resumable / 'profile') for f in files]
   assert any(name.endswith('.xplane.pb') for name in found)
+
+
+def test_a_terminal_shows_a_bar(store, resumable, undisturbed, monkeypatch):
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  monkeypatch.setattr(sys, 'stdout', terminal)
+  assert runs.train(store, resumable) == 0
+  written = terminal.getvalue()
+  assert 'step 6/6  loss' in written and 'held out' in written
+  assert '\x1b[' in written and 'training' in written and '6/6' in written
+  assert runs.records(resumable) == runs.records(undisturbed)

@@ -1,0 +1,200 @@
+"""What a run says of itself."""
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from mtp_jax.train import metrics
+from tests import tiny
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+  'accepted_K, rates, length',
+  [
+    ([40], [], 1),
+    ([40, 20], [0.5], 1.5),
+    ([40, 20, 5], [0.5, 0.25], 1 + 0.5 + 0.125),
+    ([40, 40, 40, 40], [1, 1, 1], 4),
+    ([40, 0, 0], [0, NAN], 1),
+    ([40, 10, 0, 0], [0.25, 0, NAN], 1.25),
+    ([0, 0, 0], [NAN, NAN], 1),
+  ],
+)
+def test_acceptance(accepted_K, rates, length):
+  found, found_length = metrics.acceptance(np.array(accepted_K, np.float32))
+  np.testing.assert_array_equal(found, rates)
+  assert found_length == length
+
+
+def test_flops_per_token():
+  # D 16, N 4, G 2, H 4, F 24, V 32, T 16; six layers, two of them heads.
+  layer = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
+  attention = 2 * (2 * 16 * 16)  # scores, then values, over T keys
+  unembedding = 2 * 16 * 32
+  cfg = tiny.cfg(heads__n=2)
+  assert metrics.flops_per_token(cfg, 2) == 3 * (
+    6 * (layer + attention) + 2 * unembedding
+  )
+  assert metrics.flops_per_token(cfg, 1) == 3 * (
+    5 * (layer + attention) + unembedding
+  )
+
+
+def test_flops_of_heads_are_those_of_layers():
+  """n = 1 is an L-layer model; further heads add only unembeddings."""
+  flops = [
+    metrics.flops_per_token(tiny.cfg(heads__n=n), n) for n in range(1, 5)
+  ]
+  assert np.diff(flops).tolist() == [3 * 2 * 16 * 32] * 3
+
+
+@pytest.mark.parametrize(
+  'kind, peak',
+  [
+    ('TPU v4', 275e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v5', 459e12),
+    ('TPU v5p', 459e12),
+    ('TPU v6 lite', 918e12),
+    ('NVIDIA A100-SXM4-80GB', 312e12),
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H200', 989e12),
+    ('cpu', None),
+    ('NVIDIA GeForce RTX 4090', None),
+  ],
+)
+def test_peak_flops(kind, peak):
+  assert metrics.peak_flops(kind) == peak
+
+
+def _raw(**changes):
+  step = dict(
+    total=np.float32(3),
+    loss_K=np.array([2, 4], np.float32),
+    z_loss_K=np.zeros(2, np.float32),
+    accuracy_K=np.array([0.5, 0.25], np.float32),
+    accepted_K=np.array([8, 2], np.float32),
+    nats=np.float32(80 * math.log(2)),
+    count_K=np.array([40, 39], np.float32),
+    bytes=np.float32(20),
+  )
+  return step | changes
+
+
+def test_scalars_of_an_evaluation():
+  assert metrics.scalars(_raw()) == {
+    'loss': 3, 'loss_1': 2, 'loss_2': 4, 'accuracy_1': 0.5, 'accuracy_2': 0.25,
+    'acceptance_2': 0.25, 'accepted_length': 1.25,
+    'bits_per_byte': pytest.approx(4, rel=1e-6),
+  }  # fmt: skip
+
+
+def test_scalars_of_a_step():
+  step = dict(
+    lr=np.float32(0.5), grad_norm=np.float32(7), skipped=np.int32(3),
+    skipped_in_a_row=np.int32(1), head_grad_norm_K=np.array([5, 6.0]),
+    weight_K=np.array([1, 0.5]), z_loss_K=np.array([0, 0.125]),
+  )  # fmt: skip
+  values = metrics.scalars(_raw(**step))
+  assert list(values) == [
+    'loss', 'loss_1', 'loss_2', 'z_loss_1', 'z_loss_2', 'accuracy_1',
+    'accuracy_2', 'head_grad_norm_1', 'head_grad_norm_2', 'weight_1',
+    'weight_2', 'acceptance_2', 'accepted_length', 'bits_per_byte', 'lr',
+    'grad_norm', 'skipped', 'skipped_in_a_row',
+  ]  # fmt: skip
+  assert {type(v) for v in values.values()} == {float}
+  assert (values['z_loss_2'], values['head_grad_norm_1'], values['weight_2'],
+          values['skipped']) == (0.125, 5, 0.5, 3)  # fmt: skip
+
+
+def test_bits_of_no_bytes_are_no_number():
+  values = metrics.scalars(_raw(bytes=np.float32(0)))
+  assert math.isnan(values['bits_per_byte'])
+
+
+def test_the_log_line():
+  values = metrics.scalars(_raw()) | dict(
+    lr=1e-3, grad_norm=2.0, skipped=0.0, tokens_per_s=12_345.6,
+    model_flops_per_s=2.5e12, time_left_s=3_725.4,
+  )  # fmt: skip
+  line = metrics.line(7, 90, values)
+  assert line == (
+    'step 7/90  loss 3.0000  head 1 2.0000  bits/byte 4.000  lr 1.00e-03'
+    '  |grad| 2.000  E[accepted] 1.25  12,346 tokens/s  2.5 TFLOP/s  MFU n/a'
+    '  left 1:02:05'
+  )
+  line = metrics.line(7, 90, values | dict(mfu=0.4321, skipped=2.0))
+  assert 'MFU 43.2%' in line and line.endswith('skipped 2')
+
+
+def test_the_table_of_an_evaluation():
+  lines = metrics.table(metrics.scalars(_raw()), 2)
+  assert [line.split() for line in lines[:3]] == [
+    ['head', 'loss', 'accuracy', 'acceptance'],
+    ['1', '2.0000', '50.00%'],
+    ['2', '4.0000', '25.00%', '25.00%'],
+  ]
+  assert '4.0000' in lines[3] and '1.250 tokens' in lines[3]
+
+
+def _sinks(path, start, *records):
+  sinks = metrics.Sinks(str(path), start)
+  for kind, step, value in records:
+    sinks.write(kind, step, dict(loss=value))
+  sinks.close()
+
+
+def _events(path):
+  """Event protos of a TFRecord file: length, its CRC, data, its CRC."""
+  data = path.read_bytes()
+  while data:
+    (length,) = struct.unpack('<Q', data[:8])
+    yield event_pb2.Event.FromString(data[12 : 12 + length])
+    data = data[16 + length :]
+
+
+def test_nan_and_infinity_are_written_as_null(tmp_path):
+  _sinks(tmp_path, 0, ('train', 1, NAN), ('train', 2, -INF), ('eval', 2, 0.5))
+  text = (tmp_path / 'metrics.jsonl').read_text()
+  records = [
+    json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()
+  ]
+  assert records == metrics.read(str(tmp_path)) == [
+    dict(kind='train', step=1, loss=None),
+    dict(kind='train', step=2, loss=None),
+    dict(kind='eval', step=2, loss=0.5),
+  ]  # fmt: skip
+
+
+def test_what_is_past_the_start_is_cut_off(tmp_path):
+  _sinks(tmp_path, 0, *(('train', step, step / 2) for step in range(1, 6)))
+  with open(tmp_path / 'metrics.jsonl', 'a') as f:
+    f.write('{"kind": "train", "step": 6, "lo')
+  assert [r['step'] for r in metrics.read(str(tmp_path))] == [1, 2, 3, 4, 5]
+  (before,) = (tmp_path / 'tensorboard').iterdir()
+  before.rename(tmp_path / 'before')  # its name is that of the second it began
+  _sinks(tmp_path, 3, ('train', 4, 9.0))
+  found = [(r['step'], r['loss']) for r in metrics.read(str(tmp_path))]
+  assert found == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0)]
+  (new,) = (tmp_path / 'tensorboard').iterdir()
+  events = list(_events(new))
+  # To TensorBoard: forget what has a step from 4 on.
+  starts = [e.step for e in events if e.session_log.status == 1]
+  assert starts == [4]
+  values = [
+    (e.step, v.tag, v.simple_value) for e in events for v in e.summary.value
+  ]
+  assert values == [(4, 'train/loss', 9.0)]
+
+
+def test_no_run_has_no_records(tmp_path):
+  assert metrics.read(str(tmp_path)) == []
+  assert metrics.read(str(tmp_path / 'none')) == []
+  (tmp_path / 'file').write_text('')
+  assert metrics.read(str(tmp_path / 'file')) == []

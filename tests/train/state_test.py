@@ -1,0 +1,89 @@
+"""The state: described and made the same, and in shards."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mtp_jax.train import state as state_lib
+from tests import runs, tiny
+
+MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+# Written out, not read from the rules: D is split over fsdp; attention heads,
+# F and V over tensor; norms are whole everywhere.
+LAYER = dict(
+  attn_norm=P(None, None),
+  q=P(None, 'fsdp', 'tensor', None),
+  k=P(None, 'fsdp', 'tensor', None),
+  v=P(None, 'fsdp', 'tensor', None),
+  o=P(None, 'tensor', None, 'fsdp'),
+  mlp_norm=P(None, None),
+  gate=P(None, 'fsdp', 'tensor'),
+  up=P(None, 'fsdp', 'tensor'),
+  down=P(None, 'tensor', 'fsdp'),
+)
+ENDS = dict(
+  embed=P('tensor', 'fsdp'), norm=P(None), unembed=P('fsdp', 'tensor')
+)
+
+
+def _cfg(mesh, **changes):
+  data, fsdp, tensor = mesh
+  return tiny.cfg(
+    mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **changes
+  )
+
+
+def _wanted(path):
+  """PartitionSpec of the leaf at this path of a State."""
+  names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
+  if names[0] == 'opt_state' and names[1] not in ('mu', 'nu'):
+    return P()
+  if names[0] in ('params', 'opt_state'):
+    return (LAYER if names[-2] in ('trunk', 'heads') else ENDS)[names[-1]]
+  return P()
+
+
+@pytest.mark.parametrize('sizes', MESHES)
+def test_abstract_is_what_init_makes(sizes):
+  cfg = _cfg(sizes)
+  mesh = tiny.mesh(cfg)
+  abstract = state_lib.abstract(cfg, mesh)
+  made = state_lib.init(cfg, mesh)
+  assert jax.tree.structure(abstract) == jax.tree.structure(made)
+  for (path, a), x in zip(
+    jax.tree_util.tree_leaves_with_path(abstract),
+    jax.tree.leaves(made),
+    strict=True,
+  ):
+    name = jax.tree_util.keystr(path)
+    assert (a.shape, a.dtype) == (x.shape, x.dtype), name
+    assert a.sharding == x.sharding, name
+    assert x.sharding.spec == _wanted(path), name
+    whole = x.ndim < 2 or 'norm' in name
+    parts = 1 if whole else cfg.mesh.fsdp * cfg.mesh.tensor
+    shards = x.addressable_shards
+    assert len(shards) == mesh.size
+    assert {s.data.size * parts for s in shards} == {x.size}, name
+
+
+def test_initial_values_do_not_depend_on_the_mesh_but_on_the_seed():
+  first, *others = (
+    jax.device_get(state_lib.init(cfg, tiny.mesh(cfg)))
+    for cfg in map(_cfg, MESHES)
+  )
+  for other in others:
+    runs.assert_same(first, other)
+  cfg = _cfg(MESHES[0], train__seed=1)
+  other = jax.device_get(state_lib.init(cfg, tiny.mesh(cfg)))
+  assert (first.params.trunk.q != other.params.trunk.q).all()
+
+
+def test_moments_have_a_dtype_of_their_own():
+  cfg = _cfg(MESHES[0], optim__moment_dtype='bfloat16')
+  made = state_lib.abstract(cfg, tiny.mesh(cfg))
+  adam = made.opt_state[1]
+  for tree, dtype in ((made.params, jnp.float32), (adam.mu, jnp.bfloat16),
+                      (adam.nu, jnp.float32)):  # fmt: skip
+    assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
