@@ -11,6 +11,7 @@ import typing
 
 VERSION = 1  # of the JSON form; raised when a field changes its meaning
 DTYPES = ('float32', 'bfloat16')
+BLOCK_FIRST = ('parallel', 'causal', 'anticausal')
 UNSIGNED = dict(min=0)
 POSITIVE = dict(min=1)
 
@@ -74,11 +75,20 @@ class Heads:
 
   n: int = _f(4, 'prediction heads, i.e. future tokens predicted', **POSITIVE)
   family: str = _f(
-    'parallel', 'how head k is computed from the trunk', choices=('parallel',)
+    'parallel',
+    'how head k is computed from the trunk',
+    choices=(*BLOCK_FIRST, 'linear', 'residual', 'sequential', 'recursive'),
   )
   unembedding: str = _f(
-    'shared', 'whose unembedding a head uses', choices=('shared',)
+    'shared',
+    'one for all heads, one a head, or the input embedding transposed',
+    choices=('shared', 'replicated', 'tied'),
   )
+
+  @property
+  def block_first(self) -> bool:
+    """Every head is a block and one of n_layers; else head 1 is z itself."""
+    return self.family in BLOCK_FIRST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,7 +393,7 @@ def _check_model(cfg):
       'model.n_kv_heads', m.n_kv_heads,
       f'must divide --model.n_attn_heads={m.n_attn_heads}',
     )  # fmt: skip
-  if m.n_layers - n < 1:
+  if cfg.heads.block_first and m.n_layers - n < 1:
     raise ConfigError(
       'heads.n', n,
       f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'

@@ -28,15 +28,28 @@ from mtp_jax.model import block, heads, lm
 
 
 class Shared(NamedTuple):
-  """What all heads read: gathered once, its gradient reduced once."""
+  """What all heads read: gathered once, its gradient reduced once. A replicated
+  unembedding is a head's own, and None here."""
 
   norm_D: Any
   unembed_DV: Any
 
 
+class Weights(NamedTuple):
+  """Parameters and activations that the heads are differentiated by."""
+
+  modules: Any
+  z_BTD: Any
+  emb_BUD: Any  # of all tokens, for families that feed them; else None
+  norm_D: Any
+  unembed: Any  # at rest: (D, V), tied (V, D), or replicated (K, D, V)
+  probe_K: Any
+
+
 class Rows(NamedTuple):
   """What a window asks of K heads, and the weight of each of their tokens."""
 
+  k_K: Any  # 1..K
   targets_KBT: Any
   valid_KBT: Any
   scale_K: Any  # weight_k / count_k
@@ -114,16 +127,26 @@ def mtp_loss(
   """
   tokens_BU, position_BU = batch['tokens'], batch['position']
   T = tokens_BU.shape[1] - cfg.heads.n
+  family, m = heads.family(cfg), n_active
+  feeds = family.feeds_tokens and m > 1
   targets_KBT, valid_KBT = targets(tokens_BU, position_BU, cfg.heads.n)
-  z_BTD, ctx = lm.hidden(model, tokens_BU[:, :T], position_BU[:, :T], cfg)
-  m = n_active
+  emb_BUD = lm.embed(model, tokens_BU if feeds else tokens_BU[:, :T], cfg)
+  z_BTD, ctx = lm.hidden(model, emb_BUD[:, :T], position_BU[:, :T], cfg)
   over_K = 1 / jnp.maximum(count_K, 1)[:m]
-  rows = Rows(targets_KBT[:m], valid_KBT[:m], weight_K[:m] * over_K, ctx)
-  active = jax.tree.map(lambda w: w[:m], model.heads)
+  rows = Rows(
+    jnp.arange(1, m + 1), targets_KBT[:m], valid_KBT[:m],
+    weight_K[:m] * over_K, ctx,
+  )  # fmt: skip
+  in_use = 0 if family.one_module else slice(heads.n_modules(cfg, m))
+  unembed = model.embed if model.unembed is None else model.unembed
+  if cfg.heads.unembedding == 'replicated':
+    unembed = unembed[:m]
+  weights = Weights(
+    jax.tree.map(lambda w: w[in_use], model.heads), z_BTD,
+    emb_BUD if feeds else None, model.norm, unembed, probe_K[:m],
+  )  # fmt: skip
   with jax.named_scope('heads'):
-    total, stats = SCHEDULES[cfg.loss.schedule](
-      active, z_BTD, (model.norm, model.unembed), probe_K[:m], rows, cfg
-    )
+    total, stats = SCHEDULES[cfg.loss.schedule](weights, rows, cfg)
   stats = jax.lax.stop_gradient(stats)
   return total, dict(
     loss_K=stats.loss * over_K,
@@ -211,12 +234,24 @@ def _total_over_chunks(stats: Stats) -> Stats:
   )
 
 
-def _gather_shared(norm_and_unembed, cfg) -> Shared:
+def _gather_shared(norm_D, unembed, cfg) -> Shared:
+  def gather(w, spec):
+    return params.gather(w, spec, cfg.model.compute_dtype, cfg.loss.grad_dtype)
+
   specs = lm.specs(cfg)
-  return Shared(*params.gather(
-    norm_and_unembed, (specs.norm, specs.unembed),
-    cfg.model.compute_dtype, cfg.loss.grad_dtype,
-  ))  # fmt: skip
+  return Shared(gather(norm_D, specs.norm), {
+    'shared': lambda: gather(unembed, specs.unembed),
+    'tied': lambda: gather(unembed, specs.embed).T,
+    'replicated': lambda: None,
+  }[cfg.heads.unembedding]())  # fmt: skip
+
+
+def _gather_own(unembed_DV, cfg):
+  """One head's unembedding, where each has one."""
+  axes = ('embed', 'vocab')
+  return sharding.gather(
+    unembed_DV, axes, cfg.model.compute_dtype, cfg.loss.grad_dtype
+  )
 
 
 @jax.custom_vjp
@@ -233,106 +268,198 @@ def _tap_bwd(_, dz_BTD):
 _tap.defvjp(lambda z_BTD, probe: (z_BTD, None), _tap_bwd)
 
 
-def _remat(active, z_BTD, norm_and_unembed, probe_K, rows: Rows, cfg):
-  step = heads.family(cfg).step
-  shared = _gather_shared(norm_and_unembed, cfg)
+def _hidden(step, module, w: Weights, norm_D, carry_BTD, k, probe, ctx, cfg):
+  """Head k's (carry, h); the probe measures what flows back to its input."""
+  family, z_BTD = heads.family(cfg), w.z_BTD
+  if family.dependent:
+    carry_BTD = _tap(carry_BTD, probe)
+  else:
+    z_BTD = _tap(z_BTD, probe)
+  if step is heads.identity:
+    z_BTD = carry_BTD if family.dependent else z_BTD
+  next_emb_BTD = None
+  if family.feeds_tokens and step is not heads.identity:
+    next_emb_BTD = lm.next_embeddings(w.emb_BUD, k, ctx)
+  inputs = heads.Inputs(norm_D, z_BTD, carry_BTD, next_emb_BTD)
+  return step(module, inputs, ctx, cfg)
 
-  @jax.checkpoint
-  def chunk(_, xs):
-    h_BCD, target_BC, valid_BC = xs
-    return None, _cross_entropy(
-      h_BCD, shared.unembed_DV, target_BC, valid_BC, cfg
-    )
 
-  @jax.checkpoint
-  def head(carry_BTD, xs):
-    params_k, probe, target_BT, valid_BT = xs
-    carry_BTD, h_BTD = step(
-      params_k,
-      shared.norm_D,
-      _tap(z_BTD, probe),
-      carry_BTD,
-      None,
-      rows.ctx,
-      cfg,
+def _remat(w: Weights, rows: Rows, cfg):
+  shared = _gather_shared(w.norm_D, w.unembed, cfg)
+  own = w.unembed if cfg.heads.unembedding == 'replicated' else None
+
+  @functools.partial(jax.checkpoint, static_argnums=0)
+  def head(step, carry_BTD, module, of_head):
+    k, probe, target_BT, valid_BT, own_DV = of_head
+    carry_BTD, h_BTD = _hidden(
+      step, module, w, shared.norm_D, carry_BTD, k, probe, rows.ctx, cfg
     )
+    if own_DV is None:
+      unembed_DV = shared.unembed_DV
+    else:
+      unembed_DV = _gather_own(own_DV, cfg)
+
+    @jax.checkpoint
+    def chunk(_, xs):
+      h_BCD, target_BC, valid_BC = xs
+      return None, _cross_entropy(h_BCD, unembed_DV, target_BC, valid_BC, cfg)
+
     with jax.named_scope('ce'):
       _, (loss_X, stats) = jax.lax.scan(
         chunk, None, _in_chunks(cfg, h_BTD, target_BT, valid_BT)
       )
-    return carry_BTD, (jnp.sum(loss_X), _total_over_chunks(stats))
+    out = jnp.sum(loss_X), _total_over_chunks(stats)
+    return carry_BTD, (out, None)
 
-  _, (loss_K, stats) = jax.lax.scan(
-    head, z_BTD, (active, probe_K, rows.targets_KBT, rows.valid_KBT)
-  )
+  of_heads = (rows.k_K, w.probe_K, rows.targets_KBT, rows.valid_KBT, own)
+  _, ((loss_K, stats), _) = heads.walk(head, w.z_BTD, w.modules, of_heads, cfg)
   return jnp.sum(rows.scale_K * loss_K), stats
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _eager(active, z_BTD, norm_and_unembed, probe_K, rows: Rows, cfg):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _eager(w: Weights, rows: Rows, cfg):
   # Undifferentiated, as in an evaluation, there is no backward to hurry.
-  return _remat(active, z_BTD, norm_and_unembed, probe_K, rows, cfg)
+  return _remat(w, rows, cfg)
 
 
-def _eager_fwd(active, z_BTD, norm_and_unembed, probe_K, rows: Rows, cfg):
-  step = heads.family(cfg).step
-  shared, scatter = jax.vjp(lambda w: _gather_shared(w, cfg), norm_and_unembed)
+def _cross_entropy_grads(h_BTD, unembed_DV, dunembed_DV, of_head, cfg):
+  """One head's loss, and the gradients of scale x loss, chunk by chunk.
 
-  def head(carry, xs):
-    dz_BTD, dshared = carry
-    params_k, target_BT, valid_BT, scale = xs
-    h_BTD, pull = jax.vjp(
-      lambda p, norm_D, z_BTD: step(
-        p, norm_D, z_BTD, z_BTD, None, rows.ctx, cfg
-      )[1],
-      params_k, shared.norm_D, z_BTD,
-    )  # fmt: skip
+  Returns:
+    (dunembed_DV with this head's added, dh_BTD, loss, Stats).
+  """
+  target_BT, valid_BT, scale = of_head
 
-    def chunk(dunembed_DV, xs):
-      h_BCD, target_BC, valid_BC = xs
+  def chunk(dunembed_DV, xs):
+    h_BCD, target_BC, valid_BC = xs
 
-      def scaled(h_BCD, unembed_DV):
-        loss, stats = _cross_entropy(
-          h_BCD, unembed_DV, target_BC, valid_BC, cfg
-        )
-        return scale * loss, stats
+    def scaled(h_BCD, unembed_DV):
+      loss, stats = _cross_entropy(h_BCD, unembed_DV, target_BC, valid_BC, cfg)
+      return scale * loss, stats
 
-      (loss, stats), (dh_BCD, d_DV) = jax.value_and_grad(
-        scaled, argnums=(0, 1), has_aux=True
-      )(h_BCD, shared.unembed_DV)
-      return dunembed_DV + d_DV, (loss, stats, dh_BCD)
+    (loss, stats), (dh_BCD, d_DV) = jax.value_and_grad(
+      scaled, argnums=(0, 1), has_aux=True
+    )(h_BCD, unembed_DV)
+    return dunembed_DV + d_DV, (loss, stats, dh_BCD)
 
-    with jax.named_scope('ce'):
-      dunembed_DV, (loss_X, stats, dh_XBCD) = jax.lax.scan(
-        chunk, dshared.unembed_DV, _in_chunks(cfg, h_BTD, target_BT, valid_BT)
-      )
-    dparams, dnorm_D, d_BTD = pull(_out_of_chunks(dh_XBCD))
-    d_BTD = d_BTD.astype(jnp.float32)
-    carry = (
-      (dz_BTD + d_BTD).astype(dz_BTD.dtype),
-      Shared(dshared.norm_D + dnorm_D, dunembed_DV),
+  with jax.named_scope('ce'):
+    dunembed_DV, (loss_X, stats, dh_XBCD) = jax.lax.scan(
+      chunk, dunembed_DV, _in_chunks(cfg, h_BTD, target_BT, valid_BT)
     )
-    return carry, (
-      dparams, jnp.sum(loss_X), _total_over_chunks(stats), jnp.sum(d_BTD**2)
-    )  # fmt: skip
+  dh_BTD = _out_of_chunks(dh_XBCD)
+  return dunembed_DV, dh_BTD, jnp.sum(loss_X), _total_over_chunks(stats)
 
-  zeros = (
-    sharding.zeros_cotangent(z_BTD.astype(cfg.loss.grad_dtype)),
-    jax.tree.map(sharding.zeros_cotangent, shared),
-  )
-  (dz_BTD, dshared), (dactive, loss_K, stats, norm2_K) = jax.lax.scan(
-    head, zeros, (active, rows.targets_KBT, rows.valid_KBT, rows.scale_K)
-  )
-  grads = (dactive, dz_BTD.astype(z_BTD.dtype), *scatter(dshared), norm2_K)
+
+def _unembedded(h_BTD, own_DV, dshared_DV, shared: Shared, of_head, cfg):
+  """`_cross_entropy_grads` under the shared unembedding, whose gradient is
+  handed on, or the head's own, whose gradient is complete."""
+  if own_DV is None:
+    dshared_DV, *out = _cross_entropy_grads(
+      h_BTD, shared.unembed_DV, dshared_DV, of_head, cfg
+    )
+    return dshared_DV, None, *out
+  unembed_DV, scatter = jax.vjp(lambda u: _gather_own(u, cfg), own_DV)
+  zeros_DV = sharding.zeros_cotangent(unembed_DV)
+  d_DV, *out = _cross_entropy_grads(h_BTD, unembed_DV, zeros_DV, of_head, cfg)
+  return dshared_DV, *scatter(d_DV), *out
+
+
+def _eager_fwd(w: Weights, rows: Rows, cfg):
+  shared, scatter = jax.vjp(
+    lambda norm_D, unembed: _gather_shared(norm_D, unembed, cfg),
+    w.norm_D, w.unembed,
+  )  # fmt: skip
+  own = w.unembed if cfg.heads.unembedding == 'replicated' else None
+  of_heads = rows.targets_KBT, rows.valid_KBT, rows.scale_K
+  run = _eager_chain if heads.family(cfg).dependent else _eager_each
+  dw, dshared, down, loss_K, stats = run(w, shared, own, of_heads, rows, cfg)
+  dnorm_D, dunembed = scatter(dshared)
+  if own is not None:
+    dunembed = down
+  grads = dw._replace(norm_D=dnorm_D, unembed=dunembed)
+  grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
   return (jnp.sum(loss_K), stats), grads
 
 
-def _eager_bwd(cfg, grads, cotangents):
+def _eager_each(w, shared, own, of_heads, rows, cfg):
+  """Independent heads: one scan, each forward and backward at once."""
+
+  def head(step, carry, module, of_head):
+    dz_BTD, dshared = carry
+    k, probe, own_DV, of_ce = of_head
+
+    def hidden(module, z_BTD, norm_D, probe):
+      here = w._replace(z_BTD=z_BTD)
+      return _hidden(
+        step, module, here, norm_D, z_BTD, k, probe, rows.ctx, cfg
+      )[1]
+
+    h_BTD, pull = jax.vjp(hidden, module, w.z_BTD, shared.norm_D, probe)
+    dunembed_DV, down_DV, dh_BTD, loss, stats = _unembedded(
+      h_BTD, own_DV, dshared.unembed_DV, shared, of_ce, cfg
+    )
+    dmodule, d_BTD, dnorm_D, norm2 = pull(dh_BTD)
+    carry = (
+      dz_BTD + d_BTD.astype(dz_BTD.dtype),
+      Shared(dshared.norm_D + dnorm_D, dunembed_DV),
+    )
+    return carry, ((loss, stats, norm2, down_DV), dmodule)
+
+  zeros = (
+    sharding.zeros_cotangent(w.z_BTD.astype(cfg.loss.grad_dtype)),
+    jax.tree.map(sharding.zeros_cotangent, shared),
+  )
+  (dz_BTD, dshared), ((loss_K, stats, norm2_K, down), dmodules) = heads.walk(
+    head, zeros, w.modules, (rows.k_K, w.probe_K, own, of_heads), cfg
+  )
+  dw = w._replace(modules=dmodules, z_BTD=dz_BTD, probe_K=norm2_K)
+  return dw, dshared, down, loss_K, stats
+
+
+def _eager_chain(w, shared, own, of_heads, rows, cfg):
+  """Dependent heads: forward through the chain, keeping what each hands on;
+  every head's cross-entropy forward and backward at once, keeping dh_k; then
+  the chain backward, each block recomputed. Kept: 3 K B T D numbers."""
+
+  def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
+    here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD)
+
+    @functools.partial(jax.checkpoint, static_argnums=0)
+    def head(step, carry_BTD, module, of_head):
+      k, probe = of_head
+      carry_BTD, h_BTD = _hidden(
+        step, module, here, norm_D, carry_BTD, k, probe, rows.ctx, cfg
+      )
+      return carry_BTD, (h_BTD, None)
+
+    return heads.walk(head, z_BTD, modules, (rows.k_K, probe_K), cfg)[1][0]
+
+  def unembed(dunembed_DV, xs):
+    h_BTD, own_DV, of_head = xs
+    dunembed_DV, *out = _unembedded(
+      h_BTD, own_DV, dunembed_DV, shared, of_head, cfg
+    )
+    return dunembed_DV, out
+
+  h_KBTD, pull = jax.vjp(
+    chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K
+  )
+  zeros = jax.tree.map(sharding.zeros_cotangent, shared.unembed_DV)
+  dunembed_DV, (down, dh_KBTD, loss_K, stats) = jax.lax.scan(
+    unembed, zeros, (h_KBTD, own, of_heads)
+  )
+  dmodules, dz_BTD, demb_BUD, dnorm_D, norm2_K = pull(dh_KBTD)
+  dw = w._replace(
+    modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=norm2_K
+  )
+  return dw, Shared(dnorm_D, dunembed_DV), down, loss_K, stats
+
+
+def _eager_bwd(cfg, grads: Weights, cotangents):
   del cfg
   dtotal, _ = cotangents
-  *grads, norm2_K = grads
-  grads = jax.tree.map(lambda g: (dtotal * g).astype(g.dtype), grads)
-  return *grads, dtotal**2 * norm2_K, None
+  scaled = jax.tree.map(lambda g: (dtotal * g).astype(g.dtype), grads)
+  return scaled._replace(probe_K=dtotal * scaled.probe_K), None
 
 
 _eager.defvjp(_eager_fwd, _eager_bwd)

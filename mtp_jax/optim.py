@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from mtp_jax import config
-from mtp_jax.model import lm
+from mtp_jax.model import heads, lm
 
 
 def learning_rate(cfg: config.Config) -> optax.Schedule:
@@ -43,19 +43,23 @@ def transform(cfg: config.Config) -> optax.GradientTransformation:
   )
 
 
-def keep_inactive_heads(new, old, n_active: int, n: int):
+def keep_inactive_heads(new, old, n_active: int, cfg: config.Config):
   """`new`, with what belongs to heads n_active + 1..n taken from `old`.
 
   For parameters and optimizer state alike: an inactive head has no moment
   update and no decay.
   """
-  if n_active == n:
-    return new
+  in_use = {'heads': heads.n_modules(cfg, n_active)}
+  if cfg.heads.unembedding == 'replicated':
+    in_use['unembed'] = n_active
 
   def leaf(path, new, old):
-    if jax.tree_util.GetAttrKey('heads') not in path:
-      return new
-    active_K = jnp.arange(new.shape[0]) < n_active
-    return jnp.where(active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    names = {getattr(key, 'name', None) for key in path}
+    for name in names & in_use.keys():
+      active_K = jnp.arange(new.shape[0]) < in_use[name]
+      return jnp.where(active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    return new
 
+  if n_active == cfg.heads.n:
+    return new
   return jax.tree_util.tree_map_with_path(leaf, new, old)

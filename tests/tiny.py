@@ -123,16 +123,39 @@ def value_and_grad(c: config.Config, rows, w=None, n_active=None):
 
 def dense_logits(w: lm.LM, tokens_BU, position_BU, c: config.Config):
   """Logits of all heads at once, layers and heads unrolled: (K, B, T, V)."""
-  T = tokens_BU.shape[1] - c.heads.n
+  return logits_of_embeddings(
+    w, layers.embed(w.embed, tokens_BU), position_BU, c
+  )
+
+
+def logits_of_embeddings(w: lm.LM, emb_BUD, position_BU, c: config.Config):
+  K, family = c.heads.n, heads.family(c)
+  T = emb_BUD.shape[1] - K
   ctx = block.context(position_BU[:, :T], c)
-  x_BTD = layers.embed(w.embed, tokens_BU[:, :T])
+  z_BTD = emb_BUD[:, :T]
   for i in range(heads.trunk_layers(c)):
-    x_BTD = block.block(jax.tree.map(lambda p: p[i], w.trunk), x_BTD, ctx, c)  # noqa: B023
+    z_BTD = block.block(jax.tree.map(lambda p: p[i], w.trunk), z_BTD, ctx, c)  # noqa: B023
+  carry_BTD, h = z_BTD, {}
+  for k in range(K, 0, -1) if family.reverse else range(1, K + 1):
+    step, i = family.step, k - 1
+    if not c.heads.block_first:
+      step = heads.identity if k == 1 else family.step
+      i = 0 if family.one_module else k - 2
+    module = None
+    if step is not heads.identity:
+      module = jax.tree.map(lambda p: p[i], w.heads)  # noqa: B023
+    inputs = heads.Inputs(
+      w.norm, z_BTD, carry_BTD, emb_BUD[:, k - 1 : k - 1 + T]
+    )
+    carry_BTD, h[k] = step(module, inputs, ctx, c)
   logits = []
-  for k in range(c.heads.n):
-    head = jax.tree.map(lambda p: p[k], w.heads)  # noqa: B023
-    _, h_BTD = heads.family(c).step(head, w.norm, x_BTD, x_BTD, None, ctx, c)
-    logits.append(jnp.einsum('BTD,DV->BTV', h_BTD, w.unembed))
+  for k in range(1, K + 1):
+    unembed_DV = {
+      'shared': lambda: w.unembed,
+      'tied': lambda: w.embed.T,
+      'replicated': lambda: w.unembed[k - 1],  # noqa: B023
+    }[c.heads.unembedding]()
+    logits.append(jnp.einsum('BTD,DV->BTV', h[k], unembed_DV))
   return jnp.stack(logits)
 
 

@@ -31,6 +31,7 @@ class Block:
 class Context(NamedTuple):
   """What every layer needs to know about a window besides its activations."""
 
+  position_BT: Any
   segment_BT: Any
   sin: Any  # (B, T, H/2)
   cos: Any
@@ -63,7 +64,8 @@ def context(position_BT, cfg: config.Config) -> Context:
   sin, cos = layers.rope_tables(
     position_BT, cfg.model.head_width, cfg.model.rope_theta
   )
-  return Context(jnp.cumsum(position_BT == 0, axis=1), sin, cos)
+  segment_BT = jnp.cumsum(position_BT == 0, axis=1)
+  return Context(position_BT, segment_BT, sin, cos)
 
 
 def block(layer: Block, x_BTD, ctx: Context, cfg: config.Config):

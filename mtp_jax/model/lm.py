@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from mtp_jax import config, params
 from mtp_jax.model import block, heads, layers, trunk
@@ -24,22 +23,37 @@ class LM:
 def specs(cfg: config.Config) -> LM:
   D, V = cfg.model.d_model, cfg.model.vocab_size
   S = params.Spec
+  unembed = S((D, V), ('embed', 'vocab'), D**-0.5)
   return LM(
     embed=S((V, D), ('vocab', 'embed'), D**-0.5),
     trunk=params.stack(heads.trunk_layers(cfg), block.specs(cfg)),
     heads=heads.specs(cfg),
     norm=S((D,), (None,), None),
-    unembed=S((D, V), ('embed', 'vocab'), D**-0.5),
+    unembed={
+      'shared': unembed,
+      'replicated': params.stack(cfg.heads.n, unembed),
+      'tied': None,
+    }[cfg.heads.unembedding],
   )
 
 
-def hidden(lm: LM, tokens_BT, position_BT, cfg: config.Config):
-  """tokens -> (z_BTD, context): one pass through embedding and trunk."""
-  ctx = block.context(position_BT, cfg)
+def embed(lm: LM, tokens_BU, cfg: config.Config):
+  """Embeddings of all tokens of a window, in the compute dtype."""
+  dtype = cfg.model.compute_dtype
   with jax.named_scope('embed'):
     table_VD = params.gather(
-      lm.embed, specs(cfg).embed, cfg.model.compute_dtype, cfg.loss.grad_dtype
+      lm.embed, specs(cfg).embed, dtype, cfg.loss.grad_dtype
     )
-    x_BTD = layers.embed(table_VD, tokens_BT)
-    x_BTD = x_BTD.astype(jnp.dtype(cfg.model.compute_dtype))
+    return layers.embed(table_VD, tokens_BU).astype(dtype)
+
+
+def hidden(lm: LM, x_BTD, position_BT, cfg: config.Config):
+  """embeddings -> (z_BTD, context): one pass through the trunk."""
+  ctx = block.context(position_BT, cfg)
   return trunk.trunk(lm.trunk, x_BTD, ctx, cfg), ctx
+
+
+def next_embeddings(emb_BUD, k, ctx: block.Context):
+  """What a token-feeding head k reads at t: token t + k - 1."""
+  T = ctx.position_BT.shape[1]
+  return jax.lax.dynamic_slice_in_dim(emb_BUD, k - 1, T, axis=1)

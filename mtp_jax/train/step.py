@@ -85,7 +85,7 @@ def _update(state, grads, lr, n_active, cfg):
     (params, opt_state),
     (state.params, state.opt_state),
     n_active,
-    cfg.heads.n,
+    cfg,
   )
 
 
