@@ -44,6 +44,7 @@ class Family(NamedTuple):
   dependent: bool = False  # a head reads the carry
   feeds_tokens: bool = False  # a head reads next_emb
   one_module: bool = False  # serves all extra heads
+  has_block: bool = True  # its module holds a layer
 
 
 def _norm(x_BTD, w_D, cfg):
@@ -138,7 +139,7 @@ _RESIDUAL = sharding.pspec('batch', None, None)
 
 def _gathered(module, specs, cfg):
   """A module as compute reads it, but for its block, which gathers itself."""
-  if hasattr(module, 'block'):
+  if isinstance(module, Sequential):
     module, specs = module.replace(block=None), specs.replace(block=None)
   dtype = cfg.model.compute_dtype
   w = params.gather(module, specs, dtype, cfg.loss.grad_dtype)
@@ -166,8 +167,8 @@ FAMILIES = {
   'parallel': Family(block.specs, _parallel),
   'causal': Family(block.specs, _chain, dependent=True),
   'anticausal': Family(block.specs, _chain, dependent=True, reverse=True),
-  'linear': Family(linear_specs, _linear),
-  'residual': Family(linear_specs, _residual),
+  'linear': Family(linear_specs, _linear, has_block=False),
+  'residual': Family(linear_specs, _residual, has_block=False),
   'sequential': Family(
     sequential_specs, _sequential, dependent=True, feeds_tokens=True
   ),

@@ -45,14 +45,21 @@ def flops_per_token(cfg: config.Config, n_active: int) -> float:
   of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311), appendix B.
   Recomputation is not counted: it is a cost, not work.
   """
-  m, specs = cfg.model, lm.specs(cfg)
-  matrices = [s for s in jax.tree.leaves(specs.trunk) if s.decay]
-  layer_weights = params.count(matrices) / heads.trunk_layers(cfg)
-  layers = heads.trunk_layers(cfg) + n_active
+  m = cfg.model
+  # Head 1 of an identity-first family has no module.
+  modules = n_active if cfg.heads.block_first else n_active - 1
+  family = heads.family(cfg)
+  weights = _matrices(lm.specs(cfg).trunk)
+  weights += modules * _matrices(family.specs(cfg))
+  weights += n_active * m.d_model * m.vocab_size
+  layers = heads.trunk_layers(cfg) + modules * family.has_block
   attention = 4 * cfg.data.seq_len * m.n_attn_heads * m.head_width
-  unembedding = 2 * params.count(specs.unembed)
-  forward = layers * (2 * layer_weights + attention) + n_active * unembedding
+  forward = 2 * weights + layers * attention
   return 3 * forward
+
+
+def _matrices(specs) -> int:
+  return params.count([s for s in jax.tree.leaves(specs) if s.decay])
 
 
 def acceptance(accepted_K) -> tuple[list[float], float]:
