@@ -206,8 +206,9 @@ class Train:
     result=False, **UNSIGNED,
   )  # fmt: skip
   max_nonfinite: int = _f(
-    10, 'non-finite steps in a row that end the run', **POSITIVE
-  )
+    10, 'non-finite steps in a row that end the run, at its next log line',
+    **POSITIVE,
+  )  # fmt: skip
   profile_start: int = _f(
     0, 'first step of the profile', result=False, **UNSIGNED
   )

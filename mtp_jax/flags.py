@@ -107,12 +107,12 @@ def to_flag_file(cfg: config.Config) -> str:
 
 
 def usage(sections: tuple[str, ...]) -> str:
-  """The flags of some sections, with help and default."""
+  """The flags of some sections, or --out, with help and default."""
   lines = []
   for name, flag in sorted(
     _define()._flags().items(), key=lambda item: _order(item[0])
   ):
-    if name == 'out' or name.split('.')[0] in sections:
+    if name.split('.')[0] in sections:
       shown = flag.default if flag.default != '' else "''"
       lines.append(f'  --{name}={shown}\n      {flag.help}')
   return '\n'.join(lines)

@@ -87,6 +87,10 @@ def _train(parsed: flags.Parsed) -> int:
   cfg = parsed.config()
   _need(cfg, 'train.workdir', 'the directory of the run')
   _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
+  if parsed.out:
+    raise config.ConfigError(
+      'out', parsed.out, 'train writes metrics.jsonl in --train.workdir instead'
+    )
   # A run repeats from any working directory.
   cfg = config.replace(
     cfg,
@@ -137,10 +141,10 @@ def _curves(parsed: flags.Parsed) -> int:
 
 
 COMMANDS = {
-  'prepare': Command('documents -> token store', ('data',), _prepare),
+  'prepare': Command('documents -> token store', ('data', 'out'), _prepare),
   'inspect': Command(
     'print real batches: tokens, positions, targets, masks, counts',
-    ('data', 'heads', 'inspect', 'train'),
+    ('data', 'heads', 'inspect', 'train', 'out'),
     _inspect,
   ),
   'train': Command(
@@ -150,12 +154,12 @@ COMMANDS = {
   ),
   'eval': Command(
     'held-out loss, accuracy and acceptance by head',
-    ('eval', 'data', 'mesh'),
+    ('eval', 'data', 'mesh', 'out'),
     _eval,
   ),
   'report': Command(
     'RUN [RUN …]: draw the curves of one or more runs into RUN/curves.png',
-    (),
+    ('out',),
     _curves,
   ),
 }

@@ -68,7 +68,9 @@ def test_help_lists_flags_with_defaults(capsys, command, flag):
       value = config.get(default, name)
       shown_value = "''" if value == '' else value
       wanted.append(f'--{name}={shown_value}')
-  assert shown == [*wanted, "--out=''"]
+  if command != 'train':  # it reports into its workdir
+    wanted.append("--out=''")
+  assert shown == wanted
   if command == 'train':
     assert '--model.d_model=128' in shown and '--optim.lr=0.0003' in shown
 

@@ -30,6 +30,7 @@ from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
 EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
+EXIT_REPLACED = 77  # another run has taken the workdir
 EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
 
 
@@ -126,6 +127,9 @@ def train(cfg: config.Config) -> int:
         saver, stop,
       )  # fmt: skip
       return _loop(run, start, train_batches(tokens, cfg, start))
+  except lock.Lost as error:
+    print(f'mtp: {error}', file=sys.stderr)
+    return EXIT_REPLACED
   finally:
     held.release()
 

@@ -32,17 +32,38 @@ def test_acceptance(accepted_K, rates, length):
   assert found_length == length
 
 
+# By hand, forward, of tiny.cfg: D 16, N 4, G 2, H 4, F 24, V 32, T 16. The last
+# term is attention: scores, then values, over T keys.
+LAYER = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 2 * (2 * 16 * 16)
+UNEMBEDDING = 2 * 16 * 32
+
+
 def test_flops_per_token():
-  # D 16, N 4, G 2, H 4, F 24, V 32, T 16; six layers, two of them heads.
-  layer = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
-  attention = 2 * (2 * 16 * 16)  # scores, then values, over T keys
-  unembedding = 2 * 16 * 32
-  cfg = tiny.cfg(heads__n=2)
-  assert metrics.flops_per_token(cfg, 2) == 3 * (
-    6 * (layer + attention) + 2 * unembedding
+  cfg = tiny.cfg(heads__n=2)  # six layers, two of them heads
+  assert metrics.flops_per_token(cfg, 2) == 3 * (6 * LAYER + 2 * UNEMBEDDING)
+  assert metrics.flops_per_token(cfg, 1) == 3 * (5 * LAYER + UNEMBEDDING)
+
+
+@pytest.mark.parametrize(
+  'family, module',
+  [
+    ('causal', LAYER),
+    ('anticausal', LAYER),
+    ('linear', 2 * 16 * 16),
+    ('residual', 2 * 16 * 16),
+    ('sequential', LAYER + 2 * 32 * 16),  # [hidden; embedding] -> D
+    ('recursive', LAYER + 2 * 32 * 16),
+  ],
+)
+def test_flops_of_a_family(family, module):
+  cfg = tiny.cfg(heads__n=3, heads__family=family)
+  causal = family in ('causal', 'anticausal')
+  trunk, modules = (3, 3) if causal else (6, 2)
+  assert metrics.flops_per_token(cfg, 3) == 3 * (
+    trunk * LAYER + modules * module + 3 * UNEMBEDDING
   )
   assert metrics.flops_per_token(cfg, 1) == 3 * (
-    5 * (layer + attention) + unembedding
+    trunk * LAYER + (modules - 2) * module + UNEMBEDDING
   )
 
 
@@ -51,7 +72,7 @@ def test_flops_of_heads_are_those_of_layers():
   flops = [
     metrics.flops_per_token(tiny.cfg(heads__n=n), n) for n in range(1, 5)
   ]
-  assert np.diff(flops).tolist() == [3 * 2 * 16 * 32] * 3
+  assert np.diff(flops).tolist() == [3 * UNEMBEDDING] * 3
 
 
 @pytest.mark.parametrize(
