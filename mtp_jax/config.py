@@ -129,10 +129,14 @@ class Data:
   documents: str = _f(
     'python:stdlib',
     'sources for prepare, separated by commas: python:stdlib, python:PACKAGE,'
-    ' dir:PATH, text:PATH, jsonl:PATH#field',
+    ' dir:PATH, text:PATH, jsonl:PATH#field, parquet:PATH#field',
     result=False,
   )
-  tokenizer: str = _f('bytes', 'bytes: UTF-8 bytes with BOS and EOS')
+  tokenizer: str = _f(
+    'bytes',
+    'bytes: UTF-8 bytes with BOS and EOS; sentencepiece:FILE: a .model;'
+    ' hf:FILE: a tokenizer.json',
+  )
   seq_len: int = _f(256, 'queries of a window, in tokens', **POSITIVE)
   batch_size: int = _f(
     8, 'windows of one optimizer step, over all devices', **POSITIVE

@@ -1,7 +1,8 @@
 """Readers of documents: a list of sources becomes a stream of texts.
 
-Floor 2: standard library only. The order is fixed (sorted by name), texts are
-read one at a time, and symbolic links below a directory are not followed.
+Floor 2: standard library; pyarrow inside the functions that need it. The order
+is fixed (sorted by name), texts are read one at a time, and symbolic links
+below a directory are not followed.
 """
 
 import collections
@@ -10,6 +11,7 @@ import glob
 import gzip
 import importlib.machinery
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -41,8 +43,9 @@ LONE_SURROGATE = re.compile('[\ud800-\udfff]')
 def read(sources: str, skipped: Skipped | None = None) -> Iterator[Document]:
   """Streams the documents of `KIND:ARG,KIND:ARG…`.
 
-  Kinds: python:stdlib, python:PACKAGE, dir:PATH, text:PATH, jsonl:PATH#FIELD;
-  the last two take globs and read .gz. A path has no comma.
+  Kinds: python:stdlib, python:PACKAGE, dir:PATH, text:PATH, jsonl:PATH#FIELD,
+  parquet:PATH#FIELD; the last three take globs; text and jsonl read .gz and
+  .zst. A path has no comma.
 
   Args:
     sources: what to read, in this order.
@@ -158,10 +161,13 @@ def _text(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
   return stream()
 
 
-def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+def _path_and_field(arg: str) -> tuple[str, str]:
   path, mark, field = arg.rpartition('#')
-  if not mark:
-    path, field = arg, 'text'
+  return (path, field) if mark else (arg, 'text')
+
+
+def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+  path, field = _path_and_field(arg)
   files = _match(path, fail)
 
   def stream():
@@ -169,6 +175,42 @@ def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
       for number, line in _lines(path, fail):
         text = _field(line, field, f'{path}:{number}', fail)
         yield Document(f'{name}:{number}', text)
+
+  return stream()
+
+
+def _parquet(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+  try:
+    pyarrow = _pyarrow()
+  except OSError as error:
+    raise fail(str(error)) from error
+  path, field = _path_and_field(arg)
+  files = _match(path, fail)
+
+  def stream():
+    for name, path in files:
+      try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+          yield from _rows(table, name, path)
+      except (OSError, pyarrow.ArrowException) as error:
+        first = str(error).splitlines()[0]
+        raise fail(f'cannot read {path}: {first}') from error
+
+  def _rows(table, name, path):
+    columns = table.schema_arrow.names
+    if field not in columns:
+      has = ', '.join(columns) or 'none'
+      raise fail(f'{path}: no field {field!r}, its fields are: {has}')
+    kind = table.schema_arrow.field(field).type
+    if not (
+      pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    ):
+      raise fail(f'{path}: field {field!r} is {kind}, not a string')
+    number = 0
+    for batch in table.iter_batches(columns=[field]):
+      for text in batch.column(0).to_pylist():
+        number += 1  # a missing value is an empty document
+        yield Document(f'{name}:{number}', text or '')
 
   return stream()
 
@@ -215,8 +257,21 @@ def _match(pattern: str, fail: Fail) -> list[File]:
   return sorted(files)
 
 
-def _open_maybe_gzip(path: str, mode: str):
-  return (gzip.open if path.endswith('.gz') else open)(path, mode)
+def _pyarrow():
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError as error:
+    raise OSError('needs pyarrow: pip install "mtp_jax[data]"') from error
+  return pyarrow
+
+
+def _open_unpacked(path: str, mode: str):
+  if path.endswith('.gz'):
+    return gzip.open(path, mode)
+  if path.endswith('.zst'):  # pyarrow's reader notices a truncated one
+    return io.BufferedReader(_pyarrow().input_stream(path, compression='zstd'))
+  return open(path, mode)
 
 
 def _unreadable(path: str, error: Exception, fail: Fail):
@@ -226,7 +281,7 @@ def _unreadable(path: str, error: Exception, fail: Fail):
 BROKEN = (OSError, EOFError, zlib.error)  # the last two: a damaged .gz
 
 
-def _read_bytes(path: str, fail: Fail, open_bytes=_open_maybe_gzip) -> bytes:
+def _read_bytes(path: str, fail: Fail, open_bytes=_open_unpacked) -> bytes:
   try:
     with open_bytes(path, 'rb') as file:
       return file.read()
@@ -237,7 +292,7 @@ def _read_bytes(path: str, fail: Fail, open_bytes=_open_maybe_gzip) -> bytes:
 def _lines(path: str, fail: Fail) -> Iterator[tuple[int, bytes]]:
   """(number from 1, line) of the lines that are not blank."""
   try:
-    with _open_maybe_gzip(path, 'rb') as file:
+    with _open_unpacked(path, 'rb') as file:
       for number, line in enumerate(file, 1):
         if line.strip():
           yield number, line.rstrip()
@@ -257,4 +312,5 @@ READERS: dict[str, Callable[[str, Fail, Skipped], Iterator[Document]]] = {
   'dir': _dir,
   'text': _text,
   'jsonl': _jsonl,
+  'parquet': _parquet,
 }

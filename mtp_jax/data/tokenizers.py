@@ -5,6 +5,9 @@ reader.
 """
 
 import hashlib
+import json
+import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,6 +31,9 @@ class Tokenizer(NamedTuple):
 
 
 BYTES_BOS, BYTES_EOS, BYTES_VOCAB = 256, 257, 258
+BYTE_PIECE = re.compile('<0x[0-9A-Fa-f]{2}>')
+BOS_NAMES = ('<s>', '<bos>', '<|begin_of_text|>', '<|endoftext|>')
+EOS_NAMES = ('</s>', '<eos>', '<|end_of_text|>', '<|endoftext|>')
 ESCAPES = {'\n': '\\n', '\r': '\\r', '\t': '\\t'}
 
 
@@ -71,9 +77,155 @@ def _bytes(arg: str) -> Tokenizer:
   )
 
 
+def _read_model(kind: str, path: str) -> bytes:
+  try:
+    with open(os.path.expanduser(path), 'rb') as file:
+      return file.read()
+  except OSError as error:
+    raise config.ConfigError(
+      'data.tokenizer', f'{kind}:{path}', f'cannot be read: {error.strerror}'
+    ) from error
+
+
+def _special(name: str, kind: str, token: int | None) -> int:
+  if token is None or token < 0:
+    raise config.ConfigError(
+      'data.tokenizer', name, f'has no {kind} token, which documents need'
+    )
+  return token
+
+
+def _sentencepiece(path: str) -> Tokenizer:
+  """A SentencePiece .model (Kudo & Richardson 2018,
+  https://arxiv.org/abs/1808.06226).
+
+  Bytes a piece: its own, the mark of a space counted as one. The space that
+  most models put before a text is counted too: one byte a document.
+  """
+  import sentencepiece
+
+  name, model = f'sentencepiece:{path}', _read_model('sentencepiece', path)
+  try:
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+  except RuntimeError as error:
+    raise config.ConfigError(
+      'data.tokenizer', name, 'is not a SentencePiece model'
+    ) from error
+  size = pieces.vocab_size()
+  marks = [
+    pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)
+    for i in range(size)
+  ]
+
+  def n_bytes(i):
+    if marks[i]:
+      return 0
+    return 1 if pieces.is_byte(i) else len(_spaced(pieces.id_to_piece(i)))
+
+  def decode(ids):
+    ids = np.asarray(ids, np.int64).reshape(-1).tolist()
+    return pieces.decode([i for i in ids if 0 <= i < size and not marks[i]])
+
+  return Tokenizer(
+    name=name,
+    vocab_size=size,
+    bos=_special(name, 'BOS', pieces.bos_id()),
+    eos=_special(name, 'EOS', pieces.eos_id()),
+    encode=lambda text: np.asarray(pieces.encode(text), np.int32),
+    decode=decode,
+    piece=lambda i: (
+      pieces.id_to_piece(int(i)) if 0 <= i < size else f'<id {i}>'
+    ),
+    token_bytes_V=np.array([n_bytes(i) for i in range(size)], np.int64),
+    fingerprint=hashlib.sha256(model).hexdigest(),
+  )
+
+
+def _hugging_face(path: str) -> Tokenizer:
+  """A tokenizer.json, through the tokenizers library.
+
+  BOS and EOS are those of tokenizer_config.json beside it, or the usual names.
+  Bytes a token: a character each in a byte-level vocabulary; otherwise as in
+  SentencePiece.
+  """
+  name, model = f'hf:{path}', _read_model('hf', path)
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise config.ConfigError(
+      'data.tokenizer', name, 'needs tokenizers: pip install "mtp_jax[data]"'
+    ) from error
+  try:
+    fast = tokenizers.Tokenizer.from_buffer(model)
+  except Exception as error:  # the library raises just that
+    raise config.ConfigError(
+      'data.tokenizer', name, 'is not a tokenizer.json'
+    ) from error
+  fast.no_padding()
+  fast.no_truncation()
+  size = fast.get_vocab_size()
+  pieces = [fast.id_to_token(i) or '' for i in range(size)]
+  special = {i for i, t in fast.get_added_tokens_decoder().items() if t.special}
+  byte_level = b'"ByteLevel"' in model
+
+  def n_bytes(i):
+    if i in special:
+      return 0
+    if byte_level or BYTE_PIECE.fullmatch(pieces[i]):
+      return len(pieces[i]) if byte_level else 1
+    return len(_spaced(pieces[i]))
+
+  def decode(ids):
+    ids = np.asarray(ids, np.int64).reshape(-1).tolist()
+    return fast.decode([i for i in ids if 0 <= i < size], True)
+
+  bos, eos = _hugging_face_ends(path, name, fast)
+  return Tokenizer(
+    name=name,
+    vocab_size=size,
+    bos=bos,
+    eos=eos,
+    encode=lambda text: np.asarray(
+      fast.encode(text, add_special_tokens=False).ids, np.int32
+    ),
+    decode=decode,
+    piece=lambda i: pieces[i] if 0 <= i < size else f'<id {i}>',
+    token_bytes_V=np.array([n_bytes(i) for i in range(size)], np.int64),
+    fingerprint=hashlib.sha256(model + b'%d %d' % (bos, eos)).hexdigest(),
+  )
+
+
+def _hugging_face_ends(path, name, fast) -> tuple[int, int]:
+  beside = os.path.join(os.path.dirname(path), 'tokenizer_config.json')
+  try:
+    with open(os.path.expanduser(beside), encoding='utf-8') as file:
+      about = json.load(file)
+  except OSError:
+    about = {}
+  except ValueError as error:
+    raise config.ConfigError(
+      'data.tokenizer', name, f'{beside} is not JSON'
+    ) from error
+
+  def find(kind, usual):
+    said = about.get(f'{kind}_token')
+    said = said.get('content') if isinstance(said, dict) else said
+    ids = [fast.token_to_id(t) for t in ([said] if said else usual)]
+    found = [i for i in ids if i is not None]
+    return _special(name, kind.upper(), found[0] if found else None)
+
+  return find('bos', BOS_NAMES), find('eos', EOS_NAMES)
+
+
+def _spaced(piece: str) -> bytes:
+  return piece.replace('\u2581', ' ').encode()
+
+
 # What stands before ':' -> reader of what stands after it.
 READERS: dict[str, Callable[[str], Tokenizer]] = {
   'bytes': _bytes,
+  'sentencepiece': _sentencepiece,
+  'hf': _hugging_face,
 }
 
 
