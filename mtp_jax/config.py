@@ -335,12 +335,16 @@ def head_weights(cfg: Config) -> tuple[tuple[int, tuple[float, ...]], ...]:
   )
 
 
+def in_force(phases, step: int):
+  """The values of the phase that a step lies in."""
+  return [values for start, values in phases if start <= step][-1]
+
+
 def active_heads(cfg: Config, step: int) -> int:
   """Heads 1..m that train at this step, under --loss.curriculum."""
   if not cfg.loss.curriculum:
     return cfg.heads.n
-  phases = parse_steps(cfg.loss.curriculum)
-  return int([values for start, values in phases if start <= step][-1][0])
+  return int(in_force(parse_steps(cfg.loss.curriculum), step)[0])
 
 
 def changed(old: Config, new: Config) -> list[tuple[str, object, object]]:

@@ -111,7 +111,9 @@ def mtp_loss(
 
   Args:
     model: parameters, as sharded at rest.
-    probe_K: zeros. Their gradient is |dL/dz|^2 of each head, a sum over tokens.
+    probe_K: zeros. Their gradient is |dL/dz|^2 of each head, a sum over tokens;
+      in a chain, of all that comes back to head k's input, its own loss and
+      those of the heads that sit on it.
     batch: tokens_BU and position_BU, int32, U = T + K.
     count_K: each head's valid targets in the whole step, over all micro-batches
       and devices; ones to get plain sums.
@@ -132,6 +134,9 @@ def mtp_loss(
   targets_KBT, valid_KBT = targets(tokens_BU, position_BU, cfg.heads.n)
   emb_BUD = lm.embed(model, tokens_BU if feeds else tokens_BU[:, :T], cfg)
   z_BTD, ctx = lm.hidden(model, emb_BUD[:, :T], position_BU[:, :T], cfg)
+  # Heads add their gradients up in the dtype that these are held in.
+  held_dtype = jnp.promote_types(z_BTD.dtype, cfg.loss.grad_dtype)
+  z_BTD = z_BTD.astype(held_dtype)
   over_K = 1 / jnp.maximum(count_K, 1)[:m]
   rows = Rows(
     jnp.arange(1, m + 1), targets_KBT[:m], valid_KBT[:m],
@@ -143,7 +148,8 @@ def mtp_loss(
     unembed = unembed[:m]
   weights = Weights(
     jax.tree.map(lambda w: w[in_use], model.heads), z_BTD,
-    emb_BUD if feeds else None, model.norm, unembed, probe_K[:m],
+    emb_BUD.astype(held_dtype) if feeds else None, model.norm, unembed,
+    probe_K[:m],
   )  # fmt: skip
   with jax.named_scope('heads'):
     total, stats = SCHEDULES[cfg.loss.schedule](weights, rows, cfg)
@@ -235,13 +241,10 @@ def _total_over_chunks(stats: Stats) -> Stats:
 
 
 def _gather_shared(norm_D, unembed, cfg) -> Shared:
-  def gather(w, spec):
-    return params.gather(w, spec, cfg.model.compute_dtype, cfg.loss.grad_dtype)
-
   specs = lm.specs(cfg)
-  return Shared(gather(norm_D, specs.norm), {
-    'shared': lambda: gather(unembed, specs.unembed),
-    'tied': lambda: gather(unembed, specs.embed).T,
+  return Shared(params.gather(norm_D, specs.norm, cfg), {
+    'shared': lambda: params.gather(unembed, specs.unembed, cfg),
+    'tied': lambda: params.gather(unembed, specs.embed, cfg).T,
     'replicated': lambda: None,
   }[cfg.heads.unembedding]())  # fmt: skip
 
@@ -270,16 +273,16 @@ _tap.defvjp(lambda z_BTD, probe: (z_BTD, None), _tap_bwd)
 
 def _hidden(step, module, w: Weights, norm_D, carry_BTD, k, probe, ctx, cfg):
   """Head k's (carry, h); the probe measures what flows back to its input."""
-  family, z_BTD = heads.family(cfg), w.z_BTD
+  family, dtype = heads.family(cfg), cfg.model.compute_dtype
+  z_BTD = w.z_BTD.astype(dtype)
   if family.dependent:
     carry_BTD = _tap(carry_BTD, probe)
+    z_BTD = carry_BTD if step is heads.identity else z_BTD
   else:
     z_BTD = _tap(z_BTD, probe)
-  if step is heads.identity:
-    z_BTD = carry_BTD if family.dependent else z_BTD
   next_emb_BTD = None
   if family.feeds_tokens and step is not heads.identity:
-    next_emb_BTD = lm.next_embeddings(w.emb_BUD, k, ctx)
+    next_emb_BTD = lm.next_embeddings(w.emb_BUD, k, ctx).astype(dtype)
   inputs = heads.Inputs(norm_D, z_BTD, carry_BTD, next_emb_BTD)
   return step(module, inputs, ctx, cfg)
 
@@ -312,7 +315,8 @@ def _remat(w: Weights, rows: Rows, cfg):
     return carry_BTD, (out, None)
 
   of_heads = (rows.k_K, w.probe_K, rows.targets_KBT, rows.valid_KBT, own)
-  _, ((loss_K, stats), _) = heads.walk(head, w.z_BTD, w.modules, of_heads, cfg)
+  z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
+  _, ((loss_K, stats), _) = heads.walk(head, z_BTD, w.modules, of_heads, cfg)
   return jnp.sum(rows.scale_K * loss_K), stats
 
 
@@ -406,7 +410,7 @@ def _eager_each(w, shared, own, of_heads, rows, cfg):
     return carry, ((loss, stats, norm2, down_DV), dmodule)
 
   zeros = (
-    sharding.zeros_cotangent(w.z_BTD.astype(cfg.loss.grad_dtype)),
+    sharding.zeros_cotangent(w.z_BTD),
     jax.tree.map(sharding.zeros_cotangent, shared),
   )
   (dz_BTD, dshared), ((loss_K, stats, norm2_K, down), dmodules) = heads.walk(
@@ -432,7 +436,9 @@ def _eager_chain(w, shared, own, of_heads, rows, cfg):
       )
       return carry_BTD, (h_BTD, None)
 
-    return heads.walk(head, z_BTD, modules, (rows.k_K, probe_K), cfg)[1][0]
+    carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
+    per_head = (rows.k_K, probe_K)
+    return heads.walk(head, carry_BTD, modules, per_head, cfg)[1][0]
 
   def unembed(dunembed_DV, xs):
     h_BTD, own_DV, of_head = xs

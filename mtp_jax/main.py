@@ -135,7 +135,10 @@ def _curves(parsed: flags.Parsed) -> int:
 
   if not parsed.rest:
     raise absl_flags.Error('report needs the workdir of a run, or several')
-  lines, values = report.curves(parsed.rest)
+  try:
+    lines, values = report.curves(parsed.rest)
+  except ValueError as error:  # names the run; no flag is to blame
+    raise absl_flags.Error(str(error)) from error
   _report(lines, values, parsed.out)
   return 0
 
@@ -192,8 +195,17 @@ def main(argv: list[str] | None = None) -> int:
     command = COMMANDS[name]
     if '--help' in args or '-h' in args:
       print(f'mtp {name}: {command.help}\n\n{flags.usage(command.sections)}')
+      sys.stdout.flush()
       return 0
-    return command.run(_parse(args))
+    status = command.run(_parse(args))
+    sys.stdout.flush()
+    return status
+  except KeyboardInterrupt:
+    print('mtp: interrupted', file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # `mtp … | head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
   except (config.ConfigError, absl_flags.Error) as error:
     print(f'mtp: {str(error).splitlines()[0]}', file=sys.stderr)
     return 2

@@ -43,6 +43,14 @@ def transform(cfg: config.Config) -> optax.GradientTransformation:
   )
 
 
+def init(cfg: config.Config, params):
+  """State of `transform`; moments are float32 or moment_dtype even where the
+  parameters are bfloat16, in which a second moment would stop decaying."""
+  return transform(cfg).init(
+    jax.tree.map(lambda w: w.astype(jnp.float32), params)
+  )
+
+
 def keep_inactive_heads(new, old, n_active: int, cfg: config.Config):
   """`new`, with what belongs to heads n_active + 1..n taken from `old`.
 

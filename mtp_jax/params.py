@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from mtp_jax import sharding
+from mtp_jax import config, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +72,21 @@ def abstract(specs, dtype, mesh: Mesh):
   )
 
 
-def gather(tree, specs, compute_dtype, grad_dtype):
+def gather(tree, specs, cfg: config.Config):
   """`sharding.gather` for each leaf of a tree."""
+  compute, grad = cfg.model.compute_dtype, cfg.loss.grad_dtype
   return jax.tree.map(
-    lambda w, s: sharding.gather(w, s.axes, compute_dtype, grad_dtype),
-    tree,
-    specs,
+    lambda w, s: sharding.gather(w, s.axes, compute, grad), tree, specs
   )
+
+
+def gather_cast(tree, specs, cfg: config.Config):
+  """Gathered matrices in the compute dtype; norms as they are, since an update
+  of one is often below the spacing of bfloat16."""
+  return jax.tree.map(
+    lambda w, s: w.astype(cfg.model.compute_dtype) if s.decay else w,
+    gather(tree, specs, cfg), specs,
+  )  # fmt: skip
 
 
 def count(specs) -> int:

@@ -37,13 +37,13 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   model = checkpoint.restore_params(workdir, step, abstract)
   bytes_V = loop.bytes_of_tokens(tokens, cfg, mesh)
   raw = heldout.evaluator(cfg, mesh, bytes_V)(
-    model, loop.eval_batches(tokens, cfg)
+    model, loop.eval_batches(tokens, cfg), step
   )
   values = metrics.scalars(raw)
   lines = [
     f'{workdir}, step {step}, {cfg.eval.split} split of {cfg.data.store}:'
     f' {raw["count_K"][0]:,.0f} targets of head 1',
-    *metrics.table(values, cfg.heads.n),
+    *metrics.table(values),
   ]
   return lines, dict(workdir=workdir, step=step) | metrics.jsonable(values)
 
@@ -111,7 +111,7 @@ def curves(runs: list[str]) -> tuple[list[str], dict]:
   records = {run: metrics.read(run) for run in runs}
   for run, found in records.items():
     if not found:
-      raise config.ConfigError('train.workdir', run, 'has no metrics.jsonl')
+      raise ValueError(f'{run}: has no metrics.jsonl; report takes workdirs')
   import matplotlib
 
   matplotlib.use('agg')

@@ -85,20 +85,37 @@ def pspec(*axes) -> P:
 
 
 def gather(w, axes, compute_dtype, grad_dtype):
-  """A parameter as one device uses it: whole over the batch axes, and cast.
+  """A parameter as one device uses it: whole over the batch axes.
 
-  Moved in `compute_dtype`. `reduced` makes its gradient stay a sum not yet
-  taken over devices ("unreduced"), in `grad_dtype`, until it leaves this
-  function backwards: one reduction a gather, wherever w is used, loops included
-  (JAX, explicit sharding, https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
+  Moved in `compute_dtype`, and held in a dtype that loses neither that nor
+  `grad_dtype`, so that gradients are summed in it wherever w is used; the user
+  casts it to compute_dtype. `reduced` keeps the gradient a sum not yet taken
+  over devices ("unreduced") through any loop; it is taken once a gather, here,
+  in `grad_dtype` (JAX, explicit sharding,
+  https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
+
   A parameter that no batch axis shards, i.e. a norm, has nothing to gather (and
-  an elementwise product takes no `reduced` operand).
+  an elementwise product takes no `reduced` operand): it is used as it is.
   """
   if not any(RULES[axis] in BATCH for axis in axes):
-    return w.astype(compute_dtype).astype(grad_dtype)
-  spec = [None if RULES[axis] in BATCH else RULES[axis] for axis in axes]
-  whole = jax.reshard(w.astype(compute_dtype), P(*spec, reduced=set(BATCH)))
-  return whole.astype(grad_dtype)
+    return w
+  whole = P(
+    *(None if RULES[axis] in BATCH else RULES[axis] for axis in axes),
+    reduced=set(BATCH),
+  )
+  at_rest, param_dtype = jax.typeof(w).sharding.spec, w.dtype
+  held_dtype = jnp.promote_types(compute_dtype, grad_dtype)
+
+  @jax.custom_vjp
+  def use(w):
+    return jax.reshard(w.astype(compute_dtype), whole).astype(held_dtype)
+
+  def use_bwd(_, dw):
+    # The plain transpose would cast to compute_dtype first, then reduce.
+    return (jax.reshard(dw.astype(grad_dtype), at_rest).astype(param_dtype),)
+
+  use.defvjp(lambda w: (use(w), None), use_bwd)
+  return use(w)
 
 
 def zeros_cotangent(w):

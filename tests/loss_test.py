@@ -394,3 +394,40 @@ def test_memory_is_flat_in_the_number_of_heads(schedule):
 
 def test_keeping_all_logits_is_not():
   assert _temp_bytes(8, 'dense') > 4 * _temp_bytes(1, 'dense')
+
+
+def _reductions(jaxpr, found):
+  """dtypes in which unreduced arrays are reduced, in all nested jaxprs."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'reshard':
+      aval = eqn.invars[0].aval
+      if aval.sharding.spec.unreduced:
+        found.append(aval.dtype)
+    for sub in jax.core.jaxprs_in_params(eqn.params):
+      _reductions(sub, found)
+  return found
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+@pytest.mark.parametrize('grad_dtype', ['float32', 'bfloat16'])
+def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
+  c = tiny.cfg(
+    model__compute_dtype='bfloat16', loss__grad_dtype=grad_dtype, mesh__fsdp=4,
+    loss__schedule=schedule, heads__n=2,
+  )  # fmt: skip
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    jaxpr = jax.make_jaxpr(
+      lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2)
+    )(w, rows)
+  found = _reductions(jaxpr.jaxpr, [])
+  assert len(found) >= 4 and set(found) == {jnp.dtype(grad_dtype)}
+
+
+def test_the_gradients_dtype_is_not_the_forwards():
+  totals = []
+  for dtype in ('float32', 'bfloat16'):
+    c = tiny.cfg(heads__n=2, loss__grad_dtype=dtype)
+    totals.append(tiny.value_and_grad(c, tiny.batch(c))[0][0])
+  assert totals[0] == totals[1]

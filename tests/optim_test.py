@@ -136,4 +136,6 @@ def test_moments_and_parameters_have_their_dtypes():
   state, values = _steps(c, 1)
   assert state.params.unembed.dtype == 'bfloat16'
   assert state.opt_state[1].mu.unembed.dtype == 'bfloat16'
+  # In bfloat16 a second moment under b2 = .999 never decays.
+  assert state.opt_state[1].nu.unembed.dtype == np.float32
   assert values['total'].dtype == np.float32

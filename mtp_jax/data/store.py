@@ -115,7 +115,7 @@ def _check_target(shown, out: pathlib.Path, overwrite: bool):
   if not str(shown):
     raise _error(shown, 'must be a directory')
   if out.exists() and not overwrite:
-    raise _error(shown, 'exists; give another directory, or overwrite it')
+    raise _error(shown, 'exists; give another directory, or --data.overwrite')
   # Overwriting is for stores: a slip must not remove a home directory.
   if out.exists() and not (
     out.is_dir() and ((out / 'manifest.json').exists() or not os.listdir(out))

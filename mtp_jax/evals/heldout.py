@@ -4,6 +4,7 @@ The loss is the training loss itself, in plain sums: each head's nats over its
 own valid targets, over the whole split.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -14,38 +15,43 @@ from mtp_jax import config, loss, sharding
 
 
 def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
-  """Returns run(params, batches) -> a step's metrics, see train/metrics.py.
+  """Returns run(params, batches, step) -> metrics as a training step has them.
 
+  step: optimizer steps that made the parameters. The heads that were active and
+  the weights in force at the last of them are those of the evaluation: a head
+  that never trained would be noise, to its neighbours in a chain as well.
   batches yield tokens and position (1, b, U) of this process's rows.
   """
   n = cfg.heads.n
 
-  @jax.jit
-  def sums(params, batch, bytes_V):
+  @functools.partial(jax.jit, static_argnames='n_active')
+  def sums(params, batch, bytes_V, *, n_active):
     count_K, n_bytes = loss.counts(batch, n, bytes_V)
     rows = jax.tree.map(lambda x: x[0], batch)
     one_K = jnp.ones(n)
     _, sums = loss.mtp_loss(
       params, jnp.zeros(n), rows,
-      count_K=one_K, weight_K=one_K, n_active=n, cfg=cfg,
+      count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg,
     )  # fmt: skip
-    return sums | dict(count_K=count_K, bytes=n_bytes)
+    return sums | dict(count_K=count_K[:n_active], bytes=n_bytes)
 
-  def run(params, batches: Iterable[dict]) -> dict:
-    total = None
+  def run(params, batches: Iterable[dict], step: int) -> dict:
+    last, total = max(step - 1, 0), None
+    n_active = config.active_heads(cfg, last)
     with jax.set_mesh(mesh):
       for batch in batches:
-        new = sums(params, sharding.put_batch(mesh, batch), bytes_V)
-        new = jax.tree.map(np.float64, jax.device_get(new))
+        batch = sharding.put_batch(mesh, batch)
+        new = jax.device_get(sums(params, batch, bytes_V, n_active=n_active))
+        new = jax.tree.map(np.float64, new)
         total = jax.tree.map(np.add, total, new) if total else new
-    return _finish(total, cfg, n)
+    weight_K = config.in_force(config.head_weights(cfg), last)[:n_active]
+    return _finish(total, np.array(weight_K))
 
   return run
 
 
-def _finish(total: dict, cfg: config.Config, n: int) -> dict:
+def _finish(total: dict, weight_K) -> dict:
   over_K = 1 / np.maximum(total['count_K'], 1)
-  weight_K = np.array(config.head_weights(cfg)[-1][1])
   loss_K = total['loss_K'] * over_K
   return dict(
     total=np.sum(weight_K * loss_K),

@@ -70,10 +70,9 @@ def context(position_BT, cfg: config.Config) -> Context:
 
 def block(layer: Block, x_BTD, ctx: Context, cfg: config.Config):
   """x + attention + SwiGLU; `layer` is sharded, and gathered here."""
-  eps, dtype = cfg.model.norm_eps, cfg.model.compute_dtype
+  eps = cfg.model.norm_eps
   with jax.named_scope('gather'):
-    w = params.gather(layer, specs(cfg), dtype, cfg.loss.grad_dtype)
-    w = jax.tree.map(lambda leaf: leaf.astype(dtype), w)
+    w = params.gather_cast(layer, specs(cfg), cfg)
   residual = sharding.pspec('batch', None, None)
   with jax.named_scope('qkv'):
     y_BTD = layers.rms_norm(x_BTD, w.attn_norm, eps)

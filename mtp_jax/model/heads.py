@@ -141,9 +141,7 @@ def _gathered(module, specs, cfg):
   """A module as compute reads it, but for its block, which gathers itself."""
   if isinstance(module, Sequential):
     module, specs = module.replace(block=None), specs.replace(block=None)
-  dtype = cfg.model.compute_dtype
-  w = params.gather(module, specs, dtype, cfg.loss.grad_dtype)
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), w)
+  return params.gather_cast(module, specs, cfg)
 
 
 def linear_specs(cfg: config.Config) -> Projection:

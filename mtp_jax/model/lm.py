@@ -39,12 +39,10 @@ def specs(cfg: config.Config) -> LM:
 
 def embed(lm: LM, tokens_BU, cfg: config.Config):
   """Embeddings of all tokens of a window, in the compute dtype."""
-  dtype = cfg.model.compute_dtype
   with jax.named_scope('embed'):
-    table_VD = params.gather(
-      lm.embed, specs(cfg).embed, dtype, cfg.loss.grad_dtype
-    )
-    return layers.embed(table_VD, tokens_BU).astype(dtype)
+    table_VD = params.gather(lm.embed, specs(cfg).embed, cfg)
+    x_BUD = layers.embed(table_VD, tokens_BU)
+    return x_BUD.astype(cfg.model.compute_dtype)
 
 
 def hidden(lm: LM, x_BTD, position_BT, cfg: config.Config):

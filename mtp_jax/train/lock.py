@@ -6,6 +6,8 @@ frozen, replaced and then wakes up stops instead of writing into its successor's
 files.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -27,6 +29,10 @@ class Lock:
   def __init__(self, workdir: str):
     self._path = os.path.join(workdir, 'lock.json')
     self._id = uuid.uuid4().hex
+    with _one_at_a_time(workdir):
+      self._take(workdir)
+
+  def _take(self, workdir):
     holder = _read(self._path)
     if holder and _alive(holder, self._path):
       raise config.ConfigError(
@@ -34,8 +40,8 @@ class Lock:
         f'is being written by process {holder["pid"]} on {holder["host"]};'
         ' one run a workdir',
       )  # fmt: skip
-    tmp = f'{self._path}.{self._id}'
-    with open(tmp, 'w', encoding='utf-8') as f:
+    mine = f'{self._path}.{self._id}'
+    with open(mine, 'w', encoding='utf-8') as f:
       json.dump(
         dict(
           run=self._id,
@@ -45,7 +51,7 @@ class Lock:
         ),
         f,
       )
-    os.replace(tmp, self._path)
+    os.replace(mine, self._path)
 
   def check(self) -> None:
     """Raises Lost unless this run still holds the lock; shows it is alive."""
@@ -58,6 +64,20 @@ class Lock:
     holder = _read(self._path)
     if holder and holder['run'] == self._id:
       os.remove(self._path)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(workdir):
+  """Of runs that start together one looks and takes before the next looks. The
+  system lets go when a process dies. Where a file system has no such lock,
+  `check` still tells the loser."""
+  folder = os.open(workdir, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):
+      fcntl.flock(folder, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(folder)
 
 
 def _read(path):

@@ -89,7 +89,7 @@ def eval_batches(tokens: Tokens, cfg: config.Config) -> Iterator[dict]:
     seq_len=cfg.data.seq_len,
     span=cfg.heads.n,
     batch_size=cfg.data.batch_size // cfg.train.accumulate,
-    limit=cfg.eval.batches or None,
+    limit=cfg.eval.batches * cfg.train.accumulate or None,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
@@ -159,6 +159,11 @@ def _start_step(cfg, tokens) -> int:
       f'the run in --train.workdir={workdir} was started with {was}; give that,'
       ' or another workdir',
     )  # fmt: skip
+  if old.train.steps != cfg.train.steps and cfg.optim.schedule != 'constant':
+    print(
+      f'--train.steps was {old.train.steps}, is {cfg.train.steps}: the learning'
+      ' rate goes on along another curve'
+    )
   if fingerprint != tokens.fingerprint:
     raise config.ConfigError(
       'data.store', cfg.data.store,
@@ -336,11 +341,11 @@ def _evaluate(run, done, state, evaluate, say):
   if run.cfg.eval.split not in run.tokens.store.splits:
     return
   batches = eval_batches(run.tokens, run.cfg)
-  values = metrics.scalars(evaluate(state.params, batches))
+  values = metrics.scalars(evaluate(state.params, batches, done))
   run.held.check()
   run.sinks.write('eval', done, values)
   say(f'held out, after step {done}:')
-  for line in metrics.table(values, run.cfg.heads.n):
+  for line in metrics.table(values):
     say('  ' + line)
 
 

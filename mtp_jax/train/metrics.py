@@ -69,7 +69,8 @@ def acceptance(accepted_K) -> tuple[list[float], float]:
   plus the drafts accepted in a row, in tokens a forward pass. NaN where nothing
   was asked.
   """
-  rates, length, alive = [], 1.0, 1.0
+  rates, alive = [], 1.0
+  length = 1.0 if accepted_K[0] else math.nan
   for before, after in zip(accepted_K[:-1], accepted_K[1:], strict=True):
     rates.append(float(after / before) if before else math.nan)
     alive *= rates[-1] if before else 0.0
@@ -120,9 +121,10 @@ def duration(seconds: float) -> str:
   return f'{hours}:{minutes:02}:{seconds:02}'
 
 
-def table(values: dict[str, float], n: int) -> list[str]:
+def table(values: dict[str, float]) -> list[str]:
   """Held-out results by head, as lines."""
   lines = ['head    loss  accuracy  acceptance']
+  n = sum(name.startswith('accuracy_') for name in values)
   for k in range(1, n + 1):
     rate = values.get(f'acceptance_{k}')
     lines.append(

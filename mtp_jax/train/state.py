@@ -33,7 +33,7 @@ def init(cfg: config.Config, mesh: Mesh) -> State:
   def make(key):
     model = params.init(key, lm.specs(cfg), cfg.model.param_dtype)
     zero = jnp.zeros((), jnp.int32)
-    return State(model, optim.transform(cfg).init(model), zero, zero, zero)
+    return State(model, optim.init(cfg, model), zero, zero, zero)
 
   with jax.set_mesh(mesh):
     return jax.jit(make)(jax.random.key(cfg.train.seed))
@@ -43,7 +43,7 @@ def abstract(cfg: config.Config, mesh: Mesh) -> State:
   """The state's shapes, dtypes and shardings, without making it."""
   with jax.set_mesh(mesh):
     model = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-    opt_state = jax.eval_shape(optim.transform(cfg).init, model)
+    opt_state = jax.eval_shape(lambda w: optim.init(cfg, w), model)
     zero = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
 

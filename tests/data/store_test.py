@@ -204,7 +204,7 @@ def test_targets_that_are_not_overwritten(tmp_path):
   _write(tmp_path / 's')
   before = _files(tmp_path / 's')
   line = _refused(_write, tmp_path / 's', TEXTS[:50])
-  assert line.endswith('s: exists; give another directory, or overwrite it')
+  assert line.endswith('s: exists; give another directory, or --data.overwrite')
   home = tmp_path / 'home'
   (home / 'thesis').mkdir(parents=True)
   (tmp_path / 'file').write_text('x')

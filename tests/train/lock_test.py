@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -101,3 +102,28 @@ def test_an_unreadable_lock_is_nobodys(tmp_path):
 def test_release(tmp_path):
   lock.Lock(str(tmp_path)).release()
   assert not os.listdir(tmp_path)
+
+
+def test_of_many_that_start_together_one_gets_it(tmp_path):
+  # Over a dead holder's lock, which each of them wants to clear away.
+  for trial in range(20):
+    workdir = tmp_path / str(trial)
+    workdir.mkdir()
+    _other(workdir / 'lock.json', pid=2**22 + 1)
+    barrier, got = threading.Barrier(4), []
+
+    def take():
+      barrier.wait()  # noqa: B023
+      try:
+        got.append(lock.Lock(str(workdir)))  # noqa: B023
+      except config.ConfigError:
+        return
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+    assert len(got) == 1
+    got[0].check()
+    assert os.listdir(workdir) == ['lock.json']

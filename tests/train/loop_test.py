@@ -100,8 +100,7 @@ def test_a_second_interrupt_does_not_wait(store, tmp_path, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
 
   _at_batch(monkeypatch, 4, twice)
-  with pytest.raises(KeyboardInterrupt):
-    runs.train(store, tmp_path)
+  assert runs.train(store, tmp_path) == 130
   assert checkpoint.steps(str(tmp_path)) == []
   assert not (tmp_path / 'lock.json').exists()
 
@@ -350,7 +349,7 @@ def test_a_curriculum_leaves_inactive_heads_alone(store, tmp_path):
   assert all(all(moved(1, step, step + 1)) for step in range(1, 6))
   found = ['loss_2' in record for record in _of_kind(tmp_path, 'train')]
   assert found == [False, False, True, True, False, False]
-  assert ['loss_2' in r for r in _of_kind(tmp_path, 'eval')] == [True]
+  assert ['loss_2' in r for r in _of_kind(tmp_path, 'eval')] == [False]
 
 
 # What one looks at.

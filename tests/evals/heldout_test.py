@@ -1,0 +1,58 @@
+"""Held-out values are the training loss's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.evals import heldout
+from tests import tiny
+
+
+def _evaluate(c, step, batches):
+  m = tiny.mesh(c)
+  bytes_V = jax.device_put(
+    np.ones(c.model.vocab_size, np.int32), jax.NamedSharding(m, jax.P())
+  )
+  return heldout.evaluator(c, m, bytes_V)(tiny.model(c, m), batches, step)
+
+
+def test_several_batches_are_one_and_equal_the_training_loss():
+  c = tiny.cfg(heads__n=3, loss__z_loss=1e-2, loss__weights='0:1,.3')
+  rows = tiny.batch(c)
+  halves = [
+    {k: x[:, s] for k, x in rows.items()} for s in (slice(4), slice(4, 8))
+  ]
+  (total, sums), _ = tiny.value_and_grad(c, rows)
+  for batches in ([rows], halves):
+    got = _evaluate(c, 10, batches)
+    np.testing.assert_allclose(got['total'], total, rtol=1e-5)
+    for name in ('loss_K', 'z_loss_K', 'accuracy_K', 'accepted_K'):
+      np.testing.assert_allclose(got[name], sums[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize('family', ['parallel', 'anticausal'])
+def test_heads_and_weights_in_force_at_the_last_step(family):
+  c = tiny.cfg(
+    heads__n=3, heads__family=family, loss__curriculum='0:1;20:3',
+    loss__weights='0:1,.5;20:1,.1',
+  )  # fmt: skip
+  rows = tiny.batch(c)
+  for step, m, weights in ((20, 1, [1]), (21, 3, [1, 0.1, 0.1])):
+    got = _evaluate(c, step, [rows])
+    _, sums = tiny.value_and_grad(c, rows, n_active=m)[0]
+    assert got['loss_K'].shape == (m,)
+    np.testing.assert_allclose(got['loss_K'], sums['loss_K'], rtol=1e-5)
+    np.testing.assert_allclose(got['total'], weights @ got['loss_K'], rtol=1e-6)
+
+
+def test_nothing_to_score_is_said():
+  c = tiny.cfg(heads__n=2)
+  rows = tiny.batch(c)
+  rows['position'][:] = 0
+  from mtp_jax.train import metrics
+
+  values = metrics.scalars(_evaluate(c, 1, [rows]))
+  assert values['loss_1'] == 0 and np.isnan(values['accepted_length'])
+  assert np.isnan(values['bits_per_byte'])
+  assert jnp.isnan(values['acceptance_2'])
