@@ -209,9 +209,9 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, problem):
   assert _refused(f'jsonl:{path}') == f'{path}:3: {problem}'
 
 
-@pytest.mark.parametrize('source', ['', 'parquet:x', 'dir', 'dir:', 'x.txt'])
+@pytest.mark.parametrize('source', ['', 'orc:x', 'dir', 'dir:', 'x.txt'])
 def test_unknown_kinds(source):
-  kinds = 'python, dir, text, jsonl'
+  kinds = 'python, dir, text, jsonl, parquet'
   assert _refused(source) == f'KIND:ARG with KIND one of: {kinds}'
 
 

@@ -58,9 +58,10 @@ def test_bytes_record():
 
 
 def test_unknown_names_are_refused():
-  for name in ('words', 'hf:gpt2', ''):
+  for name in ('words', 'tiktoken:gpt2', ''):
     with pytest.raises(config.ConfigError) as error:
       tokenizers.get(name)
-    assert str(error.value) == f'--data.tokenizer={name}: one of: bytes'
+    kinds = 'bytes, sentencepiece, hf'
+    assert str(error.value) == f'--data.tokenizer={name}: one of: {kinds}'
   with pytest.raises(config.ConfigError, match='bytes takes nothing after it'):
     tokenizers.get('bytes:x')
