@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from mtp_jax import config
+from mtp_jax import config, validate
 
 _DEFINE = {
   int: flags.DEFINE_integer,
@@ -78,7 +78,7 @@ class Parsed(NamedTuple):
   def config(self, base: config.Config | None = None) -> config.Config:
     """`base`, or the defaults, with what was given; checked."""
     cfg = config.replace(base or config.Config(), **self.given)
-    return config.validate(cfg)
+    return validate.validate(cfg)
 
 
 def parse(args: list[str]) -> Parsed:

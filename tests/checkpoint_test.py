@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, config
+from mtp_jax import checkpoint, config, validate
 from mtp_jax.train import state as state_lib
 from tests import runs, tiny
 
@@ -29,7 +29,7 @@ MESHES = {
 
 def _cfg(mesh):
   sizes = {f'mesh.{axis}': n for axis, n in MESHES[mesh].items()}
-  return config.validate(config.replace(CFG, **sizes))
+  return validate.validate(config.replace(CFG, **sizes))
 
 
 def _abstract(cfg):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mtp_jax import config
+from mtp_jax import config, validate
 
 OTHER = {
   'model.d_model': 96,
@@ -64,7 +64,7 @@ def test_json_of_another_program_is_refused():
 
 
 def test_the_defaults_are_valid():
-  config.validate(config.Config())
+  validate.validate(config.Config())
 
 
 def test_every_field_has_help_and_a_type_that_a_flag_can_have():

@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(mtp_jax.__file__).parent
 # A file imports lower floors, its own folder, and what is allowed below.
 FLOORS = {
   'config': 0,
+  'validate': 0,
   'flags': 1,
   'sharding': 1,
   'params': 1,
@@ -30,6 +31,7 @@ FLOORS = {
   '__main__': 7,
 }
 ALLOWED = {
+  ('validate', 'config'),
   ('params', 'sharding'),
   ('report', 'train/loop'),
 }

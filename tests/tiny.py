@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import config, loss, params, sharding
+from mtp_jax import config, loss, params, sharding, validate
 from mtp_jax.model import block, heads, layers, lm
 
 BASE = {
@@ -30,7 +30,7 @@ BASE = {
 def cfg(**changes) -> config.Config:
   """A checked Config; `heads__n=2` stands for heads.n."""
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  return config.validate(config.replace(config.Config(), **BASE | changes))
+  return validate.validate(config.replace(config.Config(), **BASE | changes))
 
 
 def mesh(c: config.Config):

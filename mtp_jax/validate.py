@@ -1,0 +1,128 @@
+"""Which Configs make sense: limits of each field, and fields that must agree.
+
+Floor 0: standard library only. Everything that can be known before a device, a
+store or a checkpoint is looked at is refused here.
+"""
+
+import dataclasses
+
+from mtp_jax import config
+
+
+def validate(cfg: config.Config) -> config.Config:
+  """Returns cfg, or raises ConfigError for the first field that is wrong."""
+  for name, field in config.fields().items():
+    _check_limits(name, config.get(cfg, name), field.metadata)
+  _check_model(cfg)
+  _check_loss(cfg)
+  _check_steps(cfg)
+  return cfg
+
+
+def _check_limits(name, value, limits):
+  def need(ok, allowed):
+    if not ok:
+      raise config.ConfigError(name, value, allowed)
+
+  if 'choices' in limits:
+    need(value in limits['choices'], f'one of {", ".join(limits["choices"])}')
+  if 'min' in limits:
+    need(value >= limits['min'], f'must be at least {limits["min"]}')
+  if 'above' in limits:
+    need(value > limits['above'], f'must be above {limits["above"]}')
+  if 'max' in limits:
+    need(value <= limits['max'], f'must be at most {limits["max"]}')
+  if 'below' in limits:
+    need(value < limits['below'], f'must be below {limits["below"]}')
+  if isinstance(value, float):  # also what passed as a limit, e.g. inf
+    need(abs(value) < float('inf'), 'must be a finite number')
+
+
+def _check_model(cfg):
+  m, n = cfg.model, cfg.heads.n
+  if m.d_model % m.n_attn_heads:
+    raise config.ConfigError(
+      'model.d_model', m.d_model,
+      f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}',
+    )  # fmt: skip
+  if m.head_width % 2:
+    raise config.ConfigError(
+      'model.d_model', m.d_model,
+      f'd_model / n_attn_heads = {m.head_width} must be even (RoPE pairs)',
+    )  # fmt: skip
+  if m.n_attn_heads % m.kv_heads:
+    raise config.ConfigError(
+      'model.n_kv_heads', m.n_kv_heads,
+      f'must divide --model.n_attn_heads={m.n_attn_heads}',
+    )  # fmt: skip
+  if cfg.heads.block_first and m.n_layers - n < 1:
+    raise config.ConfigError(
+      'heads.n', n,
+      f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
+      f' needs at least one; at most {m.n_layers - 1}',
+    )  # fmt: skip
+  if n >= cfg.data.seq_len:
+    raise config.ConfigError(
+      'heads.n', n, f'must be below --data.seq_len={cfg.data.seq_len}'
+    )
+
+
+def _check_loss(cfg):
+  n, seq_len, chunk = cfg.heads.n, cfg.data.seq_len, cfg.loss.chunk
+  if chunk and seq_len % chunk:
+    raise config.ConfigError(
+      'loss.chunk', chunk, f'must divide --data.seq_len={seq_len}'
+    )
+  for name, ok, allowed in (
+    (
+      'weights',
+      lambda v: len(v) <= n and all(0 <= w < float('inf') for w in v),
+      f'STEP:W,W,…;STEP:… with at most --heads.n={n} weights >= 0 and steps'
+      ' that start at 0 and rise',
+    ),
+    (
+      'curriculum',
+      lambda v: len(v) == 1 and v[0] == int(v[0]) and 1 <= v[0] <= n,
+      f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start'
+      ' at 0 and rise',
+    ),
+  ):
+    text = getattr(cfg.loss, name)
+    if name == 'curriculum' and not text:
+      continue
+    try:
+      good = all(ok(values) for _, values in config.parse_steps(text))
+    except (ValueError, OverflowError):
+      good = False
+    if not good:
+      raise config.ConfigError(f'loss.{name}', text, allowed)
+
+
+def _check_steps(cfg):
+  t, o, batch_size = cfg.train, cfg.optim, cfg.data.batch_size
+  if batch_size % t.accumulate:
+    raise config.ConfigError(
+      'train.accumulate', t.accumulate,
+      f'must divide --data.batch_size={batch_size}',
+    )  # fmt: skip
+  if o.warmup_steps >= t.steps:
+    raise config.ConfigError(
+      'optim.warmup_steps', o.warmup_steps,
+      f'must be below --train.steps={t.steps}',
+    )  # fmt: skip
+  if o.schedule == 'wsd' and not 1 <= o.decay_steps <= t.steps - o.warmup_steps:
+    raise config.ConfigError(
+      'optim.decay_steps', o.decay_steps,
+      'wsd needs 1 to steps - warmup_steps ='
+      f' {t.steps - o.warmup_steps} of them',
+    )  # fmt: skip
+  if cfg.data.valid_fraction >= 1:
+    raise config.ConfigError(
+      'data.valid_fraction', cfg.data.valid_fraction, 'must be below 1'
+    )
+  sizes = dataclasses.asdict(cfg.mesh)
+  for axis, size in sizes.items():
+    if size < 1 and (size != -1 or list(sizes.values()).count(-1) > 1):
+      raise config.ConfigError(
+        f'mesh.{axis}', size, 'at least 1, or -1 on a single axis'
+      )
