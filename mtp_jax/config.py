@@ -71,7 +71,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-  """The prediction heads: head k predicts token t + k."""
+  """The prediction heads: head k predicts token t + k, unless they leap."""
 
   n: int = _f(4, 'prediction heads, i.e. future tokens predicted', **POSITIVE)
   family: str = _f(
@@ -84,6 +84,17 @@ class Heads:
     'one for all heads, one a head, or the input embedding transposed',
     choices=('shared', 'replicated', 'tied'),
   )
+  stride: int = _f(
+    1,
+    'head k predicts token t + 1 + stride (k - 1); above 1 the heads leap'
+    ' (Liu et al. 2025, arXiv 2505.17505)',
+    **POSITIVE,
+  )
+
+  @property
+  def offsets(self) -> tuple[int, ...]:
+    """How far ahead of the query each head's target lies, in tokens."""
+    return tuple(1 + self.stride * k for k in range(self.n))
 
   @property
   def block_first(self) -> bool:
@@ -114,6 +125,20 @@ class Loss:
   )
   z_loss: float = _f(
     0.0, 'weight of the squared log-sum-exp inside each head loss', min=0
+  )
+  order_weight: float = _f(
+    0.0,
+    'weight of token order prediction: one more unembedding of head 1 ranks'
+    ' the tokens to come by how soon (Zuhri et al. 2025, arXiv 2508.19228);'
+    ' 0 = without',
+    min=0,
+  )
+  order_window: int = _f(
+    32,
+    'tokens ahead that it ranks; the d-th counts e^-d, so that float32 sees'
+    ' no further than about 16',
+    min=1,
+    max=128,
   )
   grad_dtype: str = _f(
     'float32', 'in which gradients are summed over heads and micro-batches',
@@ -262,6 +287,12 @@ class Config:
   train: Train = Train()
   eval: Eval = Eval()
   inspect: Inspect = Inspect()
+
+  @property
+  def span(self) -> int:
+    """Tokens that a window carries past its last query, as targets."""
+    order = self.loss.order_window if self.loss.order_weight else 0
+    return max(self.heads.offsets[-1], order)
 
 
 def fields() -> dict[str, dataclasses.Field]:

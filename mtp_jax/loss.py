@@ -1,9 +1,12 @@
-"""The multi-head loss: targets, cross-entropy, and two schedules of one value.
+"""The multi-head loss: cross-entropy, and two schedules of one value.
 
 Floor 3. Follows Gloeckle et al. 2024 (https://arxiv.org/abs/2404.19737),
 section 2: head k predicts token t + k from the shared trunk's z_t, and
 
-  total = sum_k weight_k  sum_t valid_kt nll_kt / count_k .
+  total = sum_k weight_k  sum_t valid_kt nll_kt / count_k ,
+
+targets, counts and weights as in targets.py; --loss.order_weight adds the order
+of the tokens to come, asked of head 1's hidden state.
 
 Logits and their gradients are by far the largest arrays, B x T x V a head.
 Neither schedule ever holds those of two heads, nor, with --loss.chunk=C, of
@@ -23,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config, params, sharding
+from mtp_jax import config, cross_entropy, params, sharding, targets
 from mtp_jax.model import block, heads, lm
 
 
@@ -33,6 +36,7 @@ class Shared(NamedTuple):
 
   norm_D: Any
   unembed_DV: Any
+  order_VD: Any
 
 
 class Weights(NamedTuple):
@@ -43,6 +47,7 @@ class Weights(NamedTuple):
   emb_BUD: Any  # of all tokens, for families that feed them; else None
   norm_D: Any
   unembed: Any  # at rest: (D, V), tied (V, D), or replicated (K, D, V)
+  order_VD: Any  # None without token order prediction
   probe_K: Any
 
 
@@ -53,54 +58,10 @@ class Rows(NamedTuple):
   targets_KBT: Any
   valid_KBT: Any
   scale_K: Any  # weight_k / count_k
+  tokens_BU: Any
+  order_WBT: Any  # targets.order; None without it
+  order_scale: Any
   ctx: block.Context
-
-
-def targets(tokens_BU, position_BU, n: int):
-  """Token t + k for k = 1..n, and whether it may be predicted from t.
-
-  Valid iff position[t + k] == position[t] + k in the window's own positions:
-  never across a document's end, nor from or to padding. U = T + n, so that each
-  of the T queries has all its targets.
-
-  Returns:
-    (targets_KBT int32, valid_KBT bool), K = n.
-  """
-  T = tokens_BU.shape[1] - n
-  at = [slice(k, k + T) for k in range(1, n + 1)]
-  targets_KBT = jnp.stack([tokens_BU[:, s] for s in at])
-  valid_KBT = jnp.stack(
-    [position_BU[:, s] == position_BU[:, :T] + s.start for s in at]
-  )
-  return targets_KBT, valid_KBT
-
-
-def counts(batch: dict, n: int, bytes_V):
-  """Of a whole step, before any micro-batch runs: (count_K, bytes).
-
-  Args:
-    batch: tokens and position, (A, B, U) each.
-    n: prediction heads.
-    bytes_V: UTF-8 bytes that each token stands for.
-
-  Returns:
-    valid targets of each head (float32), and the bytes of head 1's.
-  """
-  of_micro_batch = jax.vmap(functools.partial(targets, n=n))
-  targets_AKBT, valid_AKBT = of_micro_batch(batch['tokens'], batch['position'])
-  count_K = jnp.sum(valid_AKBT, axis=(0, 2, 3))
-  bytes_ABT = bytes_V.at[targets_AKBT[:, 0]].get(
-    out_sharding=sharding.pspec(None, 'batch', None)
-  )
-  n_bytes = jnp.sum(bytes_ABT * valid_AKBT[:, 0])
-  return count_K.astype(jnp.float32), n_bytes.astype(jnp.float32)
-
-
-def weights(step, cfg: config.Config):
-  """Weight of each head at a (traced) step, from --loss.weights. Shape (K,)."""
-  starts, table = zip(*config.head_weights(cfg), strict=True)
-  starts_P, table_PK = jnp.array(starts), jnp.array(table)
-  return table_PK[jnp.sum(step >= starts_P) - 1]
 
 
 def mtp_loss(
@@ -114,7 +75,7 @@ def mtp_loss(
     probe_K: zeros. Their gradient is |dL/dz|^2 of each head, a sum over tokens;
       in a chain, of all that comes back to head k's input, its own loss and
       those of the heads that sit on it.
-    batch: tokens_BU and position_BU, int32, U = T + K.
+    batch: tokens_BU and position_BU, int32, U = T + span.
     count_K: each head's valid targets in the whole step, over all micro-batches
       and devices; ones to get plain sums.
     weight_K: the heads' weights.
@@ -124,23 +85,27 @@ def mtp_loss(
   Returns:
     (total, sums). Totals and sums of micro-batches add up to those of the step;
     sums carry no gradient: loss_K (with z-loss, unweighted), z_loss_K and
-    accuracy_K, each over count_K, and accepted_K, see `acceptance`. A head
-    without a valid target has loss 0.
+    accuracy_K, each over count_K, order_loss over head 1's count, and
+    accepted_K, see `targets.acceptance`. A head without a valid target has loss
+    0.
   """
   tokens_BU, position_BU = batch['tokens'], batch['position']
-  T = tokens_BU.shape[1] - cfg.heads.n
+  T = tokens_BU.shape[1] - cfg.span
   family, m = heads.family(cfg), n_active
   feeds = family.feeds_tokens and m > 1
-  targets_KBT, valid_KBT = targets(tokens_BU, position_BU, cfg.heads.n)
+  targets_KBT, valid_KBT = targets.targets(batch, cfg)
   emb_BUD = lm.embed(model, tokens_BU if feeds else tokens_BU[:, :T], cfg)
   z_BTD, ctx = lm.hidden(model, emb_BUD[:, :T], position_BU[:, :T], cfg)
   # Heads add their gradients up in the dtype that these are held in.
   held_dtype = jnp.promote_types(z_BTD.dtype, cfg.loss.grad_dtype)
   z_BTD = z_BTD.astype(held_dtype)
   over_K = 1 / jnp.maximum(count_K, 1)[:m]
+  ordered = model.order is not None
   rows = Rows(
     jnp.arange(1, m + 1), targets_KBT[:m], valid_KBT[:m],
-    weight_K[:m] * over_K, ctx,
+    weight_K[:m] * over_K, tokens_BU,
+    targets.order(batch, cfg) if ordered else None,
+    cfg.loss.order_weight * over_K[0], ctx,
   )  # fmt: skip
   in_use = 0 if family.one_module else slice(heads.n_modules(cfg, m))
   unembed = model.embed if model.unembed is None else model.unembed
@@ -149,104 +114,35 @@ def mtp_loss(
   weights = Weights(
     jax.tree.map(lambda w: w[in_use], model.heads), z_BTD,
     emb_BUD.astype(held_dtype) if feeds else None, model.norm, unembed,
-    probe_K[:m],
+    model.order, probe_K[:m],
   )  # fmt: skip
   with jax.named_scope('heads'):
-    total, stats = SCHEDULES[cfg.loss.schedule](weights, rows, cfg)
-  stats = jax.lax.stop_gradient(stats)
-  return total, dict(
+    total, (stats, order) = SCHEDULES[cfg.loss.schedule](weights, rows, cfg)
+  sums = dict(
     loss_K=stats.loss * over_K,
     z_loss_K=stats.z_loss * over_K,
     accuracy_K=stats.correct * over_K,
-    accepted_K=acceptance(stats.argmax_BT, jnp.all(valid_KBT, axis=0)),
+    accepted_K=targets.acceptance(
+      stats.argmax_BT, jnp.all(valid_KBT, axis=0), cfg.heads.stride
+    ),
   )
+  if ordered:
+    sums['order_loss'] = order * over_K[0]
+  return total, jax.lax.stop_gradient(sums)
 
 
-def acceptance(argmax_KBT, valid_BT):
-  """How far head 1 would accept the other heads' drafts, teacher-forced.
-
-  Draft k at t is head k's argmax for token t + k; it is accepted if head 1's
-  argmax at t + k - 1, reading the true text, is the same token and drafts
-  2..k - 1 at t were accepted. An estimate: a decoder reads its own text.
-
-  Args:
-    argmax_KBT: each head's best token.
-    valid_BT: positions whose K targets all lie in their document.
-
-  Returns:
-    (K,) float32: the positions asked, then those where draft 2, 3, … K was
-    accepted.
-  """
-  K, _, T = argmax_KBT.shape
-  Q = T - K + 1  # positions whose drafts are all checked within the window
-  alive_BQ = valid_BT[:, :Q]
-  accepted = []
-  for k in range(K):
-    alive_BQ &= argmax_KBT[k, :, :Q] == argmax_KBT[0, :, k : k + Q]
-    accepted.append(jnp.sum(alive_BQ, dtype=jnp.float32))
-  return jnp.stack(accepted)
-
-
-class Stats(NamedTuple):
-  """Sums over the valid tokens of one head; stacked by the scan over heads."""
-
-  loss: Any
-  z_loss: Any
-  correct: Any
-  argmax_BT: Any
-
-
-def _cross_entropy(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
-  """(sum of valid losses, Stats), for as many positions as are given.
-
-  The label's logit is a masked sum, not a lookup: the vocabulary may be sharded
-  and is never gathered. Log-sum-exp and sums in float32.
-  """
-  logits_BCV = jnp.einsum(
-    'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype),
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
-  lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-  ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
-  label_BC = jnp.sum(
-    jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1
-  )
-  z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * lse_BC**2)
-  loss = jnp.sum(valid_BC * (lse_BC - label_BC)) + z_loss
-  argmax_BC = jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
-  correct = jnp.sum(valid_BC * (argmax_BC == target_BC), dtype=jnp.float32)
-  return loss, Stats(loss, z_loss, correct, argmax_BC)
-
-
-def _in_chunks(cfg, *xs_BT):
-  """Each (B, T, …) -> (T/C, B, C, …)."""
-  T = xs_BT[0].shape[1]
-  C = cfg.loss.chunk or T
-  return tuple(
-    x.reshape(x.shape[0], T // C, C, *x.shape[2:]).swapaxes(0, 1) for x in xs_BT
-  )
-
-
-def _out_of_chunks(x_XBC):
-  """(T/C, B, C, …) -> (B, T, …)."""
-  x_BXC = x_XBC.swapaxes(0, 1)
-  return x_BXC.reshape(x_BXC.shape[0], -1, *x_BXC.shape[3:])
-
-
-def _total_over_chunks(stats: Stats) -> Stats:
-  loss, z_loss, correct, argmax_XBC = stats
-  return Stats(
-    jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), _out_of_chunks(argmax_XBC)
-  )
-
-
-def _gather_shared(norm_D, unembed, cfg) -> Shared:
+def _gather_shared(norm_D, unembed, order_VD, cfg) -> Shared:
   specs = lm.specs(cfg)
-  return Shared(params.gather(norm_D, specs.norm, cfg), {
+  unembed_DV = {
     'shared': lambda: params.gather(unembed, specs.unembed, cfg),
     'tied': lambda: params.gather(unembed, specs.embed, cfg).T,
     'replicated': lambda: None,
-  }[cfg.heads.unembedding]())  # fmt: skip
+  }[cfg.heads.unembedding]()
+  return Shared(
+    params.gather(norm_D, specs.norm, cfg),
+    unembed_DV,
+    params.gather(order_VD, specs.order, cfg),
+  )
 
 
 def _gather_own(unembed_DV, cfg):
@@ -282,13 +178,23 @@ def _hidden(step, module, w: Weights, norm_D, carry_BTD, k, probe, ctx, cfg):
     z_BTD = _tap(z_BTD, probe)
   next_emb_BTD = None
   if family.feeds_tokens and step is not heads.identity:
-    next_emb_BTD = lm.next_embeddings(w.emb_BUD, k, ctx).astype(dtype)
+    next_emb_BTD = lm.next_embeddings(w.emb_BUD, k, ctx, cfg).astype(dtype)
   inputs = heads.Inputs(norm_D, z_BTD, carry_BTD, next_emb_BTD)
   return step(module, inputs, ctx, cfg)
 
 
+def _at_head_1(step, k, shared: Shared, cfg, yes, no, *operands):
+  """yes(*operands) at head 1 if the order of tokens is asked, else no(…): a
+  branch only where one scan visits head 1 and others."""
+  if shared.order_VD is None:
+    return no(*operands)
+  if cfg.heads.block_first:
+    return jax.lax.cond(k == 1, yes, no, *operands)
+  return (yes if step is heads.identity else no)(*operands)
+
+
 def _remat(w: Weights, rows: Rows, cfg):
-  shared = _gather_shared(w.norm_D, w.unembed, cfg)
+  shared = _gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
   own = w.unembed if cfg.heads.unembedding == 'replicated' else None
 
   @functools.partial(jax.checkpoint, static_argnums=0)
@@ -301,23 +207,40 @@ def _remat(w: Weights, rows: Rows, cfg):
       unembed_DV = shared.unembed_DV
     else:
       unembed_DV = _gather_own(own_DV, cfg)
-
-    @jax.checkpoint
-    def chunk(_, xs):
-      h_BCD, target_BC, valid_BC = xs
-      return None, _cross_entropy(h_BCD, unembed_DV, target_BC, valid_BC, cfg)
-
     with jax.named_scope('ce'):
-      _, (loss_X, stats) = jax.lax.scan(
-        chunk, None, _in_chunks(cfg, h_BTD, target_BT, valid_BT)
+      loss, stats = cross_entropy.sum_chunks(
+        cross_entropy.of_targets, h_BTD, unembed_DV, (target_BT, valid_BT), cfg
       )
-    out = jnp.sum(loss_X), _total_over_chunks(stats)
-    return carry_BTD, (out, None)
+
+    def ordered(h_BTD):
+      order_VD = shared.order_VD
+      with jax.named_scope('order'):
+        lse, _ = cross_entropy.sum_chunks(
+          cross_entropy.log_sum_exp, h_BTD, order_VD, (valid_BT,), cfg
+        )
+        return lse - cross_entropy.in_order(
+          h_BTD, order_VD, rows.tokens_BU, rows.order_WBT
+        )
+
+    order = _at_head_1(
+      step, k, shared, cfg, ordered, lambda _: jnp.zeros(()), h_BTD
+    )
+    return carry_BTD, (
+      (loss, cross_entropy.total_over_chunks(stats), order),
+      None,
+    )
 
   of_heads = (rows.k_K, w.probe_K, rows.targets_KBT, rows.valid_KBT, own)
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
-  _, ((loss_K, stats), _) = heads.walk(head, z_BTD, w.modules, of_heads, cfg)
-  return jnp.sum(rows.scale_K * loss_K), stats
+  _, ((loss_K, stats, order_K), _) = heads.walk(
+    head, z_BTD, w.modules, of_heads, cfg
+  )
+  return _summed(loss_K, stats, jnp.sum(order_K), rows)
+
+
+def _summed(loss_K, stats, order, rows: Rows):
+  total = jnp.sum(rows.scale_K * loss_K) + rows.order_scale * order
+  return total, (stats, order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -326,63 +249,73 @@ def _eager(w: Weights, rows: Rows, cfg):
   return _remat(w, rows, cfg)
 
 
-def _cross_entropy_grads(h_BTD, unembed_DV, dunembed_DV, of_head, cfg):
-  """One head's loss, and the gradients of scale x loss, chunk by chunk.
+def _unembedded(h_BTD, own_DV, dshared_DV, shared: Shared, of_head, cfg):
+  """A head's loss and gradients at once, under the shared unembedding, whose
+  gradient is handed on, or the head's own, whose gradient is complete.
 
   Returns:
-    (dunembed_DV with this head's added, dh_BTD, loss, Stats).
+    (dshared_DV, down_DV, dh_BTD, loss, Stats).
   """
-  target_BT, valid_BT, scale = of_head
-
-  def chunk(dunembed_DV, xs):
-    h_BCD, target_BC, valid_BC = xs
-
-    def scaled(h_BCD, unembed_DV):
-      loss, stats = _cross_entropy(h_BCD, unembed_DV, target_BC, valid_BC, cfg)
-      return scale * loss, stats
-
-    (loss, stats), (dh_BCD, d_DV) = jax.value_and_grad(
-      scaled, argnums=(0, 1), has_aux=True
-    )(h_BCD, unembed_DV)
-    return dunembed_DV + d_DV, (loss, stats, dh_BCD)
-
+  *of_tokens, scale = of_head
+  unembed_DV, dunembed_DV = shared.unembed_DV, dshared_DV
+  if own_DV is not None:
+    unembed_DV, scatter = jax.vjp(lambda u: _gather_own(u, cfg), own_DV)
+    dunembed_DV = sharding.zeros_cotangent(unembed_DV)
   with jax.named_scope('ce'):
-    dunembed_DV, (loss_X, stats, dh_XBCD) = jax.lax.scan(
-      chunk, dunembed_DV, _in_chunks(cfg, h_BTD, target_BT, valid_BT)
+    dunembed_DV, dh_BTD, loss, stats = cross_entropy.grad_chunks(
+      cross_entropy.of_targets,
+      h_BTD,
+      unembed_DV,
+      dunembed_DV,
+      of_tokens,
+      scale,
+      cfg,
     )
-  dh_BTD = _out_of_chunks(dh_XBCD)
-  return dunembed_DV, dh_BTD, jnp.sum(loss_X), _total_over_chunks(stats)
-
-
-def _unembedded(h_BTD, own_DV, dshared_DV, shared: Shared, of_head, cfg):
-  """`_cross_entropy_grads` under the shared unembedding, whose gradient is
-  handed on, or the head's own, whose gradient is complete."""
+  out = dh_BTD, loss, cross_entropy.total_over_chunks(stats)
   if own_DV is None:
-    dshared_DV, *out = _cross_entropy_grads(
-      h_BTD, shared.unembed_DV, dshared_DV, of_head, cfg
+    return dunembed_DV, None, *out
+  return dshared_DV, *scatter(dunembed_DV), *out
+
+
+def _order_grads(dorder_VD, dh_BTD, h_BTD, valid_BT, shared, rows, cfg):
+  """(dorder_VD, dh_BTD, each with the order's part added, its loss)."""
+
+  def in_order(h_BTD, order_VD):
+    score = cross_entropy.in_order(
+      h_BTD, order_VD, rows.tokens_BU, rows.order_WBT
     )
-    return dshared_DV, None, *out
-  unembed_DV, scatter = jax.vjp(lambda u: _gather_own(u, cfg), own_DV)
-  zeros_DV = sharding.zeros_cotangent(unembed_DV)
-  d_DV, *out = _cross_entropy_grads(h_BTD, unembed_DV, zeros_DV, of_head, cfg)
-  return dshared_DV, *scatter(d_DV), *out
+    return -rows.order_scale * score, score
+
+  with jax.named_scope('order'):
+    dorder_VD, d_BTD, lse, _ = cross_entropy.grad_chunks(
+      cross_entropy.log_sum_exp, h_BTD, shared.order_VD, dorder_VD, (valid_BT,),
+      rows.order_scale, cfg,
+    )  # fmt: skip
+    (_, score), (d2_BTD, d_VD) = jax.value_and_grad(
+      in_order, argnums=(0, 1), has_aux=True
+    )(h_BTD, shared.order_VD)
+  return dorder_VD + d_VD, dh_BTD + d_BTD + d2_BTD, lse - score
 
 
 def _eager_fwd(w: Weights, rows: Rows, cfg):
   shared, scatter = jax.vjp(
-    lambda norm_D, unembed: _gather_shared(norm_D, unembed, cfg),
-    w.norm_D, w.unembed,
+    lambda norm_D, unembed, order_VD: _gather_shared(
+      norm_D, unembed, order_VD, cfg
+    ),
+    w.norm_D, w.unembed, w.order_VD,
   )  # fmt: skip
   own = w.unembed if cfg.heads.unembedding == 'replicated' else None
   of_heads = rows.targets_KBT, rows.valid_KBT, rows.scale_K
   run = _eager_chain if heads.family(cfg).dependent else _eager_each
-  dw, dshared, down, loss_K, stats = run(w, shared, own, of_heads, rows, cfg)
-  dnorm_D, dunembed = scatter(dshared)
+  dw, dshared, down, loss_K, stats, order = run(
+    w, shared, own, of_heads, rows, cfg
+  )
+  dnorm_D, dunembed, dorder_VD = scatter(dshared)
   if own is not None:
     dunembed = down
-  grads = dw._replace(norm_D=dnorm_D, unembed=dunembed)
+  grads = dw._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD)
   grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
-  return (jnp.sum(loss_K), stats), grads
+  return _summed(loss_K, stats, order, rows), grads
 
 
 def _eager_each(w, shared, own, of_heads, rows, cfg):
@@ -402,22 +335,29 @@ def _eager_each(w, shared, own, of_heads, rows, cfg):
     dunembed_DV, down_DV, dh_BTD, loss, stats = _unembedded(
       h_BTD, own_DV, dshared.unembed_DV, shared, of_ce, cfg
     )
+    dorder_VD, dh_BTD, order = _at_head_1(
+      step, k, shared, cfg,
+      lambda *grads: _order_grads(*grads, h_BTD, of_ce[1], shared, rows, cfg),
+      lambda *grads: (*grads, jnp.zeros(())),
+      dshared.order_VD, dh_BTD,
+    )  # fmt: skip
     dmodule, d_BTD, dnorm_D, norm2 = pull(dh_BTD)
     carry = (
       dz_BTD + d_BTD.astype(dz_BTD.dtype),
-      Shared(dshared.norm_D + dnorm_D, dunembed_DV),
+      Shared(dshared.norm_D + dnorm_D, dunembed_DV, dorder_VD),
     )
-    return carry, ((loss, stats, norm2, down_DV), dmodule)
+    return carry, ((loss, stats, norm2, down_DV, order), dmodule)
 
   zeros = (
     sharding.zeros_cotangent(w.z_BTD),
     jax.tree.map(sharding.zeros_cotangent, shared),
   )
-  (dz_BTD, dshared), ((loss_K, stats, norm2_K, down), dmodules) = heads.walk(
+  (dz_BTD, dshared), (outs, dmodules) = heads.walk(
     head, zeros, w.modules, (rows.k_K, w.probe_K, own, of_heads), cfg
   )
+  loss_K, stats, norm2_K, down, order_K = outs
   dw = w._replace(modules=dmodules, z_BTD=dz_BTD, probe_K=norm2_K)
-  return dw, dshared, down, loss_K, stats
+  return dw, dshared, down, loss_K, stats, jnp.sum(order_K)
 
 
 def _eager_chain(w, shared, own, of_heads, rows, cfg):
@@ -450,15 +390,23 @@ def _eager_chain(w, shared, own, of_heads, rows, cfg):
   h_KBTD, pull = jax.vjp(
     chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K
   )
-  zeros = jax.tree.map(sharding.zeros_cotangent, shared.unembed_DV)
+  zeros = jax.tree.map(sharding.zeros_cotangent, shared)
   dunembed_DV, (down, dh_KBTD, loss_K, stats) = jax.lax.scan(
-    unembed, zeros, (h_KBTD, own, of_heads)
+    unembed, zeros.unembed_DV, (h_KBTD, own, of_heads)
   )
+  dorder_VD, order = None, 0.0
+  if shared.order_VD is not None:
+    dorder_VD, dh_BTD, order = _order_grads(
+      zeros.order_VD, dh_KBTD[0], h_KBTD[0], rows.valid_KBT[0], shared, rows,
+      cfg,
+    )  # fmt: skip
+    dh_KBTD = dh_KBTD.at[0].set(dh_BTD)
   dmodules, dz_BTD, demb_BUD, dnorm_D, norm2_K = pull(dh_KBTD)
   dw = w._replace(
     modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=norm2_K
   )
-  return dw, Shared(dnorm_D, dunembed_DV), down, loss_K, stats
+  dshared = Shared(dnorm_D, dunembed_DV, dorder_VD)
+  return dw, dshared, down, loss_K, stats, order
 
 
 def _eager_bwd(cfg, grads: Weights, cotangents):

@@ -8,7 +8,7 @@ import os
 import jax
 import numpy as np
 
-from mtp_jax import checkpoint, config, flags, loss, params, sharding
+from mtp_jax import checkpoint, config, flags, params, sharding, targets
 from mtp_jax.data import loader
 from mtp_jax.evals import heldout
 from mtp_jax.model import lm
@@ -58,15 +58,13 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
   split = tokens.store.split('train')
   batch = next(loop.train_batches(tokens, cfg, cfg.inspect.step))
   rows = loader.row_indices(
-    split.n_windows(cfg.data.seq_len, cfg.heads.n),
+    split.n_windows(cfg.data.seq_len, cfg.span),
     cfg.train.seed,
     cfg.data.batch_size,
     cfg.inspect.step,
   )
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-  targets_KBT, valid_KBT = jax.device_get(
-    loss.targets(flat['tokens'], flat['position'], cfg.heads.n)
-  )
+  targets_KBT, valid_KBT = jax.device_get(targets.targets(flat, cfg))
   count_K = valid_KBT.sum(axis=(1, 2))
 
   def piece(token):
@@ -75,14 +73,17 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
 
   lines = [
     f'step {cfg.inspect.step}: {len(rows)} windows of {cfg.data.seq_len} +'
-    f' {cfg.heads.n} tokens; valid targets by head '
+    f' {cfg.span} tokens; valid targets by head '
     + ' '.join(f'{k}: {c:,}' for k, c in enumerate(count_K, 1))
   ]
   for b in range(min(cfg.inspect.rows, len(rows))):
     lines.append(
       f'window {rows[b]}: {tokens.tokenizer.decode(flat["tokens"][b])!r}'
     )
-    lines.append('    t  token     position  segment  targets t+1 …')
+    lines.append(
+      '    t  token     position  segment  targets '
+      + ' '.join(f't+{offset}' for offset in cfg.heads.offsets)
+    )
     segment_U = np.cumsum(flat['position'][b] == 0)
     for t in range(min(cfg.inspect.tokens, cfg.data.seq_len)):
       shown = [

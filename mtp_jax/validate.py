@@ -61,10 +61,14 @@ def _check_model(cfg):
       f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
       f' needs at least one; at most {m.n_layers - 1}',
     )  # fmt: skip
-  if n >= cfg.data.seq_len:
+  # A query reads that far ahead and, where heads leap, drafts from before it.
+  reach = cfg.heads.offsets[-1] + cfg.heads.stride - 1
+  if reach >= cfg.data.seq_len:
     raise config.ConfigError(
-      'heads.n', n, f'must be below --data.seq_len={cfg.data.seq_len}'
-    )
+      'heads.n', n,
+      f'with --heads.stride={cfg.heads.stride} that spans {reach} tokens, must'
+      f' be below --data.seq_len={cfg.data.seq_len}',
+    )  # fmt: skip
 
 
 def _check_loss(cfg):

@@ -20,6 +20,8 @@ FLOORS = {
   'model/': 2,
   'data/': 2,
   'data/loader': 3,
+  'targets': 3,
+  'cross_entropy': 3,
   'loss': 3,
   'optim': 3,
   'checkpoint': 3,
@@ -33,10 +35,12 @@ FLOORS = {
 ALLOWED = {
   ('validate', 'config'),
   ('params', 'sharding'),
+  ('loss', 'targets'),
+  ('loss', 'cross_entropy'),
   ('report', 'train/loop'),
 }
 NEVER = {
-  'model/': ('data/', 'loss'),
+  'model/': ('data/', 'loss', 'cross_entropy', 'targets'),
   'evals/': ('train/',),
   'decode/': ('train/',),
 }

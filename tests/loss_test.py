@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import loss, params, sharding
+from mtp_jax import params, sharding, targets
 from mtp_jax.model import heads, lm
 from tests import oracle, pairwise, tiny
 
@@ -23,6 +23,8 @@ WHAT = dict(  # changes the value
   packed=(True, False),
   weights=('0:1', '0:1,.3'),
   z_loss=(0.0, 1e-2),
+  stride=(1, 2),
+  order=(0.0, 0.7),
 )
 HOW = dict(  # must not
   schedule=('remat', 'eager'),
@@ -34,10 +36,11 @@ HOW = dict(  # must not
 
 
 def _cfg(family='parallel', n=2, unembedding='shared', weights='0:1',
-         z_loss=0.0, schedule='remat', chunk=0, accumulate=1, mesh=(1, 1, 1),
-         remat='none'):  # fmt: skip
+         z_loss=0.0, stride=1, order=0.0, schedule='remat', chunk=0,
+         accumulate=1, mesh=(1, 1, 1), remat='none'):  # fmt: skip
   return tiny.cfg(
     heads__family=family, heads__n=n, heads__unembedding=unembedding,
+    heads__stride=stride, loss__order_weight=order, loss__order_window=9,
     loss__weights=weights if n > 1 else '0:1',
     loss__z_loss=z_loss, loss__schedule=schedule, loss__chunk=chunk,
     train__accumulate=accumulate, mesh__data=mesh[0], mesh__fsdp=mesh[1],
@@ -82,7 +85,13 @@ def test_schedules_chunks_meshes_accumulation_equal_dense(row):
 
 # All of the paper's own family; the others differ in their blocks only, and
 # all seven with all else would be 48,384 cases.
-FULL = WHAT | HOW | dict(family=('parallel',), unembedding=('shared',))
+FULL = (
+  WHAT
+  | HOW
+  | dict(
+    family=('parallel',), unembedding=('shared',), stride=(1,), order=(0.0,)
+  )
+)
 
 
 @pytest.mark.slow
@@ -104,6 +113,8 @@ ORACLE = pairwise.rows(
     n=(1, 3),
     schedule=('remat', 'eager'),
     unembedding=('shared', 'replicated', 'tied'),
+    stride=(1, 3),
+    order=(0.0, 0.7),
   )
 )
 
@@ -117,25 +128,31 @@ def test_equals_oracle(row):
   rows = tiny.batch(c)
   (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
-  shape = oracle.Shape(row['family'], n, z_loss=1e-2)
+  window = c.loss.order_window if row['order'] else 0
+  shape = oracle.Shape(
+    row['family'], n, z_loss=1e-2, stride=row['stride'], window=window
+  )
   w = tiny.flat(tiny.model(c, tiny.mesh(c)))
   weights = [1.0, 0.3, 0.3][:n]
 
   def losses(w):
     logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
-    return logits, oracle.losses(
+    out = oracle.losses(
       logits, flat['tokens'], flat['position'], shape, weights
     )
+    if window:
+      out['order'] = oracle.order(w, flat['tokens'], flat['position'], shape)
+      out['total'] += row['order'] * out['order']
+    return logits, out
 
   logits, want = losses(w)
   np.testing.assert_allclose(total, want['total'], rtol=1e-5)
   np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
   np.testing.assert_allclose(sums['accuracy_K'], want['accuracy_K'], rtol=1e-5)
-  accepted = oracle.acceptance(logits, flat['tokens'], flat['position'])
-  got_K = sums['accepted_K']
-  for k in range(1, n):
-    rate = got_K[k] / got_K[k - 1] if got_K[k - 1] else 0
-    np.testing.assert_allclose(rate, accepted['rate_K'][k], rtol=1e-6)
+  if window:
+    np.testing.assert_allclose(sums['order_loss'], want['order'], rtol=1e-5)
+  accepted_J = oracle.acceptance(logits, flat['position'], shape)
+  np.testing.assert_array_equal(sums['accepted_K'], accepted_J)
   # One entry of each kind of parameter, by central differences.
   for path, grad in tiny.flat(grads).items():
     at = np.unravel_index(np.argmax(np.abs(grad)), grad.shape)
@@ -146,7 +163,8 @@ def test_equals_oracle(row):
 def test_targets_on_a_periodic_sequence():
   tokens_BU = jnp.arange(20)[None] % 5
   position_BU = jnp.arange(20)[None]
-  targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, 4)
+  rows = dict(tokens=tokens_BU, position=position_BU)
+  targets_KBT, valid_KBT = targets.targets(rows, tiny.cfg(heads__n=4))
   assert targets_KBT.shape == (4, 1, 16) and valid_KBT.all()
   for k in range(1, 5):
     np.testing.assert_array_equal(
@@ -156,7 +174,8 @@ def test_targets_on_a_periodic_sequence():
 
 def test_targets_never_cross_a_document():
   position_BU = jnp.array([[0, 1, 2, 0, 1, 0, 0, 1, 2, 3]])
-  _, valid_KBT = loss.targets(jnp.zeros((1, 10), int), position_BU, 3)
+  rows = dict(tokens=jnp.zeros((1, 10), int), position=position_BU)
+  _, valid_KBT = targets.targets(rows, tiny.cfg(heads__n=3))
   brute = [
     [int(all(position_BU[0, t + j] for j in range(1, k + 1))) for t in range(7)]
     for k in (1, 2, 3)
@@ -246,7 +265,9 @@ def _dz_norm2(w, rows, c, k):
   """|d loss_k / dz|^2 with z a free variable and no other head there."""
   tokens_BU, position_BU = rows['tokens'][0], rows['position'][0]
   T = c.data.seq_len
-  targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, c.heads.n)
+  targets_KBT, valid_KBT = targets.targets(
+    dict(tokens=tokens_BU, position=position_BU), c
+  )
   emb_BTD = lm.embed(w, tokens_BU[:, :T], c)
   z_BTD, ctx = lm.hidden(w, emb_BTD, position_BU[:, :T], c)
 
@@ -283,7 +304,7 @@ def test_weights_by_step():
     (9, [1, 0.3, 0.3]),
     (10, [1, 0.1, 0.2]),
   ):
-    np.testing.assert_allclose(loss.weights(jnp.int32(step), c), want)
+    np.testing.assert_allclose(targets.weights(jnp.int32(step), c), want)
 
 
 @pytest.mark.parametrize(
@@ -330,8 +351,8 @@ def test_counts_and_bytes():
   bytes_V = np.arange(32, dtype=np.int32)
   m = tiny.mesh(c)
   with jax.set_mesh(m):
-    count_K, n_bytes = jax.jit(loss.counts, static_argnums=1)(
-      sharding.put_batch(m, rows), 2, jnp.array(bytes_V)
+    count_K, n_bytes = jax.jit(targets.counts, static_argnums=1)(
+      sharding.put_batch(m, rows), c, jnp.array(bytes_V)
     )
   want_K, want_bytes = np.zeros(2), 0
   tokens, position = (x.reshape(8, -1) for x in rows.values())
@@ -346,9 +367,11 @@ def test_counts_and_bytes():
 def test_acceptance_is_agreement_with_head_1_not_label_accuracy():
   # Head 2 repeats what head 1 will say next; both are wrong about the text.
   argmax_KBT = jnp.array([[[7, 8, 9, 7]], [[8, 9, 5, 0]], [[9, 0, 0, 0]]])
-  accepted_K = loss.acceptance(argmax_KBT, jnp.ones((1, 4), bool))
+  accepted_K = targets.acceptance(argmax_KBT, jnp.ones((1, 4), bool))
   np.testing.assert_array_equal(accepted_K, [2, 2, 1])
-  masked = loss.acceptance(argmax_KBT, jnp.array([[False, True, True, True]]))
+  masked = targets.acceptance(
+    argmax_KBT, jnp.array([[False, True, True, True]])
+  )
   np.testing.assert_array_equal(masked, [1, 1, 0])
 
 

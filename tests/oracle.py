@@ -2,9 +2,10 @@
 
 Written to be obviously right, not fast: masks, targets and acceptance are
 explicit loops, and nothing here comes from the package under test.
-Letters: B row, U = T + K window, T query, S key, K target, D width,
-N query head, G key-value head, H head width, E H / 2, F ffn width, V vocab.
-Heads are numbered from 1: head k at query t predicts token t + k.
+Letters: B row, U window, T query, S key, K target, D width, N query head,
+G key-value head, H head width, E H / 2, F ffn width, V vocab.
+Heads are numbered from 1: head k at query t predicts token t + 1 +
+stride (k - 1).
 """
 
 from typing import NamedTuple
@@ -21,6 +22,16 @@ class Shape(NamedTuple):
   theta: float = 10000.0
   eps: float = 1e-5
   z_loss: float = 0.0
+  stride: int = 1
+  window: int = 0  # of token order prediction; 0 = without
+
+  def offset(self, k):
+    return 1 + self.stride * (k - 1)
+
+  @property
+  def span(self):
+    """Tokens after the last query of a window."""
+    return max(self.offset(self.n), self.window)
 
 
 def _float64(params):
@@ -103,7 +114,7 @@ def _feed(params, module, k, c_BTD, tokens_BU, position_BT, shape):
   for b in range(position_BT.shape[0]):
     for t in range(position_BT.shape[1]):
       if position_BT[b, t] != 0:
-        e_BTD[b, t] = params['embed'][tokens_BU[b, t + k - 1]]
+        e_BTD[b, t] = params['embed'][tokens_BU[b, t + shape.offset(k - 1)]]
   hidden_BTD = _rms(c_BTD, params['heads.hidden_norm'][module], shape)
   e_BTD = _rms(e_BTD, params['heads.embed_norm'][module], shape)
   both_BTC = np.concatenate([hidden_BTD, e_BTD], axis=-1)
@@ -137,10 +148,10 @@ def _ready(params, z_BTD, tokens_BU, position_BT, shape):
 
 
 def forward(params, tokens_BU, position_BU, shape):
-  """Logits_KBTV of every head at the first T = U - n tokens."""
+  """Logits_KBTV of every head at the first T = U - span tokens."""
   params = _float64(params)
   tokens_BU, position_BU = np.asarray(tokens_BU), np.asarray(position_BU)
-  T = tokens_BU.shape[1] - shape.n
+  T = tokens_BU.shape[1] - shape.span
   position_BT = position_BU[:, :T]
   z_BTD = trunk(params, tokens_BU[:, :T], position_BT, shape)
   ready = _ready(params, z_BTD, tokens_BU, position_BT, shape)
@@ -163,18 +174,19 @@ def losses(
   logits_KBTV = np.asarray(logits_KBTV, np.float64)
   tokens_BU, position_BU = np.asarray(tokens_BU), np.asarray(position_BU)
   K, B, T, _ = logits_KBTV.shape
-  assert tokens_BU.shape == (B, T + K), (tokens_BU.shape, (B, T + K))
+  assert tokens_BU.shape == (B, T + shape.span), (tokens_BU.shape, T)
   weights_K = np.ones(K) if weights_K is None else np.asarray(weights_K)
   loss_K, accuracy_K, count_K = np.zeros(K), np.zeros(K), np.zeros(K, int)
   for k in range(1, K + 1):
     loss, right, count = 0.0, 0, 0
     for b in range(B):
       for t in range(T):
-        if not _valid(position_BU[b], t, k):
+        there = t + shape.offset(k)
+        if not _valid(position_BU[b], t, shape.offset(k)):
           continue
-        if mask_BU is not None and mask_BU[b][t + k] != 1:
+        if mask_BU is not None and mask_BU[b][there] != 1:
           continue
-        target, logits_V = tokens_BU[b, t + k], logits_KBTV[k - 1, b, t]
+        target, logits_V = tokens_BU[b, there], logits_KBTV[k - 1, b, t]
         top = logits_V.max()
         lse = top + np.log(np.sum(np.exp(logits_V - top)))
         loss += lse - logits_V[target] + shape.z_loss * lse**2
@@ -189,31 +201,65 @@ def losses(
   )
 
 
-def acceptance(logits_KBTV, tokens_BU, position_BU):
-  """Teacher-forced acceptance of the drafts of heads 2..K by head 1."""
-  logits_KBTV, position_BU = np.asarray(logits_KBTV), np.asarray(position_BU)
-  K, B, T, _ = logits_KBTV.shape
-  assert np.shape(tokens_BU) == (B, T + K), (np.shape(tokens_BU), (B, T + K))
-  choice_KBT = np.argmax(logits_KBTV, axis=-1)
-  accepted = {j: 0 for j in range(1, K + 1)}
-  for b in range(B):
+def order(params, tokens_BU, position_BU, shape):
+  """Mean cross-entropy between the softmax of W - distance over the tokens that
+  come within W (first occurrences, same document) and that of head 1's second
+  unembedding, over the positions with a next token."""
+  params = _float64(params)
+  tokens_BU, position_BU = np.asarray(tokens_BU), np.asarray(position_BU)
+  T = tokens_BU.shape[1] - shape.span
+  position_BT = position_BU[:, :T]
+  z_BTD = trunk(params, tokens_BU[:, :T], position_BT, shape)
+  h_BTD = _ready(params, z_BTD, tokens_BU, position_BT, shape)[1]
+  total, count = 0.0, 0
+  for b in range(len(tokens_BU)):
     for t in range(T):
-      if t + K - 1 > T - 1:
+      score = {}
+      for d in range(1, shape.window + 1):
+        if _valid(position_BU[b], t, d):
+          score.setdefault(int(tokens_BU[b, t + d]), shape.window - d)
+      if not score:
         continue
-      if not all(_valid(position_BU[b], t, k) for k in range(1, K + 1)):
+      logits_V = params['order'] @ h_BTD[b, t]
+      top = logits_V.max()
+      log_q_V = logits_V - top - np.log(np.sum(np.exp(logits_V - top)))
+      mass = sum(np.exp(float(x)) for x in score.values())
+      for token, x in score.items():
+        total -= np.exp(float(x)) / mass * log_q_V[token]
+      count += 1
+  return total / count
+
+
+def acceptance(logits_KBTV, position_BU, shape):
+  """[asked, draft of t + 2 accepted, of t + 3 …] over all queries t. A draft
+  is made by the head that reaches exactly that far, or by one that does from
+  less than a stride before t."""
+  logits_KBTV, position_BU = np.asarray(logits_KBTV), np.asarray(position_BU)
+  n, B, T, _ = logits_KBTV.shape
+  choice_KBT = np.argmax(logits_KBTV, axis=-1)
+  far = shape.offset(n)
+  accepted = np.zeros(far, int)
+  for b in range(B):
+    for t in range(shape.stride - 1, T - far + 1):
+      made_at = range(t - shape.stride + 1, t + 1)
+      if not all(
+        _valid(position_BU[b], made, shape.offset(k))
+        for made in (made_at[0], t)
+        for k in range(1, n + 1)
+      ):
         continue
-      accepted[1] += 1
-      for j in range(2, K + 1):
-        if choice_KBT[j - 1, b, t] != choice_KBT[0, b, t + j - 1]:
+      accepted[0] += 1
+      for j in range(2, far + 1):
+        [(k, made)] = [
+          (k, made)
+          for made in made_at
+          for k in range(1, n + 1)
+          if made + shape.offset(k) == t + j
+        ]
+        if choice_KBT[k - 1, b, made] != choice_KBT[0, b, t + j - 1]:
           break
-        accepted[j] += 1
-  rate_K, length, product = np.ones(K), 1.0, 1.0
-  for j in range(2, K + 1):
-    before = accepted[j - 1]
-    rate_K[j - 1] = accepted[j] / before if before > 0 else 0.0
-    product *= rate_K[j - 1]
-    length += product
-  return dict(rate_K=rate_K, length=float(length))
+        accepted[j - 1] += 1
+  return accepted
 
 
 def greedy(params, prompt, n_new, shape):
@@ -221,7 +267,7 @@ def greedy(params, prompt, n_new, shape):
   params = _float64(params)
   tokens = [int(token) for token in prompt]
   for _ in range(n_new):
-    window_1U = np.array([tokens + [0] * shape.n])  # head 1 sees no padding
+    window_1U = np.array([tokens + [0] * shape.span])  # head 1 sees no padding
     position_1U = np.arange(window_1U.shape[1])[None]
     logits_K1TV = forward(params, window_1U, position_1U, shape)
     tokens.append(int(np.argmax(logits_K1TV[0, 0, -1])))

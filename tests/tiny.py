@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import config, loss, params, sharding, validate
+from mtp_jax import config, loss, params, sharding, targets, validate
 from mtp_jax.model import block, heads, layers, lm
 
 BASE = {
@@ -45,14 +45,16 @@ def model(c: config.Config, m) -> lm.LM:
   abstract = params.abstract(specs, c.model.param_dtype, m)
   return jax.tree.map(
     lambda w, a: jax.device_put(w, a.sharding),
-    _values(c.model, c.heads),
+    _values(c.model, c.heads, c.loss.order_weight),
     abstract,
   )
 
 
 @functools.cache
-def _values(model: config.Model, head: config.Heads):
-  c = dataclasses.replace(cfg(), model=model, heads=head)
+def _values(model: config.Model, head: config.Heads, order_weight: float):
+  c = dataclasses.replace(
+    cfg(loss__order_weight=order_weight), model=model, heads=head
+  )
 
   def make(key):
     specs = lm.specs(c)
@@ -81,7 +83,7 @@ def batch(c: config.Config, *, packed=True, seed=0) -> dict[str, np.ndarray]:
   """Random rows (A, B / A, U); packed ones hold several documents."""
   rng = np.random.default_rng(seed)
   A = c.train.accumulate
-  U = c.data.seq_len + c.heads.n
+  U = c.data.seq_len + c.span
   tokens_BU = rng.integers(0, c.model.vocab_size, (c.data.batch_size, U))
   start_BU = rng.random(tokens_BU.shape) < (0.15 if packed else 0)
   start_BU[:, 0] = True
@@ -98,13 +100,13 @@ def batch(c: config.Config, *, packed=True, seed=0) -> dict[str, np.ndarray]:
 @functools.partial(jax.jit, static_argnames=('c', 'n_active'))
 def _value_and_grad(w, rows, *, c, n_active):
   bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
-  count_K, _ = loss.counts(rows, c.heads.n, bytes_V)
+  count_K, _ = targets.counts(rows, c, bytes_V)
   grad = jax.value_and_grad(loss.mtp_loss, argnums=(0, 1), has_aux=True)
   total = None
   for a in range(rows['tokens'].shape[0]):
     out = grad(
       w, jnp.zeros(c.heads.n), jax.tree.map(lambda x: x[a], rows),  # noqa: B023
-      count_K=count_K, weight_K=loss.weights(0, c), n_active=n_active, cfg=c,
+      count_K=count_K, weight_K=targets.weights(0, c), n_active=n_active, cfg=c,
     )  # fmt: skip
     total = out if total is None else jax.tree.map(jnp.add, total, out)
   return total
@@ -129,8 +131,21 @@ def dense_logits(w: lm.LM, tokens_BU, position_BU, c: config.Config):
 
 
 def logits_of_embeddings(w: lm.LM, emb_BUD, position_BU, c: config.Config):
+  logits = []
+  for k, h_BTD in enumerate(_hidden(w, emb_BUD, position_BU, c)):
+    unembed_DV = {
+      'shared': lambda: w.unembed,
+      'tied': lambda: w.embed.T,
+      'replicated': lambda: w.unembed[k],  # noqa: B023
+    }[c.heads.unembedding]()
+    logits.append(jnp.einsum('BTD,DV->BTV', h_BTD, unembed_DV))
+  return jnp.stack(logits)
+
+
+def _hidden(w: lm.LM, emb_BUD, position_BU, c: config.Config):
+  """What each head's unembedding reads."""
   K, family = c.heads.n, heads.family(c)
-  T = emb_BUD.shape[1] - K
+  T = emb_BUD.shape[1] - c.span
   ctx = block.context(position_BU[:, :T], c)
   z_BTD = emb_BUD[:, :T]
   for i in range(heads.trunk_layers(c)):
@@ -144,19 +159,10 @@ def logits_of_embeddings(w: lm.LM, emb_BUD, position_BU, c: config.Config):
     module = None
     if step is not heads.identity:
       module = jax.tree.map(lambda p: p[i], w.heads)  # noqa: B023
-    inputs = heads.Inputs(
-      w.norm, z_BTD, carry_BTD, emb_BUD[:, k - 1 : k - 1 + T]
-    )
+    fed = c.heads.offsets[k - 2] if k > 1 else 0
+    inputs = heads.Inputs(w.norm, z_BTD, carry_BTD, emb_BUD[:, fed : fed + T])
     carry_BTD, h[k] = step(module, inputs, ctx, c)
-  logits = []
-  for k in range(1, K + 1):
-    unembed_DV = {
-      'shared': lambda: w.unembed,
-      'tied': lambda: w.embed.T,
-      'replicated': lambda: w.unembed[k - 1],  # noqa: B023
-    }[c.heads.unembedding]()
-    logits.append(jnp.einsum('BTD,DV->BTV', h[k], unembed_DV))
-  return jnp.stack(logits)
+  return [h[k] for k in range(1, K + 1)]
 
 
 def dense_loss(w: lm.LM, rows, c: config.Config):
@@ -165,7 +171,8 @@ def dense_loss(w: lm.LM, rows, c: config.Config):
     rows[name].reshape(-1, rows[name].shape[-1])
     for name in ('tokens', 'position')
   )
-  targets_KBT, valid_KBT = loss.targets(tokens_BU, position_BU, c.heads.n)
+  flat = dict(tokens=tokens_BU, position=position_BU)
+  targets_KBT, valid_KBT = targets.targets(flat, c)
   logits_KBTV = dense_logits(w, tokens_BU, position_BU, c)
   lse_KBT = jax.nn.logsumexp(logits_KBTV, axis=-1)
   onehot_KBTV = jax.nn.one_hot(targets_KBT, c.model.vocab_size)
@@ -173,4 +180,23 @@ def dense_loss(w: lm.LM, rows, c: config.Config):
   nll_KBT = lse_KBT - label_KBT + c.loss.z_loss * lse_KBT**2
   count_K = jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)
   loss_K = jnp.sum(jnp.where(valid_KBT, nll_KBT, 0), axis=(1, 2)) / count_K
-  return jnp.sum(loss.weights(0, c) * loss_K), loss_K
+  total = jnp.sum(targets.weights(0, c) * loss_K)
+  if c.loss.order_weight:
+    total += c.loss.order_weight * _dense_order(w, flat, c) / count_K[0]
+  return total, loss_K
+
+
+def _dense_order(w: lm.LM, flat, c: config.Config):
+  """ListNet's cross-entropy against scores written out over the vocabulary."""
+  tokens_BU, position_BU = flat['tokens'], flat['position']
+  T, W, V = c.data.seq_len, c.loss.order_window, c.model.vocab_size
+  score_BTV = jnp.full((tokens_BU.shape[0], T, V), -jnp.inf)
+  for d in range(W, 0, -1):  # the nearest occurrence is written last
+    valid_BT1 = (position_BU[:, d : d + T] == position_BU[:, :T] + d)[..., None]
+    here_BTV = tokens_BU[:, d : d + T, None] == jnp.arange(V)[None, None]
+    score_BTV = jnp.where(valid_BT1 & here_BTV, W - d, score_BTV)
+  any_BT1 = jnp.isfinite(score_BTV.max(-1, keepdims=True))
+  p_BTV = jax.nn.softmax(jnp.where(any_BT1, score_BTV, 0.0))
+  h_BTD = _hidden(w, layers.embed(w.embed, tokens_BU), position_BU, c)[0]
+  log_q_BTV = jax.nn.log_softmax(jnp.einsum('BTD,VD->BTV', h_BTD, w.order))
+  return -jnp.sum(jnp.where(any_BT1, p_BTV * log_q_BTV, 0))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import config, loss, sharding
+from mtp_jax import config, loss, sharding, targets
 
 
 def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
@@ -26,7 +26,7 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
 
   @functools.partial(jax.jit, static_argnames='n_active')
   def sums(params, batch, bytes_V, *, n_active):
-    count_K, n_bytes = loss.counts(batch, n, bytes_V)
+    count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
     rows = jax.tree.map(lambda x: x[0], batch)
     one_K = jnp.ones(n)
     _, sums = loss.mtp_loss(
@@ -45,16 +45,20 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
         new = jax.tree.map(np.float64, new)
         total = jax.tree.map(np.add, total, new) if total else new
     weight_K = config.in_force(config.head_weights(cfg), last)[:n_active]
-    return _finish(total, np.array(weight_K))
+    return _finish(total, np.array(weight_K), cfg.loss.order_weight)
 
   return run
 
 
-def _finish(total: dict, weight_K) -> dict:
+def _finish(total: dict, weight_K, order_weight: float) -> dict:
   over_K = 1 / np.maximum(total['count_K'], 1)
   loss_K = total['loss_K'] * over_K
-  return dict(
-    total=np.sum(weight_K * loss_K),
+  ordered = {}
+  if 'order_loss' in total:
+    ordered['order_loss'] = total['order_loss'] * over_K[0]
+  return ordered | dict(
+    total=np.sum(weight_K * loss_K)
+    + order_weight * ordered.get('order_loss', 0),
     loss_K=loss_K,
     z_loss_K=total['z_loss_K'] * over_K,
     accuracy_K=total['accuracy_K'] * over_K,

@@ -22,8 +22,9 @@ from mtp_jax.model import block, layers
 
 class Inputs(NamedTuple):
   """What a head may read. `carry` is what the head before it in the scan handed
-  on (z before the first), `next_emb` the embedding of token t + k - 1, already
-  known when head k drafts token t + k; None unless the family feeds tokens."""
+  on (z before the first), `next_emb` the embedding of head k - 1's token (t + k
+  - 1, unless heads leap), already known when head k drafts its own; None unless
+  the family feeds tokens."""
 
   norm_D: Any  # of the trunk, before the unembedding
   z_BTD: Any

@@ -18,14 +18,16 @@ class LM:
   heads: Any
   norm: Any
   unembed: Any
+  order: Any  # a second unembedding of head 1, for --loss.order_weight
 
 
 def specs(cfg: config.Config) -> LM:
   D, V = cfg.model.d_model, cfg.model.vocab_size
   S = params.Spec
+  table = S((V, D), ('vocab', 'embed'), D**-0.5)
   unembed = S((D, V), ('embed', 'vocab'), D**-0.5)
   return LM(
-    embed=S((V, D), ('vocab', 'embed'), D**-0.5),
+    embed=table,
     trunk=params.stack(heads.trunk_layers(cfg), block.specs(cfg)),
     heads=heads.specs(cfg),
     norm=S((D,), (None,), None),
@@ -34,6 +36,7 @@ def specs(cfg: config.Config) -> LM:
       'replicated': params.stack(cfg.heads.n, unembed),
       'tied': None,
     }[cfg.heads.unembedding],
+    order=table if cfg.loss.order_weight else None,
   )
 
 
@@ -51,7 +54,8 @@ def hidden(lm: LM, x_BTD, position_BT, cfg: config.Config):
   return trunk.trunk(lm.trunk, x_BTD, ctx, cfg), ctx
 
 
-def next_embeddings(emb_BUD, k, ctx: block.Context):
-  """What a token-feeding head k reads at t: token t + k - 1."""
+def next_embeddings(emb_BUD, k, ctx: block.Context, cfg: config.Config):
+  """What a token-feeding head k reads at t: the token of head k - 1."""
   T = ctx.position_BT.shape[1]
-  return jax.lax.dynamic_slice_in_dim(emb_BUD, k - 1, T, axis=1)
+  start = 1 + cfg.heads.stride * (k - 2)
+  return jax.lax.dynamic_slice_in_dim(emb_BUD, start, T, axis=1)

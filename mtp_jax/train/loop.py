@@ -72,7 +72,7 @@ def train_batches(
   return loader.train_batches(
     tokens.store.split('train'),
     seq_len=cfg.data.seq_len,
-    span=cfg.heads.n,
+    span=cfg.span,
     batch_size=cfg.data.batch_size,
     accumulate=cfg.train.accumulate,
     seed=cfg.train.seed,
@@ -87,7 +87,7 @@ def eval_batches(tokens: Tokens, cfg: config.Config) -> Iterator[dict]:
   return loader.eval_batches(
     tokens.store.split(cfg.eval.split),
     seq_len=cfg.data.seq_len,
-    span=cfg.heads.n,
+    span=cfg.span,
     batch_size=cfg.data.batch_size // cfg.train.accumulate,
     limit=cfg.eval.batches * cfg.train.accumulate or None,
     process_index=jax.process_index(),
@@ -264,7 +264,7 @@ def _compiler(run: _Run, abstract):
   rows = (
     cfg.train.accumulate,
     cfg.data.batch_size // cfg.train.accumulate,
-    cfg.data.seq_len + cfg.heads.n,
+    cfg.data.seq_len + cfg.span,
   )
   batch = jax.ShapeDtypeStruct(
     rows, np.int32,
@@ -353,8 +353,10 @@ def _say_what(run: _Run, abstract, start: int) -> None:
   cfg, specs = run.cfg, lm.specs(run.cfg)
   trunk, head, ends = (
     params.count(tree)
-    for tree in (specs.trunk, specs.heads, (specs.embed, specs.unembed))
-  )
+    for tree in (
+      specs.trunk, specs.heads, (specs.embed, specs.unembed, specs.order),
+    )
+  )  # fmt: skip
   held = params.bytes_per_device(abstract.params)
   moments = params.bytes_per_device(abstract.opt_state)
   axes = ' x '.join(f'{a}={s}' for a, s in run.mesh.shape.items())

@@ -40,9 +40,10 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_token(cfg: config.Config, n_active: int) -> float:
   """Model FLOPs of one training token: forward, and twice that backward.
 
-  Two a weight of a matrix product (the unembedding once a head, the embedding
-  not at all) and 4 T N H a layer for attention, over all T keys: the convention
-  of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311), appendix B.
+  Two a weight of a matrix product (the unembedding once a head and once for the
+  order of tokens, the embedding not at all) and 4 T N H a layer for attention,
+  over all T keys: the convention of Chowdhery et al. 2022
+  (https://arxiv.org/abs/2204.02311), appendix B.
   Recomputation is not counted: it is a cost, not work.
   """
   m = cfg.model
@@ -51,7 +52,8 @@ def flops_per_token(cfg: config.Config, n_active: int) -> float:
   family = heads.family(cfg)
   weights = _matrices(lm.specs(cfg).trunk)
   weights += modules * _matrices(family.specs(cfg))
-  weights += n_active * m.d_model * m.vocab_size
+  unembeddings = n_active + (cfg.loss.order_weight > 0)
+  weights += unembeddings * m.d_model * m.vocab_size
   layers = heads.trunk_layers(cfg) + modules * family.has_block
   attention = 4 * cfg.data.seq_len * m.n_attn_heads * m.head_width
   forward = 2 * weights + layers * attention
@@ -63,7 +65,7 @@ def _matrices(specs) -> int:
 
 
 def acceptance(accepted_K) -> tuple[list[float], float]:
-  """`loss.acceptance` sums -> (rate of heads 2..K, expected length).
+  """`targets.acceptance` sums -> (rate of drafts 2, 3, …, expected length).
 
   A rate is conditional on the drafts before it; the length is the head-1 token
   plus the drafts accepted in a row, in tokens a forward pass. NaN where nothing
@@ -85,6 +87,8 @@ def scalars(metrics: dict) -> dict[str, float]:
     values_K = metrics.get(f'{name}_K')
     if values_K is not None and (name != 'z_loss' or np.any(values_K)):
       out |= {f'{name}_{k}': float(v) for k, v in enumerate(values_K, 1)}
+  if 'order_loss' in metrics:
+    out['order_loss'] = float(metrics['order_loss'])
   rates, length = acceptance(metrics['accepted_K'])
   out |= {f'acceptance_{k}': rate for k, rate in enumerate(rates, 2)}
   out['accepted_length'] = length
@@ -125,12 +129,23 @@ def table(values: dict[str, float]) -> list[str]:
   """Held-out results by head, as lines."""
   lines = ['head    loss  accuracy  acceptance']
   n = sum(name.startswith('accuracy_') for name in values)
+  rates = {
+    int(name.split('_')[1]): rate
+    for name, rate in values.items()
+    if name.startswith('acceptance_')
+  }
+  leaps = len(rates) > n - 1  # several drafts a head
   for k in range(1, n + 1):
-    rate = values.get(f'acceptance_{k}')
+    rate = None if leaps else rates.get(k)
     lines.append(
       f'{k:4d}  {values[f"loss_{k}"]:6.4f}  {values[f"accuracy_{k}"]:8.2%}'
       f'  {"" if rate is None else f"{rate:10.2%}"}'
     )
+  if leaps:
+    drafts = (f't+{j} {rate:.2%}' for j, rate in rates.items())
+    lines.append('draft accepted, given those before: ' + ', '.join(drafts))
+  if 'order_loss' in values:
+    lines.append(f'order of the tokens to come {values["order_loss"]:.4f}')
   return [
     *lines,
     f'bits per byte {values["bits_per_byte"]:.4f}, expected accepted length'

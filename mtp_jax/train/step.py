@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtp_jax import config, loss, optim
+from mtp_jax import config, loss, optim, targets
 from mtp_jax.train import state as state_lib
 
 
@@ -25,8 +25,8 @@ def train_step(
     (new state, metrics): scalars and (n_active,) arrays of this very step. A
     step whose loss or gradient is not finite changes no parameter.
   """
-  count_K, n_bytes = loss.counts(batch, cfg.heads.n, bytes_V)
-  weight_K = loss.weights(state.step, cfg)
+  count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
+  weight_K = targets.weights(state.step, cfg)
 
   def micro_batch(rows):
     return jax.value_and_grad(loss.mtp_loss, argnums=(0, 1), has_aux=True)(

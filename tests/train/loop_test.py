@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, config, loss
+from mtp_jax import checkpoint, config, targets
 from mtp_jax.train import loop, metrics
 from tests import runs
 
@@ -285,9 +285,9 @@ def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
   # By step: a loss that is no number, or a gradient whose norm overflows.
   factors = np.ones(6, np.float32)
   factors[[1, 4]], factors[3] = np.nan, 1e37
-  weights = loss.weights
+  weights = targets.weights
   monkeypatch.setattr(
-    loss, 'weights',
+    targets, 'weights',
     lambda step, cfg: weights(step, cfg) * jnp.array(factors)[step],
   )  # fmt: skip
   every = dict(train__checkpoint_every=1, train__keep_last=9)

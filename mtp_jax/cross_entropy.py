@@ -1,0 +1,134 @@
+"""Cross-entropy of one head, a chunk of positions at a time.
+
+Floor 3. Logits, B x C x V, are alive for one chunk only, forward and backward.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.model import layers
+
+
+class Stats(NamedTuple):
+  """Sums over the valid tokens of one head; stacked by the scan over heads."""
+
+  loss: Any
+  z_loss: Any
+  correct: Any
+  argmax_BT: Any
+
+
+def of_targets(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
+  """(sum of valid losses, Stats), for as many positions as are given.
+
+  The label's logit is a masked sum, not a lookup: the vocabulary may be sharded
+  and is never gathered. Log-sum-exp and sums in float32.
+  """
+  logits_BCV = jnp.einsum(
+    'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype),
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+  ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
+  label_BC = jnp.sum(
+    jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1
+  )
+  z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * lse_BC**2)
+  loss = jnp.sum(valid_BC * (lse_BC - label_BC)) + z_loss
+  argmax_BC = jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
+  correct = jnp.sum(valid_BC * (argmax_BC == target_BC), dtype=jnp.float32)
+  return loss, Stats(loss, z_loss, correct, argmax_BC)
+
+
+def log_sum_exp(h_BCD, order_VD, valid_BC, cfg):
+  """(its sum over valid positions, None), under the order's unembedding."""
+  del cfg
+  logits_BCV = jnp.einsum(
+    'BCD,VD->BCV', h_BCD, order_VD.astype(h_BCD.dtype),
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  return jnp.sum(valid_BC * jax.nn.logsumexp(logits_BCV, axis=-1)), None
+
+
+def in_order(h_BTD, order_VD, tokens_BU, order_WBT):
+  """Sum over t of sum_d p_td (h_t . row of token t + d): what ListNet's
+  cross-entropy takes off the log-sum-exp. No logits: rows are looked up, and
+  mixed over the window."""
+  T = h_BTD.shape[1]
+  emb_BUD = layers.embed(order_VD, tokens_BU)
+
+  def add(mixed_BTD, xs):
+    d, p_BT = xs
+    here_BTD = jax.lax.dynamic_slice_in_dim(emb_BUD, d, T, axis=1)
+    return mixed_BTD + p_BT[:, :, None] * here_BTD, None
+
+  distance_W = jnp.arange(1, order_WBT.shape[0] + 1)
+  zeros_BTD = jnp.zeros_like(h_BTD, jnp.float32)
+  mixed_BTD, _ = jax.lax.scan(add, zeros_BTD, (distance_W, order_WBT))
+  return jnp.sum(h_BTD * mixed_BTD)
+
+
+def _in_chunks(cfg, *xs_BT):
+  """Each (B, T, …) -> (T/C, B, C, …)."""
+  T = xs_BT[0].shape[1]
+  C = cfg.loss.chunk or T
+  return tuple(
+    x.reshape(x.shape[0], T // C, C, *x.shape[2:]).swapaxes(0, 1) for x in xs_BT
+  )
+
+
+def _out_of_chunks(x_XBC):
+  """(T/C, B, C, …) -> (B, T, …)."""
+  x_BXC = x_XBC.swapaxes(0, 1)
+  return x_BXC.reshape(x_BXC.shape[0], -1, *x_BXC.shape[3:])
+
+
+def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
+  """(sum of losses, the rest of each chunk); the backward recomputes logits.
+
+  f(h_BCD, unembed, *of_tokens in chunks, cfg) -> (loss, rest).
+  """
+
+  @jax.checkpoint
+  def chunk(_, xs):
+    h_BCD, *of_chunk = xs
+    return None, f(h_BCD, unembed, *of_chunk, cfg)
+
+  _, (loss_X, rest) = jax.lax.scan(
+    chunk, None, _in_chunks(cfg, h_BTD, *of_tokens)
+  )
+  return jnp.sum(loss_X), rest
+
+
+def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
+  """`sum_chunks` with the gradients of scale x loss, computed at once.
+
+  Returns:
+    (dunembed with this one's added, dh_BTD, loss, the rest of each chunk).
+  """
+
+  def chunk(dunembed, xs):
+    h_BCD, *of_chunk = xs
+
+    def scaled(h_BCD, unembed):
+      loss, rest = f(h_BCD, unembed, *of_chunk, cfg)
+      return scale * loss, (loss, rest)
+
+    (_, out), (dh_BCD, d) = jax.value_and_grad(
+      scaled, argnums=(0, 1), has_aux=True
+    )(h_BCD, unembed)
+    return dunembed + d, (*out, dh_BCD)
+
+  dunembed, (loss_X, rest, dh_XBCD) = jax.lax.scan(
+    chunk, dunembed, _in_chunks(cfg, h_BTD, *of_tokens)
+  )
+  return dunembed, _out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
+
+
+def total_over_chunks(stats: Stats) -> Stats:
+  loss, z_loss, correct, argmax_XBC = stats
+  return Stats(
+    jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), _out_of_chunks(argmax_XBC)
+  )
