@@ -45,7 +45,13 @@ class Model:
   vocab_size: int = _f(264, 'rows of the embedding, in tokens', min=2)
   rope_theta: float = _f(10_000.0, 'base wavelength of RoPE', above=0)
   norm_eps: float = _f(1e-5, 'epsilon of RMSNorm', above=0)
-  param_dtype: str = _f('float32', 'of parameters at rest', choices=DTYPES)
+  param_dtype: str = _f(
+    'float32',
+    'of parameters at rest. bfloat16 keeps no float32 copy: an update is added'
+    ' in float32 and the sum rounded up or down at random, so that on average'
+    ' nothing is lost of a step below the spacing of bfloat16',
+    choices=DTYPES,
+  )
   compute_dtype: str = _f(
     'bfloat16', 'of matrix products and activations', choices=DTYPES
   )
@@ -182,8 +188,30 @@ class Data:
 class Optim:
   """The optimizer and its learning rate."""
 
-  name: str = _f('adamw', 'update rule', choices=('adamw',))
-  lr: float = _f(3e-4, 'peak learning rate', above=0)
+  name: str = _f(
+    'adamw',
+    'update rule; muon: of the matrices between hidden states, AdamW for'
+    ' embeddings, unembeddings and norms',
+    choices=('adamw', 'muon'),
+  )
+  lr: float = _f(
+    3e-4,
+    'peak learning rate; an update of muon is as large as one of AdamW, so that'
+    ' one rate serves both',
+    above=0,
+  )
+  trunk_lr: float = _f(
+    1.0,
+    'learning rate over lr of the trunk: embedding, layers, final norm, and an'
+    ' unembedding that heads share; 0 freezes them',
+    min=0,
+  )
+  heads_lr: float = _f(
+    1.0,
+    'learning rate over lr of the heads, and of unembeddings of their own; 0'
+    ' freezes them',
+    min=0,
+  )
   warmup_steps: int = _f(100, 'steps of linear warm-up from 0', **UNSIGNED)
   schedule: str = _f(
     'cosine',
@@ -193,12 +221,18 @@ class Optim:
   )
   end_ratio: float = _f(0.03, 'last learning rate over peak', min=0, max=1)
   decay_steps: int = _f(0, 'steps of the decay of wsd', **UNSIGNED)
-  b1: float = _f(0.9, 'decay of the first moment', min=0, below=1)
-  b2: float = _f(0.95, 'decay of the second moment', min=0, below=1)
+  b1: float = _f(0.9, 'decay of the first moment of AdamW', min=0, below=1)
+  b2: float = _f(0.95, 'decay of the second moment of AdamW', min=0, below=1)
+  momentum: float = _f(
+    0.95, 'decay of the (Nesterov) momentum of muon', min=0, below=1
+  )
   eps: float = _f(1e-8, 'added to the root of the second moment', above=0)
   weight_decay: float = _f(0.1, 'decoupled decay of matrices', min=0)
   clip_norm: float = _f(1.0, 'global gradient norm; 0 = no clipping', min=0)
-  moment_dtype: str = _f('float32', 'of the first moment', choices=DTYPES)
+  moment_dtype: str = _f(
+    'float32', 'of the first moment, or momentum; the second is float32',
+    choices=DTYPES,
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +252,9 @@ class Train:
   steps: int = _f(1000, 'optimizer steps', result=False, **POSITIVE)
   accumulate: int = _f(1, 'micro-batches of one optimizer step', **POSITIVE)
   seed: int = _f(
-    0, 'of initial parameters and of the order of data', min=0, max=2**32 - 1
-  )
+    0, 'of initial parameters, the order of data, and random rounding', min=0,
+    max=2**32 - 1,
+  )  # fmt: skip
   log_every: int = _f(
     10, 'steps from one log line to the next', result=False, **POSITIVE
   )

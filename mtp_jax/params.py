@@ -1,7 +1,7 @@
 """A parameter is described before it exists.
 
 Floor 1. The same tree of Spec leaves gives initial values, abstract shapes,
-shardings, counts, bytes per device and the weight-decay mask.
+shardings, counts, bytes per device, and what decays or is orthogonalised.
 """
 
 import dataclasses
@@ -22,6 +22,10 @@ class Spec:
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   std: float | None  # of a truncated normal; None = ones
+  # (dimensions it reads, dimensions it writes), the last ones of the shape, of
+  # a matrix from hidden states to hidden states; None: an embedding, an
+  # unembedding, a norm.
+  hidden: tuple[int, int] | None = None
 
   @property
   def decay(self) -> bool:

@@ -48,14 +48,16 @@ def specs(cfg: config.Config) -> Block:
   S = params.Spec
   return Block(
     attn_norm=S((D,), (None,), None),
-    q=S((D, N, H), ('embed', 'attn_heads', None), std),
-    k=S((D, G, H), ('embed', 'kv_heads', None), std),
-    v=S((D, G, H), ('embed', 'kv_heads', None), std),
-    o=S((N, H, D), ('attn_heads', None, 'embed'), (N * H) ** -0.5 * depth),
+    q=S((D, N, H), ('embed', 'attn_heads', None), std, (1, 2)),
+    k=S((D, G, H), ('embed', 'kv_heads', None), std, (1, 2)),
+    v=S((D, G, H), ('embed', 'kv_heads', None), std, (1, 2)),
+    o=S(
+      (N, H, D), ('attn_heads', None, 'embed'), (N * H) ** -0.5 * depth, (2, 1)
+    ),
     mlp_norm=S((D,), (None,), None),
-    gate=S((D, F), ('embed', 'mlp'), std),
-    up=S((D, F), ('embed', 'mlp'), std),
-    down=S((F, D), ('mlp', 'embed'), F**-0.5 * depth),
+    gate=S((D, F), ('embed', 'mlp'), std, (1, 1)),
+    up=S((D, F), ('embed', 'mlp'), std, (1, 1)),
+    down=S((F, D), ('mlp', 'embed'), F**-0.5 * depth, (1, 1)),
   )
 
 

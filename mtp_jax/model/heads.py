@@ -147,7 +147,7 @@ def _gathered(module, specs, cfg):
 
 def linear_specs(cfg: config.Config) -> Projection:
   D = cfg.model.d_model
-  return Projection(proj=params.Spec((D, D), ('embed', None), D**-0.5))
+  return Projection(proj=params.Spec((D, D), ('embed', None), D**-0.5, (1, 1)))
 
 
 def sequential_specs(cfg: config.Config) -> Sequential:
@@ -156,7 +156,9 @@ def sequential_specs(cfg: config.Config) -> Sequential:
   return Sequential(
     hidden_norm=norm,
     embed_norm=norm,
-    proj=params.Spec((2 * D, D), ('embed', None), (2 * D) ** -0.5),
+    proj=params.Spec(
+      (2 * D, D), ('embed', None), (2 * D) ** -0.5, (1, 1)
+    ),
     block=block.specs(cfg),
     final_norm=norm,
   )

@@ -28,11 +28,16 @@ def train_step(
   count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
   weight_K = targets.weights(state.step, cfg)
 
-  def micro_batch(rows):
-    return jax.value_and_grad(loss.mtp_loss, argnums=(0, 1), has_aux=True)(
-      state.params, jnp.zeros(cfg.heads.n), rows,
+  def mtp_loss(params, probe_K, rows):
+    return loss.mtp_loss(
+      optim.freeze(params, cfg), probe_K, rows,
       count_K=count_K, weight_K=weight_K, n_active=n_active, cfg=cfg,
     )  # fmt: skip
+
+  def micro_batch(rows):
+    return jax.value_and_grad(mtp_loss, argnums=(0, 1), has_aux=True)(
+      state.params, jnp.zeros(cfg.heads.n), rows
+    )
 
   def accumulate(summed, rows):
     out = micro_batch(rows)
@@ -50,17 +55,20 @@ def train_step(
   ((total, sums), (grads, norm2_K)), _ = jax.lax.scan(accumulate, zeros, batch)
 
   with jax.named_scope('update'):
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-    lr = optim.learning_rate(cfg)(state.step)
-    new = _update(state, grads, lr, n_active, cfg)
+    new = optim.update(
+      state.params, state.opt_state, grads, state.step, n_active, cfg
+    )
     new = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old),
       new, (state.params, state.opt_state),
     )  # fmt: skip
   bad = 1 - finite.astype(jnp.int32)
   metrics = sums | dict(
-    total=total, head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]), lr=lr,
+    total=total, head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]),
+    lr=optim.learning_rate(cfg)(state.step),
     grad_norm=grad_norm, weight_K=weight_K[:n_active],
     nats=(sums['loss_K'] - sums['z_loss_K'])[0] * count_K[0],
     count_K=count_K, bytes=n_bytes, skipped=state.skipped + bad,
@@ -72,21 +80,6 @@ def train_step(
     skipped=metrics['skipped'],
     skipped_in_a_row=metrics['skipped_in_a_row'],
   ), metrics
-
-
-def _update(state, grads, lr, n_active, cfg):
-  direction, opt_state = optim.transform(cfg).update(
-    grads, state.opt_state, state.params
-  )
-  params = jax.tree.map(
-    lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction
-  )
-  return optim.keep_inactive_heads(
-    (params, opt_state),
-    (state.params, state.opt_state),
-    n_active,
-    cfg,
-  )
 
 
 def compiled(cfg: config.Config, n_active: int):
