@@ -17,7 +17,6 @@ import optax.contrib
 from mtp_jax import config
 from mtp_jax.model import heads, lm
 
-
 # Jordan's quintic a x + b x^3 + c x^5: five of them bring singular values from
 # .01 to 1 near 1, to between .68 and 1.14.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -47,8 +46,8 @@ def transform(cfg: config.Config) -> optax.GradientTransformation:
 
   Clip by global norm; Adam, or Muon where the Spec says that a matrix is hidden
   and Adam elsewhere; then decoupled decay of every matrix (Loshchilov & Hutter
-  2019, https://arxiv.org/abs/1711.05101). What is hidden and what decays is read
-  from the Spec: a stack of norms is not a matrix.
+  2019, https://arxiv.org/abs/1711.05101). What is hidden and what decays is
+  read from the Spec: a stack of norms is not a matrix.
   """
   o, specs = cfg.optim, lm.specs(cfg)
   rule = optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.moment_dtype)
@@ -204,7 +203,7 @@ def round_at_random(x, key):
   """float32 -> bfloat16: to one of its two neighbours, with the probability of
   the nearness to it. x that is a bfloat16 stays; so do infinities and NaN."""
   noise = jax.random.bits(
-    key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding.spec
+    key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding
   )
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
   rounded = jax.lax.bitcast_convert_type(

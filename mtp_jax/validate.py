@@ -15,6 +15,7 @@ def validate(cfg: config.Config) -> config.Config:
     _check_limits(name, config.get(cfg, name), field.metadata)
   _check_model(cfg)
   _check_loss(cfg)
+  _check_groups(cfg)
   _check_steps(cfg)
   return cfg
 
@@ -100,6 +101,17 @@ def _check_loss(cfg):
       good = False
     if not good:
       raise config.ConfigError(f'loss.{name}', text, allowed)
+
+
+def _check_groups(cfg):
+  h, o = cfg.heads, cfg.optim
+  no_heads = not h.block_first and h.n == 1 and h.unembedding != 'replicated'
+  if o.trunk_lr == 0 and (o.heads_lr == 0 or no_heads):
+    raise config.ConfigError(
+      'optim.trunk_lr', o.trunk_lr,
+      f'must be above 0: with --optim.heads_lr={o.heads_lr} and'
+      f' --heads.n={h.n} nothing else would train',
+    )  # fmt: skip
 
 
 def _check_steps(cfg):

@@ -424,18 +424,6 @@ def test_keeping_all_logits_is_not():
   assert _temp_bytes(8, 'dense') > 4 * _temp_bytes(1, 'dense')
 
 
-def _reductions(jaxpr, found):
-  """dtypes in which unreduced arrays are reduced, in all nested jaxprs."""
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'reshard':
-      aval = eqn.invars[0].aval
-      if aval.sharding.spec.unreduced:
-        found.append(aval.dtype)
-    for sub in jax.core.jaxprs_in_params(eqn.params):
-      _reductions(sub, found)
-  return found
-
-
 @pytest.mark.parametrize('schedule', ['remat', 'eager'])
 @pytest.mark.parametrize('grad_dtype', ['float32', 'bfloat16'])
 def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
@@ -449,7 +437,7 @@ def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
     jaxpr = jax.make_jaxpr(
       lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2)
     )(w, rows)
-  found = _reductions(jaxpr.jaxpr, [])
+  found = tiny.reductions(jaxpr.jaxpr)
   assert len(found) >= 4 and set(found) == {jnp.dtype(grad_dtype)}
 
 

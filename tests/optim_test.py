@@ -1,14 +1,15 @@
-"""The update by hand, the schedules at their corners."""
+"""The update by hand, the schedules at their corners, groups, rounding."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import optim, sharding
+from mtp_jax import config, optim, sharding
+from mtp_jax.model import lm
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
-from tests import tiny
+from tests import pairwise, tiny
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,42 @@ def _steps(c, n_steps, n_active=None):
     for _ in range(n_steps):
       state, values = step(state, rows, bytes_V)
     return jax.device_get((state, values))
+
+
+def start(c):
+  """(params, opt_state) of step 0, on the host."""
+  state = state_lib.init(c, tiny.mesh(c))
+  return jax.device_get((state.params, state.opt_state))
+
+
+def gradients(c, seed):
+  """Normal numbers of the parameters' shapes, on the host."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda s: rng.normal(size=s.shape).astype(np.float32), lm.specs(c)
+  )
+
+
+def updated(c, start, gradients, n_active=None):
+  """(params, opt_state) on the host after one more update each time."""
+  m = tiny.mesh(c)
+  abstract = state_lib.abstract(c, m)
+  abstract = abstract.params, abstract.opt_state
+
+  def place(tree, like):
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, like)
+
+  with jax.set_mesh(m):
+    update = jax.jit(
+      lambda w, s, g, i: optim.update(w, s, g, i, n_active or c.heads.n, c)
+    )
+    now, states = place(start, abstract), []
+    for i, grads in enumerate(gradients):
+      now = update(*now, place(grads, abstract[0]), jnp.int32(i))
+      for x, a in zip(*map(jax.tree.leaves, (now, abstract)), strict=True):
+        assert (x.dtype, x.sharding) == (a.dtype, a.sharding)
+      states.append(jax.device_get(now))
+  return states
 
 
 def test_two_updates_are_adamw_by_hand():
@@ -128,14 +165,188 @@ def test_inactive_heads_move_in_nothing():
     assert (new[0] != old[0]).any() and mu[0].any()
 
 
-def test_moments_and_parameters_have_their_dtypes():
+def _of(tree) -> set:
+  return {str(x.dtype) for x in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize('row', pairwise.rows(dict(
+  param_dtype=config.DTYPES, compute_dtype=config.DTYPES,
+  grad_dtype=config.DTYPES, moment_dtype=config.DTYPES,
+)), ids=str)  # fmt: skip
+def test_four_dtypes(row):
   c = tiny.cfg(
-    heads__n=2, model__param_dtype='bfloat16', optim__moment_dtype='bfloat16',
-    optim__warmup_steps=0, train__accumulate=2,
+    heads__n=2, model__param_dtype=row['param_dtype'], mesh__fsdp=2,
+    model__compute_dtype=row['compute_dtype'], train__accumulate=2,
+    loss__grad_dtype=row['grad_dtype'], optim__moment_dtype=row['moment_dtype'],
   )  # fmt: skip
-  state, values = _steps(c, 1)
-  assert state.params.unembed.dtype == 'bfloat16'
-  assert state.opt_state[1].mu.unembed.dtype == 'bfloat16'
-  # In bfloat16 a second moment under b2 = .999 never decays.
-  assert state.opt_state[1].nu.unembed.dtype == np.float32
-  assert values['total'].dtype == np.float32
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    state = state_lib.abstract(c, m)
+    traced = step_lib.compiled(c, 2).trace(
+      state, sharding.put_batch(m, tiny.batch(c)),
+      jnp.ones(c.model.vocab_size, jnp.int32),
+    )  # fmt: skip
+  after, values = traced.out_info
+  for s in (state, after):
+    assert _of(s.params) == {row['param_dtype']}
+    assert _of(s.opt_state[1].mu) == {row['moment_dtype']}
+    # In bfloat16 a second moment under b2 = .999 never decays.
+    assert _of(s.opt_state[1].nu) == {'float32'}
+  assert _of([values[k] for k in ('total', 'loss_K', 'grad_norm')]) == {
+    'float32'
+  }
+  reduced = tiny.reductions(traced.jaxpr.jaxpr)
+  assert len(reduced) >= 4 and set(map(str, reduced)) == {row['grad_dtype']}
+  products = [
+    {str(x.aval.dtype) for x in eqn.invars}
+    for eqn in tiny.equations(traced.jaxpr.jaxpr)
+    if eqn.primitive.name == 'dot_general'
+  ]
+  # Only the gradient of the logits is float32 where the compute dtype is not.
+  assert all(row['compute_dtype'] in operands for operands in products)
+  assert products.count({row['compute_dtype']}) > 0.9 * len(products)
+
+
+def _rates(**changes):
+  rates = optim.learning_rates(
+    tiny.cfg(optim__trunk_lr=0.5, optim__heads_lr=3, **changes)
+  )
+  return {
+    name: set(jax.tree.leaves(getattr(rates, name)))
+    for name in ('embed', 'trunk', 'heads', 'norm', 'unembed')
+  }
+
+
+def test_what_belongs_to_the_trunk_and_what_to_the_heads():
+  shared = dict(embed={0.5}, trunk={0.5}, heads={3}, norm={0.5}, unembed={0.5})
+  for family in ('parallel', 'sequential', 'linear'):
+    assert _rates(heads__family=family) == shared
+    for unembedding, its in (('replicated', {3}), ('tied', set())):
+      assert _rates(
+        heads__family=family, heads__unembedding=unembedding
+      ) == shared | dict(unembed=its)
+  plain = _rates(heads__family='linear', heads__n=1)
+  assert plain == shared | dict(heads=set())
+
+
+def test_two_updates_of_two_groups_are_adamw_by_hand():
+  c = tiny.cfg(
+    model__n_layers=2, heads__n=2, heads__family='linear', optim__lr=0.1,
+    optim__warmup_steps=0, optim__schedule='constant', optim__clip_norm=0,
+    optim__trunk_lr=0.5, optim__heads_lr=3, optim__weight_decay=0.2,
+  )  # fmt: skip
+  first = start(c)
+  both = [gradients(c, 1), gradients(c, 2)]
+  (_, _), (got, _) = updated(c, first, both)
+  w, one, two = (tiny.flat(tree) for tree in (first[0], *both))
+  for name, x in tiny.flat(got).items():
+    rate = 0.1 * (3 if name == 'heads.proj' else 0.5)
+    decay = 0.0 if 'norm' in name else 0.2
+    y = w[name]
+    y = y - rate * (np.sign(one[name]) + decay * y)
+    mu = (0.09 * one[name] + 0.1 * two[name]) / 0.19
+    nu = (0.05 * 0.95 * one[name] ** 2 + 0.05 * two[name] ** 2) / 0.0975
+    y = y - rate * (mu / np.sqrt(nu) + decay * y)
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def _lowered(c):
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    return step_lib.compiled(c, c.heads.n).lower(
+      state_lib.abstract(c, m), sharding.put_batch(m, tiny.batch(c)),
+      jnp.ones(c.model.vocab_size, jnp.int32),
+    )  # fmt: skip
+
+
+def test_a_frozen_trunk_stays_costs_little_and_clips_nobody():
+  of = dict(
+    heads__n=2, heads__family='linear', optim__warmup_steps=0, mesh__fsdp=2,
+    optim__clip_norm=0,
+  )  # fmt: skip
+  c = tiny.cfg(optim__trunk_lr=0, **of)
+  before, (after, values) = start(c)[0], _steps(c, 1)
+  adam, norm2 = after.opt_state[1], 0
+  for name, x in tiny.flat(after.params).items():
+    frozen = name != 'heads.proj'
+    assert np.array_equal(x, tiny.flat(before)[name]) == frozen, name
+    assert tiny.flat(adam.nu)[name].any() != frozen, name
+    norm2 += np.sum((tiny.flat(adam.mu)[name] / 0.1) ** 2)
+  np.testing.assert_allclose(values['grad_norm'], np.sqrt(norm2), rtol=1e-5)
+  flops, all_flops = (
+    _lowered(c).cost_analysis()['flops'] for c in (c, tiny.cfg(**of))
+  )
+  assert flops < 0.7 * all_flops
+
+
+def _rounded(x, n, seed=0):
+  """n roundings of a number."""
+  x_N = jnp.full(n, x, jnp.float32)
+  return np.asarray(optim.round_at_random(x_N, jax.random.key(seed)))
+
+
+@pytest.mark.parametrize('below, above', [
+  (1.0, 1 + 2**-7), (-1 - 2**-7, -1.0), (1 - 2**-8, 1.0), (0.0, 2.0**-133),
+])  # fmt: skip
+@pytest.mark.parametrize('share', [0.01, 0.5, 0.7])
+def test_a_number_is_rounded_to_a_neighbour_and_on_average_not(
+  below, above, share
+):
+  n = 2**14
+  got = _rounded(below + share * (above - below), n)
+  assert got.dtype == jnp.bfloat16
+  assert set(got.astype(np.float64)) == {below, above}
+  error = (got == above).mean() - share
+  assert abs(error) < 4 * np.sqrt(share * (1 - share) / n)  # deviations
+  assert (_rounded(below + share * (above - below), n, seed=1) != got).any()
+
+
+@pytest.mark.parametrize(
+  'x', [0.0, -0.0, 1.0, -3.140625, 2.0**-130, 3.0e38, np.inf, -np.inf, np.nan]
+)
+def test_what_is_a_bfloat16_stays(x):
+  x = np.float64(jnp.bfloat16(x))
+  got = _rounded(x, 100).astype(np.float64)
+  np.testing.assert_array_equal(got, np.full(100, x))
+  assert (np.signbit(got) == np.signbit(x)).all()
+
+
+def test_the_nan_of_a_gpu_stays_one():
+  nan = np.uint32(0x7FFF_FFFF).view(np.float32)  # plus anything: -0
+  assert np.isnan(_rounded(nan, 100).astype(np.float64)).all()
+
+
+def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
+  """Adam under a constant gradient moves each weight by the learning rate."""
+  lr, steps = 1e-4, 200
+  c = tiny.cfg(
+    model__param_dtype='bfloat16', model__n_layers=1, model__d_model=128,
+    heads__n=2, heads__family='linear', heads__unembedding='replicated',
+    optim__lr=lr, optim__warmup_steps=0, optim__schedule='constant',
+    optim__clip_norm=0, optim__heads_lr=0,
+  )  # fmt: skip
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    state = state_lib.init(c, m)
+    ones = jax.tree.map(lambda w: jnp.ones_like(w, jnp.float32), state.params)
+
+    @jax.jit
+    def run(first):
+      return jax.lax.fori_loop(
+        0, steps, lambda i, s: optim.update(*s, ones, i, 2, c), first
+      )[0]
+
+    first = (state.params, state.opt_state)
+    one, two, old = map(tiny.flat, (run(first), run(first), state.params))
+  for name, x in one.items():
+    np.testing.assert_array_equal(x, two[name])  # by seed, step and path
+    frozen = name.startswith(('heads', 'unembed'))
+    assert np.array_equal(x, old[name]) == frozen, name
+  w_D = jnp.ones(128, jnp.bfloat16)
+  assert ((w_D - lr).astype(jnp.bfloat16) == w_D).all()  # all would be lost
+  p = lr / 2**-8  # of a step down, in the spacing below 1
+  spread = 2**-8 * np.sqrt(steps * p * (1 - p) / one['norm'].size)
+  assert 4 * spread < 0.2 * steps * lr
+  np.testing.assert_allclose(
+    one['norm'].mean(), 1 - steps * lr, atol=4 * spread
+  )

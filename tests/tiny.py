@@ -123,6 +123,24 @@ def value_and_grad(c: config.Config, rows, w=None, n_active=None):
   return jax.device_get(out)
 
 
+def equations(jaxpr):
+  """All equations of a jaxpr, those of nested ones too."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for sub in jax.core.jaxprs_in_params(eqn.params):
+      yield from equations(sub)
+
+
+def reductions(jaxpr) -> list:
+  """dtypes in which unreduced arrays are reduced."""
+  return [
+    eqn.invars[0].aval.dtype
+    for eqn in equations(jaxpr)
+    if eqn.primitive.name == 'reshard'
+    and eqn.invars[0].aval.sharding.spec.unreduced
+  ]
+
+
 def dense_logits(w: lm.LM, tokens_BU, position_BU, c: config.Config):
   """Logits of all heads at once, layers and heads unrolled: (K, B, T, V)."""
   return logits_of_embeddings(

@@ -156,9 +156,7 @@ def sequential_specs(cfg: config.Config) -> Sequential:
   return Sequential(
     hidden_norm=norm,
     embed_norm=norm,
-    proj=params.Spec(
-      (2 * D, D), ('embed', None), (2 * D) ** -0.5, (1, 1)
-    ),
+    proj=params.Spec((2 * D, D), ('embed', None), (2 * D) ** -0.5, (1, 1)),
     block=block.specs(cfg),
     final_norm=norm,
   )

@@ -38,16 +38,18 @@ def _cfg(mesh, **changes):
 def _wanted(path):
   """PartitionSpec of the leaf at this path of a State."""
   names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
-  if names[0] == 'opt_state' and names[1] not in ('mu', 'nu'):
+  if names[0] == 'opt_state' and not {'mu', 'nu'} & set(names):
     return P()
   if names[0] in ('params', 'opt_state'):
     return (LAYER if names[-2] in ('trunk', 'heads') else ENDS)[names[-1]]
   return P()
 
 
-@pytest.mark.parametrize('sizes', MESHES)
-def test_abstract_is_what_init_makes(sizes):
-  cfg = _cfg(sizes)
+@pytest.mark.parametrize(
+  'sizes, name', [*((s, 'adamw') for s in MESHES), (MESHES[2], 'muon')]
+)
+def test_abstract_is_what_init_makes(sizes, name):
+  cfg = _cfg(sizes, optim__name=name)
   mesh = tiny.mesh(cfg)
   abstract = state_lib.abstract(cfg, mesh)
   made = state_lib.init(cfg, mesh)

@@ -1,0 +1,152 @@
+"""Muon by hand, in shards, with a head that rests."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import config, params
+from mtp_jax.model import lm
+from mtp_jax.train import state as state_lib
+from tests import optim_test, tiny
+
+# Written out, not read from the Spec: how a leaf without its stacking is the
+# matrix (numbers read, numbers written).
+HIDDEN = dict(
+  q=(16, 16), k=(16, 8), v=(16, 8), o=(16, 16), gate=(16, 24), up=(16, 24),
+  down=(24, 16), proj=(32, 16),
+)  # fmt: skip
+LR, DECAY, CLIP, MOMENTUM = 0.1, 0.2, 0.5, 0.8
+BASE = dict(
+  heads__n=3, heads__family='sequential', heads__unembedding='replicated',
+  model__n_layers=2, optim__name='muon', optim__lr=LR, optim__warmup_steps=0,
+  optim__schedule='constant', optim__weight_decay=DECAY, optim__clip_norm=CLIP,
+  optim__momentum=MOMENTUM, optim__trunk_lr=0.5, optim__heads_lr=2.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def run():
+  """Two updates on one device: start, gradients, states after each."""
+  c = tiny.cfg(**BASE)
+  start = optim_test.start(c)
+  gradients = [optim_test.gradients(c, seed) for seed in (1, 2)]
+  states = optim_test.updated(c, start, gradients)
+  return types.SimpleNamespace(start=start, gradients=gradients, states=states)
+
+
+def _matrices(name, x):
+  """(stacked, read, written), or None for what is not hidden."""
+  shape = HIDDEN.get(name.split('.')[-1])
+  return None if shape is None else x.reshape(-1, *shape)
+
+
+def _newton_schulz(x):
+  """Of one float64 matrix, after Jordan's description."""
+  x = x / np.sqrt((x**2).sum())
+  for _ in range(5):
+    gram = x @ x.T
+    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+  return x
+
+
+def test_two_updates_are_muon_by_hand(run):
+  w = tiny.flat(run.start[0])
+  mu = {name: np.zeros_like(x) for name, x in w.items()}
+  nu = {name: np.zeros_like(x) for name, x in w.items()}
+  for t, (grads, after) in enumerate(
+    zip(run.gradients, run.states, strict=True), 1
+  ):
+    g = tiny.flat(grads)
+    norm = np.sqrt(sum((x**2).sum() for x in g.values()))
+    for name, x in g.items():
+      x = x * min(1, CLIP / norm)
+      if _matrices(name, x) is None:
+        mu[name] = 0.9 * mu[name] + 0.1 * x
+        nu[name] = 0.95 * nu[name] + 0.05 * x**2
+        direction = mu[name] / (1 - 0.9**t) / (
+          np.sqrt(nu[name] / (1 - 0.95**t)) + 1e-8
+        )  # fmt: skip
+      else:
+        b = MOMENTUM
+        mu[name] = b * mu[name] + (1 - b) * x
+        ahead = b * mu[name] / (1 - b ** (t + 1)) + (1 - b) * x / (1 - b**t)
+        m = _matrices(name, ahead)
+        direction = 0.2 * np.sqrt(max(m.shape[1:])) * np.reshape(
+          [_newton_schulz(one) for one in m], x.shape
+        )  # fmt: skip
+      decay = 0.0 if 'norm' in name else DECAY
+      rate = LR * (2.0 if name.split('.')[0] in ('heads', 'unembed') else 0.5)
+      w[name] = w[name] - rate * (direction + decay * w[name])
+    for name, x in tiny.flat(after[0]).items():
+      np.testing.assert_allclose(x, w[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_singular_values_of_an_update_are_near_one(run):
+  """Between the extremes of five quintic steps, if none was below .01."""
+  seen = set()
+  before, after = tiny.flat(run.start[0]), tiny.flat(run.states[0][0])
+  for name, x in after.items():
+    old = before[name]
+    moved = _matrices(name, (old * (1 - 2 * LR * DECAY) - x) / (2 * LR))
+    if moved is None or not name.startswith('heads'):
+      continue
+    s = np.linalg.svd(moved / (0.2 * np.sqrt(max(moved.shape[1:]))))[1]
+    gradient = _matrices(name, tiny.flat(run.gradients[0])[name])
+    of_gradient = np.linalg.svd(gradient)[1]
+    fed = of_gradient / np.sqrt((of_gradient**2).sum(-1, keepdims=True))
+    inside = s[fed > 0.01]
+    assert inside.size > 0.9 * s.size
+    assert 0.67 < inside.min() and inside.max() < 1.15, name
+    # One learning rate for both groups: AdamW moves by 0.2 to 0.4.
+    rms = np.sqrt((moved**2).mean())
+    assert 0.15 < rms < 0.25, (name, rms)
+    seen.add(name.split('.')[-1])
+  assert seen == set(HIDDEN)
+
+
+def test_in_shards_and_with_a_head_that_rests(run):
+  c = tiny.cfg(**BASE, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+  states = optim_test.updated(c, run.start, run.gradients, n_active=2)
+  for (new, opt), (want, want_opt) in zip(states, run.states, strict=True):
+    for (path, x), y, old in zip(
+      jax.tree_util.tree_leaves_with_path((new, opt)),
+      jax.tree.leaves((want, want_opt)),
+      jax.tree.leaves(run.start), strict=True,
+    ):  # fmt: skip
+      name = jax.tree_util.keystr(path)
+      used = None
+      if '.heads' in name or '.unembed' in name:
+        used = 1 if '.heads' in name else 2  # modules of heads 2..n; all
+        np.testing.assert_array_equal(x[used:], old[used:], err_msg=name)
+        assert not np.array_equal(y[used:], old[used:]), name
+      np.testing.assert_allclose(
+        x[:used] if x.ndim else x, y[:used] if x.ndim else y,
+        rtol=1e-4, atol=1e-6, err_msg=name,
+      )  # fmt: skip
+
+
+@pytest.mark.parametrize('unembedding', ['shared', 'replicated', 'tied'])
+@pytest.mark.parametrize('family', config.fields()['heads.family'].metadata[
+  'choices'])  # fmt: skip
+def test_one_moment_for_hidden_matrices_two_for_the_rest(family, unembedding):
+  of = dict(heads__family=family, heads__unembedding=unembedding)
+  c, adamw = (tiny.cfg(**of, optim__name=name) for name in ('muon', 'adamw'))
+  m = tiny.mesh(c)
+  specs = lm.specs(c)
+  count = {
+    kind: sum(
+      np.prod(s.shape)
+      for path, s in jax.tree_util.tree_leaves_with_path(specs)
+      if (path[-1].name in HIDDEN) == kind
+    )
+    for kind in (True, False)
+  }
+  got, want = (
+    params.bytes_per_device(state_lib.abstract(c, m).opt_state)
+    for c in (c, adamw)
+  )
+  counters = 4
+  assert got == 4 * count[True] + 8 * count[False] + 2 * counters
+  assert want == 8 * count[True] + 8 * count[False] + counters
