@@ -447,3 +447,37 @@ def test_the_gradients_dtype_is_not_the_forwards():
     c = tiny.cfg(heads__n=2, loss__grad_dtype=dtype)
     totals.append(tiny.value_and_grad(c, tiny.batch(c))[0][0])
   assert totals[0] == totals[1]
+
+
+def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
+  """A change below the spacing of bfloat16 is seen in a norm, in no matrix."""
+  c = tiny.cfg(
+    heads__n=2, heads__family='sequential', model__n_layers=1,
+    model__compute_dtype='bfloat16',
+  )  # fmt: skip
+  m = tiny.mesh(c)
+
+  @jax.jit
+  def losses(w, rows):
+    count_K, _ = loss.counts(rows, 2, jnp.ones(c.model.vocab_size, jnp.int32))
+    _, sums = loss.mtp_loss(
+      w, jnp.zeros(2), jax.tree.map(lambda x: x[0], rows), count_K=count_K,
+      weight_K=jnp.ones(2), n_active=2, cfg=c,
+    )  # fmt: skip
+    return sums['loss_K']
+
+  with jax.set_mesh(m):
+    rows = sharding.put_batch(m, tiny.batch(c))
+    w = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tiny.model(c, m)
+    )
+    want_K, seen = losses(w, rows), {}
+    for changed, _ in jax.tree_util.tree_leaves_with_path(w):
+      other = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (1 + 2.0**-11) if path == changed else x,  # noqa: B023
+        w,
+      )
+      got_K = losses(other, rows)
+      seen[jax.tree_util.keystr(changed)] = bool((got_K != want_K).any())
+  assert sum('norm' in name for name in seen) == 8
+  assert seen == {name: 'norm' in name for name in seen}

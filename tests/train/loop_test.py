@@ -72,6 +72,21 @@ def test_a_run_writes_what_it_says(undisturbed, store):
   assert (state.step, state.skipped, state.skipped_in_a_row) == (6, 0, 0)
 
 
+def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
+  rows = []
+  for accumulate in (1, 2, 4):
+    cfg = config.replace(
+      config.Config(),
+      **runs.FLAGS,
+      **{'data.store': store, 'train.accumulate': accumulate},
+    )
+    batches = list(loop.eval_batches(loop.open_tokens(cfg), cfg))
+    assert len(batches) == 2 * accumulate  # --eval.batches=2
+    rows.append(np.concatenate([b['tokens'][0] for b in batches]))
+    assert rows[-1].shape == (2 * 8, 16 + 2)
+    np.testing.assert_array_equal(rows[-1], rows[0])
+
+
 # Stopped and resumed.
 
 
@@ -92,6 +107,25 @@ def test_a_signal_then_the_same_command_is_the_undisturbed_run(
   assert 'step 4 of 6, 2 to go' in capsys.readouterr().out
   runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
   assert runs.records(tmp_path) == runs.records(undisturbed)
+
+
+def test_resumed_under_muon_and_random_rounding(store, tmp_path):
+  of = dict(
+    optim__name='muon', model__param_dtype='bfloat16', optim__heads_lr=2,
+    optim__moment_dtype='bfloat16', train__checkpoint_every=3,
+  )  # fmt: skip
+  straight, resumed = tmp_path / 'a', tmp_path / 'b'
+  assert runs.train(store, straight, **of) == 0
+  shutil.copytree(straight, resumed)
+  shutil.rmtree(resumed / 'checkpoints' / '6')
+  assert runs.train(store, resumed, **of) == 0
+  states = [runs.restored(run, 6) for run in (straight, resumed)]
+  runs.assert_same(*states)
+  assert runs.records(straight) == runs.records(resumed)
+  early = runs.restored(straight, 3).params
+  for x, old in zip(*map(jax.tree.leaves, (states[0].params, early)),
+                    strict=True):  # fmt: skip
+    assert x.dtype == jnp.bfloat16 and (x != old).any()
 
 
 def test_a_second_interrupt_does_not_wait(store, tmp_path, monkeypatch):
