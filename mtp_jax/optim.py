@@ -12,14 +12,9 @@ import zlib
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
-from mtp_jax import config
+from mtp_jax import config, sharding
 from mtp_jax.model import heads, lm
-
-# Jordan's quintic a x + b x^3 + c x^5: five of them bring singular values from
-# .01 to 1 near 1, to between .68 and 1.14.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def learning_rate(cfg: config.Config) -> optax.Schedule:
@@ -67,9 +62,9 @@ def transform(cfg: config.Config) -> optax.GradientTransformation:
 
 
 def _muon(cfg: config.Config, specs) -> optax.GradientTransformation:
-  """0.2 sqrt(max(rows, columns)) times the nearest semi-orthogonal matrix to
-  the momentum, by five Newton-Schulz steps (Jordan et al. 2024,
-  https://kellerjordan.github.io/posts/muon).
+  """Nesterov's momentum, each matrix of it made semi-orthogonal (Jordan et al.
+  2024, https://kellerjordan.github.io/posts/muon), times 0.2 sqrt(max(rows,
+  columns)).
 
   The factor is that of Liu et al. 2025, https://arxiv.org/abs/2502.16982: a
   semi-orthogonal matrix has the root mean square max(rows, columns)^-1/2, an
@@ -77,50 +72,73 @@ def _muon(cfg: config.Config, specs) -> optax.GradientTransformation:
   and decay of AdamW serve both groups. (Jordan's sqrt(max(1, rows/columns))
   needs a learning rate of its own, and another one at another width.)
   """
-
-  def dimensions(spec):
-    if spec.hidden is None:
-      return optax.MaskedNode()
-    n_in, n_out = spec.hidden
-    return optax.contrib.MuonDimensionNumbers(
-      tuple(range(-n_in - n_out, -n_out)), tuple(range(-n_out, 0))
-    )
-
-  dims = jax.tree.map(dimensions, specs)
-  muon = optax.contrib.scale_by_muon(
-    NEWTON_SCHULZ,
-    beta=cfg.optim.momentum,
-    mu_dtype=cfg.optim.moment_dtype,
-    weight_dimension_numbers=dims,
+  o = cfg.optim
+  return optax.chain(
+    optax.trace(o.momentum, nesterov=True, accumulator_dtype=o.moment_dtype),
+    optax.stateless(
+      lambda updates, _: jax.tree.map(_orthogonal, updates, _only_hidden(specs))
+    ),
   )
 
-  def scale(x, dim):
-    rows, columns = (
-      math.prod(x.shape[i] for i in axes)
-      for axes in (dim.reduction_axis, dim.output_axis)
-    )
-    return 0.2 * max(rows, columns) ** 0.5 * x
 
-  def orthogonalise(updates, state):
-    updates, state = muon.update(
-      updates, state._replace(ns_coeffs=jnp.array(NEWTON_SCHULZ))
-    )
-    return jax.tree.map(scale, updates, dims), state._replace(ns_coeffs=None)
+def _only_hidden(specs):
+  """As optax.masked hands over a tree: without what is masked."""
+  return jax.tree.map(
+    lambda s: optax.MaskedNode() if s.hidden is None else s, specs
+  )
 
-  def init(params):  # optax keeps the constants in the state, hence on disk
-    return muon.init(params)._replace(ns_coeffs=None)
 
-  def update(updates, state, params=None):
-    del params
-    # A matrix is sharded along both sides: the compiler moves the parts as the
-    # products need them, and returns them to where they were.
-    places = jax.tree.map(
-      lambda x: jax.typeof(x).sharding.spec, (updates, state)
-    )
-    auto = jax.sharding.auto_axes(orthogonalise, out_sharding=places)
-    return auto(updates, state)
+def _orthogonal(x, spec):
+  """A stack of matrices (L, read …, written …) -> 0.2 sqrt(max) U V^T of each.
 
-  return optax.GradientTransformation(init, update)
+  optax.contrib.scale_by_muon leaves a sharded product to the compiler, which
+  then gathers every matrix in every iteration. Here each device gets whole
+  matrices, by all-to-all there and back; a stack that the devices do not divide
+  is filled up with zeros, which takes no longer than the fullest device does.
+  """
+  n_in, n_out = spec.hidden
+  rows, columns = (
+    math.prod(x.shape[1 : 1 + n_in]), math.prod(x.shape[1 + n_in :])
+  )  # fmt: skip
+  L, places = x.shape[0], _places(jax.typeof(x).sharding.spec)
+  mesh = jax.sharding.get_abstract_mesh()
+  devices = math.prod(mesh.shape[axis] for axis in sharding.RULES['stack'])
+  x = jnp.pad(x, [(0, -L % devices), *[(0, 0)] * (n_in + n_out)])
+  for place in places[1:]:
+    x = jax.reshard(x, place)
+  x = newton_schulz(x.reshape(-1, rows, columns)).reshape(x.shape)
+  for place in places[-2::-1]:
+    x = jax.reshard(x, place)
+  return 0.2 * max(rows, columns) ** 0.5 * x[:L]
+
+
+def _places(at_rest) -> list[jax.P]:
+  """From a stack at rest to whole matrices: one mesh axis at a time moves to
+  the stacked dimension, which XLA knows as an all-to-all; not so two."""
+  places = [jax.P(None, *at_rest[1:])]
+  axes = sharding.RULES['stack']
+  for i, axis in enumerate(axes, 1):
+    rest = (None if a == axis else a for a in places[-1][1:])
+    places.append(jax.P(axes[:i], *rest))
+  return places
+
+
+def newton_schulz(x_LRC):
+  """Matrices with singular values s -> with the same vectors and p(p(…(s))):
+  five times Jordan's p(s) = 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which brings
+  what is between .01 and 1 of the Frobenius norm to between .68 and 1.14."""
+  flip = x_LRC.shape[1] > x_LRC.shape[2]  # the smaller of the two squares
+  x = x_LRC.swapaxes(1, 2) if flip else x_LRC
+  norm = jnp.sqrt(jnp.sum(x**2, axis=(1, 2), keepdims=True))
+  x /= norm + 1e-20  # of zeros: zeros
+
+  def step(_, x):
+    gram = jnp.einsum('LRC,LSC->LRS', x, x)
+    p = -4.7750 * gram + 2.0315 * jnp.einsum('LRS,LST->LRT', gram, gram)
+    return 3.4445 * x + jnp.einsum('LRS,LSC->LRC', p, x)
+
+  x = jax.lax.fori_loop(0, 5, step, x)
+  return x.swapaxes(1, 2) if flip else x
 
 
 def init(cfg: config.Config, params):

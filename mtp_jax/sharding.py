@@ -28,6 +28,7 @@ RULES = {
   'kv_heads': 'tensor',
   'mlp': 'tensor',
   'vocab': 'tensor',
+  'stack': ('fsdp', 'tensor'),  # whole matrices, of one layer or of a few
   None: None,
 }
 

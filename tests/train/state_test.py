@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.train import state as state_lib
 from tests import runs, tiny
 
+COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 # Written out, not read from the rules: D is split over fsdp; attention heads,
@@ -38,7 +39,7 @@ def _cfg(mesh, **changes):
 def _wanted(path):
   """PartitionSpec of the leaf at this path of a State."""
   names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
-  if names[0] == 'opt_state' and not {'mu', 'nu'} & set(names):
+  if names[0] == 'opt_state' and not {'mu', 'nu', 'trace'} & set(names):
     return P()
   if names[0] in ('params', 'opt_state'):
     return (LAYER if names[-2] in ('trunk', 'heads') else ENDS)[names[-1]]
@@ -82,10 +83,16 @@ def test_initial_values_do_not_depend_on_the_mesh_but_on_the_seed():
   assert (first.params.trunk.q != other.params.trunk.q).all()
 
 
-def test_moments_have_a_dtype_of_their_own():
-  cfg = _cfg(MESHES[0], optim__moment_dtype='bfloat16')
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_moments_have_a_dtype_of_their_own(name):
+  cfg = _cfg(MESHES[0], optim__moment_dtype='bfloat16', optim__name=name)
   made = state_lib.abstract(cfg, tiny.mesh(cfg))
-  adam = made.opt_state[1]
-  for tree, dtype in ((made.params, jnp.float32), (adam.mu, jnp.bfloat16),
-                      (adam.nu, jnp.float32)):  # fmt: skip
-    assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
+  seen = set()
+  for path, x in jax.tree_util.tree_leaves_with_path(made):
+    names = {getattr(key, 'name', None) for key in path}
+    (first,) = names & {'params', 'mu', 'nu', 'trace', 'count', *COUNTERS}
+    want = dict(mu=jnp.bfloat16, trace=jnp.bfloat16, count=jnp.int32)
+    want |= dict.fromkeys(COUNTERS, jnp.int32)
+    assert x.dtype == want.get(first, jnp.float32), path
+    seen.add(first)
+  assert ('trace' in seen) == (name == 'muon') and {'mu', 'nu'} < seen
