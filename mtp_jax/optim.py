@@ -45,13 +45,18 @@ def transform(cfg: config.Config) -> optax.GradientTransformation:
   read from the Spec: a stack of norms is not a matrix.
   """
   o, specs = cfg.optim, lm.specs(cfg)
+  trains = jax.tree.map(bool, learning_rates(cfg))
   rule = optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.moment_dtype)
   if o.name == 'muon':
-    hidden = jax.tree.map(lambda spec: spec.hidden is not None, specs)
-    others = jax.tree.map(lambda spec: spec.hidden is None, specs)
-    rule = optax.chain(
-      optax.masked(rule, others), optax.masked(_muon(cfg, specs), hidden)
+    hidden = jax.tree.map(
+      lambda s, t: t and s.hidden is not None, specs, trains
     )
+    others = jax.tree.map(lambda s, t: t and s.hidden is None, specs, trains)
+    rule = optax.chain(
+      optax.masked(rule, others), optax.masked(_muon(o, specs, hidden), hidden)
+    )
+  elif not all(jax.tree.leaves(trains)):
+    rule = optax.masked(rule, trains)  # no moments of what is frozen
   return optax.chain(
     optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
     rule,
@@ -61,7 +66,7 @@ def transform(cfg: config.Config) -> optax.GradientTransformation:
   )
 
 
-def _muon(cfg: config.Config, specs) -> optax.GradientTransformation:
+def _muon(o: config.Optim, specs, hidden) -> optax.GradientTransformation:
   """Nesterov's momentum, each matrix of it made semi-orthogonal (Jordan et al.
   2024, https://kellerjordan.github.io/posts/muon), times 0.2 sqrt(max(rows,
   columns)).
@@ -72,19 +77,15 @@ def _muon(cfg: config.Config, specs) -> optax.GradientTransformation:
   and decay of AdamW serve both groups. (Jordan's sqrt(max(1, rows/columns))
   needs a learning rate of its own, and another one at another width.)
   """
-  o = cfg.optim
+  # As optax.masked hands over a tree: without what is masked.
+  specs = jax.tree.map(
+    lambda s, h: s if h else optax.MaskedNode(), specs, hidden
+  )
   return optax.chain(
     optax.trace(o.momentum, nesterov=True, accumulator_dtype=o.moment_dtype),
     optax.stateless(
-      lambda updates, _: jax.tree.map(_orthogonal, updates, _only_hidden(specs))
+      lambda updates, _: jax.tree.map(_orthogonal, updates, specs)
     ),
-  )
-
-
-def _only_hidden(specs):
-  """As optax.masked hands over a tree: without what is masked."""
-  return jax.tree.map(
-    lambda s: optax.MaskedNode() if s.hidden is None else s, specs
   )
 
 
@@ -167,7 +168,7 @@ def learning_rates(cfg: config.Config) -> lm.LM:
 
 def freeze(params, cfg: config.Config):
   """The parameters, those of a frozen group without a gradient: none is made,
-  and none counts in the norm that clips."""
+  so that none counts in the norm that clips."""
   return jax.tree.map(
     lambda w, rate: w if rate else jax.lax.stop_gradient(w),
     params, learning_rates(cfg),
