@@ -3,7 +3,7 @@
 Floor 3. Two groups of parameters have a learning rate of their own: the trunk
 (all that a plain next-token model of this shape has: embedding, layers, final
 norm, an unembedding that the heads share) and the heads (their modules, and
-unembeddings that belong to one head each).
+unembeddings of their own, that of token order prediction too).
 """
 
 import math
@@ -158,7 +158,7 @@ def learning_rates(cfg: config.Config) -> lm.LM:
   own = cfg.heads.unembedding == 'replicated'
   groups = lm.LM(
     embed=trunk, trunk=trunk, heads=head, norm=trunk,
-    unembed=head if own else trunk,
+    unembed=head if own else trunk, order=head,
   )  # fmt: skip
   return jax.tree.map(
     lambda rate, specs: jax.tree.map(lambda _: rate, specs),

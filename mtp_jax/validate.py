@@ -105,7 +105,11 @@ def _check_loss(cfg):
 
 def _check_groups(cfg):
   h, o = cfg.heads, cfg.optim
-  no_heads = not h.block_first and h.n == 1 and h.unembedding != 'replicated'
+  no_heads = (
+    not h.block_first
+    and h.n == 1
+    and not (h.unembedding == 'replicated' or cfg.loss.order_weight)
+  )
   if o.trunk_lr == 0 and (o.heads_lr == 0 or no_heads):
     raise config.ConfigError(
       'optim.trunk_lr', o.trunk_lr,

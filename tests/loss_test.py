@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import params, sharding, targets
+from mtp_jax import loss, params, sharding, targets
 from mtp_jax.model import heads, lm
 from tests import oracle, pairwise, tiny
 
@@ -459,7 +459,8 @@ def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
 
   @jax.jit
   def losses(w, rows):
-    count_K, _ = loss.counts(rows, 2, jnp.ones(c.model.vocab_size, jnp.int32))
+    bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
+    count_K, _ = targets.counts(rows, c, bytes_V)
     _, sums = loss.mtp_loss(
       w, jnp.zeros(2), jax.tree.map(lambda x: x[0], rows), count_K=count_K,
       weight_K=jnp.ones(2), n_active=2, cfg=c,

@@ -213,12 +213,14 @@ def _rates(**changes):
   )
   return {
     name: set(jax.tree.leaves(getattr(rates, name)))
-    for name in ('embed', 'trunk', 'heads', 'norm', 'unembed')
+    for name in ('embed', 'trunk', 'heads', 'norm', 'unembed', 'order')
   }
 
 
 def test_what_belongs_to_the_trunk_and_what_to_the_heads():
-  shared = dict(embed={0.5}, trunk={0.5}, heads={3}, norm={0.5}, unembed={0.5})
+  shared = dict(
+    embed={0.5}, trunk={0.5}, heads={3}, norm={0.5}, unembed={0.5}, order=set()
+  )
   for family in ('parallel', 'sequential', 'linear'):
     assert _rates(heads__family=family) == shared
     for unembedding, its in (('replicated', {3}), ('tied', set())):
@@ -227,6 +229,7 @@ def test_what_belongs_to_the_trunk_and_what_to_the_heads():
       ) == shared | dict(unembed=its)
   plain = _rates(heads__family='linear', heads__n=1)
   assert plain == shared | dict(heads=set())
+  assert _rates(loss__order_weight=1)['order'] == {3}
 
 
 def test_two_updates_of_two_groups_are_adamw_by_hand():
