@@ -113,6 +113,7 @@ def test_resumed_under_muon_and_random_rounding(store, tmp_path):
   of = dict(
     optim__name='muon', model__param_dtype='bfloat16', optim__heads_lr=2,
     optim__moment_dtype='bfloat16', train__checkpoint_every=3,
+    heads__family='linear', model__n_layers=1,
   )  # fmt: skip
   straight, resumed = tmp_path / 'a', tmp_path / 'b'
   assert runs.train(store, straight, **of) == 0
