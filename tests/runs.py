@@ -60,11 +60,13 @@ def train(store_path: str, workdir, **changes) -> int:
   return main.main(['train', *args(store_path, str(workdir), **changes)])
 
 
-def process(command: list[str], **kwargs) -> subprocess.Popen:
-  """Python in a process of its own, with this one's devices and cache."""
+def process(command: list[str], devices: int = 8, **kwargs) -> subprocess.Popen:
+  """Python in a process of its own, with this one's cache."""
+  count = f' --xla_force_host_platform_device_count={devices}'
   environment = dict(
     os.environ,
     PYTHONPATH=ROOT,
+    XLA_FLAGS=os.environ['XLA_FLAGS'] + count,  # the last one counts
     JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
   )

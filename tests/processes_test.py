@@ -1,0 +1,347 @@
+"""Two processes of two devices each are one process of four.
+
+Whatever hangs fails: no process is waited for longer than LIMIT_S.
+"""
+
+import json
+import shutil
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import checkpoint, sharding
+from mtp_jax.train import lock, loop
+from tests import runs
+
+LIMIT_S = 240.0
+MESH = dict(mesh__data=2, mesh__fsdp=2)
+# Divisible by a tensor axis over all four devices, i.e. over both processes.
+WIDE = dict(
+  model__n_attn_heads=4, model__n_layers=2, heads__n=1,
+  mesh__fsdp=1, mesh__tensor=4,
+)  # fmt: skip
+
+# Several runs in one meeting of the processes: to import and to join takes
+# longer than they do. Before them, the rows that either process holds.
+SESSION = """
+import json, sys
+import jax
+import numpy as np
+from mtp_jax import flags, processes, sharding
+from mtp_jax.train import lock, loop
+
+meshes, path, args = map(json.loads, sys.argv[1:])
+cfgs = [flags.parse(a).config() for a in args]
+
+def rows():
+  held = []
+  whole = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+  for order, sizes in meshes:
+    mesh = jax.sharding.Mesh(
+      np.array(jax.devices())[order].reshape(sizes), sharding.AXES,
+      axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    mine = sharding.local_rows(mesh, 8)
+    x = sharding.put_batch(mesh, dict(x=whole[:, mine]))['x']
+    assert x.shape == whole.shape
+    for shard in x.addressable_shards:
+      np.testing.assert_array_equal(shard.data, whole[shard.index])
+    held.append(mine.tolist())
+  with open(f'{path}/rows{jax.process_index()}', 'w') as f:
+    json.dump(held, f)
+
+def session():
+  rows()
+  return max([loop.train(cfg) for cfg in cfgs], default=0)
+
+sys.exit(processes.run(cfgs[0], session))
+"""
+
+# The command line, with something that happens at the third batch.
+AT_BATCH_3 = """
+import json, os, signal, sys
+from mtp_jax import main, sharding
+
+put, calls = sharding.put_batch, []
+
+def patched(mesh, batch):
+  calls.append(1)
+  if len(calls) == 3:
+    %s
+  return put(mesh, batch)
+
+sharding.put_batch = patched
+sys.exit(main.main(['train', *sys.argv[1:]]))
+"""
+MAIN = ['-m', 'mtp_jax', 'train']
+
+
+def _port() -> int:
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
+
+
+def _flags(index: int, port: int) -> dict:
+  return dict(
+    processes__coordinator=f'localhost:{port}', processes__count=2,
+    processes__index=index, processes__timeout_s=10,
+  )  # fmt: skip
+
+
+def _ends(running) -> list[tuple[int, str, str]]:
+  """(status, stdout, stderr) of each, in seconds or not at all."""
+  limit = time.monotonic() + LIMIT_S
+  try:
+    return [
+      (p.returncode, out, error)
+      for p in running
+      for out, error in [p.communicate(timeout=limit - time.monotonic())]
+    ]
+  finally:
+    for p in running:
+      p.kill()
+
+
+def _pair(store, workdir, of_0=MAIN, of_1=MAIN, only_1=''):
+  """Two processes of one run; only_1: a flag that process 1 alone has."""
+  port, running = _port(), []
+  for index, command in enumerate((of_0, of_1)):
+    args = runs.args(store, str(workdir), **MESH, **_flags(index, port))
+    args += [only_1] * (index and only_1 != '')
+    running.append(runs.process([*command, *args], devices=2))
+  return running
+
+
+def _happens(what: str) -> list[str]:
+  return ['-c', AT_BATCH_3 % what]
+
+
+@pytest.fixture
+def four_devices(monkeypatch):
+  _of_four(monkeypatch)
+
+
+def _of_four(monkeypatch):
+  make = sharding.make_mesh
+  monkeypatch.setattr(
+    sharding, 'make_mesh', lambda cfg: make(cfg, jax.devices()[:4])
+  )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('processes')
+
+
+@pytest.fixture(scope='module')
+def one(store, folder):
+  """Workdirs of one process: as the pair runs it, and with the wide mesh."""
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    _of_four(monkeypatch)
+    found = folder / 'one', folder / 'one_wide'
+    every = dict(train__checkpoint_every=3)
+    assert runs.train(store, found[0], **MESH, **every) == 0
+    assert runs.train(store, found[1], **WIDE) == 0
+  return found
+
+
+MESHES = [  # order of devices, (data, fsdp, tensor), rows of either process
+  ([0, 1, 2, 3], (2, 2, 1), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+  ([0, 1, 2, 3], (1, 1, 4), [[*range(8)], [*range(8)]]),
+  ([0, 2, 1, 3], (1, 2, 2), [[*range(8)], [*range(8)]]),
+  ([0, 2, 1, 3], (1, 4, 1), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+  ([2, 3, 0, 1], (2, 1, 2), [[4, 5, 6, 7], [0, 1, 2, 3]]),
+]
+
+
+@pytest.fixture(scope='module')
+def session(store, folder, one):
+  """Workdirs of the pair: undisturbed, wide, going on where one had stopped."""
+  found = [folder / name for name in ('two', 'two_wide', 'resumed')]
+  _until_3(one[0], found[2])
+  every = dict(train__checkpoint_every=3)
+  port, meshes = _port(), json.dumps([mesh[:2] for mesh in MESHES])
+  running = []
+  for index in (0, 1):
+    args = [
+      runs.args(store, str(workdir), **changes, **_flags(index, port))
+      for workdir, changes in zip(
+        found, (MESH | every, WIDE, MESH | every), strict=True
+      )
+    ]
+    command = ['-c', SESSION, meshes, json.dumps(str(folder)), json.dumps(args)]
+    running.append(runs.process(command, devices=2))
+  (status, out, error), silent = _ends(running)
+  assert status == 0, error
+  assert silent[:2] == (0, ''), silent[2]
+  assert out.count('step 6/6  loss') == 3
+  return found
+
+
+def _until_3(workdir, copy):
+  """A copy of a run, killed after it had saved step 3."""
+  shutil.copytree(workdir, copy)
+  shutil.rmtree(copy / 'checkpoints' / '6')
+
+
+def _assert_close(mine, theirs):
+  """Records of two workdirs; sums over devices may be taken in other orders."""
+  mine, theirs = runs.records(mine), runs.records(theirs)
+  assert [r['step'] for r in mine] == [1, 2, 3, 4, 5, 6, 6]
+  for a, b in zip(mine, theirs, strict=True):
+    assert a.keys() == b.keys() and a['kind'] == b['kind']
+    for name in set(a) - {'kind'}:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-6, err_msg=name)
+
+
+# What is computed.
+
+
+def test_the_rows_a_process_holds(session, folder):
+  for process in (0, 1):
+    held = json.loads((folder / f'rows{process}').read_text())
+    assert held == [rows[process] for *_, rows in MESHES]
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_two_processes_are_one(session, one, which):
+  _assert_close(session[which], one[which])
+  assert checkpoint.steps(str(session[which]))[-1] == 6
+  for name in ('run.flags', 'config.json', 'tensorboard'):
+    assert (session[which] / name).exists()
+  assert 'processes' not in (session[which] / 'run.flags').read_text()
+  assert not (session[which] / 'lock.json').exists()
+
+
+def test_two_go_on_where_one_stopped(session, one):
+  _assert_close(session[2], one[0])
+
+
+def test_one_goes_on_where_two_stopped(
+  session, one, store, tmp_path, four_devices
+):
+  _until_3(session[0], tmp_path / 'run')
+  assert runs.train(store, tmp_path / 'run', **MESH) == 0
+  _assert_close(tmp_path / 'run', one[0])
+
+
+# How they end.
+
+
+def test_a_signal_to_one_stops_both(store, one, tmp_path, capsys, four_devices):
+  # The last step at which a flag of step 3 is read; see processes.Stop.
+  signalled = _happens('os.kill(os.getpid(), signal.SIGTERM)')
+  ends = _ends(_pair(store, tmp_path, of_1=signalled))
+  assert [e[0] for e in ends] == [loop.EXIT_INTERRUPTED] * 2, ends
+  assert 'interrupted: saved step 5; run the same' in ends[0][1]
+  assert ends[1][1] == ''
+  assert checkpoint.steps(str(tmp_path)) == [5]
+  capsys.readouterr()
+  assert runs.train(store, tmp_path, **MESH) == 0
+  assert 'step 5 of 6, 1 to go' in capsys.readouterr().out
+  _assert_close(tmp_path, one[0])
+
+
+def test_what_one_lacks_ends_both_with_one_line(store, tmp_path):
+  workdir = tmp_path / 'run'
+  missing = f'{tmp_path}/none'
+  ends = _ends(_pair(store, workdir, only_1=f'--data.store={missing}'))
+  assert [e[0] for e in ends] == [2, 2], ends
+  line = f'mtp: --data.store={missing}: no such directory'
+  assert ends[1][2].splitlines()[-1].startswith(line)
+  assert 'mtp:' not in ends[0][2] and not workdir.exists()
+
+
+def test_a_crash_of_one_ends_both(store, tmp_path):
+  mark = tmp_path / 'crashed'
+  crash = f'open({str(mark)!r}, "w").close(); raise OSError("disk gone")'
+  ends = _ends(_pair(store, tmp_path, of_1=_happens(crash)))
+  assert time.time() - mark.stat().st_mtime < 30
+  assert ends[0][0] != 0 and ends[1][0] == 1, ends
+  assert 'disk gone' in ends[1][2] and 'disk gone' not in ends[0][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
+  """Also of one that keeps its connections, and just does not answer."""
+  silent = _happens(f'os.kill(os.getpid(), {number:d})')
+  other, silent = _pair(store, tmp_path, of_1=silent)
+  (end,) = _ends([other])
+  silent.kill()
+  silent.communicate()
+  assert end[0] not in (0, None), end
+  assert 'step 2/6' in end[1]
+
+
+@pytest.mark.slow
+def test_other_flags_are_refused(store, tmp_path):
+  ends = _ends(_pair(store, tmp_path, only_1='--optim.lr=0.5'))
+  assert [e[0] for e in ends] == [2, 2], ends
+  assert ends[1][2].splitlines()[-1] == (
+    'mtp: --optim.lr=0.5: process 1 has it, process 0 has 0.01; give all the'
+    ' same flags'
+  )
+
+
+@pytest.mark.slow
+def test_another_store_is_refused(store, tmp_path):
+  other = runs.make_store(str(tmp_path / 'other'), seed=1)
+  ends = _ends(_pair(store, tmp_path, only_1=f'--data.store={other}'))
+  assert [e[0] for e in ends] == [2, 2], ends
+  assert 'process 1 reads another store' in ends[1][2]
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_taken_is_refused(store, tmp_path):
+  held = lock.Lock(str(tmp_path))
+  ends = _ends(_pair(store, tmp_path))
+  assert [e[0] for e in ends] == [2, 2], ends
+  assert 'is being written by process' in ends[0][2]
+  assert 'mtp:' not in ends[1][2]
+  held.check()
+
+
+@pytest.mark.slow
+def test_who_lost_the_lock_ends_both(store, tmp_path):
+  path = str(tmp_path / 'lock.json')
+  lose = _happens(
+    f'held = json.load(open({path!r}));'
+    f' json.dump(held | dict(run="other"), open({path!r}, "w"))'
+  )
+  ends = _ends(_pair(store, tmp_path, of_0=lose))
+  assert [e[0] for e in ends] == [loop.EXIT_REPLACED] * 2, ends
+  assert 'taken by another run' in ends[0][2] and 'mtp:' not in ends[1][2]
+  assert len(runs.records(tmp_path)) == 2
+  assert checkpoint.steps(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_two_evaluate_as_one(session, tmp_path):
+  port, running = _port(), []
+  for index in (0, 1):
+    flags = [
+      f'--{k.replace("__", ".")}={v}' for k, v in _flags(index, port).items()
+    ]
+    out = tmp_path / f'{index}.json'
+    command = [
+      '-m',
+      'mtp_jax',
+      'eval',
+      f'--eval.checkpoint={session[0]}',
+      f'--out={out}',
+      '--train.compilation_cache=',
+      *flags,
+    ]
+    running.append(runs.process(command, devices=2))
+  ends = _ends(running)
+  assert [e[0] for e in ends] == [0, 0], ends
+  assert ends[1][1] == '' and not (tmp_path / '1.json').exists()
+  found = json.loads((tmp_path / '0.json').read_text())
+  logged = runs.records(session[0])[-1]
+  for name in set(logged) - {'kind'}:
+    np.testing.assert_allclose(found[name], logged[name], rtol=1e-6)
