@@ -61,12 +61,19 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
     return end.status
   except config.ConfigError:
     raise
-  except BaseException as error:
+  except KeyboardInterrupt:
+    print('mtp: interrupted', file=sys.stderr)
+    _leave(130)
+  except BaseException:
     traceback.print_exc()
-    with contextlib.suppress(OSError):
-      sys.stdout.flush()
-      sys.stderr.flush()
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    _leave(1)
+
+
+def _leave(status: int):
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(status)
 
 
 def _join(p: config.Processes) -> None:
@@ -97,9 +104,14 @@ def _join(p: config.Processes) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def _several() -> bool:
+  # The latter alone would start the devices before the first flag is checked.
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def first() -> bool:
   """Whether this is the process that speaks and writes."""
-  return jax.process_index() == 0
+  return not _several() or jax.process_index() == 0
 
 
 def _gather(value: int) -> list[int]:
@@ -110,7 +122,7 @@ def _gather(value: int) -> list[int]:
 
 def of_first(text: str) -> str:
   """Process 0's text. All processes must call it."""
-  if jax.process_count() == 1:
+  if not _several():
     return text
   mine = np.frombuffer(text.encode(), np.uint8)
   with jax.transfer_guard('allow'):
@@ -130,7 +142,7 @@ def together():
   is raised there, and `Ended`, with the `status` of that error, elsewhere. All
   processes must come here; it waits for the last.
   """
-  if jax.process_count() == 1:
+  if not _several():
     yield
     return
   error = None
@@ -180,7 +192,7 @@ class Stop:
 
   def __call__(self) -> bool:
     """Once a step, under jax.set_mesh."""
-    if jax.process_count() == 1:
+    if not _several():
       return self.asked.is_set()
     flag = np.full(1, self.asked.is_set(), np.int32)
     with jax.transfer_guard('allow'):  # this copy is meant

@@ -32,7 +32,11 @@ RULES = {
 
 
 def make_mesh(cfg: config.Config, devices=None) -> Mesh:
-  """The mesh of --mesh.*, over all devices; validates what depends on it."""
+  """The mesh of --mesh.*, over all devices; validates what depends on it.
+
+  jax.devices() has one order on every process, and where devices have no places
+  in a torus it is by process: the last axes, which talk most, stay within one.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = {axis: getattr(cfg.mesh, axis) for axis in AXES}
   free = [axis for axis in AXES if sizes[axis] == -1]

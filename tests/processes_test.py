@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import jax
@@ -238,10 +239,27 @@ def test_two_go_on_with_one_s_run_stop_together_and_one_goes_on(
   _assert_close(run, one[0])
 
 
+def _slurm_pair(stores, workdir):
+  """As Slurm's srun starts them: the variables differ, the flags need not."""
+  job = dict(
+    SLURM_JOB_ID=str(_port()), SLURM_STEP_NODELIST='localhost',
+    SLURM_NTASKS='2', SLURM_STEP_NUM_NODES='1',
+  )  # fmt: skip
+  running = []
+  for index, store in enumerate(stores):
+    auto = dict(processes__coordinator='auto', processes__timeout_s=10)
+    args = runs.args(store, str(workdir), **MESH, **auto)
+    task = dict(SLURM_PROCID=str(index), SLURM_LOCALID=str(index))
+    running.append(
+      runs.process([*MAIN, *args], devices=2, variables=job | task)
+    )
+  return running
+
+
 def test_what_one_lacks_ends_both_with_one_line(store, tmp_path):
   workdir = tmp_path / 'run'
   missing = f'{tmp_path}/none'
-  ends = _ends(_pair(store, workdir, only_1=f'--data.store={missing}'))
+  ends = _ends(_slurm_pair([store, missing], workdir))
   assert [e[0] for e in ends] == [2, 2], ends
   line = f'mtp: --data.store={missing}: no such directory'
   assert ends[1][2].splitlines()[-1].startswith(line)
@@ -268,6 +286,16 @@ def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
   silent.communicate()
   assert end[0] not in (0, None), end
   assert 'step 2/9' in end[1]
+
+
+@pytest.mark.slow
+def test_auto_needs_a_cluster(store, tmp_path):
+  args = runs.args(store, str(tmp_path), processes__coordinator='auto')
+  ((status, _, error),) = _ends([runs.process([*MAIN, *args])])
+  assert status == 2
+  assert error.splitlines()[-1].startswith(
+    'mtp: --processes.coordinator=auto: the processes do not find each other: '
+  )
 
 
 @pytest.mark.slow
@@ -310,6 +338,25 @@ def test_who_lost_the_lock_ends_both(store, tmp_path):
   assert 'taken by another run' in ends[0][2] and 'mtp:' not in ends[1][2]
   assert len(runs.records(tmp_path)) == 2
   assert checkpoint.steps(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_the_launch_script_hands_signals_on_and_the_status_back(
+  store, tmp_path
+):
+  args = runs.args(store, str(tmp_path), **MESH | dict(train__steps=200))
+  script = subprocess.Popen(
+    ['launch/processes.sh', '2', 'train', *args],
+    cwd=runs.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    env=runs.environment(devices=2),
+  )  # fmt: skip
+  for line in script.stdout:
+    if line.startswith('step 2/'):
+      script.terminate()
+      break
+  ((status, out, error),) = _ends([script])
+  assert status == loop.EXIT_INTERRUPTED, error
+  assert 'interrupted: saved step' in out
 
 
 @pytest.mark.slow
