@@ -4,6 +4,7 @@ Whatever hangs fails: no process is waited for longer than LIMIT_S.
 """
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -142,13 +143,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def one(store, folder):
-  """Workdirs of one process: as the pair runs it, and with the wide mesh."""
+  """Workdir of one process."""
   with pytest.MonkeyPatch.context() as monkeypatch:
     _of_four(monkeypatch)
-    found = folder / 'one', folder / 'one_wide'
-    assert runs.train(store, found[0], **MESH) == 0
-    assert runs.train(store, found[1], **WIDE) == 0
-  return found
+    assert runs.train(store, folder / 'one', **MESH) == 0
+  return folder / 'one'
 
 
 MESHES = [  # order of devices, (data, fsdp, tensor), rows of either process
@@ -162,7 +161,7 @@ MESHES = [  # order of devices, (data, fsdp, tensor), rows of either process
 
 @pytest.fixture(scope='module')
 def session(store, folder):
-  """Workdirs of the pair: as `one`."""
+  """Workdirs of the pair: as `one`, and with the wide mesh."""
   found = folder / 'two', folder / 'two_wide'
   port, meshes = _port(), json.dumps([mesh[:2] for mesh in MESHES])
   running = []
@@ -200,20 +199,19 @@ def _assert_close(mine, theirs):
 # What is computed.
 
 
-def test_the_rows_a_process_holds(session, folder):
+def test_two_processes_are_one(
+  session, one, store, folder, tmp_path, four_devices
+):
+  """One test, since tests that run beside each other share no session."""
   for process in (0, 1):
     held = json.loads((folder / f'rows{process}').read_text())
     assert held == [rows[process] for *_, rows in MESHES]
-
-
-@pytest.mark.parametrize('which', [0, 1])
-def test_two_processes_are_one(session, one, which):
-  _assert_close(session[which], one[which])
-  assert checkpoint.steps(str(session[which])) == ([3, 6, 9], [6])[which]
-  for name in ('run.flags', 'config.json', 'tensorboard'):
-    assert (session[which] / name).exists()
-  assert 'processes' not in (session[which] / 'run.flags').read_text()
-  assert not (session[which] / 'lock.json').exists()
+  assert runs.train(store, tmp_path, **WIDE) == 0
+  for mine, theirs in zip(session, (one, tmp_path), strict=True):
+    _assert_close(mine, theirs)
+    assert checkpoint.steps(str(mine)) == checkpoint.steps(str(theirs))
+    assert sorted(os.listdir(mine)) == sorted(os.listdir(theirs))
+    assert 'processes' not in (mine / 'run.flags').read_text()
 
 
 # How they end.
@@ -223,7 +221,7 @@ def test_two_go_on_with_one_s_run_stop_together_and_one_goes_on(
   store, one, tmp_path, capsys, four_devices
 ):
   run = tmp_path / 'run'
-  _until_3(one[0], run)
+  _until_3(one, run)
   # The third batch is that of step 6; what one is told then is read two steps
   # later, see processes.Stop.
   signalled = _happens('os.kill(os.getpid(), signal.SIGTERM)')
@@ -236,7 +234,7 @@ def test_two_go_on_with_one_s_run_stop_together_and_one_goes_on(
   capsys.readouterr()
   assert runs.train(store, run, **MESH) == 0
   assert 'step 8 of 9, 1 to go' in capsys.readouterr().out
-  _assert_close(run, one[0])
+  _assert_close(run, one)
 
 
 def _slurm_pair(stores, workdir):
