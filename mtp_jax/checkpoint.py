@@ -42,6 +42,9 @@ def save(
 ) -> None:  # fmt: skip
   """Starts to save the state; returns before it is done.
 
+  Every process of a run calls it, as it does `restore` and `restore_params`:
+  each writes the shards of its devices, process 0 the rest.
+
   Args:
     to: a manager.
     step: the state's step, under which it is filed.
@@ -53,12 +56,13 @@ def save(
   about = dict(
     format=FORMAT, config=json.loads(config.to_json(cfg)), store=store
   )
-  to.save(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
-    ),
-  )
+  with jax.transfer_guard('allow'):  # orbax copies to the host
+    to.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+      ),
+    )
 
 
 def steps(workdir: str) -> list[int]:
@@ -104,10 +108,16 @@ def _reading(path: str):
 
 
 def about(workdir: str, step: int) -> tuple[config.Config, str]:
-  """(Config, store fingerprint) of a checkpoint."""
+  """(Config, store fingerprint) of a checkpoint; waits for no other process."""
   path = os.path.join(_folder(workdir), str(step))
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}
+  )
   with _reading(path):
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with ocp.Checkpointer(
+      ocp.JsonCheckpointHandler(), multiprocessing_options=alone
+    ) as reader:
       saved = reader.restore(os.path.join(path, 'about'))
   if saved['format'] != FORMAT:
     raise config.ConfigError(

@@ -19,6 +19,8 @@ POSITIVE = dict(min=1)
 class ConfigError(ValueError):
   """One line that names the flag, its value and what is allowed."""
 
+  status = 2  # with which a process then ends
+
   def __init__(self, flag: str, value: object, allowed: str):
     super().__init__(f'--{flag}={value}: {allowed}')
 
@@ -245,6 +247,28 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Processes:
+  """Which process of a run this one is; not part of what the run is."""
+
+  coordinator: str = _f(
+    '',
+    'HOST:PORT at which process 0 listens; auto: processes, TPU pod or Slurm'
+    ' say it all; empty: one process',
+    result=False,
+  )
+  count: int = _f(
+    1, 'processes of the run, with a HOST:PORT', result=False, **POSITIVE
+  )
+  index: int = _f(
+    0, 'of this process, with a HOST:PORT', result=False, **UNSIGNED
+  )
+  timeout_s: int = _f(
+    30, 'seconds after which a silent process is given up, and the run with it',
+    result=False, **POSITIVE,
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
   """The loop."""
 
@@ -319,6 +343,7 @@ class Config:
   data: Data = Data()
   optim: Optim = Optim()
   mesh: Mesh = Mesh()
+  processes: Processes = Processes()
   train: Train = Train()
   eval: Eval = Eval()
   inspect: Inspect = Inspect()

@@ -97,12 +97,12 @@ def parse(args: list[str]) -> Parsed:
 
 
 def to_flag_file(cfg: config.Config) -> str:
-  """All fields as flag lines, the workdir left out: it is the run's identity,
-  not its definition."""
+  """All fields as flag lines, but for the workdir and the processes: they are
+  where the run is, not what it is."""
   return ''.join(
     f'--{name}={config.get(cfg, name)}\n'
     for name in config.fields()
-    if name != 'train.workdir'
+    if name != 'train.workdir' and not name.startswith('processes.')
   )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
-from mtp_jax import config, flags
+from mtp_jax import config, flags, validate
 
 
 class Command(NamedTuple):
@@ -31,9 +31,11 @@ def _need(cfg: config.Config, name: str, what: str) -> None:
     raise config.ConfigError(name, '', f'give {what}')
 
 
-def _report(lines: list[str], values: dict, out: str) -> None:
+def _report(
+  lines: list[str], values: dict, out: str, writes: bool = True
+) -> None:
   print('\n'.join(lines))
-  if out:
+  if out and writes:
     with open(out + '.tmp', 'w', encoding='utf-8') as f:
       json.dump(values, f, indent=1)
     os.replace(out + '.tmp', out)
@@ -100,9 +102,10 @@ def _train(parsed: flags.Parsed) -> int:
     },
   )
   _start_jax(cfg)
+  from mtp_jax import processes
   from mtp_jax.train import loop
 
-  return loop.train(cfg)
+  return processes.run(cfg, lambda: loop.train(cfg))
 
 
 def _eval(parsed: flags.Parsed) -> int:
@@ -110,12 +113,18 @@ def _eval(parsed: flags.Parsed) -> int:
   path = parsed.given.get('eval.checkpoint')
   if not path:
     raise config.ConfigError('eval.checkpoint', '', 'give a workdir')
-  _start_jax(config.replace(config.Config(), **parsed.given))
-  from mtp_jax import report
+  # The run's own config is the base of all flags, and is read later.
+  cfg = config.replace(config.Config(), **parsed.given)
+  validate.validate(config.Config(processes=cfg.processes))
+  _start_jax(cfg)
+  from mtp_jax import processes, report
 
-  lines, values = report.evaluate(_absolute(path), parsed)
-  _report(lines, values, parsed.out)
-  return 0
+  def command():
+    lines, values = report.evaluate(_absolute(path), parsed)
+    _report(lines, values, parsed.out, processes.first())
+    return 0
+
+  return processes.run(cfg, command)
 
 
 def _inspect(parsed: flags.Parsed) -> int:
@@ -152,12 +161,22 @@ COMMANDS = {
   ),
   'train': Command(
     'train, or go on with, the model of a flag file',
-    ('model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train', 'eval'),
+    (
+      'model',
+      'heads',
+      'loss',
+      'data',
+      'optim',
+      'mesh',
+      'processes',
+      'train',
+      'eval',
+    ),
     _train,
   ),
   'eval': Command(
     'held-out loss, accuracy and acceptance by head',
-    ('eval', 'data', 'mesh', 'out'),
+    ('eval', 'data', 'mesh', 'processes', 'out'),
     _eval,
   ),
   'report': Command(

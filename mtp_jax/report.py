@@ -8,7 +8,15 @@ import os
 import jax
 import numpy as np
 
-from mtp_jax import checkpoint, config, flags, params, sharding, targets
+from mtp_jax import (
+  checkpoint,
+  config,
+  flags,
+  params,
+  processes,
+  sharding,
+  targets,
+)
 from mtp_jax.data import loader
 from mtp_jax.evals import heldout
 from mtp_jax.model import lm
@@ -21,6 +29,26 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   Flags may say otherwise for how it is computed (data, mesh, loss), not for
   what the parameters are.
   """
+  with processes.together():
+    workdir, step, cfg, tokens, mesh = _open(path, parsed)
+  loop.check_same_store(tokens, cfg)
+  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
+  model = checkpoint.restore_params(workdir, step, abstract)
+  bytes_V = loop.bytes_of_tokens(tokens, cfg, mesh)
+  raw = heldout.evaluator(cfg, mesh, bytes_V)(
+    model, loop.eval_batches(tokens, cfg, mesh), step
+  )
+  values = metrics.scalars(raw)
+  lines = [
+    f'{workdir}, step {step}, {cfg.eval.split} split of {cfg.data.store}:'
+    f' {raw["count_K"][0]:,.0f} targets of head 1',
+    *metrics.table(values),
+  ]
+  return lines, dict(workdir=workdir, step=step) | metrics.jsonable(values)
+
+
+def _open(path, parsed):
+  """(workdir, step, Config, tokens, mesh) of an evaluation."""
   workdir, step = checkpoint.find(path)
   saved, _ = checkpoint.about(workdir, step)
   cfg = parsed.config(saved)
@@ -31,21 +59,7 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
       raise config.ConfigError(
         name, now, f'the checkpoint {path} was trained with {was}'
       )
-  tokens = loop.open_tokens(cfg)
-  mesh = sharding.make_mesh(cfg)
-  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(workdir, step, abstract)
-  bytes_V = loop.bytes_of_tokens(tokens, cfg, mesh)
-  raw = heldout.evaluator(cfg, mesh, bytes_V)(
-    model, loop.eval_batches(tokens, cfg), step
-  )
-  values = metrics.scalars(raw)
-  lines = [
-    f'{workdir}, step {step}, {cfg.eval.split} split of {cfg.data.store}:'
-    f' {raw["count_K"][0]:,.0f} targets of head 1',
-    *metrics.table(values),
-  ]
-  return lines, dict(workdir=workdir, step=step) | metrics.jsonable(values)
+  return workdir, step, cfg, loop.open_tokens(cfg), sharding.make_mesh(cfg)
 
 
 def inspect(cfg: config.Config) -> tuple[list[str], dict]:

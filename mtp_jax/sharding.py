@@ -5,7 +5,6 @@ missing or wrong one is an error when the program is traced. `gather` is the
 only place where a parameter stops being sharded over the batch axes.
 """
 
-import functools
 import math
 
 import jax
@@ -34,7 +33,11 @@ RULES = {
 
 
 def make_mesh(cfg: config.Config, devices=None) -> Mesh:
-  """The mesh of --mesh.*, over all devices; validates what depends on it."""
+  """The mesh of --mesh.*, over all devices; validates what depends on it.
+
+  jax.devices() has one order on every process, and where devices have no places
+  in a torus it is by process: the last axes, which talk most, stay within one.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = {axis: getattr(cfg.mesh, axis) for axis in AXES}
   free = [axis for axis in AXES if sizes[axis] == -1]
@@ -127,8 +130,33 @@ def zeros_cotangent(w):
   )
 
 
+def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
+  """Rows of a batch that this process's devices hold, rising.
+
+  Where a `tensor` axis spans processes they hold, hence read, the same rows.
+  """
+  held = NamedSharding(mesh, pspec('batch')).addressable_devices_indices_map(
+    (n_rows,)
+  )
+  rows_B = np.arange(n_rows)
+  return np.unique(np.concatenate([rows_B[i] for i in held.values()]))
+
+
 def put_batch(mesh: Mesh, batch: dict) -> dict:
-  """This process's rows (A, b, U) of each array -> global (A, B, U) arrays."""
+  """The rows (A, b, U) of `local_rows` -> global (A, B, U) arrays."""
   sharding = NamedSharding(mesh, pspec(None, 'batch', None))
-  place = functools.partial(jax.make_array_from_process_local_data, sharding)
-  return {name: place(x) for name, x in batch.items()}
+  n_shards = math.prod(mesh.shape[axis] for axis in BATCH)
+  mine = local_rows(mesh, n_shards).tolist()
+
+  def place(x):
+    rows = x.shape[1] // len(mine)  # of a shard
+
+    def shard(index):
+      first = rows * mine.index((index[1].start or 0) // rows)
+      return x[:, first : first + rows]
+
+    shape = (x.shape[0], rows * n_shards, x.shape[2])
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+  with jax.transfer_guard('allow'):  # this copy is meant
+    return {name: place(x) for name, x in batch.items()}

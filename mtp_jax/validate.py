@@ -17,6 +17,7 @@ def validate(cfg: config.Config) -> config.Config:
   _check_loss(cfg)
   _check_groups(cfg)
   _check_steps(cfg)
+  _check_processes(cfg.processes)
   return cfg
 
 
@@ -146,3 +147,22 @@ def _check_steps(cfg):
       raise config.ConfigError(
         f'mesh.{axis}', size, 'at least 1, or -1 on a single axis'
       )
+
+
+def _check_processes(p):
+  host, _, port = p.coordinator.rpartition(':')
+  if p.coordinator in ('', 'auto'):
+    for name, default in (('count', 1), ('index', 0)):
+      if getattr(p, name) != default:
+        raise config.ConfigError(
+          f'processes.{name}', getattr(p, name),
+          'needs --processes.coordinator=HOST:PORT',
+        )  # fmt: skip
+  elif not (host and port.isdigit() and 0 < int(port) < 2**16):
+    raise config.ConfigError(
+      'processes.coordinator', p.coordinator, 'HOST:PORT, auto or empty'
+    )
+  if p.index >= p.count:
+    raise config.ConfigError(
+      'processes.index', p.index, f'must be below --processes.count={p.count}'
+    )

@@ -17,6 +17,7 @@ FLOORS = {
   'flags': 1,
   'sharding': 1,
   'params': 1,
+  'processes': 1,
   'model/': 2,
   'data/': 2,
   'data/loader': 3,

@@ -17,9 +17,10 @@ SECTIONS = {
   'prepare': ['data'],
   'inspect': ['data', 'heads', 'inspect', 'train'],
   'train': [
-    'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train', 'eval',
+    'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes', 'train',
+    'eval',
   ],
-  'eval': ['eval', 'data', 'mesh'],
+  'eval': ['eval', 'data', 'mesh', 'processes'],
   'report': [],
 }  # fmt: skip
 
@@ -146,6 +147,16 @@ IMPOSSIBLE = [
   ('mesh.data', -1, {}, 'at least 1, or -1 on a single axis'),  # so is fsdp
   ('mesh.tensor', 0, {}, 'at least 1, or -1 on a single axis'),
   ('mesh.data', -2, {}, 'at least 1, or -1 on a single axis'),
+  ('processes.coordinator', 'here', {}, 'HOST:PORT, auto or empty'),
+  ('processes.coordinator', ':1234', {}, 'HOST:PORT, auto or empty'),
+  ('processes.coordinator', 'here:99999', {}, 'HOST:PORT, auto or empty'),
+  ('processes.count', 2, {}, 'needs --processes.coordinator=HOST:PORT'),
+  ('processes.index', 1, {'processes.coordinator': 'auto'},
+   'needs --processes.coordinator=HOST:PORT'),
+  ('processes.index', 2,
+   {'processes.coordinator': 'here:1234', 'processes.count': 2},
+   'must be below --processes.count=2'),
+  ('processes.timeout_s', 0, {}, 'must be at least 1'),
   ('model.n_kv_heads', 2, {'mesh.tensor': 4},
    'must be a multiple of mesh tensor=4'),
   ('model.d_model', 12, {}, 'must be a multiple of mesh fsdp=8'),

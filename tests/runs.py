@@ -60,17 +60,26 @@ def train(store_path: str, workdir, **changes) -> int:
   return main.main(['train', *args(store_path, str(workdir), **changes)])
 
 
-def process(command: list[str], **kwargs) -> subprocess.Popen:
-  """Python in a process of its own, with this one's devices and cache."""
-  environment = dict(
+def environment(devices: int = 8) -> dict:
+  """Of another process, with this one's cache."""
+  count = f' --xla_force_host_platform_device_count={devices}'
+  return dict(
     os.environ,
     PYTHONPATH=ROOT,
+    XLA_FLAGS=os.environ['XLA_FLAGS'] + count,  # the last one counts
     JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3',
   )
+
+
+def process(
+  command: list[str], devices: int = 8, variables: dict | None = None, **kwargs
+) -> subprocess.Popen:
+  """Python in a process of its own."""
   return subprocess.Popen(
-    [sys.executable, *command], env=environment, text=True, cwd=ROOT,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+    [sys.executable, *command], env=environment(devices) | (variables or {}),
+    text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    **kwargs,
   )  # fmt: skip
 
 

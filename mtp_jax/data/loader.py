@@ -1,9 +1,10 @@
 """Batches of windows in an order that only (seed, step) decides.
 
 Floor 3: NumPy and grain. The order is one sequence of window indices: a fresh
-permutation each epoch, cut into global batches. Each process slices its rows
-out of a global batch of indices and reads only those, so step s is made of the
-same rows for any number of processes, and the data position is the step.
+permutation each epoch, cut into global batches. Each process takes the rows
+of its devices out of a global batch of indices and reads only those, so step s
+is made of the same rows for any number of processes, and the data position is
+the step.
 """
 
 from collections.abc import Iterator
@@ -26,16 +27,14 @@ def train_batches(
   accumulate: int,
   seed: int,
   start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: np.ndarray | None = None,
   threads: int = 2,
   prefetch: int = 8,
 ) -> Iterator[Batch]:
   """Endless {'tokens', 'position'}, int32 of shape (A, b, U), from start_step.
 
-  A = accumulate micro-batches of b = batch_size / (A * process_count) rows of
-  U = seq_len + span tokens. The arrays of all processes, concatenated along b,
-  are those of a single process. Seeking costs nothing.
+  A = accumulate micro-batches of b rows, all batch_size / A of a micro-batch or
+  those of `rows`, of U = seq_len + span tokens. Seeking costs nothing.
 
   Args:
     split: what to read.
@@ -45,8 +44,7 @@ def train_batches(
     accumulate: micro-batches of an optimizer step.
     seed: of the order, 0 to 2**32 - 1.
     start_step: step of the first batch.
-    process_index: whose rows to read.
-    process_count: processes that share a batch.
+    rows: rows of each micro-batch to read (`sharding.local_rows`); None = all.
     threads: that read rows; 0 = read when asked.
     prefetch: steps read ahead.
 
@@ -55,10 +53,8 @@ def train_batches(
       out of range.
   """
   _check_windows(split, seq_len, span)
-  per_process = _per_process(batch_size, accumulate, process_count)
-  columns = slice(
-    process_index * per_process, (process_index + 1) * per_process
-  )
+  _check_divides(batch_size, accumulate)
+  columns = slice(None) if rows is None else rows
 
   def read(rows_B: np.ndarray) -> Batch:
     rows_AB = rows_B.reshape(accumulate, -1)[:, columns]
@@ -86,30 +82,23 @@ def eval_batches(
   span: int,
   batch_size: int,
   limit: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Every window once, in store order, as {'tokens', 'position'} (1, b, U).
 
   The last batch is filled up with rows of token 0 at position 0 throughout,
-  which hold no valid target. At most limit batches.
+  which hold no valid target. At most limit batches; of each the given rows,
+  None = all.
   """
   _check_windows(split, seq_len, span)
-  per_process = _per_process(batch_size, 1, process_count)
-  n_windows = split.n_windows(seq_len, span)
-  starts = range(
-    process_index * per_process, _up(n_windows, batch_size), batch_size
-  )
+  _check_divides(batch_size, 1)
+  rows_B = np.arange(batch_size) if rows is None else rows
+  starts = range(0, split.n_windows(seq_len, span), batch_size)
 
   def read(start: int) -> Batch:
-    rows_B = np.arange(start, start + per_process)
-    return _read(split, rows_B[None], seq_len, span)
+    return _read(split, start + rows_B[None], seq_len, span)
 
   return map(read, starts[:limit])
-
-
-def _up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
 
 
 def _index_batches(n_windows: int, seed: int, batch_size: int):
@@ -142,12 +131,9 @@ def _check_windows(split, seq_len: int, span: int):
     )  # fmt: skip
 
 
-def _per_process(batch_size: int, accumulate: int, process_count: int) -> int:
-  parts = accumulate * process_count
-  if batch_size < 1 or batch_size % parts:
+def _check_divides(batch_size: int, accumulate: int):
+  if batch_size < 1 or batch_size % accumulate:
     raise config.ConfigError(
       'data.batch_size', batch_size,
-      f'must be a multiple of {accumulate} micro-batches (--train.accumulate)'
-      f' x {process_count} processes = {parts}',
+      f'must be a multiple of {accumulate} micro-batches (--train.accumulate)',
     )  # fmt: skip
-  return batch_size // parts

@@ -20,7 +20,8 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
   step: optimizer steps that made the parameters. The heads that were active and
   the weights in force at the last of them are those of the evaluation: a head
   that never trained would be noise, to its neighbours in a chain as well.
-  batches yield tokens and position (1, b, U) of this process's rows.
+  batches yield tokens and position (1, b, U) of this process's rows
+  (`sharding.local_rows`); every process needs as many.
   """
   n = cfg.heads.n
 

@@ -22,6 +22,8 @@ STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
 class Lost(RuntimeError):
   """Another run has taken the workdir."""
 
+  status = 77  # with which a process then ends
+
 
 class Lock:
   """Taken on construction; ConfigError if a living run holds the workdir."""
@@ -64,6 +66,11 @@ class Lock:
     holder = _read(self._path)
     if holder and holder['run'] == self._id:
       os.remove(self._path)
+
+
+def held(workdir: str) -> bool:
+  """Whether anybody holds it."""
+  return os.path.exists(os.path.join(workdir, 'lock.json'))
 
 
 @contextlib.contextmanager

@@ -10,9 +10,7 @@ and resumed is, bit for bit, the run that was not.
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ import jax
 import numpy as np
 import rich.progress
 
-from mtp_jax import checkpoint, config, flags, params, sharding
+from mtp_jax import checkpoint, config, flags, params, processes, sharding
 from mtp_jax.data import loader, store, tokenizers
 from mtp_jax.evals import heldout
 from mtp_jax.model import heads, lm
@@ -30,7 +28,7 @@ from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
 EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
-EXIT_REPLACED = 77  # another run has taken the workdir
+EXIT_REPLACED = lock.Lost.status  # another run has taken the workdir
 EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
 
 
@@ -58,6 +56,17 @@ def open_tokens(cfg: config.Config) -> Tokens:
   return Tokens(opened, tokenizer)
 
 
+def check_same_store(tokens: Tokens, cfg: config.Config) -> None:
+  """Each process may read a copy of its own, but of the same store."""
+  wanted = processes.of_first(tokens.fingerprint)
+  with processes.together():
+    if tokens.fingerprint != wanted:
+      raise config.ConfigError(
+        'data.store', cfg.data.store,
+        f'process {jax.process_index()} reads another store than process 0',
+      )  # fmt: skip
+
+
 def bytes_of_tokens(tokens: Tokens, cfg: config.Config, mesh):
   """UTF-8 bytes of each row of the vocabulary, on every device."""
   bytes_V = np.zeros(cfg.model.vocab_size, np.int32)
@@ -66,9 +75,11 @@ def bytes_of_tokens(tokens: Tokens, cfg: config.Config, mesh):
 
 
 def train_batches(
-  tokens: Tokens, cfg: config.Config, start_step: int
+  tokens: Tokens, cfg: config.Config, start_step: int, mesh=None
 ) -> Iterator[dict]:
-  """This process's rows of each step from start_step on, endlessly."""
+  """Batches of each step from start_step on, endlessly; with a mesh, the rows
+  of this process."""
+  n_rows = cfg.data.batch_size // cfg.train.accumulate
   return loader.train_batches(
     tokens.store.split('train'),
     seq_len=cfg.data.seq_len,
@@ -77,61 +88,60 @@ def train_batches(
     accumulate=cfg.train.accumulate,
     seed=cfg.train.seed,
     start_step=start_step,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.local_rows(mesh, n_rows) if mesh else None,
     threads=cfg.data.read_threads,
   )
 
 
-def eval_batches(tokens: Tokens, cfg: config.Config) -> Iterator[dict]:
+def eval_batches(tokens: Tokens, cfg: config.Config, mesh) -> Iterator[dict]:
+  """The rows of this process; every process has as many batches."""
+  n_rows = cfg.data.batch_size // cfg.train.accumulate
   return loader.eval_batches(
     tokens.store.split(cfg.eval.split),
     seq_len=cfg.data.seq_len,
     span=cfg.span,
-    batch_size=cfg.data.batch_size // cfg.train.accumulate,
+    batch_size=n_rows,
     limit=cfg.eval.batches * cfg.train.accumulate or None,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.local_rows(mesh, n_rows),
   )
 
 
 def train(cfg: config.Config) -> int:
   """Trains to --train.steps, from the newest checkpoint of the workdir if there
   is one. Returns the exit status."""
-  tokens = open_tokens(cfg)
-  mesh = sharding.make_mesh(cfg)
-  train_batches(tokens, cfg, 0)  # refuses what it cannot divide
+  with processes.together():
+    tokens = open_tokens(cfg)
+    mesh = sharding.make_mesh(cfg)
+    train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide
+  check_same_store(tokens, cfg)
   workdir = cfg.train.workdir
-  try:
-    os.makedirs(workdir, exist_ok=True)
-  except OSError as error:
-    raise config.ConfigError(
-      'train.workdir', workdir, f'cannot write there: {error.strerror}'
-    ) from error
-  held = lock.Lock(workdir)
-  try:
+  with contextlib.ExitStack() as stack:
+    held = sinks = None  # but in the process that writes
+    with processes.together():
+      if processes.first():
+        held = _take(workdir)
+        stack.callback(held.release)
     start = _start_step(cfg, tokens)
     if start >= cfg.train.steps:
       print(f'{workdir} is trained already, to step {start}')
       return 0
-    _write_definition(cfg)
-    with contextlib.ExitStack() as stack:
-      stack.enter_context(jax.set_mesh(mesh))
+    if held:
+      _write_definition(cfg)
       sinks = metrics.Sinks(workdir, start)
       stack.callback(sinks.close)
-      saver = checkpoint.manager(workdir, cfg)
-      stack.callback(saver.close)  # waits for the save that is under way
-      stop = stack.enter_context(_stop_on_signal())
-      run = _Run(
-        cfg, mesh, tokens, bytes_of_tokens(tokens, cfg, mesh), held, sinks,
-        saver, stop,
-      )  # fmt: skip
-      return _loop(run, start, train_batches(tokens, cfg, start))
-  except lock.Lost as error:
-    print(f'mtp: {error}', file=sys.stderr)
-    return EXIT_REPLACED
-  finally:
-    held.release()
+    stack.enter_context(jax.set_mesh(mesh))
+    saver = checkpoint.manager(workdir, cfg)
+    stack.callback(saver.close)  # waits for the save that is under way
+    stop = stack.enter_context(processes.Stop(mesh).on_signal())
+    run = _Run(
+      cfg, mesh, tokens, bytes_of_tokens(tokens, cfg, mesh), held, sinks,
+      saver, stop,
+    )  # fmt: skip
+    try:
+      return _loop(run, start, train_batches(tokens, cfg, start, mesh))
+    except lock.Lost as error:
+      print(f'mtp: {error}', file=sys.stderr)
+      return EXIT_REPLACED
 
 
 class _Run(NamedTuple):
@@ -139,20 +149,43 @@ class _Run(NamedTuple):
   mesh: Any
   tokens: Tokens
   bytes_V: Any
-  held: lock.Lock
-  sinks: metrics.Sinks
+  held: lock.Lock | None
+  sinks: metrics.Sinks | None
   saver: Any
-  stop: threading.Event
+  stop: processes.Stop
+
+
+def _take(workdir: str) -> lock.Lock:
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as error:
+    raise config.ConfigError(
+      'train.workdir', workdir, f'cannot write there: {error.strerror}'
+    ) from error
+  return lock.Lock(workdir)
 
 
 def _start_step(cfg, tokens) -> int:
   """Step of the newest checkpoint, 0 without one; refused if the run there is
   another one."""
+  start = int(
+    processes.of_first(str(max(checkpoint.steps(cfg.train.workdir), default=0)))
+  )
+  with processes.together():
+    if not lock.held(cfg.train.workdir):
+      raise config.ConfigError(
+        'train.workdir', cfg.train.workdir,
+        f'process {jax.process_index()} does not see what process 0 wrote'
+        ' there; all machines must share it',
+      )  # fmt: skip
+    if start:
+      _check_same_run(cfg, tokens, start)
+  return start
+
+
+def _check_same_run(cfg, tokens, start) -> None:
   workdir = cfg.train.workdir
-  there = checkpoint.steps(workdir)
-  if not there:
-    return 0
-  old, fingerprint = checkpoint.about(workdir, there[-1])
+  old, fingerprint = checkpoint.about(workdir, start)
   for name, was, now in config.changed(old, cfg):
     raise config.ConfigError(
       name, now,
@@ -169,7 +202,6 @@ def _start_step(cfg, tokens) -> int:
       'data.store', cfg.data.store,
       f'is not the store that the run in --train.workdir={workdir} reads',
     )  # fmt: skip
-  return there[-1]
 
 
 def _write_definition(cfg) -> None:
@@ -181,27 +213,6 @@ def _write_definition(cfg) -> None:
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
       f.write(text)
     os.replace(path + '.tmp', path)
-
-
-@contextlib.contextmanager
-def _stop_on_signal():
-  """An event that SIGTERM or the first SIGINT sets; a second SIGINT raises."""
-  stop = threading.Event()
-
-  def handle(number, _):
-    if stop.is_set() and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    stop.set()
-
-  if threading.current_thread() is not threading.main_thread():
-    yield stop  # signals belong to the main thread's owner
-    return
-  old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield stop
-  finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
 
 
 def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
@@ -228,7 +239,7 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
       batch = sharding.put_batch(run.mesh, next(batches))
       state, values = step(state, batch, run.bytes_V)
       clock.steps += 1
-      last, stop = done == t.steps, run.stop.is_set()
+      last, stop = done == t.steps, run.stop()
       if done % t.log_every == 0 or last:
         values = metrics.scalars(jax.device_get(values))
         _log(run, done, n_active, values, clock, say)
@@ -247,7 +258,7 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
       if evaluates:
         _evaluate(run, done, state, evaluate, say)
       if saves:
-        run.held.check()
+        _check_held(run)
         checkpoint.save(run.saver, done, state, cfg, run.tokens.fingerprint)
       clock.go_on()
       if stop and not last:
@@ -332,18 +343,28 @@ def _log(run, done, n_active, values, clock, say):
   peak = metrics.peak_flops(jax.devices()[0].device_kind)
   if peak:
     values['mfu'] = flops_per_s / (peak * run.mesh.size)
-  run.held.check()
-  run.sinks.write('train', done, values)
+  _write(run, 'train', done, values)
   say(metrics.line(done, cfg.train.steps, values), done)
+
+
+def _check_held(run):
+  with processes.together():
+    if run.held:
+      run.held.check()
+
+
+def _write(run, kind, done, values):
+  _check_held(run)
+  if run.sinks:
+    run.sinks.write(kind, done, values)
 
 
 def _evaluate(run, done, state, evaluate, say):
   if run.cfg.eval.split not in run.tokens.store.splits:
     return
-  batches = eval_batches(run.tokens, run.cfg)
+  batches = eval_batches(run.tokens, run.cfg, run.mesh)
   values = metrics.scalars(evaluate(state.params, batches, done))
-  run.held.check()
-  run.sinks.write('eval', done, values)
+  _write(run, 'eval', done, values)
   say(f'held out, after step {done}:')
   for line in metrics.table(values):
     say('  ' + line)
@@ -406,7 +427,8 @@ def _profile(cfg: config.Config):
   """at(step, state), called before each step, traces those of the profile; a
   run that begins or ends among them traces what it has of them."""
   t, tracing = cfg.train, False
-  wanted = range(t.profile_start, t.profile_start + t.profile_steps)
+  n_steps = t.profile_steps if processes.first() else 0
+  wanted = range(t.profile_start, t.profile_start + n_steps)
 
   def at(step, state):
     nonlocal tracing

@@ -39,20 +39,7 @@ def train_step(
       state.params, jnp.zeros(cfg.heads.n), rows
     )
 
-  def accumulate(summed, rows):
-    out = micro_batch(rows)
-    return jax.tree.map(lambda s, x: s + x.astype(s.dtype), summed, out), None
-
-  # Summed in grad_dtype even where parameters, hence gradients, are bfloat16:
-  # there the eighth micro-batch would already be rounded away by the sum.
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(
-      x.shape, jnp.promote_types(x.dtype, cfg.loss.grad_dtype),
-      out_sharding=x.sharding.spec,
-    ),
-    jax.eval_shape(micro_batch, jax.tree.map(lambda x: x[0], batch)),
-  )  # fmt: skip
-  ((total, sums), (grads, norm2_K)), _ = jax.lax.scan(accumulate, zeros, batch)
+  (total, sums), (grads, norm2_K) = _summed(micro_batch, batch, cfg)
 
   with jax.named_scope('update'):
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -80,6 +67,28 @@ def train_step(
     skipped=metrics['skipped'],
     skipped_in_a_row=metrics['skipped_in_a_row'],
   ), metrics
+
+
+def _summed(micro_batch, batch, cfg):
+  """micro_batch of each of the A, summed in grad_dtype even where parameters,
+  hence gradients, are bfloat16: there the eighth would be rounded away."""
+  first = jax.tree.map(lambda x: x[0], batch)
+  if cfg.train.accumulate == 1:
+    # Of a scan of one step XLA:TPU compiles the whole forward pass twice.
+    return micro_batch(first)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(
+      x.shape, jnp.promote_types(x.dtype, cfg.loss.grad_dtype),
+      out_sharding=x.sharding.spec,
+    ),
+    jax.eval_shape(micro_batch, first),
+  )  # fmt: skip
+
+  def add(summed, rows):
+    out = micro_batch(rows)
+    return jax.tree.map(lambda s, x: s + x.astype(s.dtype), summed, out), None
+
+  return jax.lax.scan(add, zeros, batch)[0]
 
 
 def compiled(cfg: config.Config, n_active: int):

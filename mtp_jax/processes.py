@@ -1,0 +1,225 @@
+"""Several processes that make one run: they join, agree, and end together.
+
+Floor 1. Process 0 speaks and writes; each runs the same program on its own
+devices. With one process every function here does nothing or is the identity.
+
+What one process alone would find out (a missing file, a lock, a signal) is
+agreed upon before any of them acts on it, since one that leaves makes the
+others wait. Who ends without a word is missed after --processes.timeout_s.
+"""
+
+import collections
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtp_jax import config
+
+# What may differ from one process to another: where it is, what its machine
+# calls things.
+OWN = (
+  'processes.index', 'data.store', 'data.read_threads', 'data.verify',
+  'train.compilation_cache',
+)  # fmt: skip
+
+
+class Ended(Exception):
+  """Another process has said what is wrong; leave with its exit status."""
+
+  def __init__(self, status: int):
+    super().__init__(f'another process ended with status {status}')
+    self.status = status
+
+
+def run(cfg: config.Config, command: Callable[[], int]) -> int:
+  """command() as one of the processes of --processes.*; its exit status.
+
+  A process that crashes leaves at once, without Python's own end: that would
+  wait for threads which wait for other processes.
+
+  Raises:
+    ConfigError: the processes do not find each other, or have other flags.
+  """
+  if not cfg.processes.coordinator:
+    return command()
+  _join(cfg.processes)
+  try:
+    _check_same_flags(cfg)
+    return command()
+  except Ended as end:
+    return end.status
+  except config.ConfigError:
+    raise
+  except KeyboardInterrupt:
+    print('mtp: interrupted', file=sys.stderr)
+    _leave(130)
+  except BaseException:
+    traceback.print_exc()
+    _leave(1)
+
+
+def _leave(status: int):
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(status)
+
+
+def _join(p: config.Processes) -> None:
+  # It would take SIGTERM away from Python, in every command; see `Stop`.
+  jax.config.update('jax_enable_preemption_service', False)
+  told = {}  # else what the cluster says
+  if p.coordinator != 'auto':
+    told = dict(
+      coordinator_address=p.coordinator,
+      num_processes=p.count,
+      process_id=p.index,
+      cluster_detection_method='deactivate',
+    )
+  try:
+    jax.distributed.initialize(
+      **told,
+      heartbeat_timeout_seconds=p.timeout_s,
+      shutdown_timeout_seconds=p.timeout_s,
+    )
+  except (RuntimeError, ValueError) as error:
+    why = (str(error).strip() or repr(error)).splitlines()[0][:300]
+    raise config.ConfigError(
+      'processes.coordinator', p.coordinator,
+      f'the processes do not find each other: {why}',
+    ) from error  # fmt: skip
+  if not first():
+    # Also what libraries print past Python.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _several() -> bool:
+  # The latter alone would start the devices before the first flag is checked.
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+  """Whether this is the process that speaks and writes."""
+  return not _several() or jax.process_index() == 0
+
+
+def _gather(value: int) -> list[int]:
+  """Each process's value, in their order."""
+  with jax.transfer_guard('allow'):
+    return multihost_utils.process_allgather(np.int32(value)).tolist()
+
+
+def of_first(text: str) -> str:
+  """Process 0's text. All processes must call it."""
+  if not _several():
+    return text
+  mine = np.frombuffer(text.encode(), np.uint8)
+  with jax.transfer_guard('allow'):
+    size = multihost_utils.broadcast_one_to_all(np.int32(mine.size))
+    sent = np.zeros(int(size), np.uint8)
+    if first():
+      sent[:] = mine
+    sent = multihost_utils.broadcast_one_to_all(sent)
+  return sent.astype(np.uint8).tobytes().decode()
+
+
+@contextlib.contextmanager
+def together():
+  """If the body fails in one process, it ends all of them.
+
+  The body must not communicate. What the lowest of those that failed has raised
+  is raised there, and `Ended`, with the `status` of that error, elsewhere. All
+  processes must come here; it waits for the last.
+  """
+  if not _several():
+    yield
+    return
+  error = None
+  try:
+    yield
+  except Exception as raised:
+    error = raised
+  statuses = _gather(getattr(error, 'status', 1) if error else 0)
+  failed = [i for i, status in enumerate(statuses) if status]
+  if not failed:
+    return
+  if failed[0] == jax.process_index():
+    raise error
+  raise Ended(statuses[failed[0]]) from error
+
+
+def _check_same_flags(cfg: config.Config) -> None:
+  theirs = config.from_json(of_first(config.to_json(cfg)))
+  with together():
+    for name in config.fields():
+      mine, wanted = config.get(cfg, name), config.get(theirs, name)
+      if mine != wanted and name not in OWN:
+        raise config.ConfigError(
+          name, mine,
+          f'process {jax.process_index()} has it, process 0 has {wanted};'
+          ' give all the same flags',
+        )  # fmt: skip
+
+
+class Stop:
+  """Has any process been asked to stop? All get the same answer at a step.
+
+  SIGTERM or the first SIGINT asks; a second SIGINT raises KeyboardInterrupt.
+  Between several processes the question is a maximum over all devices, put at
+  each step and read `LAG` steps later, when it has been answered: it costs one
+  small program a step and no wait. (JAX's own notifier agrees on a step as
+  well, but knows no SIGINT, counts steps from 0 and keeps SIGTERM for good.)
+  """
+
+  LAG = 2
+
+  def __init__(self, mesh: Mesh):
+    self.asked = threading.Event()
+    self._answers = collections.deque()
+    self._sharding = NamedSharding(mesh, P(mesh.axis_names))
+    self._any = jax.jit(jnp.max)
+
+  def __call__(self) -> bool:
+    """Once a step, under jax.set_mesh."""
+    if not _several():
+      return self.asked.is_set()
+    flag = np.full(1, self.asked.is_set(), np.int32)
+    with jax.transfer_guard('allow'):  # this copy is meant
+      flags = jax.make_array_from_callback(
+        (self._sharding.mesh.size,), self._sharding, lambda _: flag
+      )
+    self._answers.append(self._any(flags))
+    if len(self._answers) <= self.LAG:
+      return False
+    return bool(jax.device_get(self._answers.popleft()))
+
+  @contextlib.contextmanager
+  def on_signal(self):
+    """Listens, and gives the signals back to whom they belonged."""
+
+    def handle(number, _):
+      if self.asked.is_set() and number == signal.SIGINT:
+        raise KeyboardInterrupt
+      self.asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+      yield self  # signals belong to the main thread's owner
+      return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old = {number: signal.signal(number, handle) for number in numbers}
+    try:
+      yield self
+    finally:
+      for number, handler in old.items():
+        signal.signal(number, handler)
