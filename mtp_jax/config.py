@@ -6,7 +6,10 @@ change when a run is resumed, because it does not change what is computed.
 """
 
 import dataclasses
+import fractions
 import json
+import os
+import re
 import typing
 
 VERSION = 1  # of the JSON form; raised when a field changes its meaning
@@ -22,7 +25,10 @@ class ConfigError(ValueError):
   status = 2  # with which a process then ends
 
   def __init__(self, flag: str, value: object, allowed: str):
-    super().__init__(f'--{flag}={value}: {allowed}')
+    super().__init__(flag, value, allowed)  # as pickle hands them on
+
+  def __str__(self):
+    return '--{}={}: {}'.format(*self.args)
 
 
 def _f(default, help, *, result=True, **limits):
@@ -158,18 +164,30 @@ class Loss:
 class Data:
   """Where tokens come from."""
 
-  store: str = _f('', 'directory of a token store', result=False)
+  store: str = _f(
+    '',
+    'directory of a token store, or a mixture [NAME=]PATH[:WEIGHT],…: shares of'
+    ' windows; NAME is the last part of PATH unless given',
+    result=False,
+  )
   documents: str = _f(
     'python:stdlib',
     'sources for prepare, separated by commas: python:stdlib, python:PACKAGE,'
-    ' dir:PATH, text:PATH, jsonl:PATH#field, parquet:PATH#field',
+    ' dir:PATH, text:PATH, jsonl:PATH#field, parquet:PATH#field;'
+    ' jsonl:PATH#prompt+completion scores the completion only',
     result=False,
   )
   tokenizer: str = _f(
-    'bytes',
-    'bytes: UTF-8 bytes with BOS and EOS; sentencepiece:FILE: a .model;'
-    ' hf:FILE: a tokenizer.json',
+    '',
+    'of prepare: bytes (UTF-8 bytes with BOS and EOS; also if empty),'
+    ' train:SIZE (SentencePiece, trained on the documents),'
+    ' sentencepiece:FILE.model, hf:FILE.json; afterwards: that of the store,'
+    ' refused if it is another',
   )
+  workers: int = _f(
+    0, 'processes that encode documents; 0 = as many as cores', result=False,
+    **UNSIGNED,
+  )  # fmt: skip
   seq_len: int = _f(256, 'queries of a window, in tokens', **POSITIVE)
   batch_size: int = _f(
     8, 'windows of one optimizer step, over all devices', **POSITIVE
@@ -319,9 +337,16 @@ class Eval:
   split: str = _f(
     'valid', 'part of the store', result=False, choices=('train', 'valid')
   )
-  batches: int = _f(
-    0, 'batches of data.batch_size windows; 0 = all', result=False, **UNSIGNED
+  stores: str = _f(
+    '',
+    'further stores to evaluate on, [NAME=]PATH,…: this split of each, or all'
+    ' of one that is not split',
+    result=False,
   )
+  batches: int = _f(
+    0, 'batches of data.batch_size windows a store; 0 = all', result=False,
+    **UNSIGNED,
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,6 +429,51 @@ def from_json(text: str) -> Config:
       for name, value in values.items()
     },
   )
+
+
+class StoreRef(typing.NamedTuple):
+  """A store as a flag names it."""
+
+  name: str
+  path: str
+  weight: str = '1'  # as written: decimal, hence exact
+
+  @property
+  def share(self) -> fractions.Fraction:
+    return fractions.Fraction(self.weight)
+
+
+STORE = re.compile(r'(?:([\w.-]+)=)?(.+?)(?::(\d+\.?\d*|\.\d+))?')
+
+
+def parse_stores(text: str) -> tuple[StoreRef, ...]:
+  """'a/b,c=d:.5' -> (('b', 'a/b', '1'), ('c', 'd', '.5')).
+
+  A path has no comma; one that looks as if it began with NAME= or ended in
+  :WEIGHT can be written ./PATH and PATH:1.
+  """
+  refs = []
+  for entry in text.split(',') if text else ():
+    match = STORE.fullmatch(entry.strip())
+    if not match:
+      raise ValueError('an empty path')
+    name, path, weight = match.groups()
+    name = name or os.path.basename(os.path.normpath(path))
+    refs.append(StoreRef(name, path, weight or '1'))
+    if not refs[-1].share:
+      raise ValueError('a weight of 0')
+  return tuple(refs)
+
+
+def format_stores(refs: typing.Iterable[StoreRef]) -> str:
+  """The shortest text that parse_stores reads as refs."""
+  entries = []
+  for ref in refs:
+    named = f'{ref.name}={ref.path}'
+    forms = (ref.path, named, f'{ref.path}:{ref.weight}')
+    exact = (form for form in forms if parse_stores(form) == (ref,))
+    entries.append(next(exact, f'{named}:{ref.weight}'))
+  return ','.join(entries)
 
 
 def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:

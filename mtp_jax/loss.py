@@ -75,7 +75,8 @@ def mtp_loss(
     probe_K: zeros. Their gradient is |dL/dz|^2 of each head, a sum over tokens;
       in a chain, of all that comes back to head k's input, its own loss and
       those of the heads that sit on it.
-    batch: tokens_BU and position_BU, int32, U = T + span.
+    batch: tokens_BU and position_BU, int32, U = T + span; scored_BU, bool,
+      where there is a mask.
     count_K: each head's valid targets in the whole step, over all micro-batches
       and devices; ones to get plain sums.
     weight_K: the heads' weights.

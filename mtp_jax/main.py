@@ -26,6 +26,13 @@ def _absolute(path: str) -> str:
   return os.path.abspath(os.path.expanduser(path))
 
 
+def _absolute_stores(text: str) -> str:
+  refs = config.parse_stores(text)
+  return config.format_stores(
+    ref._replace(path=_absolute(ref.path)) for ref in refs
+  )
+
+
 def _need(cfg: config.Config, name: str, what: str) -> None:
   if not config.get(cfg, name):
     raise config.ConfigError(name, '', f'give {what}')
@@ -66,19 +73,33 @@ def _no_more(parsed: flags.Parsed) -> None:
 
 def _prepare(parsed: flags.Parsed) -> int:
   _no_more(parsed)
-  from mtp_jax.data import documents, progress, store, tokenizers
+  from mtp_jax.data import documents, progress, store, tokenizers, vocabulary
 
   cfg = parsed.config()
+  path, name = cfg.data.store, cfg.data.tokenizer or 'bytes'
   _need(cfg, 'data.store', 'the directory to write')
+  if [ref.path for ref in config.parse_stores(path)] != [path]:
+    raise config.ConfigError(
+      'data.store', path, 'prepare writes one store; no comma, NAME= or :WEIGHT'
+    )
+  store.check_target(path, cfg.data.overwrite)
+  found = documents.read(cfg.data.documents)
+  if name.startswith('train:'):
+    with progress.timed(f'tokenizer {name}'):
+      tokenizer = vocabulary.train(name, found, cfg.data.valid_fraction)
+    found = documents.read(cfg.data.documents)
+  else:
+    tokenizer = tokenizers.get(name)
   with progress.status() as show:
     manifest = store.write(
-      cfg.data.store,
-      documents.read(cfg.data.documents),
-      tokenizers.get(cfg.data.tokenizer),
+      path,
+      found,
+      tokenizer,
       valid_fraction=cfg.data.valid_fraction,
       sources=cfg.data.documents,
       progress=show,
       overwrite=cfg.data.overwrite,
+      workers=cfg.data.workers or os.cpu_count(),
     )
   _report(store.summary(manifest), manifest, parsed.out)
   return 0
@@ -97,7 +118,8 @@ def _train(parsed: flags.Parsed) -> int:
   cfg = config.replace(
     cfg,
     **{
-      'data.store': _absolute(cfg.data.store),
+      'data.store': _absolute_stores(cfg.data.store),
+      'eval.stores': _absolute_stores(cfg.eval.stores),
       'train.workdir': _absolute(cfg.train.workdir),
     },
   )

@@ -34,17 +34,25 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   loop.check_same_store(tokens, cfg)
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
   model = checkpoint.restore_params(workdir, step, abstract)
-  bytes_V = loop.bytes_of_tokens(tokens, cfg, mesh)
-  raw = heldout.evaluator(cfg, mesh, bytes_V)(
-    model, loop.eval_batches(tokens, cfg, mesh), step
+  evaluate_on = heldout.evaluator(
+    cfg, mesh, loop.bytes_of_tokens(tokens, cfg, mesh)
   )
-  values = metrics.scalars(raw)
-  lines = [
-    f'{workdir}, step {step}, {cfg.eval.split} split of {cfg.data.store}:'
-    f' {raw["count_K"][0]:,.0f} targets of head 1',
-    *metrics.table(values),
-  ]
-  return lines, dict(workdir=workdir, step=step) | metrics.jsonable(values)
+  sets = loop.eval_batches(tokens, cfg, mesh)
+  if not sets:
+    tokens.sources[0].store.split(cfg.eval.split)  # says what there is
+  lines, by_name = [], {}
+  for name, batches in sets.items():
+    raw = evaluate_on(model, batches, step)
+    values = metrics.scalars(raw)
+    of = name if len(sets) > 1 else cfg.data.store
+    lines += [
+      f'{workdir}, step {step}, {cfg.eval.split} split of {of}:'
+      f' {raw["count_K"][0]:,.0f} targets of head 1',
+      *metrics.table(values),
+    ]
+    by_name[name] = metrics.jsonable(values)
+  found = dict(sources=by_name) if len(sets) > 1 else by_name[name]
+  return lines, dict(workdir=workdir, step=step) | found
 
 
 def _open(path, parsed):
@@ -69,14 +77,14 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
   head, bracketed where it does not count.
   """
   tokens = loop.open_tokens(cfg)
-  split = tokens.store.split('train')
+  mixture, window = tokens.train(), (cfg.data.seq_len, cfg.span)
   batch = next(loop.train_batches(tokens, cfg, cfg.inspect.step))
   rows = loader.row_indices(
-    split.n_windows(cfg.data.seq_len, cfg.span),
-    cfg.train.seed,
-    cfg.data.batch_size,
-    cfg.inspect.step,
-  )
+    mixture.sizes(*window), mixture.weights, cfg.train.seed,
+    cfg.data.batch_size, cfg.inspect.step,
+  )  # fmt: skip
+  of_row = [mixture.find(row, *window) for row in rows]
+  names = [tokens.sources[s].ref.name for s, _ in of_row]
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
   targets_KBT, valid_KBT = jax.device_get(targets.targets(flat, cfg))
   count_K = valid_KBT.sum(axis=(1, 2))
@@ -91,8 +99,10 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
     + ' '.join(f'{k}: {c:,}' for k, c in enumerate(count_K, 1))
   ]
   for b in range(min(cfg.inspect.rows, len(rows))):
+    of = f' of {names[b]}' if len(tokens.sources) > 1 else ''
     lines.append(
-      f'window {rows[b]}: {tokens.tokenizer.decode(flat["tokens"][b])!r}'
+      f'window {of_row[b][1]}{of}:'
+      f' {tokens.tokenizer.decode(flat["tokens"][b])!r}'
     )
     lines.append(
       '    t  token     position  segment  targets '
@@ -108,13 +118,16 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
         f'{t:5d}  {piece(flat["tokens"][b, t]):8}'
         f'  {flat["position"][b, t]:8d}  {segment_U[t]:7d}  {"  ".join(shown)}'
       )
-  lines.append('[x]: not a target: another document')
+  lines.append(
+    '[x]: not a target: another document'
+    + (', or not to be scored' if 'scored' in flat else '')
+  )
   return lines, dict(
     step=cfg.inspect.step,
-    windows=rows.tolist(),
+    sources=names,
+    windows=[number for _, number in of_row],
     counts=count_K.tolist(),
-    tokens=flat['tokens'].tolist(),
-    position=flat['position'].tolist(),
+    **{name: x.tolist() for name, x in flat.items()},
     targets=targets_KBT.tolist(),
     valid=valid_KBT.tolist(),
   )
@@ -158,13 +171,21 @@ def curves(runs: list[str]) -> tuple[list[str], dict]:
   last = {run: found[-1] for run, found in records.items()}
   lines = [
     f'{run}: step {r["step"]}, '
+    + (f'{r["source"]}: ' if 'source' in r else '')
     + ', '.join(
       f'head {n[5:]} ' + ('nan' if r[n] is None else f'{r[n]:.4f}')
       for n in _heads([r], 'loss')
     )
-    for run, r in last.items()
+    for run, found in records.items()
+    for r in _last(found)
   ]
   return [*lines, f'curves: {path}'], dict(curves=path, last=last)
+
+
+def _last(found: list[dict]) -> list[dict]:
+  """The last record, and those of the other sets evaluated with it."""
+  same = [(r['kind'], r['step']) for r in found]
+  return [r for r, key in zip(found, same, strict=True) if key == same[-1]]
 
 
 def _heads(found, name):
@@ -174,18 +195,31 @@ def _heads(found, name):
   return sorted(wanted, key=lambda f: int(f.rsplit('_', 1)[1]))
 
 
+MARKERS = 'osv^D*P<>'  # of validation sets, in turn
+
+
 def _line(axes, found, name, color, style, label):
-  """Training as a line, held-out values as dots."""
-  for kind in ('train', 'eval'):
-    points = [
-      (r['step'], r[name])
-      for r in found
-      if r['kind'] == kind and r.get(name) is not None
-    ]
-    if points and kind == 'train':
+  """Training as a line, held-out values as dots, of another shape a set."""
+  k = name.rsplit('_', 1)[1]
+  points = _points(found, name, lambda r: r['kind'] == 'train')
+  if points:
+    axes.plot(
+      *zip(*points, strict=True), style, color=color, alpha=0.8, linewidth=1,
+      label=f'head {k}{label}',
+    )  # fmt: skip
+  evals = [r for r in found if r['kind'] == 'eval']
+  sources = list(dict.fromkeys(r.get('source') for r in evals))
+  for i, source in enumerate(sources):
+    points = _points(evals, name, lambda r: r.get('source') == source)  # noqa: B023
+    if points:
       axes.plot(
-        *zip(*points, strict=True), style, color=color, alpha=0.8, linewidth=1,
-        label=f'head {name.rsplit("_", 1)[1]}{label}',
+        *zip(*points, strict=True), MARKERS[i % len(MARKERS)], color=color,
+        markersize=4, label=f'head {k}, {source}{label}' if source else None,
       )  # fmt: skip
-    elif points:
-      axes.plot(*zip(*points, strict=True), 'o', color=color, markersize=4)
+
+
+def _points(found, name, wanted) -> list[tuple]:
+  return [
+    (r['step'], r[name]) for r in found
+    if wanted(r) and r.get(name) is not None
+  ]  # fmt: skip

@@ -2,9 +2,9 @@
 
 Floor 3. Head k predicts token t + o_k, o_k = 1 + stride (k - 1): the next
 tokens in a row, or, with a stride above 1, leaps (Liu et al. 2025,
-https://arxiv.org/abs/2505.17505). A batch is a dict of int32 arrays (…, B, U),
-U = T + span: tokens, position (0 where a document starts) and, where only
-completions are learnt, scored.
+https://arxiv.org/abs/2505.17505). A batch is a dict of arrays (…, B, U),
+U = T + span: tokens and position (0 where a document starts), int32, and, where
+only completions are learnt, scored, bool.
 """
 
 import functools
@@ -36,7 +36,7 @@ def _ahead(rows, offset: int, T: int):
   position_BU = rows['position']
   valid_BT = position_BU[:, there] == position_BU[:, :T] + offset
   if 'scored' in rows:
-    valid_BT &= rows['scored'][:, there] > 0
+    valid_BT &= rows['scored'][:, there]
   return rows['tokens'][:, there], valid_BT
 
 

@@ -18,6 +18,7 @@ def validate(cfg: config.Config) -> config.Config:
   _check_groups(cfg)
   _check_steps(cfg)
   _check_processes(cfg.processes)
+  _check_stores(cfg)
   return cfg
 
 
@@ -166,3 +167,24 @@ def _check_processes(p):
     raise config.ConfigError(
       'processes.index', p.index, f'must be below --processes.count={p.count}'
     )
+
+
+def _check_stores(cfg):
+  names = set()
+  for flag, form in (
+    ('data.store', '[NAME=]PATH[:WEIGHT],… with weights above 0'),
+    ('eval.stores', '[NAME=]PATH,…'),
+  ):
+    text = config.get(cfg, flag)
+    try:
+      refs = config.parse_stores(text)
+    except ValueError as error:
+      raise config.ConfigError(flag, text, form) from error
+    if flag == 'eval.stores' and any(ref.weight != '1' for ref in refs):
+      raise config.ConfigError(flag, text, f'{form}, without weights')
+    for ref in refs:
+      if ref.name in names:
+        raise config.ConfigError(
+          flag, text, f'two stores are called {ref.name!r}; give NAME=PATH'
+        )
+      names.add(ref.name)

@@ -23,12 +23,13 @@ OTHER = {
 # Every field that may differ when a run goes on; all others may not.
 FREE = """
   data.store data.documents data.valid_fraction data.overwrite data.verify
-  data.read_threads mesh.data mesh.fsdp mesh.tensor processes.coordinator
-  processes.count processes.index processes.timeout_s train.workdir train.steps
+  data.read_threads data.workers mesh.data mesh.fsdp mesh.tensor
+  processes.coordinator processes.count processes.index processes.timeout_s
+  train.workdir train.steps
   train.log_every train.eval_every train.checkpoint_every train.keep_last
   train.keep_every train.profile_start train.profile_steps
-  train.compilation_cache eval.checkpoint eval.split eval.batches inspect.step
-  inspect.rows inspect.tokens
+  train.compilation_cache eval.checkpoint eval.split eval.stores eval.batches
+  inspect.step inspect.rows inspect.tokens
 """.split()
 
 

@@ -345,7 +345,7 @@ def test_inspect_shows_the_batch_of_a_step(store, tmp_path, capsys):
     '--inspect.step=3', '--inspect.rows=8', '--inspect.tokens=16',
   )  # fmt: skip
   split = store_lib.open_store(store).split('train')
-  rows = loader.row_indices(split.n_windows(16, 2), 0, 8, 3).tolist()
+  rows = loader.row_indices([split.n_windows(16, 2)], [1], 0, 8, 3).tolist()
   assert shown['step'] == 3 and shown['windows'] == rows
   lines = [line for line in out if line[:5].strip().isdigit()]
   valid_KBT = np.array(shown['valid'])

@@ -26,8 +26,12 @@ from mtp_jax import config
 
 
 class Document(NamedTuple):
+  """cuts: characters at which scoring goes on and off in turn, from off; each
+  piece between two is encoded by itself. () = the whole text is scored."""
+
   name: str  # relative and stable, e.g. stdlib/json/decoder.py, a.jsonl:17
   text: str
+  cuts: tuple[int, ...] = ()
 
 
 File = tuple[str, str]  # (document name, path)
@@ -45,7 +49,8 @@ def read(sources: str, skipped: Skipped | None = None) -> Iterator[Document]:
 
   Kinds: python:stdlib, python:PACKAGE, dir:PATH, text:PATH, jsonl:PATH#FIELD,
   parquet:PATH#FIELD; the last three take globs; text and jsonl read .gz and
-  .zst. A path has no comma.
+  .zst. A path has no comma. jsonl:PATH#PROMPT+COMPLETION makes one document of
+  two fields, of which the second is scored.
 
   Args:
     sources: what to read, in this order.
@@ -168,13 +173,17 @@ def _path_and_field(arg: str) -> tuple[str, str]:
 
 def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
   path, field = _path_and_field(arg)
+  fields = field.split('+')
+  if len(fields) > 2 or not all(fields):
+    raise fail('one FIELD, or PROMPT+COMPLETION')
   files = _match(path, fail)
 
   def stream():
     for name, path in files:
       for number, line in _lines(path, fail):
-        text = _field(line, field, f'{path}:{number}', fail)
-        yield Document(f'{name}:{number}', text)
+        texts = _fields(line, fields, f'{path}:{number}', fail)
+        cuts = (len(texts[0]),) if len(texts) == 2 else ()
+        yield Document(f'{name}:{number}', ''.join(texts), cuts)
 
   return stream()
 
@@ -215,7 +224,7 @@ def _parquet(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
   return stream()
 
 
-def _field(line: bytes, field: str, place: str, fail: Fail) -> str:
+def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
   text = _decode(line)
   if text is None:
     raise fail(f'{place}: not UTF-8 text')
@@ -228,14 +237,15 @@ def _field(line: bytes, field: str, place: str, fail: Fail) -> str:
     raise fail(f'{place}: bad JSON: nested too deeply') from error
   if not isinstance(record, dict):
     raise fail(f'{place}: {type(record).__name__} where an object should be')
-  if field not in record:
-    fields = ', '.join(sorted(record)) or 'none'
-    raise fail(f'{place}: no field {field!r}, its fields are: {fields}')
-  if not isinstance(record[field], str):
-    kind = type(record[field]).__name__
-    raise fail(f'{place}: field {field!r} is {kind}, not a string')
+  for field in fields:
+    if field not in record:
+      has = ', '.join(sorted(record)) or 'none'
+      raise fail(f'{place}: no field {field!r}, its fields are: {has}')
+    if not isinstance(record[field], str):
+      kind = type(record[field]).__name__
+      raise fail(f'{place}: field {field!r} is {kind}, not a string')
   # JSON can spell half a character, which UTF-8 (and a byte count) cannot.
-  return LONE_SURROGATE.sub('\ufffd', record[field])
+  return [LONE_SURROGATE.sub('\ufffd', record[field]) for field in fields]
 
 
 def _match(pattern: str, fail: Fail) -> list[File]:

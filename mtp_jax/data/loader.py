@@ -1,13 +1,15 @@
 """Batches of windows in an order that only (seed, step) decides.
 
-Floor 3: NumPy and grain. The order is one sequence of window indices: a fresh
-permutation each epoch, cut into global batches. Each process takes the rows
+Floor 3: NumPy and grain. The order is one sequence of window indices, cut into
+global batches: of each split of a mixture a fresh permutation each epoch of its
+own, and the splits interleaved by their weights. Each process takes the rows
 of its devices out of a global batch of indices and reads only those, so step s
 is made of the same rows for any number of processes, and the data position is
 the step.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -19,7 +21,7 @@ Batch = dict[str, np.ndarray]
 
 
 def train_batches(
-  split: windows.Split,
+  split: windows.Split | windows.Mixture,
   *,
   seq_len: int,
   span: int,
@@ -34,10 +36,11 @@ def train_batches(
   """Endless {'tokens', 'position'}, int32 of shape (A, b, U), from start_step.
 
   A = accumulate micro-batches of b rows, all batch_size / A of a micro-batch or
-  those of `rows`, of U = seq_len + span tokens. Seeking costs nothing.
+  those of `rows`, of U = seq_len + span tokens; and 'scored', bool, if a split
+  of the mixture is masked. Seeking costs nothing.
 
   Args:
-    split: what to read.
+    split: what to read, or several to mix.
     seq_len: queries of a window; windows are this far apart.
     span: further tokens a window carries for targets.
     batch_size: windows of an optimizer step, over all processes.
@@ -52,7 +55,10 @@ def train_batches(
     ConfigError: no window in the split, a batch that cannot be divided, a seed
       out of range.
   """
-  _check_windows(split, seq_len, span)
+  if isinstance(split, windows.Split):
+    split = windows.Mixture((split,), (1,))
+  for part in split.splits:
+    _check_windows(part, seq_len, span)
   _check_divides(batch_size, accumulate)
   columns = slice(None) if rows is None else rows
 
@@ -60,8 +66,10 @@ def train_batches(
     rows_AB = rows_B.reshape(accumulate, -1)[:, columns]
     return _read(split, rows_AB, seq_len, span)
 
-  n_windows = split.n_windows(seq_len, span)
-  steps = _index_batches(n_windows, seed, batch_size)[start_step:].map(read)
+  order = _index_batches(
+    split.sizes(seq_len, span), split.weights, seed, batch_size
+  )
+  steps = order[start_step:].map(read)
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=max(prefetch, threads)
   )
@@ -69,10 +77,40 @@ def train_batches(
 
 
 def row_indices(
-  n_windows: int, seed: int, batch_size: int, step: int
-) -> np.ndarray:
-  """Windows that training step reads, in the order of the global batch."""
-  return _index_batches(n_windows, seed, batch_size)[step]
+  sizes: Sequence[int], weights: Sequence[int], seed: int, batch_size: int,
+  step: int,
+) -> np.ndarray:  # fmt: skip
+  """Windows that a training step reads, in the order of the global batch.
+
+  Args:
+    sizes: windows of each split.
+    weights: of each split, positive integers: shares of windows.
+    seed: of the order.
+    batch_size: windows of a step.
+    step: which.
+
+  Returns:
+    numbers of windows, counted through all splits, as windows.Mixture does.
+  """
+  return _index_batches(sizes, weights, seed, batch_size)[step]
+
+
+def interleave(row: int, weights: Sequence[int]) -> tuple[int, int]:
+  """Row of a mixture -> (which part it is of, how many rows of it came before).
+
+  The first part takes every row at which row * weight / sum(weights) passes a
+  whole number; what it leaves goes to the others in the same way. So sum(
+  weights) rows in a row that begin at a multiple of it hold exactly weight rows
+  of each part, and any number of first rows of it are less than one off for the
+  first part.
+  """
+  left = sum(weights)
+  for part, weight in enumerate(weights):
+    before, after = row * weight // left, (row + 1) * weight // left
+    if after > before:
+      return part, before
+    row, left = row - before, left - weight
+  raise ValueError(f'weights {weights} must be positive')
 
 
 def eval_batches(
@@ -84,7 +122,8 @@ def eval_batches(
   limit: int | None = None,
   rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-  """Every window once, in store order, as {'tokens', 'position'} (1, b, U).
+  """Every window once, in store order, as {'tokens', 'position'} (1, b, U), and
+  'scored' of a masked split.
 
   The last batch is filled up with rows of token 0 at position 0 throughout,
   which hold no valid target. At most limit batches; of each the given rows,
@@ -101,26 +140,36 @@ def eval_batches(
   return map(read, starts[:limit])
 
 
-def _index_batches(n_windows: int, seed: int, batch_size: int):
+def _index_batches(sizes, weights, seed: int, batch_size: int):
   if not 0 <= seed < 2**32:
     raise config.ConfigError('train.seed', seed, 'from 0 to 2**32 - 1')
-  order = grain.MapDataset.range(n_windows).seed(seed).shuffle().repeat()
-  return order.batch(batch_size)
+  orders = [
+    grain.MapDataset.range(size).seed((seed + i) % 2**32).shuffle().repeat()
+    for i, size in enumerate(sizes)
+  ]
+  first_S = np.cumsum([0, *sizes])[:-1]
+
+  def pick(row):
+    part, before = interleave(int(row), weights)
+    return first_S[part] + orders[part][before]
+
+  return grain.MapDataset.range(sys.maxsize).map(pick).batch(batch_size)
 
 
 def _read(split, rows_AB: np.ndarray, seq_len: int, span: int) -> Batch:
   """The windows; a row past the last one stays 0."""
   n_windows = split.n_windows(seq_len, span)
   shape = (*rows_AB.shape, seq_len + span)
-  tokens_ABU, position_ABU = (
-    np.zeros(shape, np.int32),
-    np.zeros(shape, np.int32),
-  )
+  batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'position')}
+  if split.masked:
+    batch['scored'] = np.zeros(shape, bool)
   for place, row in np.ndenumerate(rows_AB):
     if row < n_windows:
       tokens_U, position_U = split.window(row, seq_len, span)
-      tokens_ABU[place], position_ABU[place] = tokens_U, position_U
-  return {'tokens': tokens_ABU, 'position': position_ABU}
+      batch['tokens'][place], batch['position'][place] = tokens_U, position_U
+      if split.masked:
+        batch['scored'][place] = split.mask(row, seq_len, span)
+  return batch
 
 
 def _check_windows(split, seq_len: int, span: int):

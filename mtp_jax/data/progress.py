@@ -22,8 +22,7 @@ def status():
       f' {tokens / seconds:,.0f} tokens/s, {n_bytes / seconds / 1e6:.1f} MB/s'
     )
 
-  console = rich.console.Console(quiet=not sys.stdout.isatty())
-  with rich.status.Status('', console=console) as live:
+  with _live('') as live:
 
     def show(*counts):
       nonlocal so_far
@@ -32,3 +31,17 @@ def status():
 
     yield show
   print(text())
+
+
+@contextlib.contextmanager
+def timed(what: str):
+  """A live line while it lasts, at a terminal; then one with the seconds."""
+  begin = time.perf_counter()
+  with _live(f'{what} …'):
+    yield
+  print(f'{what}: {time.perf_counter() - begin:.1f} s')
+
+
+def _live(text: str) -> rich.status.Status:
+  console = rich.console.Console(quiet=not sys.stdout.isatty())
+  return rich.status.Status(text, console=console)

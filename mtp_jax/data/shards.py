@@ -29,26 +29,34 @@ def write_split(
   tokens_P = np.memmap(spool.path, spool.dtype, 'r')
   start_M = (np.cumsum(spool.length_M) - spool.length_M)[rows_M]
   length_M = spool.length_M[rows_M]
+  # One document with cuts gives every shard of the store a mask.
+  cuts = [spool.cuts[row] for row in rows_M] if any(spool.cuts) else []
   entries = [
     _write_shard(
-      folder, number, tokens_P, start_M[first:last], length_M[first:last]
+      folder, number, tokens_P, start_M[first:last], length_M[first:last],
+      cuts[first:last],
     )
     for number, (first, last) in enumerate(_bounds(length_M, shard_tokens))
-  ]
+  ]  # fmt: skip
   sync_folder(folder)
-  return {
+  entry = {
     'documents': len(rows_M),
     'tokens': int(length_M.sum()),
     'bytes': int(spool.bytes_M[rows_M].sum()),
     'shards': entries,
   }
+  if cuts:
+    entry['scored'] = sum(shard['scored'] for shard in entries)
+  return entry
 
 
-def _write_shard(folder, number: int, tokens_P, start_M, length_M) -> dict:
+def _write_shard(
+  folder, number: int, tokens_P, start_M, length_M, cuts
+) -> dict:
   pairs = zip(start_M.tolist(), length_M.tolist(), strict=True)
   parts = (tokens_P[start : start + length] for start, length in pairs)
   offset_M = (np.cumsum(length_M) - length_M).astype(OFFSET_DTYPE)
-  return {
+  entry = {
     'tokens': int(length_M.sum()),
     'documents': len(length_M),
     'tokens_file': write_file(folder / f'tokens-{number:05d}.bin', parts),
@@ -56,6 +64,21 @@ def _write_shard(folder, number: int, tokens_P, start_M, length_M) -> dict:
       folder / f'offsets-{number:05d}.bin', [offset_M]
     ),
   }
+  if cuts:
+    masks = [mask(*x) for x in zip(length_M.tolist(), cuts, strict=True)]
+    entry['scored'] = sum(int(scored_T.sum()) for scored_T in masks)
+    entry['scored_file'] = write_file(
+      folder / f'scored-{number:05d}.bin', masks
+    )
+  return entry
+
+
+def mask(length: int, cuts: tuple[int, ...]) -> np.ndarray:
+  """scored_T of a document of so many tokens, switched on and off at cuts."""
+  if not cuts:
+    return np.ones(length, bool)
+  switched_T = np.bincount(cuts, minlength=length)  # two in one place cancel
+  return np.cumsum(switched_T) % 2 == 1
 
 
 def _bounds(length_M, shard_tokens: int) -> Iterator[tuple[int, int]]:
@@ -94,24 +117,34 @@ def open_split(
   root: pathlib.Path, name: str, entry: dict, dtype: str, verify: bool
 ) -> windows.Split:
   """Maps the files of the manifest's entry, once they are known to be whole."""
-  tokens, offsets = [], []
-  for shard in entry['shards']:
-    tokens.append(_map(root, shard['tokens_file'], dtype, verify))
-    offsets.append(_map(root, shard['offsets_file'], OFFSET_DTYPE, verify))
-  return windows.Split(name, tuple(tokens), tuple(offsets))
+  files = {}
+  for key, of_file in (
+    ('tokens_file', dtype),
+    ('offsets_file', OFFSET_DTYPE),
+    ('scored_file', '?'),
+  ):
+    paths = [
+      checked(root, shard[key], verify)
+      for shard in entry['shards']
+      if key in shard
+    ]
+    # A plain view: slicing the memmap subclass costs more than the read.
+    files[key] = tuple(
+      np.memmap(path, of_file, 'r').view(np.ndarray) for path in paths
+    )
+  return windows.Split(name, *files.values())
 
 
-def _map(root, record: dict, dtype: str, verify: bool) -> np.ndarray:
-  name, path = record['file'], root / record['file']
+def checked(root: pathlib.Path, record: dict, verify: bool) -> pathlib.Path:
+  """Path of a file that is as write_file left it, or raises ConfigError."""
+  path = root / record['file']
   try:
     problem = _problem(path, record, verify)
-    # A plain view: slicing the memmap subclass costs more than the read.
-    array = None if problem else np.memmap(path, dtype, 'r').view(np.ndarray)
   except OSError as error:
     problem = error.strerror
   if problem:
-    raise config.ConfigError('data.store', root, f'{name}: {problem}')
-  return array
+    raise config.ConfigError('data.store', root, f'{record["file"]}: {problem}')
+  return path
 
 
 def _problem(path: pathlib.Path, record: dict, verify: bool) -> str:

@@ -7,14 +7,13 @@ in memory (hash, tokens, bytes); its tokens go to disk. Letters: M documents.
 import array
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax.data import tokenizers
+from mtp_jax.data import documents, encoding, tokenizers
 
-PROGRESS_TOKENS = 2**20  # between two reports
 Progress = Callable[[int, int, int], None]  # documents, tokens, bytes so far
 
 
@@ -23,62 +22,70 @@ class Spool(NamedTuple):
 
   path: pathlib.Path
   dtype: str
-  digest_M4: np.ndarray  # sha256 of the text as four uint64
+  digest_M4: np.ndarray  # `digest` as four uint64
   length_M: np.ndarray  # tokens
   bytes_M: np.ndarray  # UTF-8 bytes of the text
+  cuts: list[tuple[int, ...]]  # as in Document, but in tokens; a document each
   duplicates: int
   empty: int
 
 
+def digest(document: documents.Document) -> bytes:
+  """sha256 of the text and of what is scored of it: the document's identity."""
+  data = document.text.encode()
+  if document.cuts:  # after a byte that UTF-8 does not have
+    data += b'\xff' + repr(document.cuts).encode()
+  return hashlib.sha256(data).digest()
+
+
+def held_out(digest_M4: np.ndarray, fraction: float) -> np.ndarray:
+  """Which documents are of the valid split: the last word of the digest says.
+  The order of the store does not depend on it."""
+  return digest_M4[..., 3] < np.uint64(int(fraction * 2**64))
+
+
+def words(digests: bytes) -> np.ndarray:
+  """Digests one after another -> (M, 4) uint64."""
+  return np.frombuffer(digests, '>u8').reshape(-1, 4)
+
+
 def fill(
   path: pathlib.Path,
-  documents: Iterable,
+  found: Iterable[documents.Document],
   tokenizer: tokenizers.Tokenizer,
   progress: Progress | None = None,
+  workers: int = 1,
 ) -> Spool:
-  """Writes the tokens of every new text to path."""
-  token_dtype = _dtype(tokenizer.vocab_size)
-  seen, digests = set(), bytearray()
-  lengths, sizes = array.array('q'), array.array('q')
-  duplicates = empty = n_tokens = n_bytes = reported = 0
+  """Writes the tokens of every new document to path."""
+  digests, sizes, lengths = bytearray(), array.array('q'), array.array('q')
+  cuts, left_out = [], dict(duplicates=0, empty=0)
+  n_tokens = n_bytes = 0
+  new = _new(found, digests, sizes, left_out)
   with open(path, 'wb', buffering=2**20) as file:
-    for document in documents:
-      data = document.text.encode()
-      digest = hashlib.sha256(data).digest()
-      if not data or digest in seen:
-        empty, duplicates = empty + (not data), duplicates + bool(data)
-        continue
-      tokens_T = _frame(document.text, tokenizer, token_dtype)
-      file.write(tokens_T)
-      seen.add(digest)
-      digests += digest
-      lengths.append(tokens_T.size)
-      sizes.append(len(data))
-      n_tokens, n_bytes = n_tokens + tokens_T.size, n_bytes + len(data)
-      if progress and n_tokens >= reported + PROGRESS_TOKENS:
-        reported = n_tokens
-        progress(len(seen), n_tokens, n_bytes)
-  if progress:
-    progress(len(seen), n_tokens, n_bytes)
-  digest_M4 = np.frombuffer(digests, '>u8').reshape(-1, 4)
+    for batch in encoding.run(new, tokenizer, workers):
+      file.write(batch.tokens_P)
+      lengths.extend(batch.length_M.tolist())
+      cuts += batch.cuts
+      n_tokens += batch.tokens_P.size
+      n_bytes += batch.n_bytes
+      if progress:
+        progress(len(lengths), n_tokens, n_bytes)
   length_M, bytes_M = (np.array(x, np.int64) for x in (lengths, sizes))
   return Spool(
-    path, token_dtype, digest_M4, length_M, bytes_M, duplicates, empty
-  )
+    path, encoding.dtype(tokenizer.vocab_size), words(digests), length_M,
+    bytes_M, cuts, **left_out,
+  )  # fmt: skip
 
 
-def _dtype(vocab_size: int) -> str:
-  return '<u2' if vocab_size <= 2**16 else '<u4'
-
-
-def _frame(text: str, tokenizer, token_dtype: str) -> np.ndarray:
-  ids_T = np.asarray(tokenizer.encode(text))
-  if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
-    raise ValueError(  # it would wrap around in silence
-      f'tokenizer {tokenizer.name} gave an id from {ids_T.min()} to'
-      f' {ids_T.max()}, its vocab_size is {tokenizer.vocab_size}'
-    )
-  tokens_T = np.empty(ids_T.size + 2, token_dtype)
-  tokens_T[0], tokens_T[-1] = tokenizer.bos, tokenizer.eos
-  tokens_T[1:-1] = ids_T
-  return tokens_T
+def _new(found, digests, sizes, left_out) -> Iterator[documents.Document]:
+  """Documents with a text that was not there yet; notes what it passes on."""
+  seen = set()
+  for document in found:
+    key = digest(document)
+    if not document.text or key in seen:
+      left_out['duplicates' if document.text else 'empty'] += 1
+      continue
+    seen.add(key)
+    digests += key
+    sizes.append(len(document.text.encode()))
+    yield document

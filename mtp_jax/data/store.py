@@ -5,11 +5,14 @@ Floor 2: standard library and NumPy. A store is a directory:
   manifest.json                    tokenizer, counts, sizes, checksums
   {train,valid}/tokens-00000.bin   uint16, or uint32 above 65,536 tokens
   {train,valid}/offsets-00000.bin  uint64, where each document starts
+  {train,valid}/scored-00000.bin   a byte a token, 1 = it counts as a target;
+                                   only where some do not
+  tokenizer/*                      the files that the tokenizer is made of
 
 A document is BOS, its tokens, EOS, within one shard, little endian. The
-sha256 of its text decides everything else: duplicates, its split, its place in
-the split. So the order is a shuffle, and the same documents in any order make
-the same bytes. Letter: M documents.
+sha256 of its text (and of what is scored) decides everything else: duplicates,
+its split, its place in the split. So the order is a shuffle, and the same
+documents in any order make the same bytes. Letter: M documents.
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from mtp_jax import config
 from mtp_jax.data import shards, tokenizers, windows
 from mtp_jax.data import spool as spool_lib
 
-FORMAT = 1  # raised when an older program would misread the store
+FORMAT = 2  # raised when an older program would misread the store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ def write(
   sources: str = '',
   progress: spool_lib.Progress | None = None,
   overwrite: bool = False,
+  workers: int = 1,
 ) -> dict:
   """Writes a store, complete or not at all, and returns its manifest.
 
@@ -69,7 +73,7 @@ def write(
 
   Args:
     out_dir: the store's directory; it appears when everything is on disk.
-    documents: records with a `text`.
+    documents: what to encode, each a documents.Document.
     tokenizer: how texts become ids.
     valid_fraction: probability of a document to be held out, by a part of its
       hash that does not order it; 0 = no valid split.
@@ -77,13 +81,14 @@ def write(
     sources: kept in the manifest for the reader.
     progress: called now and then with documents, tokens and text bytes so far.
     overwrite: replace the store that is there.
+    workers: processes that encode; more than one only from a program whose
+      main module can be imported.
 
   Raises:
     ConfigError: a directory that may not be replaced, a fraction outside
       [0, 1), a split without documents.
   """
-  out = pathlib.Path(out_dir).expanduser().resolve()
-  _check_target(out_dir, out, overwrite)
+  out = check_target(out_dir, overwrite)
   if not 0 <= valid_fraction < 1:
     raise config.ConfigError(
       'data.valid_fraction', valid_fraction, 'from 0 to below 1'
@@ -95,8 +100,11 @@ def write(
   except OSError as error:
     raise _error(out_dir, f'cannot write there: {error.strerror}') from error
   try:
-    spool = spool_lib.fill(tmp / 'spool', documents, tokenizer, progress)
+    spool = spool_lib.fill(
+      tmp / 'spool', documents, tokenizer, progress, workers
+    )
     manifest = _describe(tokenizer, sources, valid_fraction, spool)
+    manifest['tokenizer']['files'] = _write_tokenizer(tmp, tokenizer)
     for name, rows_M in _split_rows(spool, valid_fraction, sources).items():
       manifest['splits'][name] = shards.write_split(
         tmp / name, spool, rows_M, shard_tokens
@@ -111,7 +119,9 @@ def write(
   return manifest
 
 
-def _check_target(shown, out: pathlib.Path, overwrite: bool):
+def check_target(shown, overwrite: bool) -> pathlib.Path:
+  """The directory that a store may be written to, or raises ConfigError."""
+  out = pathlib.Path(shown).expanduser().resolve()
   if not str(shown):
     raise _error(shown, 'must be a directory')
   if out.exists() and not overwrite:
@@ -121,6 +131,20 @@ def _check_target(shown, out: pathlib.Path, overwrite: bool):
     out.is_dir() and ((out / 'manifest.json').exists() or not os.listdir(out))
   ):
     raise _error(shown, 'is not a token store, so it is not overwritten')
+  return out
+
+
+def _write_tokenizer(tmp: pathlib.Path, tokenizer) -> list[dict]:
+  folder = tmp / 'tokenizer'
+  if not tokenizer.files:
+    return []
+  folder.mkdir()
+  records = [
+    shards.write_file(folder / name, [data])
+    for name, data in tokenizer.files.items()
+  ]
+  shards.sync_folder(folder)
+  return records
 
 
 def _describe(tokenizer, sources, valid_fraction, spool) -> dict:
@@ -151,8 +175,7 @@ def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
       'data.documents', sources, 'there is no document with text in it'
     )
   order_M = np.lexsort((key_M4[:, 2], key_M4[:, 1], key_M4[:, 0]))
-  # The last word decides the split; the order does not depend on it.
-  valid_M = key_M4[order_M, 3] < np.uint64(int(valid_fraction * 2**64))
+  valid_M = spool_lib.held_out(key_M4[order_M], valid_fraction)
   rows = {'train': order_M[~valid_M], 'valid': order_M[valid_M]}
   if not valid_fraction:
     del rows['valid']
@@ -229,23 +252,30 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
     raise _error(path, 'manifest.json is not the manifest of a token store')
   if manifest['format'] != FORMAT:
     raise _error(
-      path, f'has format {manifest["format"]}, this program reads {FORMAT}'
+      path,
+      f'has format {manifest["format"]}, this program reads {FORMAT};'
+      ' mtp prepare makes it anew',
     )
   if manifest.get('sha256') != _manifest_sha256(manifest):
     raise _error(path, 'manifest.json is damaged: its checksum is wrong')
   return manifest
 
 
-def check_tokenizer(store: Store, tokenizer: tokenizers.Tokenizer):
-  """Raises ConfigError unless the store was made with this tokenizer."""
+def tokenizer_of(store: Store) -> tokenizers.Tokenizer:
+  """The tokenizer that the store was made with, from the files in the store."""
   made = store.manifest['tokenizer']
-  for key in ('name', 'fingerprint'):
-    if made[key] != getattr(tokenizer, key):
-      raise config.ConfigError(
-        'data.tokenizer', tokenizer.name,
-        f'the store {store.path} was made with {made["name"]}; {key} there'
-        f' {made[key]}, here {getattr(tokenizer, key)}',
-      )  # fmt: skip
+  files = {}
+  for record in made['files']:
+    path = shards.checked(store.path, record, verify=True)
+    files[path.name] = path.read_bytes()
+  tokenizer = tokenizers.of_files(made['name'], files)
+  if tokenizer.fingerprint != made['fingerprint']:
+    raise _error(
+      store.path,
+      f'its tokenizer {made["name"]} has fingerprint {made["fingerprint"]},'
+      f' this program makes {tokenizer.fingerprint} of its files',
+    )
+  return tokenizer
 
 
 def summary(manifest: dict) -> list[str]:
@@ -260,6 +290,7 @@ def summary(manifest: dict) -> list[str]:
     lines.append(
       f'{name:10} {split["documents"]:,} documents, {split["tokens"]:,} tokens,'
       f' {split["bytes"]:,} bytes of text, shards: {len(split["shards"])}'
+      + (f', {split["scored"]:,} tokens scored' if 'scored' in split else '')
     )
   left_out = f'{manifest["duplicates"]:,} duplicates'
   return [

@@ -1,7 +1,8 @@
 """Tokenizers: text to ids and back, one record of pure functions each.
 
 Floor 2: standard library and NumPy. What else one needs is imported inside its
-reader.
+`make`. A kind reads files, and makes a tokenizer of what was in them: a store
+keeps the files, so that nobody needs the originals any more.
 """
 
 import hashlib
@@ -28,6 +29,17 @@ class Tokenizer(NamedTuple):
   piece: Callable[[int], str]  # one token, printable
   token_bytes_V: np.ndarray  # UTF-8 bytes a token stands for; specials 0
   fingerprint: str  # sha256 of what defines the ids
+  files: dict[str, bytes]  # what `of_files` makes it of again
+
+
+Files = dict[str, bytes]
+
+
+class Kind(NamedTuple):
+  """What stands before ':' in a tokenizer's name."""
+
+  read: Callable[[str, str], Files]  # (name, what stands after ':')
+  make: Callable[[str, Files], Tokenizer]  # (name, what read gave)
 
 
 BYTES_BOS, BYTES_EOS, BYTES_VOCAB = 256, 257, 258
@@ -58,14 +70,20 @@ def _byte_piece(token: int) -> str:
   return char if printable else ESCAPES.get(char, f'<0x{token:02x}>')
 
 
-def _bytes(arg: str) -> Tokenizer:
+def _error(name: str, problem: str) -> config.ConfigError:
+  return config.ConfigError('data.tokenizer', name, problem)
+
+
+def _read_bytes(name: str, arg: str) -> Files:
   if arg:
-    raise config.ConfigError(
-      'data.tokenizer', f'bytes:{arg}', 'bytes takes nothing after it'
-    )
+    raise _error(name, 'bytes takes nothing after it')
+  return {}
+
+
+def _make_bytes(name: str, files: Files) -> Tokenizer:
   definition = b'id = byte; BOS 256; EOS 257'
   return Tokenizer(
-    name='bytes',
+    name=name,
     vocab_size=BYTES_VOCAB,
     bos=BYTES_BOS,
     eos=BYTES_EOS,
@@ -74,43 +92,50 @@ def _bytes(arg: str) -> Tokenizer:
     piece=_byte_piece,
     token_bytes_V=(np.arange(BYTES_VOCAB) < BYTES_BOS).astype(np.int64),
     fingerprint=hashlib.sha256(definition).hexdigest(),
+    files=files,
   )
 
 
-def _read_model(kind: str, path: str) -> bytes:
+def _read_model(name: str, path: str) -> bytes:
   try:
     with open(os.path.expanduser(path), 'rb') as file:
       return file.read()
   except OSError as error:
-    raise config.ConfigError(
-      'data.tokenizer', f'{kind}:{path}', f'cannot be read: {error.strerror}'
-    ) from error
+    raise _error(name, f'cannot be read: {error.strerror}') from error
 
 
 def _special(name: str, kind: str, token: int | None) -> int:
   if token is None or token < 0:
-    raise config.ConfigError(
-      'data.tokenizer', name, f'has no {kind} token, which documents need'
-    )
+    raise _error(name, f'has no {kind} token, which documents need')
   return token
 
 
-def _sentencepiece(path: str) -> Tokenizer:
+PIECES = 'sentencepiece.model'
+SPACE = '\u2581'  # SentencePiece's mark of a space
+
+
+def _read_sentencepiece(name: str, path: str) -> Files:
+  return {PIECES: _read_model(name, path)}
+
+
+def _read_trained(name: str, size: str) -> Files:
+  raise _error(name, 'only mtp prepare trains one; a store keeps its own')
+
+
+def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
   """A SentencePiece .model (Kudo & Richardson 2018,
   https://arxiv.org/abs/1808.06226).
 
   Bytes a piece: its own, the mark of a space counted as one. The space that
-  most models put before a text is counted too: one byte a document.
+  most models put before a text is counted too: one byte a text encoded.
   """
   import sentencepiece
 
-  name, model = f'sentencepiece:{path}', _read_model('sentencepiece', path)
+  model = files[PIECES]
   try:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
   except RuntimeError as error:
-    raise config.ConfigError(
-      'data.tokenizer', name, 'is not a SentencePiece model'
-    ) from error
+    raise _error(name, 'is not a SentencePiece model') from error
   size = pieces.vocab_size()
   marks = [
     pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)
@@ -131,36 +156,66 @@ def _sentencepiece(path: str) -> Tokenizer:
     vocab_size=size,
     bos=_special(name, 'BOS', pieces.bos_id()),
     eos=_special(name, 'EOS', pieces.eos_id()),
-    encode=lambda text: np.asarray(pieces.encode(text), np.int32),
+    encode=_piece_encoder(pieces),
     decode=decode,
     piece=lambda i: (
-      pieces.id_to_piece(int(i)) if 0 <= i < size else f'<id {i}>'
+      _printable(pieces.id_to_piece(int(i))) if 0 <= i < size else f'<id {i}>'
     ),
     token_bytes_V=np.array([n_bytes(i) for i in range(size)], np.int64),
     fingerprint=hashlib.sha256(model).hexdigest(),
+    files=files,
   )
 
 
-def _hugging_face(path: str) -> Tokenizer:
+def _piece_encoder(pieces) -> Callable[[str], np.ndarray]:
+  def encode(text):
+    return np.asarray(pieces.encode(text), np.int32)
+
+  mark = [pieces.piece_to_id(f'<0x{b:02X}>') for b in SPACE.encode()]
+  if pieces.unk_id() in mark or pieces.normalize('a') != 'a':
+    return encode
+
+  # The model takes the mark itself, written in a text, for a space. It is put
+  # in as bytes, so that a model that changes no text loses nothing at all.
+  def encode_all(text):
+    first, *rest = text.split(SPACE)
+    ids = pieces.encode(first)
+    for part in rest:
+      ids += mark + pieces.encode(part)
+    return np.asarray(ids, np.int32)
+
+  return encode_all
+
+
+ENDS = 'tokenizer_config.json'
+
+
+def _read_hugging_face(name: str, path: str) -> Files:
+  files = {'tokenizer.json': _read_model(name, path)}
+  beside = os.path.join(os.path.dirname(os.path.expanduser(path)), ENDS)
+  if os.path.exists(beside):
+    files[ENDS] = _read_model(name, beside)
+  return files
+
+
+def _make_hugging_face(name: str, files: Files) -> Tokenizer:
   """A tokenizer.json, through the tokenizers library.
 
   BOS and EOS are those of tokenizer_config.json beside it, or the usual names.
   Bytes a token: a character each in a byte-level vocabulary; otherwise as in
   SentencePiece.
   """
-  name, model = f'hf:{path}', _read_model('hf', path)
+  model = files['tokenizer.json']
   try:
     import tokenizers
   except ImportError as error:
-    raise config.ConfigError(
-      'data.tokenizer', name, 'needs tokenizers: pip install "mtp_jax[data]"'
+    raise _error(
+      name, 'needs tokenizers: pip install "mtp_jax[data]"'
     ) from error
   try:
     fast = tokenizers.Tokenizer.from_buffer(model)
   except Exception as error:  # the library raises just that
-    raise config.ConfigError(
-      'data.tokenizer', name, 'is not a tokenizer.json'
-    ) from error
+    raise _error(name, 'is not a tokenizer.json') from error
   fast.no_padding()
   fast.no_truncation()
   size = fast.get_vocab_size()
@@ -179,7 +234,7 @@ def _hugging_face(path: str) -> Tokenizer:
     ids = np.asarray(ids, np.int64).reshape(-1).tolist()
     return fast.decode([i for i in ids if 0 <= i < size], True)
 
-  bos, eos = _hugging_face_ends(path, name, fast)
+  bos, eos = _hugging_face_ends(name, files, fast)
   return Tokenizer(
     name=name,
     vocab_size=size,
@@ -189,23 +244,18 @@ def _hugging_face(path: str) -> Tokenizer:
       fast.encode(text, add_special_tokens=False).ids, np.int32
     ),
     decode=decode,
-    piece=lambda i: pieces[i] if 0 <= i < size else f'<id {i}>',
+    piece=lambda i: _printable(pieces[i]) if 0 <= i < size else f'<id {i}>',
     token_bytes_V=np.array([n_bytes(i) for i in range(size)], np.int64),
     fingerprint=hashlib.sha256(model + b'%d %d' % (bos, eos)).hexdigest(),
+    files=files,
   )
 
 
-def _hugging_face_ends(path, name, fast) -> tuple[int, int]:
-  beside = os.path.join(os.path.dirname(path), 'tokenizer_config.json')
+def _hugging_face_ends(name, files, fast) -> tuple[int, int]:
   try:
-    with open(os.path.expanduser(beside), encoding='utf-8') as file:
-      about = json.load(file)
-  except OSError:
-    about = {}
+    about = json.loads(files.get(ENDS, b'{}'))
   except ValueError as error:
-    raise config.ConfigError(
-      'data.tokenizer', name, f'{beside} is not JSON'
-    ) from error
+    raise _error(name, f'{ENDS} beside it is not JSON') from error
 
   def find(kind, usual):
     said = about.get(f'{kind}_token')
@@ -217,23 +267,39 @@ def _hugging_face_ends(path, name, fast) -> tuple[int, int]:
   return find('bos', BOS_NAMES), find('eos', EOS_NAMES)
 
 
+def _printable(piece: str) -> str:
+  return piece.translate(str.maketrans(ESCAPES))
+
+
 def _spaced(piece: str) -> bytes:
-  return piece.replace('\u2581', ' ').encode()
+  return piece.replace(SPACE, ' ').encode()
 
 
-# What stands before ':' -> reader of what stands after it.
-READERS: dict[str, Callable[[str], Tokenizer]] = {
-  'bytes': _bytes,
-  'sentencepiece': _sentencepiece,
-  'hf': _hugging_face,
+KINDS: dict[str, Kind] = {
+  'bytes': Kind(_read_bytes, _make_bytes),
+  'train': Kind(_read_trained, _make_sentencepiece),
+  'sentencepiece': Kind(_read_sentencepiece, _make_sentencepiece),
+  'hf': Kind(_read_hugging_face, _make_hugging_face),
 }
+
+
+def _kind(name: str) -> Kind:
+  kind = name.partition(':')[0]
+  if kind not in KINDS:
+    raise _error(name, f'one of: {", ".join(KINDS)}')
+  return KINDS[kind]
+
+
+def kind_of_files(files: Files) -> str:
+  """sentencepiece, also of a trained one, or hf."""
+  return 'sentencepiece' if PIECES in files else 'hf'
 
 
 def get(name: str) -> Tokenizer:
   """The tokenizer called KIND or KIND:ARG; ConfigError if there is none."""
-  kind, _, arg = name.partition(':')
-  if kind not in READERS:
-    raise config.ConfigError(
-      'data.tokenizer', name, f'one of: {", ".join(READERS)}'
-    )
-  return READERS[kind](arg)
+  return of_files(name, _kind(name).read(name, name.partition(':')[2]))
+
+
+def of_files(name: str, files: Files) -> Tokenizer:
+  """The tokenizer of that name, made of `Tokenizer.files`."""
+  return _kind(name).make(name, files)

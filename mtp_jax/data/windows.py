@@ -1,4 +1,4 @@
-"""Windows of packed tokens: what a model reads from one split of a store.
+"""Windows of packed tokens: what a model reads from the splits of stores.
 
 Floor 2: NumPy. A window is U = seq_len + span tokens, windows are seq_len apart
 and stay within a shard; span = K gives every query its K targets. The tail of
@@ -16,6 +16,12 @@ class Split(NamedTuple):
   name: str
   tokens: tuple[np.ndarray, ...]  # one array a shard
   offsets: tuple[np.ndarray, ...]
+  scored: tuple[np.ndarray, ...] = ()  # bool; () = every token is
+
+  @property
+  def masked(self) -> bool:
+    """Whether there are tokens that are not to be scored."""
+    return bool(self.scored)
 
   def n_windows(self, seq_len: int, span: int) -> int:
     """Windows of seq_len + span tokens, seq_len apart, within a shard."""
@@ -23,12 +29,8 @@ class Split(NamedTuple):
 
   def window(self, index: int, seq_len: int, span: int):
     """(tokens_U, position_U), int32; position 0 starts window or document."""
-    end_S = np.cumsum(self._windows_S(seq_len, span))
-    if not 0 <= index < end_S[-1]:
-      raise IndexError(f'window {index} of {end_S[-1]} in {self.name}')
-    s = int(np.searchsorted(end_S, index, 'right'))
-    first = int(end_S[s - 1]) if s else 0
-    start, length = (int(index) - first) * seq_len, seq_len + span
+    s, start = self._find(index, seq_len, span)
+    length = seq_len + span
     tokens_U = self.tokens[s][start : start + length].astype(np.int32)
     # With a Python int NumPy would turn all offsets into float64 first.
     bounds = np.array([start, start + length], np.uint64)
@@ -39,8 +41,55 @@ class Split(NamedTuple):
     position_U = np.arange(length, dtype=np.int32)
     return tokens_U, position_U - np.maximum.accumulate(begin_U)
 
+  def mask(self, index: int, seq_len: int, span: int) -> np.ndarray:
+    """scored_U, bool: the tokens of this window that count as targets."""
+    s, start = self._find(index, seq_len, span)
+    if not self.masked:
+      return np.ones(seq_len + span, bool)
+    return self.scored[s][start : start + seq_len + span]
+
+  def _find(self, index: int, seq_len: int, span: int) -> tuple[int, int]:
+    """(shard, first token in it) of a window."""
+    end_S = np.cumsum(self._windows_S(seq_len, span))
+    if not 0 <= index < end_S[-1]:
+      raise IndexError(f'window {index} of {end_S[-1]} in {self.name}')
+    s = int(np.searchsorted(end_S, index, 'right'))
+    first = int(end_S[s - 1]) if s else 0
+    return s, (int(index) - first) * seq_len
+
   def _windows_S(self, seq_len: int, span: int) -> np.ndarray:
     if seq_len < 1 or span < 1:
       raise ValueError(f'{seq_len=} and {span=} must be at least 1')
     size_S = np.array([tokens.size for tokens in self.tokens], np.int64)
     return np.maximum(size_S - span, 0) // seq_len
+
+
+class Mixture(NamedTuple):
+  """Splits that are read together, their windows numbered one after another."""
+
+  splits: tuple[Split, ...]
+  weights: tuple[int, ...]  # of W = sum(weights) windows, so many are of each
+
+  @property
+  def masked(self) -> bool:
+    return any(split.masked for split in self.splits)
+
+  def sizes(self, seq_len: int, span: int) -> list[int]:
+    return [split.n_windows(seq_len, span) for split in self.splits]
+
+  def n_windows(self, seq_len: int, span: int) -> int:
+    return sum(self.sizes(seq_len, span))
+
+  def find(self, index: int, seq_len: int, span: int) -> tuple[int, int]:
+    """(split, window in it) of a window of the mixture."""
+    end_S = np.cumsum(self.sizes(seq_len, span))
+    s = int(np.searchsorted(end_S, index, 'right'))
+    return s, int(index) - (int(end_S[s - 1]) if s else 0)
+
+  def window(self, index: int, seq_len: int, span: int):
+    s, own = self.find(index, seq_len, span)
+    return self.splits[s].window(own, seq_len, span)
+
+  def mask(self, index: int, seq_len: int, span: int) -> np.ndarray:
+    s, own = self.find(index, seq_len, span)
+    return self.splits[s].mask(own, seq_len, span)

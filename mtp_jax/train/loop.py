@@ -20,7 +20,7 @@ import numpy as np
 import rich.progress
 
 from mtp_jax import checkpoint, config, flags, params, processes, sharding
-from mtp_jax.data import loader, store, tokenizers
+from mtp_jax.data import corpus, loader
 from mtp_jax.evals import heldout
 from mtp_jax.model import heads, lm
 from mtp_jax.train import lock, metrics
@@ -32,42 +32,30 @@ EXIT_REPLACED = lock.Lost.status  # another run has taken the workdir
 EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
 
 
-class Tokens(NamedTuple):
-  """A checked token store and the tokenizer that made it."""
-
-  store: store.Store
-  tokenizer: tokenizers.Tokenizer
-
-  @property
-  def fingerprint(self) -> str:
-    return self.store.manifest['sha256']
-
-
-def open_tokens(cfg: config.Config) -> Tokens:
-  """--data.store, refused unless whole, and made for this model's tokenizer."""
-  tokenizer = tokenizers.get(cfg.data.tokenizer)
-  opened = store.open_store(cfg.data.store, verify=cfg.data.verify)
-  store.check_tokenizer(opened, tokenizer)
+def open_tokens(cfg: config.Config) -> corpus.Corpus:
+  """The stores of a run, refused unless whole, and not of too many tokens."""
+  tokens = corpus.open_corpus(cfg)
+  tokenizer = tokens.tokenizer
   if tokenizer.vocab_size > cfg.model.vocab_size:
     raise config.ConfigError(
       'model.vocab_size', cfg.model.vocab_size,
       f'tokenizer {tokenizer.name} needs at least {tokenizer.vocab_size}',
     )  # fmt: skip
-  return Tokens(opened, tokenizer)
+  return tokens
 
 
-def check_same_store(tokens: Tokens, cfg: config.Config) -> None:
-  """Each process may read a copy of its own, but of the same store."""
-  wanted = processes.of_first(tokens.fingerprint)
+def check_same_store(tokens: corpus.Corpus, cfg: config.Config) -> None:
+  """Each process may read copies of its own, but of the same stores."""
+  wanted = processes.of_first(tokens.fingerprint_of_all)
   with processes.together():
-    if tokens.fingerprint != wanted:
+    if tokens.fingerprint_of_all != wanted:
       raise config.ConfigError(
         'data.store', cfg.data.store,
         f'process {jax.process_index()} reads another store than process 0',
       )  # fmt: skip
 
 
-def bytes_of_tokens(tokens: Tokens, cfg: config.Config, mesh):
+def bytes_of_tokens(tokens: corpus.Corpus, cfg: config.Config, mesh):
   """UTF-8 bytes of each row of the vocabulary, on every device."""
   bytes_V = np.zeros(cfg.model.vocab_size, np.int32)
   bytes_V[: tokens.tokenizer.vocab_size] = tokens.tokenizer.token_bytes_V
@@ -75,13 +63,13 @@ def bytes_of_tokens(tokens: Tokens, cfg: config.Config, mesh):
 
 
 def train_batches(
-  tokens: Tokens, cfg: config.Config, start_step: int, mesh=None
+  tokens: corpus.Corpus, cfg: config.Config, start_step: int, mesh=None
 ) -> Iterator[dict]:
   """Batches of each step from start_step on, endlessly; with a mesh, the rows
   of this process."""
   n_rows = cfg.data.batch_size // cfg.train.accumulate
   return loader.train_batches(
-    tokens.store.split('train'),
+    tokens.train(),
     seq_len=cfg.data.seq_len,
     span=cfg.span,
     batch_size=cfg.data.batch_size,
@@ -93,17 +81,23 @@ def train_batches(
   )
 
 
-def eval_batches(tokens: Tokens, cfg: config.Config, mesh) -> Iterator[dict]:
-  """The rows of this process; every process has as many batches."""
+def eval_batches(
+  tokens: corpus.Corpus, cfg: config.Config, mesh=None
+) -> dict[str, Iterator[dict]]:
+  """Batches of each set to evaluate on, by name; with a mesh, the rows of this
+  process. Every process has as many batches."""
   n_rows = cfg.data.batch_size // cfg.train.accumulate
-  return loader.eval_batches(
-    tokens.store.split(cfg.eval.split),
-    seq_len=cfg.data.seq_len,
-    span=cfg.span,
-    batch_size=n_rows,
-    limit=cfg.eval.batches * cfg.train.accumulate or None,
-    rows=sharding.local_rows(mesh, n_rows),
-  )
+  return {
+    name: loader.eval_batches(
+      split,
+      seq_len=cfg.data.seq_len,
+      span=cfg.span,
+      batch_size=n_rows,
+      limit=cfg.eval.batches * cfg.train.accumulate or None,
+      rows=sharding.local_rows(mesh, n_rows) if mesh else None,
+    )
+    for name, split in tokens.held_out(cfg.eval.split).items()
+  }
 
 
 def train(cfg: config.Config) -> int:
@@ -112,8 +106,10 @@ def train(cfg: config.Config) -> int:
   with processes.together():
     tokens = open_tokens(cfg)
     mesh = sharding.make_mesh(cfg)
-    train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide
+    train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide,
+    eval_batches(tokens, cfg, mesh)  # and sets without a window
   check_same_store(tokens, cfg)
+  cfg = config.replace(cfg, **{'data.tokenizer': tokens.recorded})
   workdir = cfg.train.workdir
   with contextlib.ExitStack() as stack:
     held = sinks = None  # but in the process that writes
@@ -147,7 +143,7 @@ def train(cfg: config.Config) -> int:
 class _Run(NamedTuple):
   cfg: config.Config
   mesh: Any
-  tokens: Tokens
+  tokens: corpus.Corpus
   bytes_V: Any
   held: lock.Lock | None
   sinks: metrics.Sinks | None
@@ -200,7 +196,8 @@ def _check_same_run(cfg, tokens, start) -> None:
   if fingerprint != tokens.fingerprint:
     raise config.ConfigError(
       'data.store', cfg.data.store,
-      f'is not the store that the run in --train.workdir={workdir} reads',
+      'is not the store, or not the mixture, that the run in'
+      f' --train.workdir={workdir} reads',
     )  # fmt: skip
 
 
@@ -277,12 +274,14 @@ def _compiler(run: _Run, abstract):
     cfg.data.batch_size // cfg.train.accumulate,
     cfg.data.seq_len + cfg.span,
   )
-  batch = jax.ShapeDtypeStruct(
-    rows, np.int32,
-    sharding=jax.NamedSharding(
-      run.mesh, sharding.pspec(None, 'batch', None)
-    ),
-  )  # fmt: skip
+  dtypes = dict(tokens=np.int32, position=np.int32)
+  if run.tokens.train().masked:
+    dtypes['scored'] = np.bool_
+  cut = jax.NamedSharding(run.mesh, sharding.pspec(None, 'batch', None))
+  batch = {
+    name: jax.ShapeDtypeStruct(rows, dtype, sharding=cut)
+    for name, dtype in dtypes.items()
+  }
 
   def step_of(n_active, say, clock):
     if n_active not in steps:
@@ -290,7 +289,7 @@ def _compiler(run: _Run, abstract):
       begin = time.perf_counter()
       steps[n_active] = (
         step_lib.compiled(cfg, n_active)
-        .lower(abstract, dict(tokens=batch, position=batch), run.bytes_V)
+        .lower(abstract, batch, run.bytes_V)
         .compile()
       )
       memory = steps[n_active].memory_analysis()
@@ -353,21 +352,21 @@ def _check_held(run):
       run.held.check()
 
 
-def _write(run, kind, done, values):
+def _write(run, kind, done, values, source=None):
   _check_held(run)
   if run.sinks:
-    run.sinks.write(kind, done, values)
+    run.sinks.write(kind, done, values, source)
 
 
 def _evaluate(run, done, state, evaluate, say):
-  if run.cfg.eval.split not in run.tokens.store.splits:
-    return
-  batches = eval_batches(run.tokens, run.cfg, run.mesh)
-  values = metrics.scalars(evaluate(state.params, batches, done))
-  _write(run, 'eval', done, values)
-  say(f'held out, after step {done}:')
-  for line in metrics.table(values):
-    say('  ' + line)
+  sets = eval_batches(run.tokens, run.cfg, run.mesh)
+  for name, batches in sets.items():
+    values = metrics.scalars(evaluate(state.params, batches, done))
+    source = name if len(sets) > 1 else None
+    _write(run, 'eval', done, values, source)
+    say(f'held out{f" of {source}" if source else ""}, after step {done}:')
+    for line in metrics.table(values):
+      say('  ' + line)
 
 
 def _say_what(run: _Run, abstract, start: int) -> None:

@@ -186,12 +186,17 @@ class Sinks:
       os.path.join(workdir, 'tensorboard'), purge_step=start_step + 1
     )
 
-  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-    record = dict(kind=kind, step=step) | jsonable(values)
+  def write(
+    self, kind: str, step: int, values: dict[str, float], source=None
+  ) -> None:
+    """A record; `source` says of which of several validation sets it is."""
+    of = dict(source=source) if source else {}
+    record = dict(kind=kind, step=step) | of | jsonable(values)
     self._jsonl.write(json.dumps(record) + '\n')
     self._jsonl.flush()
+    folder = '/'.join([kind, *of.values()])
     for name, value in values.items():
-      self._board.add_scalar(f'{kind}/{name}', value, step)
+      self._board.add_scalar(f'{folder}/{name}', value, step)
     self._board.flush()
 
   def close(self) -> None:

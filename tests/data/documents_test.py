@@ -10,8 +10,11 @@ from mtp_jax import config
 from mtp_jax.data import documents
 
 
-def _read(sources: str) -> list[tuple[str, str]]:
-  return [tuple(document) for document in documents.read(sources)]
+def _read(sources: str, *args) -> list[tuple[str, str]]:
+  """Names and texts of documents that are scored as a whole."""
+  found = list(documents.read(sources, *args))
+  assert not any(document.cuts for document in found)
+  return [(document.name, document.text) for document in found]
 
 
 def _refused(sources: str) -> str:
@@ -30,7 +33,7 @@ def _gz(path, data: bytes):
 
 
 def test_stdlib():
-  found = dict(documents.read('python:stdlib'))
+  found = dict(_read('python:stdlib'))
   names = list(found)
   assert names == sorted(names) and len(names) > 500
   assert 'class JSONDecoder' in found['stdlib/json/decoder.py']
@@ -102,7 +105,7 @@ def test_dir_skips_and_counts_what_is_no_text(tmp_path):
   (root / 'link.txt').symlink_to(root / 'z.txt')
   os.mkfifo(root / 'pipe')
   skipped = collections.Counter()
-  found = [tuple(d) for d in documents.read(f'dir:{root}', skipped)]
+  found = _read(f'dir:{root}', skipped)
   assert found == [('tree/b/a.md', 'a'), ('tree/z.txt', 'é\r\n')]
   assert skipped == {'not UTF-8 text': 4}
   assert _read(f'dir:{root}/') == found
@@ -224,3 +227,19 @@ def test_sources_are_looked_up_before_reading(tmp_path):
   (tmp_path / 'b.jsonl').write_text(line)
   both = f'text:{path} , jsonl:{tmp_path}/b.jsonl'
   assert _read(both) == [('a.txt', 'a'), ('b.jsonl:1', 'b')]
+
+
+def test_a_prompt_and_a_completion_are_one_document(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  rows = [dict(p='ask é', c='say'), dict(p='', c='x'), dict(p='y', c='')]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  found = list(documents.read(f'jsonl:{path}#p+c'))
+  assert [tuple(d) for d in found] == [
+    ('a.jsonl:1', 'ask ésay', (5,)),
+    ('a.jsonl:2', 'x', (0,)),
+    ('a.jsonl:3', 'y', (1,)),
+  ]
+  for fields in ('p+', '+c', '+', 'p+c+d'):
+    problem = _refused(f'jsonl:{path}#{fields}')
+    assert problem == 'one FIELD, or PROMPT+COMPLETION'
+  assert "no field 'd', its fields are: c, p" in _refused(f'jsonl:{path}#p+d')

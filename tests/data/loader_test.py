@@ -11,6 +11,7 @@ from mtp_jax.data import loader, windows
 
 T, SPAN = 7, 3
 U = T + SPAN
+ROWS_OF_OLD = [[28, 9, 0, 8], [8, 20, 3, 30]]
 
 
 def _split(sizes=(150, 101, 5)) -> windows.Split:
@@ -57,7 +58,7 @@ def test_batches_are_the_windows_of_row_indices():
   split = _split()
   n = split.n_windows(T, SPAN)
   for step, batch in enumerate(_train(12, split)):
-    rows_B = loader.row_indices(n, 3, 8, step)
+    rows_B = loader.row_indices([n], [1], 3, 8, step)
     assert batch['tokens'].shape == (1, 8, U)
     for b, row in enumerate(rows_B):
       tokens_U, position_U = split.window(row, T, SPAN)
@@ -68,13 +69,15 @@ def test_batches_are_the_windows_of_row_indices():
 @pytest.mark.parametrize('n, batch_size', [(1, 4), (2, 3), (35, 8), (1000, 7)])
 def test_every_epoch_is_a_new_permutation(n, batch_size):
   n_steps = -(-5 * n // batch_size)
-  steps = [loader.row_indices(n, 0, batch_size, s) for s in range(n_steps)]
+  steps = [
+    loader.row_indices([n], [1], 0, batch_size, s) for s in range(n_steps)
+  ]
   epochs_EN = np.concatenate(steps)[: 5 * n].reshape(5, n)
   for epoch_N in epochs_EN:
     assert sorted(epoch_N) == list(range(n))
   if n > 10:
     assert len({tuple(epoch_N) for epoch_N in epochs_EN}) == 5
-    other = loader.row_indices(n, 1, batch_size, 0)
+    other = loader.row_indices([n], [1], 1, batch_size, 0)
     assert not np.array_equal(steps[0], other)
 
 
@@ -82,7 +85,7 @@ def test_seek_equals_uninterrupted():
   whole = _train(40)
   for start in (1, 5, 17, 39):
     _assert_equal(_train(40 - start, start_step=start), whole[start:])
-  far = loader.row_indices(_split().n_windows(T, SPAN), 3, 8, 10**9)
+  far = loader.row_indices([_split().n_windows(T, SPAN)], [1], 3, 8, 10**9)
   batch = _train(1, start_step=10**9)[0]
   for b, row in enumerate(far):
     tokens_U, _ = _split().window(row, T, SPAN)
@@ -132,7 +135,8 @@ def test_a_process_reads_its_own_rows_only():
       return super().window(index, *args)
 
   _train(3, Counting(*split), threads=0, rows=np.array([2, 3]))
-  rows = [loader.row_indices(split.n_windows(T, SPAN), 3, 8, s) for s in (0, 1)]
+  n = split.n_windows(T, SPAN)
+  rows = [loader.row_indices([n], [1], 3, 8, s) for s in (0, 1)]
   assert read[:4] == [*rows[0][2:4], *rows[1][2:4]] and len(read) == 6
 
 
@@ -141,6 +145,142 @@ def test_fewer_windows_than_a_batch_repeat():
   assert split.n_windows(T, SPAN) == 3
   first = [batch['tokens'][0, :, 0] for batch in _train(3, split)]
   assert np.bincount(np.concatenate(first) // T).tolist() == [8, 8, 8]
+
+
+# Mixtures.
+
+
+def _mixture(weights=(3, 1), sizes=((150, 101), (99,))) -> windows.Mixture:
+  splits = [_split(size) for size in sizes]
+  return windows.Mixture(tuple(splits), weights)
+
+
+def _rows(mixture, n_steps, seed=3, batch_size=8) -> np.ndarray:
+  sizes = mixture.sizes(T, SPAN)
+  return np.concatenate([
+    loader.row_indices(sizes, mixture.weights, seed, batch_size, s)
+    for s in range(n_steps)
+  ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'weights', [(1,), (1, 1), (3, 1), (1, 3), (7, 2, 1), (1, 997), (5, 5, 5)]
+)
+def test_shares_are_exact_and_evenly_spread(weights):
+  W = sum(weights)
+  parts, before = zip(
+    *(loader.interleave(row, weights) for row in range(3 * W)), strict=True
+  )
+  for part, weight in enumerate(weights):
+    at = [row for row in range(3 * W) if parts[row] == part]
+    assert [before[row] for row in at] == list(range(3 * weight))
+    for cycle in range(3):
+      inside = [row for row in at if cycle * W <= row < (cycle + 1) * W]
+      assert len(inside) == weight
+    for row in range(3 * W):  # never far from its share
+      assert abs(sum(r <= row for r in at) - (row + 1) * weight / W) < len(
+        weights
+      )
+  far = 10**15 * W
+  assert [loader.interleave(far + r, weights)[0] for r in range(3 * W)] == [
+    *parts
+  ]
+
+
+def test_each_part_of_a_mixture_is_shuffled_for_itself():
+  mixture = _mixture()
+  first, second = mixture.sizes(T, SPAN)
+  rows = _rows(mixture, 1, batch_size=32 * first)
+  for part, (lo, hi, share) in enumerate(
+    [(0, first, 3 / 4), (first, first + second, 1 / 4)]
+  ):
+    own = rows[(lo <= rows) & (rows < hi)] - lo
+    assert own.size == rows.size * share
+    epochs = own[: own.size // (hi - lo) * (hi - lo)].reshape(-1, hi - lo)
+    assert len(epochs) > 4
+    for epoch in epochs:
+      assert sorted(epoch) == list(range(hi - lo)), part
+    alone = loader.row_indices([hi - lo], [1], 3 + part, own.size, 0)
+    np.testing.assert_array_equal(own, alone)
+
+
+def test_batches_of_a_mixture_are_its_windows():
+  mixture = _mixture()
+  first = mixture.sizes(T, SPAN)[0]
+  rows = _rows(mixture, 5).reshape(5, 8)
+  for step, batch in enumerate(_train(5, mixture)):
+    for b, row in enumerate(rows[step]):
+      split = mixture.splits[int(row >= first)]
+      own = row - first * (row >= first)
+      assert mixture.find(row, T, SPAN) == (row >= first, own)
+      tokens_U, position_U = split.window(own, T, SPAN)
+      np.testing.assert_array_equal(batch['tokens'][0, b], tokens_U)
+      np.testing.assert_array_equal(batch['position'][0, b], position_U)
+
+
+@pytest.mark.parametrize('process_count', [2, 4])
+def test_processes_share_one_mixture_from_any_step(process_count):
+  mixture = _mixture((2, 1))
+  whole = _train(12, mixture, accumulate=2)
+  rows = np.arange(4).reshape(process_count, -1)
+  parts = [
+    _train(7, mixture, accumulate=2, start_step=5, rows=mine) for mine in rows
+  ]
+  _assert_equal(_concatenate(parts), whole[5:])
+
+
+def test_a_mixture_of_one_is_the_plain_split():
+  split = _split()
+  _assert_equal(_train(20, windows.Mixture((split,), (1,))), _train(20, split))
+  # As they were before there were mixtures: runs go on with the same rows.
+  rows = [loader.row_indices([35], [1], 7, 4, s).tolist() for s in (0, 50)]
+  assert rows == ROWS_OF_OLD
+
+
+def test_a_part_without_a_window_is_refused_by_name():
+  mixture = _mixture()
+  small = _split((9,))._replace(name='b train')
+  with pytest.raises(config.ConfigError, match='shard of the b train split'):
+    _train(1, mixture._replace(splits=(mixture.splits[0], small)))
+
+
+# Masks.
+
+
+def _masked(sizes=(150, 101, 5), seed=0) -> windows.Split:
+  rng, split = np.random.default_rng(seed), _split(sizes)
+  return split._replace(
+    scored=tuple(rng.random(t.size) < 0.5 for t in split.tokens)
+  )
+
+
+def test_a_mask_goes_with_its_tokens():
+  split = _masked()
+  whole = np.concatenate(split.scored)
+  plain = _train(3, _split())
+  for batch, same in zip(_train(3, split), plain, strict=True):
+    assert batch['scored'].dtype == bool
+    # Tokens of _split are their own places.
+    np.testing.assert_array_equal(batch['scored'], whole[batch['tokens']])
+    _assert_equal([{k: batch[k] for k in same}], [same])
+  *_, last = _eval(split)
+  n = split.n_windows(T, SPAN) % 8
+  assert last['scored'][0, :n].any() and not last['scored'][0, n:].any()
+
+
+def test_one_masked_split_gives_a_mixture_a_mask():
+  mixture = windows.Mixture((_split((99,)), _masked()), (1, 1))
+  first = mixture.sizes(T, SPAN)[0]
+  rows = _rows(mixture, 3).reshape(3, 8)
+  for step, batch in enumerate(_train(3, mixture)):
+    for b, row in enumerate(rows[step]):
+      scored_U = batch['scored'][0, b]
+      if row < first:
+        assert scored_U.all()
+      else:
+        own = mixture.splits[1].mask(row - first, T, SPAN)
+        np.testing.assert_array_equal(scored_U, own)
+        assert not scored_U.all()
 
 
 def test_errors():

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -97,17 +98,30 @@ def test_pieces_are_printable(tokenizer):
   )
 
 
-def test_a_store_of_one_tokenizer_is_refused_to_another(spm, tmp_path):
-  tokenizer = tokenizers.get(f'sentencepiece:{spm}')
+def test_a_store_carries_its_tokenizer(tokenizer, tmp_path):
+  path = tmp_path / 's'
   texts = (documents.Document(str(i), f'text {i}') for i in range(40))
-  store.write(tmp_path / 's', texts, tokenizer, valid_fraction=0.2)
-  opened = store.open_store(tmp_path / 's')
+  store.write(path, texts, tokenizer, valid_fraction=0.2)
+  for file in tmp_path.glob('*.json'):
+    file.unlink()  # nobody needs the original any more
+  opened = store.open_store(path)
   assert opened.manifest['tokenizer']['token_bytes'][tokenizer.bos] == 0
-  store.check_tokenizer(opened, tokenizer)
-  other = tokenizer._replace(fingerprint='other')
-  for wrong in (other, tokenizers.get('bytes')):
-    with pytest.raises(config.ConfigError, match='data.tokenizer|data.store'):
-      store.check_tokenizer(opened, wrong)
+  again = store.tokenizer_of(opened)
+  for key in ('name', 'vocab_size', 'bos', 'eos', 'fingerprint', 'files'):
+    assert getattr(again, key) == getattr(tokenizer, key)
+  for text in TEXTS:
+    np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+  (name, *_) = tokenizer.files
+  file = path / 'tokenizer' / name
+  whole = file.read_bytes()
+  for bad, problem in (
+    (whole[:-1], f'it has {len(whole) - 1} bytes instead of {len(whole)}'),
+    (bytes([whole[0] ^ 1]) + whole[1:], 'it is damaged, its checksum is wrong'),
+  ):
+    file.write_bytes(bad)
+    line = f'--data.store={path}: tokenizer/{name}: {problem}'
+    with pytest.raises(config.ConfigError, match=f'^{re.escape(line)}$'):
+      store.tokenizer_of(store.open_store(path, verify=False))
 
 
 def test_ends_are_read_beside_the_file(tmp_path):
@@ -117,6 +131,10 @@ def test_ends_are_read_beside_the_file(tmp_path):
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
   tokenizer = tokenizers.get(f'hf:{path}')
   assert (tokenizer.bos, tokenizer.eos) == (2, 1)
+  texts = (documents.Document(str(i), f'text {i}') for i in range(9))
+  store.write(tmp_path / 's', texts, tokenizer, valid_fraction=0)
+  kept = store.tokenizer_of(store.open_store(tmp_path / 's'))
+  assert (kept.bos, kept.eos) == (2, 1)
   about['bos_token'] = '<none>'
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
   with pytest.raises(config.ConfigError, match='has no BOS token'):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import config
-from mtp_jax.data import documents, spool, store, tokenizers
+from mtp_jax.data import documents, encoding, store, tokenizers
 
 BYTES = tokenizers.get('bytes')
 TEXTS = [f'document {i} ' + 'é' * (i % 7) for i in range(200)]
@@ -170,7 +170,7 @@ def test_shards_are_filled_to_the_last_token(tmp_path):
 
 
 def test_progress_rises_to_the_totals(tmp_path, monkeypatch):
-  monkeypatch.setattr(spool, 'PROGRESS_TOKENS', 500)
+  monkeypatch.setattr(encoding, 'BATCH_BYTES', 500)
   calls = []
   manifest = _write(tmp_path / 's', progress=lambda *n: calls.append(n))
   assert len(calls) > 3 and calls == sorted(calls)
@@ -308,7 +308,7 @@ def test_damaged_manifests_are_refused(tmp_path):
     ('\xff', 'manifest.json is damaged: '),
     ('[1]', 'manifest.json is not the manifest of a token store'),
     ('{"a": 1}', 'manifest.json is not the manifest of a token store'),
-    (good.replace('"format": 1', '"format": 9'), 'has format 9, this program'),
+    (good.replace('"format": 2', '"format": 9'), 'has format 9, this program'),
     (good.replace('"bos": 256', '"bos": 0'), 'its checksum is wrong'),
   ):
     assert bad != good
@@ -331,20 +331,6 @@ def test_missing_stores(tmp_path):
   (tmp_path / 'none.old-x1').mkdir()  # power lost between two renames
   line = _refused(store.open_store, tmp_path / 'none')
   assert line.endswith(f'; the one before it is {tmp_path}/none.old-x1')
-
-
-def test_check_tokenizer(tmp_path):
-  _write(tmp_path / 's')
-  opened = store.open_store(tmp_path / 's')
-  store.check_tokenizer(opened, BYTES)
-  start = f'the store {tmp_path}/s was made with bytes; '
-  line = _refused(store.check_tokenizer, opened, _wide(300))
-  assert line == (
-    f'--data.tokenizer=wide300: {start}name there bytes, here wide300'
-  )
-  changed = BYTES._replace(fingerprint='f' * 64)
-  line = _refused(store.check_tokenizer, opened, changed)
-  assert f'fingerprint there {BYTES.fingerprint}, here {"f" * 64}' in line
 
 
 def test_summary(tmp_path):

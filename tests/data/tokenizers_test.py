@@ -61,7 +61,7 @@ def test_unknown_names_are_refused():
   for name in ('words', 'tiktoken:gpt2', ''):
     with pytest.raises(config.ConfigError) as error:
       tokenizers.get(name)
-    kinds = 'bytes, sentencepiece, hf'
+    kinds = 'bytes, train, sentencepiece, hf'
     assert str(error.value) == f'--data.tokenizer={name}: one of: {kinds}'
   with pytest.raises(config.ConfigError, match='bytes takes nothing after it'):
     tokenizers.get('bytes:x')

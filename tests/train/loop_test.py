@@ -80,7 +80,8 @@ def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
       **runs.FLAGS,
       **{'data.store': store, 'train.accumulate': accumulate},
     )
-    batches = list(loop.eval_batches(loop.open_tokens(cfg), cfg))
+    (found,) = loop.eval_batches(loop.open_tokens(cfg), cfg).values()
+    batches = list(found)
     assert len(batches) == 2 * accumulate  # --eval.batches=2
     rows.append(np.concatenate([b['tokens'][0] for b in batches]))
     assert rows[-1].shape == (2 * 8, 16 + 2)

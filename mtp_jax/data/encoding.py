@@ -1,0 +1,155 @@
+"""Documents to tokens, in this process or in several at once.
+
+Floor 2: standard library and NumPy. Documents go in batches of some hundred
+thousand bytes to processes that were spawned, not forked (which would copy
+threads); what comes back is in the order of reading, so the number of processes
+changes nothing. A few batches a process are under way at any time, hence memory
+is bounded. Letters: M documents, P tokens.
+"""
+
+import collections
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from typing import NamedTuple
+
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.data import documents, tokenizers
+
+BATCH_BYTES = 2**18  # of text that goes to a process at once
+
+
+class Encoded(NamedTuple):
+  """Some documents, each BOS, its tokens, EOS, one after another."""
+
+  tokens_P: np.ndarray
+  length_M: np.ndarray
+  cuts: list[tuple[int, ...]]  # as in Document, but in tokens of the document
+  n_bytes: int  # of text
+
+
+def dtype(vocab_size: int) -> str:
+  return '<u2' if vocab_size <= 2**16 else '<u4'
+
+
+def encode(
+  batch: list[documents.Document], tokenizer: tokenizers.Tokenizer
+) -> Encoded:
+  framed = [_frame(document, tokenizer) for document in batch]
+  return Encoded(
+    np.concatenate([tokens_T for tokens_T, _ in framed]),
+    np.array([tokens_T.size for tokens_T, _ in framed], np.int64),
+    [cuts for _, cuts in framed],
+    sum(len(document.text.encode()) for document in batch),
+  )
+
+
+def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
+  bounds = [0, *document.cuts, len(document.text)]
+  parts = [
+    np.asarray(tokenizer.encode(document.text[first:last]))
+    for first, last in itertools.pairwise(bounds)
+  ]
+  cuts = 1 + np.cumsum([ids_T.size for ids_T in parts])[:-1]
+  ids_T = np.concatenate(parts)
+  if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
+    raise config.ConfigError(  # it would wrap around in silence
+      'data.tokenizer', tokenizer.name,
+      f'gave an id from {ids_T.min()} to {ids_T.max()} in {document.name}, its'
+      f' vocab_size is {tokenizer.vocab_size}',
+    )  # fmt: skip
+  tokens_T = np.empty(ids_T.size + 2, dtype(tokenizer.vocab_size))
+  tokens_T[0], tokens_T[-1] = tokenizer.bos, tokenizer.eos
+  tokens_T[1:-1] = ids_T
+  return tokens_T, tuple(cuts.tolist())
+
+
+def run(
+  found: Iterable[documents.Document],
+  tokenizer: tokenizers.Tokenizer,
+  workers: int,
+) -> Iterator[Encoded]:
+  """Encodes documents batch by batch, in their order."""
+  batches = _batches(found)
+  here = functools.partial(encode, tokenizer=tokenizer)
+  if workers == 1 or not tokenizer.files:  # a byte is its own id
+    yield from map(here, batches)
+    return
+  first = list(itertools.islice(batches, 2))
+  batches = itertools.chain(first, batches)
+  if len(first) < 2:  # not worth the start of a process
+    yield from map(here, batches)
+  else:
+    yield from _in_processes(batches, tokenizer, workers)
+
+
+def _batches(found) -> Iterator[list[documents.Document]]:
+  batch, size = [], 0
+  for document in found:
+    batch.append(document)
+    size += len(document.text)
+    if size >= BATCH_BYTES:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _in_processes(batches, tokenizer, workers) -> Iterator[Encoded]:
+  pool = futures.ProcessPoolExecutor(
+    workers, multiprocessing.get_context('spawn'), _start,
+    (tokenizer.name, tokenizer.files),
+  )  # fmt: skip
+  waiting = collections.deque()
+  try:
+    for batch in batches:
+      with _interrupts_stay_here():
+        waiting.append(pool.submit(_encode_there, batch))
+      if len(waiting) > 2 * workers:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+  except futures.process.BrokenProcessPool as error:
+    raise config.ConfigError(
+      'data.workers', workers, 'a process that encodes was killed, perhaps for'
+      ' want of memory; fewer of them need less',
+    ) from error  # fmt: skip
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_stay_here():
+  """A process that is started now never sees Ctrl-C; this one will end it."""
+  old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+_tokenizer = None  # of a process of the pool
+
+
+def _start(name: str, files: tokenizers.Files) -> None:
+  global _tokenizer
+  _tokenizer = tokenizers.of_files(name, files)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A parent that was killed could not say so: its queue stays open here."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
+
+
+def _encode_there(batch: list[documents.Document]) -> Encoded:
+  return encode(batch, _tokenizer)

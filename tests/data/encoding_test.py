@@ -1,0 +1,226 @@
+"""Encoding in one process or in several; masks; errors of a process."""
+
+import hashlib
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers as hf
+
+from mtp_jax import config, main
+from mtp_jax.data import documents, encoding, shards, spool, store, tokenizers
+from tests import runs
+
+BYTES = tokenizers.get('bytes')
+BOS, EOS = tokenizers.BYTES_BOS, tokenizers.BYTES_EOS
+Document = documents.Document
+
+
+@pytest.fixture
+def words(tmp_path):
+  """A tokenizer.json of some words, one of which has an id out of range."""
+  vocab = {'<s>': 0, '</s>': 1, '?': 2, 'a': 3, 'b': 4, 'bad': 99}
+  fast = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='?'))
+  fast.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  fast.add_special_tokens(['<s>', '</s>'])
+  fast.save(str(tmp_path / 'tokenizer.json'))
+  return f'hf:{tmp_path}/tokenizer.json'
+
+
+def _prepare(tmp_path, name, texts, tokenizer, workers):
+  lines = (json.dumps(dict(text=text)) + '\n' for text in texts)
+  (tmp_path / 'd.jsonl').write_text(''.join(lines))
+  return main.main([
+    'prepare', f'--data.documents=jsonl:{tmp_path}/d.jsonl',
+    f'--data.store={tmp_path}/{name}', f'--data.tokenizer={tokenizer}',
+    '--data.valid_fraction=.2', f'--data.workers={workers}',
+  ])  # fmt: skip
+
+
+def _files(path) -> dict[str, bytes]:
+  files = (p for p in sorted(path.rglob('*')) if p.is_file())
+  return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+def test_one_process_or_several_make_the_same_bytes(
+  tmp_path, words, monkeypatch
+):
+  monkeypatch.setattr(encoding, 'BATCH_BYTES', 200)  # many batches
+  texts = ['a b ' * (i % 37) + str(i) for i in range(300)]
+  for workers in (1, 2):
+    name = f's{workers}'
+    assert _prepare(tmp_path, name, texts + texts[:9], words, workers) == 0
+  assert _files(tmp_path / 's1') == _files(tmp_path / 's2')
+  assert store.open_store(tmp_path / 's1').manifest['duplicates'] == 9
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_an_error_while_encoding_is_one_line(
+  tmp_path, words, monkeypatch, capsys, workers
+):
+  monkeypatch.setattr(encoding, 'BATCH_BYTES', 200)
+  texts = [f'a {i}' * 20 for i in range(30)]
+  assert _prepare(tmp_path, 's', [*texts, 'a bad b'], words, workers) == 2
+  error = capsys.readouterr().err
+  assert error == (
+    f'mtp: --data.tokenizer={words}: gave an id from 3 to 99 in d.jsonl:31, its'
+    ' vocab_size is 6\n'
+  )
+  assert sorted(os.listdir(tmp_path)) == ['d.jsonl', 'tokenizer.json']
+
+
+def test_a_killed_process_is_one_line(tmp_path, words):
+  tokenizer = tokenizers.get(words)
+  found = (Document('x', 'a b ' * 2**17) for _ in range(9))
+  running = encoding.run(found, tokenizer, 1 + 1)
+  next(running)
+  for child in encoding.multiprocessing.active_children():
+    os.kill(child.pid, signal.SIGKILL)
+  with pytest.raises(config.ConfigError, match='--data.workers=2: a process'):
+    list(running)
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from mtp_jax import main
+from mtp_jax.data import encoding
+
+def interrupts(*counts):  # as Ctrl-C does: all processes of the terminal
+  os.killpg(os.getpgid(0), signal.SIGINT)
+
+if __name__ == '__main__':
+  encoding.BATCH_BYTES = 200
+  from mtp_jax.data import progress
+  progress.rich.status.Status.update = interrupts
+  sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_ends_all_processes_with_one_line(tmp_path, words):
+  (tmp_path / 'd.txt').write_text('a b ' * 100)
+  for i in range(50):
+    (tmp_path / f'{i}.txt').write_text(f'a b {i}' * 99)
+  program = tmp_path / 'program.py'
+  program.write_text(INTERRUPTED)
+  run = runs.process(
+    [
+      str(program), 'prepare', f'--data.documents=text:{tmp_path}/*.txt',
+      f'--data.store={tmp_path}/s', f'--data.tokenizer={words}',
+      '--data.workers=2',
+    ],
+    start_new_session=True,
+  )  # fmt: skip
+  out, error = run.communicate(timeout=60)  # pipes end with the last process
+  assert (run.returncode, out, error) == (130, '', 'mtp: interrupted\n')
+  assert not list(tmp_path.glob('s*'))
+
+
+# Masks.
+
+
+def _encode(*found: Document, tokenizer=BYTES) -> encoding.Encoded:
+  (encoded,) = encoding.run(found, tokenizer, 1)
+  return encoded
+
+
+def test_cuts_are_counted_in_tokens():
+  found = [
+    Document('a', 'Qé?Ab', (3,)),
+    Document('b', 'plain'),
+    Document('c', 'uvwxyz', (1, 3, 5)),
+    Document('d', 'xy', (0,)),
+    Document('e', 'xy', (2,)),
+  ]
+  got = _encode(*found)
+  assert got.cuts == [(5,), (), (2, 4, 6), (1,), (3,)]
+  assert got.length_M.tolist() == [8, 7, 8, 4, 4]
+  assert got.n_bytes == 6 + 5 + 6 + 2 + 2
+
+
+@pytest.mark.parametrize(
+  'length, cuts, scored',
+  [
+    (4, (), '1111'),
+    (5, (3,), '00011'),
+    (4, (1,), '0111'),
+    (4, (3,), '0001'),  # nothing but EOS
+    (8, (2, 4, 6), '00110011'),
+    (8, (2, 4), '00110000'),  # the last turn is not scored, nor its end
+    (6, (2, 2, 4), '000011'),
+  ],
+)
+def test_mask_of_a_document(length, cuts, scored):
+  mask_T = shards.mask(length, cuts)
+  assert ''.join(map(str, mask_T.astype(int))) == scored
+
+
+def test_what_is_scored_belongs_to_a_document():
+  one, two, plain = (Document('', 'ab', cuts) for cuts in ((1,), (2,), ()))
+  assert len({spool.digest(d) for d in (one, two, plain)}) == 3
+  assert spool.digest(plain) == hashlib.sha256(b'ab').digest()
+
+
+def test_parts_are_encoded_by_themselves(tmp_path):
+  """As a prompt is at decoding time: no token spans its end."""
+  model = tmp_path / 'm.model'
+  with open(model, 'wb') as file:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(['abab abab abab'] * 9), model_writer=file,
+      vocab_size=264, model_type='bpe', byte_fallback=True, minloglevel=2,
+      normalization_rule_name='identity', add_dummy_prefix=False,
+    )  # fmt: skip
+  tokenizer = tokenizers.get(f'sentencepiece:{model}')
+  whole, parts = (
+    _encode(Document('', 'abab', cuts), tokenizer=tokenizer)
+    for cuts in ((), (1,))
+  )
+  ids = [*tokenizer.encode('a'), *tokenizer.encode('bab')]
+  assert parts.tokens_P.tolist() == [tokenizer.bos, *ids, tokenizer.eos]
+  assert len(ids) > whole.tokens_P.size - 2 and parts.cuts == [(2,)]
+
+
+def _write(path, found, **kwargs):
+  store.write(path, found, BYTES, valid_fraction=0, **kwargs)
+  return store.open_store(path)
+
+
+def test_a_store_keeps_what_is_scored(tmp_path):
+  found = [
+    Document(str(i), f'{i} prompt' * (1 + i % 3) + f'answer {i}',
+             (len(f'{i} prompt') * (1 + i % 3),) if i % 4 else ())
+    for i in range(60)
+  ]  # fmt: skip
+  opened = _write(tmp_path / 's', found, shard_tokens=400)
+  split = opened.split('train')
+  assert len(split.scored) == len(split.tokens) > 1
+  texts = {d.text: d.cuts for d in found}
+  total = 0
+  for tokens_P, offset_M, scored_P in zip(
+    split.tokens, split.offsets, split.scored, strict=True
+  ):
+    cut = offset_M[1:].astype(np.int64)
+    for ids_T, scored_T in zip(
+      np.split(tokens_P, cut), np.split(scored_P, cut), strict=True
+    ):
+      cuts = texts.pop(BYTES.decode(ids_T))
+      wanted_T = np.arange(ids_T.size) > (cuts[0] if cuts else -1)
+      np.testing.assert_array_equal(scored_T, wanted_T)
+      total += wanted_T.sum()
+  assert not texts and opened.manifest['splits']['train']['scored'] == total
+  assert f'{total:,} tokens scored' in store.summary(opened.manifest)[2]
+  file = opened.manifest['splits']['train']['shards'][0]['scored_file']['file']
+  data = bytearray((tmp_path / 's' / file).read_bytes())
+  data[3] ^= 1
+  (tmp_path / 's' / file).write_bytes(data)
+  with pytest.raises(config.ConfigError, match=f'{file}: it is damaged'):
+    store.open_store(tmp_path / 's')
+
+
+def test_a_store_without_prompts_has_no_mask(tmp_path):
+  opened = _write(tmp_path / 's', [Document('', f'text {i}') for i in range(9)])
+  assert not opened.split('train').masked
+  assert not list(tmp_path.rglob('scored*'))
+  assert 'scored' not in opened.manifest['splits']['train']
