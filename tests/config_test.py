@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
 from mtp_jax import config, validate
+from tests import runs
 
 OTHER = {
   'model.d_model': 96,
@@ -146,3 +148,12 @@ def test_a_config_is_frozen_and_hashable():
   assert hash(_cfg(heads__n=2)) == hash(_cfg(heads__n=2))
   with pytest.raises(dataclasses.FrozenInstanceError):
     config.Config().model.d_model = 3
+
+
+def test_every_option_is_in_the_ledger_of_equalities():
+  text = pathlib.Path(runs.ROOT, 'docs/STATUS.md').read_text()
+  ledger = text.split('### Every option and what it equals')[1]
+  for name, field in config.fields().items():
+    choices = field.metadata.get('choices', ())
+    for word in (name, *choices):
+      assert f'`{word}`' in ledger, f'--{name}: {word} equals what?'

@@ -172,6 +172,18 @@ def test_targets_on_a_periodic_sequence():
     )
 
 
+def test_leaping_heads_ask_for_tokens_a_stride_apart():
+  tokens_BU = jnp.arange(23)[None]
+  c = tiny.cfg(heads__n=3, heads__stride=3)
+  assert c.heads.offsets == (1, 4, 7) and c.span == 7
+  targets_KBT, valid_KBT = targets.targets(
+    dict(tokens=tokens_BU, position=tokens_BU), c
+  )
+  assert valid_KBT.all()
+  for k, offset in enumerate((1, 4, 7)):
+    np.testing.assert_array_equal(targets_KBT[k, 0], np.arange(16) + offset)
+
+
 def test_targets_never_cross_a_document():
   position_BU = jnp.array([[0, 1, 2, 0, 1, 0, 0, 1, 2, 3]])
   rows = dict(tokens=jnp.zeros((1, 10), int), position=position_BU)
@@ -375,6 +387,36 @@ def test_acceptance_is_agreement_with_head_1_not_label_accuracy():
   np.testing.assert_array_equal(masked, [1, 1, 0])
 
 
+def test_between_leaps_a_draft_is_that_of_the_token_before():
+  # Stride 2, one leap: head 2 at t - 1 drafts t + 2, at t it drafts t + 3.
+  argmax_KBT = jnp.array([[[1, 2, 3, 4, 5, 6]], [[3, 4, 0, 6, 7, 8]]])
+  valid_BT = jnp.ones((1, 6), bool)
+  accepted_J = targets.acceptance(argmax_KBT, valid_BT, stride=2)
+  # t = 1, 2, 3; t + 2 of them says 3, 4, 0 where head 1 says 3, 4, 5; of the
+  # two that go on, t + 3 says 4, 0 where head 1 says 4, 5.
+  np.testing.assert_array_equal(accepted_J, [3, 2, 1])
+  # A document that starts at t = 1 has no token before.
+  masked = targets.acceptance(argmax_KBT, valid_BT.at[0, 0].set(False), 2)
+  np.testing.assert_array_equal(masked, [2, 1, 0])
+
+
+def test_the_order_is_a_softmax_of_nearness_over_first_occurrences():
+  c = tiny.cfg(loss__order_weight=1.0, loss__order_window=5, heads__n=1)
+  tokens_BU = jnp.array([[9, 7, 7, 5, 9, 7, 5, 2, 2, 2, 2, 2]])
+  position_BU = jnp.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
+  p_WBT = targets.order(dict(tokens=tokens_BU, position=position_BU), c)
+  e = np.exp(-1.0)
+  at_0 = np.array([1, 0, e**2, e**3, 0])  # 7, 5 and 9; 7 again counts not
+  at_3 = np.array([1, e, 0, 0, 0])  # 9 and 7; then the document ends
+  np.testing.assert_allclose(p_WBT[:, 0, 0], at_0 / at_0.sum(), rtol=1e-6)
+  np.testing.assert_allclose(p_WBT[:, 0, 3], at_3 / at_3.sum(), rtol=1e-6)
+  np.testing.assert_array_equal(p_WBT[:, 0, 5], 0)  # its last token
+  masked = dict(
+    tokens=tokens_BU, position=position_BU, scored=jnp.arange(12)[None] >= 2
+  )
+  np.testing.assert_array_equal(targets.order(masked, c)[:, 0, 0], 0)
+
+
 def test_bfloat16_log_sum_exp_is_float32():
   c = tiny.cfg(model__compute_dtype='bfloat16', heads__n=2)
   full = tiny.cfg(heads__n=2)
@@ -387,16 +429,17 @@ def test_bfloat16_log_sum_exp_is_float32():
     assert g.dtype == np.float32 and np.isfinite(g).all()
 
 
-def _temp_bytes(n, schedule, chunk=0):
+def _temp_bytes(n, schedule, chunk=0, order=0.0):
   c = tiny.cfg(
     heads__n=n, model__n_layers=10, model__vocab_size=4096, data__seq_len=64,
     loss__schedule='remat' if schedule == 'dense' else schedule,
     loss__chunk=chunk, data__batch_size=4, model__remat='block',
+    loss__order_weight=order, loss__order_window=8,
   )  # fmt: skip
   m = tiny.mesh(c)
   rows = {
     name: jax.ShapeDtypeStruct(
-      (1, 4, 64 + n), np.int32,
+      (1, 4, 64 + c.span), np.int32,
       sharding=jax.NamedSharding(m, sharding.pspec(None, 'batch', None)),
     )
     for name in ('tokens', 'position')
@@ -418,6 +461,13 @@ def test_memory_is_flat_in_the_number_of_heads(schedule):
   one = _temp_bytes(1, schedule)
   assert abs(_temp_bytes(8, schedule) - one) < 0.1 * one
   assert _temp_bytes(8, schedule, chunk=16) < 0.5 * one
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+def test_memory_of_the_order_is_flat_and_falls_with_chunks(schedule):
+  one = _temp_bytes(1, schedule, order=1.0)
+  assert abs(_temp_bytes(8, schedule, order=1.0) - one) < 0.1 * one
+  assert _temp_bytes(8, schedule, chunk=16, order=1.0) < 0.5 * one
 
 
 def test_keeping_all_logits_is_not():

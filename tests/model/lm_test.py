@@ -66,13 +66,18 @@ def test_one_head_is_the_plain_transformer_of_as_many_layers(family):
   np.testing.assert_allclose(logits_KBTV[0], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_no_head_sees_past_what_it_may(family):
+@pytest.mark.parametrize(
+  'family, stride', [*((family, 1) for family in FAMILIES), ('sequential', 3)]
+)
+def test_no_head_sees_past_what_it_may(family, stride):
   """d logits_k[t] / d embedding of token s is 0 for s > t; a token-feeding head
-  k >= 2 sees up to t + k - 1 and no further. And each does see that far."""
-  c = tiny.cfg(heads__n=3, data__batch_size=1, heads__family=family)
+  k >= 2 sees up to the token of head k - 1 and no further: t + k - 1, unless
+  heads leap. And each does see that far."""
+  c = tiny.cfg(
+    heads__n=3, heads__stride=stride, data__batch_size=1, heads__family=family
+  )
   m = tiny.mesh(c)
-  U = c.data.seq_len + 3
+  U = c.data.seq_len + c.span
   with jax.set_mesh(m):
     w = tiny.model(c, m)
     position_BU = jnp.arange(U)[None]
@@ -85,14 +90,15 @@ def test_no_head_sees_past_what_it_may(family):
       def f(emb_BUD):
         logits = tiny.logits_of_embeddings(w, emb_BUD, position_BU, c)
         at = (jnp.arange(3) == k)[:, None, None, None]
-        here = (jnp.arange(U - 3) == t)[None, None, :, None]
+        here = (jnp.arange(c.data.seq_len) == t)[None, None, :, None]
         return jnp.sum(jnp.where(at & here, logits, 0) ** 3)
 
       return jax.grad(f)(emb_BUD)
 
     jacobian = jax.jit(jacobian)
     for k in range(3):
-      ahead = k if heads.family(c).feeds_tokens else 0
+      fed = heads.family(c).feeds_tokens and k > 0
+      ahead = c.heads.offsets[k - 1] if fed else 0
       for t in (1, 7, 15):
         g_UD = np.asarray(jacobian(emb_BUD, k, t))[0]
         seen_U = np.any(g_UD != 0, axis=-1)
