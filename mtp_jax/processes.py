@@ -29,8 +29,8 @@ from mtp_jax import config
 # What may differ from one process to another: where it is, what its machine
 # calls things.
 OWN = (
-  'processes.index', 'data.store', 'data.read_threads', 'data.verify',
-  'train.compilation_cache',
+  'processes.index', 'data.store', 'eval.stores', 'data.read_threads',
+  'data.verify', 'train.compilation_cache',
 )  # fmt: skip
 
 
