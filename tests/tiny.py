@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,37 @@ def cfg(**changes) -> config.Config:
   """A checked Config; `heads__n=2` stands for heads.n."""
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
   return validate.validate(config.replace(config.Config(), **BASE | changes))
+
+
+def sibling(c: config.Config) -> config.Config:
+  """An experiment at the size of a test: equal ones train the same program.
+
+  Width, depth, vocabulary, context, batch and steps shrink. What is computed
+  with them stays: heads and their family, loss, dtypes, optimizer, the share of
+  the warm-up in the steps (rounded up), the micro-batches.
+  """
+  steps, accumulate = 10, c.train.accumulate
+  warmup_steps = math.ceil(steps * c.optim.warmup_steps / c.train.steps)
+  kept = {
+    name: config.get(c, name)
+    for name, field in config.fields().items()
+    if field.metadata['result']
+  }
+  small = {
+    'model.d_model': 16,
+    'model.n_layers': 2 + (c.heads.n if c.heads.block_first else 0),
+    'model.n_attn_heads': 4,
+    'model.n_kv_heads': 2 if c.model.kv_heads < c.model.n_attn_heads else 0,
+    'model.d_ff': 24,
+    'model.vocab_size': 32,
+    'data.tokenizer': 'bytes',
+    'data.seq_len': max(16, 2 * c.heads.n),
+    'data.batch_size': 8 * accumulate,
+    'optim.warmup_steps': warmup_steps,
+    'train.steps': steps,
+    'mesh.fsdp': 1,
+  }
+  return validate.validate(config.replace(config.Config(), **kept | small))
 
 
 def mesh(c: config.Config):

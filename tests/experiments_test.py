@@ -1,0 +1,256 @@
+"""Every experiment: parsed, as large and as long as it says, and trainable."""
+
+import functools
+import pathlib
+import re
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import config, flags, params, sharding
+from mtp_jax.model import heads, lm
+from mtp_jax.train import state as state_lib
+from mtp_jax.train import step as step_lib
+from tests import runs, tiny
+
+FOLDER = pathlib.Path(runs.ROOT, 'experiments')
+FILES = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob('*.*'))
+FIELDS = ('Purpose', 'Command', 'Hardware', 'Time', 'Expect')
+
+
+@functools.cache
+def _config(name, *more) -> config.Config:
+  return flags.parse([f'--flagfile={FOLDER}/{name}', *more]).config()
+
+
+def _text(name):
+  return (FOLDER / name).read_text()
+
+
+def _head(name) -> str:
+  """The comment at the start of a file, without its marks."""
+  return re.match('(#.*\n)*', _text(name))[0].replace('# ', '')
+
+
+def _said(name) -> dict[str, str]:
+  """What the head comment says, by field."""
+  lines, said, field = _head(name).splitlines(), {}, None
+  for line in lines:
+    word = line.split(' ')[0]
+    field = word if word in FIELDS else field if line[:1] == ' ' else None
+    if field:
+      said[field] = f'{said.get(field, "")} {line.removeprefix(field).strip()}'
+  return {field: text.strip() for field, text in said.items()}
+
+
+PARTS = [name for name in FILES if 'run files include it' in _head(name)]
+RUNS = [name for name in FILES if name not in PARTS]
+PAPER = [name for name in RUNS if name != 'smoke.flags']
+
+
+def _included(name):
+  """The files that a file includes, itself as well, as they are on disk."""
+  found = {(FOLDER / name).resolve()}
+  for path in re.findall('^--flagfile=(.*)$', _text(name), re.M):
+    inner = (FOLDER / name).parent / path
+    found |= _included(inner.resolve().relative_to(FOLDER).as_posix())
+  return found
+
+
+def test_a_file_is_a_run_or_a_part_of_one():
+  assert all(name.endswith('.flags') for name in FILES)
+  used = set.union(*map(_included, RUNS))
+  assert used == {FOLDER / name for name in FILES}
+  for name in PARTS:
+    assert not _said(name), f'{name}: a part has no command of its own'
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_it_is_a_valid_config(name):
+  # The smallest sizes have no room for the default n.
+  cfg = _config(name, *(['--heads.n=1'] if name in PARTS else []))
+  assert cfg.train.workdir == cfg.data.store == ''
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_the_head_comment_says_all_and_its_command_is_this_run(name):
+  said = _said(name)
+  assert list(said) == list(FIELDS) and all(said.values())
+  command = shlex.split(said['Command'].replace('\\', ''))
+  itself = f'--flagfile=experiments/{name}'
+  if command[0] == 'mtp':
+    assert command[1:3] == ['train', itself]
+    given = flags.parse(command[2:])
+    assert {'data.store', 'train.workdir'} <= given.given.keys()
+    assert config.changed(_config(name), given.config()) == []
+  else:
+    (script,) = command
+    assert itself in pathlib.Path(runs.ROOT, script).read_text()
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_the_head_comment_counts_right(name):
+  n_params = params.count(lm.specs(_config(name)))
+  count, unit, gib = re.match(
+    r'([\d.]+)([BM]) parameters: ([\d.]+) GiB', _said(name)['Hardware']
+  ).groups()
+  stated = float(count) * dict(B=1e9, M=1e6)[unit]
+  np.testing.assert_allclose(stated, n_params, rtol=2e-3)
+  # Parameters and two moments of four bytes.
+  np.testing.assert_allclose(float(gib), 12 * n_params / 2**30, rtol=5e-3)
+  n = re.search(r'n = (\d+)\.', _head(name))[1]
+  assert int(n) == _config(name).heads.n
+
+
+# Table S13: windows x context in 2^20 tokens, steps, warm-up, peak, end ratio,
+# and the tokens that the run is named for.
+TABLE = {
+  'scaling/(0.3|0.6|1.3|3)b': (8, 10_850, 1000, 3e-4, 0.03, 91e9),
+  'scaling/7b': (8, 25_000, 2000, 3e-4, 0.03, 200e9),
+  'scaling/13b': (8, 25_000, 1000, 3e-4, 0.03, 200e9),
+  'code/7b_200b': (8, 25_000, 2000, 3e-4, 0.03, 200e9),
+  'code/7b_500b': (7, 68_570, 2000, 3e-4, 0.03, 500e9),
+  'code/7b_1t': (7, 136_240, 2000, 3e-4, 0.03, 1000e9),
+  'families/': (8, 25_000, 2000, 3e-4, 0.03, 200e9),
+  'bytes/7b': (12, 25_000, 2000, 3e-4, 0.03, 313e9),
+  'language/7b_200b': (8, 25_000, 2000, 3e-4, 0.10, 200e9),
+  'language/7b_500b': (8, 60_000, 2000, 3e-4, 0.10, 500e9),
+  'induction/': (0.25, 100_000, 2000, 1e-4, 0.03, None),
+  'arithmetic/': (0.25, 100_000, 2000, 1e-4, 0.03, None),
+}
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_it_is_as_long_as_published(name):
+  (row,) = [values for key, values in TABLE.items() if re.match(key, name)]
+  batch, steps, warmup_steps, lr, end_ratio, budget = row
+  cfg = _config(name)
+  o, tokens = cfg.optim, cfg.data.batch_size * cfg.data.seq_len
+  assert tokens == batch * 2**20
+  assert (cfg.train.steps, o.warmup_steps) == (steps, warmup_steps)
+  assert (o.lr, o.end_ratio, o.schedule) == (lr, end_ratio, 'cosine')
+  assert (o.b1, o.b2, o.weight_decay, o.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+  context = dict(bytes=8192, induction=2048, arithmetic=2048)
+  context = context.get(name.split('/')[0], 4096)
+  if name.startswith('arithmetic/30m'):
+    context = 1024
+  assert cfg.data.seq_len == context
+  if budget:  # 25,000 x 8 x 2^20 is 209.7e9, and called 200B
+    off = abs(tokens * steps / budget - 1)
+    assert off < (0.05 if budget == 200e9 else 0.01)
+
+
+# As published, at 32,000 rows of vocabulary.
+TOTALS = {
+  '1m': 9.5e6, '3m': 19.8e6, '10m': 35.2e6, '30m': 66.9e6, '100m': 148e6,
+  '300m': 387e6, '1b': 1.12e9, '0.3b': 297e6, '0.6b': 630e6, '1.3b': 1.36e9,
+  '3b': 3.02e9, '7b': 6.74e9, '13b': 13.02e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_it_is_as_large_as_published(name):
+  """Whatever n and family: heads are paid for with layers, but in bytes/."""
+  cfg = _config(name)
+  folder, file = name.split('/')
+  size = '7b' if folder == 'families' else file.split('_')[0]
+  if folder == 'bytes':
+    assert heads.trunk_layers(cfg) == 31
+    assert cfg.heads.n > 1 or cfg.model.n_layers == 32
+    cfg = config.replace(
+      cfg,
+      **{'heads.n': 1, 'model.n_layers': 32, 'heads.unembedding': 'shared'},
+    )
+  cfg = config.replace(cfg, **{'model.vocab_size': 32_000})
+  assert abs(params.count(lm.specs(cfg)) / TOTALS[size] - 1) < 0.01
+
+
+def test_families_are_equal_in_parameters_and_differ_in_nothing_else():
+  cfgs = [_config(name) for name in PAPER if name.startswith('families/')]
+  kinds = {(c.heads.family, c.heads.unembedding) for c in cfgs}
+  assert kinds == {(family, 'shared') for family in heads.FAMILIES} | {
+    ('parallel', 'replicated')
+  }
+  totals = [params.count(lm.specs(c)) for c in cfgs]
+  assert max(totals) < 1.01 * min(totals)
+  (parallel,) = [_config(n) for n in PAPER if n == 'families/parallel.flags']
+  assert parallel == _config('code/7b_200b_n4.flags')
+  for cfg in cfgs:
+    assert {name for name, _, _ in config.changed(parallel, cfg)} <= {
+      'heads.family', 'heads.unembedding', 'model.n_layers', 'model.d_ff',
+    }  # fmt: skip
+
+
+def test_which_experiments_there_are():
+  """A row of table S13 whose files are lost would be missed nowhere else."""
+
+  def of(pattern, ns):
+    return {f'{pattern}_n{n}.flags' for n in ns}
+
+  want = {'smoke.flags'} | {
+    f'families/{family}.flags' for family in (*heads.FAMILIES, 'replicated')
+  }
+  for size in ('0.3b', '0.6b', '1.3b', '3b', '7b', '13b'):
+    want |= of(f'scaling/{size}', (1, 2, 4))
+  for budget in ('200b', '500b', '1t'):
+    want |= of(f'code/7b_{budget}', (1, 2, 4, 6, 8))
+  want |= of('bytes/7b', (1, 8, 16, 32))
+  for budget in ('200b', '500b'):
+    want |= of(f'language/7b_{budget}', (1, 2, 4))
+  for size in ('1m', '3m', '10m', '30m', '100m', '300m', '1b'):
+    want |= of(f'induction/{size}', (1, 2))
+  for size in ('30m', '100m'):
+    want |= of(f'arithmetic/{size}', (1, 2, 4))
+  assert set(RUNS) >= want
+
+
+SIBLINGS = {}  # each with the runs that it stands for
+for _name in RUNS:
+  SIBLINGS.setdefault(tiny.sibling(_config(_name)), []).append(_name)
+
+
+def test_siblings_keep_what_makes_the_experiment():
+  for small, names in SIBLINGS.items():
+    for cfg in map(_config, names):
+      assert (small.heads, small.loss) == (cfg.heads, cfg.loss)
+      assert small.train.accumulate == cfg.train.accumulate
+      shrunk = {name for name, _, _ in config.changed(cfg, small)}
+      assert shrunk <= {
+        'model.d_model', 'model.n_layers', 'model.n_attn_heads', 'model.d_ff',
+        'model.vocab_size', 'data.tokenizer', 'data.seq_len', 'data.batch_size',
+        'optim.warmup_steps',
+      }  # fmt: skip
+      assert small.optim.warmup_steps > 0
+  assert len(SIBLINGS) < len(RUNS) / 2
+
+
+def _cases():
+  """All siblings; slow but for the one with most heads of each kind."""
+  seen = set()
+  for small in sorted(SIBLINGS, key=lambda c: -c.heads.n):
+    kind = small.heads.family, small.heads.unembedding, small.loss.schedule
+    marks = [pytest.mark.slow] if kind in seen else []
+    seen.add(kind)
+    names = SIBLINGS[small]
+    yield pytest.param(small, names, id=names[0], marks=marks)
+
+
+@pytest.mark.parametrize('small, names', _cases())
+def test_its_sibling_trains(small, names):
+  m = tiny.mesh(small)
+  losses = []
+  with jax.set_mesh(m):
+    rows = sharding.put_batch(m, tiny.batch(small))
+    bytes_V = jnp.ones(small.model.vocab_size, jnp.int32)
+    state = state_lib.init(small, m)
+    step = step_lib.compiled(small, small.heads.n)
+    for _ in range(3):  # the first of them has a learning rate of 0
+      state, values = step(state, rows, bytes_V)
+      losses.append(jax.device_get(values['loss_K']))
+  losses = np.array(losses)
+  assert np.isfinite(losses).all() and losses.shape == (3, small.heads.n)
+  np.testing.assert_array_equal(losses[0], losses[1])
+  assert losses[2].sum() < losses[1].sum(), names
