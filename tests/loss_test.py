@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import loss, params, sharding, targets
+from mtp_jax import cross_entropy, loss, params, sharding, targets
 from mtp_jax.model import heads, lm
 from tests import oracle, pairwise, tiny
 
@@ -119,7 +119,9 @@ ORACLE = pairwise.rows(
 )
 
 
-@pytest.mark.parametrize('row', ORACLE, ids=str)
+@pytest.mark.parametrize(
+  'row', ORACLE, ids=lambda row: '-'.join(map(str, row.values()))
+)
 def test_equals_oracle(row):
   n = row['n']
   c = _cfg(
@@ -208,14 +210,15 @@ def test_batch_without_a_target_gives_zero_and_finite_gradients():
 
 
 def test_a_head_is_divided_by_its_own_count():
-  # Documents of two tokens: head 1 has one target each, head 2 none.
-  c = tiny.cfg(heads__n=2)
+  # Documents of three tokens: head 1 has two targets of each, head 2 one, and
+  # head 3 none.
+  c = tiny.cfg(heads__n=3)
   rows = tiny.batch(c)
-  rows['position'][:] = np.arange(rows['position'].shape[-1]) % 2
-  (_, two), _ = tiny.value_and_grad(c, rows)
-  assert two['loss_K'][0] > 1 and two['loss_K'][1] == 0
+  rows['position'][:] = np.arange(rows['position'].shape[-1]) % 3
+  (_, sums), _ = tiny.value_and_grad(c, rows)
+  assert (sums['loss_K'][:2] > 1).all() and sums['loss_K'][2] == 0
   np.testing.assert_allclose(
-    two['loss_K'][0], _oracle_losses(c, rows)['loss_K'][0], rtol=1e-5
+    sums['loss_K'], _oracle_losses(c, rows)['loss_K'], rtol=1e-5
   )
 
 
@@ -228,10 +231,11 @@ def _oracle_losses(c, rows):
 
 
 def test_micro_batches_of_unequal_counts_sum_exactly():
-  # The first micro-batch holds nearly all of the valid targets.
+  # The first micro-batch holds more valid targets than the others, which hold
+  # documents of three tokens; none is without.
   one, four = (tiny.cfg(heads__n=2, train__accumulate=a) for a in (1, 4))
   rows = tiny.batch(one, packed=False)
-  rows['position'][:, 2:] = 0
+  rows['position'][:, 2:] = np.arange(rows['position'].shape[-1]) % 3
   cut = {k: x.reshape(4, 2, -1) for k, x in rows.items()}
   (a, a_sums), (a_grads, _) = tiny.value_and_grad(one, rows)
   (b, b_sums), (b_grads, _) = tiny.value_and_grad(four, cut)
@@ -429,6 +433,18 @@ def test_bfloat16_log_sum_exp_is_float32():
     assert g.dtype == np.float32 and np.isfinite(g).all()
 
 
+def test_the_log_sum_exp_of_one_token_is_float32():
+  """A mean over tokens hides it: their errors cancel."""
+  # 32 logits of 10: 13.4657, of which bfloat16 would make 13.4375.
+  loss, stats = cross_entropy.of_targets(
+    jnp.full((1, 1, 4), 2.5, jnp.bfloat16), jnp.ones((4, 32), jnp.bfloat16),
+    jnp.array([[3]]), jnp.ones((1, 1), bool), tiny.cfg(loss__z_loss=1.0),
+  )  # fmt: skip
+  lse = 10 + np.log(32)
+  np.testing.assert_allclose(stats.z_loss, lse**2, rtol=1e-6)
+  np.testing.assert_allclose(loss - stats.z_loss, np.log(32), rtol=1e-4)
+
+
 def _temp_bytes(n, schedule, chunk=0, order=0.0):
   c = tiny.cfg(
     heads__n=n, model__n_layers=10, model__vocab_size=4096, data__seq_len=64,
@@ -489,6 +505,62 @@ def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
     )(w, rows)
   found = tiny.reductions(jaxpr.jaxpr)
   assert len(found) >= 4 and set(found) == {jnp.dtype(grad_dtype)}
+
+
+def _reshards(jaxpr, in_loop=False):
+  """(what is resharded, whether in a loop), in all nested jaxprs."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'reshard':
+      yield eqn.invars[0].aval, in_loop
+    for sub in jax.core.jaxprs_in_params(eqn.params):
+      yield from _reshards(sub, in_loop or eqn.primitive.name == 'scan')
+
+
+def _reshards_of_a_step(**changes):
+  c = tiny.cfg(mesh__fsdp=4, heads__n=2, **changes)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    jaxpr = jax.make_jaxpr(
+      lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2)
+    )(w, rows)
+  return list(_reshards(jaxpr.jaxpr))
+
+
+@pytest.mark.parametrize('family', ['parallel', 'causal'])
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+def test_the_unembedding_is_gathered_once_not_once_a_head(schedule, family):
+  found = _reshards_of_a_step(
+    loss__schedule=schedule, heads__family=family, model__vocab_size=40
+  )
+  unembed_DV = [in_loop for x, in_loop in found if x.shape == (16, 40)]
+  assert unembed_DV == [False, False]  # gathered, and its gradient reduced
+  assert any(in_loop for _, in_loop in found)  # as layers are
+
+
+@pytest.mark.parametrize('family', ['parallel', 'causal'])
+def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient(family):
+  c = tiny.cfg(heads__n=2, loss__schedule='eager', heads__family=family)
+  m, two = tiny.mesh(c), jnp.ones(2)
+  with jax.set_mesh(m):
+    w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    rows = jax.tree.map(lambda x: x[0], rows)
+
+    @jax.jit
+    def grads(factor):
+      def total(w, probe_K):
+        value, _ = loss.mtp_loss(
+          w, probe_K, rows, count_K=100 * two, weight_K=two, n_active=2, cfg=c
+        )
+        return factor * value
+
+      return jax.grad(total, argnums=(0, 1))(w, 0 * two)
+
+    (one, norm2_one_K), (four, norm2_four_K) = grads(1.0), grads(4.0)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(4 * a, b, **TOLERANCE), one, four
+  )
+  np.testing.assert_allclose(16 * norm2_one_K, norm2_four_K, rtol=1e-5)
 
 
 def test_the_gradients_dtype_is_not_the_forwards():

@@ -379,3 +379,26 @@ def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
   np.testing.assert_allclose(
     one['norm'].mean(), 1 - steps * lr, atol=4 * spread
   )
+
+
+def test_many_micro_batches_are_not_rounded_away():
+  """Gradients of bfloat16 parameters are added up in float32."""
+  c = tiny.cfg(
+    heads__n=2, model__param_dtype='bfloat16', train__accumulate=4,
+    model__n_layers=5,
+  )  # fmt: skip
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    jaxpr = jax.make_jaxpr(
+      lambda state, rows: step_lib.train_step(
+        state, rows, jnp.ones(32, jnp.int32), n_active=2, cfg=c
+      )
+    )(state_lib.abstract(c, m), sharding.put_batch(m, tiny.batch(c)))
+  (scan,) = (
+    eqn
+    for eqn in jaxpr.eqns
+    if eqn.primitive.name == 'scan' and eqn.params['length'] == 4
+  )
+  carried = [x.aval for x in scan.outvars[: scan.params['num_carry']]]
+  assert any(x.shape == (16, 32) for x in carried)  # the unembedding's
+  assert {x.dtype for x in carried} == {jnp.dtype('float32')}

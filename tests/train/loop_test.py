@@ -68,6 +68,9 @@ def test_a_run_writes_what_it_says(undisturbed, store):
                'accepted_length', 'acceptance_2', 'head_grad_norm_2',
                *runs.TIMES):  # fmt: skip
     assert np.isfinite(last[name]), name
+  # Bits are of head 1 alone; a document's end may add some, without bytes.
+  bits_1 = last['loss_1'] / np.log(2)
+  assert 0.999 * bits_1 < last['bits_per_byte'] < 1.1 * bits_1
   state = runs.restored(undisturbed, 6)
   assert (state.step, state.skipped, state.skipped_in_a_row) == (6, 0, 0)
 

@@ -1,0 +1,189 @@
+"""Do the tests notice? One fault at a time, in a copy of the tree.
+
+  python -m tests.mutants            all; docs/MUTANTS.md is written
+  python -m tests.mutants NAME …     some; their rows there are
+  python -m tests.mutants -j 2       two at a time
+
+First all tests that are to notice must pass without a fault. A fault that its
+tests do not notice names a test that is missing; exit status 1.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from tests import mutations
+
+ROOT = pathlib.Path(__file__).parents[1]
+COPIED = (
+  'mtp_jax', 'tests', 'experiments', 'launch', 'pyproject.toml', 'setup.cfg',
+)  # fmt: skip
+REPORT = ROOT / 'docs' / 'MUTANTS.md'
+TIMEOUT_S = 1800.0
+
+
+class Outcome(NamedTuple):
+  """One run of tests: what pytest ended with, and the test that failed."""
+
+  status: int | None  # None: out of time
+  failed: str
+  seconds: float
+  output: str
+
+  @property
+  def killed(self) -> bool:
+    """1 is a failed test, or time; another is a broken run, e.g. no test."""
+    return self.status in (1, None)
+
+
+def run_tests(tree: pathlib.Path, tests: tuple[str, ...]) -> Outcome:
+  """pytest in a tree, up to the first failure."""
+  environment = dict(
+    os.environ,
+    PYTHONPATH=str(tree),
+    # A fault of the same length within a second would meet the old bytecode.
+    PYTHONDONTWRITEBYTECODE='1',
+  )
+  begin = time.perf_counter()
+  command = [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider']
+  try:
+    done = subprocess.run(
+      [*command, *tests], cwd=tree, env=environment, text=True,
+      capture_output=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    status, output = done.returncode, done.stdout + done.stderr
+  except subprocess.TimeoutExpired:
+    status, output = None, 'out of time'
+  failed = re.search(r'^FAILED ([\w/.]+::\w+)', output, re.M)
+  return Outcome(
+    status, failed[1] if failed else '', time.perf_counter() - begin, output
+  )
+
+
+def with_fault(tree: pathlib.Path, fault: mutations.Fault) -> Outcome:
+  """Its tests, in a tree that has the fault for as long as they run."""
+  path = tree / fault.file
+  whole = path.read_text()
+  if whole.count(fault.old) != 1:
+    raise ValueError(f'{fault.name}: not exactly once: {fault.old!r}')
+  path.write_text(whole.replace(fault.old, fault.new))
+  try:
+    return run_tests(tree, fault.tests)
+  finally:
+    path.write_text(whole)
+
+
+def copy_tree(to: pathlib.Path) -> pathlib.Path:
+  to.mkdir(parents=True)
+  for name in COPIED:
+    if (ROOT / name).is_dir():
+      shutil.copytree(
+        ROOT / name, to / name, ignore=shutil.ignore_patterns('__pycache__')
+      )
+    else:
+      shutil.copy(ROOT / name, to / name)
+  return to
+
+
+def in_trees(trees: list[pathlib.Path], function, items):
+  """(item, function(tree, item)) as they end, one at a time in each tree."""
+  free = queue.SimpleQueue()
+  for tree in trees:
+    free.put(tree)
+
+  def in_a_tree(item):
+    tree = free.get()
+    try:
+      return item, function(tree, item)
+    finally:
+      free.put(tree)
+
+  with concurrent.futures.ThreadPoolExecutor(len(trees)) as pool:
+    waiting = [pool.submit(in_a_tree, item) for item in items]
+    for done in concurrent.futures.as_completed(waiting):
+      yield done.result()
+
+
+def _cells(fault: mutations.Fault, outcome: Outcome) -> list[str]:
+  killer = {1: outcome.failed, None: 'out of time', 0: 'SURVIVED'}
+  return [
+    fault.name,
+    mutations.MISTAKES[fault.mistake],
+    fault.file.removeprefix('mtp_jax/'),
+    killer.get(outcome.status, f'BROKEN, pytest ended with {outcome.status}'),
+    f'{outcome.seconds:.0f}',
+  ]
+
+
+def report(before: str, outcomes: dict[mutations.Fault, Outcome]) -> str:
+  """The report with these outcomes, and the rows of the others as they were."""
+  rows = {row.split(' | ')[0]: row for row in before.splitlines()}
+  for fault, outcome in outcomes.items():
+    rows[f'| {fault.name}'] = f'| {" | ".join(_cells(fault, outcome))} |'
+  names = [f'| {fault.name}' for fault in mutations.FAULTS]
+  rows = [rows[name] for name in names if name in rows]
+  left = sum('SURVIVED' in row or 'BROKEN' in row for row in rows)
+  lines = [
+    '# Mutants',
+    '',
+    'Written by `python -m tests.mutants`: one fault at a time, in a copy of',
+    'the tree (`tests/mutations.py` holds them), and the tests that should',
+    f'notice. {len(rows) - left} of {len(names)} were noticed.',
+    '',
+    '| fault | mistake | file | noticed by | s |',
+    '|---|---|---|---|---|',
+    *rows,
+    '',
+    'Not there yet, hence not tried:',
+    '',
+  ]
+  for mistake, why in mutations.LATER.items():
+    lines.append(f'- {mutations.MISTAKES[mistake]}: {why}')
+  return '\n'.join(lines) + '\n'
+
+
+def main(args: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog='python -m tests.mutants')
+  parser.add_argument('names', nargs='*', help='faults; none = all')
+  parser.add_argument('-j', type=int, default=1, help='at a time')
+  given = parser.parse_args(args)
+  unknown = set(given.names) - {fault.name for fault in mutations.FAULTS}
+  if unknown:
+    parser.error(f'no fault {", ".join(sorted(unknown))}')
+  names = given.names or [fault.name for fault in mutations.FAULTS]
+  chosen = [fault for fault in mutations.FAULTS if fault.name in names]
+
+  with tempfile.TemporaryDirectory(prefix='mutants-') as folder:
+    trees = [copy_tree(pathlib.Path(folder, str(i))) for i in range(given.j)]
+    plain = run_tests(
+      trees[0], (f'-n{given.j}', *{t for fault in chosen for t in fault.tests})
+    )
+    print(f'{plain.seconds:4.0f} s  without a fault', flush=True)
+    if plain.status != 0:
+      print(f'{plain.output}\npytest: {plain.status}', file=sys.stderr)
+      return 1
+    outcomes = {}
+    for fault, outcome in in_trees(trees, with_fault, chosen):
+      outcomes[fault] = outcome
+      *cells, seconds = _cells(fault, outcome)
+      print(f'{seconds:>4} s  {"  ".join(cells)}', flush=True)
+  before = REPORT.read_text() if REPORT.exists() else ''
+  REPORT.write_text(report(before, outcomes))
+  left = [f.name for f, outcome in outcomes.items() if not outcome.killed]
+  print(f'{len(outcomes) - len(left)} of {len(outcomes)} noticed')
+  if left:
+    print('not noticed: ' + ', '.join(left), file=sys.stderr)
+  return 1 if left else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

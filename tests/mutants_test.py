@@ -1,0 +1,80 @@
+"""The faults of tests/mutants.py still fit the code; it runs them elsewhere."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests import mutants, mutations
+
+
+def test_faults_have_names_and_every_mistake_has_one():
+  names = [fault.name for fault in mutations.FAULTS]
+  assert len(names) == len(set(names)) >= 25
+  tried = {fault.mistake for fault in mutations.FAULTS} | mutations.LATER.keys()
+  assert tried == mutations.MISTAKES.keys()
+
+
+@pytest.mark.parametrize(
+  'fault', mutations.FAULTS, ids=lambda fault: fault.name
+)
+def test_a_fault_is_in_the_code_once(fault):
+  whole = (mutants.ROOT / fault.file).read_text()
+  assert whole.count(fault.old) == 1 and fault.old != fault.new
+  ast.parse(whole.replace(fault.old, fault.new))
+
+
+def test_the_tests_of_each_fault_are_there():
+  """One that was renamed would end pytest, and not notice the fault."""
+  wanted = sorted({test for fault in mutations.FAULTS for test in fault.tests})
+  done = subprocess.run(
+    [sys.executable, '-m', 'pytest', '--collect-only', *wanted],
+    cwd=mutants.ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+  'output, failed',
+  [
+    ('FAILED tests/a_test.py::test_b - assert 1', 'tests/a_test.py::test_b'),
+    ('x\nFAILED tests/c/a_test.py::test_b[{1}]\n', 'tests/c/a_test.py::test_b'),
+    ('ERROR tests/a_test.py', ''),
+  ],
+)
+def test_what_pytest_says_is_read(monkeypatch, tmp_path, output, failed):
+  def run(command, **_):
+    assert command[1:4] == ['-m', 'pytest', '-x'] and command[-1] == 'tests/x'
+    return subprocess.CompletedProcess(command, 1, output, '')
+
+  monkeypatch.setattr(mutants.subprocess, 'run', run)
+  assert mutants.run_tests(tmp_path, ('tests/x',)).failed == failed
+
+
+@pytest.mark.parametrize(
+  'test, noticed', [('NUMBER == 1', True), ('NUMBER > 0', False)]
+)
+def test_a_fault_is_made_in_a_copy_and_noticed_or_not(
+  monkeypatch, tmp_path, capsys, test, noticed
+):
+  code = tmp_path / 'code_under_test.py'
+  code.write_text('NUMBER = 1\n')
+  (tmp_path / 'it_test.py').write_text(
+    f'from code_under_test import NUMBER\ndef test_it():\n  assert {test}\n'
+  )
+  fault = mutations.Fault('a', 0, code.name, '= 1', '= 2', ('it_test.py',))
+  monkeypatch.setattr(mutations, 'FAULTS', (fault,))
+  monkeypatch.setattr(mutants, 'ROOT', tmp_path)
+  monkeypatch.setattr(mutants, 'REPORT', tmp_path / 'MUTANTS.md')
+  monkeypatch.setattr(mutants, 'COPIED', (code.name, 'it_test.py'))
+  assert mutants.main([]) == (0 if noticed else 1)
+  assert capsys.readouterr().out.endswith(f'{int(noticed)} of 1 noticed\n')
+  assert code.read_text() == 'NUMBER = 1\n'
+  (row,) = (
+    line.split(' | ')
+    for line in (tmp_path / 'MUTANTS.md').read_text().splitlines()
+    if line.startswith('| a |')
+  )
+  killer = 'it_test.py::test_it' if noticed else 'SURVIVED'
+  assert row[:4] == ['| a', 'another', code.name, killer]

@@ -1,0 +1,401 @@
+"""Faults that the tests must notice: data for tests/mutants.py.
+
+Most are mistakes that other trainers of several future tokens made; each is one
+line, and runs without an error.
+"""
+
+from typing import NamedTuple
+
+MISTAKES = {
+  0: 'another',
+  1: '1 shift off by one',
+  2: '2 filling trained as token 0',
+  3: '3 targets across documents',
+  4: '4 accumulation mixes means and sums',
+  5: "5 divided by another head's count",
+  6: '6 no target gives 0 / 0',
+  7: '7 evaluation is another loss',
+  8: '8 all logits alive at once',
+  9: '9 acceptance is label accuracy',
+  10: '10 head weights dropped or kept silently',
+  11: '11 auxiliary loss beside what is returned',
+  12: '12 log-sum-exp in bfloat16',
+  13: '13 unembedding gathered once a head',
+  14: '14 heads keep rejected keys and values',
+  15: '15 rolled RoPE positions',
+  16: '16 summed losses of different n compared',
+}
+# What a mistake still waits for; of 10 and 15 only the nearest is tried.
+LATER = {
+  14: 'with decode',
+  10: 'exports, with export; below is the checkpoint',
+  15: 'positions of a cache, with decode; below is training',
+}
+
+
+class Fault(NamedTuple):
+  name: str
+  mistake: int  # of MISTAKES
+  file: str
+  old: str  # occurs exactly once
+  new: str
+  tests: tuple[str, ...]  # node ids, as few as should notice
+
+
+LOSS, TARGETS = 'mtp_jax/loss.py', 'mtp_jax/targets.py'
+ENTROPY, STEP = 'mtp_jax/cross_entropy.py', 'mtp_jax/train/step.py'
+HEADS, LOOP = 'mtp_jax/model/heads.py', 'mtp_jax/train/loop.py'
+LOADER, WINDOWS = 'mtp_jax/data/loader.py', 'mtp_jax/data/windows.py'
+OPTIM, PARAMS = 'mtp_jax/optim.py', 'mtp_jax/params.py'
+
+
+def _in(file: str, *names: str) -> tuple[str, ...]:
+  return tuple(f'tests/{file}_test.py::{name}' for name in names)
+
+
+def _oracle(row):
+  return _in('loss', f'test_equals_oracle[{row}]')
+
+
+# Eager, with chunks, micro-batches, z-loss, leaps and the order of tokens.
+ORACLE = _oracle('sequential-3-eager-replicated-3-0.7')
+CUT = _in('optim', 'test_a_step_does_not_depend_on_how_it_is_cut')
+
+
+def _forward(family):
+  name = f'test_forward_equals_oracle[{family}-4]'
+  return _in('model/lm', name)
+
+
+FAULTS = (
+  # What is predicted, and from where.
+  Fault(
+    'target-shift', 1, TARGETS,
+    "rows['tokens'][:, there]", "rows['tokens'][:, :T]",
+    _in('loss', 'test_targets_on_a_periodic_sequence'),
+  ),
+  Fault(
+    'reads-its-target', 1, 'mtp_jax/model/lm.py',
+    'cfg.heads.stride * (k - 2)', 'cfg.heads.stride * (k - 1)',
+    ORACLE,
+  ),
+  Fault(
+    'sees-a-token-ahead', 1, 'mtp_jax/model/attention.py',
+    't[:, None] >= t[None, :]', 't[:, None] + 1 >= t[None, :]',
+    _in('model/lm', 'test_no_head_sees_past_what_it_may[parallel-1]'),
+  ),
+  Fault(
+    'padding-is-text', 2, LOADER,
+    'if row < n_windows:',
+    'position_ABU[place] = np.arange(seq_len + span)\n    if row < n_windows:',
+    _in('data/loader', 'test_eval_reads_each_window_once_and_pads'),
+  ),
+  Fault(
+    'no-mask', 3, TARGETS,
+    'position_BU[:, there] == position_BU[:, :T] + offset',
+    'position_BU[:, there] >= 0',
+    _in('loss', 'test_targets_never_cross_a_document'),
+  ),
+  Fault(
+    'mask-of-later-positions', 3, TARGETS,
+    'position_BU[:, there] == position_BU[:, :T] + offset',
+    'position_BU[:, there] > position_BU[:, :T]',
+    _in('loss', 'test_targets_never_cross_a_document'),
+  ),
+  Fault(
+    'order-across-documents', 3, TARGETS,
+    '(valid_BT & first_BT)', 'first_BT',
+    ORACLE,
+  ),
+  Fault(
+    'order-of-every-occurrence', 0, TARGETS,
+    '(valid_BT & first_BT)', 'valid_BT',
+    ORACLE,
+  ),
+  Fault(
+    'attends-across-documents', 3, 'mtp_jax/model/attention.py',
+    'segment_BT[:, :, None] == segment_BT[:, None, :]',
+    'segment_BT[:, :, None] >= segment_BT[:, None, :]',
+    _in('model/lm', 'test_a_packed_document_is_read_as_if_alone[parallel]'),
+  ),
+  Fault(
+    'position-of-the-window', 3, WINDOWS,
+    'position_U - np.maximum.accumulate(begin_U)', 'position_U',
+    _in('data/windows', 'test_valid_targets_stay_in_their_document'),
+  ),
+  # Sums and counts.
+  Fault(
+    'accumulation-divides-twice', 4, STEP,
+    's + x.astype(s.dtype)', 's + x.astype(s.dtype) / cfg.train.accumulate',
+    CUT,
+  ),
+  Fault(
+    'count-of-a-micro-batch', 4, LOSS,
+    'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
+    'over_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)[:m]',
+    _in('loss', 'test_micro_batches_of_unequal_counts_sum_exactly'),
+  ),
+  Fault(
+    'trunk-hears-one-head', 4, LOSS,
+    'dz_BTD + d_BTD.astype(dz_BTD.dtype)', 'd_BTD.astype(dz_BTD.dtype)',
+    CUT,
+  ),
+  Fault(
+    'chunks-overwrite', 4, ENTROPY,
+    'return dunembed + d, (', 'return d, (',
+    ORACLE,
+  ),
+  Fault(
+    'count-of-head-1', 5, LOSS,
+    'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
+    'over_K = jnp.ones(m) / jnp.maximum(count_K, 1)[0]',
+    _in('loss', 'test_a_head_is_divided_by_its_own_count'),
+  ),
+  Fault(
+    'count-of-all-positions', 5, TARGETS,
+    'count_K = jnp.sum(valid_AKBT, axis=(0, 2, 3))',
+    'count_K = jnp.sum(valid_AKBT | True, axis=(0, 2, 3))',
+    _in('loss', 'test_counts_and_bytes'),
+  ),
+  Fault(
+    'zero-by-zero', 6, LOSS,
+    'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
+    'over_K = 1 / count_K[:m]',
+    _in('loss', 'test_batch_without_a_target_gives_zero_and_finite_gradients'),
+  ),
+  Fault(
+    'evaluation-unweighted', 7, 'mtp_jax/evals/heldout.py',
+    'np.sum(weight_K * loss_K)', 'np.sum(loss_K)',
+    _in('evals/heldout',
+        'test_several_batches_are_one_and_equal_the_training_loss'),
+  ),
+  Fault(
+    'evaluation-of-all-heads', 7, 'mtp_jax/evals/heldout.py',
+    'n_active = config.active_heads(cfg, last)', 'n_active = n',
+    _in('evals/heldout',
+        'test_heads_and_weights_in_force_at_the_last_step[parallel]'),
+  ),
+  Fault(
+    'bits-of-all-heads', 16, STEP,
+    "nats=(sums['loss_K'] - sums['z_loss_K'])[0] * count_K[0]",
+    "nats=jnp.sum((sums['loss_K'] - sums['z_loss_K']) * count_K[:n_active])",
+    _in('train/loop', 'test_a_run_writes_what_it_says'),
+  ),
+  # The loss and its schedules.
+  Fault(
+    'heads-at-once', 8, LOSS,
+    '_, ((loss_K, stats, order_K), _) = heads.walk(\n'
+    '    head, z_BTD, w.modules, of_heads, cfg\n'
+    '  )',
+    '(loss_K, stats, order_K), _ = jax.vmap(lambda *x: head('
+    'heads.family(cfg).step, z_BTD, *x)[1])(w.modules, of_heads)',
+    _in('loss', 'test_memory_is_flat_in_the_number_of_heads[remat]'),
+  ),
+  Fault(
+    'acceptance-of-labels', 9, LOSS,
+    'stats.argmax_BT, jnp.all(',
+    'stats.argmax_BT.at[0].set(targets_KBT[0]), jnp.all(',
+    _oracle('causal-3-remat-tied-1-0.0'),
+  ),
+  Fault(
+    'acceptance-unshifted', 9, TARGETS,
+    'argmax_KBT[0, :, checked : checked + Q]', 'argmax_KBT[0, :, :Q]',
+    _in('loss',
+        'test_acceptance_is_agreement_with_head_1_not_label_accuracy'),
+  ),
+  Fault(
+    'z-loss-untrained', 11, ENTROPY,
+    '(lse_BC - label_BC)) + z_loss',
+    '(lse_BC - label_BC)) + jax.lax.stop_gradient(z_loss)',
+    ORACLE,
+  ),
+  Fault(
+    'z-loss-outside', 11, ENTROPY,
+    '(lse_BC - label_BC)) + z_loss', '(lse_BC - label_BC))',
+    _in('loss', 'test_z_loss_is_reported_apart_and_inside'),
+  ),
+  Fault(
+    'z-loss-unsquared', 0, ENTROPY,
+    'jnp.sum(valid_BC * lse_BC**2)', 'jnp.sum(valid_BC * lse_BC)',
+    ORACLE,
+  ),
+  Fault(
+    'low-log-sum-exp', 12, ENTROPY,
+    'lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)',
+    'lse_BC = jax.nn.logsumexp(logits_BCV.astype(h_BCD.dtype), axis=-1)'
+    '.astype(jnp.float32)',
+    _in('loss', 'test_the_log_sum_exp_of_one_token_is_float32'),
+  ),
+  Fault(
+    'gathers-once-a-head', 13, LOSS,
+    '  unembed_DV = shared.unembed_DV',
+    '  unembed_DV = _gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)'
+    '.unembed_DV',
+    _in('loss',
+        'test_the_unembedding_is_gathered_once_not_once_a_head[remat-parallel]'),
+  ),
+  Fault(
+    'eager-ignores-its-cotangent', 0, LOSS,
+    '(dtotal * g).astype(g.dtype)', 'g',
+    _in('loss',
+        'test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient[parallel]'),
+  ),
+  Fault(
+    'weights-a-step-late', 0, TARGETS,
+    'step >= starts_P', 'step > starts_P',
+    _in('loss', 'test_weights_by_step'),
+  ),
+  Fault(
+    'norms-of-heads-unsquared', 0, LOSS,
+    'jnp.sum(dz_BTD.astype(jnp.float32) ** 2)',
+    'jnp.sum(dz_BTD.astype(jnp.float32))',
+    _in('loss', 'test_head_gradient_norms_are_those_of_each_head_alone'
+        '[parallel-remat]'),
+  ),
+  Fault(
+    'reduces-in-compute-dtype', 0, 'mtp_jax/sharding.py',
+    'dw.astype(grad_dtype), at_rest', 'dw.astype(compute_dtype), at_rest',
+    _in('loss',
+        'test_gradients_are_reduced_over_devices_in_grad_dtype[float32-remat]'),
+  ),
+  Fault(
+    'sums-in-parameter-dtype', 0, STEP,
+    'jnp.promote_types(x.dtype, cfg.loss.grad_dtype)', 'x.dtype',
+    _in('optim', 'test_many_micro_batches_are_not_rounded_away'),
+  ),
+  # The families.
+  Fault(
+    'rolled-rope', 15, HEADS,
+    'block.block(module, x.z_BTD, ctx, cfg)',
+    'block.block(module, x.z_BTD, ctx._replace(sin=jnp.roll(ctx.sin, -1, 1),'
+    ' cos=jnp.roll(ctx.cos, -1, 1)), cfg)',
+    _forward('parallel'),
+  ),
+  Fault(
+    'rope-wavelengths', 15, 'mtp_jax/model/layers.py',
+    'theta ** (-i / head_width)', 'theta ** (-2 * i / head_width)',
+    _forward('parallel'),
+  ),
+  Fault(
+    'anticausal-is-causal', 0, HEADS,
+    '_chain, dependent=True, reverse=True', '_chain, dependent=True',
+    _forward('anticausal'),
+  ),
+  Fault(
+    'residual-normed-after', 0, HEADS,
+    'y_BTD + jax.nn.silu(w_BTD)',
+    '_norm(y_BTD + jax.nn.silu(w_BTD), x.norm_D, cfg)',
+    _forward('residual'),
+  ),
+  Fault(
+    'embedding-at-position-0', 0, HEADS,
+    'ctx.position_BT > 0', 'ctx.position_BT >= 0',
+    _forward('sequential'),
+  ),
+  Fault(
+    'normed-twice-in-a-chain', 0, HEADS,
+    'return h_BTD, _norm(h_BTD, w.final_norm, cfg)',
+    'return (_norm(h_BTD, w.final_norm, cfg),) * 2',
+    _forward('recursive'),
+  ),
+  # The update.
+  Fault(
+    'norms-decay', 0, PARAMS,
+    'return self.std is not None', 'return len(self.shape) > 1',
+    _in('model/lm', 'test_decay_is_read_from_the_spec_not_from_dimensions'),
+  ),
+  Fault(
+    'one-head-too-many', 0, OPTIM,
+    '< in_use[name]', '<= in_use[name]',
+    _in('optim', 'test_inactive_heads_move_in_nothing'),
+  ),
+  Fault(
+    'betas-exchanged', 0, OPTIM,
+    'o.b1, o.b2, o.eps', 'o.b2, o.b1, o.eps',
+    _in('optim', 'test_two_updates_are_adamw_by_hand'),
+  ),
+  Fault(
+    'moments-of-parameters-dtype', 0, OPTIM,
+    'return transform(cfg).init(',
+    'return (lambda w: transform(cfg).init(jax.tree.map('
+    'lambda x: x.astype(cfg.model.param_dtype), w)))(',
+    _in('optim', 'test_four_dtypes'),
+  ),
+  Fault(
+    'one-learning-rate', 0, OPTIM,
+    '(lr * rate) * d', 'lr * d',
+    _in('optim', 'test_two_updates_of_two_groups_are_adamw_by_hand'),
+  ),
+  Fault(
+    'rounds-towards-zero', 0, OPTIM,
+    'jnp.uint32) + noise', 'jnp.uint32) + 0 * noise',
+    _in('optim', 'test_a_number_is_rounded_to_a_neighbour_and_on_average_not'),
+  ),
+  Fault(
+    'decay-starts-late', 0, OPTIM,
+    '[left - o.decay_steps]', '[left]',
+    _in('optim', 'test_learning_rate'),
+  ),
+  Fault(
+    'overflow-is-a-step', 0, STEP,
+    'jnp.isfinite(total) & jnp.isfinite(grad_norm)', 'jnp.isfinite(total)',
+    _in('train/loop',
+        'test_a_non_finite_step_changes_nothing_and_too_many_end_the_run'),
+  ),
+  # Data, the loop, and what is kept.
+  Fault(
+    'every-process-reads-the-first-rows', 0, LOADER,
+    'rows_B.reshape(accumulate, -1)[:, columns]',
+    'rows_B.reshape(accumulate, -1)'
+    '[:, : len(np.arange(batch_size // accumulate)[columns])]',
+    _in('data/loader', 'test_processes_share_one_order'),
+  ),
+  Fault(
+    'micro-batches-interleaved', 0, LOADER,
+    'rows_B.reshape(accumulate, -1)', 'rows_B.reshape(-1, accumulate).T',
+    _in('data/loader', 'test_accumulate_is_a_reshape'),
+  ),
+  Fault(
+    'window-without-targets', 0, WINDOWS,
+    'np.maximum(size_S - span, 0)', 'size_S',
+    _in('data/windows', 'test_windows_are_those_counted_by_hand'),
+  ),
+  Fault(
+    'held-out-is-trained', 0, 'mtp_jax/data/store.py',
+    "'train': order_M[~valid_M]", "'train': order_M",
+    _in('data/store', 'test_round_trip'),
+  ),
+  Fault(
+    'curriculum-a-step-early', 0, LOOP,
+    'config.active_heads(cfg, done - 1)', 'config.active_heads(cfg, done)',
+    _in('train/loop', 'test_a_curriculum_leaves_inactive_heads_alone'),
+  ),
+  Fault(
+    'resumes-at-the-first-batch', 0, LOOP,
+    'train_batches(tokens, cfg, start', 'train_batches(tokens, cfg, 0',
+    _in('train/loop', 'test_records_past_the_checkpoint_are_cut_off'),
+  ),
+  Fault(
+    'keeps-a-record-twice', 0, 'mtp_jax/train/metrics.py',
+    "r['step'] <= start_step", "r['step'] <= start_step + 1",
+    _in('train/metrics', 'test_what_is_past_the_start_is_cut_off'),
+  ),
+  Fault(
+    'checkpoint-drops-a-head', 10, 'mtp_jax/checkpoint.py',
+    'ocp.args.StandardSave(state)',
+    "ocp.args.StandardSave(jax.tree_util.tree_map_with_path(lambda p, x: 0 * x"
+    " if 'heads' in jax.tree_util.keystr(p) else x, state))",
+    _in('checkpoint', 'test_the_parameters_alone'),
+  ),
+  Fault(
+    'oldest-checkpoint', 0, 'mtp_jax/checkpoint.py',
+    'sorted(int(name) for name in names if name.isdigit())',
+    '[int(name) for name in sorted(names) if name.isdigit()]',
+    _in('checkpoint', 'test_find'),
+  ),
+  Fault(
+    'writes-without-the-lock', 0, 'mtp_jax/train/lock.py',
+    "if not holder or holder['run'] != self._id:", 'if not holder:',
+    _in('train/loop', 'test_who_lost_the_lock_writes_nothing_more[cadence0]'),
+  ),
+)  # fmt: skip
