@@ -471,8 +471,10 @@ def format_stores(refs: typing.Iterable[StoreRef]) -> str:
   for ref in refs:
     named = f'{ref.name}={ref.path}'
     forms = (ref.path, named, f'{ref.path}:{ref.weight}')
+    forms += (f'{named}:{ref.weight}', f'{ref.path}:{ref.weight}')
     exact = (form for form in forms if parse_stores(form) == (ref,))
-    entries.append(next(exact, f'{named}:{ref.weight}'))
+    # Some names, e.g. '~', cannot be written; the path tells more.
+    entries.append(next(exact, forms[-1]))
   return ','.join(entries)
 
 

@@ -90,6 +90,7 @@ def mtp_loss(
     accepted_K, see `targets.acceptance`. A head without a valid target has loss
     0.
   """
+  model = _wide_where_shared(model, cfg)
   tokens_BU, position_BU = batch['tokens'], batch['position']
   T = tokens_BU.shape[1] - cfg.span
   family, m = heads.family(cfg), n_active
@@ -130,6 +131,23 @@ def mtp_loss(
   if ordered:
     sums['order_loss'] = order * over_K[0]
   return total, jax.lax.stop_gradient(sums)
+
+
+def _wide_where_shared(model: lm.LM, cfg) -> lm.LM:
+  """Parameters that several heads use, in a dtype that their gradients can be
+  added up in; nothing is done unless parameters are narrower than grad_dtype.
+  """
+  wide = jnp.promote_types(cfg.model.param_dtype, cfg.loss.grad_dtype)
+
+  def cast(tree):
+    return jax.tree.map(lambda w: w.astype(wide), tree)
+
+  model = model.replace(norm=cast(model.norm))
+  if cfg.heads.unembedding == 'tied':
+    model = model.replace(embed=cast(model.embed))
+  if heads.family(cfg).one_module:
+    model = model.replace(heads=cast(model.heads))
+  return model
 
 
 def _gather_shared(norm_D, unembed, order_VD, cfg) -> Shared:

@@ -81,16 +81,23 @@ def _muon(o: config.Optim, specs, hidden) -> optax.GradientTransformation:
   specs = jax.tree.map(
     lambda s, h: s if h else optax.MaskedNode(), specs, hidden
   )
-  return optax.chain(
-    optax.trace(o.momentum, nesterov=True, accumulator_dtype=o.moment_dtype),
-    optax.stateless(
-      lambda updates, _: jax.tree.map(_orthogonal, updates, specs)
-    ),
+  momentum = optax.trace(
+    o.momentum, nesterov=True, accumulator_dtype=o.moment_dtype
   )
 
+  def update(grads, state, params=None):
+    del params
+    moved, state = momentum.update(grads, state)
+    return jax.tree.map(_orthogonal, moved, grads, specs), state
 
-def _orthogonal(x, spec):
+  return optax.GradientTransformation(momentum.init, update)
+
+
+def _orthogonal(x, grad, spec):
   """A stack of matrices (L, read …, written …) -> 0.2 sqrt(max) U V^T of each.
+
+  A matrix without any gradient (a head of weight 0) rests: momentum fades away,
+  but its direction would go on at full length.
 
   optax.contrib.scale_by_muon leaves a sharded product to the compiler, which
   then gathers every matrix in every iteration. Here each device gets whole
@@ -110,7 +117,8 @@ def _orthogonal(x, spec):
   x = newton_schulz(x.reshape(-1, rows, columns)).reshape(x.shape)
   for place in places[-2::-1]:
     x = jax.reshard(x, place)
-  return 0.2 * max(rows, columns) ** 0.5 * x[:L]
+  rests = jnp.all(grad == 0, axis=tuple(range(1, grad.ndim)), keepdims=True)
+  return 0.2 * max(rows, columns) ** 0.5 * jnp.where(rests, 0, x[:L])
 
 
 def _places(at_rest) -> list[jax.P]:
@@ -130,8 +138,10 @@ def newton_schulz(x_LRC):
   what is between .01 and 1 of the Frobenius norm to between .68 and 1.14."""
   flip = x_LRC.shape[1] > x_LRC.shape[2]  # the smaller of the two squares
   x = x_LRC.swapaxes(1, 2) if flip else x_LRC
+  largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
+  x /= jnp.where(largest > 0, largest, 1)  # else squares of the tiny are 0
   norm = jnp.sqrt(jnp.sum(x**2, axis=(1, 2), keepdims=True))
-  x /= norm + 1e-20  # of zeros: zeros
+  x /= jnp.maximum(norm, 1)  # zeros stay zeros
 
   def step(_, x):
     gram = jnp.einsum('LRC,LSC->LRS', x, x)

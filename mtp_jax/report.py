@@ -3,6 +3,7 @@
 Each function returns (lines to print, the same as a JSON-able dict).
 """
 
+import dataclasses
 import os
 
 import jax
@@ -40,18 +41,18 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   sets = loop.eval_batches(tokens, cfg, mesh)
   if not sets:
     tokens.sources[0].store.split(cfg.eval.split)  # says what there is
-  lines, by_name = [], {}
+  lines, by_name, alone = [], {}, tokens.evaluates_itself_only(sets)
   for name, batches in sets.items():
     raw = evaluate_on(model, batches, step)
     values = metrics.scalars(raw)
-    of = name if len(sets) > 1 else cfg.data.store
+    of = f'{cfg.eval.split} split of {cfg.data.store}' if alone else name
     lines += [
-      f'{workdir}, step {step}, {cfg.eval.split} split of {of}:'
+      f'{workdir}, step {step}, {of}:'
       f' {raw["count_K"][0]:,.0f} targets of head 1',
       *metrics.table(values),
     ]
     by_name[name] = metrics.jsonable(values)
-  found = dict(sources=by_name) if len(sets) > 1 else by_name[name]
+  found = by_name[name] if alone else dict(sources=by_name)
   return lines, dict(workdir=workdir, step=step) | found
 
 
@@ -59,11 +60,19 @@ def _open(path, parsed):
   """(workdir, step, Config, tokens, mesh) of an evaluation."""
   workdir, step = checkpoint.find(path)
   saved, _ = checkpoint.about(workdir, step)
-  cfg = parsed.config(saved)
+  elsewhere = {'eval.stores': ''} if 'data.store' in parsed.given else {}
+  cfg = parsed.config(
+    # Where and beside what it was trained is no matter of this evaluation.
+    config.replace(
+      dataclasses.replace(saved, processes=config.Processes()), **elsewhere
+    )
+  )
+  other_tree = bool(saved.loss.order_weight) != bool(cfg.loss.order_weight)
   for name, was, now in config.changed(saved, cfg):
-    if name.startswith(('model.', 'heads.')) and name not in (
+    of_model = name.startswith(('model.', 'heads.')) and name not in (
       'model.compute_dtype', 'model.remat',
-    ):  # fmt: skip
+    )  # fmt: skip
+    if of_model or (name == 'loss.order_weight' and other_tree):
       raise config.ConfigError(
         name, now, f'the checkpoint {path} was trained with {was}'
       )
@@ -201,11 +210,12 @@ MARKERS = 'osv^D*P<>'  # of validation sets, in turn
 def _line(axes, found, name, color, style, label):
   """Training as a line, held-out values as dots, of another shape a set."""
   k = name.rsplit('_', 1)[1]
+  what = 't+' if name.startswith('acceptance') else 'head '
   points = _points(found, name, lambda r: r['kind'] == 'train')
   if points:
     axes.plot(
       *zip(*points, strict=True), style, color=color, alpha=0.8, linewidth=1,
-      label=f'head {k}{label}',
+      label=f'{what}{k}{label}',
     )  # fmt: skip
   evals = [r for r in found if r['kind'] == 'eval']
   sources = list(dict.fromkeys(r.get('source') for r in evals))
@@ -214,7 +224,7 @@ def _line(axes, found, name, color, style, label):
     if points:
       axes.plot(
         *zip(*points, strict=True), MARKERS[i % len(MARKERS)], color=color,
-        markersize=4, label=f'head {k}, {source}{label}' if source else None,
+        markersize=4, label=f'{what}{k}, {source}{label}' if source else None,
       )  # fmt: skip
 
 

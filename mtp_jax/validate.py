@@ -107,16 +107,18 @@ def _check_loss(cfg):
 
 def _check_groups(cfg):
   h, o = cfg.heads, cfg.optim
+  phases = config.parse_steps(cfg.loss.curriculum or f'0:{h.n}')
+  n_active = [int(values[0]) for _, values in phases]
   no_heads = (
     not h.block_first
-    and h.n == 1
+    and min(n_active) == 1
     and not (h.unembedding == 'replicated' or cfg.loss.order_weight)
   )
   if o.trunk_lr == 0 and (o.heads_lr == 0 or no_heads):
     raise config.ConfigError(
       'optim.trunk_lr', o.trunk_lr,
       f'must be above 0: with --optim.heads_lr={o.heads_lr} and'
-      f' --heads.n={h.n} nothing else would train',
+      f' {min(n_active)} active heads nothing else would train',
     )  # fmt: skip
 
 

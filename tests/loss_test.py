@@ -563,6 +563,30 @@ def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient(family):
   np.testing.assert_allclose(16 * norm2_one_K, norm2_four_K, rtol=1e-5)
 
 
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+def test_shared_bfloat16_parameters_sum_their_gradients_in_float32(schedule):
+  """Rounded once: what float32 parameters of the same values have."""
+  of = dict(
+    heads__n=4, loss__schedule=schedule, heads__family='recursive',
+    heads__unembedding='tied',
+  )  # fmt: skip
+  narrow = tiny.cfg(**of, model__param_dtype='bfloat16')
+  wide = tiny.cfg(**of)
+  m = tiny.mesh(wide)
+  w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.model(wide, m))
+  rows = tiny.batch(wide)
+  _, (got, _) = tiny.value_and_grad(narrow, rows, w)
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), w)
+  _, (want, _) = tiny.value_and_grad(wide, rows, exact)
+  for name in ('norm', 'embed', 'heads'):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+        a.astype(np.float32), b, rtol=2**-8, atol=1e-7
+      ),
+      getattr(got, name), getattr(want, name),
+    )  # fmt: skip
+
+
 def test_the_gradients_dtype_is_not_the_forwards():
   totals = []
   for dtype in ('float32', 'bfloat16'):

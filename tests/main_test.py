@@ -331,7 +331,9 @@ def test_eval_of_an_older_checkpoint_or_another_split(
   assert undefined == last | dict(acceptance_2=None)
 
 
-@pytest.mark.parametrize('flag', ['heads.n=1', 'model.d_model=32'])
+@pytest.mark.parametrize(
+  'flag', ['heads.n=1', 'model.d_model=32', 'loss.order_weight=0.5']
+)
 def test_eval_of_another_model_is_refused(undisturbed, capsys, flag):
   path = f'--eval.checkpoint={undisturbed}'
   line = _fails(capsys, 'eval', path, f'--{flag}', NO_CACHE)

@@ -95,6 +95,29 @@ def test_newton_schulz_is_that_of_optax(shape):
   got = jax.jit(optim.newton_schulz)(x)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(optim.newton_schulz(0 * x), 0)
+  for tiny_one in (1e-18, 1e-20, 1e-22, 1e-30):  # whose squares underflow
+    np.testing.assert_allclose(
+      optim.newton_schulz(x * np.float32(tiny_one)), got, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_matrix_without_a_gradient_rests(run):
+  """As of a head of weight 0: momentum without size would go on for ever."""
+  c = tiny.cfg(**BASE)
+  first, second = run.gradients
+  proj = np.array(second.heads.proj)
+  proj[1] = 0
+  rests = second.replace(heads=second.heads.replace(proj=proj))
+  one, two = optim_test.updated(c, run.start, [first, rests])
+  before, after = one[0].heads.proj, two[0].heads.proj
+  # Nothing but decay; the other module's moves on.
+  np.testing.assert_allclose(
+    after[1], before[1] * (1 - 2 * LR * DECAY), rtol=1e-5
+  )
+  # As before, but for the norm that clips, hence what momentum is mixed of.
+  usual = run.states[1][0].heads.proj[0]
+  np.testing.assert_allclose(after[0], usual, atol=2e-3, rtol=0)
+  assert not np.allclose(after[0], before[0] * (1 - 2 * LR * DECAY))
 
 
 def test_singular_values_of_an_update_are_near_one(run):

@@ -74,6 +74,11 @@ class Corpus(NamedTuple):
       found[source.ref.name] = source.store.split(name)
     return _told_apart(found)
 
+  def evaluates_itself_only(self, held_out: dict) -> bool:
+    """Whether there is but one set, of the one store that is trained on: it
+    needs no name."""
+    return len(held_out) == 1 and not self.further
+
   def _weights(self) -> tuple[int, ...]:
     """The smallest whole numbers in the ratios of the weights."""
     shares = [source.ref.share for source in self.sources]

@@ -55,7 +55,7 @@ def encode(
 def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
   bounds = [0, *document.cuts, len(document.text)]
   parts = [
-    np.asarray(tokenizer.encode(document.text[first:last]))
+    np.asarray(_part(document.text, first, last, tokenizer))
     for first, last in itertools.pairwise(bounds)
   ]
   cuts = 1 + np.cumsum([ids_T.size for ids_T in parts])[:-1]
@@ -70,6 +70,20 @@ def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
   tokens_T[0], tokens_T[-1] = tokenizer.bos, tokenizer.eos
   tokens_T[1:-1] = ids_T
   return tokens_T, tuple(cuts.tolist())
+
+
+def _part(text: str, first: int, last: int, tokenizer):
+  """Ids of a part of a text. One that stands after another begins without the
+  space that many models put before what they are given."""
+  ids_T = np.asarray(tokenizer.encode(text[first:last]))
+  if not first or tokenizer.token_bytes_V[tokenizer.encode('a')].sum() == 1:
+    return ids_T
+  for before in ('\n', '\ue000'):  # neither merges with what follows
+    head_T = np.asarray(tokenizer.encode(before))
+    both_T = np.asarray(tokenizer.encode(before + text[first:last]))
+    if head_T.size and np.array_equal(both_T[: head_T.size], head_T):
+      return both_T[head_T.size :]
+  return ids_T
 
 
 def run(

@@ -218,14 +218,15 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     raise _error(name, 'is not a tokenizer.json') from error
   fast.no_padding()
   fast.no_truncation()
+  fast.encode_special_tokens = True  # '</s>' within a text is but text
   size = fast.get_vocab_size()
   pieces = [fast.id_to_token(i) or '' for i in range(size)]
-  special = {i for i, t in fast.get_added_tokens_decoder().items() if t.special}
+  added = fast.get_added_tokens_decoder()
   byte_level = b'"ByteLevel"' in model
 
   def n_bytes(i):
-    if i in special:
-      return 0
+    if i in added:
+      return 0 if added[i].special else len(added[i].content.encode())
     if byte_level or BYTE_PIECE.fullmatch(pieces[i]):
       return len(pieces[i]) if byte_level else 1
     return len(_spaced(pieces[i]))

@@ -362,7 +362,7 @@ def _evaluate(run, done, state, evaluate, say):
   sets = eval_batches(run.tokens, run.cfg, run.mesh)
   for name, batches in sets.items():
     values = metrics.scalars(evaluate(state.params, batches, done))
-    source = name if len(sets) > 1 else None
+    source = None if run.tokens.evaluates_itself_only(sets) else name
     _write(run, 'eval', done, values, source)
     say(f'held out{f" of {source}" if source else ""}, after step {done}:')
     for line in metrics.table(values):

@@ -43,21 +43,31 @@ def flops_per_token(cfg: config.Config, n_active: int) -> float:
   Two a weight of a matrix product (the unembedding once a head and once for the
   order of tokens, the embedding not at all) and 4 T N H a layer for attention,
   over all T keys: the convention of Chowdhery et al. 2022
-  (https://arxiv.org/abs/2204.02311), appendix B.
-  Recomputation is not counted: it is a cost, not work.
+  (https://arxiv.org/abs/2204.02311), appendix B. A frozen group has no gradient
+  of weights, and a frozen trunk no backward at all. Recomputation is not
+  counted: it is a cost, not work.
   """
   m = cfg.model
   # Head 1 of an identity-first family has no module.
   modules = n_active if cfg.heads.block_first else n_active - 1
   family = heads.family(cfg)
-  weights = _matrices(lm.specs(cfg).trunk)
-  weights += modules * _matrices(family.specs(cfg))
-  unembeddings = n_active + (cfg.loss.order_weight > 0)
-  weights += unembeddings * m.d_model * m.vocab_size
-  layers = heads.trunk_layers(cfg) + modules * family.has_block
   attention = 4 * cfg.data.seq_len * m.n_attn_heads * m.head_width
-  forward = 2 * weights + layers * attention
-  return 3 * forward
+  trunk, head = (
+    2 * _matrices(specs) + layers * attention
+    for specs, layers in (
+      (lm.specs(cfg).trunk, heads.trunk_layers(cfg)),
+      (family.specs(cfg), family.has_block),
+    )
+  )
+  own = cfg.heads.unembedding == 'replicated'
+  trunk_moves, heads_move = cfg.optim.trunk_lr > 0, cfg.optim.heads_lr > 0
+  unembedding = 2 * m.d_model * m.vocab_size
+  return (
+    (3 if trunk_moves else 1) * trunk
+    + (2 + heads_move) * modules * head
+    + (2 + (heads_move if own else trunk_moves)) * n_active * unembedding
+    + (2 + heads_move) * (cfg.loss.order_weight > 0) * unembedding
+  )
 
 
 def _matrices(specs) -> int:

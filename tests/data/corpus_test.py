@@ -77,6 +77,9 @@ def test_names_paths_and_weights(text, refs):
 def test_a_single_store_is_written_as_it_is():
   for text in ('/x/y', 'a:3', 'n=/x/y', 'n=x:2,/y:.5', '/a:3:1'):
     assert config.format_stores(config.parse_stores(text)) == text
+  # No NAME= can say '~'; what counts is the path.
+  found = config.format_stores([config.StoreRef('~', '/root')])
+  assert config.parse_stores(found)[0].path == '/root'
 
 
 @pytest.mark.parametrize(

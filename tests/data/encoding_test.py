@@ -182,6 +182,25 @@ def test_parts_are_encoded_by_themselves(tmp_path):
   assert len(ids) > whole.tokens_P.size - 2 and parts.cuts == [(2,)]
 
 
+def test_a_part_begins_without_the_space_of_a_first_one(tmp_path):
+  model = tmp_path / 'm.model'
+  with open(model, 'wb') as file:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(['the answer is B or C'] * 9), model_writer=file,
+      vocab_size=300, model_type='bpe', byte_fallback=True, minloglevel=2,
+      normalization_rule_name='identity', remove_extra_whitespaces=False,
+      hard_vocab_limit=False,
+    )  # fmt: skip
+  tokenizer = tokenizers.get(f'sentencepiece:{model}')
+  text = 'the answer is B'
+  for cut in (14, 13, 3):
+    found = _encode(Document('', text, (cut,)), tokenizer=tokenizer)
+    inner = found.tokens_P[1:-1]
+    assert tokenizer.decode(inner) == text
+    scored = found.tokens_P[found.cuts[0][0] :]
+    assert tokenizer.token_bytes_V[scored].sum() == len(text) - cut
+
+
 def _write(path, found, **kwargs):
   store.write(path, found, BYTES, valid_fraction=0, **kwargs)
   return store.open_store(path)

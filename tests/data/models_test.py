@@ -124,6 +124,20 @@ def test_a_store_carries_its_tokenizer(tokenizer, tmp_path):
       store.tokenizer_of(store.open_store(path, verify=False))
 
 
+def test_special_tokens_in_a_text_are_text(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  _byte_level(path)
+  fast = hf.Tokenizer.from_file(str(path))
+  fast.add_tokens(['日本'])
+  fast.save(str(path))
+  tokenizer = tokenizers.get(f'hf:{path}')
+  text = 'a <|endoftext|> 日本 b'
+  ids = tokenizer.encode(text)
+  assert tokenizer.eos not in ids and tokenizer.bos not in ids
+  assert tokenizer.decode(ids) == text
+  assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+
+
 def test_ends_are_read_beside_the_file(tmp_path):
   path = tmp_path / 'tokenizer.json'
   _llama_like(path)

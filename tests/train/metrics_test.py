@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from mtp_jax.model import heads
 from mtp_jax.train import metrics
 from tests import tiny
 
@@ -64,6 +65,18 @@ def test_flops_of_a_family(family, module):
   )
   assert metrics.flops_per_token(cfg, 1) == 3 * (
     trunk * LAYER + (modules - 2) * module + UNEMBEDDING
+  )
+
+
+def test_flops_of_frozen_groups():
+  cfg = tiny.cfg(heads__n=2, optim__trunk_lr=0.0)  # shared unembedding
+  trunk = heads.trunk_layers(cfg) * LAYER
+  assert metrics.flops_per_token(cfg, 2) == (
+    trunk + 3 * 2 * LAYER + 2 * 2 * UNEMBEDDING
+  )
+  cfg = tiny.cfg(heads__n=2, optim__heads_lr=0.0)
+  assert metrics.flops_per_token(cfg, 2) == (
+    3 * trunk + 2 * 2 * LAYER + 3 * 2 * UNEMBEDDING
   )
 
 
