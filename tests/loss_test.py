@@ -482,7 +482,7 @@ def test_memory_is_flat_in_the_number_of_heads(schedule):
 @pytest.mark.parametrize('schedule', ['remat', 'eager'])
 def test_memory_of_the_order_is_flat_and_falls_with_chunks(schedule):
   one = _temp_bytes(1, schedule, order=1.0)
-  assert abs(_temp_bytes(8, schedule, order=1.0) - one) < 0.1 * one
+  assert _temp_bytes(8, schedule, order=1.0) < 1.1 * one
   assert _temp_bytes(8, schedule, chunk=16, order=1.0) < 0.5 * one
 
 

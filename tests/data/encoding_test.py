@@ -92,6 +92,8 @@ def interrupts(*counts):  # as Ctrl-C does: all processes of the terminal
   os.killpg(os.getpgid(0), signal.SIGINT)
 
 if __name__ == '__main__':
+  # A shell that runs tests in the background has it ignored.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   encoding.BATCH_BYTES = 200
   from mtp_jax.data import progress
   progress.rich.status.Status.update = interrupts
