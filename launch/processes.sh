@@ -4,7 +4,11 @@
 #   launch/processes.sh N train|eval [--section.field=VALUE …]
 # SIGTERM and SIGINT go on to all of them; the status is that of process 0.
 set -euo pipefail
-n=$1 command=$2
+n=${1:-} command=${2:-}
+if ! [[ $n =~ ^[1-9][0-9]*$ && $command ]]; then
+  echo "processes.sh: give N train|eval [--section.field=VALUE …], not: $*" >&2
+  exit 2
+fi
 shift 2
 port=${PORT:-$((20000 + RANDOM % 10000))}
 for ((i = n - 1; i >= 0; i--)); do

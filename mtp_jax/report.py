@@ -45,7 +45,9 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   for name, batches in sets.items():
     raw = evaluate_on(model, batches, step)
     values = metrics.scalars(raw)
-    of = f'{cfg.eval.split} split of {cfg.data.store}' if alone else name
+    of = cfg.data.store if alone else name
+    if name not in {source.ref.name for source in tokens.further}:
+      of = f'{cfg.eval.split} split of {of}'  # a further one may have no split
     lines += [
       f'{workdir}, step {step}, {of}:'
       f' {raw["count_K"][0]:,.0f} targets of head 1',

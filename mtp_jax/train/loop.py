@@ -371,6 +371,10 @@ def _evaluate(run, done, state, evaluate, say):
 
 def _say_what(run: _Run, abstract, start: int) -> None:
   cfg, specs = run.cfg, lm.specs(run.cfg)
+  split = cfg.eval.split
+  for source in run.tokens.sources:
+    if split not in source.store.splits:
+      print(f'{source.ref.name} has no {split} split: not evaluated on')
   trunk, head, ends = (
     params.count(tree)
     for tree in (

@@ -206,6 +206,8 @@ class Sinks:
     self._jsonl.flush()
     folder = '/'.join([kind, *of.values()])
     for name, value in values.items():
+      if not math.isfinite(value):
+        continue  # e.g. a rate of drafts that were never asked for
       self._board.add_scalar(f'{folder}/{name}', value, step)
     self._board.flush()
 

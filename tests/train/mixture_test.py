@@ -120,8 +120,8 @@ def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
     name: {k: v for k, v in r.items() if k not in ('kind', 'step', 'source')}
     for name, r in logged.items()
   }
-  for name in ('code', 'chat', 'new'):
-    assert f'step 6, valid split of {name}: ' in out
+  for said in ('valid split of code', 'valid split of chat', 'new'):
+    assert f'step 6, {said}: ' in out
   assert out.count('bits per byte') == 3
   # A set is what its store alone would be.
   alone = [f'--data.store={root}/chat', '--eval.stores=']
