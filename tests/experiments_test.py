@@ -231,7 +231,7 @@ def _cases():
   """All siblings; slow but for the one with most heads of each kind."""
   seen = set()
   for small in sorted(SIBLINGS, key=lambda c: -c.heads.n):
-    kind = small.heads.family, small.heads.unembedding, small.loss.schedule
+    kind = small.heads.family  # the unembeddings are tests/loss_test.py's
     marks = [pytest.mark.slow] if kind in seen else []
     seen.add(kind)
     names = SIBLINGS[small]
