@@ -264,6 +264,7 @@ def test_what_one_lacks_ends_both_with_one_line(store, tmp_path):
   assert 'mtp:' not in ends[0][2] and not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_crash_of_one_ends_both(store, tmp_path):
   mark = tmp_path / 'crashed'
   crash = f'open({str(mark)!r}, "w").close(); raise OSError("disk gone")'
