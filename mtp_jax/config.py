@@ -69,6 +69,13 @@ class Model:
     ' products without a batch dimension',
     choices=('none', 'block', 'dots'),
   )
+  attention: str = _f(
+    'auto',
+    'reference: scores of all pairs; splash: TPU kernel; flash: NVIDIA kernels;'
+    ' auto: the kernel of the platform, where seq_len is a multiple of 128',
+    result=False,
+    choices=('auto', 'reference', 'splash', 'flash'),
+  )
 
   @property
   def kv_heads(self) -> int:

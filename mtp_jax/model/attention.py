@@ -1,16 +1,55 @@
-"""Causal attention within documents. Floor 2."""
+"""Causal attention within documents, behind one function. Floor 2.
+
+`attend` is the reference or one of the kernels, by --model.attention and, unless
+that says which, by the platform that the mesh is on. No kernel ever holds scores
+of all T x T pairs; the reference does.
+"""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from mtp_jax import config, sharding
 
-def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT):
+SPLASH_BLOCK = 512  # positions a step of the TPU kernel, at most
+TILE = 128  # that every kernel's block is a multiple of
+
+
+def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: config.Config):
   """softmax(q k^T / sqrt(H)) v over earlier positions of the same document.
 
-  The reference: scores of all T x S pairs, in float32. Query head n reads
-  key/value head n // R, R = N / G (Ainslie et al. 2023,
-  https://arxiv.org/abs/2305.13245). Returns (B, T, N, H).
+  Query head n reads key/value head n // R, R = N / G (Ainslie et al. 2023,
+  https://arxiv.org/abs/2305.13245). Softmax in float32. Returns (B, T, N, H).
   """
+  kernel = KERNELS[chosen(cfg)]
+  if kernel is reference:
+    return reference(q_BTNH, k_BSGH, v_BSGH, segment_BT)
+  rows = sharding.pspec('batch', None)
+  q_spec = sharding.pspec('batch', None, 'attn_heads', None)
+  kv_spec = sharding.pspec('batch', None, 'kv_heads', None)
+  # Each device runs the kernel on its own rows and heads.
+  return jax.shard_map(
+    kernel,
+    in_specs=(q_spec, kv_spec, kv_spec, rows),
+    out_specs=q_spec,
+    check_vma=False,
+  )(q_BTNH, k_BSGH, v_BSGH, segment_BT)
+
+
+def chosen(cfg: config.Config) -> str:
+  """The kernel of --model.attention on the devices of the present mesh."""
+  if cfg.model.attention != 'auto':
+    return cfg.model.attention
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None or cfg.data.seq_len % TILE:
+    return 'reference'
+  return {'tpu': 'splash', 'gpu': 'flash'}.get(device.platform, 'reference')
+
+
+def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
+  """Scores of all T x S pairs, in float32."""
   B, T, N, H = q_BTNH.shape
   G = k_BSGH.shape[2]
   q_BTGRH = q_BTNH.reshape(B, T, G, N // G, H) * H**-0.5
@@ -26,3 +65,79 @@ def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT):
   weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGH.dtype)
   out_BTGRH = jnp.einsum('BGRTS,BSGH->BTGRH', weights_BGRTS, v_BSGH)
   return out_BTGRH.reshape(B, T, N, H)
+
+
+def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
+  """JAX's splash attention for TPU, one row at a time under vmap: blocks above
+  the diagonal are skipped, those across documents masked."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+  _, T, N, H = q_BTNH.shape
+  block = next(b for b in (SPLASH_BLOCK, 256, TILE) if T % b == 0)
+  kernel = lib.make_splash_mha(
+    lib.MultiHeadMask([lib.CausalMask((T, T))] * N),
+    block_sizes=lib.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_kv_dkv_compute=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+
+  def row(q_NTH, k_GSH, v_GSH, segment_T):
+    segments = lib.SegmentIds(segment_T, segment_T)
+    return kernel(q_NTH, k_GSH, v_GSH, segment_ids=segments)
+
+  out_BNTH = jax.vmap(row)(
+    *(x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSGH, v_BSGH)), segment_BT
+  )
+  return out_BNTH.swapaxes(1, 2)
+
+
+def flash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
+  """On NVIDIA: cuDNN where no row of the device holds a second document, else
+  JAX's Pallas kernel, which takes segment ids. Which one is decided as the
+  program runs, by the batch it gets."""
+  packed = functools.partial(_triton, interpret=interpret)
+  if interpret:
+    return packed(q_BTNH, k_BSGH, v_BSGH, segment_BT)
+  return jax.lax.cond(
+    jnp.all(segment_BT == segment_BT[:, :1]),
+    _cudnn, packed, q_BTNH, k_BSGH, v_BSGH, segment_BT,
+  )  # fmt: skip
+
+
+def _cudnn(q_BTNH, k_BSGH, v_BSGH, segment_BT):
+  del segment_BT
+  return jax.nn.dot_product_attention(
+    q_BTNH, k_BSGH, v_BSGH, is_causal=True, implementation='cudnn'
+  )
+
+
+def _triton(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret):
+  from jax.experimental.pallas.ops.gpu import attention as lib
+
+  _, _, N, H = q_BTNH.shape
+  repeats = N // k_BSGH.shape[2]  # this kernel has a key head a query head
+  return lib.mha(
+    q_BTNH,
+    jnp.repeat(k_BSGH, repeats, axis=2),
+    jnp.repeat(v_BSGH, repeats, axis=2),
+    segment_BT,
+    sm_scale=H**-0.5,
+    causal=True,
+    interpret=interpret,
+  )
+
+
+KERNELS: dict[str, Callable] = {
+  'reference': reference,
+  'splash': splash,
+  'flash': flash,
+}

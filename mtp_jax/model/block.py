@@ -85,7 +85,7 @@ def block(layer: Block, x_BTD, ctx: Context, cfg: config.Config):
     q_BTNH = layers.rope(q_BTNH, ctx.sin, ctx.cos)
     k_BTGH = layers.rope(k_BTGH, ctx.sin, ctx.cos)
   with jax.named_scope('attend'):
-    a_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT)
+    a_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT, cfg)
     x_BTD += jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=residual)
   with jax.named_scope('mlp'):
     y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, eps)

@@ -19,7 +19,16 @@ import jax
 import numpy as np
 import rich.progress
 
-from mtp_jax import checkpoint, config, flags, params, processes, sharding
+from mtp_jax import (
+  checkpoint,
+  chips,
+  config,
+  flags,
+  flops,
+  params,
+  processes,
+  sharding,
+)
 from mtp_jax.data import corpus, loader
 from mtp_jax.evals import heldout
 from mtp_jax.model import heads, lm
@@ -332,16 +341,16 @@ def _log(run, done, n_active, values, clock, say):
   cfg = run.cfg
   step_time_s = clock.lap()
   tokens_per_s = cfg.data.batch_size * cfg.data.seq_len / step_time_s
-  flops_per_s = tokens_per_s * metrics.flops_per_token(cfg, n_active)
+  flops_per_s = tokens_per_s * flops.flops_per_token(cfg, n_active)
   values |= dict(
     step_time_s=step_time_s,
     tokens_per_s=tokens_per_s,
     model_flops_per_s=flops_per_s,
     time_left_s=step_time_s * (cfg.train.steps - done),
   )
-  peak = metrics.peak_flops(jax.devices()[0].device_kind)
-  if peak:
-    values['mfu'] = flops_per_s / (peak * run.mesh.size)
+  chip = chips.chip(jax.devices()[0].device_kind)
+  if chip:
+    values['mfu'] = flops_per_s / (chip.flops_per_s * run.mesh.size)
   _write(run, 'train', done, values)
   say(metrics.line(done, cfg.train.steps, values), done)
 

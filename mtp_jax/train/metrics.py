@@ -1,4 +1,4 @@
-"""What a run says: flat scalars, their sinks, the log line, FLOPs. Floor 4.
+"""What a run says: flat scalars, their sinks, the log line. Floor 4.
 
 Only head 1's loss is comparable with a next-token model's: totals of different
 n are not.
@@ -8,70 +8,8 @@ import json
 import math
 import os
 
-import jax
 import numpy as np
 import tensorboardX
-
-from mtp_jax import config, params
-from mtp_jax.model import heads, lm
-
-# Dense bfloat16 FLOP/s of one device, by the start of jax's device_kind.
-PEAK_FLOPS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5e': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU v6e': 918e12,
-  'NVIDIA A100': 312e12,
-  'NVIDIA H100': 989e12,
-  'NVIDIA H200': 989e12,
-  'NVIDIA B200': 2250e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """Peak of one device; None where nobody should compute an MFU (a CPU)."""
-  known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-  return PEAK_FLOPS[max(known, key=len)] if known else None
-
-
-def flops_per_token(cfg: config.Config, n_active: int) -> float:
-  """Model FLOPs of one training token: forward, and twice that backward.
-
-  Two a weight of a matrix product (the unembedding once a head and once for the
-  order of tokens, the embedding not at all) and 4 T N H a layer for attention,
-  over all T keys: the convention of Chowdhery et al. 2022
-  (https://arxiv.org/abs/2204.02311), appendix B. A frozen group has no gradient
-  of weights, and a frozen trunk no backward at all. Recomputation is not
-  counted: it is a cost, not work.
-  """
-  m = cfg.model
-  # Head 1 of an identity-first family has no module.
-  modules = n_active if cfg.heads.block_first else n_active - 1
-  family = heads.family(cfg)
-  attention = 4 * cfg.data.seq_len * m.n_attn_heads * m.head_width
-  trunk, head = (
-    2 * _matrices(specs) + layers * attention
-    for specs, layers in (
-      (lm.specs(cfg).trunk, heads.trunk_layers(cfg)),
-      (family.specs(cfg), family.has_block),
-    )
-  )
-  own = cfg.heads.unembedding == 'replicated'
-  trunk_moves, heads_move = cfg.optim.trunk_lr > 0, cfg.optim.heads_lr > 0
-  unembedding = 2 * m.d_model * m.vocab_size
-  return (
-    (3 if trunk_moves else 1) * trunk
-    + (2 + heads_move) * modules * head
-    + (2 + (heads_move if own else trunk_moves)) * n_active * unembedding
-    + (2 + heads_move) * (cfg.loss.order_weight > 0) * unembedding
-  )
-
-
-def _matrices(specs) -> int:
-  return params.count([s for s in jax.tree.leaves(specs) if s.decay])
 
 
 def acceptance(accepted_K) -> tuple[list[float], float]:

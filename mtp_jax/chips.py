@@ -1,0 +1,40 @@
+"""What one device can do: the published figures that plans and MFU divide by.
+
+Floor 0: standard library only. Sources: Google Cloud's pages on TPU v4, v5e, v5p
+and v6e (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm), NVIDIA's
+data sheets of A100, H100, H200 and B200 (dense, SXM).
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+  """Peaks of one device. Bandwidths are bytes a second, in one direction."""
+
+  flops_per_s: float  # dense, bfloat16
+  hbm_bytes: float  # that a program may use
+  hbm_bytes_per_s: float
+  link_bytes_per_s: float  # of all its links to others of its slice, or node
+  network_bytes_per_s: float  # its share of what its host sends elsewhere
+
+
+GIB = 2**30
+CHIPS = {  # by the start of jax's device_kind
+  'TPU v4': Chip(275e12, 31.25 * GIB, 1228e9, 300e9, 6.25e9),
+  'TPU v5 lite': Chip(197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9),
+  'TPU v5e': Chip(197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9),
+  'TPU v5': Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
+  'TPU v5p': Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
+  'TPU v6 lite': Chip(918e12, 31.25 * GIB, 1640e9, 400e9, 12.5e9),
+  'TPU v6e': Chip(918e12, 31.25 * GIB, 1640e9, 400e9, 12.5e9),
+  'NVIDIA A100': Chip(312e12, 79 * GIB, 2039e9, 300e9, 25e9),
+  'NVIDIA H100': Chip(989e12, 79 * GIB, 3350e9, 450e9, 50e9),
+  'NVIDIA H200': Chip(989e12, 139 * GIB, 4800e9, 450e9, 50e9),
+  'NVIDIA B200': Chip(2250e12, 178 * GIB, 8000e9, 900e9, 50e9),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+  """Of a device; None where nobody should compute an MFU (a CPU)."""
+  known = [kind for kind in CHIPS if device_kind.startswith(kind)]
+  return CHIPS[max(known, key=len)] if known else None
