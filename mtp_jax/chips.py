@@ -1,8 +1,8 @@
 """What one device can do: the published figures that plans and MFU divide by.
 
-Floor 0: standard library only. Sources: Google Cloud's pages on TPU v4, v5e, v5p
-and v6e (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm), NVIDIA's
-data sheets of A100, H100, H200 and B200 (dense, SXM).
+Floor 0: standard library only. Sources: Google Cloud's pages on TPU v4, v5e,
+v5p and v6e (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm),
+NVIDIA's data sheets of A100, H100, H200 and B200 (dense, SXM).
 """
 
 from typing import NamedTuple

@@ -11,13 +11,13 @@ def flops_per_token(
 ) -> float:
   """Model FLOPs of one training token: forward, and twice that backward.
 
-  Two a weight of a matrix product (the unembedding once a head and once for the
-  order of tokens, the embedding not at all) and 4 N H a layer for each key that
-  attention sees: T / 2 of them on average, or, with causal=False, all T, the
-  convention of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311, appendix
-  B) and what a program does that masks scores instead of skipping them. A frozen
-  group has no gradient of weights, and a frozen trunk no backward at all.
-  Recomputation is not counted: it is a cost, not work.
+  Two a weight of a matrix product (the unembedding once a head and once for
+  the order of tokens, the embedding not at all) and 4 N H a layer for each key
+  that attention sees: T / 2 of them on average. With causal=False all T, which
+  is the convention of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311,
+  appendix B), and what a program does that masks scores instead of skipping
+  them. A frozen group has no gradient of weights, and a frozen trunk no
+  backward at all. Recomputation is not counted: it is a cost, not work.
   """
   m = cfg.model
   # Head 1 of an identity-first family has no module.

@@ -1,8 +1,8 @@
 """Causal attention within documents, behind one function. Floor 2.
 
-`attend` is the reference or one of the kernels, by --model.attention and, unless
-that says which, by the platform that the mesh is on. No kernel ever holds scores
-of all T x T pairs; the reference does.
+`attend` is the reference or a kernel, as --model.attention says or, under auto,
+as suits the platform that the mesh is on. No kernel ever holds scores of all
+T x T pairs; the reference does.
 """
 
 import functools
