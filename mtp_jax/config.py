@@ -366,6 +366,36 @@ class Inspect:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+  """What `mtp plan` compiles for, without having it."""
+
+  topology: str = _f(
+    '',
+    'TPU slice, e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16, compiled for ahead of'
+    ' time; empty: the devices that are here',
+    result=False,
+  )
+  slices: int = _f(
+    1, 'such slices, joined by the network along --mesh.data', result=False,
+    **POSITIVE,
+  )  # fmt: skip
+  sweep: tuple = _f(
+    (),
+    'FLAG=VALUE,VALUE,…: a row for each value; given twice, a grid of both',
+    result=False,
+  )
+  search_mesh: bool = _f(
+    False,
+    'rank mesh shapes, micro-batches and remat by formula, compile the best',
+    result=False,
+  )
+  search_s: int = _f(
+    600, 'seconds in which --plan.search_mesh begins new compiles',
+    result=False, **POSITIVE,
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""
 
@@ -379,6 +409,7 @@ class Config:
   train: Train = Train()
   eval: Eval = Eval()
   inspect: Inspect = Inspect()
+  plan: Plan = Plan()
 
   @property
   def span(self) -> int:
@@ -431,7 +462,7 @@ def from_json(text: str) -> Config:
   return replace(
     Config(),
     **{
-      f'{section}.{name}': value
+      f'{section}.{name}': tuple(value) if isinstance(value, list) else value
       for section, values in sections.items()
       for name, value in values.items()
     },

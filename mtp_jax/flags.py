@@ -18,7 +18,10 @@ _DEFINE = {
   float: flags.DEFINE_float,
   str: flags.DEFINE_string,
   bool: flags.DEFINE_boolean,
+  tuple: flags.DEFINE_multi_string,  # given several times
 }
+# Sections that say where a run is or what is asked of it, not what it is.
+_BESIDE = ('processes.', 'plan.')
 
 
 def expand(args: list[str], beside: str = '', seen: tuple = ()) -> list[str]:
@@ -61,7 +64,8 @@ def _define() -> flags.FlagValues:
     help = field.metadata['help']
     if 'choices' in field.metadata:
       help += f' [{" | ".join(field.metadata["choices"])}]'
-    _DEFINE[field.type](name, field.default, help, flag_values=values)
+    default = list(field.default) if field.type is tuple else field.default
+    _DEFINE[field.type](name, default, help, flag_values=values)
   flags.DEFINE_string(
     'out', '', 'file for the report as JSON', flag_values=values
   )
@@ -91,18 +95,19 @@ def parse(args: list[str]) -> Parsed:
   values = _define()
   rest = values(['mtp', *expand(args)])[1:]
   given = {
-    name: values[name].value for name in config.fields() if values[name].present
+    name: field.type(values[name].value)
+    for name, field in config.fields().items()
+    if values[name].present
   }
   return Parsed(given, values['out'].value, rest)
 
 
 def to_flag_file(cfg: config.Config) -> str:
-  """All fields as flag lines, but for the workdir and the processes: they are
-  where the run is, not what it is."""
+  """All fields as flag lines, but for the workdir and what is beside a run."""
   return ''.join(
     f'--{name}={config.get(cfg, name)}\n'
     for name in config.fields()
-    if name != 'train.workdir' and not name.startswith('processes.')
+    if name != 'train.workdir' and not name.startswith(_BESIDE)
   )
 
 
@@ -113,7 +118,7 @@ def usage(sections: tuple[str, ...]) -> str:
     _define()._flags().items(), key=lambda item: _order(item[0])
   ):
     if name.split('.')[0] in sections:
-      shown = flag.default if flag.default != '' else "''"
+      shown = flag.default if flag.default not in ('', []) else "''"
       lines.append(f'  --{name}={shown}\n      {flag.help}')
   return '\n'.join(lines)
 

@@ -1,6 +1,9 @@
-"""FLOPs of a training token, by formula. Floor 3."""
+"""FLOPs of a training token by formula, and of a program as traced. Floor 3."""
+
+import math
 
 import jax
+import jax.numpy as jnp
 
 from mtp_jax import config, params
 from mtp_jax.model import heads, lm
@@ -45,3 +48,66 @@ def flops_per_token(
 
 def _matrices(specs) -> int:
   return params.count([s for s in jax.tree.leaves(specs) if s.decay])
+
+
+# Matrix products of T x T x H a kernel makes of one query head, half of them
+# above the diagonal and skipped; by what its name has in it.
+KERNELS = {
+  'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4,
+  'mha_forward': 2, 'mha_backward': 7, 'mha_preprocess': 0,
+  'dot_product_attention_fwd': 2, 'dot_product_attention_bwd': 5,
+}  # fmt: skip
+
+
+def of_program(jaxpr, seq_len: int) -> float:
+  """FLOPs of the matrix products of a traced program, over all devices.
+
+  What is executed, recomputation included: loops times their trips, a branch
+  as the dearest of its choices, attention kernels by the products that they
+  make of each query head. Elementwise work is not counted.
+  """
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    if name == 'dot_general':
+      total += _dot(eqn)
+    elif name == 'pallas_call' or name.startswith('dot_product_attention'):
+      total += _kernel(eqn, seq_len)
+    elif name == 'cond':
+      total += max(
+        of_program(branch.jaxpr, seq_len) for branch in eqn.params['branches']
+      )
+    else:
+      times = {
+        'scan': lambda e: e.params['length'],
+        'shard_map': lambda e: e.params['mesh'].size,  # shapes are of a shard
+      }.get(name, lambda e: 1)(eqn)
+      total += times * sum(
+        of_program(inner, seq_len)
+        for inner in jax.core.jaxprs_in_params(eqn.params)
+      )
+  return total
+
+
+def _dot(eqn) -> float:
+  (contracted, _), _ = eqn.params['dimension_numbers']
+  left = eqn.invars[0].aval.shape
+  return (
+    2.0
+    * math.prod(eqn.outvars[0].aval.shape)
+    * math.prod(left[i] for i in contracted)
+  )
+
+
+def _kernel(eqn, seq_len: int) -> float:
+  name = eqn.params.get('name') or getattr(
+    eqn.params.get('name_and_src_info'), 'name', eqn.primitive.name
+  )
+  known = [products for key, products in KERNELS.items() if key in name]
+  if not known:
+    raise ValueError(f'kernel {name}: its products are not known')
+  query = next(
+    v.aval for v in eqn.invars
+    if len(v.aval.shape) >= 3 and jnp.issubdtype(v.aval.dtype, jnp.floating)
+  )  # fmt: skip
+  return known[0] * 2.0 * math.prod(query.shape) * seq_len / 2

@@ -10,7 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax import config
@@ -32,31 +33,63 @@ RULES = {
 }
 
 
-def make_mesh(cfg: config.Config, devices=None) -> Mesh:
-  """The mesh of --mesh.*, over all devices; validates what depends on it.
+EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
-  jax.devices() has one order on every process, and where devices have no places
-  in a torus it is by process: the last axes, which talk most, stay within one.
-  """
+
+def make_mesh(cfg: config.Config, devices=None) -> Mesh:
+  """The mesh of --mesh.*, over all devices; validates what depends on it."""
   devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(cfg, len(devices))
+  return Mesh(_arranged(sizes, devices), AXES, axis_types=EXPLICIT)
+
+
+def abstract_mesh(cfg: config.Config, n_devices: int) -> AbstractMesh:
+  """The same without devices: enough for shardings and bytes."""
+  sizes = mesh_sizes(cfg, n_devices)
+  return AbstractMesh(tuple(sizes.values()), AXES, axis_types=EXPLICIT)
+
+
+def mesh_sizes(cfg: config.Config, n_devices: int) -> dict[str, int]:
+  """Devices along each axis, -1 filled in; refused unless all divides."""
   sizes = {axis: getattr(cfg.mesh, axis) for axis in AXES}
   free = [axis for axis in AXES if sizes[axis] == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
-  if len(devices) % fixed or (not free and fixed != len(devices)):
+  if n_devices % fixed or (not free and fixed != n_devices):
     name = max(AXES, key=lambda axis: sizes[axis])
     raise config.ConfigError(
       f'mesh.{name}',
       sizes[name],
       f'{" x ".join(f"{a}={s}" for a, s in sizes.items())} does not fit'
-      f' {len(devices)} devices',
+      f' {n_devices} devices',
     )
   for axis in free:
-    sizes[axis] = len(devices) // fixed
+    sizes[axis] = n_devices // fixed
   _check_divisible(cfg, sizes)
-  return Mesh(
-    np.asarray(devices).reshape(*sizes.values()),
-    AXES,
-    axis_types=(AxisType.Explicit,) * len(AXES),
+  return sizes
+
+
+def _arranged(sizes: dict[str, int], devices) -> np.ndarray:
+  """Devices in the shape of the mesh: on a TPU by their places in the torus,
+  slices along `data`, whose gradients alone cross the network.
+
+  Elsewhere jax.devices() has one order on every process, by process: the last
+  axes, which talk most, stay within one.
+  """
+  shape = tuple(sizes.values())
+  if devices[0].platform != 'tpu':
+    return np.asarray(devices).reshape(shape)
+  slices = len({getattr(d, 'slice_index', None) for d in devices})
+  if slices > 1:
+    if sizes['data'] % slices:
+      raise config.ConfigError(
+        'mesh.data', sizes['data'], f'must be a multiple of {slices} slices'
+      )
+    inside = (sizes['data'] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+      inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+  return mesh_utils.create_device_mesh(
+    shape, devices, allow_split_physical_axes=True
   )
 
 
@@ -115,8 +148,11 @@ def gather(w, axes, compute_dtype, grad_dtype):
     return jax.reshard(w.astype(compute_dtype), whole).astype(held_dtype)
 
   def use_bwd(_, dw):
-    # The plain transpose would cast to compute_dtype first, then reduce.
-    return (jax.reshard(dw.astype(grad_dtype), at_rest).astype(param_dtype),)
+    # The plain transpose would cast to compute_dtype first, then reduce. Where
+    # XLA reduces whole and slices, the barrier has it slice at once: fused into
+    # the optimizer, the slice would keep the whole gradient alive until then.
+    dw = jax.reshard(dw.astype(grad_dtype), at_rest).astype(param_dtype)
+    return (jax.lax.optimization_barrier(dw),)
 
   use.defvjp(lambda w: (use(w), None), use_bwd)
   return use(w)

@@ -230,7 +230,7 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
     else state_lib.init(cfg, run.mesh)
   )
   _say_what(run, abstract, start)
-  step_of = _compiler(run, abstract)
+  step_of = _compiler(run)
   evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)
   clock = _Clock()
   with (
@@ -275,32 +275,17 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
   return 0
 
 
-def _compiler(run: _Run, abstract):
+def _compiler(run: _Run):
   """(n_active, say, clock) -> compiled step; one compile a number of heads."""
   cfg, steps = run.cfg, {}
-  rows = (
-    cfg.train.accumulate,
-    cfg.data.batch_size // cfg.train.accumulate,
-    cfg.data.seq_len + cfg.span,
-  )
-  dtypes = dict(tokens=np.int32, position=np.int32)
-  if run.tokens.train().masked:
-    dtypes['scored'] = np.bool_
-  cut = jax.NamedSharding(run.mesh, sharding.pspec(None, 'batch', None))
-  batch = {
-    name: jax.ShapeDtypeStruct(rows, dtype, sharding=cut)
-    for name, dtype in dtypes.items()
-  }
+  masked = run.tokens.train().masked
 
   def step_of(n_active, say, clock):
     if n_active not in steps:
       clock.pause()
       begin = time.perf_counter()
-      steps[n_active] = (
-        step_lib.compiled(cfg, n_active)
-        .lower(abstract, batch, run.bytes_V)
-        .compile()
-      )
+      traced = step_lib.trace(cfg, run.mesh, n_active, masked)
+      steps[n_active] = traced.lower().compile()
       memory = steps[n_active].memory_analysis()
       say(
         f'compiled the step with {n_active} heads in'

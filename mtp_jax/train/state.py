@@ -5,7 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mtp_jax import config, optim, params
 from mtp_jax.model import lm
@@ -39,9 +39,10 @@ def init(cfg: config.Config, mesh: Mesh) -> State:
     return jax.jit(make)(jax.random.key(cfg.train.seed))
 
 
-def abstract(cfg: config.Config, mesh: Mesh) -> State:
+def abstract(cfg: config.Config, mesh: Mesh | AbstractMesh) -> State:
   """The state's shapes, dtypes and shardings, without making it."""
-  with jax.set_mesh(mesh):
+  real = isinstance(mesh, Mesh)
+  with jax.set_mesh(mesh) if real else jax.sharding.use_abstract_mesh(mesh):
     model = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
     opt_state = jax.eval_shape(lambda w: optim.init(cfg, w), model)
     zero = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))

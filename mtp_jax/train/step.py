@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from mtp_jax import config, loss, optim, targets
+from mtp_jax import config, loss, optim, sharding, targets
 from mtp_jax.train import state as state_lib
 
 
@@ -91,10 +93,32 @@ def _summed(micro_batch, batch, cfg):
   return jax.lax.scan(add, zeros, batch)[0]
 
 
-def compiled(cfg: config.Config, n_active: int):
-  """The step under jit, its state donated. Call it under jax.set_mesh."""
+def trace(cfg: config.Config, mesh: Mesh, n_active: int, masked: bool = False):
+  """The step under jit, its state donated, traced for the shapes that it will
+  get: .lower().compile() needs neither data nor the mesh's devices.
+
+  masked: batches say which tokens are scored. Call it under jax.set_mesh.
+  """
+  cut = NamedSharding(mesh, sharding.pspec(None, 'batch', None))
+  rows = (
+    cfg.train.accumulate,
+    cfg.data.batch_size // cfg.train.accumulate,
+    cfg.data.seq_len + cfg.span,
+  )
+  dtypes = dict(tokens=jnp.int32, position=jnp.int32)
+  if masked:
+    dtypes['scored'] = jnp.bool_
+  batch = {
+    name: jax.ShapeDtypeStruct(rows, dtype, sharding=cut)
+    for name, dtype in dtypes.items()
+  }
+  bytes_V = jax.ShapeDtypeStruct(
+    (cfg.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P())
+  )
 
   def step(state, batch, bytes_V):
     return train_step(state, batch, bytes_V, n_active=n_active, cfg=cfg)
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0).trace(
+    state_lib.abstract(cfg, mesh), batch, bytes_V
+  )

@@ -1,0 +1,199 @@
+"""The real train step, compiled for devices that need not be there. Floor 5."""
+
+import importlib.util
+import os
+import re
+import time
+from typing import NamedTuple
+
+import jax
+
+from mtp_jax import chips, config, flops, params, sharding
+from mtp_jax.plan import hlo
+from mtp_jax.train import state, step
+
+NO_LIBTPU = (
+  "the TPU compiler is not installed: pip install 'mtp_jax[tpu]' or libtpu;"
+  ' below is what the shardings alone say, without activations'
+)
+GENERATIONS = {  # of --plan.topology -> as jax names the chip
+  'v4': 'TPU v4', 'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite',
+}  # fmt: skip
+
+
+class Plan(NamedTuple):
+  """One configuration on one set of devices; bytes are of one device."""
+
+  cfg: config.Config
+  mesh: dict[str, int]
+  device_kind: str
+  params_bytes: int
+  opt_state_bytes: int
+  # None: not compiled. Of a program that did not fit: what it would need.
+  temp_bytes: float | None = None
+  code_bytes: float = 0.0
+  compile_s: float | None = None
+  executed_flops: float | None = None  # of one device, a step
+  ledger: hlo.Ledger | None = None
+
+  @property
+  def chip(self) -> chips.Chip | None:
+    return chips.chip(self.device_kind)
+
+  @property
+  def devices(self) -> int:
+    return self.mesh['data'] * self.mesh['fsdp'] * self.mesh['tensor']
+
+  @property
+  def state_bytes(self) -> int:
+    return self.params_bytes + self.opt_state_bytes
+
+  @property
+  def total_bytes(self) -> float | None:
+    if self.temp_bytes is None:
+      return None
+    return self.state_bytes + self.temp_bytes + self.code_bytes
+
+  @property
+  def fits(self) -> bool | None:
+    """None: not known, for want of a compiler or of the memory's size."""
+    if self.chip is None:
+      return None
+    if self.total_bytes is None:
+      return False if self.state_bytes > self.chip.hbm_bytes else None
+    return self.total_bytes <= self.chip.hbm_bytes
+
+  @property
+  def tokens(self) -> int:
+    """Of a step, over all devices."""
+    return self.cfg.data.batch_size * self.cfg.data.seq_len
+
+  @property
+  def model_flops(self) -> float:
+    """Of a step, over all devices, attention causal."""
+    return self.tokens * flops.flops_per_token(self.cfg, self.cfg.heads.n)
+
+  def roofline(self) -> dict[str, float]:
+    """Seconds of a step that each resource alone would take, at its peak."""
+    if self.ledger is None or self.chip is None:
+      return {}
+    return dict(
+      compute=self.executed_flops / self.chip.flops_per_s,
+      memory=self.ledger.memory_bytes / self.chip.hbm_bytes_per_s,
+      links=self.ledger.sent_bytes(network=False) / self.chip.link_bytes_per_s,
+      network=(
+        self.ledger.sent_bytes(network=True) / self.chip.network_bytes_per_s
+      ),
+    )
+
+
+def devices(cfg: config.Config) -> list:
+  """Of --plan.topology, which needs libtpu but no TPU; else those here.
+
+  Raises:
+    ConfigError: there is no such topology.
+  """
+  p = cfg.plan
+  if not p.topology:
+    return jax.devices()
+  for name, value in (
+    # Several processes may plan at once; nobody is asked for a machine's name.
+    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
+    ('TPU_SKIP_MDS_QUERY', '1'),
+    ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
+    ('TPU_WORKER_HOSTNAMES', 'localhost'),
+    ('TPU_WORKER_ID', '0'),
+  ):
+    os.environ.setdefault(name, value)
+  from jax.experimental import topologies
+
+  several = dict(num_slices=p.slices) if p.slices > 1 else {}
+  try:
+    return topologies.get_topology_desc(
+      p.topology, platform='tpu', **several
+    ).devices
+  except Exception as error:  # of several types, by what is wrong
+    raise config.ConfigError(
+      'plan.topology', p.topology,
+      f'not known to the TPU compiler: {str(error).splitlines()[0][:160]}',
+    ) from error  # fmt: skip
+
+
+def has_libtpu() -> bool:
+  return importlib.util.find_spec('libtpu') is not None
+
+
+def plan(cfg: config.Config) -> Plan:
+  """Compiles the step of cfg and reads what it needs."""
+  if cfg.plan.topology and not has_libtpu():
+    return of_shardings(cfg)
+  on = devices(cfg)
+  mesh = sharding.make_mesh(cfg, on)
+  found = _of_state(cfg, mesh, on[0].device_kind)
+  begin = time.perf_counter()
+  with jax.set_mesh(mesh):
+    traced = step.trace(cfg, mesh, cfg.heads.n)
+    executed = flops.of_program(traced.jaxpr, cfg.data.seq_len)
+    found = found._replace(executed_flops=executed / mesh.size)
+    try:
+      compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+      needed = _needed(str(error))
+      if needed is None:
+        raise
+      return found._replace(
+        temp_bytes=needed(found), compile_s=time.perf_counter() - begin
+      )
+  compile_s = time.perf_counter() - begin
+  memory = compiled.memory_analysis()
+  return found._replace(
+    temp_bytes=memory.temp_size_in_bytes,
+    code_bytes=memory.generated_code_size_in_bytes,
+    compile_s=compile_s,
+    ledger=hlo.ledger(compiled.as_text()),
+  )
+
+
+def of_shardings(cfg: config.Config) -> Plan:
+  """What can be known without a compiler: the state's own bytes."""
+  generation, _, shape = cfg.plan.topology.partition(':')
+  sizes = re.findall(r'\d+', shape)
+  if generation not in GENERATIONS or not sizes:
+    raise config.ConfigError(
+      'plan.topology', cfg.plan.topology,
+      f'{" or ".join(GENERATIONS)}, a colon, and e.g. 4x4',
+    )  # fmt: skip
+  n = cfg.plan.slices
+  for size in sizes:
+    n *= int(size)
+  mesh = sharding.abstract_mesh(cfg, n)
+  return _of_state(cfg, mesh, GENERATIONS[generation])
+
+
+def _of_state(cfg, mesh, device_kind) -> Plan:
+  abstract = state.abstract(cfg, mesh)
+  return Plan(
+    cfg,
+    dict(mesh.shape),
+    device_kind,
+    params.bytes_per_device(abstract.params),
+    params.bytes_per_device(abstract.opt_state),
+  )
+
+
+def _needed(error: str):
+  """Reads how much memory a program would have needed off the compiler's
+  message; None where memory is not what it complains about. Returns a function
+  of the Plan, since some messages count the state in and some do not."""
+  temporaries = re.search(r'HLO temporaries \(([\d.]+[KMGT]?)\)', error)
+  if temporaries:
+    return lambda plan: _bytes(temporaries[1])
+  used = re.search(r'Used ([\d.]+[KMGT]?) of ', error)
+  if used:
+    return lambda plan: max(_bytes(used[1]) - plan.state_bytes, 0)
+  return None
+
+
+def _bytes(text: str) -> float:
+  unit = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  return float(text.rstrip('KMGT')) * unit.get(text[-1], 1)

@@ -1,0 +1,344 @@
+"""A ledger of what a compiled program moves, from its own text. Floor 5.
+
+HLO text shows an operation in a loop once. `ledger` walks the program from its
+entry, multiplies by the trip count of each loop, and adds up
+
+  collectives  what a device sends: bytes on its links, ring algorithms assumed;
+  memory       what it reads from and writes to its memory, instruction by
+               instruction, fusions as one, slices as what is sliced.
+
+TPU programs differ from others in three ways that are allowed for: an async
+collective is spread over several fusions, which share a chain id; a
+reduce-scatter is an all-reduce inside a computation of that name; arrays in
+memory space S(1), the on-chip VMEM, cost no memory traffic.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+BYTES = {
+  'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2,
+  'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8,
+  'f64': 8, 'c64': 8, 'c128': 16, 'f8e4m3fn': 1, 'f8e5m2': 1, 'token': 0,
+}  # fmt: skip
+COLLECTIVES = (
+  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+  'collective-permute', 'send',
+)  # fmt: skip
+# Neither work nor traffic of their own.
+FREE = (
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
+  'conditional', 'call', 'after-all', 'partition-id', 'replica-id', 'send',
+  'send-done', 'recv', 'recv-done', 'opt-barrier', 'async-start',
+  'async-update', 'async-done', 'copy-done', 'slice-done', 'add-dependency',
+)  # fmt: skip
+ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
+HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
+INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
+OPERAND = re.compile(r'%([\w.\-]+)')
+
+
+class Array(NamedTuple):
+  dtype: str
+  dims: tuple[int, ...]
+  on_chip: bool
+
+  @property
+  def bytes(self) -> float:
+    return BYTES.get(self.dtype, 4) * functools.reduce(
+      lambda a, b: a * b, self.dims, 1
+    )
+
+
+class Instruction(NamedTuple):
+  """One line of a computation."""
+
+  name: str
+  root: bool
+  arrays: tuple[Array, ...]  # of its result
+  opcode: str
+  operands: tuple[str, ...]
+  rest: str  # attributes, as text
+
+  @property
+  def result_bytes(self) -> float:
+    return sum(a.bytes for a in self.arrays)
+
+  def attribute(self, pattern: str) -> str | None:
+    found = re.search(pattern, self.rest)
+    return found[1] if found else None
+
+
+class Collective(NamedTuple):
+  """A collective operation and how often a step runs it."""
+
+  kind: str
+  arrays: tuple[Array, ...]  # whole: of an all-gather what comes out
+  group: int  # devices that take part in one
+  times: int
+  op_name: str  # jax's name stack where it came from
+  loops: tuple[str, ...]  # the loops around it, as op names
+
+  @property
+  def bytes(self) -> float:
+    """Of the whole arrays, once."""
+    return sum(a.bytes for a in self.arrays)
+
+  @property
+  def sent_bytes(self) -> float:
+    """That one device sends in a step."""
+    share = (self.group - 1) / self.group if self.group else 1.0
+    factor = {
+      'all-reduce': 2 * share, 'collective-permute': 1.0, 'send': 1.0,
+    }.get(self.kind, share)  # fmt: skip
+    return factor * self.bytes * self.times
+
+
+class Ledger(NamedTuple):
+  collectives: tuple[Collective, ...]
+  memory_bytes: float  # read and written, of one device in a step
+
+  def by_kind(self) -> dict[str, dict]:
+    """kind -> operations, and bytes sent by a device, in a step."""
+    kinds = {}
+    for c in self.collectives:
+      row = kinds.setdefault(c.kind, dict(count=0, sent_bytes=0.0))
+      row['count'] += c.times
+      row['sent_bytes'] += c.sent_bytes
+    return dict(sorted(kinds.items()))
+
+  def sent_bytes(self, *, network: bool) -> float:
+    """Over links within a slice, or over the network between slices: there XLA
+    sends and receives, and nothing else does."""
+    return sum(
+      c.sent_bytes for c in self.collectives if (c.kind == 'send') == network
+    )
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+  """(computation name -> its instructions, name of the entry)."""
+  computations, entry, current = {}, '', None
+  for line in text.splitlines():
+    if current is None:
+      header = HEADER.match(line)
+      if header:
+        current = computations.setdefault(header[2], [])
+        entry = header[2] if header[1] else entry
+    elif line == '}':
+      current = None
+    elif instruction := _instruction(line):
+      current.append(instruction)
+    elif current:  # attributes of a kernel may go on for several lines
+      current[-1] = current[-1]._replace(rest=current[-1].rest + line)
+  return computations, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+  found = INSTRUCTION.match(line)
+  if not found:
+    return None
+  root, name, rest = found.groups()
+  type_end = _closing(rest, 0) if rest.startswith('(') else rest.find(' ')
+  opcode, _, rest_of = rest[type_end:].lstrip().partition('(')
+  end = _closing('(' + rest_of, 0) - 1
+  inside, attributes = rest_of[: end - 1], rest_of[end:]
+  return Instruction(
+    name,
+    bool(root),
+    _arrays(rest[:type_end]),
+    opcode,
+    # A constant or a parameter has its value or number there.
+    tuple(OPERAND.findall(inside)) or ((inside,) if inside else ()),
+    attributes,
+  )
+
+
+def _closing(text: str, start: int) -> int:
+  """Just past the parenthesis that closes the one at start."""
+  depth = 0
+  for i in range(start, len(text)):
+    depth += {'(': 1, ')': -1}.get(text[i], 0)
+    if not depth:
+      return i + 1
+  return len(text)
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+  return tuple(
+    Array(dtype, tuple(map(int, filter(None, dims.split(',')))), 'S(1)' in at)
+    for dtype, dims, at in ARRAY.findall(text)
+  )
+
+
+def ledger(text: str) -> Ledger:
+  """The ledger of a compiled program's text."""
+  computations, entry = parse(text)
+  collectives, chains, memory = [], set(), 0.0
+
+  def walk(name, times, loops, fused):
+    nonlocal memory
+    here = {i.name: i for i in computations.get(name, ())}
+    for i in here.values():
+      collective = _collective(i, here, name, times, loops)
+      if collective:
+        chain = i.attribute(r'chain_id="(\d+)"')
+        if chain is None or (chain, loops) not in chains:
+          collectives.append(collective)
+        chains.add((chain, loops))
+      if i.opcode == 'while':
+        trips = trip_count(i, computations)
+        inner = (*loops, i.attribute(r'op_name="([^"]*)"') or i.name)
+        walk(i.attribute(r'body=%?([\w.\-]+)'), times * trips, inner, False)
+        continue
+      if not fused:
+        memory += times * _traffic(i, here, computations)
+      for called in _called(i):
+        walk(called, times, loops, fused or i.opcode == 'fusion')
+
+  walk(entry, 1, (), False)
+  return Ledger(tuple(collectives), memory)
+
+
+def trip_count(loop: Instruction, computations) -> int:
+  """Of a while loop: as XLA says, or the constant its condition counts up to.
+
+  Raises:
+    ValueError: neither is there. A loop of jax.lax.scan always has one.
+  """
+  known = loop.attribute(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+  if known:
+    return int(known)
+  condition = loop.attribute(r'condition=%?([\w.\-]+)')
+  constants, compared = [], False
+  waiting = [condition]
+  while waiting:
+    for i in computations.get(waiting.pop(), ()):
+      if i.opcode == 'constant' and i.arrays[0].dtype in ('s32', 'u32', 's64'):
+        constants += [int(i.operands[0])]
+      compared |= i.opcode == 'compare' and 'direction=LT' in i.rest
+      waiting += _called(i)
+  if not compared or len(constants) != 1:
+    raise ValueError(f'loop {loop.name}: its condition counts to no constant')
+  return constants[0]
+
+
+def _called(i: Instruction) -> list[str]:
+  """Computations that an instruction runs once."""
+  if i.opcode in ('fusion', 'call', 'async-start', 'custom-call'):
+    found = re.findall(
+      r'(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)', i.rest
+    )
+    return found
+  if i.opcode == 'conditional':
+    branches = i.attribute(r'branch_computations=\{([^}]*)\}')
+    if branches:
+      return OPERAND.findall(branches)
+    return re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', i.rest)
+  return []
+
+
+def _collective(i, here, computation, times, loops) -> Collective | None:
+  kind = i.opcode.removesuffix('-start')
+  if kind not in COLLECTIVES or i.opcode == 'send-done':
+    return None
+  arrays = i.arrays
+  if kind == 'send' or kind == 'collective-permute':
+    arrays = arrays[:1]
+  elif i.opcode == 'all-gather-start':  # (what goes in …, what comes out …)
+    arrays = arrays[len(arrays) // 2 :]
+  elif kind == 'reduce-scatter':  # whole is what goes in
+    arrays = tuple(a for name in i.operands for a in here[name].arrays)
+  elif computation.startswith('all-reduce-scatter'):
+    kind = 'reduce-scatter'
+  return Collective(
+    kind, arrays, _group_size(i), times,
+    i.attribute(r'op_name="([^"]*)"') or '', loops,
+  )  # fmt: skip
+
+
+def _group_size(i: Instruction) -> int:
+  """Devices of one replica group, in any of the three notations; 0 unknown."""
+  mesh = re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', i.rest)
+  if mesh:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+    named = re.findall(r"'(\w+)'", mesh[2])
+    return functools.reduce(lambda n, a: n * int(sizes[a]), named, 1)
+  iota = i.attribute(r'replica_groups=\[(\d+(?:,\d+)*)\]<=')
+  if iota:
+    return int(iota.split(',')[-1])
+  listed = i.attribute(r'replica_groups=\{\{([\d,]*)\}')
+  return len(listed.split(',')) if listed else 0
+
+
+def _traffic(i: Instruction, here, computations) -> float:
+  """Bytes that an instruction reads from and writes to memory."""
+  if i.opcode in FREE or i.opcode.endswith('-done'):
+    return 0.0
+  if i.opcode in ('copy-start', 'slice-start'):  # between memory and chip
+    moved = i.arrays[0 if i.opcode == 'copy-start' else 1]
+    ends = [moved, *(a for o in i.operands for a in here[o].arrays)]
+    return moved.bytes * sum(not a.on_chip for a in ends)
+  read = [_off_chip(here[o].arrays) for o in i.operands if o in here]
+  written = _off_chip(i.arrays)
+  if i.opcode == 'dynamic-slice' or i.opcode == 'gather':
+    return 2 * written if read and read[0] else written
+  if i.opcode == 'dynamic-update-slice':
+    return 2 * read[1]
+  if i.opcode == 'fusion':
+    called = _called(i)
+    return _fusion_traffic(i, here, computations.get(called[0], ()))
+  return sum(read) + written
+
+
+def _off_chip(arrays) -> float:
+  return sum(a.bytes for a in arrays if not a.on_chip)
+
+
+def _fusion_traffic(i, here, body) -> float:
+  """Operands and results; of one that is only sliced, or only updated in a
+  slice, as much as the slice."""
+  inside = {x.name: x for x in body}
+  users = {}
+  for x in body:
+    for o in x.operands:
+      users.setdefault(o, []).append(x)
+  total = 0.0
+  for x in body:
+    if x.opcode != 'parameter':
+      continue
+    number = int(x.operands[0])
+    if number >= len(i.operands) or i.operands[number] not in here:
+      continue
+    size = _off_chip(here[i.operands[number]].arrays)
+    if size:
+      total += _touched(x, users, inside, size)
+  root = next((x for x in body if x.root), None)
+  outs = [root] if root is not None else []
+  if root is not None and root.opcode == 'tuple':
+    outs = [inside[o] for o in root.operands if o in inside]
+  for array, out in zip(i.arrays, outs, strict=False):
+    if array.on_chip:
+      continue
+    while out.opcode == 'bitcast' and out.operands[0] in inside:
+      out = inside[out.operands[0]]
+    updates = out.opcode == 'dynamic-update-slice'
+    total += inside[out.operands[1]].result_bytes if updates else array.bytes
+  return total
+
+
+def _touched(parameter, users, inside, size) -> float:
+  """Bytes of a fusion's operand that it reads."""
+  total, waiting = 0.0, [parameter]
+  while waiting:
+    x = waiting.pop()
+    for user in users.get(x.name, ()):
+      if user.opcode == 'bitcast':
+        waiting.append(user)
+      elif user.opcode in ('dynamic-slice', 'slice', 'gather'):
+        total += user.result_bytes
+      elif user.opcode == 'dynamic-update-slice' and user.operands[0] == x.name:
+        total += inside[user.operands[1]].result_bytes
+      else:
+        return size
+  return min(total, size)
