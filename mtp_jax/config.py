@@ -134,7 +134,10 @@ class Loss:
     choices=('remat', 'eager'),
   )
   chunk: int = _f(
-    0, 'positions whose logits are alive at once; 0 = seq_len', **UNSIGNED
+    0,
+    'positions whose logits are alive at once; 0 = the most with logits of half'
+    ' a GiB a device',
+    **UNSIGNED,
   )
   weights: str = _f(
     '0:1',

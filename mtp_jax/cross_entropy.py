@@ -3,12 +3,16 @@
 Floor 3. Logits, B x C x V, are alive for one chunk only, forward and backward.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mtp_jax import config, sharding
 from mtp_jax.model import layers
+
+LOGITS_BYTES = 2**29  # of one device, unless --loss.chunk says how many
 
 
 class Stats(NamedTuple):
@@ -70,10 +74,25 @@ def in_order(h_BTD, order_VD, tokens_BU, order_WBT):
   return jnp.sum(h_BTD * mixed_BTD)
 
 
+def chunk(cfg: config.Config, rows: int) -> int:
+  """Positions whose logits are alive at once, C: as --loss.chunk says, or else
+  the most that divide T evenly with B x C x V logits of a device in half a GiB
+  (and no fewer than 128: a product of few rows wastes the multiplier)."""
+  T = cfg.data.seq_len
+  if cfg.loss.chunk:
+    return cfg.loss.chunk
+  size = dict(jax.sharding.get_abstract_mesh().shape)
+  batch = math.prod(size.get(axis, 1) for axis in sharding.BATCH)
+  of_position = 4 * rows * cfg.model.vocab_size / batch / size.get('tensor', 1)
+  divisors = [c for c in range(1, T + 1) if T % c == 0 and c >= min(T, 128)]
+  fit = [c for c in divisors if c * of_position <= LOGITS_BYTES]
+  return max(fit, default=divisors[0])
+
+
 def _in_chunks(cfg, *xs_BT):
   """Each (B, T, …) -> (T/C, B, C, …)."""
-  T = xs_BT[0].shape[1]
-  C = cfg.loss.chunk or T
+  B, T = xs_BT[0].shape[:2]
+  C = chunk(cfg, B)
   return tuple(
     x.reshape(x.shape[0], T // C, C, *x.shape[2:]).swapaxes(0, 1) for x in xs_BT
   )
@@ -92,12 +111,12 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
   """
 
   @jax.checkpoint
-  def chunk(_, xs):
+  def one(_, xs):
     h_BCD, *of_chunk = xs
     return None, f(h_BCD, unembed, *of_chunk, cfg)
 
   _, (loss_X, rest) = jax.lax.scan(
-    chunk, None, _in_chunks(cfg, h_BTD, *of_tokens)
+    one, None, _in_chunks(cfg, h_BTD, *of_tokens)
   )
   return jnp.sum(loss_X), rest
 
@@ -109,7 +128,7 @@ def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
     (dunembed with this one's added, dh_BTD, loss, the rest of each chunk).
   """
 
-  def chunk(dunembed, xs):
+  def one(dunembed, xs):
     h_BCD, *of_chunk = xs
 
     def scaled(h_BCD, unembed):
@@ -122,7 +141,7 @@ def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
     return dunembed + d, (*out, dh_BCD)
 
   dunembed, (loss_X, rest, dh_XBCD) = jax.lax.scan(
-    chunk, dunembed, _in_chunks(cfg, h_BTD, *of_tokens)
+    one, dunembed, _in_chunks(cfg, h_BTD, *of_tokens)
   )
   return dunembed, _out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax import config, params
-from mtp_jax.model import heads, lm
+from mtp_jax.model import heads as heads_lib
+from mtp_jax.model import lm
 
 
 def flops_per_token(
@@ -22,27 +23,41 @@ def flops_per_token(
   them. A frozen group has no gradient of weights, and a frozen trunk no
   backward at all. Recomputation is not counted: it is a cost, not work.
   """
+  trunk, heads, unembeddings, order = forward(cfg, n_active, causal)
+  own = cfg.heads.unembedding == 'replicated'
+  trunk_moves, heads_move = cfg.optim.trunk_lr > 0, cfg.optim.heads_lr > 0
+  return (
+    (3 if trunk_moves else 1) * trunk
+    + (2 + heads_move) * heads
+    + (2 + (heads_move if own else trunk_moves)) * unembeddings
+    + (2 + heads_move) * order
+  )
+
+
+def forward(
+  cfg: config.Config, n_active: int, causal: bool = True
+) -> tuple[float, float, float, float]:
+  """Of one token, forward: (trunk, head modules, their unembeddings, that of
+  the order of tokens)."""
   m = cfg.model
   # Head 1 of an identity-first family has no module.
   modules = n_active if cfg.heads.block_first else n_active - 1
-  family = heads.family(cfg)
+  family = heads_lib.family(cfg)
   keys = cfg.data.seq_len / 2 if causal else cfg.data.seq_len
   attention = 4 * keys * m.n_attn_heads * m.head_width
   trunk, head = (
     2 * _matrices(specs) + layers * attention
     for specs, layers in (
-      (lm.specs(cfg).trunk, heads.trunk_layers(cfg)),
+      (lm.specs(cfg).trunk, heads_lib.trunk_layers(cfg)),
       (family.specs(cfg), family.has_block),
     )
   )
-  own = cfg.heads.unembedding == 'replicated'
-  trunk_moves, heads_move = cfg.optim.trunk_lr > 0, cfg.optim.heads_lr > 0
   unembedding = 2 * m.d_model * m.vocab_size
   return (
-    (3 if trunk_moves else 1) * trunk
-    + (2 + heads_move) * modules * head
-    + (2 + (heads_move if own else trunk_moves)) * n_active * unembedding
-    + (2 + heads_move) * (cfg.loss.order_weight > 0) * unembedding
+    trunk,
+    modules * head,
+    n_active * unembedding,
+    (cfg.loss.order_weight > 0) * unembedding,
   )
 
 

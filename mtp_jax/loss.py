@@ -9,15 +9,16 @@ targets, counts and weights as in targets.py; --loss.order_weight adds the order
 of the tokens to come, asked of head 1's hidden state.
 
 Logits and their gradients are by far the largest arrays, B x T x V a head.
-Neither schedule ever holds those of two heads, nor, with --loss.chunk=C, of
-more than C positions:
+Neither schedule ever holds those of two heads, nor of more positions than
+`cross_entropy.chunk` says:
 
   remat  one scan over heads, each rematerialised: its backward pass recomputes
          its block and its logits. Kept between the passes: nothing a head.
   eager  one scan over heads that runs each one forward and backward at once and
          adds into dL/dz, so that nothing is computed twice. Kept between the
          passes: dL/dz (B x T x D) and the gradients of heads and unembedding,
-         which have to be made anyway.
+         which have to be made anyway. Heads that depend on each other recompute
+         their blocks, never their logits, and keep 2 K B T D numbers.
 """
 
 import functools
@@ -296,6 +297,18 @@ def _unembedded(h_BTD, own_DV, dshared_DV, shared: Shared, of_head, cfg):
   return dshared_DV, *scatter(dunembed_DV), *out
 
 
+def _order_at_head_1(
+  step, k, dorder_VD, dh_BTD, h_BTD, of_ce, shared, rows, cfg
+):  # fmt: skip
+  """`_order_grads` at head 1, what came in elsewhere."""
+  return _at_head_1(
+    step, k, shared, cfg,
+    lambda *grads: _order_grads(*grads, h_BTD, of_ce[1], shared, rows, cfg),
+    lambda *grads: (*grads, jnp.zeros(())),
+    dorder_VD, dh_BTD,
+  )  # fmt: skip
+
+
 def _order_grads(dorder_VD, dh_BTD, h_BTD, valid_BT, shared, rows, cfg):
   """(dorder_VD, dh_BTD, each with the order's part added, its loss)."""
 
@@ -354,12 +367,9 @@ def _eager_each(w, shared, own, of_heads, rows, cfg):
     dunembed_DV, down_DV, dh_BTD, loss, stats = _unembedded(
       h_BTD, own_DV, dshared.unembed_DV, shared, of_ce, cfg
     )
-    dorder_VD, dh_BTD, order = _at_head_1(
-      step, k, shared, cfg,
-      lambda *grads: _order_grads(*grads, h_BTD, of_ce[1], shared, rows, cfg),
-      lambda *grads: (*grads, jnp.zeros(())),
-      dshared.order_VD, dh_BTD,
-    )  # fmt: skip
+    dorder_VD, dh_BTD, order = _order_at_head_1(
+      step, k, dshared.order_VD, dh_BTD, h_BTD, of_ce, shared, rows, cfg
+    )
     dmodule, d_BTD, dnorm_D, norm2 = pull(dh_BTD)
     carry = (
       dz_BTD + d_BTD.astype(dz_BTD.dtype),
@@ -380,52 +390,57 @@ def _eager_each(w, shared, own, of_heads, rows, cfg):
 
 
 def _eager_chain(w, shared, own, of_heads, rows, cfg):
-  """Dependent heads: forward through the chain, keeping what each hands on;
-  every head's cross-entropy forward and backward at once, keeping dh_k; then
-  the chain backward, each block recomputed. Kept: 3 K B T D numbers."""
+  """Dependent heads: forward through the chain, each head's cross-entropy
+  forward and backward on the way; then the chain backward, its blocks, and
+  nothing else, recomputed. Kept: 2 K B T D numbers of the compute dtype, what
+  each head is handed and dL/dh_k."""
 
   def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
     here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD)
 
     @functools.partial(jax.checkpoint, static_argnums=0)
-    def head(step, carry_BTD, module, of_head):
-      k, probe = of_head
-      carry_BTD, h_BTD = _hidden(
+    def hidden(step, carry_BTD, module, k, probe):
+      return _hidden(
         step, module, here, norm_D, carry_BTD, k, probe, rows.ctx, cfg
       )
-      return carry_BTD, (h_BTD, None)
+
+    def head(step, carry, module, of_head):
+      carry_BTD, dshared = carry
+      k, probe, own_DV, of_ce = of_head
+      carry_BTD, h_BTD = hidden(step, carry_BTD, module, k, probe)
+      fixed_BTD = jax.lax.stop_gradient(h_BTD)
+      dunembed_DV, down_DV, dh_BTD, loss, stats = _unembedded(
+        fixed_BTD, own_DV, dshared.unembed_DV, shared, of_ce, cfg
+      )
+      dorder_VD, dh_BTD, order = _order_at_head_1(
+        step, k, dshared.order_VD, dh_BTD, fixed_BTD, of_ce, shared, rows, cfg
+      )
+      dshared = Shared(None, dunembed_DV, dorder_VD)
+      # Of which the gradient by h is dL/dh: that of the chain follows.
+      stand_in = jnp.sum(h_BTD * dh_BTD, dtype=jnp.float32)
+      return (carry_BTD, dshared), (
+        (stand_in, loss, stats, down_DV, order),
+        None,
+      )
 
     carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
-    per_head = (rows.k_K, probe_K)
-    return heads.walk(head, carry_BTD, modules, per_head, cfg)[1][0]
-
-  def unembed(dunembed_DV, xs):
-    h_BTD, own_DV, of_head = xs
-    dunembed_DV, *out = _unembedded(
-      h_BTD, own_DV, dunembed_DV, shared, of_head, cfg
+    zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
+    per_head = (rows.k_K, probe_K, own, of_heads)
+    (_, dshared), ((stand_in_K, *outs), _) = heads.walk(
+      head, (carry_BTD, zeros), modules, per_head, cfg
     )
-    return dunembed_DV, out
+    return jnp.sum(stand_in_K), (dshared, *outs)
 
-  h_KBTD, pull = jax.vjp(
-    chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K
-  )
-  zeros = jax.tree.map(sharding.zeros_cotangent, shared)
-  dunembed_DV, (down, dh_KBTD, loss_K, stats) = jax.lax.scan(
-    unembed, zeros.unembed_DV, (h_KBTD, own, of_heads)
-  )
-  dorder_VD, order = None, 0.0
-  if shared.order_VD is not None:
-    dorder_VD, dh_BTD, order = _order_grads(
-      zeros.order_VD, dh_KBTD[0], h_KBTD[0], rows.valid_KBT[0], shared, rows,
-      cfg,
-    )  # fmt: skip
-    dh_KBTD = dh_KBTD.at[0].set(dh_BTD)
-  dmodules, dz_BTD, demb_BUD, dnorm_D, norm2_K = pull(dh_KBTD)
+  total, pull, (dshared, loss_K, stats, down, order_K) = jax.vjp(
+    chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K,
+    has_aux=True,
+  )  # fmt: skip
+  dmodules, dz_BTD, demb_BUD, dnorm_D, norm2_K = pull(jnp.ones_like(total))
   dw = w._replace(
     modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=norm2_K
   )
-  dshared = Shared(dnorm_D, dunembed_DV, dorder_VD)
-  return dw, dshared, down, loss_K, stats, order
+  dshared = dshared._replace(norm_D=dnorm_D)
+  return dw, dshared, down, loss_K, stats, jnp.sum(order_K)
 
 
 def _eager_bwd(cfg, grads: Weights, cotangents):

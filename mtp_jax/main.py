@@ -41,7 +41,8 @@ def _need(cfg: config.Config, name: str, what: str) -> None:
 def _report(
   lines: list[str], values: dict, out: str, writes: bool = True
 ) -> None:
-  print('\n'.join(lines))
+  for line in lines:
+    print(line)
   if out and writes:
     with open(out + '.tmp', 'w', encoding='utf-8') as f:
       json.dump(values, f, indent=1)
@@ -161,6 +162,24 @@ def _inspect(parsed: flags.Parsed) -> int:
   return 0
 
 
+def _plan(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  cfg = parsed.config()
+  if cfg.plan.topology:
+    import jax
+
+    jax.config.update('jax_platforms', 'cpu')  # none of it runs
+  elif cfg.plan.slices > 1:
+    raise config.ConfigError(
+      'plan.slices', cfg.plan.slices, 'needs --plan.topology'
+    )
+  from mtp_jax.plan import report
+
+  values, status = report.run(cfg, lambda line: print(line, flush=True))
+  _report([], values, parsed.out)
+  return status
+
+
 def _curves(parsed: flags.Parsed) -> int:
   from mtp_jax import report
 
@@ -200,6 +219,12 @@ COMMANDS = {
     'held-out loss, accuracy and acceptance by head',
     ('eval', 'data', 'mesh', 'processes', 'out'),
     _eval,
+  ),
+  'plan': Command(
+    'compile the step for a TPU slice, or the devices here: memory, FLOPs,'
+    ' traffic, time; exit status 0 fits, 3 does not, 4 not known',
+    ('plan', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train', 'out'),
+    _plan,
   ),
   'report': Command(
     'RUN [RUN …]: draw the curves of one or more runs into RUN/curves.png',

@@ -1,0 +1,175 @@
+"""docs/PLANS.md: the smallest slice that holds each size of the paper.
+
+  python docs/plans.py            goes on where it was stopped
+  python docs/plans.py 7b 13b     these sizes only
+
+For each size, n = 1 and 4, and each generation of TPU: the smallest slice whose
+chips hold the whole train step with one sequence of 4096 tokens a chip, trunk
+remat=block and parameters sharded over all chips. The formula of
+mtp_jax/plan/analytic.py says where to begin; the answer, and the next smaller
+slice, are compiled. Each compile is a line of docs/plans.jsonl, written at
+once: what is there is not compiled again.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+from mtp_jax import chips, config, flags
+from mtp_jax.plan import ahead, analytic, report
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROWS = ROOT / 'docs' / 'plans.jsonl'
+REPORT = ROOT / 'docs' / 'PLANS.md'
+SIZES = (
+  '1m', '3m', '10m', '30m', '100m', '300m', '1b', '0.3b', '0.6b', '1.3b', '3b',
+  '7b', '13b',
+)  # fmt: skip
+FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+SLICES = {
+  'v5e': FLAT,
+  'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'),
+  'v6e': FLAT,
+}
+HEADS = (1, 4)
+
+
+def configured(size: str, n: int, topology: str, devices: int):
+  """The Config of a row, one sequence a chip."""
+  return flags.parse([
+    f'--flagfile={ROOT}/experiments/size/{size}.flags', f'--heads.n={n}',
+    '--data.seq_len=4096', f'--data.batch_size={devices}', '--mesh.fsdp=-1',
+    '--model.remat=block', f'--plan.topology={topology}',
+  ]).config()  # fmt: skip
+
+
+def chips_of(shape: str) -> int:
+  n = 1
+  for side in shape.split('x'):
+    n *= int(side)
+  return n
+
+
+def fits_by_formula(size, n, generation, shape) -> bool:
+  devices = chips_of(shape)
+  cfg = configured(size, n, f'{generation}:{shape}', devices)
+  chip = chips.chip(ahead.GENERATIONS[generation])
+  try:
+    estimate = analytic.estimate(
+      cfg, dict(data=1, fsdp=devices, tensor=1), chip
+    )
+  except config.ConfigError:  # more chips than the width divides
+    return False
+  return estimate.total_bytes <= chip.hbm_bytes
+
+
+class Compiled:
+  """Rows by (size, n, topology); a new one is compiled and written."""
+
+  def __init__(self):
+    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+    self.rows = {tuple(r['key']): r for r in map(json.loads, lines)}
+
+  def __call__(self, size: str, n: int, generation: str, shape: str) -> dict:
+    topology = f'{generation}:{shape}'
+    key = (size, n, topology)
+    if key not in self.rows:
+      cfg = configured(size, n, topology, chips_of(shape))
+      row = dict(key=key) | report.values_of(ahead.plan(cfg))
+      with open(ROWS, 'a') as f:
+        f.write(json.dumps(row) + '\n')
+      print(*key, 'fits' if row['fits'] else 'too large', flush=True)
+      self.rows[key] = row
+    return self.rows[key]
+
+
+def smallest(compiled, size: str, n: int, generation: str):
+  """(row of the smallest slice that fits, row of the next smaller or None)."""
+  shapes = SLICES[generation]
+  at = next(
+    (
+      i for i, shape in enumerate(shapes)
+      if fits_by_formula(size, n, generation, shape)
+    ),
+    len(shapes) - 1,
+  )  # fmt: skip
+  while not compiled(size, n, generation, shapes[at])['fits']:
+    at += 1
+    if at == len(shapes):
+      return None, None
+  while at and compiled(size, n, generation, shapes[at - 1])['fits']:
+    at -= 1
+  rows = compiled.rows
+  here, below = (
+    rows.get((size, n, f'{generation}:{shapes[i]}')) for i in (at, at - 1)
+  )
+  return here, below if at else None
+
+
+def gib(row, name: str) -> str:
+  return f'{row[name] / 2**30:.2f}'
+
+
+def table(compiled, sizes) -> list[str]:
+  lines = [
+    '| size | n | slice | state | temp | total | the next smaller needs'
+    ' | roofline | MFU at most |',
+    '|---|---|---|---|---|---|---|---|---|',
+  ]
+  for size in sizes:
+    for n in HEADS:
+      for generation in SLICES:
+        try:
+          row, below = smallest(compiled, size, n, generation)
+        except config.ConfigError as error:
+          lines.append(f'| {size} | {n} | none: {error} | | | | | | |')
+          break
+        if row is None:
+          lines.append(f'| {size} | {n} | larger than {generation} here |')
+          continue
+        state = (row['params_bytes'] + row['opt_state_bytes']) / 2**30
+        smaller = (
+          f'{gib(below, "total_bytes")} of {gib(below, "hbm_bytes")}'
+          f' on {below["topology"]}'
+          if below
+          else 'there is none'
+        )
+        lines.append(
+          f'| {size} | {n} | {row["topology"]} | {state:.2f}'
+          f' | {gib(row, "temp_bytes")} | {gib(row, "total_bytes")}'
+          f' of {gib(row, "hbm_bytes")} | {smaller}'
+          f' | {row["step_s"]:.3f} s | {row["mfu"]:.0%} |'
+        )
+  return lines
+
+
+HEAD = """\
+# Plans
+
+Written by `python docs/plans.py`, which compiles the whole train step (model,
+loss, AdamW, donation, shardings) ahead of time with libtpu: the smallest slice
+that holds each size with one sequence of 4096 tokens a chip,
+`--model.remat=block`, `--loss.schedule=remat`, float32 parameters and moments,
+bfloat16 compute, all chips along `--mesh.fsdp`. GiB a chip. The roofline is the
+time of a step that the busiest resource needs at its peak; more sequences a
+chip bring its MFU up (`mtp plan --plan.search_mesh`).
+"""
+
+
+def main(sizes) -> None:
+  jax.config.update('jax_platforms', 'cpu')
+  compiled = Compiled()
+  lines = table(compiled, sizes)
+  if list(sizes) == list(SIZES):
+    seconds = [r['compile_s'] for r in compiled.rows.values()]
+    tail = (
+      f'\n{len(seconds)} programs; a compile took {min(seconds):.0f} to'
+      f' {max(seconds):.0f} s, with other work on the two cores.\n'
+    )
+    REPORT.write_text('\n'.join([HEAD, *lines]) + '\n' + tail)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:] or SIZES)

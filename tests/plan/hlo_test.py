@@ -1,0 +1,195 @@
+"""The ledger against programs whose traffic is known by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtp_jax import sharding
+from mtp_jax.plan import hlo
+from mtp_jax.train import step
+from tests import tiny
+
+# As XLA:TPU writes it: an async all-gather in three fusions of one chain, a
+# reduce-scatter as a named computation, a condition that counts to a constant,
+# an array in VMEM, groups as a mesh, as a list and as an iota.
+TPU = """\
+HloModule jit_f, is_scheduled=true
+
+%all-reduce-scatter.1 (input.1: f32[64,8]) -> f32[16,8] {
+  %input.1 = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.9 = f32[64,8]{1,0} all-reduce(%input.1), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice.1 = f32[16,8]{1,0} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={16,8}
+}
+
+%start (p.0: bf16[4,8]) -> bf16[16,8] {
+  %p.0 = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%done (p.1: bf16[4,8]) -> bf16[16,8] {
+  %p.1 = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[16,8]{1,0} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%body (c: (s32[], bf16[4,8], f32[64,8])) -> (s32[], bf16[4,8], f32[64,8]) {
+  %c = (s32[]{:T(128)}, bf16[4,8]{1,0}, f32[64,8]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  %w = bf16[4,8]{1,0} get-tuple-element(%c), index=1
+  %g = f32[64,8]{1,0} get-tuple-element(%c), index=2
+  %fusion.1 = bf16[16,8]{1,0:T(8,128)S(1)} fusion(%w), kind=kCustom, calls=%start
+  %fusion.2 = bf16[16,8]{1,0:T(8,128)S(1)} fusion(%w), kind=kCustom, calls=%done
+  %kernel = f32[2]{0:S(1)} custom-call(%fusion.2), custom_call_target="tpu_custom_call", metadata={
+"xprof_metadata":"{}"
+}}, backend_config={}
+  %fusion.3 = f32[16,8]{1,0:S(1)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(f)/inner/while/body/reshard"}
+  ROOT %t = (s32[]{:T(128)}, bf16[4,8]{1,0}, f32[64,8]{1,0}) tuple(%i, %w, %g)
+}
+
+%condition (c.1: (s32[], bf16[4,8], f32[64,8])) -> pred[] {
+  %c.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}, f32[64,8]{1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%c.1), index=0
+  %constant.5 = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[]{:T(512)} compare(%j, %constant.5), direction=LT
+}
+
+ENTRY %main (x: bf16[4,8], y: f32[64,8]) -> f32[64,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %y = f32[64,8]{1,0} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %t.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}, f32[64,8]{1,0}) tuple(%zero, %x, %y)
+  %while.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}, f32[64,8]{1,0}) while(%t.1), condition=%condition, body=%body, metadata={op_name="jit(f)/inner/while"}
+  %y.1 = f32[64,8]{1,0} get-tuple-element(%while.1), index=2
+  %sent = (f32[64,8]{1,0}, u32[], token[]) send(%y.1), channel_id=9, is_host_transfer=false
+  ROOT %all-reduce.2 = f32[64,8]{1,0} all-reduce(%y.1), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_a_program_of_a_tpu_by_hand():
+  ledger = hlo.ledger(TPU)
+  found = {
+    (c.kind, c.group, c.times, c.bytes, c.loops): c.sent_bytes
+    for c in ledger.collectives
+  }
+  loop = ('jit(f)/inner/while',)
+  assert found == {
+    ('all-gather', 4, 5, 256, loop): 5 * 256 * 3 / 4,
+    ('reduce-scatter', 4, 5, 2048, loop): 5 * 2048 * 3 / 4,
+    ('all-reduce', 4, 1, 2048, ()): 2 * 2048 * 3 / 4,
+    ('send', 0, 1, 2048, ()): 2048,
+  }
+  assert ledger.sent_bytes(network=True) == 2048
+  assert ledger.sent_bytes(network=False) == sum(found.values()) - 2048
+  # In the loop: two fusions read w, one reads g; what they write, and what the
+  # kernel reads and writes, is on the chip. At the end y, read and written.
+  assert ledger.memory_bytes == 5 * (64 + 64 + 2048) + 2 * 2048
+
+
+def test_a_loop_without_an_end_is_refused():
+  endless = TPU.replace('%constant.5 = s32[]{:T(128)} constant(5)', '')
+  with pytest.raises(ValueError, match='while.1'):
+    hlo.ledger(endless)
+
+
+def _mesh(n):
+  return jax.make_mesh((n,), ('x',), axis_types=(AxisType.Auto,))
+
+
+@functools.partial(jax.jit, static_argnames=('mesh', 'trips'))
+def _program(x, *, mesh, trips):
+  """trips times: gather 8 shards, sum, and all-reduce."""
+
+  def local(x):
+    def body(total, _):
+      whole = jax.lax.all_gather(x * total[0], 'x', tiled=True)
+      return total + jax.lax.psum(whole[:4], 'x'), None
+
+    return jax.lax.scan(body, jnp.ones(4), None, length=trips)[0]
+
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=P('x'), out_specs=P(), check_vma=False
+  )(x)
+
+
+@pytest.mark.parametrize('trips', [3, 7])
+def test_a_compiled_program_of_this_machine(trips):
+  mesh = _mesh(8)
+  x = jax.ShapeDtypeStruct(
+    (8 * 32,), jnp.float32, sharding=NamedSharding(mesh, P('x'))
+  )
+  text = _program.lower(x, mesh=mesh, trips=trips).compile().as_text()
+  kinds = hlo.ledger(text).by_kind()
+  assert kinds['all-gather'] == dict(
+    count=trips, sent_bytes=trips * 8 * 32 * 4 * 7 / 8
+  )
+  assert kinds['all-reduce'] == dict(
+    count=trips, sent_bytes=trips * 2 * 16 * 7 / 8
+  )
+
+
+def _slices(x_LD, mesh=None):
+  def body(total_D, x_D):
+    return total_D + x_D * total_D, None
+
+  return jax.lax.scan(body, jnp.ones(x_LD.shape[1:]), x_LD)[0]
+
+
+def test_a_loop_over_slices_reads_the_whole_once():
+  L, D = 16, 4096
+  x = jax.ShapeDtypeStruct((L, D), jnp.float32)
+  ledger = hlo.ledger(jax.jit(_slices).lower(x).compile().as_text())
+  # A slice, the total, and the new total in each trip: not x each time.
+  assert L * D * 4 <= ledger.memory_bytes <= 8 * L * D * 4
+
+
+D, V = 48, 80
+
+
+def _of_unembedding(text, cfg):
+  """Collectives of whole D x V matrices: (gathers, reductions)."""
+  whole = [
+    c
+    for c in hlo.ledger(text).collectives
+    if any(sorted(a.dims)[-2:] == [D, V] for a in c.arrays)
+  ]
+  gathers = [c for c in whole if c.kind == 'all-gather']
+  return gathers, [c for c in whole if c not in gathers]
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+@pytest.mark.parametrize('n', [1, 4, 8])
+def test_the_unembedding_moves_once_a_micro_batch(n, schedule, accumulate):
+  cfg = tiny.cfg(
+    heads__n=n, loss__schedule=schedule, train__accumulate=accumulate,
+    model__d_model=D, model__vocab_size=V, model__n_layers=10,
+    data__batch_size=8, mesh__fsdp=4,
+  )  # fmt: skip
+  mesh = tiny.mesh(cfg)
+  with jax.set_mesh(mesh):
+    text = step.trace(cfg, mesh, n).lower().compile().as_text()
+  gathers, reductions = _of_unembedding(text, cfg)
+  # One of the embedding table, one of the unembedding, in the compute dtype;
+  # as many gradients. Never inside a loop over heads.
+  micro_batches = (accumulate,) if accumulate > 1 else ()
+  assert [c.times for c in gathers] == [accumulate] * 2
+  assert [c.times for c in reductions] == [accumulate] * 2
+  for c in (*gathers, *reductions):
+    assert len(c.loops) == len(micro_batches)
+
+
+def test_logits_are_never_gathered_over_a_sharded_vocabulary():
+  cfg = tiny.cfg(
+    model__d_model=D, model__vocab_size=V, mesh__tensor=2, mesh__fsdp=2
+  )
+  mesh = sharding.make_mesh(cfg, jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    text = step.trace(cfg, mesh, cfg.heads.n).lower().compile().as_text()
+  for c in hlo.ledger(text).collectives:
+    for array in c.arrays:
+      logits = V in array.dims and cfg.data.seq_len in array.dims
+      assert not logits, (c.kind, array)
