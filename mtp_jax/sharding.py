@@ -53,6 +53,7 @@ def make_mesh(cfg: config.Config, devices=None) -> Mesh:
   for axis in free:
     sizes[axis] = len(devices) // fixed
   _check_divisible(cfg, sizes)
+  _check_platform(cfg, devices[0].platform)
   return Mesh(
     np.asarray(devices).reshape(*sizes.values()),
     AXES,
@@ -81,6 +82,17 @@ def _check_divisible(cfg, sizes):
       raise config.ConfigError(
         name, size, f'must be a multiple of mesh {axis}={sizes[axis]}'
       )
+
+
+def _check_platform(cfg, platform):
+  kernel = cfg.model.attention
+  wanted = config.KERNELS.get(kernel, platform)
+  if platform != wanted:
+    raise config.ConfigError(
+      'model.attention', kernel,
+      f'is a kernel for {wanted}, and these devices are {platform}; auto takes'
+      ' what they have',
+    )  # fmt: skip
 
 
 def pspec(*axes) -> P:
