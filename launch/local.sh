@@ -14,6 +14,7 @@ for flag in "$@"; do name+="_${flag#--}"; done
 run=runs/$(printf %s "$name" | tr -c 'A-Za-z0-9._=-' '_')
 
 source launch/venv.sh ''
+source launch/xla_flags.sh auto
 [ -e "$store/manifest.json" ] ||
   mtp prepare --flagfile=experiments/smoke.flags --data.store="$store"
 mtp train --flagfile=experiments/smoke.flags --data.store="$store" \

@@ -10,6 +10,7 @@ if ! [[ $n =~ ^[1-9][0-9]*$ && $command ]]; then
   exit 2
 fi
 shift 2
+source "$(dirname "$0")/xla_flags.sh" auto
 port=${PORT:-$((20000 + RANDOM % 10000))}
 for ((i = n - 1; i >= 0; i--)); do
   python -m mtp_jax "$command" "$@" --processes.coordinator="localhost:$port" \

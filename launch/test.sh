@@ -15,4 +15,4 @@ if [ "${1:-}" = --slow ]; then
   set -- -m 'slow or not slow' "$@"
 fi
 # Two at a time: compiling, most of the time, hardly uses a second core.
-exec python -m pytest -n 2 "$@"
+exec python -m pytest -n 2 --dist worksteal "$@"

@@ -15,6 +15,8 @@ import typing
 VERSION = 1  # of the JSON form; raised when a field changes its meaning
 DTYPES = ('float32', 'bfloat16')
 BLOCK_FIRST = ('parallel', 'causal', 'anticausal')
+KERNELS = {'splash': 'tpu', 'flash': 'gpu'}  # of attention -> its platform
+TILE = 128  # positions, that every kernel cuts a row into multiples of
 UNSIGNED = dict(min=0)
 POSITIVE = dict(min=1)
 
@@ -74,7 +76,7 @@ class Model:
     'reference: scores of all pairs; splash: TPU kernel; flash: NVIDIA kernels;'
     ' auto: the kernel of the platform, where seq_len is a multiple of 128',
     result=False,
-    choices=('auto', 'reference', 'splash', 'flash'),
+    choices=('auto', 'reference', *KERNELS),
   )
 
   @property
@@ -517,6 +519,22 @@ def format_stores(refs: typing.Iterable[StoreRef]) -> str:
     # Some names, e.g. '~', cannot be written; the path tells more.
     entries.append(next(exact, forms[-1]))
   return ','.join(entries)
+
+
+def unfit(cfg: Config, kernel: str) -> ConfigError | None:
+  """Why an attention kernel cannot take the shapes of cfg, if it cannot."""
+  name, width = 'model.attention', cfg.model.head_width
+  if kernel in KERNELS and cfg.data.seq_len % TILE:
+    return ConfigError(
+      name, kernel,
+      f'needs a multiple of {TILE} as --data.seq_len, not {cfg.data.seq_len}',
+    )  # fmt: skip
+  # Triton multiplies nothing narrower than 16; wider than 256 fills its memory.
+  if kernel == 'flash' and not 16 <= width <= 256:
+    return ConfigError(
+      name, kernel, f'needs d_model / n_attn_heads of 16 to 256, not {width}'
+    )
+  return None
 
 
 def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:

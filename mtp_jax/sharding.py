@@ -40,6 +40,7 @@ def make_mesh(cfg: config.Config, devices=None) -> Mesh:
   """The mesh of --mesh.*, over all devices; validates what depends on it."""
   devices = jax.devices() if devices is None else devices
   sizes = mesh_sizes(cfg, len(devices))
+  _check_platform(cfg, devices[0].platform)
   return Mesh(_arranged(sizes, devices), AXES, axis_types=EXPLICIT)
 
 
@@ -114,6 +115,17 @@ def _check_divisible(cfg, sizes):
       raise config.ConfigError(
         name, size, f'must be a multiple of mesh {axis}={sizes[axis]}'
       )
+
+
+def _check_platform(cfg, platform):
+  kernel = cfg.model.attention
+  wanted = config.KERNELS.get(kernel, platform)
+  if platform != wanted:
+    raise config.ConfigError(
+      'model.attention', kernel,
+      f'is a kernel for {wanted}, and these devices are {platform}; auto takes'
+      ' what they have',
+    )  # fmt: skip
 
 
 def pspec(*axes) -> P:

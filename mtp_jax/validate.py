@@ -64,6 +64,9 @@ def _check_model(cfg):
       f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
       f' needs at least one; at most {m.n_layers - 1}',
     )  # fmt: skip
+  unfit = config.unfit(cfg, m.attention)
+  if unfit:
+    raise unfit
   # A query reads that far ahead and, where heads leap, drafts from before it.
   reach = cfg.heads.offsets[-1] + cfg.heads.stride - 1
   if reach >= cfg.data.seq_len:

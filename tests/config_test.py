@@ -25,7 +25,8 @@ OTHER = {
 # Every field that may differ when a run goes on; all others may not.
 FREE = """
   data.store data.documents data.valid_fraction data.overwrite data.verify
-  data.read_threads data.workers mesh.data mesh.fsdp mesh.tensor
+  data.read_threads data.workers model.attention
+  mesh.data mesh.fsdp mesh.tensor
   processes.coordinator processes.count processes.index processes.timeout_s
   train.workdir train.steps
   train.log_every train.eval_every train.checkpoint_every train.keep_last

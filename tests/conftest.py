@@ -6,8 +6,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_force_host_platform_device_count=8'
-  # Half the compile time; these programs run for milliseconds.
-  + ' --xla_backend_optimization_level=0'
+  # A fifth of the compile time; these programs run for milliseconds.
+  + ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 )
 
 import jax  # noqa: E402
@@ -18,8 +18,11 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Equal programs are compiled once a session, not once a test."""
-  folder = str(tmp_path_factory.mktemp('xla'))
+  """Equal programs are compiled once a session, by any of its workers."""
+  base = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    base = base.parent  # of all workers
+  folder = str(base / 'xla')
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
   yield folder

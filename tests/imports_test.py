@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(mtp_jax.__file__).parent
 # A file imports lower floors, its own folder, and what is allowed below.
 FLOORS = {
   'config': 0,
+  'chips': 0,
   'validate': 0,
   'flags': 1,
   'sharding': 1,
@@ -24,6 +25,7 @@ FLOORS = {
   'targets': 3,
   'cross_entropy': 3,
   'loss': 3,
+  'flops': 3,
   'optim': 3,
   'checkpoint': 3,
   'train/': 4,

@@ -5,6 +5,7 @@ as suits the platform that the mesh is on. No kernel ever holds scores of all
 T x T pairs; the reference does.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 from mtp_jax import config, sharding
 
 SPLASH_BLOCK = 512  # positions a step of the TPU kernel, at most
-TILE = 128  # that every kernel's block is a multiple of
+FLASH_BLOCK = 128  # the same of the Triton kernel
+FLASH_TILE_BYTES = 32 * 1024  # five of them fit an A100's shared memory
 
 
 def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: config.Config):
@@ -43,9 +45,10 @@ def chosen(cfg: config.Config) -> str:
   if cfg.model.attention != 'auto':
     return cfg.model.attention
   device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None or cfg.data.seq_len % TILE:
-    return 'reference'
-  return {'tpu': 'splash', 'gpu': 'flash'}.get(device.platform, 'reference')
+  for kernel, platform in config.KERNELS.items():
+    if device and device.platform == platform and not config.unfit(cfg, kernel):
+      return kernel
+  return 'reference'
 
 
 def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
@@ -73,7 +76,7 @@ def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
   _, T, N, H = q_BTNH.shape
-  block = next(b for b in (SPLASH_BLOCK, 256, TILE) if T % b == 0)
+  block = next(b for b in (SPLASH_BLOCK, 256, config.TILE) if T % b == 0)
   kernel = lib.make_splash_mha(
     lib.MultiHeadMask([lib.CausalMask((T, T))] * N),
     block_sizes=lib.BlockSizes(
@@ -103,9 +106,11 @@ def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
 def flash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
   """On NVIDIA: cuDNN where no row of the device holds a second document, else
   JAX's Pallas kernel, which takes segment ids. Which one is decided as the
-  program runs, by the batch it gets."""
+  program runs, by the batch it gets. cuDNN has neither float32 nor every width,
+  and cannot be interpreted."""
   packed = functools.partial(_triton, interpret=interpret)
-  if interpret:
+  H = q_BTNH.shape[-1]
+  if interpret or q_BTNH.dtype != jnp.bfloat16 or H % 8 or H > 128:
     return packed(q_BTNH, k_BSGH, v_BSGH, segment_BT)
   return jax.lax.cond(
     jnp.all(segment_BT == segment_BT[:, :1]),
@@ -121,10 +126,14 @@ def _cudnn(q_BTNH, k_BSGH, v_BSGH, segment_BT):
 
 
 def _triton(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret):
+  from jax.experimental import pallas as pl
   from jax.experimental.pallas.ops.gpu import attention as lib
 
   _, _, N, H = q_BTNH.shape
   repeats = N // k_BSGH.shape[2]  # this kernel has a key head a query head
+  row_bytes = pl.next_power_of_2(H) * q_BTNH.dtype.itemsize
+  block = min(FLASH_BLOCK, FLASH_TILE_BYTES // row_bytes)
+  sizes = lib.BlockSizes.get_default()  # backward, they are small enough
   return lib.mha(
     q_BTNH,
     jnp.repeat(k_BSGH, repeats, axis=2),
@@ -132,6 +141,7 @@ def _triton(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret):
     segment_BT,
     sm_scale=H**-0.5,
     causal=True,
+    block_sizes=dataclasses.replace(sizes, block_q=block, block_k=block),
     interpret=interpret,
   )
 

@@ -93,9 +93,18 @@ def _summed(micro_batch, batch, cfg):
   return jax.lax.scan(add, zeros, batch)[0]
 
 
+def compiled(cfg: config.Config, n_active: int):
+  """The step under jit, its state donated. Call it under jax.set_mesh."""
+
+  def step(state, batch, bytes_V):
+    return train_step(state, batch, bytes_V, n_active=n_active, cfg=cfg)
+
+  return jax.jit(step, donate_argnums=0)
+
+
 def trace(cfg: config.Config, mesh: Mesh, n_active: int, masked: bool = False):
-  """The step under jit, its state donated, traced for the shapes that it will
-  get: .lower().compile() needs neither data nor the mesh's devices.
+  """`compiled`, traced for the shapes that it will get: to lower and compile
+  it takes neither data nor the mesh's devices.
 
   masked: batches say which tokens are scored. Call it under jax.set_mesh.
   """
@@ -115,10 +124,6 @@ def trace(cfg: config.Config, mesh: Mesh, n_active: int, masked: bool = False):
   bytes_V = jax.ShapeDtypeStruct(
     (cfg.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P())
   )
-
-  def step(state, batch, bytes_V):
-    return train_step(state, batch, bytes_V, n_active=n_active, cfg=cfg)
-
-  return jax.jit(step, donate_argnums=0).trace(
+  return compiled(cfg, n_active).trace(
     state_lib.abstract(cfg, mesh), batch, bytes_V
   )

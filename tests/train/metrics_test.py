@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mtp_jax.model import heads
 from mtp_jax.train import metrics
-from tests import tiny
 
 NAN, INF = math.nan, math.inf
 
@@ -31,80 +29,6 @@ def test_acceptance(accepted_K, rates, length):
   found, found_length = metrics.acceptance(np.array(accepted_K, np.float32))
   np.testing.assert_array_equal(found, rates)
   np.testing.assert_equal(found_length, length)
-
-
-# By hand, forward, of tiny.cfg: D 16, N 4, G 2, H 4, F 24, V 32, T 16. The last
-# term is attention: scores, then values, over T keys.
-LAYER = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 2 * (2 * 16 * 16)
-UNEMBEDDING = 2 * 16 * 32
-
-
-def test_flops_per_token():
-  cfg = tiny.cfg(heads__n=2)  # six layers, two of them heads
-  assert metrics.flops_per_token(cfg, 2) == 3 * (6 * LAYER + 2 * UNEMBEDDING)
-  assert metrics.flops_per_token(cfg, 1) == 3 * (5 * LAYER + UNEMBEDDING)
-
-
-@pytest.mark.parametrize(
-  'family, module',
-  [
-    ('causal', LAYER),
-    ('anticausal', LAYER),
-    ('linear', 2 * 16 * 16),
-    ('residual', 2 * 16 * 16),
-    ('sequential', LAYER + 2 * 32 * 16),  # [hidden; embedding] -> D
-    ('recursive', LAYER + 2 * 32 * 16),
-  ],
-)
-def test_flops_of_a_family(family, module):
-  cfg = tiny.cfg(heads__n=3, heads__family=family)
-  causal = family in ('causal', 'anticausal')
-  trunk, modules = (3, 3) if causal else (6, 2)
-  assert metrics.flops_per_token(cfg, 3) == 3 * (
-    trunk * LAYER + modules * module + 3 * UNEMBEDDING
-  )
-  assert metrics.flops_per_token(cfg, 1) == 3 * (
-    trunk * LAYER + (modules - 2) * module + UNEMBEDDING
-  )
-
-
-def test_flops_of_frozen_groups():
-  cfg = tiny.cfg(heads__n=2, optim__trunk_lr=0.0)  # shared unembedding
-  trunk = heads.trunk_layers(cfg) * LAYER
-  assert metrics.flops_per_token(cfg, 2) == (
-    trunk + 3 * 2 * LAYER + 2 * 2 * UNEMBEDDING
-  )
-  cfg = tiny.cfg(heads__n=2, optim__heads_lr=0.0)
-  assert metrics.flops_per_token(cfg, 2) == (
-    3 * trunk + 2 * 2 * LAYER + 3 * 2 * UNEMBEDDING
-  )
-
-
-def test_flops_of_heads_are_those_of_layers():
-  """n = 1 is an L-layer model; further heads add only unembeddings."""
-  flops = [
-    metrics.flops_per_token(tiny.cfg(heads__n=n), n) for n in range(1, 5)
-  ]
-  assert np.diff(flops).tolist() == [3 * UNEMBEDDING] * 3
-
-
-@pytest.mark.parametrize(
-  'kind, peak',
-  [
-    ('TPU v4', 275e12),
-    ('TPU v5 lite', 197e12),
-    ('TPU v5', 459e12),
-    ('TPU v5p', 459e12),
-    ('TPU v6 lite', 918e12),
-    ('NVIDIA A100-SXM4-80GB', 312e12),
-    ('NVIDIA H100 80GB HBM3', 989e12),
-    ('NVIDIA H200', 989e12),
-    ('cpu', None),
-    ('NVIDIA GeForce RTX 4090', None),
-  ],
-)
-def test_peak_flops(kind, peak):
-  assert metrics.peak_flops(kind) == peak
 
 
 def _raw(**changes):

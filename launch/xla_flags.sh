@@ -1,0 +1,62 @@
+# Sourced: flags with which XLA hides communication behind computation.
+#   source launch/xla_flags.sh auto|tpu|gpu|cpu
+# auto goes by the devices of this machine. A flag that XLA_FLAGS (GPU) or
+# LIBTPU_INIT_ARGS (TPU) has already stays as it is; on a CPU nothing is set.
+# Names: MaxText, benchmarks/xla_flags_library.py (TPU); JAX, GPU performance
+# tips, https://docs.jax.dev/en/latest/gpu_performance_tips.html (GPU).
+
+# add_flags VARIABLE FLAG=VALUE …: before what the variable holds, but for those
+# that it names.
+add_flags() {
+  local variable=$1 flag new=
+  shift
+  for flag in "$@"; do
+    case " ${!variable:-}" in
+      *" --${flag%%=*}="* | *" --${flag%%=*} "* | *" --${flag%%=*}") ;;
+      *) new+="--$flag " ;;
+    esac
+  done
+  new+=${!variable:-}
+  export "$variable=${new% }"
+}
+
+platform=${1:-auto} dev=${dev:-/dev}
+if [ "$platform" = auto ]; then
+  platform=cpu
+  if nvidia-smi -L >/dev/null 2>&1; then
+    platform=gpu
+  elif compgen -G "$dev/accel*" >/dev/null ||
+    compgen -G "$dev/vfio/[0-9]*" >/dev/null; then
+    platform=tpu
+  fi
+fi
+case $platform in
+  tpu)
+    add_flags LIBTPU_INIT_ARGS \
+      xla_tpu_enable_latency_hiding_scheduler=true \
+      xla_enable_async_all_gather=true \
+      xla_enable_async_all_reduce=true \
+      xla_enable_async_collective_permute=true \
+      xla_tpu_enable_async_all_to_all=true \
+      xla_tpu_enable_async_collective_fusion=true \
+      xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
+      xla_tpu_enable_async_collective_fusion_multiple_steps=true \
+      xla_tpu_overlap_compute_collective_tc=true \
+      xla_tpu_enable_data_parallel_all_reduce_opt=true \
+      xla_tpu_data_parallel_opt_different_sized_ops=true
+    ;;
+  gpu)
+    add_flags XLA_FLAGS \
+      xla_gpu_enable_latency_hiding_scheduler=true \
+      xla_gpu_enable_highest_priority_async_stream=true \
+      xla_gpu_enable_pipelined_all_gather=true \
+      xla_gpu_enable_pipelined_reduce_scatter=true \
+      xla_gpu_enable_pipelined_all_reduce=true
+    ;;
+  cpu) ;;
+  *)
+    echo "xla_flags.sh: auto, tpu, gpu or cpu, not: $platform" >&2
+    exit 2
+    ;;
+esac
+unset platform dev

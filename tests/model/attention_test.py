@@ -1,0 +1,219 @@
+"""Every kernel is the reference, forward and backward; none holds T x T.
+
+On CPU both Pallas kernels are interpreted, forward and backward. cuDNN's cannot
+be: here it is only lowered.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from mtp_jax import config, sharding
+from mtp_jax.model import attention
+from tests import ahead, runs, tiny
+
+KERNELS = {
+  name: functools.partial(attention.KERNELS[name], interpret=True)
+  for name in config.KERNELS
+}
+
+
+def _arrays(B=2, T=128, N=4, R=1, H=16, dtype='float32', packed=True):
+  """q, k, v, segments, and what the output is weighed with."""
+  rng = np.random.default_rng(0)
+  G = N // R
+  q_BTNH, k_BTGH, v_BTGH, weight_BTNH = (
+    jnp.array(rng.normal(size=(B, T, heads, H)), dtype)
+    for heads in (N, G, G, N)
+  )
+  start_BT = rng.random((B, T)) < (0.04 if packed else 0)
+  segment_BT = jnp.array(np.cumsum(start_BT, axis=1), jnp.int32)
+  return (q_BTNH, k_BTGH, v_BTGH), segment_BT, weight_BTNH
+
+
+def _outputs(attend, qkv, segment_BT, weight_BTNH):
+  """The output, and gradients of q, k and v."""
+
+  @jax.jit
+  def f(qkv, segment_BT):
+    out_BTNH, vjp = jax.vjp(lambda *qkv: attend(*qkv, segment_BT), *qkv)
+    return out_BTNH, *vjp(weight_BTNH)
+
+  return [np.asarray(x, np.float32) for x in f(qkv, segment_BT)]
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize(
+  'shape',
+  [
+    dict(R=1, H=64),
+    dict(R=2, H=24, T=256),  # two blocks of flash; a width that it pads
+    dict(R=4, H=16, dtype='bfloat16'),
+    dict(R=4, H=32, packed=False),
+    dict(R=1, H=128, B=1, N=2, dtype='bfloat16', packed=False),
+  ],
+  ids=lambda shape: '-'.join(f'{k}{v}' for k, v in shape.items()),
+)
+def test_a_kernel_is_the_reference(kernel, shape):
+  args = _arrays(**shape)
+  found = _outputs(KERNELS[kernel], *args)
+  # Of bfloat16 inputs, against the reference in float32 throughout.
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), (args[0], args[2]))
+  wanted = _outputs(attention.reference, exact[0], args[1], exact[1])
+  digits = 2e-2 if shape.get('dtype') == 'bfloat16' else 2e-5
+  for got, want in zip(found, wanted, strict=True):
+    assert got.shape == want.shape
+    largest = np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=digits, atol=digits * largest)
+
+
+@pytest.mark.parametrize('T', [384, 512, 1024])
+def test_splash_in_blocks_of_each_size(T):
+  """384 takes blocks of 128, the others one and two of 512."""
+  qkv, segment_BT, _ = _arrays(B=1, T=T, N=1, H=8)
+  np.testing.assert_allclose(
+    KERNELS['splash'](*qkv, segment_BT),
+    attention.reference(*qkv, segment_BT),
+    rtol=1e-4, atol=1e-5,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (8, 1, 1)], ids=str)
+def test_on_a_mesh_each_device_attends_to_its_own(monkeypatch, kernel, sizes):
+  shards = []
+
+  def local(*args, **kwargs):
+    shards.append([x.shape for x in args])
+    return KERNELS[kernel](*args, **kwargs)
+
+  monkeypatch.setitem(attention.KERNELS, kernel, local)
+  data, fsdp, tensor = sizes
+  B = 8 // tensor
+  qkv, segment_BT, weight_BTNH = _arrays(B=B, R=2)
+  wanted = _outputs(attention.reference, qkv, segment_BT, weight_BTNH)
+  c = tiny.cfg(
+    data__seq_len=128, model__attention=kernel, model__d_model=64,
+    data__batch_size=B,
+  )  # fmt: skip
+  m = tiny.mesh(tiny.cfg(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
+  with jax.set_mesh(m):
+    q, kv = (
+      sharding.pspec('batch', None, heads, None)
+      for heads in ('attn_heads', 'kv_heads')
+    )
+    rows = sharding.pspec('batch', None)
+    placed = jax.tree.map(
+      lambda x, spec: jax.device_put(x, jax.NamedSharding(m, spec)),
+      (qkv, segment_BT, weight_BTNH), ((q, kv, kv), rows, q),
+    )  # fmt: skip
+    found = _outputs(functools.partial(attention.attend, cfg=c), *placed)
+  for got, want in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  b = B // (data * fsdp)
+  assert shards[0] == [
+    (b, 128, 4 // tensor, 16), *2 * [(b, 128, 2 // tensor, 16)], (b, 128)
+  ]  # fmt: skip
+
+
+# kernel, what of a Config it cannot take
+LIMITS = [
+  ('splash', {'data__seq_len': 64}),
+  ('splash', {'data__seq_len': 192}),
+  ('flash', {'data__seq_len': 192}),
+  ('flash', {'model__d_model': 32}),  # a head width of 8
+  ('flash', {'model__d_model': 4 * 320}),
+]
+
+
+@pytest.mark.parametrize('kernel, changes', LIMITS, ids=str)
+def test_what_a_kernel_cannot_take_is_refused_and_auto_does_not(
+  monkeypatch, kernel, changes
+):
+  monkeypatch.setattr(config, 'KERNELS', {kernel: 'cpu'})
+  fits = dict(data__seq_len=128, model__d_model=64)
+  with jax.set_mesh(tiny.mesh(tiny.cfg())):
+    assert attention.chosen(tiny.cfg(**fits)) == kernel
+    assert attention.chosen(tiny.cfg(**fits | changes)) == 'reference'
+  with pytest.raises(config.ConfigError, match=f'^--model.attention={kernel}:'):
+    tiny.cfg(**fits | changes, model__attention=kernel)
+  assert tiny.cfg(**fits, model__attention=kernel)
+
+
+def test_without_a_kernel_of_the_platform_auto_is_the_reference():
+  c = tiny.cfg(data__seq_len=128, model__d_model=64)
+  assert attention.chosen(c) == 'reference'  # nor without a mesh
+  with jax.set_mesh(tiny.mesh(c)):
+    assert attention.chosen(c) == 'reference'
+
+
+STEP = dict(
+  model__d_model=64, model__n_layers=3, model__vocab_size=256, heads__n=2,
+  data__batch_size=2, loss__chunk=512, mesh__fsdp=2, mesh__tensor=2,
+  model__compute_dtype='bfloat16', model__remat='block',
+)  # fmt: skip
+
+
+def step_cfg(kernel, T):
+  return tiny.cfg(**STEP, data__seq_len=T, model__attention=kernel)
+
+
+@pytest.mark.parametrize(
+  'kernel, T, calls',
+  [
+    ('flash', 4096, {'triton', 'fmha'}),
+    ('flash', 8192, {'triton', 'fmha'}),
+    ('reference', 4096, set()),
+  ],
+)
+def test_no_array_of_a_step_for_nvidia_is_t_by_t(monkeypatch, kernel, T, calls):
+  # No cuDNN is installed here; nothing of it is called to lower a program.
+  monkeypatch.setattr(
+    fused_attention_stablehlo, 'check_cudnn_version', lambda: 90500
+  )
+  m = tiny.mesh(tiny.cfg(mesh__fsdp=2, mesh__tensor=2))
+  text = ahead.cuda_step(step_cfg(kernel, T), m)
+  assert {name for name in ('triton', 'fmha') if name in text} == calls
+  assert bool(ahead.squares(text, T)) == (kernel == 'reference')
+
+
+TPU = """
+import sys
+from tests import ahead
+from tests.model import attention_test
+kernel, T = sys.argv[1], int(sys.argv[2])
+text = ahead.tpu_step(attention_test.step_cfg(kernel, T))
+print('tpu_custom_call' in text, len(ahead.squares(text, T)))
+"""
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed'
+)
+@pytest.mark.parametrize(
+  'kernel, T',
+  [
+    ('auto', 4096),
+    pytest.param('splash', 8192, marks=pytest.mark.slow),
+    pytest.param('reference', 4096, marks=pytest.mark.slow),
+  ],
+)
+def test_no_array_of_a_step_for_tpu_is_t_by_t(kernel, T):
+  process = runs.process(['-c', TPU, kernel, str(T)], variables=ahead.VARIABLES)
+  out, error = process.communicate()
+  assert process.returncode == 0, error
+  called, squares = out.split()
+  if kernel == 'reference':
+    assert called == 'False' and int(squares) > 0
+  else:
+    assert (called, squares) == ('True', '0')
+
+
+def test_squares_are_seen_in_either_language():
+  text = 'f32[2,64,64]{2,1,0} bf16[64,4] tensor<64x1x64xbf16> tensor<64xi1>'
+  assert ahead.squares(text, 64) == ['f32[2,64,64]', 'tensor<64x1x64xbf16>']
