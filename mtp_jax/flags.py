@@ -97,12 +97,13 @@ def parse(args: list[str]) -> Parsed:
 
 
 def to_flag_file(cfg: config.Config) -> str:
-  """All fields as flag lines, but for the workdir and the processes: they are
-  where the run is, not what it is."""
+  """All fields as flag lines, but for the workdir, the processes and what to
+  measure: they are where the run is and what else is done there, not what it
+  is."""
   return ''.join(
     f'--{name}={config.get(cfg, name)}\n'
     for name in config.fields()
-    if name != 'train.workdir' and not name.startswith('processes.')
+    if name != 'train.workdir' and not name.startswith(('processes.', 'bench.'))
   )
 
 

@@ -161,6 +161,21 @@ def _inspect(parsed: flags.Parsed) -> int:
   return 0
 
 
+def _bench(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  cfg = parsed.config()
+  if cfg.bench.what == 'data':
+    _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
+  else:
+    validate.variants(cfg)
+  _start_jax(cfg)
+  from mtp_jax import bench
+
+  lines, values = bench.run(cfg)
+  _report(lines, values, parsed.out)
+  return 0
+
+
 def _curves(parsed: flags.Parsed) -> int:
   from mtp_jax import report
 
@@ -200,6 +215,21 @@ COMMANDS = {
     'held-out loss, accuracy and acceptance by head',
     ('eval', 'data', 'mesh', 'processes', 'out'),
     _eval,
+  ),
+  'bench': Command(
+    'time and memory of the loss, the step or the loader on this machine',
+    (
+      'bench',
+      'model',
+      'heads',
+      'loss',
+      'data',
+      'optim',
+      'mesh',
+      'train',
+      'out',
+    ),
+    _bench,
   ),
   'report': Command(
     'RUN [RUN …]: draw the curves of one or more runs into RUN/curves.png',
