@@ -401,6 +401,41 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bench:
+  """What `mtp bench` measures; empty lists take the run's own value."""
+
+  what: str = _f(
+    'loss',
+    "loss: the heads' loss and its gradient; step: the whole train step; data:"
+    ' the loader, beside the step that it feeds',
+    result=False,
+    choices=('loss', 'step', 'data'),
+  )
+  heads: str = _f(
+    '1,2,4', 'numbers of heads of loss and step; ratios are to the first',
+    result=False,
+  )  # fmt: skip
+  schedules: str = _f(
+    'remat,eager', 'schedules of loss and step, set beside the first',
+    result=False,
+  )  # fmt: skip
+  chunks: str = _f(
+    '', 'chunks of loss and step, set beside the first', result=False
+  )
+  documents: int = _f(
+    1, 'documents in a row of loss and step; several make packed rows',
+    result=False, **POSITIVE,
+  )  # fmt: skip
+  rounds: int = _f(
+    5, 'rounds, in each of which every program has its turn', result=False,
+    **POSITIVE,
+  )  # fmt: skip
+  calls: int = _f(
+    1, 'calls in a row that make a turn', result=False, **POSITIVE
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run."""
 
@@ -415,6 +450,7 @@ class Config:
   eval: Eval = Eval()
   inspect: Inspect = Inspect()
   plan: Plan = Plan()
+  bench: Bench = Bench()
 
   @property
   def span(self) -> int:
@@ -472,6 +508,11 @@ def from_json(text: str) -> Config:
       for name, value in values.items()
     },
   )
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+  """'1,2,4' -> (1, 2, 4); '' -> ()."""
+  return tuple(int(number) for number in text.split(',')) if text else ()
 
 
 class StoreRef(typing.NamedTuple):

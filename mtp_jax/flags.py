@@ -21,7 +21,7 @@ _DEFINE = {
   tuple: flags.DEFINE_multi_string,  # given several times
 }
 # Sections that say where a run is or what is asked of it, not what it is.
-_BESIDE = ('processes.', 'plan.')
+_BESIDE = ('processes.', 'plan.', 'bench.')
 
 
 def expand(args: list[str], beside: str = '', seen: tuple = ()) -> list[str]:

@@ -180,6 +180,21 @@ def _plan(parsed: flags.Parsed) -> int:
   return status
 
 
+def _bench(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  cfg = parsed.config()
+  if cfg.bench.what == 'data':
+    _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
+  else:
+    validate.variants(cfg)
+  _start_jax(cfg)
+  from mtp_jax import bench
+
+  lines, values = bench.run(cfg)
+  _report(lines, values, parsed.out)
+  return 0
+
+
 def _curves(parsed: flags.Parsed) -> int:
   from mtp_jax import report
 
@@ -225,6 +240,21 @@ COMMANDS = {
     ' traffic, time; exit status 0 fits, 3 does not, 4 not known',
     ('plan', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train', 'out'),
     _plan,
+  ),
+  'bench': Command(
+    'time and memory of the loss, the step or the loader on this machine',
+    (
+      'bench',
+      'model',
+      'heads',
+      'loss',
+      'data',
+      'optim',
+      'mesh',
+      'train',
+      'out',
+    ),
+    _bench,
   ),
   'report': Command(
     'RUN [RUN …]: draw the curves of one or more runs into RUN/curves.png',

@@ -5,6 +5,7 @@ store or a checkpoint is looked at is refused here.
 """
 
 import dataclasses
+import itertools
 
 from mtp_jax import config
 
@@ -19,7 +20,39 @@ def validate(cfg: config.Config) -> config.Config:
   _check_steps(cfg)
   _check_processes(cfg.processes)
   _check_stores(cfg)
+  _check_bench(cfg.bench)
   return cfg
+
+
+def variants(cfg: config.Config) -> tuple[config.Config, ...]:
+  """cfg with each of --bench.schedules, chunks and heads; the last changes
+  fastest. One that cannot be is refused by what asks for it.
+
+  All heads train, and weigh 1: weights and curriculum of a run may not fit
+  another number of heads, and the first cost no time.
+  """
+  b = cfg.bench
+  wanted = itertools.product(
+    b.schedules.split(',') if b.schedules else (cfg.loss.schedule,),
+    config.parse_numbers(b.chunks) or (cfg.loss.chunk,),
+    config.parse_numbers(b.heads) or (cfg.heads.n,),
+  )
+  found = []
+  for schedule, chunk, n in wanted:
+    values = {
+      'loss.schedule': schedule, 'loss.chunk': chunk, 'heads.n': n,
+      'loss.weights': '0:1', 'loss.curriculum': '',
+    }  # fmt: skip
+    try:
+      found.append(validate(config.replace(cfg, **values)))
+    except config.ConfigError as error:
+      flag = {'loss.chunk': 'chunks', 'heads.n': 'heads'}.get(error.args[0])
+      if not flag:
+        raise
+      raise config.ConfigError(
+        f'bench.{flag}', getattr(b, flag), str(error)
+      ) from error
+  return tuple(found)
 
 
 def _check_limits(name, value, limits):
@@ -193,3 +226,27 @@ def _check_stores(cfg):
           flag, text, f'two stores are called {ref.name!r}; give NAME=PATH'
         )
       names.add(ref.name)
+
+
+def _check_bench(b):
+  schedules = {f.name: f for f in dataclasses.fields(config.Loss)}['schedule']
+  known = schedules.metadata['choices']
+  for flag, parse, ok, allowed in (
+    ('heads', config.parse_numbers, lambda n: n >= 1, 'numbers above 0'),
+    ('chunks', config.parse_numbers, lambda c: c >= 0, 'numbers of positions'),
+    (
+      'schedules',
+      lambda text: text.split(',') if text else (),
+      lambda name: name in known,
+      f'of {", ".join(known)}',
+    ),
+  ):
+    text = getattr(b, flag)
+    try:
+      values = parse(text)
+    except ValueError:
+      values = (-1,)
+    if not all(map(ok, values)) or len(set(values)) < len(values):
+      raise config.ConfigError(
+        f'bench.{flag}', text, f'different ones, with commas: {allowed}'
+      )

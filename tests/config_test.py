@@ -32,7 +32,8 @@ FREE = """
   train.log_every train.eval_every train.checkpoint_every train.keep_last
   train.keep_every train.profile_start train.profile_steps
   train.compilation_cache eval.checkpoint eval.split eval.stores eval.batches
-  inspect.step inspect.rows inspect.tokens
+  inspect.step inspect.rows inspect.tokens bench.what bench.heads
+  bench.schedules bench.chunks bench.documents bench.rounds bench.calls
 """.split()
 
 

@@ -64,10 +64,12 @@ def test_flags_may_follow_what_is_no_flag():
 def test_flag_file_round_trip(tmp_path):
   cfg = config.replace(config.Config(), **config_test.OTHER)
   text = flags.to_flag_file(cfg)
-  assert 'workdir' not in text
+  assert 'workdir' not in text and 'bench' not in text
   got = _config(_file(tmp_path / 'run.flags', *text.splitlines()))
   assert got == config.replace(cfg, **{'train.workdir': ''})
-  left_out = 1 + len(dataclasses.fields(config.Processes))
+  left_out = 1 + sum(
+    len(dataclasses.fields(cls)) for cls in (config.Processes, config.Bench)
+  )
   assert len(text.splitlines()) == len(config.fields()) - left_out
 
 

@@ -15,6 +15,7 @@ FLOORS = {
   'config': 0,
   'chips': 0,
   'validate': 0,
+  'chips': 0,
   'flags': 1,
   'sharding': 1,
   'params': 1,
@@ -22,6 +23,7 @@ FLOORS = {
   'model/': 2,
   'data/': 2,
   'data/loader': 3,
+  'flops': 3,
   'targets': 3,
   'cross_entropy': 3,
   'loss': 3,
@@ -32,6 +34,7 @@ FLOORS = {
   'evals/': 4,
   'train/loop': 5,
   'report': 5,
+  'bench': 5,
   'main': 6,
   '__main__': 7,
 }
@@ -41,6 +44,7 @@ ALLOWED = {
   ('loss', 'targets'),
   ('loss', 'cross_entropy'),
   ('report', 'train/loop'),
+  ('bench', 'train/loop'),  # the loader only; it needs grain
 }
 NEVER = {
   'model/': ('data/', 'loss', 'cross_entropy', 'targets'),
@@ -179,6 +183,7 @@ for name in ('grain', 'tensorboardX', 'matplotlib', 'sentencepiece'):
   sys.modules[name] = None  # an import of it raises
 import mtp_jax.loss
 import mtp_jax.train.step
+import mtp_jax.bench
 try:
   import mtp_jax.train.loop
 except ImportError:

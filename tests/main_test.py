@@ -21,6 +21,9 @@ SECTIONS = {
     'eval',
   ],
   'eval': ['eval', 'data', 'mesh', 'processes'],
+  'bench': [
+    'bench', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train',
+  ],
   'report': [],
 }  # fmt: skip
 
@@ -194,10 +197,10 @@ def test_what_is_no_command_or_flag_is_refused(capsys, tmp_path):
   flag = f'--train.workdir={tmp_path}/run'
   line = _fails(capsys, 'trian', flag)
   assert line == (
-    "no command 'trian'; there are prepare, inspect, train, eval, report"
+    "no command 'trian'; there are prepare, inspect, train, eval, bench, report"
   )
   assert "'model.d_modle'" in _fails(capsys, 'train', flag, '--model.d_modle=1')
-  for command in ('prepare', 'inspect', 'train', 'eval'):
+  for command in ('prepare', 'inspect', 'train', 'eval', 'bench'):
     assert _fails(capsys, command, flag, 'x') == "'x' is not a flag"
   assert 'needs the workdir' in _fails(capsys, 'report')
   assert _fails(capsys, 'eval') == '--eval.checkpoint=: give a workdir'

@@ -1,0 +1,233 @@
+"""Our schedules beside n logits alive and beside the paper's loop in PyTorch.
+
+  python -m tests.baselines.compare --flagfile=… --bench.heads=1,4 --out=…
+
+Loss and gradients of the whole model, in float32, no optimizer. Every contender
+has a process of its own, so that thread pools and allocators do not mix; in
+each round every one of them has its turn, alone. Memory is what a process grows
+by at most in its first call, gradients included: parameters are there before,
+and the program is compiled. It is that of the operating system (Linux), the
+same measure for JAX and PyTorch.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from mtp_jax import bench, config, flags, validate
+
+CONTENDERS = ('eager', 'remat', 'n logits', 'torch')
+
+
+def _model(cfg):
+  """Initial parameters, whole, on the host."""
+  import jax
+
+  from mtp_jax import params, sharding
+  from mtp_jax.model import lm
+
+  with jax.set_mesh(sharding.make_mesh(cfg, jax.devices()[:1])):
+    key = jax.random.key(cfg.train.seed)
+    return jax.device_get(params.init(key, lm.specs(cfg), 'float32'))
+
+
+def _tokens(cfg):
+  shape = cfg.data.batch_size, cfg.data.seq_len + cfg.span
+  rng = np.random.default_rng(cfg.train.seed)
+  return rng.integers(0, cfg.model.vocab_size, shape, np.int32)
+
+
+def _ours(cfg):
+  import jax
+  import jax.numpy as jnp
+
+  from mtp_jax import loss, params, sharding, targets
+  from mtp_jax.model import lm
+
+  n = cfg.heads.n
+  mesh = sharding.make_mesh(cfg, jax.devices()[:1])
+  tokens_BU = _tokens(cfg)
+  position_BU = np.broadcast_to(
+    np.arange(tokens_BU.shape[1], dtype=np.int32), tokens_BU.shape
+  )
+  with jax.set_mesh(mesh):
+    rows = dict(tokens=tokens_BU[None], position=position_BU[None])
+    rows = jax.tree.map(lambda x: x[0], sharding.put_batch(mesh, rows))
+    abstract = params.abstract(lm.specs(cfg), 'float32', mesh)
+    model = jax.tree.map(
+      lambda x, a: jax.device_put(x, a.sharding), _model(cfg), abstract
+    )
+    count_K = jnp.full(n, tokens_BU.shape[0] * cfg.data.seq_len)
+
+    def value(model, rows):
+      return loss.mtp_loss(
+        model, jnp.zeros(n), rows, count_K=count_K,
+        weight_K=targets.weights(0, cfg), n_active=n, cfg=cfg,
+      )  # fmt: skip
+
+    compiled = (
+      jax.jit(jax.value_and_grad(value, has_aux=True))
+      .lower(model, rows)
+      .compile()
+    )
+
+  def call():
+    (total, _), _ = jax.block_until_ready(compiled(model, rows))
+    return float(total)
+
+  return call
+
+
+def _n_logits(cfg):
+  import functools
+
+  import jax
+
+  from tests.baselines import n_logits
+
+  model = jax.tree.map(jax.numpy.asarray, _model(cfg))
+  tokens_BU = jax.numpy.asarray(_tokens(cfg))
+  value = functools.partial(n_logits.loss, n=cfg.heads.n, m=cfg.model)
+  compiled = (
+    jax.jit(jax.value_and_grad(value)).lower(model, tokens_BU).compile()
+  )
+
+  def call():
+    total, _ = jax.block_until_ready(compiled(model, tokens_BU))
+    return float(total)
+
+  return call
+
+
+def _torch(cfg):
+  import torch
+
+  from tests.baselines import torch_sequential
+
+  parameters = torch_sequential.load(_model(cfg))
+  tokens_BU = torch.tensor(_tokens(cfg)).long()
+
+  def call():
+    return torch_sequential.step(parameters, tokens_BU, cfg.heads.n, cfg.model)
+
+  return call
+
+
+def _resident(field: str) -> int | None:
+  """Bytes, of this process: VmRSS, or VmHWM, the most since it was reset."""
+  try:
+    with open('/proc/self/status') as f:
+      (line,) = [line for line in f if line.startswith(field)]
+  except OSError:
+    return None
+  return 1024 * int(line.split()[1])
+
+
+def _reset_peak() -> bool:
+  try:
+    with open('/proc/self/clear_refs', 'w') as f:
+      f.write('5')
+  except OSError:
+    return False
+  return True
+
+
+def _work(contender: str, cfg: config.Config, pipe) -> None:
+  """One contender: its first call, then a timed one whenever it is asked."""
+  make = {'n logits': _n_logits, 'torch': _torch}.get(contender, _ours)
+  call = make(cfg)
+  can, before = _reset_peak(), _resident('VmRSS')
+  total = call()
+  grown = _resident('VmHWM') - before if can and before else None
+  pipe.send((total, grown))
+  while pipe.recv():
+    begin = time.perf_counter()
+    for _ in range(cfg.bench.calls):
+      call()
+    pipe.send((time.perf_counter() - begin) / cfg.bench.calls)
+
+
+def compare(cfg: config.Config) -> dict[tuple[str, int], dict]:
+  """(contender, n) -> its loss, memory, and seconds by round."""
+  context, started, found = multiprocessing.get_context('spawn'), {}, {}
+  try:
+    for n in config.parse_numbers(cfg.bench.heads):
+      for contender in CONTENDERS:
+        schedule = contender if contender in ('eager', 'remat') else 'remat'
+        c = config.replace(cfg, **{'heads.n': n, 'loss.schedule': schedule})
+        ours, theirs = context.Pipe()
+        process = context.Process(
+          target=_work, args=(contender, validate.validate(c), theirs)
+        )
+        process.start()
+        theirs.close()  # so that the end of the process is seen here
+        started[contender, n] = process, ours
+        total, grown = ours.recv()
+        found[contender, n] = dict(loss=total, grown_bytes=grown, seconds=[])
+    for r in range(cfg.bench.rounds):
+      keys = list(started)
+      for key in keys[r % len(keys) :] + keys[: r % len(keys)]:
+        started[key][1].send(True)
+        found[key]['seconds'].append(started[key][1].recv())
+  finally:
+    for process, pipe in started.values():
+      if process.is_alive():
+        pipe.send(False)
+      process.join()
+  return found
+
+
+def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
+  """(lines, JSON-able rows), times over those of eager and of the first n."""
+  (_, first), *_ = found
+  rows = [
+    dict(
+      contender=contender, n=n, loss=x['loss'],
+      time_s=statistics.median(x['seconds']),
+      over_eager=bench.ratio(x['seconds'], found['eager', n]['seconds']),
+      over_first_n=bench.ratio(
+        x['seconds'], found[contender, first]['seconds']
+      ),
+      grown_bytes=x['grown_bytes'],
+    )
+    for (contender, n), x in found.items()
+  ]  # fmt: skip
+  lines = [
+    f'{r["contender"]:>8} n={r["n"]}  loss {r["loss"]:.4f}'
+    f'  {r["time_s"]:7.3f} s  over eager {bench.shown(r["over_eager"])}'
+    f'  over first n {bench.shown(r["over_first_n"])}'
+    f'  grown {bench.mib(r["grown_bytes"])} MiB'
+    for r in rows
+  ]
+  return lines, rows
+
+
+def main(args: list[str]) -> None:
+  parsed = flags.parse(args)
+  cfg = parsed.config()
+  for name, needed in (
+    ('heads.family', 'parallel'),
+    ('heads.unembedding', 'shared'),
+    ('model.compute_dtype', 'float32'),
+    ('train.accumulate', 1),
+  ):
+    if config.get(cfg, name) != needed:
+      raise SystemExit(f'--{name}: the baselines know {needed} only')
+  found = compare(cfg)
+  for n in config.parse_numbers(cfg.bench.heads):
+    losses = [found[contender, n]['loss'] for contender in CONTENDERS]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
+  lines, rows = table(found)
+  print('\n'.join(lines))
+  if parsed.out:
+    with open(parsed.out, 'w', encoding='utf-8') as f:
+      json.dump(dict(cores=os.cpu_count(), rows=rows), f, indent=1)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
