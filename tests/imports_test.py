@@ -15,7 +15,6 @@ FLOORS = {
   'config': 0,
   'chips': 0,
   'validate': 0,
-  'chips': 0,
   'flags': 1,
   'sharding': 1,
   'params': 1,
@@ -27,7 +26,6 @@ FLOORS = {
   'targets': 3,
   'cross_entropy': 3,
   'loss': 3,
-  'flops': 3,
   'optim': 3,
   'checkpoint': 3,
   'train/': 4,
@@ -35,6 +33,7 @@ FLOORS = {
   'train/loop': 5,
   'report': 5,
   'bench': 5,
+  'plan/': 5,
   'main': 6,
   '__main__': 7,
 }
