@@ -94,14 +94,15 @@ def _in_chunks(cfg, *xs_BT):
   B, T = xs_BT[0].shape[:2]
   C = chunk(cfg, B)
   return tuple(
-    x.reshape(x.shape[0], T // C, C, *x.shape[2:]).swapaxes(0, 1) for x in xs_BT
+    sharding.reshape(x, (B, T // C, C, *x.shape[2:]), 'batch').swapaxes(0, 1)
+    for x in xs_BT
   )
 
 
 def _out_of_chunks(x_XBC):
   """(T/C, B, C, …) -> (B, T, …)."""
-  x_BXC = x_XBC.swapaxes(0, 1)
-  return x_BXC.reshape(x_BXC.shape[0], -1, *x_BXC.shape[3:])
+  X, B, C, *rest = x_XBC.shape
+  return sharding.reshape(x_XBC.swapaxes(0, 1), (B, X * C, *rest), 'batch')
 
 
 def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):

@@ -133,6 +133,18 @@ def pspec(*axes) -> P:
   return P(*(RULES[axis] for axis in axes))
 
 
+def reshape(x, shape, *axes):
+  """x in another shape, whose first dimensions have these logical axes.
+
+  JAX finds that out for itself unless dimensions have size 1, a single row or a
+  single key/value head: then it may take another of them for the sharded one.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x.reshape(shape)
+  spec = pspec(*axes, *[None] * (len(shape) - len(axes)))
+  return jnp.reshape(x, shape, out_sharding=spec)
+
+
 def gather(w, axes, compute_dtype, grad_dtype):
   """A parameter as one device uses it: whole over the batch axes.
 

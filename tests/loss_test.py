@@ -86,6 +86,40 @@ def test_schedules_chunks_meshes_accumulation_equal_dense(row):
   _equals_dense(row)
 
 
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+@pytest.mark.parametrize('chunk', [0, 4])
+def test_a_single_row_and_a_single_kv_head_on_one_device(schedule, chunk):
+  """Of dimensions of size 1 JAX cannot tell which one is sharded."""
+  c = tiny.cfg(
+    heads__n=2, data__batch_size=1, model__n_kv_heads=1, model__n_layers=4,
+    loss__schedule=schedule, loss__chunk=chunk,
+  )  # fmt: skip
+  m, rows = tiny.mesh(c), tiny.batch(c)
+  w = tiny.model(c, m)
+  with jax.set_mesh(m):
+    dense = jax.jit(functools.partial(tiny.dense_loss, c=c))
+    total, loss_K = jax.device_get(dense(w, sharding.put_batch(m, rows)))
+  (got, sums), _ = tiny.value_and_grad(c, rows, w)
+  np.testing.assert_allclose(got, total, **TOLERANCE)
+  np.testing.assert_allclose(sums['loss_K'], loss_K, **TOLERANCE)
+
+
+def test_chunks_unless_told_hold_half_a_gib_of_logits_a_device():
+  c = tiny.cfg(data__seq_len=2048, model__vocab_size=32_000)
+  of = functools.partial(config.replace, c)
+  assert cross_entropy.chunk(c, 1) == 2048  # 250 MiB
+  assert cross_entropy.chunk(c, 4) == 1024  # 1000 MiB
+  assert cross_entropy.chunk(c, 1000) == 128  # no less
+  assert cross_entropy.chunk(of(**{'loss.chunk': 64}), 1000) == 64
+  assert cross_entropy.chunk(of(**{'data.seq_len': 3 * 641}), 4) == 641
+  sharded = tiny.cfg(
+    data__seq_len=2048, model__vocab_size=32_000, mesh__data=2, mesh__fsdp=2,
+    mesh__tensor=2, data__batch_size=64,
+  )  # fmt: skip
+  with jax.set_mesh(tiny.mesh(sharded)):
+    assert cross_entropy.chunk(sharded, 32) == 1024  # 8 rows, half the logits
+
+
 # All of the paper's own family; the others differ in their blocks only, and
 # all seven with all else would be 48,384 cases.
 FULL = (

@@ -55,7 +55,9 @@ def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
   """Scores of all T x S pairs, in float32."""
   B, T, N, H = q_BTNH.shape
   G = k_BSGH.shape[2]
-  q_BTGRH = q_BTNH.reshape(B, T, G, N // G, H) * H**-0.5
+  q_BTGRH = H**-0.5 * sharding.reshape(
+    q_BTNH, (B, T, G, N // G, H), 'batch', None, 'kv_heads'
+  )
   scores_BGRTS = jnp.einsum(
     'BTGRH,BSGH->BGRTS', q_BTGRH, k_BSGH, preferred_element_type=jnp.float32
   )
@@ -67,7 +69,7 @@ def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
   )
   weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGH.dtype)
   out_BTGRH = jnp.einsum('BGRTS,BSGH->BTGRH', weights_BGRTS, v_BSGH)
-  return out_BTGRH.reshape(B, T, N, H)
+  return sharding.reshape(out_BTGRH, (B, T, N, H), 'batch', None, 'attn_heads')
 
 
 def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
