@@ -20,6 +20,7 @@ OTHER = {
   'optim.lr': 0.1 + 0.2,  # 0.30000000000000004
   'train.seed': 2**32 - 1,
   'train.workdir': '/runs/ü',
+  'plan.sweep': ('heads.n=1,2', 'loss.schedule=remat,eager'),
 }
 
 # Every field that may differ when a run goes on; all others may not.
@@ -34,6 +35,7 @@ FREE = """
   train.compilation_cache eval.checkpoint eval.split eval.stores eval.batches
   inspect.step inspect.rows inspect.tokens bench.what bench.heads
   bench.schedules bench.chunks bench.documents bench.rounds bench.calls
+  plan.topology plan.slices plan.sweep plan.search_mesh plan.search_s
 """.split()
 
 
@@ -75,7 +77,7 @@ def test_the_defaults_are_valid():
 
 def test_every_field_has_help_and_a_type_that_a_flag_can_have():
   for name, field in config.fields().items():
-    assert field.type in (int, float, str, bool), name
+    assert field.type in (int, float, str, bool, tuple), name
     assert isinstance(field.default, field.type), name
     assert field.metadata['help'], name
 
@@ -84,7 +86,8 @@ def test_what_may_change_when_a_run_goes_on():
   def other(field):
     if field.type is bool:
       return not field.default
-    return field.default + (1 if field.type in (int, float) else 'x')
+    more = {int: 1, float: 1, str: 'x', tuple: ('x',)}
+    return field.default + more[field.type]
 
   free = []
   for name, field in config.fields().items():

@@ -47,6 +47,7 @@ ENTROPY, STEP = 'mtp_jax/cross_entropy.py', 'mtp_jax/train/step.py'
 HEADS, LOOP = 'mtp_jax/model/heads.py', 'mtp_jax/train/loop.py'
 LOADER, WINDOWS = 'mtp_jax/data/loader.py', 'mtp_jax/data/windows.py'
 OPTIM, PARAMS = 'mtp_jax/optim.py', 'mtp_jax/params.py'
+ATTENTION, HLO = 'mtp_jax/model/attention.py', 'mtp_jax/plan/hlo.py'
 
 
 def _in(file: str, *names: str) -> tuple[str, ...]:
@@ -60,6 +61,7 @@ def _oracle(row):
 # Eager, with chunks, micro-batches, z-loss, leaps and the order of tokens.
 ORACLE = _oracle('sequential-3-eager-replicated-3-0.7')
 CUT = _in('optim', 'test_a_step_does_not_depend_on_how_it_is_cut')
+LEDGER = _in('plan/hlo', 'test_a_program_of_a_tpu_by_hand')
 
 
 def _forward(family):
@@ -397,5 +399,68 @@ FAULTS = (
     'writes-without-the-lock', 0, 'mtp_jax/train/lock.py',
     "if not holder or holder['run'] != self._id:", 'if not holder:',
     _in('train/loop', 'test_who_lost_the_lock_writes_nothing_more[cadence0]'),
+  ),
+  # Kernels, chunks, counts.
+  Fault(
+    'kernel-across-documents', 3, ATTENTION,
+    'segment_ids=segments', 'segment_ids=None',
+    _in('model/attention', 'test_a_kernel_is_the_reference'),
+  ),
+  Fault(
+    'kernel-unscaled', 0, ATTENTION,
+    '(q_BTNH * H**-0.5, k_BSGH, v_BSGH)', '(q_BTNH, k_BSGH, v_BSGH)',
+    _in('model/attention', 'test_a_kernel_is_the_reference'),
+  ),
+  Fault(
+    'chunk-of-all-devices', 8, ENTROPY,
+    '/ batch / size', '/ size',
+    _in('loss', 'test_chunks_unless_told_hold_half_a_gib_of_logits_a_device'),
+  ),
+  Fault(
+    'chain-without-its-cross-entropy', 4, LOSS,
+    'jnp.sum(h_BTD * dh_BTD,', 'jnp.sum(h_BTD * jnp.sign(dh_BTD),',
+    ORACLE,
+  ),
+  Fault(
+    'attention-counted-whole', 0, 'mtp_jax/flops.py',
+    'cfg.data.seq_len / 2 if causal', 'cfg.data.seq_len if causal',
+    _in('flops', 'test_four_heads_over_one_as_published'),
+  ),
+  # What is planned.
+  Fault(
+    'loops-counted-once', 0, HLO, 'times * trips, inner', 'times, inner',
+    LEDGER,
+  ),
+  Fault(
+    'chains-counted-thrice', 0, HLO,
+    'if chain is None or (chain, loops) not in chains:', 'if True:',
+    LEDGER,
+  ),
+  Fault(
+    'all-reduce-sent-once', 0, HLO,
+    "'all-reduce': 2 * share", "'all-reduce': share",
+    LEDGER,
+  ),
+  Fault(
+    'slices-read-whole', 0, HLO,
+    'total += user.result_bytes', 'total += size',
+    _in('plan/hlo', 'test_a_loop_over_slices_reads_the_whole_once'),
+  ),
+  Fault(
+    'fits-without-its-state', 0, 'mtp_jax/plan/ahead.py',
+    'return self.state_bytes + self.temp_bytes + self.code_bytes',
+    'return self.temp_bytes + self.code_bytes',
+    _in('plan/plan', 'test_what_a_program_too_large_would_need'),
+  ),
+  Fault(
+    'largest-becomes-sum', 0, 'mtp_jax/plan/report.py',
+    'step_s = max(roofline.values(), default=None)',
+    'step_s = sum(roofline.values()) or None',
+    _in('plan/plan', 'test_roofline_divides_by_the_peaks'),
+  ),
+  Fault(
+    'ratio-upside-down', 0, 'mtp_jax/bench.py',
+    'a / b / by for', 'b / a / by for',
+    _in('bench', 'test_ratios_of_a_comparison'),
   ),
 )  # fmt: skip
