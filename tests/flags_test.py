@@ -33,11 +33,12 @@ def test_nothing_given_is_the_default():
 def test_every_field_is_a_flag():
   values = {
     int: lambda v: v + 2, float: lambda v: v / 2, bool: lambda v: not v,
-    str: lambda v: v + 'x',
+    str: lambda v: v + 'x', tuple: lambda v: (*v, 'x', 'y=1,2'),
   }  # fmt: skip
   for name, field in config.fields().items():
     value = values[field.type](field.default)
-    parsed = flags.parse([f'--{name}={value}'])
+    given = value if field.type is tuple else (value,)
+    parsed = flags.parse([f'--{name}={v}' for v in given])
     assert parsed.given == {name: value}, name
     assert type(parsed.given[name]) is field.type
 
@@ -64,12 +65,15 @@ def test_flags_may_follow_what_is_no_flag():
 def test_flag_file_round_trip(tmp_path):
   cfg = config.replace(config.Config(), **config_test.OTHER)
   text = flags.to_flag_file(cfg)
-  assert 'workdir' not in text and 'bench' not in text
+  beside = (config.Processes, config.Bench, config.Plan)
+  assert 'workdir' not in text
+  for cls in beside:
+    assert f'--{cls.__name__.lower()}.' not in text
   got = _config(_file(tmp_path / 'run.flags', *text.splitlines()))
-  assert got == config.replace(cfg, **{'train.workdir': ''})
-  left_out = 1 + sum(
-    len(dataclasses.fields(cls)) for cls in (config.Processes, config.Bench)
-  )
+  assert got == config.replace(
+    cfg, **{'train.workdir': '', 'plan.sweep': ()}
+  )  # fmt: skip
+  left_out = 1 + sum(len(dataclasses.fields(cls)) for cls in beside)
   assert len(text.splitlines()) == len(config.fields()) - left_out
 
 
