@@ -3,11 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mtp_jax import flags, flops, sharding
-from mtp_jax.model import heads
+from mtp_jax.model import attention, heads
+from mtp_jax.train import step
 from tests import tiny
 
 # By hand, forward, of tiny.cfg: D 16, N 4, G 2, H 4, F 24, V 32, T 16. The last
@@ -108,3 +110,70 @@ def test_four_heads_over_one_as_published(size, ratio):
   )
   found = flops.flops_per_token(four, 4) / flops.flops_per_token(one, 1)
   assert abs(found - ratio) < 5e-4
+
+
+def _executed(**changes):
+  """(FLOPs of the traced step a token, those of the formula's parts)."""
+  c = tiny.cfg(heads__n=3, **changes)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    jaxpr = step.trace(c, m, c.heads.n).jaxpr
+  tokens = c.data.batch_size * c.data.seq_len
+  return (
+    flops.of_program(jaxpr, c.data.seq_len) / tokens,
+    flops.forward(c, c.heads.n, causal=False),
+  )
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_step_that_recomputes_nothing_executes_the_formula(accumulate):
+  executed, parts = _executed(
+    loss__schedule='eager', train__accumulate=accumulate
+  )
+  assert executed == 3 * sum(parts)
+
+
+@pytest.mark.parametrize('family', ['parallel', 'linear'])
+def test_what_is_recomputed_is_executed_again(family):
+  executed, (trunk, heads, unembeddings, _) = _executed(
+    heads__family=family, model__remat='block'
+  )
+  # But for the last product of a trunk layer, whose result nobody asks for.
+  down = 2 * 24 * 16 * (3 if family == 'parallel' else 6)
+  assert executed == 4 * (trunk + heads + unembeddings) - down
+
+
+def test_a_chain_under_eager_recomputes_its_blocks_alone():
+  executed, (trunk, heads, unembeddings, _) = _executed(
+    heads__family='causal', loss__schedule='eager'
+  )
+  assert executed == 3 * (trunk + unembeddings) + 4 * heads
+
+
+def test_kernels_count_by_their_products():
+  """Forward two products of T x T x H a query head, backward seven (scores and
+  dP twice); half of each is above the diagonal."""
+  q = jnp.zeros((2, 256, 4, 16))
+  k = v = jnp.zeros((2, 256, 2, 16))
+  segment = jnp.zeros((2, 256), jnp.int32)
+  one = 2 * 2 * 4 * 256 * 256 * 16 / 2
+
+  def attend(q):
+    return jnp.sum(attention.splash(q, k, v, segment))
+
+  forward = jax.make_jaxpr(attend)(q)
+  both = jax.make_jaxpr(jax.grad(attend))(q)
+  assert flops.of_program(forward.jaxpr, 256) == 2 * one
+  # dq's kernel makes three, dk and dv's four; before them out . dout, T x H.
+  assert flops.of_program(both.jaxpr, 256) == (2 + 3 + 4) * one + 2 * q.size
+
+
+def test_a_branch_costs_its_dearest_and_a_loop_its_trips():
+  def f(x, yes):
+    def body(x, _):
+      return jax.lax.cond(yes, lambda x: x @ x @ x, lambda x: x @ x, x), None
+
+    return jax.lax.scan(body, x, None, length=5)[0]
+
+  jaxpr = jax.make_jaxpr(f)(jnp.zeros((8, 8)), True)
+  assert flops.of_program(jaxpr.jaxpr, 8) == 5 * 2 * 2 * 8**3

@@ -665,3 +665,19 @@ def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
       seen[jax.tree_util.keystr(changed)] = bool((got_K != want_K).any())
   assert sum('norm' in name for name in seen) == 8
   assert seen == {name: 'norm' in name for name in seen}
+
+
+def test_the_schedule_that_keeps_all_logits_computes_ours(monkeypatch):
+  """What docs/PERFORMANCE.md compares memory with is the same loss."""
+  from tests.baselines import ahead
+
+  c = tiny.cfg(heads__n=3)
+  rows = tiny.batch(c)
+  want, _ = tiny.value_and_grad(c, rows)
+  monkeypatch.setitem(loss.SCHEDULES, 'eager', ahead.keeps_all_logits)
+  got, _ = tiny.value_and_grad(
+    tiny.cfg(heads__n=3, loss__schedule='eager'), rows
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want
+  )

@@ -1,0 +1,67 @@
+"""What the step needs on a TPU with the logits of all heads alive at once.
+
+  python -m tests.baselines.ahead --flagfile=… --plan.topology=v5e:4x4 --out=…
+
+The package's own step, trunk, sharding and optimizer, but for the loss: every
+head's hidden states, then the logits of all heads in one product. Prints what
+`mtp plan` prints.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax import cross_entropy, flags, loss
+from mtp_jax.model import heads
+from mtp_jax.plan import ahead, report
+
+
+def keeps_all_logits(w: loss.Weights, rows: loss.Rows, cfg):
+  """A schedule as those of loss.SCHEDULES, for a shared unembedding."""
+  shared = loss._gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+
+  def head(step, carry_BTD, module, of_head):
+    k, probe = of_head
+    carry_BTD, h_BTD = loss._hidden(
+      step, module, w, shared.norm_D, carry_BTD, k, probe, rows.ctx, cfg
+    )
+    return carry_BTD, (h_BTD, None)
+
+  z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
+  _, (h_KBTD, _) = heads.walk(
+    head, z_BTD, w.modules, (rows.k_K, w.probe_K), cfg
+  )
+  logits_KBTV = jnp.einsum(
+    'KBTD,DV->KBTV', h_KBTD, shared.unembed_DV.astype(h_KBTD.dtype),
+    preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  lse_KBT = jax.nn.logsumexp(logits_KBTV, axis=-1)
+  ids = jnp.arange(logits_KBTV.shape[-1])[None, None, None, :]
+  is_label = ids == rows.targets_KBT[..., None]
+  label_KBT = jnp.sum(jnp.where(is_label, logits_KBTV, 0), axis=-1)
+  loss_K = jnp.sum(rows.valid_KBT * (lse_KBT - label_KBT), axis=(1, 2))
+  argmax_KBT = jnp.argmax(logits_KBTV, axis=-1).astype(jnp.int32)
+  correct_K = jnp.sum(
+    rows.valid_KBT * (argmax_KBT == rows.targets_KBT), axis=(1, 2),
+    dtype=jnp.float32,
+  )  # fmt: skip
+  stats = cross_entropy.Stats(loss_K, 0 * loss_K, correct_K, argmax_KBT)
+  return jnp.sum(rows.scale_K * loss_K), (stats, 0.0)
+
+
+def main(args) -> None:
+  parsed = flags.parse(args)
+  cfg = parsed.config()
+  jax.config.update('jax_platforms', 'cpu')
+  loss.SCHEDULES[cfg.loss.schedule] = keeps_all_logits
+  plan = ahead.plan(cfg)
+  print('\n'.join(report.lines_of(plan)))
+  if parsed.out:
+    with open(parsed.out, 'w') as f:
+      json.dump(report.values_of(plan), f, indent=1)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
