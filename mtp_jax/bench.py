@@ -3,7 +3,10 @@
 Programs are compiled first. Then each has its turn in every round, in one
 process, so that whatever else the machine does falls on all of them alike; a
 ratio is the median of the rounds' ratios, beside the smallest and largest of
-them. Times of two runs of this program are not to be compared.
+them. Times of two runs of this program are not to be compared. Where the device
+is a CPU, seconds of its cores are counted as well (`cpu`): they say what is
+computed however many others share the cores, but not how well it is spread over
+them.
 
 Loss and step need neither a store nor the libraries that read one: their rows
 are made up here.
@@ -44,6 +47,13 @@ class Program(NamedTuple):
 
   call: Callable[[Any], tuple[Any, Any]]
   temp_bytes: int | None = None  # of one device
+
+
+class Seconds(NamedTuple):
+  """A call of each program, one number a round."""
+
+  wall: dict[Any, list[float]]
+  cpu: dict[Any, list[float]]  # of all cores; empty unless they are the device
 
 
 class Group(NamedTuple):
@@ -96,22 +106,28 @@ def _turned(items: list, by: int) -> list:
   return items[by:] + items[:by]
 
 
-def _measure(groups: list[Group], cfg: config.Config) -> dict[Any, list[float]]:
-  """Seconds a call, by program, one number a round. The first round, in which
-  everything is touched for the first time, is not kept."""
-  seconds = {name: [] for group in groups for name in group.programs}
+def _measure(groups: list[Group], cfg: config.Config) -> Seconds:
+  """The first round, in which everything is touched for the first time, is not
+  kept."""
+  seconds = Seconds({}, {})
   for r in range(cfg.bench.rounds + 1):
     for group in _turned(groups, r):
       args = group.make()
       for name, program in _turned(list(group.programs.items()), r):
         jax.block_until_ready(args)
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         for _ in range(cfg.bench.calls):
           args, out = program.call(args)
         jax.block_until_ready((args, out))
-        seconds[name].append((time.perf_counter() - begin) / cfg.bench.calls)
+        end = time.perf_counter(), time.process_time()
+        for times, from_s, to_s in zip(seconds, begin, end, strict=True):
+          times.setdefault(name, []).append((to_s - from_s) / cfg.bench.calls)
       del args, out
-  return {name: times[1:] for name, times in seconds.items()}
+  on_cpu = jax.devices()[0].platform == 'cpu'
+  wall, cpu = (
+    {name: times[1:] for name, times in of_kind.items()} for of_kind in seconds
+  )
+  return Seconds(wall, cpu if on_cpu else {})
 
 
 def ratio(
@@ -127,18 +143,27 @@ def _key(cfg: config.Config) -> tuple[str, int, int]:
   return cfg.loss.schedule, cfg.loss.chunk, cfg.heads.n
 
 
-def _row(cfg: config.Config, first: config.Config, seconds, memory) -> dict:
+def _row(
+  cfg: config.Config, first: config.Config, seconds: Seconds, memory
+) -> dict:
   """What loss and step have in common: a variant beside the first number of
   heads, and beside the first schedule and chunk."""
   schedule, chunk, n = key = _key(cfg)
   fewest = schedule, chunk, first.heads.n
   simplest = first.loss.schedule, first.loss.chunk, n
-  row = dict(n=n, schedule=schedule, chunk=chunk) | dict(
-    time_s=statistics.median(seconds[key]),
-    over_first_n=ratio(seconds[key], seconds[fewest]),
-    over_first_schedule=ratio(seconds[key], seconds[simplest]),
+  wall, cpu = seconds
+  row = dict(
+    n=n, schedule=schedule, chunk=chunk,
+    time_s=statistics.median(wall[key]),
+    over_first_n=ratio(wall[key], wall[fewest]),
+    over_first_schedule=ratio(wall[key], wall[simplest]),
     temp_bytes=memory[key],
-  )
+  )  # fmt: skip
+  if cpu:
+    row |= dict(
+      cpu_over_first_n=ratio(cpu[key], cpu[fewest]),
+      cpu_over_first_schedule=ratio(cpu[key], cpu[simplest]),
+    )
   if memory[key]:
     row['temp_over_first_n'] = memory[key] / memory[fewest]
   return row
@@ -153,6 +178,8 @@ def _table(rows: list[dict], more: dict[str, Callable[[dict], str]]):
     'ms': lambda r: f'{1e3 * r["time_s"]:.1f}',
     'over first n': lambda r: shown(r['over_first_n']),
     'over first schedule': lambda r: shown(r['over_first_schedule']),
+    'cpu over n': lambda r: _median(r, 'cpu_over_first_n'),
+    'cpu over schedule': lambda r: _median(r, 'cpu_over_first_schedule'),
     'temp MiB': lambda r: mib(r['temp_bytes']),
     **more,
   }
@@ -166,6 +193,10 @@ def _table(rows: list[dict], more: dict[str, Callable[[dict], str]]):
 
 def shown(ratio: dict[str, float]) -> str:
   return f'{ratio["median"]:.3f} ({ratio["min"]:.3f}-{ratio["max"]:.3f})'
+
+
+def _median(row: dict, name: str) -> str:
+  return f'{row[name]["median"]:.3f}' if name in row else 'n/a'
 
 
 def mib(n_bytes: int | None) -> str:
@@ -309,9 +340,8 @@ def _step(cfg: config.Config, mesh) -> tuple[list[str], dict]:
   ]
   multiplied, matmul_flops = _matmul(mesh, cfg)
   seconds = _measure([*groups, multiplied], cfg)
-  matmul_flops_per_s = mesh.size * matmul_flops / statistics.median(
-    seconds['matmul']
-  )  # fmt: skip
+  matmul_s = statistics.median(seconds.wall['matmul'])
+  matmul_flops_per_s = mesh.size * matmul_flops / matmul_s
   # What a program multiplies that masks scores instead of skipping them.
   causal = attention.chosen(cfg) != 'reference'
   chip = chips.chip(mesh.devices.flat[0].device_kind)
@@ -326,15 +356,19 @@ def _step(cfg: config.Config, mesh) -> tuple[list[str], dict]:
     )
     tokens_per_s = tokens / row['time_s']
     flops_per_s = tokens_per_s * flops.flops_per_token(c, n)
-    rows.append(row | dict(
+    over_flops = {
+      name: ratio(times[_key(c)], times[schedule, chunk, first_n], flops_ratio)
+      for name, times in (
+        ('time_over_flops', seconds.wall), ('cpu_over_flops', seconds.cpu),
+      )
+      if times
+    }  # fmt: skip
+    rows.append(row | over_flops | dict(
       tokens_per_s=tokens_per_s,
       model_flops_per_s=flops_per_s,
       mfu=flops_per_s / (chip.flops_per_s * mesh.size) if chip else None,
       of_matmul=flops_per_s / matmul_flops_per_s,
       flops_ratio=flops_ratio,
-      time_over_flops=ratio(
-        seconds[_key(c)], seconds[schedule, chunk, first_n], flops_ratio
-      ),
     ))  # fmt: skip
   lines = _table(rows, {
     'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
@@ -342,6 +376,7 @@ def _step(cfg: config.Config, mesh) -> tuple[list[str], dict]:
     'of matmul': lambda r: f'{r["of_matmul"]:.1%}',
     'FLOP ratio': lambda r: f'{r["flops_ratio"]:.3f}',
     'time over FLOPs': lambda r: shown(r['time_over_flops']),
+    'cpu over FLOPs': lambda r: _median(r, 'cpu_over_flops'),
   })  # fmt: skip
   keys = 'T / 2 of T keys (causal)' if causal else 'all T keys (reference)'
   lines += [
@@ -380,7 +415,7 @@ def _data(cfg: config.Config, mesh) -> tuple[list[str], dict]:
     ),
   ]
   seconds = _measure(groups, cfg)
-  loader, step = seconds['loader'], seconds['step']
+  loader, step = seconds.wall['loader'], seconds.wall['step']
   values = dict(
     n_batches=n_batches,
     loader_tokens_per_s=n_batches * tokens / statistics.median(loader),

@@ -35,7 +35,9 @@ def _bench(tmp_path, capsys, **changes):
 def _positive(row):
   for name in ('time_s', 'temp_bytes'):
     assert row[name] > 0, name
-  for ratio in (row['over_first_n'], row['over_first_schedule']):
+  ratios = ('over_first_n', 'over_first_schedule')
+  for name in (*ratios, *(f'cpu_{name}' for name in ratios)):
+    ratio = row[name]
     assert 0 < ratio['min'] <= ratio['median'] <= ratio['max']
 
 
@@ -46,7 +48,8 @@ def _of_itself(rows):
   """Ratios to the first n, and to the first schedule and chunk, begin at 1."""
   first = rows[0]
   for row in rows:
-    assert (row['over_first_n'] == ONE) or row['n'] != first['n']
+    if row['n'] == first['n']:
+      assert row['over_first_n'] == row['cpu_over_first_n'] == ONE
     if (row['schedule'], row['chunk']) == (first['schedule'], first['chunk']):
       assert row['over_first_schedule'] == ONE
 
@@ -121,9 +124,9 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
       one, 1, False
     )
     assert row['flops_ratio'] == pytest.approx(ratio)
-    assert row['time_over_flops']['median'] == pytest.approx(
-      row['over_first_n']['median'] / ratio
-    )
+    for name in ('', 'cpu_'):
+      over = row['cpu_over_flops' if name else 'time_over_flops']['median']
+      assert over == pytest.approx(row[f'{name}over_first_n']['median'] / ratio)
   assert values['flops_ratio_causal'] is False  # T = 16: the reference
   assert len(out) == 2 + len(rows) + 2
 
@@ -231,11 +234,14 @@ def test_compare_takes_no_other_model():
 
 def test_ratios_of_a_comparison():
   found = {
-    (contender, n): dict(loss=1.0, grown_bytes=None, seconds=[s * n, 2 * s * n])
+    (contender, n): dict(
+      loss=1.0, grown_bytes=None, seconds=[s * n, 2 * s * n], cpu=[n, s]
+    )
     for contender, s in (('eager', 2.0), ('torch', 3.0))
     for n in (1, 4)
   }
   lines, rows = compare.table(found)
   assert [r['over_eager']['median'] for r in rows] == [1, 1, 1.5, 1.5]
   assert [r['over_first_n']['median'] for r in rows] == [1, 4, 1, 4]
+  assert [r['cpu_over_eager']['max'] for r in rows] == [1, 1, 1.5, 1.5]
   assert len(lines) == 4

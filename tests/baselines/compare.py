@@ -7,7 +7,8 @@ has a process of its own, so that thread pools and allocators do not mix; in
 each round every one of them has its turn, alone. Memory is what a process grows
 by at most in its first call, gradients included: parameters are there before,
 and the program is compiled. It is that of the operating system (Linux), the
-same measure for JAX and PyTorch.
+same measure for JAX and PyTorch. Seconds of the cores (`cpu`) stand beside
+those of the clock, which others on the machine lengthen.
 """
 
 import json
@@ -146,14 +147,18 @@ def _work(contender: str, cfg: config.Config, pipe) -> None:
   grown = _resident('VmHWM') - before if can and before else None
   pipe.send((total, grown))
   while pipe.recv():
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     for _ in range(cfg.bench.calls):
       call()
-    pipe.send((time.perf_counter() - begin) / cfg.bench.calls)
+    end = time.perf_counter(), time.process_time()
+    pipe.send(
+      [(b - a) / cfg.bench.calls for a, b in zip(begin, end, strict=True)]
+    )
 
 
 def compare(cfg: config.Config) -> dict[tuple[str, int], dict]:
-  """(contender, n) -> its loss, memory, and seconds by round."""
+  """(contender, n) -> its loss, its memory, and by round its seconds, those of
+  the clock and those of the cores."""
   context, started, found = multiprocessing.get_context('spawn'), {}, {}
   try:
     for n in config.parse_numbers(cfg.bench.heads):
@@ -168,12 +173,17 @@ def compare(cfg: config.Config) -> dict[tuple[str, int], dict]:
         theirs.close()  # so that the end of the process is seen here
         started[contender, n] = process, ours
         total, grown = ours.recv()
-        found[contender, n] = dict(loss=total, grown_bytes=grown, seconds=[])
+        found[contender, n] = dict(
+          loss=total, grown_bytes=grown, seconds=[], cpu=[]
+        )
     for r in range(cfg.bench.rounds):
       keys = list(started)
       for key in keys[r % len(keys) :] + keys[: r % len(keys)]:
         started[key][1].send(True)
-        found[key]['seconds'].append(started[key][1].recv())
+        for name, seconds in zip(
+          ('seconds', 'cpu'), started[key][1].recv(), strict=True
+        ):
+          found[key][name].append(seconds)
   finally:
     for process, pipe in started.values():
       if process.is_alive():
@@ -189,10 +199,13 @@ def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
     dict(
       contender=contender, n=n, loss=x['loss'],
       time_s=statistics.median(x['seconds']),
-      over_eager=bench.ratio(x['seconds'], found['eager', n]['seconds']),
-      over_first_n=bench.ratio(
-        x['seconds'], found[contender, first]['seconds']
-      ),
+      **{
+        f'{kind}over_{what}': bench.ratio(x[name], found[other][name])
+        for kind, name in (('', 'seconds'), ('cpu_', 'cpu'))
+        for what, other in (
+          ('eager', ('eager', n)), ('first_n', (contender, first)),
+        )
+      },
       grown_bytes=x['grown_bytes'],
     )
     for (contender, n), x in found.items()
@@ -200,7 +213,9 @@ def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
   lines = [
     f'{r["contender"]:>8} n={r["n"]}  loss {r["loss"]:.4f}'
     f'  {r["time_s"]:7.3f} s  over eager {bench.shown(r["over_eager"])}'
+    f' cpu {r["cpu_over_eager"]["median"]:.3f}'
     f'  over first n {bench.shown(r["over_first_n"])}'
+    f' cpu {r["cpu_over_first_n"]["median"]:.3f}'
     f'  grown {bench.mib(r["grown_bytes"])} MiB'
     for r in rows
   ]
