@@ -12,13 +12,16 @@ once: what is there is not compiled again.
 """
 
 import json
+import os
 import pathlib
 import sys
 
-import jax
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # see ahead._ledger
 
-from mtp_jax import chips, config, flags
-from mtp_jax.plan import ahead, analytic, report
+import jax  # noqa: E402
+
+from mtp_jax import chips, config, flags  # noqa: E402
+from mtp_jax.plan import ahead, analytic, report  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'plans.jsonl'
@@ -140,7 +143,8 @@ def table(compiled, sizes) -> list[str]:
           f'| {size} | {n} | {row["topology"]} | {state:.2f}'
           f' | {gib(row, "temp_bytes")} | {gib(row, "total_bytes")}'
           f' of {gib(row, "hbm_bytes")} | {smaller}'
-          f' | {row["step_s"]:.3f} s | {row["mfu"]:.0%} |'
+          f' | {row["step_s"]:.3f} s{"*" if row["roofline_by_formula"] else ""}'
+          f' | {row["mfu"]:.0%} |'
         )
   return lines
 
@@ -154,7 +158,8 @@ that holds each size with one sequence of 4096 tokens a chip,
 `--model.remat=block`, `--loss.schedule=remat`, float32 parameters and moments,
 bfloat16 compute, all chips along `--mesh.fsdp`. GiB a chip. The roofline is the
 time of a step that the busiest resource needs at its peak; more sequences a
-chip bring its MFU up (`mtp plan --plan.search_mesh`).
+chip bring its MFU up (`mtp plan --plan.search_mesh`). *: by formula, where
+jaxlib 0.10.2 cannot read back what libtpu 0.0.52 compiled.
 """
 
 

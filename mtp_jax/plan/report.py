@@ -41,6 +41,9 @@ def values_of(plan: ahead.Plan) -> dict:
   """A plan as flat values; bytes and FLOPs of one device unless they say."""
   cfg, chip = plan.cfg, plan.chip
   roofline = plan.roofline()
+  by_formula = bool(unread(plan) and chip)
+  if by_formula:
+    roofline = analytic.check(plan).seconds
   step_s = max(roofline.values(), default=None)
   ledger = plan.ledger
   return dict(
@@ -71,6 +74,7 @@ def values_of(plan: ahead.Plan) -> dict:
     collectives=ledger.by_kind() if ledger else None,
     memory_bytes_per_step=ledger.memory_bytes if ledger else None,
     roofline_s=roofline or None,
+    roofline_by_formula=by_formula,
     step_s=step_s,
     tokens_per_s_all=plan.tokens / step_s if step_s else None,
     mfu=(
@@ -82,6 +86,11 @@ def values_of(plan: ahead.Plan) -> dict:
     days=step_s * cfg.train.steps / 86400 if step_s else None,
     compile_s=plan.compile_s,
   )
+
+
+def unread(plan: ahead.Plan) -> bool:
+  """Compiled, and fits, but its text could not be read back."""
+  return plan.code_bytes > 0 and plan.ledger is None
 
 
 def lines_of(plan: ahead.Plan) -> list[str]:
@@ -135,6 +144,12 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     lines += [
       f'memory traffic of a step, per device:'
       f' {plan.ledger.memory_bytes / 2**30:,.1f} GiB'
+    ]
+  if unread(plan):
+    lines += [
+      '',
+      'this jaxlib cannot read the compiled program back: no ledger,'
+      ' and the roofline is by formula',
     ]
   lines += _time_lines(v)
   if plan.compile_s is not None:
@@ -276,7 +291,7 @@ def search(cfg: config.Config, say) -> tuple[dict, int]:
       dict(formula_bytes=e.total_bytes, formula_s=e.seconds) | values_of(plan)
     )
   best = min(
-    (p for p in plans if p.fits), key=lambda p: max(p.roofline().values()),
+    (p for p in plans if p.fits), key=lambda p: values_of(p)['step_s'] or 0,
     default=None,
   )  # fmt: skip
   if best:

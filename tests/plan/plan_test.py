@@ -142,6 +142,25 @@ def test_roofline_divides_by_the_peaks():
   assert values['mfu'] == pytest.approx(plan.model_flops / 4 / 197e12)
 
 
+def test_a_program_that_cannot_be_read_back_has_a_roofline_by_formula():
+  class Compiled:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError('async-update should have 1 operands')
+
+  assert ahead._ledger(Compiled()) is None
+  plan = ahead.Plan(
+    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5', 1, 1, 1.0, 1.0, 1.0, 1.0
+  )  # fmt: skip
+  values = report.values_of(plan)
+  formula = analytic.estimate(plan.cfg, plan.mesh, plan.chip)
+  assert values['roofline_by_formula'] and values['fits']
+  assert values['step_s'] == formula.step_s > 0
+  assert values['collectives'] is None
+  assert any('by formula' in line for line in report.lines_of(plan))
+  unfit = plan._replace(temp_bytes=1e12, code_bytes=0.0)
+  assert report.values_of(unfit)['step_s'] is None
+
+
 def test_candidates_divide_the_batch_and_the_model():
   cfg = tiny.cfg(data__batch_size=16, mesh__fsdp=-1)
   found = list(analytic.candidates(cfg, 8))
