@@ -149,7 +149,8 @@ def test_a_program_that_cannot_be_read_back_has_a_roofline_by_formula():
 
   assert ahead._ledger(Compiled()) is None
   plan = ahead.Plan(
-    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5', 1, 1, 1.0, 1.0, 1.0, 1.0
+    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5', 1, 1, 1.0, 1.0, 1.0,
+    1.0,
   )  # fmt: skip
   values = report.values_of(plan)
   formula = analytic.estimate(plan.cfg, plan.mesh, plan.chip)
