@@ -13,7 +13,7 @@ from mtp_jax.model import heads, lm
 from mtp_jax.plan import ahead, analytic
 
 FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
-COMPILES = 4  # of the best of a search, at most
+COMPILES = 4  # of a search, that fit; those that do not are passed over
 
 
 def status(plans: list[ahead.Plan]) -> int:
@@ -277,7 +277,9 @@ def search(cfg: config.Config, say) -> tuple[dict, int]:
     )
   )
   plans, rows, begin = [], [], time.perf_counter()
-  for e in found[:COMPILES]:
+  for e in found:
+    if sum(p.fits is not False for p in plans) == COMPILES:
+      break
     if plans and time.perf_counter() - begin > cfg.plan.search_s:
       say(f'--plan.search_s={cfg.plan.search_s} are over')
       break
