@@ -386,7 +386,8 @@ class Plan:
   )  # fmt: skip
   sweep: tuple = _f(
     (),
-    'FLAG=VALUE,VALUE,…: a row for each value; given twice, a grid of both',
+    'FLAG=VALUE,VALUE,…: a row for each value, which has no comma itself; given'
+    ' twice, a grid of both',
     result=False,
   )
   search_mesh: bool = _f(

@@ -42,7 +42,7 @@ def of_targets(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
   z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * lse_BC**2)
   loss = jnp.sum(valid_BC * (lse_BC - label_BC)) + z_loss
   # The first of the largest, as jnp.argmax says it, in half the time on a CPU.
-  top_BC = jax.lax.stop_gradient(jnp.max(logits_BCV, axis=-1))
+  top_BC = jnp.max(jax.lax.stop_gradient(logits_BCV), axis=-1)
   is_top_BCV = logits_BCV == top_BC[:, :, None]
   argmax_BC = jnp.min(
     jnp.where(is_top_BCV, ids_11V, logits_BCV.shape[-1] - 1), axis=-1

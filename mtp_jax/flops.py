@@ -74,12 +74,16 @@ KERNELS = {
 }  # fmt: skip
 
 
-def of_program(jaxpr, seq_len: int) -> float:
-  """FLOPs of the matrix products of a traced program, over all devices.
+def of_program(jaxpr, seq_len: int, trips: int = 1) -> float:
+  """FLOPs of the matrix products of a traced program, of one device.
 
-  What is executed, recomputation included: loops times their trips, a branch
-  as the dearest of its choices, attention kernels by the products that they
-  make of each query head. Elementwise work is not counted.
+  What is executed, recomputation included, and what several devices repeat as
+  well: shapes are those of shards. Loops times their trips; of a branch the
+  dearest choice, but once a loop where another choice multiplies nothing (what
+  is asked of head 1 alone); attention kernels by the products that they make of
+  each query head. Elementwise work is not counted.
+
+  trips: of the loop around it.
   """
   total = 0.0
   for eqn in jaxpr.eqns:
@@ -89,27 +93,36 @@ def of_program(jaxpr, seq_len: int) -> float:
     elif name == 'pallas_call' or name.startswith('dot_product_attention'):
       total += _kernel(eqn, seq_len)
     elif name == 'cond':
-      total += max(
-        of_program(branch.jaxpr, seq_len) for branch in eqn.params['branches']
-      )
+      choices = [
+        of_program(branch.jaxpr, seq_len, trips)
+        for branch in eqn.params['branches']
+      ]
+      total += max(choices) / (1 if min(choices) else trips)
     else:
-      times = {
-        'scan': lambda e: e.params['length'],
-        'shard_map': lambda e: e.params['mesh'].size,  # shapes are of a shard
-      }.get(name, lambda e: 1)(eqn)
+      times = eqn.params['length'] if name == 'scan' else 1
       total += times * sum(
-        of_program(inner, seq_len)
+        of_program(inner, seq_len, times if name == 'scan' else trips)
         for inner in jax.core.jaxprs_in_params(eqn.params)
       )
   return total
 
 
+def _shard(aval) -> list[int]:
+  """The shape that one device holds of it."""
+  mesh, partitions = aval.sharding.mesh, aval.sharding.spec.partitions
+  shape = list(aval.shape)
+  for i, axes in enumerate(partitions):
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+      shape[i] //= mesh.shape[axis]
+  return shape
+
+
 def _dot(eqn) -> float:
   (contracted, _), _ = eqn.params['dimension_numbers']
-  left = eqn.invars[0].aval.shape
+  left = _shard(eqn.invars[0].aval)
   return (
     2.0
-    * math.prod(eqn.outvars[0].aval.shape)
+    * math.prod(_shard(eqn.outvars[0].aval))
     * math.prod(left[i] for i in contracted)
   )
 

@@ -15,6 +15,8 @@ from mtp_jax import chips
     ('TPU v6 lite', 918e12),
     ('NVIDIA A100-SXM4-80GB', 312e12),
     ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA H100 NVL', 835e12),
     ('NVIDIA H200', 989e12),
     ('NVIDIA B200', 2250e12),
   ],
@@ -35,5 +37,12 @@ def test_figures_are_of_one_unit(kind):
   assert 1e14 < chip.flops_per_s < 1e16
   assert 1e10 < chip.hbm_bytes < 1e12
   assert 5e11 < chip.hbm_bytes_per_s < 1e13
-  assert 1e11 < chip.link_bytes_per_s < 1e12
+  assert 2e10 < chip.link_bytes_per_s < 1e12  # the least: PCIe 4
   assert 1e9 < chip.network_bytes_per_s < chip.link_bytes_per_s
+
+
+def test_a_smaller_card_of_a_name_has_less_memory():
+  large, small = map(
+    chips.chip, ('NVIDIA A100-SXM4-80GB', 'NVIDIA A100-SXM4-40GB')
+  )
+  assert small.hbm_bytes < 40 * 2**30 < large.hbm_bytes

@@ -177,3 +177,32 @@ def test_a_branch_costs_its_dearest_and_a_loop_its_trips():
 
   jaxpr = jax.make_jaxpr(f)(jnp.zeros((8, 8)), True)
   assert flops.of_program(jaxpr.jaxpr, 8) == 5 * 2 * 2 * 8**3
+
+
+@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'sequential'])
+@pytest.mark.parametrize('schedule, times', [('remat', 4), ('eager', 3)])
+def test_the_order_of_tokens_is_asked_of_one_head(family, schedule, times):
+  changes = dict(heads__family=family, loss__schedule=schedule)
+  with_order, (*_, order) = _executed(loss__order_weight=0.5, **changes)
+  without, _ = _executed(**changes)
+  assert with_order - without == pytest.approx(times * order)
+
+
+def test_what_every_replica_repeats_counts_on_each():
+  """Muon's products are shared out over fsdp x tensor, not over data."""
+
+  def executed(optimizer, **mesh):
+    c = tiny.cfg(
+      heads__n=2, optim__name=optimizer, model__n_layers=6, **mesh
+    )  # fmt: skip
+    m = tiny.mesh(c)
+    with jax.set_mesh(m):
+      jaxpr = step.trace(c, m, c.heads.n).jaxpr
+    return flops.of_program(jaxpr, c.data.seq_len)
+
+  def muon(**mesh):
+    return executed('muon', **mesh) - executed('adamw', **mesh)
+
+  assert muon(mesh__fsdp=2) == muon(mesh__fsdp=2, mesh__data=4)
+  whole, parts = (executed('adamw', mesh__data=n) for n in (1, 8))
+  assert whole == 8 * parts

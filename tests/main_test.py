@@ -197,7 +197,8 @@ def test_what_is_no_command_or_flag_is_refused(capsys, tmp_path):
   flag = f'--train.workdir={tmp_path}/run'
   line = _fails(capsys, 'trian', flag)
   assert line == (
-    "no command 'trian'; there are prepare, inspect, train, eval, plan, bench, report"
+    "no command 'trian'; there are prepare, inspect, train, eval, plan, bench,"
+    ' report'
   )
   assert "'model.d_modle'" in _fails(capsys, 'train', flag, '--model.d_modle=1')
   for command in ('prepare', 'inspect', 'train', 'eval', 'bench'):

@@ -428,12 +428,12 @@ FAULTS = (
   ),
   # What is planned.
   Fault(
-    'loops-counted-once', 0, HLO, 'times * trips, inner', 'times, inner',
+    'loops-counted-once', 0, HLO, 'times * n, n, loops', 'times, n, loops',
     LEDGER,
   ),
   Fault(
     'chains-counted-thrice', 0, HLO,
-    'if chain is None or (chain, loops) not in chains:', 'if True:',
+    '(c.chain, c.loops) if c.chain else len(found)', 'len(found)',
     LEDGER,
   ),
   Fault(

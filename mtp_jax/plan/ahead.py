@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from mtp_jax import chips, config, flops, params, sharding
+from mtp_jax import chips, config, cross_entropy, flops, params, sharding
 from mtp_jax.plan import hlo
 from mtp_jax.train import state, step
 
@@ -32,6 +32,10 @@ class Plan(NamedTuple):
   # None: not compiled. Of a program that did not fit: what it would need.
   temp_bytes: float | None = None
   code_bytes: float = 0.0
+  # State and batch as the compiled program holds them, in tiles of the chip.
+  held_bytes: float | None = None
+  refused: bool = False  # by the compiler, for want of memory
+  chunk: int = 0  # positions whose logits are alive at once
   compile_s: float | None = None
   executed_flops: float | None = None  # of one device, a step
   ledger: hlo.Ledger | None = None
@@ -52,11 +56,14 @@ class Plan(NamedTuple):
   def total_bytes(self) -> float | None:
     if self.temp_bytes is None:
       return None
-    return self.state_bytes + self.temp_bytes + self.code_bytes
+    held = self.state_bytes if self.held_bytes is None else self.held_bytes
+    return held + self.temp_bytes + self.code_bytes
 
   @property
   def fits(self) -> bool | None:
     """None: not known, for want of a compiler or of the memory's size."""
+    if self.refused:
+      return False
     if self.chip is None:
       return None
     if self.total_bytes is None:
@@ -81,9 +88,11 @@ class Plan(NamedTuple):
       compute=self.executed_flops / self.chip.flops_per_s,
       memory=self.ledger.memory_bytes / self.chip.hbm_bytes_per_s,
       links=self.ledger.sent_bytes(network=False) / self.chip.link_bytes_per_s,
-      network=(
-        self.ledger.sent_bytes(network=True) / self.chip.network_bytes_per_s
-      ),
+      # Slices reduce among themselves; what is sent is a summand, once.
+      network=2
+      * (1 - 1 / self.cfg.plan.slices)
+      * self.ledger.sent_bytes(network=True)
+      / self.chip.network_bytes_per_s,
     )
 
 
@@ -133,8 +142,11 @@ def plan(cfg: config.Config) -> Plan:
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     traced = step.trace(cfg, mesh, cfg.heads.n)
-    executed = flops.of_program(traced.jaxpr, cfg.data.seq_len)
-    found = found._replace(executed_flops=executed / mesh.size)
+    rows = cfg.data.batch_size // cfg.train.accumulate
+    found = found._replace(
+      executed_flops=flops.of_program(traced.jaxpr, cfg.data.seq_len),
+      chunk=cross_entropy.chunk(cfg, rows),
+    )
     try:
       compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -142,13 +154,17 @@ def plan(cfg: config.Config) -> Plan:
       if needed is None:
         raise
       return found._replace(
-        temp_bytes=needed(found), compile_s=time.perf_counter() - begin
-      )
+        temp_bytes=needed(found), compile_s=time.perf_counter() - begin,
+        refused=True,
+      )  # fmt: skip
   compile_s = time.perf_counter() - begin
   memory = compiled.memory_analysis()
   return found._replace(
     temp_bytes=memory.temp_size_in_bytes,
     code_bytes=memory.generated_code_size_in_bytes,
+    held_bytes=memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes,
     compile_s=compile_s,
     ledger=_ledger(compiled),
   )
@@ -156,12 +172,12 @@ def plan(cfg: config.Config) -> Plan:
 
 def _ledger(compiled) -> hlo.Ledger | None:
   """None where jaxlib cannot read back what a newer libtpu has compiled (it is
-  stricter about operands of an async-update, which programs for v5p have)."""
+  stricter about operands of an async-update, which programs for v5p have), or
+  a loop does not say how often it runs: the rest of a plan stands without."""
   try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError:
+    return hlo.ledger(compiled.as_text())
+  except (jax.errors.JaxRuntimeError, ValueError):
     return None
-  return hlo.ledger(text)
 
 
 def of_shardings(cfg: config.Config) -> Plan:

@@ -109,7 +109,10 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     'dots': tokens * w * (3 * m.d_model + (attn + 2 * m.ff_width) / s.tensor),
     'none': inside,
   }[m.remat]
-  if cfg.model.attention == 'reference':
+  kernel = cfg.model.attention
+  if kernel == 'reference' or (
+    kernel == 'auto' and config.unfit(cfg, 'splash')
+  ):
     scores = 6 * s.rows * m.n_attn_heads * cfg.data.seq_len**2 / s.tensor
     inside += scores
     kept += scores if m.remat == 'none' else 0
@@ -121,12 +124,14 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     logits = min(logits, cross_entropy.LOGITS_BYTES)
   unembed = s.unembed * (w + 4) / s.tensor
   gradients = params_bytes * (2 if s.micro_batches > 1 else 1)
-  keeps_heads = heads.family(cfg).dependent * (3 * w) * tokens * m.d_model
+  kept_of_head = w * tokens * m.d_model * heads.family(cfg).dependent
+  if cfg.loss.schedule == 'eager':  # its cotangent beside what it is handed
+    kept_of_head *= 2
   return (
     s.layers * kept
     + gradients
     + max(
-      logits + unembed + inside + keeps_heads * cfg.heads.n,
+      logits + unembed + inside + kept_of_head * cfg.heads.n,
       inside + layer,
       2 * 4 * s.unembed / s.tensor,  # the embedding's gradient, summed
     )
@@ -156,17 +161,17 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   ) + 2 * sum(held)
   f = mesh['fsdp']
   of_fsdp = weights * (2 * w + 2 * 4) * (f - 1) / f
-  of_data = 2 * 4 * weights / f * (mesh['data'] - 1) / mesh['data']
+  slices = cfg.plan.slices
+  inside, shard = mesh['data'] // slices, 2 * 4 * weights / f
+  of_data = shard * (inside - 1) / inside
   of_tensor = (
     blocks * (4 + 2 * again_trunk) * tokens * w * m.d_model * 2 * (t - 1) / t
   )
-  slices = cfg.plan.slices
-  within = of_fsdp + of_tensor + (0 if slices > 1 else of_data)
   return dict(
     compute=A * tokens * executed / t / chip.flops_per_s,
     memory=memory / chip.hbm_bytes_per_s,
-    links=A * within / chip.link_bytes_per_s,
-    network=A * (of_data if slices > 1 else 0) / chip.network_bytes_per_s,
+    links=A * (of_fsdp + of_tensor + of_data) / chip.link_bytes_per_s,
+    network=A * shard * (slices - 1) / slices / chip.network_bytes_per_s,
   )
 
 

@@ -33,6 +33,7 @@ FREE = (
   'send-done', 'recv', 'recv-done', 'opt-barrier', 'async-start',
   'async-update', 'async-done', 'copy-done', 'slice-done', 'add-dependency',
 )  # fmt: skip
+NOTHING = 0.05  # of what another choice of a branch moves
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
@@ -79,6 +80,7 @@ class Collective(NamedTuple):
   times: int
   op_name: str  # jax's name stack where it came from
   loops: tuple[str, ...]  # the loops around it, as op names
+  chain: str | None = None  # of the fusions that an async one is spread over
 
   @property
   def bytes(self) -> float:
@@ -98,6 +100,11 @@ class Collective(NamedTuple):
 class Ledger(NamedTuple):
   collectives: tuple[Collective, ...]
   memory_bytes: float  # read and written, of one device in a step
+
+  @property
+  def cost(self) -> float:
+    """To compare the choices of a branch."""
+    return self.memory_bytes + sum(c.sent_bytes for c in self.collectives)
 
   def by_kind(self) -> dict[str, dict]:
     """kind -> operations, and bytes sent by a device, in a step."""
@@ -172,32 +179,48 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def ledger(text: str) -> Ledger:
-  """The ledger of a compiled program's text."""
-  computations, entry = parse(text)
-  collectives, chains, memory = [], set(), 0.0
+  """The ledger of a compiled program's text.
 
-  def walk(name, times, loops, fused):
-    nonlocal memory
+  Of a branch it takes the choice that moves most, but once a loop where another
+  choice moves next to nothing (what is asked of head 1 alone).
+  """
+  computations, entry = parse(text)
+
+  def inside(i, times, trips, loops, fused) -> list[Ledger]:
+    """Of the computations that an instruction runs."""
+    if i.opcode == 'while':
+      n = trip_count(i, computations)
+      loops = (*loops, i.attribute(r'op_name="([^"]*)"') or i.name)
+      body = i.attribute(r'body=%?([\w.\-]+)')
+      return [walk(body, times * n, n, loops, False)]
+    fused |= i.opcode == 'fusion'
+    parts = [walk(c, times, trips, loops, fused) for c in _called(i)]
+    if i.opcode != 'conditional':
+      return parts
+    cost = [part.cost for part in parts]
+    dearest = _called(i)[cost.index(max(cost))]
+    if min(cost) < NOTHING * max(cost):
+      times //= trips
+    return [walk(dearest, times, trips, loops, fused)]
+
+  def walk(name, times, trips, loops, fused) -> Ledger:
+    found, memory = {}, 0.0
     here = {i.name: i for i in computations.get(name, ())}
     for i in here.values():
+      parts = inside(i, times, trips, loops, fused)
       collective = _collective(i, here, name, times, loops)
       if collective:
-        chain = i.attribute(r'chain_id="(\d+)"')
-        if chain is None or (chain, loops) not in chains:
-          collectives.append(collective)
-        chains.add((chain, loops))
-      if i.opcode == 'while':
-        trips = trip_count(i, computations)
-        inner = (*loops, i.attribute(r'op_name="([^"]*)"') or i.name)
-        walk(i.attribute(r'body=%?([\w.\-]+)'), times * trips, inner, False)
-        continue
+        parts.append(Ledger((collective,), 0.0))
       if not fused:
-        memory += times * _traffic(i, here, computations)
-      for called in _called(i):
-        walk(called, times, loops, fused or i.opcode == 'fusion')
+        parts.append(Ledger((), times * _traffic(i, here, computations)))
+      for part in parts:
+        memory += part.memory_bytes
+        for c in part.collectives:
+          # Of a chain, which is spread over several fusions, the first.
+          found.setdefault((c.chain, c.loops) if c.chain else len(found), c)
+    return Ledger(tuple(found.values()), memory)
 
-  walk(entry, 1, (), False)
-  return Ledger(tuple(collectives), memory)
+  return walk(entry, 1, 1, (), False)
 
 
 def trip_count(loop: Instruction, computations) -> int:
@@ -242,18 +265,20 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
   kind = i.opcode.removesuffix('-start')
   if kind not in COLLECTIVES or i.opcode == 'send-done':
     return None
-  arrays = i.arrays
-  if kind == 'send' or kind == 'collective-permute':
-    arrays = arrays[:1]
-  elif i.opcode == 'all-gather-start':  # (what goes in …, what comes out …)
-    arrays = arrays[len(arrays) // 2 :]
-  elif kind == 'reduce-scatter':  # whole is what goes in
-    arrays = tuple(a for name in i.operands for a in here[name].arrays)
+  arrays, group = i.arrays, _group_size(i)
+  given = tuple(a for name in i.operands for a in here[name].arrays)
+  if kind in ('send', 'reduce-scatter'):  # whole is what goes in
+    arrays = given
+  elif i.opcode.endswith('-start'):  # its result holds what goes in as well
+    arrays = given
+    if kind == 'all-gather':
+      arrays = tuple(a._replace(dims=(group, *a.dims)) for a in given)
   elif computation.startswith('all-reduce-scatter'):
     kind = 'reduce-scatter'
   return Collective(
-    kind, arrays, _group_size(i), times,
+    kind, arrays, group, times,
     i.attribute(r'op_name="([^"]*)"') or '', loops,
+    i.attribute(r'chain_id="(\d+)"'),
   )  # fmt: skip
 
 
@@ -281,6 +306,8 @@ def _traffic(i: Instruction, here, computations) -> float:
     return moved.bytes * sum(not a.on_chip for a in ends)
   read = [_off_chip(here[o].arrays) for o in i.operands if o in here]
   written = _off_chip(i.arrays)
+  if i.opcode.endswith('-start'):  # its result holds what goes in as well
+    written -= sum(read)
   if i.opcode == 'dynamic-slice' or i.opcode == 'gather':
     return 2 * written if read and read[0] else written
   if i.opcode == 'dynamic-update-slice':

@@ -5,6 +5,7 @@ and returns (the same as a JSON-able dict, exit status).
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 
@@ -21,8 +22,12 @@ def status(plans: list[ahead.Plan]) -> int:
   fits = [plan.fits for plan in plans]
   if False in fits:
     return TOO_LARGE
-  known = all(plan.temp_bytes is not None for plan in plans)
-  return FITS if known else UNKNOWN  # a CPU has no limit, hence fits
+  # A CPU has no limit that is known, and takes what is asked for.
+  known = all(
+    plan.fits or (plan.device_kind == 'cpu' and plan.temp_bytes is not None)
+    for plan in plans
+  )
+  return FITS if known else UNKNOWN
 
 
 def run(cfg: config.Config, say: Callable[[str], None]) -> tuple[dict, int]:
@@ -56,7 +61,7 @@ def values_of(plan: ahead.Plan) -> dict:
     heads=cfg.heads.n,
     family=cfg.heads.family,
     schedule=cfg.loss.schedule,
-    chunk=cfg.loss.chunk,
+    chunk=plan.chunk,
     remat=cfg.model.remat,
     seq_len=cfg.data.seq_len,
     batch_size=cfg.data.batch_size,
@@ -65,6 +70,7 @@ def values_of(plan: ahead.Plan) -> dict:
     opt_state_bytes=plan.opt_state_bytes,
     temp_bytes=plan.temp_bytes,
     code_bytes=plan.code_bytes,
+    held_bytes=plan.held_bytes,
     total_bytes=plan.total_bytes,
     hbm_bytes=chip.hbm_bytes if chip else None,
     fits=plan.fits,
@@ -104,8 +110,8 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     f'{where}: {plan.devices} x {plan.device_kind}, mesh {axes}',
     f'{v["parameters"]:,} parameters, {heads.trunk_layers(cfg)} trunk layers,'
     f' {cfg.heads.n} {cfg.heads.family} heads, loss {cfg.loss.schedule}'
-    f'{f" in chunks of {cfg.loss.chunk}" if cfg.loss.chunk else ""}, trunk'
-    f' remat {cfg.model.remat}',
+    f'{f" in chunks of {plan.chunk}" if plan.chunk else ""}, trunk remat'
+    f' {cfg.model.remat}',
     f'{plan.tokens:,} tokens a step: {cfg.data.batch_size} windows of'
     f' {cfg.data.seq_len} in {cfg.train.accumulate} micro-batches',
     '',
@@ -115,6 +121,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   rows = [
     ('parameters', plan.params_bytes),
     ('optimizer state', plan.opt_state_bytes),
+    ('batch, and tiles that are not full', _beside_state(plan)),
     ('activations, gradients, temporaries', plan.temp_bytes),
     ('program', plan.code_bytes or None),
     ('total', plan.total_bytes),
@@ -157,6 +164,14 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   return lines
 
 
+def _beside_state(plan: ahead.Plan) -> float | None:
+  """Arguments of the program that are no state; None if none to speak of."""
+  if plan.held_bytes is None:
+    return None
+  beside = plan.held_bytes - plan.state_bytes
+  return beside if beside >= 0.005 * 2**30 else None
+
+
 def _time_lines(v) -> list[str]:
   if not v['step_s']:
     return []
@@ -181,18 +196,20 @@ def variants(cfg: config.Config) -> list[tuple[dict, config.Config]]:
   Raises:
     ConfigError: an entry is not FLAG=VALUE,…, or a value is wrong for FLAG.
   """
-  axes = []
+  axes, swept = [], set()
   for text in cfg.plan.sweep:
     name, _, values = text.partition('=')
-    field = config.fields().get(name.removeprefix('--'))
+    name = name.removeprefix('--')
+    field = config.fields().get(name)
     if field is None or not values or name.startswith('plan.'):
       raise config.ConfigError(
         'plan.sweep', text, 'must be FLAG=VALUE,VALUE,… with a flag of a run'
       )
+    if name in swept:
+      raise config.ConfigError('plan.sweep', text, f'sweeps {name} again')
+    swept.add(name)
     try:
-      axes.append(
-        [(name.removeprefix('--'), _typed(field, v)) for v in values.split(',')]
-      )
+      axes.append([(name, _typed(field, v)) for v in values.split(',')])
     except ValueError:
       raise config.ConfigError(
         'plan.sweep', text, f'values must be {field.type.__name__}'
@@ -208,7 +225,9 @@ def variants(cfg: config.Config) -> list[tuple[dict, config.Config]]:
 
 def _typed(field, text: str):
   if field.type is bool:
-    return {'true': True, 'false': False}[text.lower()]
+    if text.lower() not in ('true', 'false'):
+      raise ValueError(text)
+    return text.lower() == 'true'
   return field.type(text)
 
 
@@ -293,8 +312,8 @@ def search(cfg: config.Config, say) -> tuple[dict, int]:
       dict(formula_bytes=e.total_bytes, formula_s=e.seconds) | values_of(plan)
     )
   best = min(
-    (p for p in plans if p.fits), key=lambda p: values_of(p)['step_s'] or 0,
-    default=None,
+    (p for p in plans if p.fits), default=None,
+    key=lambda p: values_of(p)['step_s'] or math.inf,
   )  # fmt: skip
   if best:
     say('')

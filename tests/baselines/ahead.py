@@ -3,10 +3,12 @@
   python -m tests.baselines.ahead --flagfile=… --plan.topology=v5e:4x4 --out=…
 
 The package's own step, trunk, sharding and optimizer, but for the loss: every
-head's hidden states, then the logits of all heads in one product. Prints what
-`mtp plan` prints.
+head's hidden states, then the logits of all heads in one product. Heads keep
+their activations, as in a first version; with --loss.schedule=remat they are
+rematerialised as our own are. Prints what `mtp plan` prints.
 """
 
+import functools
 import json
 import sys
 
@@ -22,6 +24,11 @@ def keeps_all_logits(w: loss.Weights, rows: loss.Rows, cfg):
   """A schedule as those of loss.SCHEDULES, for a shared unembedding."""
   shared = loss._gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
 
+  keeps = jax.checkpoint_policies.everything_saveable
+  if cfg.loss.schedule == 'remat':
+    keeps = jax.checkpoint_policies.nothing_saveable
+
+  @functools.partial(jax.checkpoint, static_argnums=0, policy=keeps)
   def head(step, carry_BTD, module, of_head):
     k, probe = of_head
     carry_BTD, h_BTD = loss._hidden(

@@ -89,6 +89,51 @@ def test_a_program_of_a_tpu_by_hand():
   assert ledger.memory_bytes == 5 * (64 + 64 + 2048) + 2 * 2048
 
 
+# What starts holds what it was given beside its result; of a branch in a loop
+# one choice moves nothing.
+STARTED = """\
+%asked (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %gathered = (f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%p), replica_groups={{0,1}}
+  ROOT %done = f32[8,4]{1,0} copy(%p)
+}
+
+%passed (q: f32[8,4]) -> f32[8,4] {
+  ROOT %q = f32[8,4]{1,0} parameter(0)
+}
+
+%body (c: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %c = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%c), index=1
+  %moved = ((f32[8,4]{1,0}), f32[8,4]{1,0}, u32[], u32[]) all-to-all-start(%x), replica_groups={{0,1,2,3}}
+  %y = f32[8,4]{1,0} conditional(%i, %x, %x), branch_computations={%passed, %asked}
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %y)
+}
+
+%condition (d: (s32[], f32[8,4])) -> pred[] {
+  %d = (s32[], f32[8,4]{1,0}) parameter(0)
+}
+
+ENTRY %main (z: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %z = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %while = (s32[], f32[8,4]{1,0}) while(%z), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+}
+"""  # noqa: E501
+
+
+def test_what_is_started_and_what_one_trip_of_a_loop_does():
+  ledger = hlo.ledger(STARTED)
+  x = 8 * 4 * 4
+  assert {(c.kind, c.times): c.sent_bytes for c in ledger.collectives} == {
+    ('all-to-all', 6): 6 * x * 3 / 4,
+    ('all-gather', 1): 2 * x / 2,
+  }
+  # Read and written: all-to-all, 2 x and two numbers; then a gather, 3 x, and a
+  # copy, 2 x, in one trip of the six.
+  assert ledger.memory_bytes == 6 * (2 * x + 8) + 3 * x + 2 * x
+
+
 def test_a_loop_without_an_end_is_refused():
   endless = TPU.replace('%constant.5 = s32[]{:T(128)} constant(5)', '')
   with pytest.raises(ValueError, match='while.1'):

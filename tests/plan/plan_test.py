@@ -31,8 +31,13 @@ def test_the_devices_here(tmp_path, capsys):
   assert found['params_bytes'] == params.bytes_per_device(held.params)
   assert found['opt_state_bytes'] == params.bytes_per_device(held.opt_state)
   assert found['total_bytes'] == pytest.approx(
-    sum(found[f'{x}_bytes'] for x in ('params', 'opt_state', 'temp', 'code'))
+    sum(found[f'{x}_bytes'] for x in ('held', 'temp', 'code'))
   )
+  batch = (
+    2 * (16 + 4) * 4 + 4 * 32 + 3 * 4
+  )  # tokens, positions; bytes_V; counters
+  state_bytes = found['params_bytes'] + found['opt_state_bytes']
+  assert state_bytes < found['held_bytes'] <= state_bytes + 4 * batch
   assert found['fits'] is None and found['days'] is None  # a CPU has no peaks
   assert found['executed_flops_per_step'] > 0 and found['temp_bytes'] > 0
   assert {'all-gather', 'all-reduce'} <= found['collectives'].keys()
@@ -62,6 +67,7 @@ def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
     ('heads.n=1,two', 'must be int'),
     ('heads.n=1,600', '--heads.n=600'),
     ('heads.family=causal,casual', '--heads.family=casual'),
+    ('data.verify=1,0', 'must be bool'),
   ],
 )
 def test_a_wrong_sweep_is_one_line_before_anything_compiles(
@@ -71,6 +77,22 @@ def test_a_wrong_sweep_is_one_line_before_anything_compiles(
   assert main.main(['plan', *SMALL, f'--plan.sweep={sweep}']) == 2
   error = capsys.readouterr().err
   assert allowed in error and error.count('\n') == 1
+
+
+def test_a_flag_is_swept_once(capsys, monkeypatch):
+  monkeypatch.setattr(ahead, 'plan', None)
+  sweep = '--plan.sweep=heads.n=1,2'
+  assert main.main(['plan', *SMALL, sweep, sweep]) == 2
+  assert 'sweeps heads.n again' in capsys.readouterr().err
+
+
+def test_an_unknown_accelerator_is_not_known_to_fit():
+  plan = ahead.Plan(
+    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'NVIDIA L40S', 1, 1, 1.0
+  )
+  assert plan.fits is None and report.status([plan]) == 4
+  assert report.status([plan._replace(device_kind='cpu')]) == 0
+  assert report.status([plan._replace(device_kind='TPU v5e')]) == 0
 
 
 def test_without_libtpu_the_state_and_how_to_get_it(monkeypatch, capsys):
@@ -122,6 +144,8 @@ def test_what_a_program_too_large_would_need(message, temp):
   plan = plan._replace(temp_bytes=ahead._needed(message)(plan))
   assert plan.temp_bytes == pytest.approx(temp)
   assert plan.fits is False and report.status([plan]) == 3
+  barely = plan._replace(temp_bytes=1.0, refused=True)
+  assert barely.fits is False  # whatever was written in the message
   assert ahead._needed('INTERNAL: something else') is None
 
 
@@ -129,8 +153,8 @@ def test_roofline_divides_by_the_peaks():
   whole = hlo.Array('f32', (1000,), on_chip=False)
   moved = hlo.Collective('all-gather', (whole,), 4, 2, '', ())
   plan = ahead.Plan(
-    tiny.cfg(), dict(data=1, fsdp=4, tensor=1), 'TPU v5 lite', 1, 1, 1.0, 0.0,
-    1.0, 197e12, hlo.Ledger((moved,), 819e9 / 2),
+    tiny.cfg(), dict(data=1, fsdp=4, tensor=1), 'TPU v5 lite', 1, 1, 1.0,
+    executed_flops=197e12, ledger=hlo.Ledger((moved,), 819e9 / 2),
   )  # fmt: skip
   assert plan.roofline() == dict(
     compute=1.0, memory=0.5, links=2 * 4000 * 3 / 4 / 200e9, network=0.0
@@ -149,8 +173,8 @@ def test_a_program_that_cannot_be_read_back_has_a_roofline_by_formula():
 
   assert ahead._ledger(Compiled()) is None
   plan = ahead.Plan(
-    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5', 1, 1, 1.0, 1.0, 1.0,
-    1.0,
+    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5', 1, 1, 1.0,
+    code_bytes=1.0, executed_flops=1.0,
   )  # fmt: skip
   values = report.values_of(plan)
   formula = analytic.estimate(plan.cfg, plan.mesh, plan.chip)
