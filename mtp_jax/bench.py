@@ -301,11 +301,7 @@ def _step_program(cfg: config.Config, mesh) -> Program:
     np.ones(cfg.model.vocab_size, np.int32), jax.NamedSharding(mesh, jax.P())
   )
   batch = _batch(cfg, mesh)
-  compiled = (
-    step_lib.compiled(cfg, cfg.heads.n)
-    .lower(state_lib.abstract(cfg, mesh), batch, bytes_V)
-    .compile()
-  )
+  compiled = step_lib.trace(cfg, mesh, cfg.heads.n).lower().compile()
   return Program(
     lambda state: compiled(state, batch, bytes_V), _temp_bytes(compiled)
   )

@@ -1,8 +1,8 @@
 """Bytes and seconds of a step by formula: to rank what is then compiled.
 
 Floor 5. The state is exact, from the Specs' shardings. The rest adds up the
-arrays that are known to be large. Against compiled programs (docs/PLANS.md) the
-memory is right to about a third, which ranks; it never decides what fits.
+arrays that are known to be large. docs/STATUS.md says how near that comes to
+compiled programs; it ranks, and never decides what fits.
 """
 
 import dataclasses
