@@ -5,6 +5,8 @@ v5p and v6e (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm),
 NVIDIA's data sheets of A100, H100, H200 and B200 (dense, SXM).
 """
 
+import glob
+import os
 from typing import NamedTuple
 
 
@@ -42,3 +44,22 @@ def chip(device_kind: str) -> Chip | None:
   """Of a device; None where nobody should compute an MFU (a CPU)."""
   known = [kind for kind in CHIPS if device_kind.startswith(kind)]
   return CHIPS[max(known, key=len)] if known else None
+
+
+def has_tpu() -> bool:
+  """Whether this machine has one."""
+  return bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
+
+
+def answer_libtpu() -> None:
+  """What libtpu would ask a TPU machine's environment, else complains about on
+  stderr for several lines, wherever it is installed without a TPU."""
+  for name, value in (
+    # Several processes may compile at once.
+    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
+    ('TPU_SKIP_MDS_QUERY', '1'),
+    ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
+    ('TPU_WORKER_HOSTNAMES', 'localhost'),
+    ('TPU_WORKER_ID', '0'),
+  ):
+    os.environ.setdefault(name, value)

@@ -113,16 +113,12 @@ def to_flag_file(cfg: config.Config) -> str:
 
 def usage(sections: tuple[str, ...]) -> str:
   """The flags of some sections, or --out, with help and default."""
-  lines = []
-  for name, flag in sorted(
-    _define()._flags().items(), key=lambda item: _order(item[0])
-  ):
-    if name.split('.')[0] in sections:
-      shown = flag.default if flag.default not in ('', []) else "''"
-      lines.append(f'  --{name}={shown}\n      {flag.help}')
+  lines, found = [], _define()._flags()
+  names = [*config.fields(), 'out']
+  for section in sections:  # the command's own come first
+    for name in names:
+      if name.split('.')[0] == section:
+        default = found[name].default
+        shown = default if default not in ('', []) else "''"
+        lines.append(f'  --{name}={shown}\n      {found[name].help}')
   return '\n'.join(lines)
-
-
-def _order(name):
-  names = list(config.fields())
-  return names.index(name) if name in names else len(names)

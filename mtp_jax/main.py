@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
-from mtp_jax import config, flags, validate
+from mtp_jax import chips, config, flags, validate
 
 
 class Command(NamedTuple):
@@ -50,6 +50,8 @@ def _report(
 
 
 def _start_jax(cfg: config.Config) -> None:
+  if not chips.has_tpu():
+    chips.answer_libtpu()
   import jax
 
   if cfg.train.compilation_cache:
@@ -61,6 +63,8 @@ def _start_jax(cfg: config.Config) -> None:
 
 def _parse(args: list[str]) -> flags.Parsed:
   parsed = flags.parse(args)
+  if os.path.isdir(parsed.out):
+    raise config.ConfigError('out', parsed.out, 'is a directory; give a file')
   folder = os.path.dirname(_absolute(parsed.out))
   if not os.path.isdir(folder):  # not after hours of work
     raise config.ConfigError('out', parsed.out, f'there is no {folder}')
@@ -175,6 +179,8 @@ def _plan(parsed: flags.Parsed) -> int:
     raise config.ConfigError(
       'plan.slices', cfg.plan.slices, 'needs --plan.topology'
     )
+  else:
+    _start_jax(cfg)
   from mtp_jax.plan import report
 
   values, status = report.run(cfg, lambda line: print(line, flush=True))
@@ -214,12 +220,13 @@ COMMANDS = {
   'prepare': Command('documents -> token store', ('data', 'out'), _prepare),
   'inspect': Command(
     'print real batches: tokens, positions, targets, masks, counts',
-    ('data', 'heads', 'inspect', 'train', 'out'),
+    ('inspect', 'data', 'heads', 'train', 'out'),
     _inspect,
   ),
   'train': Command(
     'train, or go on with, the model of a flag file',
     (
+      'train',
       'model',
       'heads',
       'loss',
@@ -227,7 +234,6 @@ COMMANDS = {
       'optim',
       'mesh',
       'processes',
-      'train',
       'eval',
     ),
     _train,

@@ -15,15 +15,16 @@ from tests import runs
 
 SECTIONS = {
   'prepare': ['data'],
-  'inspect': ['data', 'heads', 'inspect', 'train'],
+  'inspect': ['inspect', 'data', 'heads', 'train'],
   'train': [
-    'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes', 'train',
+    'train', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes',
     'eval',
   ],
   'eval': ['eval', 'data', 'mesh', 'processes'],
   'bench': [
     'bench', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train',
   ],
+  'plan': ['plan', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train'],
   'report': [],
 }  # fmt: skip
 
@@ -67,11 +68,12 @@ def test_help_lists_flags_with_defaults(capsys, command, flag):
   shown = [line.strip() for line in lines if line.startswith('  --')]
   default = config.Config()
   wanted = []
-  for name in config.fields():
-    if name.split('.')[0] in SECTIONS[command]:
-      value = config.get(default, name)
-      shown_value = "''" if value == '' else value
-      wanted.append(f'--{name}={shown_value}')
+  for section in SECTIONS[command]:  # the command's own come first
+    for name in config.fields():
+      if name.split('.')[0] == section:
+        value = config.get(default, name)
+        shown_value = "''" if value in ('', ()) else value
+        wanted.append(f'--{name}={shown_value}')
   if command != 'train':  # it reports into its workdir
     wanted.append("--out=''")
   assert shown == wanted

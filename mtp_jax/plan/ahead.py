@@ -1,7 +1,6 @@
 """The real train step, compiled for devices that need not be there. Floor 5."""
 
 import importlib.util
-import os
 import re
 import time
 from typing import NamedTuple
@@ -105,15 +104,7 @@ def devices(cfg: config.Config) -> list:
   p = cfg.plan
   if not p.topology:
     return jax.devices()
-  for name, value in (
-    # Several processes may plan at once; nobody is asked for a machine's name.
-    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_SKIP_MDS_QUERY', '1'),
-    ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
-    ('TPU_WORKER_HOSTNAMES', 'localhost'),
-    ('TPU_WORKER_ID', '0'),
-  ):
-    os.environ.setdefault(name, value)
+  chips.answer_libtpu()
   from jax.experimental import topologies
 
   several = dict(num_slices=p.slices) if p.slices > 1 else {}
@@ -124,8 +115,18 @@ def devices(cfg: config.Config) -> list:
   except Exception as error:  # of several types, by what is wrong
     raise config.ConfigError(
       'plan.topology', p.topology,
-      f'not known to the TPU compiler: {str(error).splitlines()[0][:160]}',
+      'e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16; the TPU compiler says:'
+      f' {str(error).splitlines()[0][:120]}',
     ) from error  # fmt: skip
+
+
+def check_mesh(cfg: config.Config) -> None:
+  """Raises ConfigError where the mesh does not divide the devices or the model:
+  what can be known of them without compiling."""
+  if cfg.plan.topology and not has_libtpu():
+    of_shardings(cfg)
+  else:
+    sharding.make_mesh(cfg, devices(cfg))
 
 
 def has_libtpu() -> bool:

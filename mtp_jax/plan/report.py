@@ -32,6 +32,10 @@ def status(plans: list[ahead.Plan]) -> int:
 
 def run(cfg: config.Config, say: Callable[[str], None]) -> tuple[dict, int]:
   """What the flags of cfg ask for."""
+  if cfg.plan.search_mesh and cfg.plan.sweep:
+    raise config.ConfigError(
+      'plan.sweep', cfg.plan.sweep[0], 'not together with --plan.search_mesh'
+    )
   if cfg.plan.search_mesh:
     return search(cfg, say)
   if cfg.plan.sweep:
@@ -88,6 +92,7 @@ def values_of(plan: ahead.Plan) -> dict:
       if step_s
       else None
     ),
+    steps=cfg.train.steps,
     tokens_all=plan.tokens * cfg.train.steps,
     days=step_s * cfg.train.steps / 86400 if step_s else None,
     compile_s=plan.compile_s,
@@ -127,23 +132,26 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     ('total', plan.total_bytes),
     ('memory of the chip', v['hbm_bytes']),
   ]
-  lines += ['per device' + ' ' * 31 + 'GiB']
-  lines += [f'  {name:36} {_gib(n):>6}' for name, n in rows if n is not None]
+  lines += ['per device' + ' ' * 33 + 'GiB']
+  lines += [f'  {name:36} {_gib(n):>7}' for name, n in rows if n is not None]
   fits = {True: 'fits', False: 'DOES NOT FIT', None: 'not known to fit or not'}
   lines += [f'  {fits[plan.fits]}', '']
   lines += [
-    f'model FLOPs: {v["model_flops_per_token"] / 1e9:.3f} G a token,'
-    f' {plan.model_flops / 1e12:,.1f} T a step over all devices'
+    f'model FLOPs: {v["model_flops_per_token"] / 1e9:.3f} GFLOP a token,'
+    f' {plan.model_flops / 1e12:,.4g} TFLOP a step over all devices'
     ' (attention causal)'
   ]
   if plan.executed_flops:
     share = plan.executed_flops * plan.devices / plan.model_flops
     lines += [
-      f'executed, recomputation included: {plan.executed_flops / 1e12:,.2f} T'
-      f' a step and device, {share:.2f} of that'
+      f'executed, recomputation included: {plan.executed_flops / 1e12:,.3g}'
+      f' TFLOP a step and device, {share:.2f} times the model FLOPs'
     ]
   if plan.ledger:
-    lines += ['', 'collectives of a step, per device' + ' ' * 7 + 'count   MiB']
+    lines += [
+      '',
+      'collectives of a step, per device' + ' ' * 8 + 'count       MiB',
+    ]
     lines += [
       f'  {kind:36} {row["count"]:7,} {row["sent_bytes"] / 2**20:9,.1f}'
       for kind, row in plan.ledger.by_kind().items()
@@ -165,29 +173,34 @@ def lines_of(plan: ahead.Plan) -> list[str]:
 
 
 def _beside_state(plan: ahead.Plan) -> float | None:
-  """Arguments of the program that are no state; None if none to speak of."""
+  """Arguments of the program that are no state."""
   if plan.held_bytes is None:
     return None
-  beside = plan.held_bytes - plan.state_bytes
-  return beside if beside >= 0.005 * 2**30 else None
+  return max(plan.held_bytes - plan.state_bytes, 0)
 
 
 def _time_lines(v) -> list[str]:
   if not v['step_s']:
     return []
-  parts = ', '.join(f'{k} {s:.3f}' for k, s in v['roofline_s'].items() if s)
+  parts = ', '.join(f'{k} {s:.3g}' for k, s in v['roofline_s'].items() if s)
   return [
     '',
-    f'roofline: {v["step_s"]:.3f} s a step, the largest of (seconds at peak)'
+    f'roofline: {v["step_s"]:.3g} s a step, the largest of (seconds at peak)'
     f' {parts}',
     f'  {v["tokens_per_s_all"]:,.0f} tokens/s over all devices, MFU'
     f' {v["mfu"]:.1%} at best',
-    f'  {v["tokens_all"] / 1e9:,.1f}B tokens ({v["days"]:,.2f} days at best)',
+    f'  {v["steps"]:,} steps: {v["tokens_all"] / 1e9:,.3g}B tokens,'
+    f' {v["days"]:,.3g} days at best',
   ]
 
 
 def _gib(n: float) -> str:
-  return f'{n / 2**30:.2f}'
+  return _short(n / 2**30)
+
+
+def _short(x: float) -> str:
+  """Two decimals, or two digits of what is smaller."""
+  return f'{x:.2f}' if x >= 0.1 else f'{x:.2g}'
 
 
 def variants(cfg: config.Config) -> list[tuple[dict, config.Config]]:
@@ -201,9 +214,15 @@ def variants(cfg: config.Config) -> list[tuple[dict, config.Config]]:
     name, _, values = text.partition('=')
     name = name.removeprefix('--')
     field = config.fields().get(name)
-    if field is None or not values or name.startswith('plan.'):
+    wrong = {
+      f'{name} is no flag': field is None,
+      f'{name} cannot be swept': name.startswith('plan.'),
+      'no values after =': not values,
+    }
+    if any(wrong.values()):
+      reason = next(text for text, is_so in wrong.items() if is_so)
       raise config.ConfigError(
-        'plan.sweep', text, 'must be FLAG=VALUE,VALUE,… with a flag of a run'
+        'plan.sweep', text, f'{reason}; FLAG=VALUE,VALUE,… of a run'
       )
     if name in swept:
       raise config.ConfigError('plan.sweep', text, f'sweeps {name} again')
@@ -236,14 +255,21 @@ COLUMNS = ('GiB state', 'temp', 'total', 'fits', 'step s', 'days', 'compile s')
 
 def sweep(cfg: config.Config, say) -> tuple[dict, int]:
   """A row for each value of --plan.sweep, a grid for two."""
-  points = variants(cfg)  # all of them are checked before one is compiled
-  say('  '.join([*(f'{name:>14}' for name in points[0][0]), *_cells(COLUMNS)]))
+  points = variants(cfg)
+  for _, one in points:  # all are checked before one is compiled
+    ahead.check_mesh(one)
+  widths = [max(len(name), 14) for name in points[0][0]]
+
+  def cells(texts):
+    return [f'{text!s:>{w}}' for text, w in zip(texts, widths, strict=True)]
+
+  say('  '.join([*cells(points[0][0]), *_cells(COLUMNS)]))
   plans, rows = [], []
   for point, one in points:
     plan = ahead.plan(one)
     plans.append(plan)
     rows.append(dict(set=point) | values_of(plan))
-    say('  '.join([*(f'{v!s:>14}' for v in point.values()), *_row(plan)]))
+    say('  '.join([*cells(point.values()), *_row(plan)]))
   return dict(sweep=list(cfg.plan.sweep), rows=rows), status(plans)
 
 
@@ -260,7 +286,7 @@ def _row(plan: ahead.Plan) -> list[str]:
       None if plan.temp_bytes is None else _gib(plan.temp_bytes),
       None if plan.total_bytes is None else _gib(plan.total_bytes),
       {True: 'yes', False: 'NO', None: '?'}[plan.fits],
-      v['step_s'] and f'{v["step_s"]:.3f}',
+      v['step_s'] and f'{v["step_s"]:.3g}',
       v['days'] and f'{v["days"]:.2f}',
       None if plan.compile_s is None else f'{plan.compile_s:.0f}',
     )
