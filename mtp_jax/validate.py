@@ -32,6 +32,11 @@ def variants(cfg: config.Config) -> tuple[config.Config, ...]:
   another number of heads, and the first cost no time.
   """
   b = cfg.bench
+  if b.documents > cfg.data.seq_len:
+    raise config.ConfigError(
+      'bench.documents', b.documents,
+      f'must be at most --data.seq_len={cfg.data.seq_len}',
+    )  # fmt: skip
   wanted = itertools.product(
     b.schedules.split(',') if b.schedules else (cfg.loss.schedule,),
     config.parse_numbers(b.chunks) or (cfg.loss.chunk,),

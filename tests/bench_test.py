@@ -169,6 +169,7 @@ def test_data_is_set_beside_the_step(store, tmp_path, capsys):
     ('bench.rounds', 0, 'must be at least 1'),
     ('bench.calls', 0, 'must be at least 1'),
     ('bench.documents', 0, 'must be at least 1'),
+    ('bench.documents', 17, 'must be at most --data.seq_len=16'),
   ],
 )
 def test_what_cannot_be_measured_is_refused(capsys, flag, value, said):
