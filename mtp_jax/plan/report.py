@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from mtp_jax import chips, config, params, validate
 from mtp_jax.model import heads, lm
-from mtp_jax.plan import ahead, analytic
+from mtp_jax.plan import ahead, analytic, hlo
 
 FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
 COMPILES = 4  # of a search, that fit; those that do not are passed over
@@ -82,6 +82,7 @@ def values_of(plan: ahead.Plan) -> dict:
     model_flops_per_step_all=plan.model_flops,
     executed_flops_per_step=plan.executed_flops,
     collectives=ledger.by_kind() if ledger else None,
+    largest_collectives=_largest(ledger) if ledger else None,
     memory_bytes_per_step=ledger.memory_bytes if ledger else None,
     roofline_s=roofline or None,
     roofline_by_formula=by_formula,
@@ -97,6 +98,22 @@ def values_of(plan: ahead.Plan) -> dict:
     days=step_s * cfg.train.steps / 86400 if step_s else None,
     compile_s=plan.compile_s,
   )
+
+
+def _largest(ledger: hlo.Ledger) -> list[dict]:
+  """The ten that send most, with the place in the program they come from."""
+  found = sorted(ledger.collectives, key=lambda c: -c.sent_bytes)[:10]
+  return [
+    dict(
+      kind=c.kind,
+      devices=c.group,
+      times=c.times,
+      sent_bytes=c.sent_bytes,
+      shapes=[list(a.dims) for a in c.arrays],
+      name=c.op_name,
+    )
+    for c in found
+  ]
 
 
 def unread(plan: ahead.Plan) -> bool:

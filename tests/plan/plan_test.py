@@ -41,6 +41,8 @@ def test_the_devices_here(tmp_path, capsys):
   assert found['fits'] is None and found['days'] is None  # a CPU has no peaks
   assert found['executed_flops_per_step'] > 0 and found['temp_bytes'] > 0
   assert {'all-gather', 'all-reduce'} <= found['collectives'].keys()
+  largest = [c['sent_bytes'] for c in found['largest_collectives']]
+  assert len(largest) == 10 and largest == sorted(largest, reverse=True)
 
 
 def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
