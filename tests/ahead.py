@@ -9,20 +9,19 @@ import re
 import jax
 from jax.experimental import topologies
 
-from mtp_jax import config, sharding
+from mtp_jax import chips, config, sharding
 from mtp_jax.train import step
 
 VARIABLES = dict(
   JAX_PLATFORMS='cpu',
   XLA_FLAGS='',  # those of the tests are for CPU
-  ALLOW_MULTIPLE_LIBTPU_LOAD='1',  # else a second process dies of its lockfile
-  TPU_SKIP_MDS_QUERY='1',  # no machine of Google's to ask
   JAX_ENABLE_COMPILATION_CACHE='false',  # these programs cannot be loaded
 )
 
 
 def tpu_step(c: config.Config, topology: str = 'v5e:2x2') -> str:
   """The training step, compiled for the chips of a topology, as HLO."""
+  chips.answer_libtpu()
   described = topologies.get_topology_desc(
     platform='tpu', topology_name=topology
   )
