@@ -362,6 +362,90 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
+class Decode:
+  """Generation, with the model's own heads as the draft of what follows."""
+
+  checkpoint: str = _f(
+    '', 'workdir of a run, or one of its checkpoints/STEP', result=False
+  )
+  draft: int = _f(
+    0,
+    'heads used: W - 1 drafts are verified by each forward pass; 1 = plain'
+    ' decoding; 0 = all heads that trained',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
+  tree: str = _f(
+    '',
+    'candidates of each further head, e.g. 3,2,1: their best ones form a tree'
+    ' that one pass verifies, 16 tokens here; greedy only; empty = the best of'
+    ' each',
+    result=False,
+  )
+  max_new: int = _f(
+    256, 'new tokens of a row, at most', result=False, **POSITIVE
+  )
+  temperature: float = _f(
+    0.0, 'logits are divided by it; 0 = greedy', result=False, min=0
+  )
+  top_k: int = _f(
+    0, 'most likely tokens that sampling keeps; 0 = all', result=False,
+    **UNSIGNED,
+  )  # fmt: skip
+  top_p: float = _f(
+    1.0,
+    'sampling keeps the fewest most likely tokens with this probability',
+    result=False, above=0, max=1,
+  )  # fmt: skip
+  min_p: float = _f(
+    0.0,
+    'sampling drops tokens less likely than this share of the likeliest',
+    result=False, min=0, max=1,
+  )  # fmt: skip
+  seed: int = _f(
+    0, 'of sampling; row i has seed + i', result=False, min=0, max=2**31 - 1
+  )
+  stop_ids: str = _f(
+    '',
+    'ids of tokens that end a row, with commas, or none; empty = the end of a'
+    ' document, but nothing for --prompt_ids',
+    result=False,
+  )
+  prompts: str = _f(
+    '',
+    'file of prompts: .jsonl with prompt (text) or prompt_ids a line, or text,'
+    ' a prompt a line',
+    result=False,
+  )
+  batch_size: int = _f(
+    0, 'rows decoded at once; 0 = all prompts', result=False, **UNSIGNED
+  )
+  cache: int = _f(
+    0,
+    'tokens that a row has room for, prompt and new ones; 0 = as many as are'
+    ' asked for',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
+  cache_dtype: str = _f(
+    '', 'of cached keys and values; empty = --model.compute_dtype',
+    result=False, choices=('', *DTYPES),
+  )  # fmt: skip
+  prefill: int = _f(
+    512, 'positions of a prompt that are read at once', result=False,
+    **POSITIVE,
+  )  # fmt: skip
+  segment: int = _f(
+    16, 'forward passes from one piece of streamed text to the next',
+    result=False, **POSITIVE,
+  )  # fmt: skip
+  compare: bool = _f(
+    False,
+    'decode with head 1 alone and with --decode.draft heads, in turn for'
+    ' --bench.rounds rounds, and compare times and texts',
+    result=False,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
   """What `mtp inspect` prints."""
 
@@ -408,9 +492,10 @@ class Bench:
   what: str = _f(
     'loss',
     "loss: the heads' loss and its gradient; step: the whole train step; data:"
-    ' the loader, beside the step that it feeds',
+    ' the loader, beside the step that it feeds; decode: a checkpoint, with'
+    ' held-out documents as prompts',
     result=False,
-    choices=('loss', 'step', 'data'),
+    choices=('loss', 'step', 'data', 'decode'),
   )
   heads: str = _f(
     '1,2,4', 'numbers of heads of loss and step; ratios are to the first',
@@ -434,6 +519,14 @@ class Bench:
   calls: int = _f(
     1, 'calls in a row that make a turn', result=False, **POSITIVE
   )
+  drafts: str = _f(
+    '', 'numbers of heads that decode uses; empty = 1, 2 … all', result=False
+  )
+  batches: str = _f('1,8', 'rows that decode decodes at once', result=False)
+  prompt: int = _f(
+    128, 'tokens of a prompt of decode; --decode.max_new follow', result=False,
+    **POSITIVE,
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,6 +542,7 @@ class Config:
   processes: Processes = Processes()
   train: Train = Train()
   eval: Eval = Eval()
+  decode: Decode = Decode()
   inspect: Inspect = Inspect()
   plan: Plan = Plan()
   bench: Bench = Bench()

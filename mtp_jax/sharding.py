@@ -133,6 +133,26 @@ def pspec(*axes) -> P:
   return P(*(RULES[axis] for axis in axes))
 
 
+def whole(*axes) -> P:
+  """`pspec`, but for the batch axes: of a parameter as one device uses it."""
+  return P(*(None if RULES[axis] in BATCH else RULES[axis] for axis in axes))
+
+
+def by_rows(f, *rowwise, same=()):
+  """f(*rowwise, *same) on each device's own rows.
+
+  All arrays of `rowwise` and of the result have rows first and are whole in
+  every other dimension; those of `same` are the same on all devices.
+  """
+  rows = pspec('batch')
+  return jax.shard_map(
+    f,
+    in_specs=(rows,) * len(rowwise) + (P(),) * len(same),
+    out_specs=rows,
+    check_vma=False,
+  )(*rowwise, *same)
+
+
 def reshape(x, shape, *axes):
   """x in another shape, whose first dimensions have these logical axes.
 
@@ -160,16 +180,13 @@ def gather(w, axes, compute_dtype, grad_dtype):
   """
   if not any(RULES[axis] in BATCH for axis in axes):
     return w
-  whole = P(
-    *(None if RULES[axis] in BATCH else RULES[axis] for axis in axes),
-    reduced=set(BATCH),
-  )
+  gathered = P(*whole(*axes), reduced=set(BATCH))
   at_rest, param_dtype = jax.typeof(w).sharding.spec, w.dtype
   held_dtype = jnp.promote_types(compute_dtype, grad_dtype)
 
   @jax.custom_vjp
   def use(w):
-    return jax.reshard(w.astype(compute_dtype), whole).astype(held_dtype)
+    return jax.reshard(w.astype(compute_dtype), gathered).astype(held_dtype)
 
   def use_bwd(_, dw):
     # The plain transpose would cast to compute_dtype first, then reduce. Where

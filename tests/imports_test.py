@@ -28,6 +28,7 @@ FLOORS = {
   'loss': 3,
   'optim': 3,
   'checkpoint': 3,
+  'decode/': 3,
   'train/': 4,
   'evals/': 4,
   'train/loop': 5,

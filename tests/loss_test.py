@@ -325,7 +325,7 @@ def _dz_norm2(w, rows, c, k):
   z_BTD, ctx = lm.hidden(w, emb_BTD, position_BU[:, :T], c)
 
   def of_head(z_BTD):
-    i, step = k, heads.family(c).step
+    i, step = k, heads.step
     if not c.heads.block_first:
       i, step = k - 1, step if k else heads.identity
     module = jax.tree.map(lambda p: p[i], w.heads)

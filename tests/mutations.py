@@ -190,7 +190,7 @@ FAULTS = (
     '    head, z_BTD, w.modules, of_heads, cfg\n'
     '  )',
     '(loss_K, stats, order_K), _ = jax.vmap(lambda *x: head('
-    'heads.family(cfg).step, z_BTD, *x)[1])(w.modules, of_heads)',
+    'heads.step, z_BTD, *x)[1])(w.modules, of_heads)',
     _in('loss', 'test_memory_is_flat_in_the_number_of_heads[remat]'),
   ),
   Fault(
@@ -268,8 +268,8 @@ FAULTS = (
   # The families.
   Fault(
     'rolled-rope', 15, HEADS,
-    'block.block(module, x.z_BTD, ctx, cfg)',
-    'block.block(module, x.z_BTD, ctx._replace(sin=jnp.roll(ctx.sin, -1, 1),'
+    'block.block(layer(module), y_BTD, ctx, cfg)',
+    'block.block(layer(module), y_BTD, ctx._replace(sin=jnp.roll(ctx.sin, -1, 1),'
     ' cos=jnp.roll(ctx.cos, -1, 1)), cfg)',
     _forward('parallel'),
   ),
@@ -280,13 +280,14 @@ FAULTS = (
   ),
   Fault(
     'anticausal-is-causal', 0, HEADS,
-    '_chain, dependent=True, reverse=True', '_chain, dependent=True',
+    '_leave_chain, dependent=True, reverse=True',
+    '_leave_chain, dependent=True',
     _forward('anticausal'),
   ),
   Fault(
     'residual-normed-after', 0, HEADS,
     'y_BTD + jax.nn.silu(w_BTD)',
-    '_norm(y_BTD + jax.nn.silu(w_BTD), x.norm_D, cfg)',
+    'norm(y_BTD + jax.nn.silu(w_BTD), x.norm_D, cfg)',
     _forward('residual'),
   ),
   Fault(
@@ -296,8 +297,8 @@ FAULTS = (
   ),
   Fault(
     'normed-twice-in-a-chain', 0, HEADS,
-    'return h_BTD, _norm(h_BTD, w.final_norm, cfg)',
-    'return (_norm(h_BTD, w.final_norm, cfg),) * 2',
+    'return y_BTD, norm(y_BTD, module.final_norm, cfg)',
+    'return (norm(y_BTD, module.final_norm, cfg),) * 2',
     _forward('recursive'),
   ),
   # The update.

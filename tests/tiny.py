@@ -207,9 +207,9 @@ def _hidden(w: lm.LM, emb_BUD, position_BU, c: config.Config):
     z_BTD = block.block(jax.tree.map(lambda p: p[i], w.trunk), z_BTD, ctx, c)  # noqa: B023
   carry_BTD, h = z_BTD, {}
   for k in range(K, 0, -1) if family.reverse else range(1, K + 1):
-    step, i = family.step, k - 1
+    step, i = heads.step, k - 1
     if not c.heads.block_first:
-      step = heads.identity if k == 1 else family.step
+      step = heads.identity if k == 1 else heads.step
       i = 0 if family.one_module else k - 2
     module = None
     if step is not heads.identity:

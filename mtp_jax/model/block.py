@@ -72,26 +72,48 @@ def context(position_BT, cfg: config.Config) -> Context:
 
 def block(layer: Block, x_BTD, ctx: Context, cfg: config.Config):
   """x + attention + SwiGLU; `layer` is sharded, and gathered here."""
-  eps = cfg.model.norm_eps
   with jax.named_scope('gather'):
     w = params.gather_cast(layer, specs(cfg), cfg)
-  residual = sharding.pspec('batch', None, None)
   with jax.named_scope('qkv'):
-    y_BTD = layers.rms_norm(x_BTD, w.attn_norm, eps)
-    q_BTNH = jnp.einsum('BTD,DNH->BTNH', y_BTD, w.q)
-    k_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.k)
-    v_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.v)
-  with jax.named_scope('rope'):
-    q_BTNH = layers.rope(q_BTNH, ctx.sin, ctx.cos)
-    k_BTGH = layers.rope(k_BTGH, ctx.sin, ctx.cos)
+    y_BTD = layers.rms_norm(x_BTD, w.attn_norm, cfg.model.norm_eps)
+    q_BTNH = queries(w, y_BTD, ctx)
+    k_BTGH, v_BTGH = keys_values(w, y_BTD, ctx)
   with jax.named_scope('attend'):
     a_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT, cfg)
-    x_BTD += jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=residual)
+  return add_mlp(w, add_attended(w, x_BTD, a_BTNH), cfg)
+
+
+# Its parts, of gathered weights: a decoder reads keys and values from a cache,
+# and asks fewer positions than it writes.
+
+
+def queries(w: Block, y_BTD, ctx: Context):
+  """Of the normed residual stream, rotated."""
+  return layers.rope(jnp.einsum('BTD,DNH->BTNH', y_BTD, w.q), ctx.sin, ctx.cos)
+
+
+def keys_values(w: Block, y_BTD, ctx: Context):
+  k_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.k)
+  v_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.v)
+  return layers.rope(k_BTGH, ctx.sin, ctx.cos), v_BTGH
+
+
+def add_attended(w: Block, x_BTD, a_BTNH):
+  with jax.named_scope('attend'):
+    return x_BTD + jnp.einsum(
+      'BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL
+    )
+
+
+def add_mlp(w: Block, x_BTD, cfg: config.Config):
   with jax.named_scope('mlp'):
-    y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, eps)
+    y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, cfg.model.norm_eps)
     gate_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.gate)
     up_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.up)
     return x_BTD + jnp.einsum(
       'BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, w.down,
-      out_sharding=residual,
+      out_sharding=_RESIDUAL,
     )  # fmt: skip
+
+
+_RESIDUAL = sharding.pspec('batch', None, None)

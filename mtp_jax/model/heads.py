@@ -1,8 +1,9 @@
 """The prediction heads, one Family each: z -> the hidden state of head k.
 
 Floor 2. A family is a few pure functions with the same signature, so that the
-loss is one scan over heads whatever the family. To add one, write its specs and
-its step and name it in FAMILIES and in config.Heads.
+loss is one scan over heads whatever the family, and decoding one walk. To add
+one, write its specs, its enter and its leave and name it in FAMILIES and in
+config.Heads.
 
 In a *block first* family each head is a layer, head 1 too: the trunk has L - n.
 In an *identity first* family the trunk has all L layers, head 1 reads z itself,
@@ -33,14 +34,16 @@ class Inputs(NamedTuple):
 
 
 class Family(NamedTuple):
-  """How head k is computed.
+  """How head k is computed, before and after its layer if it has one.
 
-  specs(cfg): of one module. step(module, inputs, ctx, cfg) -> (carry_BTD,
-  h_BTD), h normed as the unembedding reads it.
+  specs(cfg): of one module. enter(module, inputs, ctx, cfg) -> x_BTD, what the
+  layer reads. leave(module, x_BTD, inputs, cfg) -> (carry_BTD, h_BTD), h normed
+  as the unembedding reads it; x is what the layer gave.
   """
 
   specs: Callable[[config.Config], Any]
-  step: Callable[..., tuple[Any, Any]]
+  enter: Callable[..., Any]
+  leave: Callable[..., tuple[Any, Any]]
   reverse: bool = False  # the scan starts at head n
   dependent: bool = False  # a head reads the carry
   feeds_tokens: bool = False  # a head reads next_emb
@@ -48,40 +51,63 @@ class Family(NamedTuple):
   has_block: bool = True  # its module holds a layer
 
 
-def _norm(x_BTD, w_D, cfg):
-  return layers.rms_norm(x_BTD, w_D, cfg.model.norm_eps)
+def step(module, x: Inputs, ctx, cfg):
+  """(carry_BTD, h_BTD) of one head."""
+  f = family(cfg)
+  y_BTD = f.enter(module, x, ctx, cfg)
+  if f.has_block:
+    y_BTD = block.block(layer(module), y_BTD, ctx, cfg)
+  return f.leave(module, y_BTD, x, cfg)
 
 
 def identity(module, x: Inputs, ctx, cfg):
   """h_1 = z: head 1 of the identity-first families."""
   del module, ctx
-  return x.carry_BTD, _norm(x.z_BTD, x.norm_D, cfg)
+  return x.carry_BTD, norm(x.z_BTD, x.norm_D, cfg)
 
 
-def _parallel(module, x: Inputs, ctx, cfg):
+def layer(module) -> block.Block:
+  """That of a module which has one."""
+  return module.block if isinstance(module, Sequential) else module
+
+
+def norm(x_BTD, w_D, cfg):
+  return layers.rms_norm(x_BTD, w_D, cfg.model.norm_eps)
+
+
+def _enter_z(module, x: Inputs, ctx, cfg):
   """h_k = block_k(z) (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737).
 
   RoPE and the mask are those of the query's own position t, whatever k is.
   """
-  h_BTD = block.block(module, x.z_BTD, ctx, cfg)
-  return x.carry_BTD, _norm(h_BTD, x.norm_D, cfg)
+  del module, ctx, cfg
+  return x.z_BTD
 
 
-def _chain(module, x: Inputs, ctx, cfg):
+def _leave(module, y_BTD, x: Inputs, cfg):
+  del module
+  return x.carry_BTD, norm(y_BTD, x.norm_D, cfg)
+
+
+def _enter_chain(module, x: Inputs, ctx, cfg):
   """h_k = block_k(h_k-1), or of h_k+1 in reverse (same paper, appendix B).
 
   "Anticausal" orders the heads; attention is causal over positions in both.
   """
-  h_BTD = block.block(module, x.carry_BTD, ctx, cfg)
-  return h_BTD, _norm(h_BTD, x.norm_D, cfg)
+  del module, ctx, cfg
+  return x.carry_BTD
+
+
+def _leave_chain(module, y_BTD, x: Inputs, cfg):
+  del module
+  return y_BTD, norm(y_BTD, x.norm_D, cfg)
 
 
 def _linear(module, x: Inputs, ctx, cfg):
   """h_k = W_k z (same paper, appendix B)."""
   del ctx
   proj_DE = _gathered(module, linear_specs(cfg), cfg).proj
-  h_BTD = jnp.einsum('BTD,DE->BTE', x.z_BTD, proj_DE, out_sharding=_RESIDUAL)
-  return x.carry_BTD, _norm(h_BTD, x.norm_D, cfg)
+  return jnp.einsum('BTD,DE->BTE', x.z_BTD, proj_DE, out_sharding=_RESIDUAL)
 
 
 def _residual(module, x: Inputs, ctx, cfg):
@@ -89,12 +115,17 @@ def _residual(module, x: Inputs, ctx, cfg):
   (Cai et al. 2024, https://arxiv.org/abs/2401.10774)."""
   del ctx
   proj_DE = _gathered(module, linear_specs(cfg), cfg).proj
-  y_BTD = _norm(x.z_BTD, x.norm_D, cfg)
+  y_BTD = norm(x.z_BTD, x.norm_D, cfg)
   w_BTD = jnp.einsum('BTD,DE->BTE', y_BTD, proj_DE, out_sharding=_RESIDUAL)
-  return x.carry_BTD, y_BTD + jax.nn.silu(w_BTD)
+  return y_BTD + jax.nn.silu(w_BTD)
 
 
-def _sequential(module, x: Inputs, ctx, cfg):
+def _leave_residual(module, y_BTD, x: Inputs, cfg):
+  del module, cfg
+  return x.carry_BTD, y_BTD
+
+
+def _enter_sequential(module, x: Inputs, ctx, cfg):
   """h_k = block_k(M_k [norm(h_k-1); norm(embedding of token t + k - 1)]), with
   M_k: 2D -> D and its own final norm; the raw h_k is handed on (DeepSeek-V3,
   2024, https://arxiv.org/abs/2412.19437, the report's order: hidden first).
@@ -106,15 +137,15 @@ def _sequential(module, x: Inputs, ctx, cfg):
   known_BT1 = (ctx.position_BT > 0)[:, :, None]
   next_BTD = jnp.where(known_BT1, x.next_emb_BTD, 0)
   pair_BTE = jnp.concatenate(
-    [
-      _norm(x.carry_BTD, w.hidden_norm, cfg),
-      _norm(next_BTD, w.embed_norm, cfg),
-    ],
+    [norm(x.carry_BTD, w.hidden_norm, cfg), norm(next_BTD, w.embed_norm, cfg)],
     axis=-1,
   )
-  y_BTD = jnp.einsum('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
-  h_BTD = block.block(module.block, y_BTD, ctx, cfg)
-  return h_BTD, _norm(h_BTD, w.final_norm, cfg)
+  return jnp.einsum('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
+
+
+def _leave_sequential(module, y_BTD, x: Inputs, cfg):
+  del x
+  return y_BTD, norm(y_BTD, module.final_norm, cfg)
 
 
 @flax.struct.dataclass
@@ -163,17 +194,20 @@ def sequential_specs(cfg: config.Config) -> Sequential:
 
 
 FAMILIES = {
-  'parallel': Family(block.specs, _parallel),
-  'causal': Family(block.specs, _chain, dependent=True),
-  'anticausal': Family(block.specs, _chain, dependent=True, reverse=True),
-  'linear': Family(linear_specs, _linear, has_block=False),
-  'residual': Family(linear_specs, _residual, has_block=False),
+  'parallel': Family(block.specs, _enter_z, _leave),
+  'causal': Family(block.specs, _enter_chain, _leave_chain, dependent=True),
+  'anticausal': Family(
+    block.specs, _enter_chain, _leave_chain, dependent=True, reverse=True
+  ),
+  'linear': Family(linear_specs, _linear, _leave, has_block=False),
+  'residual': Family(linear_specs, _residual, _leave_residual, has_block=False),
   'sequential': Family(
-    sequential_specs, _sequential, dependent=True, feeds_tokens=True
+    sequential_specs, _enter_sequential, _leave_sequential, dependent=True,
+    feeds_tokens=True,
   ),
   'recursive': Family(
-    sequential_specs, _sequential, dependent=True, feeds_tokens=True,
-    one_module=True,
+    sequential_specs, _enter_sequential, _leave_sequential, dependent=True,
+    feeds_tokens=True, one_module=True,
   ),
 }  # fmt: skip
 
@@ -217,7 +251,7 @@ def walk(body, carry, modules, per_head, cfg: config.Config):
   f = family(cfg)
   if cfg.heads.block_first:
     return jax.lax.scan(
-      lambda carry, xs: body(f.step, carry, *xs),
+      lambda carry, xs: body(step, carry, *xs),
       carry, (modules, per_head), reverse=f.reverse,
     )  # fmt: skip
   first, rest = (
@@ -231,7 +265,7 @@ def walk(body, carry, modules, per_head, cfg: config.Config):
   scanned, fixed = (None, modules) if f.one_module else (modules, None)
   carry, (more, of_modules) = jax.lax.scan(
     lambda carry, xs: body(
-      f.step, carry, fixed if f.one_module else xs[0], xs[1]
+      step, carry, fixed if f.one_module else xs[0], xs[1]
     ),
     carry, (scanned, rest),
   )  # fmt: skip
