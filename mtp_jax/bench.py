@@ -139,6 +139,13 @@ def ratio(
               max=max(ratios))  # fmt: skip
 
 
+def seconds(call: Callable[[], Any]) -> float:
+  """That a call takes until its results are there."""
+  begin = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - begin
+
+
 def _key(cfg: config.Config) -> tuple[str, int, int]:
   return cfg.loss.schedule, cfg.loss.chunk, cfg.heads.n
 
@@ -170,7 +177,6 @@ def _row(
 
 
 def _table(rows: list[dict], more: dict[str, Callable[[dict], str]]):
-  """Lines: a column each, right-aligned."""
   columns = {
     'schedule': lambda r: r['schedule'],
     'chunk': lambda r: str(r['chunk']),
@@ -183,6 +189,11 @@ def _table(rows: list[dict], more: dict[str, Callable[[dict], str]]):
     'temp MiB': lambda r: mib(r['temp_bytes']),
     **more,
   }
+  return table(rows, columns)
+
+
+def table(rows: list[dict], columns: dict[str, Callable[[dict], str]]):
+  """Lines of a table, a column each, right-aligned."""
   cells = [list(columns), *([f(r) for f in columns.values()] for r in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return [

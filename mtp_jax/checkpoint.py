@@ -7,6 +7,7 @@ where each shard goes.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mtp_jax import config
+from mtp_jax import config, flags
 
 FORMAT = 1  # raised when a saved state can no longer be read as it is
 
@@ -74,11 +75,11 @@ def steps(workdir: str) -> list[int]:
   return sorted(int(name) for name in names if name.isdigit())
 
 
-def find(path: str) -> tuple[str, int]:
+def find(path: str, flag: str = 'eval.checkpoint') -> tuple[str, int]:
   """A workdir, its newest checkpoint; or WORKDIR/checkpoints/STEP itself.
 
   Returns:
-    (workdir, step).
+    (workdir, step), or raises ConfigError that names the flag.
   """
   folder, name = os.path.split(os.path.abspath(path))
   if os.path.basename(folder) == 'checkpoints' and name.isdigit():
@@ -88,7 +89,7 @@ def find(path: str) -> tuple[str, int]:
   there = steps(workdir)
   if not there or (wanted is not None and wanted not in there):
     raise config.ConfigError(
-      'eval.checkpoint', path,
+      flag, path,
       'no complete checkpoint there'
       + (f'; there are {there} in {workdir}' if there else ''),
     )  # fmt: skip
@@ -126,6 +127,40 @@ def about(workdir: str, step: int) -> tuple[config.Config, str]:
       f' {FORMAT}',
     )  # fmt: skip
   return config.from_json(json.dumps(saved['config'])), saved['store']
+
+
+def opened(
+  path: str, flag: str, parsed: flags.Parsed, elsewhere: dict | None = None
+) -> tuple[str, int, config.Config, config.Config]:
+  """(workdir, step, its Config, the same with the flags that are given).
+
+  Flags may say otherwise for how something is computed, not for what the
+  parameters are.
+
+  Args:
+    path: as `find` takes it.
+    flag: that gave it.
+    parsed: the command line.
+    elsewhere: fields that the saved Config does not decide.
+
+  Raises:
+    ConfigError: no checkpoint, a flag that contradicts it.
+  """
+  workdir, step = find(path, flag)
+  saved, _ = about(workdir, step)
+  # Where and beside what it was trained is no matter any more.
+  base = dataclasses.replace(saved, processes=config.Processes())
+  cfg = parsed.config(config.replace(base, **elsewhere or {}))
+  other_tree = bool(saved.loss.order_weight) != bool(cfg.loss.order_weight)
+  for name, was, now in config.changed(saved, cfg):
+    of_model = name.startswith(('model.', 'heads.')) and name not in (
+      'model.compute_dtype', 'model.remat',
+    )  # fmt: skip
+    if of_model or (name == 'loss.order_weight' and other_tree):
+      raise config.ConfigError(
+        name, now, f'the checkpoint {path} was trained with {was}'
+      )
+  return workdir, step, saved, cfg
 
 
 def restore(workdir: str, step: int, abstract_state: Any) -> Any:

@@ -610,6 +610,13 @@ def parse_numbers(text: str) -> tuple[int, ...]:
   return tuple(int(number) for number in text.split(',')) if text else ()
 
 
+def parse_stop_ids(text: str) -> tuple[int, ...] | None:
+  """'3,7' -> (3, 7); 'none' -> (); '' -> None, nothing said."""
+  if not text:
+    return None
+  return () if text == 'none' else parse_numbers(text)
+
+
 class StoreRef(typing.NamedTuple):
   """A store as a flag names it."""
 

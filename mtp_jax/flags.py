@@ -21,7 +21,7 @@ _DEFINE = {
   tuple: flags.DEFINE_multi_string,  # given several times
 }
 # Sections that say where a run is or what is asked of it, not what it is.
-_BESIDE = ('processes.', 'plan.', 'bench.')
+_BESIDE = ('processes.', 'decode.', 'plan.', 'bench.')
 
 
 def expand(args: list[str], beside: str = '', seen: tuple = ()) -> list[str]:
@@ -66,10 +66,17 @@ def _define() -> flags.FlagValues:
       help += f' [{" | ".join(field.metadata["choices"])}]'
     default = list(field.default) if field.type is tuple else field.default
     _DEFINE[field.type](name, default, help, flag_values=values)
-  flags.DEFINE_string(
-    'out', '', 'file for the report as JSON', flag_values=values
-  )
+  for name, help in TEXTS.items():
+    flags.DEFINE_string(name, None, help, flag_values=values)
   return values
+
+
+# Flags of a command line that are no field of a run.
+TEXTS = {
+  'out': 'file for the report as JSON',
+  'prompt': 'text that generate goes on with',
+  'prompt_ids': 'token ids that generate goes on with, with commas; prints ids',
+}
 
 
 class Parsed(NamedTuple):
@@ -78,6 +85,8 @@ class Parsed(NamedTuple):
   given: dict[str, object]
   out: str
   rest: list[str]
+  prompt: str | None = None
+  prompt_ids: str | None = None
 
   def config(self, base: config.Config | None = None) -> config.Config:
     """`base`, or the defaults, with what was given; checked."""
@@ -99,7 +108,10 @@ def parse(args: list[str]) -> Parsed:
     for name, field in config.fields().items()
     if values[name].present
   }
-  return Parsed(given, values['out'].value, rest)
+  return Parsed(
+    given, values['out'].value or '', rest, values['prompt'].value,
+    values['prompt_ids'].value,
+  )  # fmt: skip
 
 
 def to_flag_file(cfg: config.Config) -> str:
@@ -112,13 +124,13 @@ def to_flag_file(cfg: config.Config) -> str:
 
 
 def usage(sections: tuple[str, ...]) -> str:
-  """The flags of some sections, or --out, with help and default."""
+  """The flags of some sections, and of TEXTS, with help and default."""
   lines, found = [], _define()._flags()
-  names = [*config.fields(), 'out']
+  names = [*config.fields(), *TEXTS]
   for section in sections:  # the command's own come first
     for name in names:
       if name.split('.')[0] == section:
         default = found[name].default
-        shown = default if default not in ('', []) else "''"
+        shown = default if default not in ('', [], None) else "''"
         lines.append(f'  --{name}={shown}\n      {found[name].help}')
   return '\n'.join(lines)

@@ -44,9 +44,13 @@ def _report(
   for line in lines:
     print(line)
   if out and writes:
-    with open(out + '.tmp', 'w', encoding='utf-8') as f:
-      json.dump(values, f, indent=1)
-    os.replace(out + '.tmp', out)
+    _replace(out, json.dumps(values, indent=1))
+
+
+def _replace(path: str, text: str) -> None:
+  with open(path + '.tmp', 'w', encoding='utf-8') as f:
+    f.write(text)
+  os.replace(path + '.tmp', path)
 
 
 def _start_jax(cfg: config.Config) -> None:
@@ -190,6 +194,13 @@ def _plan(parsed: flags.Parsed) -> int:
 
 def _bench(parsed: flags.Parsed) -> int:
   _no_more(parsed)
+  if parsed.given.get('bench.what') == 'decode':
+    _start_jax(config.replace(config.Config(), **parsed.given))
+    from mtp_jax import generate
+
+    opened = generate.open_checkpoint(parsed, only_ids=True)
+    _report(*generate.measure(opened), parsed.out)
+    return 0
   cfg = parsed.config()
   if cfg.bench.what == 'data':
     _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
@@ -200,6 +211,26 @@ def _bench(parsed: flags.Parsed) -> int:
 
   lines, values = bench.run(cfg)
   _report(lines, values, parsed.out)
+  return 0
+
+
+def _generate(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  _start_jax(config.replace(config.Config(), **parsed.given))
+  from mtp_jax import generate
+
+  opened = generate.open_checkpoint(parsed, generate.wants_only_ids(parsed))
+  prompts = generate.read_prompts(parsed, opened.tokenizer)
+  if opened.cfg.decode.compare:
+    lines, values = generate.compare(opened, prompts, generate.say)
+    _report(lines, values, parsed.out)
+    return 0
+  rows, lines, values = generate.run(opened, prompts, generate.say)
+  if parsed.out.endswith('.jsonl'):
+    _report(lines, {}, '')
+    _replace(parsed.out, ''.join(json.dumps(row) + '\n' for row in rows))
+  else:
+    _report(lines, values | dict(rows=rows), parsed.out)
   return 0
 
 
@@ -243,6 +274,11 @@ COMMANDS = {
     ('eval', 'data', 'mesh', 'processes', 'out'),
     _eval,
   ),
+  'generate': Command(
+    'text from a checkpoint, several tokens a forward pass',
+    ('decode', 'prompt', 'prompt_ids', 'out', 'mesh', 'bench'),
+    _generate,
+  ),
   'plan': Command(
     'compile the step for a TPU slice, or the devices here: memory, FLOPs,'
     ' traffic, time; exit status 0 fits, 3 does not, 4 not known',
@@ -250,7 +286,7 @@ COMMANDS = {
     _plan,
   ),
   'bench': Command(
-    'time and memory of the loss, the step or the loader on this machine',
+    'time and memory of the loss, the step, the loader or decoding here',
     (
       'bench',
       'model',

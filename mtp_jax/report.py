@@ -3,7 +3,6 @@
 Each function returns (lines to print, the same as a JSON-able dict).
 """
 
-import dataclasses
 import os
 
 import jax
@@ -60,24 +59,10 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
 
 def _open(path, parsed):
   """(workdir, step, Config, tokens, mesh) of an evaluation."""
-  workdir, step = checkpoint.find(path)
-  saved, _ = checkpoint.about(workdir, step)
   elsewhere = {'eval.stores': ''} if 'data.store' in parsed.given else {}
-  cfg = parsed.config(
-    # Where and beside what it was trained is no matter of this evaluation.
-    config.replace(
-      dataclasses.replace(saved, processes=config.Processes()), **elsewhere
-    )
+  workdir, step, _, cfg = checkpoint.opened(
+    path, 'eval.checkpoint', parsed, elsewhere
   )
-  other_tree = bool(saved.loss.order_weight) != bool(cfg.loss.order_weight)
-  for name, was, now in config.changed(saved, cfg):
-    of_model = name.startswith(('model.', 'heads.')) and name not in (
-      'model.compute_dtype', 'model.remat',
-    )  # fmt: skip
-    if of_model or (name == 'loss.order_weight' and other_tree):
-      raise config.ConfigError(
-        name, now, f'the checkpoint {path} was trained with {was}'
-      )
   return workdir, step, cfg, loop.open_tokens(cfg), sharding.make_mesh(cfg)
 
 

@@ -20,7 +20,8 @@ def validate(cfg: config.Config) -> config.Config:
   _check_steps(cfg)
   _check_processes(cfg.processes)
   _check_stores(cfg)
-  _check_bench(cfg.bench)
+  _check_decode(cfg)
+  _check_bench(cfg)
   return cfg
 
 
@@ -233,12 +234,66 @@ def _check_stores(cfg):
       names.add(ref.name)
 
 
-def _check_bench(b):
+TREE = 64  # tokens of a window, at most
+
+
+def _check_decode(cfg):
+  d, n, stride = cfg.decode, cfg.heads.n, cfg.heads.stride
+
+  def need(ok, flag, allowed):
+    if not ok:
+      raise config.ConfigError(f'decode.{flag}', getattr(d, flag), allowed)
+
+  try:
+    widths = config.parse_numbers(d.tree)
+  except ValueError:
+    widths = (0,)
+  slots, level = 1, 1
+  for width in widths:
+    level *= width
+    slots += level
+  need(
+    all(width >= 1 for width in widths) and slots <= TREE, 'tree',
+    f'candidates of heads 2, 3 …, above 0, with commas; {TREE} tokens in all',
+  )  # fmt: skip
+  need(
+    len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size, 'tree',
+    f'at most --heads.n={n} - 1 numbers of at most as many as there are tokens',
+  )  # fmt: skip
+  need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
+  need(
+    not d.draft or not widths or d.draft == len(widths) + 1, 'draft',
+    f'--decode.tree={d.tree} uses {len(widths) + 1} heads',
+  )  # fmt: skip
+  need(d.draft <= n, 'draft', f'must be at most --heads.n={n}')
+  leaps = f'heads that leap (--heads.stride={stride}) leave gaps between drafts'
+  need(stride == 1 or d.draft <= 1, 'draft', f'must be 1: {leaps}')
+  need(stride == 1 or not widths, 'tree', f'must be empty: {leaps}')
+  try:
+    stops = config.parse_stop_ids(d.stop_ids) or ()
+  except ValueError:
+    stops = (-1,)
+  need(
+    all(0 <= stop < cfg.model.vocab_size for stop in stops), 'stop_ids',
+    'none, or ids from 0 to --model.vocab_size - 1 ='
+    f' {cfg.model.vocab_size - 1}, with commas',
+  )  # fmt: skip
+
+
+def _check_bench(cfg):
+  b = cfg.bench
   schedules = {f.name: f for f in dataclasses.fields(config.Loss)}['schedule']
   known = schedules.metadata['choices']
   for flag, parse, ok, allowed in (
     ('heads', config.parse_numbers, lambda n: n >= 1, 'numbers above 0'),
     ('chunks', config.parse_numbers, lambda c: c >= 0, 'numbers of positions'),
+    ('batches', config.parse_numbers, lambda b: b >= 1, 'numbers above 0'),
+    (
+      'drafts',
+      config.parse_numbers,
+      lambda w: 1 <= w <= cfg.heads.n,
+      f'numbers from 1 to --heads.n={cfg.heads.n}',
+    ),
     (
       'schedules',
       lambda text: text.split(',') if text else (),

@@ -35,6 +35,11 @@ FREE = """
   train.compilation_cache eval.checkpoint eval.split eval.stores eval.batches
   inspect.step inspect.rows inspect.tokens bench.what bench.heads
   bench.schedules bench.chunks bench.documents bench.rounds bench.calls
+  bench.drafts bench.batches bench.prompt
+  decode.checkpoint decode.draft decode.tree decode.max_new decode.temperature
+  decode.top_k decode.top_p decode.min_p decode.seed decode.stop_ids
+  decode.prompts decode.batch_size decode.cache decode.cache_dtype
+  decode.prefill decode.segment decode.compare
   plan.topology plan.slices plan.sweep plan.search_mesh plan.search_s
 """.split()
 

@@ -34,6 +34,7 @@ FLOORS = {
   'train/loop': 5,
   'report': 5,
   'bench': 5,
+  'generate': 5,
   'plan/': 5,
   'main': 6,
   '__main__': 7,
@@ -44,6 +45,7 @@ ALLOWED = {
   ('loss', 'targets'),
   ('loss', 'cross_entropy'),
   ('report', 'train/loop'),
+  ('generate', 'bench'),  # ratios and tables
   ('bench', 'train/loop'),  # the loader only; it needs grain
 }
 NEVER = {

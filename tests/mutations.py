@@ -269,8 +269,8 @@ FAULTS = (
   Fault(
     'rolled-rope', 15, HEADS,
     'block.block(layer(module), y_BTD, ctx, cfg)',
-    'block.block(layer(module), y_BTD, ctx._replace(sin=jnp.roll(ctx.sin, -1, 1),'
-    ' cos=jnp.roll(ctx.cos, -1, 1)), cfg)',
+    'block.block(layer(module), y_BTD, ctx._replace('
+    'sin=jnp.roll(ctx.sin, -1, 1), cos=jnp.roll(ctx.cos, -1, 1)), cfg)',
     _forward('parallel'),
   ),
   Fault(

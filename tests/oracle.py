@@ -283,3 +283,25 @@ def numeric_grad(f, params, path, index, eps=1e-5):
     return float(f({**params, path: array}))
 
   return (moved(eps) - moved(-eps)) / (2 * eps)
+
+
+def kept(logits_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+  """Probabilities after each filter in turn, by ranking one token at a time."""
+  logits_V = np.asarray(logits_V, np.float64) / temperature
+  p_V = np.exp(logits_V - logits_V.max())
+  p_V /= p_V.sum()
+  ranked = sorted(range(len(p_V)), key=lambda v: -p_V[v])
+  if top_k:
+    ranked = ranked[:top_k]
+  total, mass, few = sum(p_V[v] for v in ranked), 0.0, []
+  for v in ranked:
+    if mass >= top_p:
+      break
+    few.append(v)
+    mass += p_V[v] / total
+  best = p_V[ranked[0]]
+  out_V = np.zeros_like(p_V)
+  for v in few:
+    if p_V[v] >= min_p * best:
+      out_V[v] = p_V[v]
+  return out_V / out_V.sum()

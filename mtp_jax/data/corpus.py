@@ -50,10 +50,7 @@ class Corpus(NamedTuple):
   def recorded(self) -> str:
     """--data.tokenizer of a run, KIND#FINGERPRINT: what it is, wherever it came
     from. A run goes on, and a checkpoint is evaluated, with no other."""
-    if not self.tokenizer.files:
-      return self.tokenizer.name
-    kind = tokenizers.kind_of_files(self.tokenizer.files)
-    return f'{kind}#{self.tokenizer.fingerprint[:12]}'
+    return tokenizers.recorded_name(self.tokenizer)
 
   def train(self) -> windows.Mixture:
     splits = {

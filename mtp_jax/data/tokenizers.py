@@ -304,3 +304,22 @@ def get(name: str) -> Tokenizer:
 def of_files(name: str, files: Files) -> Tokenizer:
   """The tokenizer of that name, made of `Tokenizer.files`."""
   return _kind(name).make(name, files)
+
+
+def load(folder: str) -> Tokenizer:
+  """The tokenizer whose files lie in a folder."""
+  files = {name: _read_model(folder, os.path.join(folder, name))
+           for name in sorted(os.listdir(folder))}  # fmt: skip
+  return of_files(kind_of_files(files), files)
+
+
+def matches(tokenizer: Tokenizer, recorded: str) -> bool:
+  """Whether it is the one that a run has recorded as its own."""
+  return recorded in (tokenizer.name, recorded_name(tokenizer))
+
+
+def recorded_name(tokenizer: Tokenizer) -> str:
+  """KIND#FINGERPRINT: what it is, wherever it came from; bytes are bytes."""
+  if not tokenizer.files:
+    return tokenizer.name
+  return f'{kind_of_files(tokenizer.files)}#{tokenizer.fingerprint[:12]}'

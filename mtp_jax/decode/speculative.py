@@ -146,6 +146,27 @@ def weights(model: lm.LM, s: Setup) -> Weights:
   )  # fmt: skip
 
 
+def in_use(w: Weights, s: Setup) -> Weights:
+  """Those of fewer heads than w was made for; nothing is copied."""
+  return w._replace(
+    heads=w.heads[: s.window - 1],
+    unembed=w.unembed[: s.window],
+  )
+
+
+def read_bytes(w: Weights, s: Setup) -> int:
+  """Bytes of weights that a forward pass reads: each as often as it occurs,
+  a shared unembedding for head 1 and once more for the drafts of all further
+  heads, or for each where one drafts after the other."""
+  f, unembedding = heads.family(s.cfg), s.cfg.heads.unembedding
+  table = w.unembed or (w.embed,)
+  reads = 1 + (s.window > 1) * (s.window - 1 if f.feeds_tokens else 1)
+  if unembedding != 'replicated':
+    table = table * reads
+  read = jax.tree.leaves((w.stem, w.heads, w.norm, table))
+  return sum(x.size * x.dtype.itemsize for x in read)
+
+
 class State(NamedTuple):
   """Of each row: what is known, what is drafted, how it went."""
 
@@ -297,6 +318,14 @@ def _logits(w: Weights, h_BTD, k: int, cfg):
       product, h_BTD, unembed, preferred_element_type=jnp.float32
     )
   return jax.reshard(logits_BTV, sharding.pspec('batch', None, None))
+
+
+def _all_logits(w: Weights, hidden: list, cfg):
+  """Of heads 2..W, one position each: (B, W - 1, V)."""
+  if cfg.heads.unembedding == 'replicated':
+    logits = [_logits(w, h_B1D, k, cfg) for k, h_B1D in enumerate(hidden, 2)]
+    return jnp.concatenate(logits, axis=1)
+  return _logits(w, jnp.concatenate(hidden, axis=1), 2, cfg)
 
 
 def next_logits(w: Weights, tokens_BT, length_B, s: Setup):
@@ -569,7 +598,7 @@ def _draft(
       same=(sampling,),
     )  # fmt: skip
 
-  logits, written = [], []
+  hidden, written = [], []
   for k in range(2, W + 1):
     if f.reverse:
       raw_B1D = _take(states[len(states) - k], at_B)
@@ -585,12 +614,11 @@ def _draft(
         w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s
       )
       written.append(kv)
-    logits_B1V = _logits(w, h_B1D, k, cfg)
     if f.feeds_tokens:
-      state = propose(state, logits_B1V, k)
-    logits.append(logits_B1V)
+      state = propose(state, _logits(w, h_B1D, k, cfg), k)
+    hidden.append(h_B1D)
   if not f.feeds_tokens:
-    state = propose(state, jnp.concatenate(logits, axis=1), 2)
+    state = propose(state, _all_logits(w, hidden, cfg), 2)
   if caches.heads:
     caches = caches._replace(heads=tuple(written))
   return state, caches

@@ -3,9 +3,9 @@
   take the workdir -> restore or make the state -> for each step: batch, step,
   and at their cadence log line, evaluation, checkpoint -> last checkpoint.
 
-A run writes WORKDIR/{run.flags, config.json, metrics.jsonl, tensorboard/,
-checkpoints/}. The position in the data is the step, so a run that was stopped
-and resumed is, bit for bit, the run that was not.
+A run writes WORKDIR/{run.flags, config.json, tokenizer/, metrics.jsonl,
+tensorboard/, checkpoints/}. The position in the data is the step, so a run that
+was stopped and resumed is, bit for bit, the run that was not.
 """
 
 import contextlib
@@ -131,7 +131,7 @@ def train(cfg: config.Config) -> int:
       print(f'{workdir} is trained already, to step {start}')
       return 0
     if held:
-      _write_definition(cfg)
+      _write_definition(cfg, tokens.tokenizer)
       sinks = metrics.Sinks(workdir, start)
       stack.callback(sinks.close)
     stack.enter_context(jax.set_mesh(mesh))
@@ -210,14 +210,20 @@ def _check_same_run(cfg, tokens, start) -> None:
     )  # fmt: skip
 
 
-def _write_definition(cfg) -> None:
-  for name, text in (
-    ('run.flags', flags.to_flag_file(cfg)),
-    ('config.json', config.to_json(cfg)),
-  ):
+def _write_definition(cfg, tokenizer) -> None:
+  """What the run is, and the files of its tokenizer: a checkpoint can be used
+  where the store is not."""
+  files = {
+    'run.flags': flags.to_flag_file(cfg).encode(),
+    'config.json': config.to_json(cfg).encode(),
+  }
+  for name, data in tokenizer.files.items():
+    files[os.path.join('tokenizer', name)] = data
+  for name, data in files.items():
     path = os.path.join(cfg.train.workdir, name)
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-      f.write(text)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + '.tmp', 'wb') as f:
+      f.write(data)
     os.replace(path + '.tmp', path)
 
 

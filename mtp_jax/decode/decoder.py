@@ -1,0 +1,248 @@
+"""Prompts in, tokens out: what runs on the host around the loop. Floor 3."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mtp_jax import config, sharding
+from mtp_jax.decode import sample, speculative
+
+SLOTS = 64  # a cache has a multiple of so many: lengths share programs
+FOREVER = 2**31 - 1
+
+
+class Decoded(NamedTuple):
+  """What became of some prompts, in their order, and what it took."""
+
+  tokens: list[np.ndarray]  # new ones of each row, a stop token included
+  forwards: np.ndarray  # passes of each row
+  asked_J: np.ndarray  # drafts compared at each position, over all rows
+  accepted_J: np.ndarray
+  prefill_s: float
+  decode_s: float
+  compile_s: float
+
+  @property
+  def n_tokens(self) -> int:
+    return sum(map(len, self.tokens))
+
+  @property
+  def tokens_per_forward(self) -> float:
+    return self.n_tokens / max(int(self.forwards.sum()), 1)
+
+  @property
+  def acceptance_J(self) -> list[float]:
+    """Of each draft, given that those before it stood."""
+    rates = self.accepted_J / np.maximum(self.asked_J, 1)
+    return [float(rate) for rate in rates]
+
+
+class Decoder:
+  """A model ready to decode: its weights in the dtype and place to be read."""
+
+  def __init__(self, model, cfg: config.Config, mesh, active: int):
+    """model: lm.LM parameters; cfg.decode says how, `active` how many heads
+    trained. Raises ConfigError if that is not to be had."""
+    self.cfg, self.mesh, self.active = cfg, mesh, active
+    self._widest = speculative.setup(cfg, active, widths(cfg, active))
+    with jax.set_mesh(mesh):
+      self._weights = jax.jit(speculative.weights, static_argnames='s')(
+        model, s=self._widest
+      )
+    self._compiled = set()  # shapes that have run
+
+  @property
+  def widths(self) -> tuple[int, ...]:
+    return self._widest.tree.widths
+
+  def read_bytes(self, widths: tuple[int, ...]) -> int:
+    """Of weights, that a forward pass reads with so many heads."""
+    s = self._widest._replace(tree=speculative.tree(widths))
+    return speculative.read_bytes(speculative.in_use(self._weights, s), s)
+
+  def __call__(
+    self,
+    prompts: Sequence[np.ndarray],
+    *,
+    widths: tuple[int, ...] | None = None,
+    rows: int = 0,
+    cache: int = 0,
+    seeds: Sequence[int] | None = None,
+    stop_ids: tuple[int, ...] = (),
+    max_accept: int = FOREVER,
+    each: Callable[[list[np.ndarray]], None] | None = None,
+  ) -> Decoded:
+    """Decodes all prompts at once.
+
+    Args:
+      prompts: ids of each, at least one.
+      widths: candidates of heads 2, 3 …; None = as --decode.draft and tree say.
+      rows: to fill up to with rows that are done at once, so that a last batch
+        uses the program of the others.
+      cache: tokens of a row at most; 0 = the longest prompt's, and max_new.
+      seeds: of the rows; None = from --decode.seed on.
+      stop_ids: tokens that end a row.
+      max_accept: drafts of a pass that may stand; 0 = one token a pass.
+      each: is given the new tokens of all rows so far, every --decode.segment
+        passes.
+
+    Raises:
+      ConfigError: a prompt does not fit the cache, or is empty.
+    """
+    d, s = self.cfg.decode, self._widest
+    if widths is not None:
+      s = s._replace(tree=speculative.tree(widths))
+    s = s._replace(stop_ids=tuple(sorted(stop_ids)))
+    longest = max(map(len, prompts))
+    cache = cache or self.room(prompts)
+    self.check(prompts, cache)
+    seeds = range(d.seed, d.seed + len(prompts)) if seeds is None else seeds
+    C = min(d.prefill, 1 << max(longest - 2, 0).bit_length())
+    chunks = range(0, longest - 1, C)
+    slots = max(cache + s.slots - 1, len(chunks) * C)
+    slots = -(-slots // SLOTS) * SLOTS
+    B = max(rows, len(prompts))
+    B = -(-B // self._batch_shards) * self._batch_shards
+    sampling = sample.sampling(self.cfg)
+    weights = speculative.in_use(self._weights, s)
+    with jax.set_mesh(self.mesh):
+      state, caches = self._start(
+        prompts, seeds, cache, B, slots, sampling is not None, s
+      )
+      prefill_s, decode_s, compile_s = 0.0, 0.0, 0.0
+      begin = time.perf_counter()
+      if (B, slots, C, sampling is None, s) not in self._compiled:
+        # A first call each, of no effect: it is what the second will repeat.
+        if chunks:
+          state, caches = speculative.prefill(
+            weights, state, caches, 0, C=C, s=s
+          )
+        state, caches = speculative.run(
+          weights, state, caches, 0, max_accept, sampling, s=s
+        )
+        jax.block_until_ready(state)
+        self._compiled.add((B, slots, C, sampling is None, s))
+        compile_s = time.perf_counter() - begin
+      begin = time.perf_counter()
+      for first in chunks:
+        state, caches = speculative.prefill(
+          weights, state, caches, first, C=C, s=s
+        )
+      jax.block_until_ready(state)
+      prefill_s = time.perf_counter() - begin
+      begin = time.perf_counter()
+      done = False
+      while not done:
+        state, caches = speculative.run(
+          weights, state, caches, d.segment if each else FOREVER, max_accept,
+          sampling, s=s,
+        )  # fmt: skip
+        done = bool(np.all(jax.device_get(state.done_B)))
+        if each:
+          each(_new_tokens(state, prompts))
+      decode_s = time.perf_counter() - begin
+      forwards_B, asked_BJ, accepted_BJ = jax.device_get(
+        (state.forwards_B, state.asked_BJ, state.accepted_BJ)
+      )
+      return Decoded(
+        _new_tokens(state, prompts), forwards_B[: len(prompts)],
+        asked_BJ.sum(0), accepted_BJ.sum(0), prefill_s, decode_s, compile_s,
+      )  # fmt: skip
+
+  def room(self, prompts: Sequence[np.ndarray]) -> int:
+    """Tokens that a row of these has room for."""
+    d = self.cfg.decode
+    return d.cache or max(map(len, prompts)) + d.max_new
+
+  def check(self, prompts: Sequence[np.ndarray], cache: int) -> None:
+    """ConfigError for the first prompt that cannot be decoded."""
+    vocab_size = self.cfg.model.vocab_size
+    for i, prompt in enumerate(prompts):
+      if not len(prompt):
+        raise config.ConfigError('prompt', '', f'prompt {i} has no token')
+      if len(prompt) >= cache:
+        raise config.ConfigError(
+          'decode.cache', cache,
+          f'prompt {i} has {len(prompt)} tokens; no room for a new one',
+        )  # fmt: skip
+      wrong = [t for t in prompt if not 0 <= t < vocab_size]
+      if wrong:
+        raise config.ConfigError(
+          'prompt_ids', wrong[0],
+          f'from 0 to --model.vocab_size - 1 = {vocab_size - 1}',
+        )  # fmt: skip
+
+  def next_logits(self, ids: np.ndarray) -> np.ndarray:
+    """Head 1's after some tokens, by one pass over all of them."""
+    s = self._widest._replace(tree=speculative.tree(()))
+    T = -(-len(ids) // SLOTS) * SLOTS
+    tokens_BT = np.zeros((self._batch_shards, T), np.int32)
+    tokens_BT[:, : len(ids)] = ids
+    length_B = np.full(self._batch_shards, len(ids), np.int32)
+    rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
+    with jax.set_mesh(self.mesh):
+      logits_BV = _next_logits(
+        speculative.in_use(self._weights, s),
+        *jax.device_put((tokens_BT, length_B), rows), s=s,
+      )  # fmt: skip
+    return np.asarray(jax.device_get(logits_BV))[0]
+
+  @property
+  def _batch_shards(self) -> int:
+    return int(np.prod([self.mesh.shape[axis] for axis in sharding.BATCH]))
+
+  def _start(self, prompts, seeds, cache, B, slots, sampled, s):
+    tokens_BS = np.zeros((B, slots + s.window), np.int32)
+    length_B, limit_B = np.ones(B, np.int32), np.ones(B, np.int32)
+    seed_B = np.zeros(B, np.int32)
+    for b, prompt in enumerate(prompts):
+      tokens_BS[b, : len(prompt)] = prompt
+      length_B[b] = len(prompt)
+      limit_B[b] = min(len(prompt) + self.cfg.decode.max_new, cache)
+      seed_B[b] = seeds[b]
+    rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
+    arrays = jax.device_put((tokens_BS, length_B, limit_B, seed_B), rows)
+    dtype = self.cfg.decode.cache_dtype or self.cfg.model.compute_dtype
+    return _start(*arrays, sampled=sampled, slots=slots, dtype=dtype, s=s)
+
+
+def _begin(tokens_BS, length_B, limit_B, seed_B, *, sampled, slots, dtype, s):
+  return (
+    speculative.start(tokens_BS, length_B, limit_B, seed_B, sampled, s),
+    speculative.empty(tokens_BS.shape[0], slots, dtype, s),
+  )
+
+
+_start = jax.jit(_begin, static_argnames=('sampled', 'slots', 'dtype', 's'))
+
+
+_next_logits = jax.jit(speculative.next_logits, static_argnames='s')
+
+
+def _new_tokens(state, prompts) -> list[np.ndarray]:
+  tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
+  return [
+    tokens_BS[b, len(prompt) : length_B[b]] for b, prompt in enumerate(prompts)
+  ]
+
+
+def widths(cfg: config.Config, active: int) -> tuple[int, ...]:
+  """Candidates of heads 2..W that --decode.draft and --decode.tree ask for.
+
+  Raises:
+    ConfigError: more heads than trained.
+  """
+  d = cfg.decode
+  asked = config.parse_numbers(d.tree) or (1,) * (d.draft - 1)
+  if not d.tree and not d.draft:
+    # Heads that leap leave gaps between their drafts.
+    return (1,) * (active - 1) if cfg.heads.stride == 1 else ()
+  if len(asked) + 1 > active:
+    raise config.ConfigError(
+      'decode.tree' if d.tree else 'decode.draft', d.tree or d.draft,
+      f'that is {len(asked) + 1} heads; {active} trained',
+    )  # fmt: skip
+  return asked

@@ -1,0 +1,493 @@
+"""`mtp generate`, and the bench of decoding: a checkpoint writes. Floor 5."""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import bench, checkpoint, config, flags, params, sharding
+from mtp_jax.data import store as store_lib
+from mtp_jax.data import tokenizers
+from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.model import lm
+
+PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
+
+
+class Opened(NamedTuple):
+  """A checkpoint, ready to decode."""
+
+  name: str
+  cfg: config.Config
+  mesh: Any
+  decoder: decoder_lib.Decoder
+  tokenizer: tokenizers.Tokenizer | None  # None where only ids are wanted
+
+
+class Prompt(NamedTuple):
+  """What a row goes on from; its text, unless ids were given."""
+
+  ids: np.ndarray
+  text: str | None
+
+
+def open_checkpoint(parsed: flags.Parsed, only_ids: bool) -> Opened:
+  """Reads the parameters alone; ConfigError says what is wrong."""
+  path = parsed.given.get('decode.checkpoint', '')
+  if not path:
+    raise config.ConfigError('decode.checkpoint', '', 'give a workdir')
+  path = os.path.abspath(os.path.expanduser(path))
+  workdir, step, saved, cfg = checkpoint.opened(
+    path, 'decode.checkpoint', parsed
+  )
+  active = config.active_heads(cfg, max(step - 1, 0))
+  decoder_lib.widths(cfg, active)  # before anything is read
+  tokenizer = None
+  if not only_ids:
+    tokenizer = _tokenizer(parsed, saved, workdir)
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+      raise config.ConfigError(
+        'data.tokenizer', tokenizer.name,
+        f'has {tokenizer.vocab_size} tokens, the model'
+        f' --model.vocab_size={cfg.model.vocab_size}',
+      )  # fmt: skip
+  # Rows are filled up to the mesh: a training batch is no matter here.
+  every = {'data.batch_size': len(jax.devices()), 'train.accumulate': 1}
+  mesh = sharding.make_mesh(config.replace(cfg, **every))
+  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
+  model = checkpoint.restore_params(workdir, step, abstract)
+  return Opened(
+    f'{workdir}, step {step}', cfg, mesh,
+    decoder_lib.Decoder(model, cfg, mesh, active), tokenizer,
+  )  # fmt: skip
+
+
+def _tokenizer(parsed, saved: config.Config, workdir: str):
+  """The run's own, from its workdir or its store; one that is given must be
+  that one."""
+  recorded, given = saved.data.tokenizer, parsed.given.get('data.tokenizer')
+  folder = os.path.join(workdir, 'tokenizer')
+  if given and given != recorded:
+    found = tokenizers.get(given)
+  elif os.path.isdir(folder):
+    found = tokenizers.load(folder)
+  elif recorded in ('', 'bytes'):
+    found = tokenizers.get('bytes')
+  else:
+    path = parsed.given.get('data.store', saved.data.store)
+    first = config.parse_stores(path)[0].path if path else ''
+    found = store_lib.tokenizer_of(store_lib.open_store(first, verify=False))
+  if recorded and not tokenizers.matches(found, recorded):
+    raise config.ConfigError(
+      'data.tokenizer', given or found.name,
+      f'is {tokenizers.recorded_name(found)}; the checkpoint was trained with'
+      f' {recorded}',
+    )  # fmt: skip
+  return found
+
+
+# Prompts.
+
+
+def wants_only_ids(parsed: flags.Parsed) -> bool:
+  return parsed.prompt_ids is not None
+
+
+def read_prompts(parsed: flags.Parsed, tokenizer) -> list[Prompt]:
+  """Of --prompt, --prompt_ids or --decode.prompts, one of them.
+
+  A text starts a document: the begin token is put before it.
+  """
+  path = parsed.given.get('decode.prompts', '')
+  given = [parsed.prompt is not None, parsed.prompt_ids is not None, bool(path)]
+  if sum(given) != 1:
+    raise config.ConfigError(
+      'prompt', parsed.prompt or '',
+      'give one of --prompt, --prompt_ids and --decode.prompts',
+    )  # fmt: skip
+  if parsed.prompt_ids is not None:
+    try:
+      return [Prompt(_ids(config.parse_numbers(parsed.prompt_ids)), None)]
+    except ValueError:
+      raise config.ConfigError(
+        'prompt_ids', parsed.prompt_ids, 'token ids, with commas'
+      ) from None
+  if parsed.prompt is not None:
+    return [_encoded(parsed.prompt, tokenizer)]
+  return _read_file(path, tokenizer)
+
+
+def _ids(numbers) -> np.ndarray:
+  return np.array(numbers, np.int64)
+
+
+def _encoded(text: str, tokenizer) -> Prompt:
+  return Prompt(_ids([tokenizer.bos, *tokenizer.encode(text)]), text)
+
+
+def _read_file(path: str, tokenizer) -> list[Prompt]:
+  def wrong(problem):
+    return config.ConfigError('decode.prompts', path, problem)
+
+  try:
+    with open(path, encoding='utf-8') as file:
+      lines = [line.rstrip('\n') for line in file]
+  except (OSError, UnicodeDecodeError) as error:
+    raise wrong(f'cannot be read: {error}') from error
+  prompts = []
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    if not path.endswith('.jsonl'):
+      prompts.append(_encoded(line, tokenizer))
+      continue
+    try:
+      record = json.loads(line)
+      if 'prompt' in record:
+        prompts.append(_encoded(str(record['prompt']), tokenizer))
+      else:
+        prompts.append(Prompt(_ids(record['prompt_ids']), None))
+    except (ValueError, KeyError, TypeError) as error:
+      raise wrong(
+        f'line {number} is no object with prompt, a text, or prompt_ids'
+      ) from error
+  if not prompts:
+    raise wrong('has no prompt')
+  return prompts
+
+
+def _stop_ids(cfg: config.Config, opened: Opened) -> tuple[int, ...]:
+  said = config.parse_stop_ids(cfg.decode.stop_ids)
+  if said is not None:
+    return said
+  return (opened.tokenizer.eos,) if opened.tokenizer else ()
+
+
+# Generating.
+
+
+def run(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
+  """Decodes all prompts, and says what it wrote: one alone as it comes, several
+  each when its batch is done.
+
+  Returns:
+    (rows as dicts, the report's lines, the report as a dict).
+  """
+  cfg, decode = opened.cfg, opened.decoder
+  B = cfg.decode.batch_size or len(prompts)
+  cache = decode.room([p.ids for p in prompts])
+  decode.check([p.ids for p in prompts], cache)  # before anything is said
+  stop_ids = _stop_ids(cfg, opened)
+  rows, done = [], []
+  for first in range(0, len(prompts), B):
+    batch = prompts[first : first + B]
+    each = _stream(opened, batch[0], say) if len(prompts) == 1 else None
+    decoded = decode(
+      [p.ids for p in batch], rows=B, cache=cache, stop_ids=stop_ids,
+      seeds=range(cfg.decode.seed + first, cfg.decode.seed + first + B),
+      each=each,
+    )  # fmt: skip
+    done.append(decoded)
+    for prompt, tokens, forwards in zip(
+      batch, decoded.tokens, decoded.forwards, strict=True
+    ):
+      rows.append(_row(prompt, tokens, forwards, opened, stop_ids))
+      if each is None:
+        say(_shown(rows[-1]) + '\n')
+  say('\n' if len(prompts) == 1 else '')
+  total = decoder_lib.Decoded(
+    sum((d.tokens for d in done), []),
+    np.concatenate([d.forwards for d in done]),
+    *(
+      sum(getattr(d, name) for d in done)
+      for name in (
+        'asked_J', 'accepted_J', 'prefill_s', 'decode_s', 'compile_s'
+      )
+    ),
+  )  # fmt: skip
+  lines = [
+    f'{opened.name}: {total.n_tokens:,} tokens in'
+    f' {int(total.forwards.sum()):,} forward passes of a row,'
+    f' {total.tokens_per_forward:.2f} a pass with'
+    f' {len(decode.widths) + 1} of {cfg.heads.n} heads' + _sampled(cfg),
+    *_acceptance(total),
+    f'prompts {total.prefill_s:.2f} s, decoding {total.decode_s:.2f} s:'
+    f' {total.n_tokens / total.decode_s:,.0f} tokens/s'
+    f' (compiled in {total.compile_s:.1f} s)',
+    *_beyond(cfg, prompts, total),
+  ]
+  return rows, lines, summary(total)
+
+
+def _sampled(cfg) -> str:
+  t = cfg.decode.temperature
+  return f', sampled at temperature {t:g}' if t else ', greedy'
+
+
+def _acceptance(decoded) -> list[str]:
+  if not len(decoded.asked_J):
+    return []
+  rates = ', '.join(
+    f't+{j}: {rate:.2f}' for j, rate in enumerate(decoded.acceptance_J, 2)
+  )
+  return [f'drafts that stood, given those before: {rates}']
+
+
+def _beyond(cfg, prompts, total) -> list[str]:
+  longest = max(
+    len(p.ids) + len(new) for p, new in zip(prompts, total.tokens, strict=True)
+  )
+  if longest <= cfg.data.seq_len:
+    return []
+  return [
+    f'{longest:,} tokens are more than the windows that it was trained on'
+    f' (--data.seq_len={cfg.data.seq_len:,})'
+  ]
+
+
+def summary(decoded: decoder_lib.Decoded) -> dict:
+  return dict(
+    tokens=decoded.n_tokens,
+    forwards=int(decoded.forwards.sum()),
+    tokens_per_forward=decoded.tokens_per_forward,
+    acceptance=decoded.acceptance_J,
+    asked=decoded.asked_J.tolist(),
+    accepted=decoded.accepted_J.tolist(),
+    prefill_s=decoded.prefill_s,
+    decode_s=decoded.decode_s,
+    compile_s=decoded.compile_s,
+    tokens_per_s=decoded.n_tokens / decoded.decode_s,
+  )
+
+
+def _row(prompt: Prompt, tokens, forwards, opened, stop_ids) -> dict:
+  stopped = len(tokens) and int(tokens[-1]) in stop_ids
+  row = dict(
+    ids=tokens.tolist(), forwards=int(forwards),
+    finish='stop' if stopped else 'length',
+  )  # fmt: skip
+  if opened.tokenizer is None:
+    return dict(prompt_ids=prompt.ids.tolist()) | row
+  about = (
+    dict(prompt_ids=prompt.ids.tolist())
+    if prompt.text is None
+    else dict(prompt=prompt.text)
+  )
+  return about | dict(text=_text(prompt, tokens, opened.tokenizer)) | row
+
+
+def _text(prompt: Prompt, tokens, tokenizer) -> str:
+  """What the new tokens add to the text of the prompt's."""
+  before = tokenizer.decode(prompt.ids)
+  return tokenizer.decode([*prompt.ids, *tokens])[len(before) :]
+
+
+def _shown(row: dict) -> str:
+  if 'text' not in row:
+    return ','.join(map(str, row['ids']))
+  return row.get('prompt', '') + row['text']
+
+
+def _stream(opened: Opened, prompt: Prompt, say):
+  """A function of the new tokens so far, that says what it has not said yet."""
+  said = 0
+  if opened.tokenizer is not None and prompt.text is not None:
+    say(prompt.text)
+
+  def each(rows):
+    nonlocal said
+    tokens = rows[0]
+    if opened.tokenizer is None:
+      text = ','.join(map(str, tokens[said:]))
+      say(',' * (said > 0 and bool(text)) + text)
+      said = len(tokens)
+      return
+    text = _text(prompt, tokens, opened.tokenizer).rstrip(PARTIAL)
+    say(text[said:])
+    said = max(said, len(text))
+
+  return each
+
+
+# Comparing.
+
+
+def compare(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
+  """Head 1 alone and all heads in use, in turn: (report's lines, dict)."""
+  cfg, decode = opened.cfg, opened.decoder
+  if not decode.widths:
+    raise config.ConfigError(
+      'decode.draft', cfg.decode.draft, 'to compare, use more than head 1'
+    )
+  ids, stop_ids = [p.ids for p in prompts], _stop_ids(cfg, opened)
+  plain, drafted, ratios = _in_turn(opened, [(), decode.widths], ids, stop_ids)
+  for prompt, tokens, forwards in zip(
+    prompts, drafted.tokens, drafted.forwards, strict=True
+  ):
+    say(_shown(_row(prompt, tokens, forwards, opened, stop_ids)) + '\n')
+  speed_up = ratios[1]
+  per_forward = drafted.tokens_per_forward / plain.tokens_per_forward
+  lines = [
+    f'{opened.name}: {len(prompts)} prompts, {drafted.n_tokens:,} tokens,'
+    f' {len(decode.widths) + 1} heads against head 1 alone, rounds:'
+    f' {cfg.bench.rounds}' + _sampled(cfg),
+    f'speed-up {bench.shown(speed_up)}, tokens a pass {per_forward:.2f},'
+    f' efficiency {speed_up["median"] / per_forward:.2f}',
+    *_acceptance(drafted),
+  ]
+  values = dict(
+    speed_up=speed_up,
+    tokens_per_forward=per_forward,
+    efficiency=speed_up['median'] / per_forward,
+    plain=summary(plain),
+    drafted=summary(drafted),
+  )
+  if cfg.decode.temperature:
+    return [*lines, 'sampled: equal in distribution, not in text'], values
+  parted = _partings(opened, ids, plain, drafted)
+  lines += [
+    f'row {p["row"]} parts at its new token {p["at"]}, where the two best'
+    f' logits of head 1 are {p["margin"]:.1e} apart: programs of different'
+    ' width round differently'
+    for p in parted
+  ]
+  if not parted:
+    lines.append(f'identical, all {len(prompts)} rows')
+  return lines, values | dict(identical=not parted, partings=parted)
+
+
+def _in_turn(opened: Opened, variants: list, ids, stop_ids, rows: int = 0):
+  """Each variant's Decoded (of the last round, with the median times) and its
+  speed-ups over the first, by round."""
+  decode, rounds = opened.decoder, opened.cfg.bench.rounds
+  last, times = {}, {v: [] for v in variants}
+  prefills = {v: [] for v in variants}
+  for r in range(rounds + 1):
+    for widths in variants if r % 2 else variants[::-1]:
+      last[widths] = decode(ids, widths=widths, stop_ids=stop_ids, rows=rows)
+      if r:  # the first is not kept
+        times[widths].append(last[widths].decode_s)
+        prefills[widths].append(last[widths].prefill_s)
+  found = [
+    last[v]._replace(
+      decode_s=statistics.median(times[v]),
+      prefill_s=statistics.median(prefills[v]),
+    )
+    for v in variants
+  ]
+  tokens = [d.n_tokens for d in found]
+  ratios = [
+    bench.ratio(times[variants[0]], times[v], tokens[0] / n)
+    for v, n in zip(variants, tokens, strict=True)
+  ]
+  return *found, ratios
+
+
+def _partings(opened: Opened, ids, plain, drafted) -> list[dict]:
+  """Where the texts of a row part, and how near head 1's two best were."""
+  parted = []
+  for row, (prompt, a, b) in enumerate(
+    zip(ids, plain.tokens, drafted.tokens, strict=True)
+  ):
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    if not len(differ) and len(a) == len(b):
+      continue
+    at = int(differ[0]) if len(differ) else n
+    logits_V = opened.decoder.next_logits(np.concatenate([prompt, a[:at]]))
+    best, second = np.sort(logits_V)[::-1][:2].tolist()
+    parted.append(dict(row=row, at=at, margin=best - second))
+  return parted
+
+
+# The bench.
+
+
+def measure(opened: Opened) -> tuple[list[str], dict]:
+  """--bench.what=decode: heads in use by rows at once, in turn, on the
+  beginnings of held-out documents."""
+  cfg, decode = opened.cfg, opened.decoder
+  b, n = cfg.bench, len(decode.widths) + 1
+  drafts = config.parse_numbers(b.drafts) or tuple(range(1, n + 1))
+  if max(drafts) > n:
+    raise config.ConfigError('bench.drafts', b.drafts, f'{n} heads are in use')
+  variants = [(1,) * (W - 1) for W in (1, *(W for W in drafts if W > 1))]
+  bandwidth = _bandwidth(opened.mesh)
+  table = []
+  for B in config.parse_numbers(b.batches):
+    ids = _held_out(cfg, B)
+    *found, ratios = _in_turn(opened, variants, ids, (), B)
+    for widths, decoded, speed_up in zip(variants, found, ratios, strict=True):
+      # Rows end together: passes of the loop are those of the slowest.
+      passes = int(decoded.forwards.max())
+      read = decode.read_bytes(widths)
+      table.append(dict(
+        batch=B, heads=len(widths) + 1, speed_up=speed_up,
+        efficiency=speed_up['median'] / decoded.tokens_per_forward,
+        bound=decode.read_bytes(()) / read,
+        read_bytes=read, pass_s=decoded.decode_s / passes,
+        over_floor=decoded.decode_s / passes * bandwidth / read,
+        **summary(decoded),
+      ))  # fmt: skip
+  columns = {
+    'batch': lambda r: str(r['batch']),
+    'heads': lambda r: str(r['heads']),
+    'tokens a pass': lambda r: f'{r["tokens_per_forward"]:.2f}',
+    'speed-up': lambda r: bench.shown(r['speed_up']),
+    'efficiency': lambda r: f'{r["efficiency"]:.2f}',
+    'bound': lambda r: f'{r["bound"]:.2f}',
+    'ms a pass': lambda r: f'{1e3 * r["pass_s"]:.2f}',
+    'over weights / bandwidth': lambda r: f'{r["over_floor"]:.1f}',
+    'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
+    'drafts stood': lambda r: ' '.join(f'{a:.2f}' for a in r['acceptance']),
+  }
+  return [
+    f'{opened.name}: prompts of {b.prompt} tokens, {cfg.decode.max_new} new'
+    + _sampled(cfg),
+    *bench.table(table, columns),
+    f'memory reads {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
+    ' bytes of weights that a pass reads with head 1 alone over those read',
+  ], dict(
+    rows=table, bandwidth=bandwidth, checkpoint=opened.name,
+    config=dataclasses.asdict(cfg),
+  )  # fmt: skip
+
+
+def _held_out(cfg: config.Config, B: int) -> list[np.ndarray]:
+  """B pieces of held-out documents: their beginnings, then what follows."""
+  path = config.parse_stores(cfg.data.store)[0].path
+  split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
+  P, pieces = cfg.bench.prompt, []
+  for skip in range(B):
+    for tokens, offsets in zip(split.tokens, split.offsets, strict=True):
+      for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        start = int(begin) + skip * P
+        if start + P < int(end) and len(pieces) < B:
+          pieces.append(np.array(tokens[start : start + P], np.int64))
+  if len(pieces) < B:
+    raise config.ConfigError(
+      'bench.batches', cfg.bench.batches,
+      f'{path} has {len(pieces)} pieces of --bench.prompt={P} tokens held out',
+    )  # fmt: skip
+  return pieces
+
+
+def _bandwidth(mesh) -> float:
+  """Bytes a second that one device reads."""
+  with jax.set_mesh(mesh):
+    x = jax.jit(lambda: jnp.ones(2**27, jnp.float32))()
+    total = jax.jit(jnp.sum)
+    seconds = [bench.seconds(lambda: total(x)) for _ in range(8)]
+  return x.nbytes / min(seconds)
+
+
+def say(text: str) -> None:
+  sys.stdout.write(text)
+  sys.stdout.flush()

@@ -1,0 +1,265 @@
+"""Drafts change how fast a text is written, never which."""
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import sharding
+from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.decode import speculative
+from tests import oracle, tiny
+from tests.decode import decoding
+from tests.decode.decoding import FAMILIES, PROMPTS
+
+DRAFTS = {1: (), 2: (1,), 3: (1, 1), 4: (1, 1, 1)}
+
+
+@pytest.fixture(scope='module', params=FAMILIES)
+def family(request):
+  """One after the other, so that a decoder is made once."""
+  return request.param
+
+
+@pytest.fixture(scope='module')
+def decode(family):
+  made = decoding.make(decoding.cfg(family))
+  return lambda *args, **kwargs: made(
+    [np.array(p) for p in PROMPTS], *args, **kwargs
+  )
+
+
+@pytest.mark.parametrize('W', [1, 3, 4])
+def test_greedy_text_is_that_of_float64(family, decode, W):
+  decoded = decode(widths=DRAFTS[W])
+  assert decoding.lists(decoded) == decoding.greedy(family)
+  asked_J, accepted_J = decoded.asked_J, decoded.accepted_J
+  assert len(asked_J) == W - 1
+  if W > 1:
+    # Some drafts stand and some fall, or this test would show nothing.
+    assert 0 < accepted_J[0] < asked_J[0]
+    assert (asked_J[1:] <= accepted_J[:-1]).all()
+    assert decoded.forwards.sum() < decoded.n_tokens
+
+
+@pytest.mark.parametrize('widths', [(3, 2), (2, 1, 3)])
+def test_a_tree_of_drafts_changes_nothing_but_the_pace(family, decode, widths):
+  decoded = decode(widths=widths)
+  assert decoding.lists(decoded) == decoding.greedy(family)
+  chain = decode(widths=DRAFTS[len(widths) + 1])
+  assert decoded.forwards.sum() < chain.forwards.sum()
+
+
+def test_the_same_program_without_acceptance_writes_the_same(family):
+  """2,000 tokens, ragged rows; nothing but what stands differs."""
+  decode = decoding.make(decoding.cfg(family, decode__max_new=500))
+  prompts = [np.array(p) for p in PROMPTS]
+  decoded, forced = decode(prompts), decode(prompts, max_accept=0)
+  assert decoded.n_tokens == 2000
+  assert decoding.lists(decoded) == decoding.lists(forced)
+  assert forced.forwards.tolist() == [500] * 4
+  assert decoded.forwards.sum() < 2000
+  assert forced.accepted_J.sum() == 0
+
+
+def test_drafts_are_what_the_heads_say(family):
+  """Cached = full forward, for all heads: after each pass the drafts are those
+  of the whole text so far, with what was drafted as the tokens that are fed."""
+  c = decoding.cfg(family)
+  model = tiny.model(c, tiny.mesh(c))
+  params, shape = tiny.flat(model), oracle.Shape(family, 4)
+  decode = decoding.make(c, model)
+  s = speculative.setup(c, 4, (1, 1, 1))
+  prompts = [np.array(p) for p in PROMPTS]
+  with jax.set_mesh(decode.mesh):
+    w = speculative.in_use(decode._weights, s)
+    state, caches = decode._start(prompts, range(4), 64, 4, 128, False, s)
+    for first in range(0, 8, 4):
+      state, caches = speculative.prefill(w, state, caches, first, C=4, s=s)
+    for _ in range(8):
+      state, caches = speculative.run(w, state, caches, 1, 99, None, s=s)
+      now = jax.device_get(state)
+      for row in range(4):
+        q = now.length_B[row] - 2
+        known = now.tokens_BS[row, : q + 2].tolist()
+        drafts = now.candidates_BJX[row, :, 0].tolist()
+        window = np.array([(known + drafts + [0] * 4)[: q + 5]])
+        logits = oracle.forward(
+          params, window, np.arange(window.shape[1])[None], shape
+        )
+        assert drafts == logits[1:, 0, q].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize('unembedding', ['replicated', 'tied'])
+@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'sequential'])
+def test_greedy_text_under_each_unembedding(family, unembedding):
+  c = decoding.cfg(family, heads__unembedding=unembedding)
+  wanted = decoding.greedy(family, unembedding=unembedding)
+  assert decoding.lists(decoding.decode(c)) == wanted
+
+
+@pytest.mark.parametrize('family', ['anticausal', 'causal', 'recursive'])
+def test_heads_that_did_not_train_are_not_used(family):
+  """Under a curriculum heads 1..m are active; an anticausal chain begins at m,
+  so that head 1 says something else than with all heads."""
+  c = decoding.cfg(family)
+  model = tiny.model(c, tiny.mesh(c))
+  prompts = [np.array(p) for p in PROMPTS]
+  fewer = decoding.make(c, model, active=2)
+  assert fewer.widths == (1,)
+  two = decoding.cfg(family, 2)
+  if c.heads.block_first:
+    kept = jax.tree.map(lambda w: w[:2], model.heads)
+  else:
+    kept = model.heads
+  wanted = oracle_greedy(two, model.replace(heads=kept))
+  assert decoding.lists(fewer(prompts)) == wanted
+
+
+def oracle_greedy(c, model):
+  params = tiny.flat(model)
+  shape = oracle.Shape(c.heads.family, c.heads.n)
+  return [oracle.greedy(params, p, c.decode.max_new, shape) for p in PROMPTS]
+
+
+def test_perfect_drafts_all_stand_and_stops_cut_them():
+  c, model = decoding.counter()
+  decode = decoding.make(c, model)
+  prompts = [np.array([0]), np.array([4, 5, 6])]
+  decoded = decode(prompts)
+  for prompt, tokens in zip(prompts, decoded.tokens, strict=True):
+    wanted = (prompt[-1] + 1 + np.arange(40)) % decoding.VOCAB
+    assert tokens.tolist() == wanted.tolist()
+  # The first pass has no drafts: 1 + 9 x 4 + 3 of the last one's 4.
+  assert decoded.forwards.tolist() == [11, 11]
+  assert decoded.acceptance_J == [1.0, 1.0, 1.0]
+  # 3 is the third token after 0, the second of its pass of four.
+  for stop, n in ((3, 3), (1, 1), (2, 2), (5, 5), (0, 8)):
+    stopped = decode(prompts, stop_ids=(stop,))
+    assert stopped.tokens[0].tolist() == decoded.tokens[0][:n].tolist()
+    assert stopped.tokens[0][-1] == stop
+  both = decode(prompts, stop_ids=(6, 3))
+  assert [t[-1] for t in both.tokens] == [3, 3]
+  assert [len(t) for t in both.tokens] == [3, 5]
+
+
+def test_limits_cut_a_pass_too():
+  c, model = decoding.counter()
+  for new in (1, 2, 5, 6):
+    decoded = decoding.decode(
+      decoding.with_flags(c, decode__max_new=new), [[0], [1, 2, 3]], model
+    )
+    assert [len(t) for t in decoded.tokens] == [new, new]
+    assert decoded.tokens[0].tolist() == [1, 2, 3, 4, 5, 6][:new]
+
+
+@pytest.mark.parametrize('family', ['parallel', 'sequential'])
+@pytest.mark.parametrize('widths', [(1, 1, 1), (2, 2)])
+def test_a_cache_is_full_to_its_last_slot(family, widths):
+  s = speculative.tree(widths)
+  cache = decoder_lib.SLOTS - (len(s.depth_M) - 1)  # not a slot is left over
+  c = decoding.cfg(family, decode__max_new=cache)
+  decoded = decoding.make(c)(
+    [np.array(p) for p in PROMPTS], widths=widths, cache=cache
+  )
+  wanted = decoding.greedy(family, new=cache)
+  for prompt, tokens, all_of_it in zip(
+    PROMPTS, decoded.tokens, wanted, strict=True
+  ):
+    assert len(prompt) + len(tokens) == cache
+    assert tokens.tolist() == all_of_it[: len(tokens)]
+
+
+def test_a_tampered_head_changes_the_pace_only():
+  c = decoding.cfg('parallel')
+  model = tiny.model(c, tiny.mesh(c))
+  spoilt = jax.tree.map(lambda w: w.at[1:].multiply(-3.0), model.heads)
+  honest = decoding.decode(c, model=model)
+  decoded = decoding.decode(c, model=model.replace(heads=spoilt))
+  assert decoding.lists(decoded) == decoding.lists(honest)
+  assert decoded.accepted_J.tolist() != honest.accepted_J.tolist()
+  c, model = decoding.counter()
+  wrong = model.replace(heads=jax.tree.map(lambda w: -w, model.heads))
+  decoded = decoding.decode(c, [[0]], wrong)
+  assert decoded.tokens[0].tolist() == [(1 + i) % 8 for i in range(40)]
+  assert decoded.forwards.tolist() == [40]
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'recursive'])
+def test_sharded_equals_single(family, temperature):
+  prompts = [np.array(p) for p in PROMPTS] * 2
+  texts = []
+  for data, fsdp, tensor in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
+    c = decoding.cfg(
+      family, decode__temperature=temperature, mesh__data=data,
+      mesh__fsdp=fsdp, mesh__tensor=tensor,
+    )  # fmt: skip
+    decode = decoding.make(c)
+    texts.append(decoding.lists(decode(prompts)))
+    kept = jax.tree.leaves(decode._weights.stem)[1].sharding.spec
+    assert not any(axis in sharding.BATCH for axis in kept)
+  assert texts[0] == texts[1] == texts[2]
+  assert len({tuple(t) for t in texts[0]}) >= 3
+
+
+def test_a_tree_on_a_mesh():
+  c = decoding.cfg(mesh__fsdp=2, mesh__tensor=2)
+  decoded = decoding.decode(c, widths=(2, 2))
+  assert decoding.lists(decoded) == decoding.greedy('parallel')
+
+
+def test_chunks_of_a_prompt_change_nothing():
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 8, n) for n in (40, 3, 33, 17)]
+  texts = []
+  for chunk in (1, 8, 512):
+    for family in ('causal', 'sequential'):
+      c = decoding.cfg(family, decode__prefill=chunk)
+      texts.append(decoding.lists(decoding.decode(c, prompts)))
+  assert texts[0] == texts[2] == texts[4]
+  assert texts[1] == texts[3] == texts[5]
+
+
+def test_lengths_of_one_bucket_share_a_program():
+  decode = decoding.make(decoding.cfg(decode__prefill=4, decode__seed=3))
+  decode([np.arange(5), np.arange(7)])
+  before = speculative.run._cache_size(), speculative.prefill._cache_size()
+  for lengths in ((6, 4), (8, 8), (5, 3)):
+    decoded = decode([np.arange(n) for n in lengths])
+    assert decoded.compile_s == 0
+  after = speculative.run._cache_size(), speculative.prefill._cache_size()
+  assert before == after
+
+
+def test_a_narrow_cache_is_near():
+  """bfloat16 keys and values move logits a little, so text may part late."""
+  c = decoding.cfg(decode__cache_dtype='bfloat16')
+  texts = decoding.lists(decoding.decode(c))
+  same = [
+    sum(a == b for a, b in zip(x, y, strict=True))
+    for x, y in zip(texts, decoding.greedy('parallel'), strict=True)
+  ]
+  assert sum(same) > 0.5 * 4 * decoding.NEW
+
+
+def test_each_gets_the_text_as_it_grows():
+  c = decoding.cfg(decode__segment=3)
+  seen = []
+  decoded = decoding.make(c)([np.array(PROMPTS[1])], each=seen.append)
+  lengths = [len(rows[0]) for rows in seen]
+  assert lengths == sorted(lengths) and len(lengths) > 3
+  assert seen[-1][0].tolist() == decoded.tokens[0].tolist()
+  assert decoding.lists(decoded) == [decoding.greedy('parallel')[1]]
+
+
+def test_whole_pass_equals_the_last_logits():
+  c = decoding.cfg('anticausal')
+  decode = decoding.make(c)
+  params = tiny.flat(tiny.model(c, tiny.mesh(c)))
+  window = np.array([PROMPTS[3] + [0] * 4])
+  wanted = oracle.forward(
+    params, window, np.arange(window.shape[1])[None],
+    oracle.Shape('anticausal', 4),
+  )[0, 0, -1]  # fmt: skip
+  got = decode.next_logits(np.array(PROMPTS[3]))
+  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,290 @@
+"""`mtp generate` and `mtp bench --bench.what=decode`, as a user runs them."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from mtp_jax import checkpoint, config, main
+from mtp_jax.data import store as store_lib
+from mtp_jax.data import tokenizers
+from tests import oracle, runs, tiny
+
+ONE = ['--mesh.fsdp=1', '--decode.max_new=12', '--train.compilation_cache=']
+
+
+def _generate(workdir, *args):
+  return main.main(
+    ['generate', f'--decode.checkpoint={workdir}', '--mesh.fsdp=-1', *args]
+  )
+
+
+def _oracle(workdir, prompt, new):
+  state = runs.restored(workdir, 6)
+  params = tiny.flat(state.params)
+  return oracle.greedy(params, prompt, new, oracle.Shape('parallel', 2))
+
+
+def test_text_is_that_of_float64_and_says_how_it_went(undisturbed, capsys):
+  assert _generate(undisturbed, '--prompt=ab(', '--decode.max_new=12') == 0
+  out = capsys.readouterr().out
+  bos, eos = tokenizers.BYTES_BOS, tokenizers.BYTES_EOS
+  ids = _oracle(undisturbed, [bos, *b'ab('], 12)
+  ids = ids[: ids.index(eos)] if eos in ids else ids
+  text = bytes(i for i in ids if i < 256).decode(errors='replace')
+  assert out.startswith('ab(' + text)
+  assert re.search(r'step 6: \d+ tokens in \d+ forward passes of a row', out)
+  assert 'with 2 of 2 heads, greedy' in out
+  assert re.search(r'given those before: t\+2: [01]\.\d\d\n', out)
+  assert re.search(r'decoding [\d.]+ s: [\d,]+ tokens/s', out)
+
+
+def test_ids_in_ids_out(undisturbed, capsys):
+  ids = ','.join(map(str, _oracle(undisturbed, [1, 5, 9], 12)))
+  for draft in (1, 2):
+    assert _generate(
+      undisturbed, '--prompt_ids=1,5,9', '--decode.max_new=12',
+      f'--decode.draft={draft}',
+    ) == 0  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[0] == ids
+
+
+def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
+  prompts = tmp_path / 'prompts.jsonl'
+  records = [dict(prompt='a'), dict(prompt='bcd e'), dict(prompt_ids=[256, 98])]
+  prompts.write_text(''.join(json.dumps(r) + '\n' for r in records))
+  out = tmp_path / 'rows.jsonl'
+  common = ('--decode.max_new=6', '--decode.stop_ids=none')
+  assert _generate(
+    undisturbed, f'--decode.prompts={prompts}', f'--out={out}',
+    '--decode.batch_size=2', *common,
+  ) == 0  # fmt: skip
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [r.get('prompt') for r in rows] == ['a', 'bcd e', None]
+  for row, prompt in zip(
+    rows, ([256, *b'a'], [256, *b'bcd e'], [256, 98]), strict=True
+  ):
+    assert row['ids'] == _oracle(undisturbed, prompt, 6)
+    assert (row['finish'], len(row['ids'])) == ('length', 6)
+  shown = capsys.readouterr().out
+  assert 'a' + rows[0]['text'] in shown
+  lines = tmp_path / 'prompts.txt'
+  lines.write_text('a\n\nbcd e\n')
+  report = tmp_path / 'report.json'
+  assert _generate(
+    undisturbed, f'--decode.prompts={lines}', f'--out={report}', *common
+  ) == 0  # fmt: skip
+  found = json.loads(report.read_text())
+  assert [r['ids'] for r in found['rows']] == [r['ids'] for r in rows[:2]]
+  assert found['tokens'] == 12 and len(found['acceptance']) == 1
+
+
+def test_samples_are_those_of_their_seed(undisturbed, tmp_path):
+  lines = tmp_path / 'prompts.txt'
+  lines.write_text('a\na\na\n')
+
+  def texts(*flags):
+    out = tmp_path / 'rows.jsonl'
+    assert _generate(
+      undisturbed, f'--decode.prompts={lines}', f'--out={out}',
+      '--decode.temperature=1', '--decode.max_new=20',
+      '--decode.stop_ids=none', *flags,
+    ) == 0  # fmt: skip
+    return [json.loads(x)['ids'] for x in out.read_text().splitlines()]
+
+  first = texts()
+  assert first[0] != first[1]
+  assert texts('--decode.batch_size=2') == first
+  assert texts('--decode.seed=1')[:2] == first[1:]
+
+
+def test_a_stop_token_ends_a_row(undisturbed, tmp_path, capsys):
+  ids = _oracle(undisturbed, [1, 5, 9], 12)
+  stop = ids[3]
+  assert _generate(
+    undisturbed, '--prompt_ids=1,5,9', f'--decode.stop_ids={stop}',
+    '--decode.max_new=12',
+  ) == 0  # fmt: skip
+  wanted = ids[: ids.index(stop) + 1]
+  assert capsys.readouterr().out.splitlines()[0] == ','.join(map(str, wanted))
+
+
+def test_compare_says_that_the_text_is_the_same(undisturbed, tmp_path, capsys):
+  out = tmp_path / 'compare.json'
+  assert _generate(
+    undisturbed, '--prompt=ab', '--decode.compare', '--decode.max_new=12',
+    '--bench.rounds=2', f'--out={out}', '--decode.stop_ids=none',
+  ) == 0  # fmt: skip
+  shown = capsys.readouterr().out
+  assert 'identical, all 1 rows' in shown
+  assert re.search(r'speed-up [\d.]+ \([\d.]+-[\d.]+\), tokens a pass', shown)
+  found = json.loads(out.read_text())
+  assert found['identical'] and not found['partings']
+  assert found['efficiency'] == pytest.approx(
+    found['speed_up']['median'] / found['tokens_per_forward']
+  )
+
+
+def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
+  """Rounding is not to be had at will: one program's text is changed here."""
+  from mtp_jax.decode import decoder
+
+  call = decoder.Decoder.__call__
+
+  def other(self, *args, widths=None, **kwargs):
+    found = call(self, *args, widths=widths, **kwargs)
+    if widths:
+      found.tokens[0] = found.tokens[0] + (np.arange(12) == 5)
+    return found
+
+  monkeypatch.setattr(decoder.Decoder, '__call__', other)
+  assert _generate(
+    undisturbed, '--prompt=ab', '--decode.compare', '--decode.max_new=12',
+    '--bench.rounds=1', '--decode.stop_ids=none',
+  ) == 0  # fmt: skip
+  out = capsys.readouterr().out
+  found = re.search(
+    r'row 0 parts at its new token 5, where .* are (\S+) apart', out
+  )
+  state = runs.restored(undisturbed, 6)
+  prompt = [256, *b'ab']
+  ids = prompt + _oracle(undisturbed, prompt, 5)
+  logits = oracle.forward(
+    tiny.flat(state.params), np.array([ids + [0, 0]]),
+    np.arange(len(ids) + 2)[None], oracle.Shape('parallel', 2),
+  )[0, 0, -1]  # fmt: skip
+  best, second = np.sort(logits)[::-1][:2]
+  assert float(found[1]) == pytest.approx(best - second, rel=0.05)
+  assert 'identical' not in out
+
+
+def test_bench_of_decoding(undisturbed, tmp_path, capsys):
+  out = tmp_path / 'decode.json'
+  assert main.main([
+    'bench', '--bench.what=decode', f'--decode.checkpoint={undisturbed}',
+    '--bench.batches=1,2', '--bench.prompt=8', '--decode.max_new=10',
+    '--bench.rounds=1', '--mesh.fsdp=-1', f'--out={out}',
+  ]) == 0  # fmt: skip
+  found = json.loads(out.read_text())
+  keys = [(r['batch'], r['heads']) for r in found['rows']]
+  assert keys == [(1, 1), (1, 2), (2, 1), (2, 2)]
+  for row in found['rows']:
+    assert row['tokens'] == 10 * row['batch']
+    assert 1 <= row['tokens_per_forward'] <= row['heads']
+  plain, drafted = found['rows'][:2]
+  assert plain['bound'] == 1 and plain['speed_up']['median'] == 1
+  # 16 x 16 x 4 of attention and 3 x 16 x 32, two norms: of 2 + 1 layers, twice
+  # the unembedding of 264 tokens.
+  layer = 4 * 16**2 + 3 * 16 * 32 + 2 * 16
+  assert plain['read_bytes'] == 4 * (2 * layer + 16 + 16 * 264)
+  assert drafted['read_bytes'] == 4 * (3 * layer + 16 + 2 * 16 * 264)
+  assert 'tokens a pass' in capsys.readouterr().out
+
+
+def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
+  """A SentencePiece tokenizer is kept with the run."""
+  pieces = tmp_path / 'pieces'
+  assert main.main([
+    'prepare', f'--data.store={pieces}', '--data.tokenizer=train:400',
+    '--data.documents=python:json', '--data.valid_fraction=0',
+  ]) == 0  # fmt: skip
+  workdir = tmp_path / 'run'
+  assert runs.train(
+    str(pieces), workdir, train__steps=6, model__vocab_size=400,
+    mesh__fsdp=8,
+  ) == 0  # fmt: skip
+  shutil.rmtree(pieces)
+  capsys.readouterr()
+  args = ('--prompt=def f', '--decode.max_new=4', '--mesh.fsdp=-1')
+  assert _generate(workdir, *args) == 0
+  assert capsys.readouterr().out.startswith('def f')
+  assert _generate(workdir, *args, '--data.tokenizer=bytes') == 2
+  error = capsys.readouterr().err
+  assert error.startswith('mtp: --data.tokenizer=bytes: is bytes; the')
+  assert 'was trained with sentencepiece#' in error
+  # A run of before has no folder; its store has the tokenizer.
+  shutil.rmtree(workdir / 'tokenizer')
+  assert _generate(workdir, *args) == 2
+  assert '--data.store' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'args, error',
+  [
+    (['--prompt=a', '--decode.draft=3'], '--decode.draft=3: must be at most'),
+    (['--prompt=a', '--decode.tree=2,2'], '--decode.tree=2,2: at most --heads'),
+    (
+      ['--prompt=a', '--decode.tree=2', '--decode.temperature=1'],
+      '--decode.tree=2: needs --decode.temperature=0',
+    ),
+    (['--prompt=a', '--decode.tree=0'], '--decode.tree=0: candidates of heads'),
+    (['--prompt=a', '--decode.tree=99'], '--decode.tree=99: candidates of'),
+    (
+      ['--prompt=a', '--decode.tree=2', '--decode.draft=1'],
+      '--decode.draft=1: --decode.tree=2 uses 2 heads',
+    ),
+    (
+      ['--prompt=abcd', '--decode.cache=4'],
+      '--decode.cache=4: prompt 0 has 5 tokens; no room for a new one',
+    ),
+    ([], '--prompt=: give one of'),
+    (['--prompt=a', '--prompt_ids=1'], '--prompt=a: give one of'),
+    (['--prompt_ids=1,x'], '--prompt_ids=1,x: token ids, with commas'),
+    (['--prompt_ids=1,999'], '--prompt_ids=999: from 0 to --model.vocab'),
+    (['--decode.prompts=/no/such'], '--decode.prompts=/no/such: cannot be'),
+    (['--prompt=a', '--decode.stop_ids=7,x'], '--decode.stop_ids=7,x: none,'),
+    (['--prompt=a', '--heads.n=1'], '--heads.n=1: the checkpoint'),
+    (['--prompt=a', '--model.d_ff=64'], '--model.d_ff=64: the checkpoint'),
+    (
+      ['--prompt=a', '--decode.compare', '--decode.draft=1'],
+      '--decode.draft=1: to compare, use more than head 1',
+    ),
+  ],
+)
+def test_what_cannot_be_is_told_in_a_line(undisturbed, args, error, capsys):
+  assert _generate(undisturbed, *args) == 2
+  shown = capsys.readouterr()
+  assert shown.err.startswith(f'mtp: {error}'), shown.err
+  assert shown.err.count('\n') == 1 and not shown.out
+
+
+def test_a_missing_checkpoint_is_told(tmp_path, capsys):
+  assert _generate(tmp_path, '--prompt=a') == 2
+  error = capsys.readouterr().err
+  assert error == (
+    f'mtp: --decode.checkpoint={tmp_path}: no complete checkpoint there\n'
+  )
+  assert main.main(['generate', '--prompt=a']) == 2
+  assert 'decode.checkpoint=: give a workdir' in capsys.readouterr().err
+
+
+def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
+  path = tmp_path / 'prompts.jsonl'
+  for text, problem in (
+    ('{"prompt": "a"}\n{"text": 1}\n', 'line 2 is no object with prompt'),
+    ('[1]\n', 'line 1 is no object'),
+    ('\n', 'has no prompt'),
+  ):
+    path.write_text(text)
+    assert _generate(undisturbed, f'--decode.prompts={path}') == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_heads_that_leap_do_not_draft():
+  c = tiny.cfg(heads__n=3, heads__stride=2)
+  for flag, value in (('draft', 2), ('tree', '2')):
+    with pytest.raises(config.ConfigError, match='leave gaps between drafts'):
+      tiny.cfg(heads__n=3, heads__stride=2, **{f'decode__{flag}': value})
+  from mtp_jax.decode import decoder
+
+  assert decoder.widths(c, 3) == ()
+
+
+def test_a_run_keeps_what_decodes_it(undisturbed):
+  cfg, _ = checkpoint.about(str(undisturbed), 6)
+  assert cfg.data.tokenizer == 'bytes'
+  assert not os.path.exists(undisturbed / 'tokenizer')
+  assert store_lib.FORMAT  # bytes need no file
