@@ -426,8 +426,8 @@ class Decode:
     result=False, **UNSIGNED,
   )  # fmt: skip
   cache_dtype: str = _f(
-    '', 'of cached keys and values; empty = --model.compute_dtype',
-    result=False, choices=('', *DTYPES),
+    'compute', 'of cached keys and values; compute = --model.compute_dtype',
+    result=False, choices=('compute', *DTYPES),
   )  # fmt: skip
   prefill: int = _f(
     512, 'positions of a prompt that are read at once', result=False,

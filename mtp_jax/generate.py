@@ -223,6 +223,8 @@ def run(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
     f' (compiled in {total.compile_s:.1f} s)',
     *_beyond(cfg, prompts, total),
   ]
+  if cfg.decode.compare:
+    lines.append('head 1 alone was in use: nothing to compare it with')
   return rows, lines, summary(total)
 
 
@@ -320,12 +322,9 @@ def _stream(opened: Opened, prompt: Prompt, say):
 
 
 def compare(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
-  """Head 1 alone and all heads in use, in turn: (report's lines, dict)."""
+  """Head 1 alone and all heads in use, of which there are several, in turn:
+  (report's lines, dict)."""
   cfg, decode = opened.cfg, opened.decoder
-  if not decode.widths:
-    raise config.ConfigError(
-      'decode.draft', cfg.decode.draft, 'to compare, use more than head 1'
-    )
   ids, stop_ids = [p.ids for p in prompts], _stop_ids(cfg, opened)
   plain, drafted, ratios = _in_turn(opened, [(), decode.widths], ids, stop_ids)
   for prompt, tokens, forwards in zip(

@@ -195,7 +195,7 @@ def _plan(parsed: flags.Parsed) -> int:
 def _bench(parsed: flags.Parsed) -> int:
   _no_more(parsed)
   if parsed.given.get('bench.what') == 'decode':
-    _start_jax(config.replace(config.Config(), **parsed.given))
+    _start_jax(_alone(parsed))
     from mtp_jax import generate
 
     opened = generate.open_checkpoint(parsed, only_ids=True)
@@ -214,14 +214,25 @@ def _bench(parsed: flags.Parsed) -> int:
   return 0
 
 
+def _alone(parsed: flags.Parsed) -> config.Config:
+  """Decoding is of one process; a bigger machine decodes more rows."""
+  cfg = config.replace(config.Config(), **parsed.given)
+  if cfg.processes.coordinator:
+    raise config.ConfigError(
+      'processes.coordinator', cfg.processes.coordinator,
+      'decoding runs in one process, on all of its devices',
+    )  # fmt: skip
+  return cfg
+
+
 def _generate(parsed: flags.Parsed) -> int:
   _no_more(parsed)
-  _start_jax(config.replace(config.Config(), **parsed.given))
+  _start_jax(_alone(parsed))
   from mtp_jax import generate
 
   opened = generate.open_checkpoint(parsed, generate.wants_only_ids(parsed))
   prompts = generate.read_prompts(parsed, opened.tokenizer)
-  if opened.cfg.decode.compare:
+  if opened.cfg.decode.compare and opened.decoder.widths:
     lines, values = generate.compare(opened, prompts, generate.say)
     _report(lines, values, parsed.out)
     return 0

@@ -128,6 +128,14 @@ def test_compare_says_that_the_text_is_the_same(undisturbed, tmp_path, capsys):
   )
 
 
+def test_head_1_alone_is_compared_with_nothing(undisturbed, capsys):
+  assert _generate(
+    undisturbed, '--prompt=ab', '--decode.compare', '--decode.draft=1',
+    '--decode.max_new=4',
+  ) == 0  # fmt: skip
+  assert 'nothing to compare it with' in capsys.readouterr().out
+
+
 def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
   """Rounding is not to be had at will: one program's text is changed here."""
   from mtp_jax.decode import decoder
@@ -239,8 +247,8 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
     (['--prompt=a', '--heads.n=1'], '--heads.n=1: the checkpoint'),
     (['--prompt=a', '--model.d_ff=64'], '--model.d_ff=64: the checkpoint'),
     (
-      ['--prompt=a', '--decode.compare', '--decode.draft=1'],
-      '--decode.draft=1: to compare, use more than head 1',
+      ['--prompt=a', '--processes.coordinator=auto'],
+      '--processes.coordinator=auto: decoding runs in one process',
     ),
   ],
 )

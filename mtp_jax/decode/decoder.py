@@ -205,7 +205,9 @@ class Decoder:
       seed_B[b] = seeds[b]
     rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
     arrays = jax.device_put((tokens_BS, length_B, limit_B, seed_B), rows)
-    dtype = self.cfg.decode.cache_dtype or self.cfg.model.compute_dtype
+    dtype = self.cfg.decode.cache_dtype
+    if dtype == 'compute':
+      dtype = self.cfg.model.compute_dtype
     return _start(*arrays, sampled=sampled, slots=slots, dtype=dtype, s=s)
 
 
