@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import sharding
+from mtp_jax import flops, sharding
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import speculative
 from tests import oracle, tiny
@@ -87,6 +87,46 @@ def test_drafts_are_what_the_heads_say(family):
           params, window, np.arange(window.shape[1])[None], shape
         )
         assert drafts == logits[1:, 0, q].argmax(-1).tolist()
+
+
+def test_what_is_computed_where(family):
+  """FLOPs of a pass, as traced, are those of the module's docstring: heads 2..W
+  have queries, MLP and logits where they are needed."""
+  c, W, B, S = decoding.cfg(family), 4, 4, 128
+  made = decoding.make(c)
+  s = speculative.setup(c, 4, (1, 1, 1))
+  prompts = [np.array(p) for p in PROMPTS]
+  with jax.set_mesh(made.mesh):
+    state, caches = made._start(prompts, range(4), 64, B, S, False, s)
+    traced = jax.make_jaxpr(
+      lambda w, state, caches: speculative._forward(
+        w, state, caches, 99, None, s
+      )
+    )(made._weights, state, caches)
+  m = c.model
+  D, V, NH, GH = (
+    m.d_model, m.vocab_size, m.d_model, m.kv_heads * m.head_width
+  )  # fmt: skip
+  keys = 2 * D * 2 * GH
+  rest = 2 * 2 * D * NH + 3 * 2 * D * m.ff_width + 2 * 2 * NH * S
+
+  def layer(positions, asked):
+    return positions * keys + asked * rest
+
+  square, again = 2 * D * D, 2 * W - 2
+  further = {
+    'parallel': 3 * layer(W, 1),
+    'causal': 2 * layer(W, W) + layer(W, 1),
+    'anticausal': 3 * layer(W, W),
+    'linear': 3 * square,
+    'residual': 3 * square,
+    'sequential': 2 * layer(again, again) + layer(again, 1)
+    + 3 * again * 2 * square,
+  }  # fmt: skip
+  further['recursive'] = further['sequential']
+  stem = 2 + c.heads.block_first
+  wanted = stem * layer(W, W) + further[family] + 2 * D * V * (W + W - 1)
+  assert flops.of_program(traced.jaxpr, 0) == B * wanted
 
 
 @pytest.mark.parametrize('unembedding', ['replicated', 'tied'])

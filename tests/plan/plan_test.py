@@ -289,22 +289,28 @@ def test_ahead_of_time_for_a_tpu(tmp_path):
 
 @pytest.mark.slow
 def test_only_gradients_cross_the_network_between_slices(tmp_path):
-  flags = ['--model.d_model=256', '--data.seq_len=256', '--heads.n=2']
-  moved = {}
-  for accumulate in (1, 2):
-    out = str(tmp_path / f'{accumulate}.json')
+  found = {}
+  for slices, rows in ((2, 16), (2, 32), (4, 32)):
+    out = str(tmp_path / 'plan.json')
     done = _tpu(
-      *flags, '--plan.topology=v5e:2x2', '--plan.slices=2', '--mesh.data=2',
-      '--data.batch_size=16', f'--train.accumulate={accumulate}',
-      f'--out={out}',
+      '--model.d_model=256', '--data.seq_len=256', '--heads.n=2',
+      '--plan.topology=v5e:2x2', f'--plan.slices={slices}',
+      f'--mesh.data={slices}', f'--data.batch_size={rows}', f'--out={out}',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with open(out) as f:
-      moved[accumulate] = json.load(f)
-  # A gradient is a shard in float32, whatever the batch.
-  assert 0 < moved[1]['roofline_s']['network']
-  sent = moved[1]['collectives']['send']['sent_bytes']
-  assert sent <= 3 * moved[1]['params_bytes']
+      found[slices, rows] = json.load(f)
+  two = found[2, 16]
+  assert (
+    0 < two['roofline_s']['network'] < found[4, 32]['roofline_s']['network']
+  )
+  # A gradient is a shard in float32, whatever the batch and the slices are;
+  # the rest stays within them.
+  sent = two['collectives']['send']['sent_bytes']
+  assert 0 < sent <= 2 * two['params_bytes']
+  for other in found.values():
+    assert other['collectives']['send']['sent_bytes'] == sent
+  assert found[4, 32]['collectives'] == two['collectives']
 
 
 @pytest.mark.slow
