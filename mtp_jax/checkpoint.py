@@ -149,13 +149,17 @@ def opened(
   workdir, step = find(path, flag)
   saved, _ = about(workdir, step)
   # Where and beside what it was trained is no matter any more.
-  base = dataclasses.replace(saved, processes=config.Processes())
+  base = dataclasses.replace(
+    saved, processes=config.Processes(), decode=config.Decode(),
+    bench=config.Bench(), plan=config.Plan(),
+  )  # fmt: skip
   cfg = parsed.config(config.replace(base, **elsewhere or {}))
   other_tree = bool(saved.loss.order_weight) != bool(cfg.loss.order_weight)
   for name, was, now in config.changed(saved, cfg):
-    of_model = name.startswith(('model.', 'heads.')) and name not in (
-      'model.compute_dtype', 'model.remat',
-    )  # fmt: skip
+    # The curriculum says which heads trained.
+    of_model = name.startswith(
+      ('model.', 'heads.', 'loss.curriculum')
+    ) and name not in ('model.compute_dtype', 'model.remat')
     if of_model or (name == 'loss.order_weight' and other_tree):
       raise config.ConfigError(
         name, now, f'the checkpoint {path} was trained with {was}'

@@ -394,7 +394,7 @@ class Decode:
   top_p: float = _f(
     1.0,
     'sampling keeps the fewest most likely tokens with this probability',
-    result=False, above=0, max=1,
+    result=False, min=1e-6, max=1,
   )  # fmt: skip
   min_p: float = _f(
     0.0,

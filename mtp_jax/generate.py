@@ -21,6 +21,16 @@ from mtp_jax.model import lm
 PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
 
 
+class Found(NamedTuple):
+  """A checkpoint whose parameters are not read yet."""
+
+  workdir: str
+  step: int
+  cfg: config.Config
+  active: int  # heads that trained
+  tokenizer: tokenizers.Tokenizer | None  # None where only ids are wanted
+
+
 class Opened(NamedTuple):
   """A checkpoint, ready to decode."""
 
@@ -28,7 +38,7 @@ class Opened(NamedTuple):
   cfg: config.Config
   mesh: Any
   decoder: decoder_lib.Decoder
-  tokenizer: tokenizers.Tokenizer | None  # None where only ids are wanted
+  tokenizer: tokenizers.Tokenizer | None
 
 
 class Prompt(NamedTuple):
@@ -38,8 +48,8 @@ class Prompt(NamedTuple):
   text: str | None
 
 
-def open_checkpoint(parsed: flags.Parsed, only_ids: bool) -> Opened:
-  """Reads the parameters alone; ConfigError says what is wrong."""
+def find(parsed: flags.Parsed, only_ids: bool) -> Found:
+  """The checkpoint of --decode.checkpoint; ConfigError says what is wrong."""
   path = parsed.given.get('decode.checkpoint', '')
   if not path:
     raise config.ConfigError('decode.checkpoint', '', 'give a workdir')
@@ -48,7 +58,7 @@ def open_checkpoint(parsed: flags.Parsed, only_ids: bool) -> Opened:
     path, 'decode.checkpoint', parsed
   )
   active = config.active_heads(cfg, max(step - 1, 0))
-  decoder_lib.widths(cfg, active)  # before anything is read
+  decoder_lib.widths(cfg, active)
   tokenizer = None
   if not only_ids:
     tokenizer = _tokenizer(parsed, saved, workdir)
@@ -58,14 +68,20 @@ def open_checkpoint(parsed: flags.Parsed, only_ids: bool) -> Opened:
         f'has {tokenizer.vocab_size} tokens, the model'
         f' --model.vocab_size={cfg.model.vocab_size}',
       )  # fmt: skip
+  return Found(workdir, step, cfg, active, tokenizer)
+
+
+def load(found: Found) -> Opened:
+  """Reads the parameters, and no more."""
+  cfg = found.cfg
   # Rows are filled up to the mesh: a training batch is no matter here.
   every = {'data.batch_size': len(jax.devices()), 'train.accumulate': 1}
   mesh = sharding.make_mesh(config.replace(cfg, **every))
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(workdir, step, abstract)
+  model = checkpoint.restore_params(found.workdir, found.step, abstract)
   return Opened(
-    f'{workdir}, step {step}', cfg, mesh,
-    decoder_lib.Decoder(model, cfg, mesh, active), tokenizer,
+    f'{found.workdir}, step {found.step}', cfg, mesh,
+    decoder_lib.Decoder(model, cfg, mesh, found.active), found.tokenizer,
   )  # fmt: skip
 
 
@@ -100,12 +116,12 @@ def wants_only_ids(parsed: flags.Parsed) -> bool:
   return parsed.prompt_ids is not None
 
 
-def read_prompts(parsed: flags.Parsed, tokenizer) -> list[Prompt]:
-  """Of --prompt, --prompt_ids or --decode.prompts, one of them.
+def read_prompts(parsed: flags.Parsed, found: Found) -> list[Prompt]:
+  """Of --prompt, --prompt_ids or --decode.prompts, one of them; checked.
 
   A text starts a document: the begin token is put before it.
   """
-  path = parsed.given.get('decode.prompts', '')
+  cfg, path = found.cfg, found.cfg.decode.prompts
   given = [parsed.prompt is not None, parsed.prompt_ids is not None, bool(path)]
   if sum(given) != 1:
     raise config.ConfigError(
@@ -113,23 +129,33 @@ def read_prompts(parsed: flags.Parsed, tokenizer) -> list[Prompt]:
       'give one of --prompt, --prompt_ids and --decode.prompts',
     )  # fmt: skip
   if parsed.prompt_ids is not None:
-    try:
-      return [Prompt(_ids(config.parse_numbers(parsed.prompt_ids)), None)]
-    except ValueError:
-      raise config.ConfigError(
-        'prompt_ids', parsed.prompt_ids, 'token ids, with commas'
-      ) from None
-  if parsed.prompt is not None:
-    return [_encoded(parsed.prompt, tokenizer)]
-  return _read_file(path, tokenizer)
+    prompts = [Prompt(_numbers(parsed.prompt_ids), None)]
+  elif parsed.prompt is not None:
+    prompts = [_encoded(parsed.prompt, found.tokenizer)]
+  else:
+    prompts = _read_file(path, found.tokenizer)
+  ids = [prompt.ids for prompt in prompts]
+  flag = 'decode.prompts' if path else 'prompt_ids'
+  decoder_lib.check(ids, decoder_lib.room(ids, cfg), cfg, flag)
+  return prompts
 
 
-def _ids(numbers) -> np.ndarray:
-  return np.array(numbers, np.int64)
+def _numbers(text: str) -> np.ndarray:
+  try:
+    return np.array(config.parse_numbers(text), np.int64)
+  except (ValueError, OverflowError):
+    raise config.ConfigError(
+      'prompt_ids', text, 'token ids, with commas'
+    ) from None
 
 
 def _encoded(text: str, tokenizer) -> Prompt:
-  return Prompt(_ids([tokenizer.bos, *tokenizer.encode(text)]), text)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise config.ConfigError('prompt', repr(text), 'is not text') from None
+  ids = [tokenizer.bos, *tokenizer.encode(text)]
+  return Prompt(np.array(ids, np.int64), text)
 
 
 def _read_file(path: str, tokenizer) -> list[Prompt]:
@@ -139,8 +165,10 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
   try:
     with open(path, encoding='utf-8') as file:
       lines = [line.rstrip('\n') for line in file]
-  except (OSError, UnicodeDecodeError) as error:
-    raise wrong(f'cannot be read: {error}') from error
+  except UnicodeDecodeError as error:
+    raise wrong('is not text') from error
+  except OSError as error:
+    raise wrong(f'cannot be read: {error.strerror}') from error
   prompts = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -148,19 +176,34 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
     if not path.endswith('.jsonl'):
       prompts.append(_encoded(line, tokenizer))
       continue
-    try:
-      record = json.loads(line)
-      if 'prompt' in record:
-        prompts.append(_encoded(str(record['prompt']), tokenizer))
-      else:
-        prompts.append(Prompt(_ids(record['prompt_ids']), None))
-    except (ValueError, KeyError, TypeError) as error:
+    prompt = _of_record(line, tokenizer)
+    if prompt is None:
       raise wrong(
-        f'line {number} is no object with prompt, a text, or prompt_ids'
-      ) from error
+        f'line {number} is no object with prompt, a text, or prompt_ids, a list'
+        ' of token ids'
+      )
+    prompts.append(prompt)
   if not prompts:
     raise wrong('has no prompt')
   return prompts
+
+
+def _of_record(line: str, tokenizer) -> Prompt | None:
+  """A line of .jsonl; None if it is no prompt."""
+  try:
+    record = json.loads(line)
+  except ValueError:
+    return None
+  if not isinstance(record, dict):
+    return None
+  text, ids = record.get('prompt'), record.get('prompt_ids')
+  if isinstance(text, str):
+    return _encoded(text, tokenizer)
+  if isinstance(ids, list) and all(
+    type(i) is int and 0 <= i < 2**31 for i in ids
+  ):
+    return Prompt(np.array(ids, np.int64), None)
+  return None
 
 
 def _stop_ids(cfg: config.Config, opened: Opened) -> tuple[int, ...]:
@@ -181,25 +224,26 @@ def run(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
     (rows as dicts, the report's lines, the report as a dict).
   """
   cfg, decode = opened.cfg, opened.decoder
-  B = cfg.decode.batch_size or len(prompts)
-  cache = decode.room([p.ids for p in prompts])
-  decode.check([p.ids for p in prompts], cache)  # before anything is said
+  B = min(cfg.decode.batch_size or len(prompts), len(prompts))
+  cache = decoder_lib.room([p.ids for p in prompts], cfg)
   stop_ids = _stop_ids(cfg, opened)
   rows, done = [], []
   for first in range(0, len(prompts), B):
     batch = prompts[first : first + B]
-    each = _stream(opened, batch[0], say) if len(prompts) == 1 else None
+    stream = _stream(opened, batch[0], say) if len(prompts) == 1 else None
     decoded = decode(
       [p.ids for p in batch], rows=B, cache=cache, stop_ids=stop_ids,
       seeds=range(cfg.decode.seed + first, cfg.decode.seed + first + B),
-      each=each,
+      each=stream,
     )  # fmt: skip
     done.append(decoded)
+    if stream:
+      stream(decoded.tokens, last=True)
     for prompt, tokens, forwards in zip(
       batch, decoded.tokens, decoded.forwards, strict=True
     ):
       rows.append(_row(prompt, tokens, forwards, opened, stop_ids))
-      if each is None:
+      if not stream:
         say(_shown(rows[-1]) + '\n')
   say('\n' if len(prompts) == 1 else '')
   total = decoder_lib.Decoded(
@@ -287,7 +331,8 @@ def _row(prompt: Prompt, tokens, forwards, opened, stop_ids) -> dict:
 
 def _text(prompt: Prompt, tokens, tokenizer) -> str:
   """What the new tokens add to the text of the prompt's."""
-  before = tokenizer.decode(prompt.ids)
+  # A prompt of ids may end within a character.
+  before = tokenizer.decode(prompt.ids).rstrip(PARTIAL)
   return tokenizer.decode([*prompt.ids, *tokens])[len(before) :]
 
 
@@ -303,7 +348,7 @@ def _stream(opened: Opened, prompt: Prompt, say):
   if opened.tokenizer is not None and prompt.text is not None:
     say(prompt.text)
 
-  def each(rows):
+  def each(rows, last=False):
     nonlocal said
     tokens = rows[0]
     if opened.tokenizer is None:
@@ -311,7 +356,9 @@ def _stream(opened: Opened, prompt: Prompt, say):
       say(',' * (said > 0 and bool(text)) + text)
       said = len(tokens)
       return
-    text = _text(prompt, tokens, opened.tokenizer).rstrip(PARTIAL)
+    text = _text(prompt, tokens, opened.tokenizer)
+    if not last:  # the rest of a character may come
+      text = text.rstrip(PARTIAL)
     say(text[said:])
     said = max(said, len(text))
 
@@ -418,18 +465,20 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
   if max(drafts) > n:
     raise config.ConfigError('bench.drafts', b.drafts, f'{n} heads are in use')
   variants = [(1,) * (W - 1) for W in (1, *(W for W in drafts if W > 1))]
+  if not all(width == 1 for width in decode.widths):
+    variants.append(decode.widths)  # --decode.tree
   bandwidth = _bandwidth(opened.mesh)
   table = []
   for B in config.parse_numbers(b.batches):
     ids = _held_out(cfg, B)
     *found, ratios = _in_turn(opened, variants, ids, (), B)
     for widths, decoded, speed_up in zip(variants, found, ratios, strict=True):
-      # Rows end together: passes of the loop are those of the slowest.
+      # The loop ends with its slowest row.
       passes = int(decoded.forwards.max())
       read = decode.read_bytes(widths)
       table.append(dict(
-        batch=B, heads=len(widths) + 1, speed_up=speed_up,
-        efficiency=speed_up['median'] / decoded.tokens_per_forward,
+        batch=B, heads=len(widths) + 1, widths=widths, speed_up=speed_up,
+        efficiency=speed_up['median'] * B * passes / decoded.n_tokens,
         bound=decode.read_bytes(()) / read,
         read_bytes=read, pass_s=decoded.decode_s / passes,
         over_floor=decoded.decode_s / passes * bandwidth / read,
@@ -437,7 +486,9 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
       ))  # fmt: skip
   columns = {
     'batch': lambda r: str(r['batch']),
-    'heads': lambda r: str(r['heads']),
+    'heads': lambda r: (
+      str(r['heads']) + ' tree' * any(width > 1 for width in r['widths'])
+    ),
     'tokens a pass': lambda r: f'{r["tokens_per_forward"]:.2f}',
     'speed-up': lambda r: bench.shown(r['speed_up']),
     'efficiency': lambda r: f'{r["efficiency"]:.2f}',
@@ -452,7 +503,8 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
     + _sampled(cfg),
     *bench.table(table, columns),
     f'memory reads {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
-    ' bytes of weights that a pass reads with head 1 alone over those read',
+    ' bytes of weights that a pass reads with head 1 alone over those read;'
+    ' efficiency: speed-up over tokens a row and pass, until the last row ends',
   ], dict(
     rows=table, bandwidth=bandwidth, checkpoint=opened.name,
     config=dataclasses.asdict(cfg),
@@ -465,6 +517,8 @@ def _held_out(cfg: config.Config, B: int) -> list[np.ndarray]:
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
   P, pieces = cfg.bench.prompt, []
   for skip in range(B):
+    if len(pieces) == B:
+      break
     for tokens, offsets in zip(split.tokens, split.offsets, strict=True):
       for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
         start = int(begin) + skip * P
@@ -479,8 +533,9 @@ def _held_out(cfg: config.Config, B: int) -> list[np.ndarray]:
 
 
 def _bandwidth(mesh) -> float:
-  """Bytes a second that one device reads."""
-  with jax.set_mesh(mesh):
+  """Bytes a second that one device reads, with nothing else to do."""
+  one = sharding.make_mesh(config.Config(), mesh.devices.flat[:1])
+  with jax.set_mesh(one):
     x = jax.jit(lambda: jnp.ones(2**27, jnp.float32))()
     total = jax.jit(jnp.sum)
     seconds = [bench.seconds(lambda: total(x)) for _ in range(8)]

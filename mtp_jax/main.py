@@ -198,7 +198,7 @@ def _bench(parsed: flags.Parsed) -> int:
     _start_jax(_alone(parsed))
     from mtp_jax import generate
 
-    opened = generate.open_checkpoint(parsed, only_ids=True)
+    opened = generate.load(generate.find(parsed, only_ids=True))
     _report(*generate.measure(opened), parsed.out)
     return 0
   cfg = parsed.config()
@@ -230,14 +230,23 @@ def _generate(parsed: flags.Parsed) -> int:
   _start_jax(_alone(parsed))
   from mtp_jax import generate
 
-  opened = generate.open_checkpoint(parsed, generate.wants_only_ids(parsed))
-  prompts = generate.read_prompts(parsed, opened.tokenizer)
-  if opened.cfg.decode.compare and opened.decoder.widths:
+  found = generate.find(parsed, generate.wants_only_ids(parsed))
+  d, as_rows = found.cfg.decode, parsed.out.endswith('.jsonl')
+  if d.compare and (d.batch_size or as_rows):
+    name = 'decode.batch_size' if d.batch_size else 'out'
+    raise config.ConfigError(
+      name, d.batch_size or parsed.out,
+      'not with --decode.compare, which decodes all prompts at once and reports'
+      ' figures as .json',
+    )  # fmt: skip
+  prompts = generate.read_prompts(parsed, found)
+  opened = generate.load(found)
+  if d.compare and opened.decoder.widths:
     lines, values = generate.compare(opened, prompts, generate.say)
     _report(lines, values, parsed.out)
     return 0
   rows, lines, values = generate.run(opened, prompts, generate.say)
-  if parsed.out.endswith('.jsonl'):
+  if as_rows:
     _report(lines, {}, '')
     _replace(parsed.out, ''.join(json.dumps(row) + '\n' for row in rows))
   else:

@@ -260,6 +260,10 @@ def _check_decode(cfg):
     len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size, 'tree',
     f'at most --heads.n={n} - 1 numbers of at most as many as there are tokens',
   )  # fmt: skip
+  need(
+    not d.temperature or d.temperature >= 1e-6, 'temperature',
+    '0, or at least 1e-6',
+  )  # fmt: skip
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
   need(
     not d.draft or not widths or d.draft == len(widths) + 1, 'draft',

@@ -241,7 +241,20 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
     ([], '--prompt=: give one of'),
     (['--prompt=a', '--prompt_ids=1'], '--prompt=a: give one of'),
     (['--prompt_ids=1,x'], '--prompt_ids=1,x: token ids, with commas'),
-    (['--prompt_ids=1,999'], '--prompt_ids=999: from 0 to --model.vocab'),
+    (['--prompt_ids=1,999'], '--prompt_ids=999: no token of prompt 0: from 0'),
+    (['--prompt_ids=1,99999999999999999999'], '--prompt_ids=1,9999999999999'),
+    (['--prompt=a', '--decode.temperature=1e-9'], '--decode.temperature=1e-09'),
+    (['--prompt=a', '--decode.top_p=1e-46'], '--decode.top_p=1e-46: must be'),
+    (['--prompt=\udcff'], "--prompt='\\udcff': is not text"),
+    (['--prompt=a', '--loss.curriculum=0:1'], '--loss.curriculum=0:1: the'),
+    (
+      ['--prompt=a', '--decode.compare', '--decode.batch_size=2'],
+      '--decode.batch_size=2: not with --decode.compare',
+    ),
+    (
+      ['--prompt=a', '--decode.compare', '--out=x.jsonl'],
+      '--out=x.jsonl: not with --decode.compare',
+    ),
     (['--decode.prompts=/no/such'], '--decode.prompts=/no/such: cannot be'),
     (['--prompt=a', '--decode.stop_ids=7,x'], '--decode.stop_ids=7,x: none,'),
     (['--prompt=a', '--heads.n=1'], '--heads.n=1: the checkpoint'),
@@ -274,11 +287,49 @@ def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
   for text, problem in (
     ('{"prompt": "a"}\n{"text": 1}\n', 'line 2 is no object with prompt'),
     ('[1]\n', 'line 1 is no object'),
+    ('{"prompt": null}\n', 'line 1 is no object'),
+    ('{"prompt": ["a"]}\n', 'line 1 is no object'),
+    ('{"prompt_ids": [1.7, 2]}\n', 'line 1 is no object'),
+    ('{"prompt_ids": [true]}\n', 'line 1 is no object'),
+    ('{"prompt_ids": [[1, 2]]}\n', 'line 1 is no object'),
+    ('{"prompt_ids": 5}\n', 'line 1 is no object'),
+    ('{"prompt_ids": [99999999999999999999]}\n', 'line 1 is no object'),
+    ('{"prompt_ids": []}\n', '--decode.prompts=: prompt 0 has no token'),
+    ('{"prompt_ids": [300]}\n', '--decode.prompts=300: no token of prompt 0'),
     ('\n', 'has no prompt'),
   ):
     path.write_text(text)
     assert _generate(undisturbed, f'--decode.prompts={path}') == 2
     assert problem in capsys.readouterr().err
+
+
+def test_streamed_text_is_all_of_it(undisturbed):
+  """Also a character that is never completed; a prompt that ends in one."""
+  from mtp_jax import generate
+
+  opened = generate.Opened('', None, None, None, tokenizers.get('bytes'))
+  for prompt, new, wanted in (
+    ([256, 97], [98, 0xE2, 0x82], 'b\ufffd'),
+    ([256, 0xE2], [0x82, 0xAC, 97], '€a'),
+  ):
+    shown = []
+    stream = generate._stream(
+      opened, generate.Prompt(np.array(prompt), None), shown.append
+    )
+    for n in range(len(new) + 1):
+      stream([np.array(new[:n], int)])
+    stream([np.array(new)], last=True)
+    assert ''.join(shown) == wanted
+
+
+def test_the_last_seed_has_a_next_one(undisturbed, tmp_path):
+  lines = tmp_path / 'prompts.txt'
+  lines.write_text('a\nb\n')
+  assert _generate(
+    undisturbed, f'--decode.prompts={lines}', '--decode.temperature=1',
+    f'--decode.seed={2**31 - 1}', '--decode.max_new=3',
+    '--decode.top_k=5000000000',
+  ) == 0  # fmt: skip
 
 
 def test_heads_that_leap_do_not_draft():

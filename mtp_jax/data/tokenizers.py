@@ -309,7 +309,8 @@ def of_files(name: str, files: Files) -> Tokenizer:
 def load(folder: str) -> Tokenizer:
   """The tokenizer whose files lie in a folder."""
   files = {name: _read_model(folder, os.path.join(folder, name))
-           for name in sorted(os.listdir(folder))}  # fmt: skip
+           for name in sorted(os.listdir(folder))
+           if not name.endswith('.tmp')}  # fmt: skip
   return of_files(kind_of_files(files), files)
 
 

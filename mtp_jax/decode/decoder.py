@@ -97,8 +97,8 @@ class Decoder:
       s = s._replace(tree=speculative.tree(widths))
     s = s._replace(stop_ids=tuple(sorted(stop_ids)))
     longest = max(map(len, prompts))
-    cache = cache or self.room(prompts)
-    self.check(prompts, cache)
+    cache = cache or room(prompts, self.cfg)
+    check(prompts, cache, self.cfg)
     seeds = range(d.seed, d.seed + len(prompts)) if seeds is None else seeds
     C = min(d.prefill, 1 << max(longest - 2, 0).bit_length())
     chunks = range(0, longest - 1, C)
@@ -109,12 +109,11 @@ class Decoder:
     sampling = sample.sampling(self.cfg)
     weights = speculative.in_use(self._weights, s)
     with jax.set_mesh(self.mesh):
-      state, caches = self._start(
-        prompts, seeds, cache, B, slots, sampling is not None, s
-      )
+      state, caches = self._start(prompts, seeds, cache, B, slots, sampling, s)
       prefill_s, decode_s, compile_s = 0.0, 0.0, 0.0
       begin = time.perf_counter()
-      if (B, slots, C, sampling is None, s) not in self._compiled:
+      shape = (B, slots, C, bool(chunks), sampling is None, s)
+      if shape not in self._compiled:
         # A first call each, of no effect: it is what the second will repeat.
         if chunks:
           state, caches = speculative.prefill(
@@ -124,26 +123,26 @@ class Decoder:
           weights, state, caches, 0, max_accept, sampling, s=s
         )
         jax.block_until_ready(state)
-        self._compiled.add((B, slots, C, sampling is None, s))
+        self._compiled.add(shape)
         compile_s = time.perf_counter() - begin
       begin = time.perf_counter()
       for first in chunks:
         state, caches = speculative.prefill(
           weights, state, caches, first, C=C, s=s
         )
-      jax.block_until_ready(state)
+      jax.block_until_ready((state, caches))
       prefill_s = time.perf_counter() - begin
-      begin = time.perf_counter()
       done = False
       while not done:
+        begin = time.perf_counter()
         state, caches = speculative.run(
           weights, state, caches, d.segment if each else FOREVER, max_accept,
           sampling, s=s,
         )  # fmt: skip
         done = bool(np.all(jax.device_get(state.done_B)))
+        decode_s += time.perf_counter() - begin
         if each:
           each(_new_tokens(state, prompts))
-      decode_s = time.perf_counter() - begin
       forwards_B, asked_BJ, accepted_BJ = jax.device_get(
         (state.forwards_B, state.asked_BJ, state.accepted_BJ)
       )
@@ -151,29 +150,6 @@ class Decoder:
         _new_tokens(state, prompts), forwards_B[: len(prompts)],
         asked_BJ.sum(0), accepted_BJ.sum(0), prefill_s, decode_s, compile_s,
       )  # fmt: skip
-
-  def room(self, prompts: Sequence[np.ndarray]) -> int:
-    """Tokens that a row of these has room for."""
-    d = self.cfg.decode
-    return d.cache or max(map(len, prompts)) + d.max_new
-
-  def check(self, prompts: Sequence[np.ndarray], cache: int) -> None:
-    """ConfigError for the first prompt that cannot be decoded."""
-    vocab_size = self.cfg.model.vocab_size
-    for i, prompt in enumerate(prompts):
-      if not len(prompt):
-        raise config.ConfigError('prompt', '', f'prompt {i} has no token')
-      if len(prompt) >= cache:
-        raise config.ConfigError(
-          'decode.cache', cache,
-          f'prompt {i} has {len(prompt)} tokens; no room for a new one',
-        )  # fmt: skip
-      wrong = [t for t in prompt if not 0 <= t < vocab_size]
-      if wrong:
-        raise config.ConfigError(
-          'prompt_ids', wrong[0],
-          f'from 0 to --model.vocab_size - 1 = {vocab_size - 1}',
-        )  # fmt: skip
 
   def next_logits(self, ids: np.ndarray) -> np.ndarray:
     """Head 1's after some tokens, by one pass over all of them."""
@@ -194,7 +170,7 @@ class Decoder:
   def _batch_shards(self) -> int:
     return int(np.prod([self.mesh.shape[axis] for axis in sharding.BATCH]))
 
-  def _start(self, prompts, seeds, cache, B, slots, sampled, s):
+  def _start(self, prompts, seeds, cache, B, slots, sampling, s):
     tokens_BS = np.zeros((B, slots + s.window), np.int32)
     length_B, limit_B = np.ones(B, np.int32), np.ones(B, np.int32)
     seed_B = np.zeros(B, np.int32)
@@ -202,13 +178,15 @@ class Decoder:
       tokens_BS[b, : len(prompt)] = prompt
       length_B[b] = len(prompt)
       limit_B[b] = min(len(prompt) + self.cfg.decode.max_new, cache)
-      seed_B[b] = seeds[b]
+      seed_B[b] = seeds[b] % 2**31
     rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
     arrays = jax.device_put((tokens_BS, length_B, limit_B, seed_B), rows)
     dtype = self.cfg.decode.cache_dtype
     if dtype == 'compute':
       dtype = self.cfg.model.compute_dtype
-    return _start(*arrays, sampled=sampled, slots=slots, dtype=dtype, s=s)
+    return _start(
+      *arrays, sampled=sampling is not None, slots=slots, dtype=dtype, s=s
+    )
 
 
 def _begin(tokens_BS, length_B, limit_B, seed_B, *, sampled, slots, dtype, s):
@@ -229,6 +207,36 @@ def _new_tokens(state, prompts) -> list[np.ndarray]:
   return [
     tokens_BS[b, len(prompt) : length_B[b]] for b, prompt in enumerate(prompts)
   ]
+
+
+def room(prompts: Sequence[np.ndarray], cfg: config.Config) -> int:
+  """Tokens that a row of these has room for."""
+  d = cfg.decode
+  return d.cache or max(map(len, prompts)) + d.max_new
+
+
+def check(
+  prompts: Sequence[np.ndarray], cache: int, cfg: config.Config,
+  flag: str = 'prompt_ids',
+) -> None:  # fmt: skip
+  """ConfigError for the first prompt that cannot be decoded; names the flag
+  that its ids came from."""
+  vocab_size = cfg.model.vocab_size
+  for i, prompt in enumerate(prompts):
+    if not len(prompt):
+      raise config.ConfigError(flag, '', f'prompt {i} has no token')
+    wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
+    if wrong:
+      raise config.ConfigError(
+        flag, wrong[0],
+        f'no token of prompt {i}: from 0 to --model.vocab_size - 1 ='
+        f' {vocab_size - 1}',
+      )  # fmt: skip
+    if len(prompt) >= cache:
+      raise config.ConfigError(
+        'decode.cache', cache,
+        f'prompt {i} has {len(prompt)} tokens; no room for a new one',
+      )  # fmt: skip
 
 
 def widths(cfg: config.Config, active: int) -> tuple[int, ...]:

@@ -33,12 +33,12 @@ class Sampling(NamedTuple):
 
 def sampling(cfg: config.Config) -> Sampling | None:
   """None = greedy."""
-  d = cfg.decode
+  d, vocab_size = cfg.decode, cfg.model.vocab_size
   if not d.temperature:
     return None
   return Sampling(
     d.temperature,
-    d.top_k or None,
+    min(d.top_k, vocab_size) or None,
     d.top_p if d.top_p < 1 else None,
     d.min_p or None,
   )
@@ -52,7 +52,9 @@ def probabilities(logits, s: Sampling):
   min_p of the likeliest one's probability. Equals stay together. Float32, over
   the last axis.
   """
-  logits = logits.astype(jnp.float32) / s.temperature
+  logits = logits.astype(jnp.float32)
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  logits = (logits - top) / s.temperature  # no overflow, however low
   if s.top_k is not None or s.top_p is not None:
     ranked = -jnp.sort(-logits, axis=-1)
   if s.top_k is not None:

@@ -110,8 +110,7 @@ class Weights(NamedTuple):
 
 
 def weights(model: lm.LM, s: Setup) -> Weights:
-  """Under jit. A token-feeding module that serves all heads occurs once a
-  head, but is one array."""
+  """Under jit. A module that serves all heads is there once."""
   cfg, f = s.cfg, heads.family(s.cfg)
 
   def use(w, spec):
@@ -133,7 +132,8 @@ def weights(model: lm.LM, s: Setup) -> Weights:
     stem.append(at(0, model.heads))
     modules = [at(k - 1, model.heads) for k in further]
   else:
-    modules = [at(0 if f.one_module else k - 2, model.heads) for k in further]
+    n_modules = heads.n_modules(cfg, s.window)
+    modules = [at(i, model.heads) for i in range(n_modules)]
   return Weights(
     model.embed, tuple(stem), tuple(modules), model.norm,
     {
@@ -155,16 +155,16 @@ def in_use(w: Weights, s: Setup) -> Weights:
 
 
 def read_bytes(w: Weights, s: Setup) -> int:
-  """Bytes of weights that a forward pass reads: each as often as it occurs,
-  a shared unembedding for head 1 and once more for the drafts of all further
-  heads, or for each where one drafts after the other."""
+  """Bytes of weights that a device reads in a forward pass: a module as often
+  as it serves a head; a shared unembedding for head 1 and once more for the
+  drafts of all further heads, or for each where one drafts after the other."""
   f, unembedding = heads.family(s.cfg), s.cfg.heads.unembedding
+  modules = w.heads * (s.window - 1) if f.one_module else w.heads
   table = w.unembed or (w.embed,)
   reads = 1 + (s.window > 1) * (s.window - 1 if f.feeds_tokens else 1)
   if unembedding != 'replicated':
     table = table * reads
-  read = jax.tree.leaves((w.stem, w.heads, w.norm, table))
-  return sum(x.size * x.dtype.itemsize for x in read)
+  return params.bytes_per_device((w.stem, modules, w.norm, table))
 
 
 class State(NamedTuple):
@@ -289,7 +289,8 @@ def _head(w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s: Setup):
   next_BT: the token that head k - 1 predicts at each position, for families
   that feed them.
   """
-  cfg, f, module = s.cfg, heads.family(s.cfg), w.heads[k - 2]
+  cfg, f = s.cfg, heads.family(s.cfg)
+  module = w.heads[0 if f.one_module else k - 2]
   next_emb_BTD = lm.embed(w, next_BT, cfg) if f.feeds_tokens else None
   x = heads.Inputs(w.norm, z_BTD, carry_BTD, next_emb_BTD)
   if not f.has_block:

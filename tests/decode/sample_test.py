@@ -98,6 +98,43 @@ def _chi_square(texts, exact):
   return statistic, freedom + 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize('low', [1e-6, 1e-3])
+def test_the_lowest_values_are_greedy_not_nothing(low):
+  logits = jnp.array([[1e4, 3.0, 1e4 + 1, -1e4]])
+  for s in ((low, None, None, None), (1.0, None, low, None)):
+    p = sample.probabilities(logits, sample.Sampling(*s))
+    assert p.tolist() == [[0, 0, 1, 0]]
+
+
+def test_drafts_that_are_drawn_twice_lose_nothing():
+  """Six tokens at three a pass: an index whose draft fell with one before it is
+  drafted again, from what the heads say then; by heads that feed tokens."""
+  V, new, rows = 3, 6, 10_000
+  c = tiny.cfg(
+    heads__family='sequential', heads__n=3, model__n_layers=1,
+    model__d_model=8, model__d_ff=8, model__n_attn_heads=2,
+    model__n_kv_heads=1, model__vocab_size=V, decode__max_new=new,
+    decode__temperature=1.2, data__seq_len=64,
+  )  # fmt: skip
+  model = tiny.model(c, tiny.mesh(c))
+  model = model.replace(unembed=5 * model.unembed)
+  prompt, shape = [1, 2], oracle.Shape('sequential', 3)
+  params, exact = tiny.flat(model), {(): 1.0}
+  for _ in range(new):
+    window = np.array([prompt + list(t) + [0] * shape.span for t in exact])
+    position = np.tile(np.arange(window.shape[1]), (len(window), 1))
+    logits = oracle.forward(params, window, position, shape)[0, :, -1]
+    exact = {
+      (*text, v): p * oracle.kept(logits_V, 1.2)[v]
+      for (text, p), logits_V in zip(exact.items(), logits, strict=True)
+      for v in range(V)
+    }
+  decoded = decoding.make(c, model)([np.array(prompt)] * rows)
+  statistic, bound = _chi_square(decoding.lists(decoded), exact)
+  assert statistic < bound
+  assert 0.2 < decoded.acceptance_J[0] < 0.95
+
+
 @pytest.mark.parametrize('heads', ['good', 'bad'])
 @pytest.mark.parametrize('name', ['plain', 'top_p', 'all'])
 def test_speculation_keeps_the_distribution(name, heads):

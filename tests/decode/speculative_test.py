@@ -6,7 +6,7 @@ import pytest
 
 from mtp_jax import flops, sharding
 from mtp_jax.decode import decoder as decoder_lib
-from mtp_jax.decode import speculative
+from mtp_jax.decode import sample, speculative
 from tests import oracle, tiny
 from tests.decode import decoding
 from tests.decode.decoding import FAMILIES, PROMPTS
@@ -61,22 +61,27 @@ def test_the_same_program_without_acceptance_writes_the_same(family):
   assert forced.accepted_J.sum() == 0
 
 
-def test_drafts_are_what_the_heads_say(family):
+@pytest.mark.parametrize(
+  'widths, temperature',
+  [((1,), 0), ((1, 1, 1), 0), ((1, 1, 1), 1.3), ((2, 2), 0)],
+)
+def test_drafts_are_what_the_heads_say(family, widths, temperature):
   """Cached = full forward, for all heads: after each pass the drafts are those
   of the whole text so far, with what was drafted as the tokens that are fed."""
-  c = decoding.cfg(family)
+  c = decoding.cfg(family, decode__temperature=float(temperature))
   model = tiny.model(c, tiny.mesh(c))
   params, shape = tiny.flat(model), oracle.Shape(family, 4)
   decode = decoding.make(c, model)
-  s = speculative.setup(c, 4, (1, 1, 1))
+  sampling = sample.sampling(c)
+  s = speculative.setup(c, 4, widths)
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(decode.mesh):
     w = speculative.in_use(decode._weights, s)
-    state, caches = decode._start(prompts, range(4), 64, 4, 128, False, s)
+    state, caches = decode._start(prompts, range(4), 64, 4, 128, sampling, s)
     for first in range(0, 8, 4):
       state, caches = speculative.prefill(w, state, caches, first, C=4, s=s)
-    for _ in range(8):
-      state, caches = speculative.run(w, state, caches, 1, 99, None, s=s)
+    for _ in range(6):
+      state, caches = speculative.run(w, state, caches, 1, 99, sampling, s=s)
       now = jax.device_get(state)
       for row in range(4):
         q = now.length_B[row] - 2
@@ -85,8 +90,15 @@ def test_drafts_are_what_the_heads_say(family):
         window = np.array([(known + drafts + [0] * 4)[: q + 5]])
         logits = oracle.forward(
           params, window, np.arange(window.shape[1])[None], shape
-        )
-        assert drafts == logits[1:, 0, q].argmax(-1).tolist()
+        )[1 : s.window, 0, q]
+        for j, (width, logits_V) in enumerate(zip(widths, logits, strict=True)):
+          if temperature:
+            wanted = oracle.kept(logits_V, temperature)
+            np.testing.assert_allclose(now.q_BJV[row, j], wanted, atol=1e-4)
+          else:
+            best = np.argsort(-logits_V, kind='stable')[:width]
+            got = now.candidates_BJX[row, j, :width]
+            assert got.tolist() == best.tolist()
 
 
 def test_what_is_computed_where(family):
@@ -97,7 +109,7 @@ def test_what_is_computed_where(family):
   s = speculative.setup(c, 4, (1, 1, 1))
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(made.mesh):
-    state, caches = made._start(prompts, range(4), 64, B, S, False, s)
+    state, caches = made._start(prompts, range(4), 64, B, S, None, s)
     traced = jax.make_jaxpr(
       lambda w, state, caches: speculative._forward(
         w, state, caches, 99, None, s
@@ -171,6 +183,8 @@ def test_perfect_drafts_all_stand_and_stops_cut_them():
     assert tokens.tolist() == wanted.tolist()
   # The first pass has no drafts: 1 + 9 x 4 + 3 of the last one's 4.
   assert decoded.forwards.tolist() == [11, 11]
+  assert decoded.asked_J.tolist() == decoded.accepted_J.tolist()
+  assert decoded.asked_J.tolist() == [20, 20, 20]
   assert decoded.acceptance_J == [1.0, 1.0, 1.0]
   # 3 is the third token after 0, the second of its pass of four.
   for stop, n in ((3, 3), (1, 1), (2, 2), (5, 5), (0, 8)):
@@ -248,6 +262,51 @@ def test_a_tree_on_a_mesh():
   assert decoding.lists(decoded) == decoding.greedy('parallel')
 
 
+@pytest.mark.parametrize('kv_heads', [1, 4])
+def test_any_number_of_key_heads_and_a_row_alone(kv_heads):
+  """A single row on a mesh that splits heads, which a reshape may confuse."""
+  texts = []
+  for tensor in (1, kv_heads):
+    c = decoding.cfg(model__n_kv_heads=kv_heads, mesh__tensor=tensor)
+    texts.append(decoding.lists(decoding.decode(c, [PROMPTS[1]])))
+  c = decoding.cfg(model__n_kv_heads=kv_heads)
+  params = tiny.flat(tiny.model(c, tiny.mesh(c)))
+  wanted = oracle.greedy(params, PROMPTS[1], 40, oracle.Shape('parallel', 4))
+  assert texts == [[wanted], [wanted]]
+
+
+@pytest.mark.parametrize('family', ['anticausal', 'recursive'])
+def test_bfloat16_writes_one_text_at_any_width(family):
+  c = decoding.cfg(family, model__compute_dtype='bfloat16')
+  decode = decoding.make(c)
+  prompts = [np.array(p) for p in PROMPTS]
+  forced = decode(prompts, max_accept=0)
+  decoded = decode(prompts)
+  assert decoding.lists(decoded) == decoding.lists(forced)
+  assert decoded.accepted_J[0] > 0
+
+
+def test_a_module_that_serves_all_heads_is_there_once():
+  made = decoding.make(decoding.cfg('recursive'))
+  assert len(made._weights.heads) == 1
+  once = made.read_bytes(DRAFTS[2]) - made.read_bytes(())
+  assert made.read_bytes(DRAFTS[4]) - made.read_bytes(()) == 3 * once
+
+
+def test_a_stop_ends_a_sampled_row_and_one_of_a_tree():
+  c = decoding.cfg(decode__temperature=1.0)
+  free = decoding.decode(c)
+  stop = int(free.tokens[1][5])
+  stopped = decoding.decode(c, stop_ids=(stop,))
+  tree = decoding.decode(decoding.cfg(), widths=(2, 2), stop_ids=(stop,))
+  for decoded, wanted in (
+    (stopped, decoding.lists(free)), (tree, decoding.greedy('parallel'))
+  ):  # fmt: skip
+    for text, whole in zip(decoding.lists(decoded), wanted, strict=True):
+      n = whole.index(stop) + 1 if stop in whole else len(whole)
+      assert text == whole[:n]
+
+
 def test_chunks_of_a_prompt_change_nothing():
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 8, n) for n in (40, 3, 33, 17)]
@@ -263,6 +322,8 @@ def test_chunks_of_a_prompt_change_nothing():
 def test_lengths_of_one_bucket_share_a_program():
   decode = decoding.make(decoding.cfg(decode__prefill=4, decode__seed=3))
   decode([np.arange(5), np.arange(7)])
+  decode([np.arange(1), np.arange(1)])
+  assert decode([np.arange(1), np.arange(2)]).compile_s > 0  # has a prefill
   before = speculative.run._cache_size(), speculative.prefill._cache_size()
   for lengths in ((6, 4), (8, 8), (5, 3)):
     decoded = decode([np.arange(n) for n in lengths])
@@ -286,6 +347,8 @@ def test_each_gets_the_text_as_it_grows():
   c = decoding.cfg(decode__segment=3)
   seen = []
   decoded = decoding.make(c)([np.array(PROMPTS[1])], each=seen.append)
+  for rows in seen:  # also those whose buffers were donated since
+    assert rows[0].tolist() == decoded.tokens[0][: len(rows[0])].tolist()
   lengths = [len(rows[0]) for rows in seen]
   assert lengths == sorted(lengths) and len(lengths) > 3
   assert seen[-1][0].tolist() == decoded.tokens[0].tolist()
