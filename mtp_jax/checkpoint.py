@@ -66,6 +66,35 @@ def save(
     )
 
 
+def write_definition(cfg, tokenizer) -> None:
+  """What the run is, and the files of its tokenizer: a checkpoint can be used
+  where the store is not."""
+  files = {
+    'run.flags': flags.to_flag_file(cfg).encode(),
+    'config.json': config.to_json(cfg).encode(),
+  }
+  for name, data in tokenizer.files.items():
+    files[os.path.join('tokenizer', name)] = data
+  for name, data in files.items():
+    path = os.path.join(cfg.train.workdir, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + '.tmp', 'wb') as f:
+      f.write(data)
+    os.replace(path + '.tmp', path)
+
+
+def save_params(params: Any, cfg: config.Config, tokenizer) -> None:
+  """Step 0 of --train.workdir, without an optimizer's state: what an import
+  gives. `restore_params` reads it, and a run begins with it."""
+  if tokenizer is None:
+    os.makedirs(cfg.train.workdir, exist_ok=True)
+  else:
+    write_definition(cfg, tokenizer)
+  with contextlib.closing(manager(cfg.train.workdir, cfg)) as to:
+    save(to, 0, dict(params=params), cfg, store='')
+    to.wait_until_finished()
+
+
 def steps(workdir: str) -> list[int]:
   """Steps of the complete checkpoints, oldest first."""
   try:
@@ -156,15 +185,19 @@ def opened(
   cfg = parsed.config(config.replace(base, **elsewhere or {}))
   other_tree = bool(saved.loss.order_weight) != bool(cfg.loss.order_weight)
   for name, was, now in config.changed(saved, cfg):
-    # The curriculum says which heads trained.
-    of_model = name.startswith(
-      ('model.', 'heads.', 'loss.curriculum')
-    ) and name not in ('model.compute_dtype', 'model.remat')
-    if of_model or (name == 'loss.order_weight' and other_tree):
+    if is_of_model(name) or (name == 'loss.order_weight' and other_tree):
       raise config.ConfigError(
         name, now, f'the checkpoint {path} was trained with {was}'
       )
   return workdir, step, saved, cfg
+
+
+def is_of_model(name: str) -> bool:
+  """Whether a field decides what parameters there are, or what they mean; the
+  curriculum says which heads trained."""
+  return name.startswith(
+    ('model.', 'heads.', 'loss.curriculum')
+  ) and name not in ('model.compute_dtype', 'model.remat')
 
 
 def restore(workdir: str, step: int, abstract_state: Any) -> Any:

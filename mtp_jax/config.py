@@ -48,12 +48,33 @@ class Model:
   )
   n_attn_heads: int = _f(4, 'query heads of an attention', **POSITIVE)
   n_kv_heads: int = _f(0, 'key/value heads; 0 = n_attn_heads', **UNSIGNED)
+  d_head: int = _f(
+    0, 'width of a query head; 0 = d_model / n_attn_heads', **UNSIGNED
+  )
   d_ff: int = _f(
     0, 'width of the SwiGLU; 0 = 8/3 d_model, up to a multiple of 256',
     **UNSIGNED,
   )  # fmt: skip
   vocab_size: int = _f(264, 'rows of the embedding, in tokens', min=2)
   rope_theta: float = _f(10_000.0, 'base wavelength of RoPE', above=0)
+  rope_factor: float = _f(
+    1.0,
+    'how far Llama 3.1 stretches the long wavelengths of RoPE (Grattafiori et'
+    ' al. 2024, arXiv 2407.21783); 1 = not at all',
+    min=1,
+  )
+  rope_low_freq: float = _f(
+    1.0,
+    'wavelengths above rope_context over this are stretched by rope_factor',
+    above=0,
+  )
+  rope_high_freq: float = _f(
+    4.0, 'wavelengths below rope_context over this are left as they are',
+    above=0,
+  )  # fmt: skip
+  rope_context: int = _f(
+    8192, 'context, in tokens, that the wavelengths were made for', **POSITIVE
+  )
   norm_eps: float = _f(1e-5, 'epsilon of RMSNorm', above=0)
   param_dtype: str = _f(
     'float32',
@@ -89,7 +110,7 @@ class Model:
 
   @property
   def head_width(self) -> int:
-    return self.d_model // self.n_attn_heads
+    return self.d_head or self.d_model // self.n_attn_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,6 +467,37 @@ class Decode:
 
 
 @dataclasses.dataclass(frozen=True)
+class Export:
+  """A checkpoint for other tools."""
+
+  checkpoint: str = _f(
+    '', 'workdir of a run, or one of its checkpoints/STEP', result=False
+  )
+  out: str = _f('', 'directory to write; it must not exist', result=False)
+  format: str = _f(
+    'hf',
+    'hf: Hugging Face Llama, further heads beside it in a file of their own',
+    result=False, choices=('hf',),
+  )  # fmt: skip
+  dtype: str = _f(
+    'param', 'of the tensors written; param = --model.param_dtype',
+    result=False, choices=('param', *DTYPES),
+  )  # fmt: skip
+  shard_gib: float = _f(4.0, 'GiB of a file, at most', result=False, above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+  """A checkpoint of another tool; --train.workdir is where it goes."""
+
+  path: str = _f('', 'directory of the checkpoint', result=False)
+  format: str = _f(
+    'hf', 'hf: Hugging Face Llama, also one that export wrote', result=False,
+    choices=('hf',),
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspect:
   """What `mtp inspect` prints."""
 
@@ -543,6 +595,8 @@ class Config:
   train: Train = Train()
   eval: Eval = Eval()
   decode: Decode = Decode()
+  export: Export = Export()
+  import_: Import = Import()
   inspect: Inspect = Inspect()
   plan: Plan = Plan()
   bench: Bench = Bench()
@@ -558,7 +612,7 @@ def fields() -> dict[str, dataclasses.Field]:
   """'section.field' -> its dataclass field, in reading order."""
   hints = typing.get_type_hints(Config)
   return {
-    f'{section}.{field.name}': field
+    f'{section.rstrip("_")}.{field.name}': field
     for section, cls in hints.items()
     for field in dataclasses.fields(cls)
   }
@@ -567,7 +621,12 @@ def fields() -> dict[str, dataclasses.Field]:
 def get(cfg: Config, name: str):
   """Value of the field called 'section.field'."""
   section, field = name.split('.')
-  return getattr(getattr(cfg, section), field)
+  return getattr(getattr(cfg, _attribute(section)), field)
+
+
+def _attribute(section: str) -> str:
+  """import is a word of Python's own."""
+  return 'import_' if section == 'import' else section
 
 
 def replace(cfg: Config, **values) -> Config:
@@ -575,7 +634,7 @@ def replace(cfg: Config, **values) -> Config:
   by_section = {}
   for name, value in values.items():
     section, field = name.split('.')
-    by_section.setdefault(section, {})[field] = value
+    by_section.setdefault(_attribute(section), {})[field] = value
   return dataclasses.replace(
     cfg,
     **{
@@ -598,7 +657,9 @@ def from_json(text: str) -> Config:
   return replace(
     Config(),
     **{
-      f'{section}.{name}': tuple(value) if isinstance(value, list) else value
+      f'{section.rstrip("_")}.{name}': tuple(value)
+      if isinstance(value, list)
+      else value
       for section, values in sections.items()
       for name, value in values.items()
     },

@@ -21,7 +21,9 @@ _DEFINE = {
   tuple: flags.DEFINE_multi_string,  # given several times
 }
 # Sections that say where a run is or what is asked of it, not what it is.
-_BESIDE = ('processes.', 'decode.', 'plan.', 'bench.')
+_BESIDE = (
+  'processes.', 'decode.', 'export.', 'import.', 'plan.', 'bench.',
+)  # fmt: skip
 
 
 def expand(args: list[str], beside: str = '', seen: tuple = ()) -> list[str]:

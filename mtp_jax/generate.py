@@ -61,7 +61,7 @@ def find(parsed: flags.Parsed, only_ids: bool) -> Found:
   decoder_lib.widths(cfg, active)
   tokenizer = None
   if not only_ids:
-    tokenizer = _tokenizer(parsed, saved, workdir)
+    tokenizer = tokenizer_of(parsed, saved, workdir)
     if tokenizer.vocab_size > cfg.model.vocab_size:
       raise config.ConfigError(
         'data.tokenizer', tokenizer.name,
@@ -85,7 +85,7 @@ def load(found: Found) -> Opened:
   )  # fmt: skip
 
 
-def _tokenizer(parsed, saved: config.Config, workdir: str):
+def tokenizer_of(parsed, saved: config.Config, workdir: str):
   """The run's own, from its workdir or its store; one that is given must be
   that one."""
   recorded, given = saved.data.tokenizer, parsed.given.get('data.tokenizer')

@@ -215,12 +215,12 @@ def _bench(parsed: flags.Parsed) -> int:
 
 
 def _alone(parsed: flags.Parsed) -> config.Config:
-  """Decoding is of one process; a bigger machine decodes more rows."""
+  """Commands of one process; a bigger machine decodes more rows."""
   cfg = config.replace(config.Config(), **parsed.given)
   if cfg.processes.coordinator:
     raise config.ConfigError(
       'processes.coordinator', cfg.processes.coordinator,
-      'decoding runs in one process, on all of its devices',
+      'this command runs in one process, on all of its devices',
     )  # fmt: skip
   return cfg
 
@@ -251,6 +251,24 @@ def _generate(parsed: flags.Parsed) -> int:
     _replace(parsed.out, ''.join(json.dumps(row) + '\n' for row in rows))
   else:
     _report(lines, values | dict(rows=rows), parsed.out)
+  return 0
+
+
+def _export(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  _start_jax(_alone(parsed))
+  from mtp_jax import transfer
+
+  _report(transfer.export(parsed), {}, '')
+  return 0
+
+
+def _import(parsed: flags.Parsed) -> int:
+  _no_more(parsed)
+  _start_jax(_alone(parsed))
+  from mtp_jax import transfer
+
+  _report(transfer.import_(parsed), {}, '')
   return 0
 
 
@@ -298,6 +316,16 @@ COMMANDS = {
     'text from a checkpoint, several tokens a forward pass',
     ('decode', 'prompt', 'prompt_ids', 'out', 'mesh', 'bench'),
     _generate,
+  ),
+  'export': Command(
+    'a checkpoint for other tools: Hugging Face Llama and what it has not',
+    ('export', 'data', 'mesh'),
+    _export,
+  ),
+  'import': Command(
+    "another tool's checkpoint into --train.workdir",
+    ('import', 'train', 'heads', 'mesh'),
+    _import,
   ),
   'plan': Command(
     'compile the step for a TPU slice, or the devices here: memory, FLOPs,'

@@ -82,15 +82,23 @@ def _check_limits(name, value, limits):
 
 def _check_model(cfg):
   m, n = cfg.model, cfg.heads.n
-  if m.d_model % m.n_attn_heads:
+  if not m.d_head and m.d_model % m.n_attn_heads:
     raise config.ConfigError(
       'model.d_model', m.d_model,
-      f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}',
+      f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}, unless'
+      ' --model.d_head says how wide a head is',
     )  # fmt: skip
   if m.head_width % 2:
     raise config.ConfigError(
-      'model.d_model', m.d_model,
-      f'd_model / n_attn_heads = {m.head_width} must be even (RoPE pairs)',
+      *(('model.d_head', m.d_head) if m.d_head else (
+        'model.d_model', m.d_model
+      )),
+      f'a head is {m.head_width} wide; it must be even (RoPE pairs)',
+    )  # fmt: skip
+  if m.rope_factor > 1 and m.rope_high_freq <= m.rope_low_freq:
+    raise config.ConfigError(
+      'model.rope_high_freq', m.rope_high_freq,
+      f'must be above --model.rope_low_freq={m.rope_low_freq}',
     )  # fmt: skip
   if m.n_attn_heads % m.kv_heads:
     raise config.ConfigError(

@@ -40,6 +40,8 @@ FREE = """
   decode.top_k decode.top_p decode.min_p decode.seed decode.stop_ids
   decode.prompts decode.batch_size decode.cache decode.cache_dtype
   decode.prefill decode.segment decode.compare
+  export.checkpoint export.out export.format export.dtype export.shard_gib
+  import.path import.format
   plan.topology plan.slices plan.sweep plan.search_mesh plan.search_s
 """.split()
 

@@ -65,7 +65,10 @@ def test_flags_may_follow_what_is_no_flag():
 def test_flag_file_round_trip(tmp_path):
   cfg = config.replace(config.Config(), **config_test.OTHER)
   text = flags.to_flag_file(cfg)
-  beside = (config.Processes, config.Decode, config.Bench, config.Plan)
+  beside = (
+    config.Processes, config.Decode, config.Export, config.Import,
+    config.Bench, config.Plan,
+  )  # fmt: skip
   assert 'workdir' not in text
   for cls in beside:
     assert f'--{cls.__name__.lower()}.' not in text

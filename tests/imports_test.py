@@ -35,6 +35,8 @@ FLOORS = {
   'report': 5,
   'bench': 5,
   'generate': 5,
+  'interop/': 4,
+  'transfer': 5,
   'plan/': 5,
   'main': 6,
   '__main__': 7,
@@ -45,6 +47,7 @@ ALLOWED = {
   ('loss', 'targets'),
   ('loss', 'cross_entropy'),
   ('report', 'train/loop'),
+  ('transfer', 'generate'),  # the tokenizer of a checkpoint
   ('generate', 'bench'),  # ratios and tables
   ('bench', 'train/loop'),  # the loader only; it needs grain
 }
@@ -64,7 +67,7 @@ LIBRARIES = {
   'rich': ('train/loop', 'data/progress'),  # flax needs it as well
   'matplotlib': ('report',),
   'torch': ('interop/',),
-  'safetensors': ('interop/',),
+  'safetensors': ('interop/', 'transfer'),
 }
 LAZY = ('torch', 'safetensors', 'matplotlib')  # inside functions only
 

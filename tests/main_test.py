@@ -88,7 +88,7 @@ IMPOSSIBLE = [
   ('heads.n', 16, {'model.n_layers': 20}, 'must be below --data.seq_len=16'),
   ('model.d_model', 18, {'model.n_attn_heads': 4},
    'must be a multiple of --model.n_attn_heads=4'),
-  ('model.d_model', 18, {}, 'd_model / n_attn_heads = 9 must be even'),
+  ('model.d_model', 18, {}, 'a head is 9 wide; it must be even'),
   ('model.d_model', 0, {}, 'must be at least 1'),
   ('model.n_kv_heads', 3, {}, 'must divide --model.n_attn_heads=2'),
   ('model.n_kv_heads', 4, {}, 'must divide --model.n_attn_heads=2'),

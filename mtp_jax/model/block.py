@@ -63,9 +63,7 @@ def specs(cfg: config.Config) -> Block:
 
 def context(position_BT, cfg: config.Config) -> Context:
   """A document starts wherever a position is 0."""
-  sin, cos = layers.rope_tables(
-    position_BT, cfg.model.head_width, cfg.model.rope_theta
-  )
+  sin, cos = layers.rope_tables(position_BT, cfg.model)
   segment_BT = jnp.cumsum(position_BT == 0, axis=1)
   return Context(position_BT, segment_BT, sin, cos)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import sharding
+from mtp_jax import config, sharding
 
 
 def rms_norm(x_BTD, w_D, eps: float):
@@ -15,11 +15,22 @@ def rms_norm(x_BTD, w_D, eps: float):
   return (x32_BTD * jax.lax.rsqrt(ms_BT1 + eps) * w_11D).astype(x_BTD.dtype)
 
 
-def rope_tables(position_BT, head_width: int, theta: float):
+def rope_tables(position_BT, m: config.Model):
   """Sines and cosines (B, T, H/2) of position x theta^(-2i/H), in float32:
-  bfloat16 rounds the position 257 to 256, and the two angles are far apart."""
-  i = jnp.arange(0, head_width, 2, dtype=jnp.float32)
-  rate = theta ** (-i / head_width)
+  bfloat16 rounds the position 257 to 256, and the two angles are far apart.
+
+  With rope_factor long wavelengths are stretched by it, short ones are not, and
+  between the two limits the rates are mixed (Llama 3.1, Grattafiori et al.
+  2024, https://arxiv.org/abs/2407.21783).
+  """
+  i = jnp.arange(0, m.head_width, 2, dtype=jnp.float32)
+  rate = m.rope_theta ** (-i / m.head_width)
+  if m.rope_factor > 1:
+    turns = m.rope_context * rate / (2 * jnp.pi)  # within that context
+    kept = jnp.clip(
+      (turns - m.rope_low_freq) / (m.rope_high_freq - m.rope_low_freq), 0, 1
+    )
+    rate = rate * (kept + (1 - kept) / m.rope_factor)
   angle = position_BT.astype(jnp.float32)[:, :, None] * rate[None, None, :]
   return jnp.sin(angle), jnp.cos(angle)
 

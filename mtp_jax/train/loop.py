@@ -23,7 +23,6 @@ from mtp_jax import (
   checkpoint,
   chips,
   config,
-  flags,
   flops,
   params,
   processes,
@@ -131,7 +130,7 @@ def train(cfg: config.Config) -> int:
       print(f'{workdir} is trained already, to step {start}')
       return 0
     if held:
-      _write_definition(cfg, tokens.tokenizer)
+      checkpoint.write_definition(cfg, tokens.tokenizer)
       sinks = metrics.Sinks(workdir, start)
       stack.callback(sinks.close)
     stack.enter_context(jax.set_mesh(mesh))
@@ -185,7 +184,27 @@ def _start_step(cfg, tokens) -> int:
       )  # fmt: skip
     if start:
       _check_same_run(cfg, tokens, start)
+    elif checkpoint.steps(cfg.train.workdir):
+      _check_same_model(cfg)
   return start
+
+
+def _check_same_model(cfg) -> None:
+  """Training begins with parameters that were imported."""
+  workdir = cfg.train.workdir
+  old, _ = checkpoint.about(workdir, 0)
+  for name, was, now in config.changed(old, cfg):
+    if checkpoint.is_of_model(name):
+      raise config.ConfigError(
+        name, now,
+        f'the parameters imported into --train.workdir={workdir} have {was}',
+      )  # fmt: skip
+  if old.data.tokenizer not in ('', cfg.data.tokenizer):
+    raise config.ConfigError(
+      'data.store', cfg.data.store,
+      f'its tokenizer is {cfg.data.tokenizer}; that of the model imported into'
+      f' --train.workdir={workdir} is {old.data.tokenizer}',
+    )  # fmt: skip
 
 
 def _check_same_run(cfg, tokens, start) -> None:
@@ -210,31 +229,17 @@ def _check_same_run(cfg, tokens, start) -> None:
     )  # fmt: skip
 
 
-def _write_definition(cfg, tokenizer) -> None:
-  """What the run is, and the files of its tokenizer: a checkpoint can be used
-  where the store is not."""
-  files = {
-    'run.flags': flags.to_flag_file(cfg).encode(),
-    'config.json': config.to_json(cfg).encode(),
-  }
-  for name, data in tokenizer.files.items():
-    files[os.path.join('tokenizer', name)] = data
-  for name, data in files.items():
-    path = os.path.join(cfg.train.workdir, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + '.tmp', 'wb') as f:
-      f.write(data)
-    os.replace(path + '.tmp', path)
-
-
 def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
   cfg, t = run.cfg, run.cfg.train
   abstract = state_lib.abstract(cfg, run.mesh)
-  state = (
-    checkpoint.restore(t.workdir, start, abstract)
-    if start
-    else state_lib.init(cfg, run.mesh)
-  )
+  if start:
+    state = checkpoint.restore(t.workdir, start, abstract)
+  else:
+    state = state_lib.init(cfg, run.mesh)
+  if not start and checkpoint.steps(t.workdir):  # what `mtp import` wrote
+    state = state.replace(
+      params=checkpoint.restore_params(t.workdir, 0, abstract.params)
+    )
   _say_what(run, abstract, start)
   step_of = _compiler(run)
   evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)

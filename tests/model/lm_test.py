@@ -131,7 +131,8 @@ def test_rope_scores_depend_on_distance_only():
   q_BTNH, k_BTNH = jax.random.normal(jax.random.key(0), (2, 1, 8, 1, 6))
   scores = []
   for shift in (0, 300):
-    sin, cos = layers.rope_tables(jnp.arange(8)[None] + shift, 6, 1e4)
+    m = config.Model(d_model=6, n_attn_heads=1)
+    sin, cos = layers.rope_tables(jnp.arange(8)[None] + shift, m)
     q, k = layers.rope(q_BTNH, sin, cos), layers.rope(k_BTNH, sin, cos)
     scores.append(jnp.einsum('BTNH,BSNH->TS', q, k))
   np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,108 @@
+"""safetensors files: written by the library, read a slice at a time. Floor 4.
+
+The library reads into NumPy without bfloat16, and whole tensors only; the
+format is a length, a JSON header and the tensors' bytes
+(https://huggingface.co/docs/safetensors), so that a memory map does.
+"""
+
+import hashlib
+import json
+import os
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mtp_jax import config
+
+DTYPES = {
+  'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+}  # fmt: skip
+HEADER_BYTES = 100 * 2**20  # at most, as the library has it
+
+
+class Tensor(NamedTuple):
+  """One tensor of a file, not read yet."""
+
+  path: str
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  offset: int
+
+  def read(self) -> np.ndarray:
+    """A view of the file."""
+    return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
+
+
+def write(path: str, arrays: dict[str, np.ndarray]) -> None:
+  from safetensors import numpy as library
+
+  library.save_file(
+    {name: np.ascontiguousarray(x) for name, x in arrays.items()}, path,
+    {'format': 'pt'},
+  )  # fmt: skip
+
+
+def digest(array: np.ndarray) -> str:
+  """sha256 of a tensor's bytes, shape and dtype."""
+  about = f'{array.dtype.name} {array.shape}'.encode()
+  data = np.ascontiguousarray(array).view(np.uint8)
+  return hashlib.sha256(about + data.tobytes()).hexdigest()
+
+
+def read(path: str, flag: str) -> dict[str, Tensor]:
+  """The tensors of a file; ConfigError if it is damaged or cut off."""
+
+  def wrong(problem):
+    return config.ConfigError(flag, path, problem)
+
+  try:
+    size = os.path.getsize(path)
+    with open(path, 'rb') as file:
+      length = int.from_bytes(file.read(8), 'little')
+      if not 0 < length <= min(size - 8, HEADER_BYTES):
+        raise wrong('is no safetensors file, or it is cut off')
+      header = json.loads(file.read(length))
+  except OSError as error:
+    raise wrong(f'cannot be read: {error.strerror}') from error
+  except ValueError as error:
+    raise wrong('is no safetensors file: its header is damaged') from error
+  header.pop('__metadata__', None)
+  found = {}
+  for name, about in header.items():
+    if about['dtype'] not in DTYPES:
+      raise wrong(
+        f'{name} is {about["dtype"]}; only {", ".join(DTYPES)} can be read'
+      )
+    begin, end = about['data_offsets']
+    if 8 + length + end > size:
+      raise wrong(
+        f'is cut off: {name} ends at byte {8 + length + end:,} of {size:,}'
+      )
+    found[name] = Tensor(
+      path, name, np.dtype(DTYPES[about['dtype']]), tuple(about['shape']),
+      8 + length + begin,
+    )  # fmt: skip
+  return found
+
+
+def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
+  """Of all .safetensors files of a folder; those of an index must be there."""
+  names = sorted(x for x in os.listdir(folder) if x.endswith('.safetensors'))
+  index = os.path.join(folder, 'model.safetensors.index.json')
+  if os.path.exists(index):
+    with open(index, encoding='utf-8') as file:
+      wanted = set(json.load(file)['weight_map'].values())
+    missing = wanted - set(names)
+    if missing:
+      raise config.ConfigError(
+        flag, folder, f'{min(missing)} is missing; the index names it'
+      )
+  if not names:
+    raise config.ConfigError(flag, folder, 'has no .safetensors file')
+  found = {}
+  for name in names:
+    found |= read(os.path.join(folder, name), flag)
+  return found

@@ -1,0 +1,122 @@
+"""`mtp export` and `mtp import`. Floor 5."""
+
+import os
+
+import jax
+
+from mtp_jax import (
+  checkpoint,
+  config,
+  flags,
+  generate,
+  params,
+  sharding,
+)
+from mtp_jax.data import tokenizers
+from mtp_jax.interop import hf
+from mtp_jax.model import lm
+
+
+def _mesh(cfg: config.Config):
+  every = {'data.batch_size': len(jax.devices()), 'train.accumulate': 1}
+  return sharding.make_mesh(config.replace(cfg, **every))
+
+
+def _need_library() -> None:
+  try:
+    import safetensors  # noqa: F401
+  except ImportError as error:
+    raise config.ConfigError(
+      'export.format', 'hf', 'needs safetensors: pip install "mtp_jax[hf]"'
+    ) from error
+
+
+def _absent(flag: str, path: str) -> str:
+  if not path:
+    raise config.ConfigError(flag, '', 'give a directory')
+  path = os.path.abspath(os.path.expanduser(path))
+  if os.path.exists(path) and not (
+    os.path.isdir(path) and not os.listdir(path)
+  ):
+    raise config.ConfigError(flag, path, 'is not empty; give another directory')
+  folder = os.path.dirname(path)
+  if not os.path.isdir(folder):
+    raise config.ConfigError(flag, path, f'there is no {folder}')
+  return path
+
+
+def export(parsed: flags.Parsed) -> list[str]:
+  """Writes --export.out from --export.checkpoint."""
+  path = parsed.given.get('export.checkpoint', '')
+  if not path:
+    raise config.ConfigError('export.checkpoint', '', 'give a workdir')
+  out = _absent('export.out', parsed.given.get('export.out', ''))
+  _need_library()
+  path = os.path.abspath(os.path.expanduser(path))
+  workdir, step, saved, cfg = checkpoint.opened(
+    path, 'export.checkpoint', parsed
+  )
+  tokenizer = generate.tokenizer_of(parsed, saved, workdir)
+  mesh = _mesh(cfg)
+  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
+  model = checkpoint.restore_params(workdir, step, abstract)
+  dtype = cfg.export.dtype
+  if os.path.isdir(out):
+    os.rmdir(out)
+  return hf.export(
+    model, cfg, tokenizer, out,
+    dtype=cfg.model.param_dtype if dtype == 'param' else dtype,
+    shard_bytes=cfg.export.shard_gib * 2**30,
+    about=f'{os.path.basename(workdir)}, step {step}',
+  )  # fmt: skip
+
+
+# What a flag may say of an imported model.
+GIVEN = (
+  'model.param_dtype', 'model.compute_dtype', 'model.remat', 'model.attention',
+  'heads.family', 'data.seq_len', 'data.batch_size', 'mesh.', 'train.',
+  'import.',
+)  # fmt: skip
+
+
+def import_(parsed: flags.Parsed) -> list[str]:
+  """Writes --train.workdir from --import.path."""
+  folder = parsed.given.get('import.path', '')
+  if not folder:
+    raise config.ConfigError('import.path', '', 'give a directory')
+  folder = os.path.abspath(os.path.expanduser(folder))
+  if not os.path.isdir(folder):
+    raise config.ConfigError('import.path', folder, 'is no directory')
+  for name, value in parsed.given.items():
+    if not name.startswith(GIVEN):
+      raise config.ConfigError(
+        name, value, 'an import takes that from what it reads'
+      )
+  workdir = _absent('train.workdir', parsed.given.get('train.workdir', ''))
+  cfg, ours = hf.find(folder, parsed.given)
+  if ours:
+    cfg = parsed.config(cfg)
+  tokenizer = hf.tokenizer_of(folder)
+  if tokenizer is None and ours and cfg.data.tokenizer == 'bytes':
+    tokenizer = tokenizers.get('bytes')
+  if ours and cfg.data.tokenizer == 'bytes':
+    tokenizer = tokenizers.get('bytes')  # its tokenizer.json is made of that
+  if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
+    raise config.ConfigError(
+      'import.path', folder,
+      f'its tokenizer has {tokenizer.vocab_size} tokens, the model'
+      f' {cfg.model.vocab_size}',
+    )  # fmt: skip
+  recorded = tokenizers.recorded_name(tokenizer) if tokenizer else ''
+  cfg = config.replace(
+    cfg, **{'data.tokenizer': recorded, 'data.store': '',
+            'train.workdir': workdir},
+  )  # fmt: skip
+  model = hf.read(folder, cfg, _mesh(cfg))
+  checkpoint.save_params(model, cfg, tokenizer)
+  m = cfg.model
+  return [
+    f'{workdir}: {params.count(lm.specs(cfg)):,} parameters, {m.n_layers}'
+    f' layers, {cfg.heads.n} heads ({cfg.heads.family})'
+    + ('' if tokenizer else '; no tokenizer was there: ids only')
+  ]

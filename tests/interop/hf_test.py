@@ -1,0 +1,311 @@
+"""Out to Hugging Face's form and in again; transformers is the judge."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import checkpoint, config, main, params
+from mtp_jax.data import tokenizers
+from mtp_jax.interop import files, hf, mapping, tokens
+from mtp_jax.model import lm
+from tests import runs, tiny
+from tests.decode.decoding import FAMILIES
+
+STORIES = os.path.join(os.path.dirname(runs.ROOT), 'shared/data/stories260k')
+BASE = dict(
+  model__vocab_size=264, data__tokenizer='bytes', data__seq_len=64,
+)  # fmt: skip
+
+
+def _cfg(family='parallel', n=3, **changes):
+  layers = 2 + (n if family in config.BLOCK_FIRST else 0)
+  return tiny.cfg(
+    heads__family=family, heads__n=n, model__n_layers=layers, **BASE | changes
+  )
+
+
+def _export(c, model, out, dtype='float32', shard_bytes=2**30):
+  tokenizer = tokenizers.get('bytes')
+  return hf.export(
+    model, c, tokenizer, str(out), dtype=dtype, shard_bytes=shard_bytes,
+    about='a test',
+  )  # fmt: skip
+
+
+def _same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _workdir(c, path):
+  """A workdir with the parameters of tiny.model."""
+  c = config.replace(c, **{'train.workdir': str(path)})
+  model = tiny.model(c, tiny.mesh(c))
+  checkpoint.save_params(model, c, tokenizers.get('bytes'))
+  return model
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('unembedding', ['shared', 'replicated', 'tied'])
+def test_there_and_back_is_the_same(family, unembedding, tmp_path):
+  c = _cfg(family, heads__unembedding=unembedding)
+  model = tiny.model(c, tiny.mesh(c))
+  _export(c, model, tmp_path / 'out')
+  cfg, ours = hf.find(str(tmp_path / 'out'), {})
+  assert ours and (cfg.model, cfg.heads) == (c.model, c.heads)
+  back = hf.read(str(tmp_path / 'out'), cfg, tiny.mesh(c))
+  _same(back, model)
+
+
+def test_options_come_back_too(tmp_path):
+  c = _cfg(
+    'recursive', n=4, loss__order_weight=1.0, model__d_head=6,
+    model__param_dtype='bfloat16', model__rope_factor=8.0,
+  )  # fmt: skip
+  model = tiny.model(c, tiny.mesh(c))
+  _export(c, model, tmp_path / 'out', 'bfloat16', shard_bytes=4000)
+  shards = [x for x in os.listdir(tmp_path / 'out') if '-of-' in x]
+  assert len(shards) > 3
+  mesh_cfg = config.replace(c, **{'mesh.fsdp': 2, 'mesh.tensor': 2})
+  mesh = tiny.mesh(mesh_cfg)
+  back = hf.read(str(tmp_path / 'out'), c, mesh)
+  _same(jax.device_get(back), jax.device_get(model))
+  wanted = params.abstract(lm.specs(c), 'bfloat16', mesh)
+  assert back.trunk.q.sharding == wanted.trunk.q.sharding
+
+
+def test_every_parameter_has_a_place():
+  for family in FAMILIES:
+    for unembedding in ('shared', 'replicated', 'tied'):
+      c = _cfg(family, heads__unembedding=unembedding, loss__order_weight=1.0)
+      leaves = mapping.leaves(lm.specs(c))
+      of_path = {}
+      for place in mapping.tensors(c).values():
+        of_path.setdefault(place.path, []).append(place.index)
+      assert of_path.keys() == leaves.keys()
+      for path, found in of_path.items():
+        if None not in found:
+          assert sorted(found) == list(range(leaves[path].shape[0])), path
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(),
+    dict(heads__unembedding='tied', model__n_kv_heads=1),
+    dict(model__d_head=6, model__d_ff=20, model__norm_eps=1e-6),
+    dict(model__rope_factor=8.0, model__rope_context=32, n=1),
+    dict(family='anticausal', n=3),
+    dict(family='sequential', n=2, model__n_kv_heads=4),
+    dict(family='residual', n=3, model__rope_theta=500_000.0),
+  ],
+)
+def test_transformers_computes_the_same(changes, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  c = _cfg(**{'decode__max_new': 200, 'data__seq_len': 256, **changes})
+  model = _workdir(c, tmp_path / 'run')
+  out = tmp_path / 'out'
+  assert main.main([
+    'export', '--mesh.fsdp=-1', f'--export.checkpoint={tmp_path / "run"}',
+    f'--export.out={out}',
+  ]) == 0  # fmt: skip
+  llama = transformers.AutoModelForCausalLM.from_pretrained(
+    out, dtype=torch.float32
+  )
+  assert type(llama).__name__ == 'LlamaForCausalLM'
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 264, (2, 50))
+  with torch.no_grad():
+    theirs = llama(torch.tensor(ids)).logits.numpy()
+  window = np.pad(ids, ((0, 0), (0, c.span)))
+  position = np.tile(np.arange(window.shape[1]), (2, 1))
+  with jax.set_mesh(tiny.mesh(c)):
+    ours = jax.device_get(tiny.dense_logits(model, window, position, c))[0]
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  from mtp_jax.decode import decoder
+
+  made = decoder.Decoder(model, c, tiny.mesh(c), c.heads.n)
+  [text] = made([ids[0]]).tokens
+  with torch.no_grad():
+    said = llama.generate(
+      torch.tensor(ids[:1]), attention_mask=torch.ones((1, 50)),
+      max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+  assert text.tolist() == said[0, 50:].tolist()
+
+
+def test_a_tokenizer_of_bytes_gives_the_same_ids(tmp_path):
+  transformers = pytest.importorskip('transformers')
+  ours = tokenizers.get('bytes')
+  for name, data in tokens.files_of(ours).items():
+    (tmp_path / name).write_bytes(data)
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  text = 'def f(x):\n\treturn "é€😀"  # \x00\x7f'
+  assert theirs(text)['input_ids'] == [256, *ours.encode(text).tolist()]
+  ids = list(range(256))
+  text = bytes(ids[:128]).decode()
+  assert theirs.decode(ids[:128]) == text
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (256, 257)
+
+
+@pytest.mark.skipif(not os.path.isdir(STORIES), reason='data is not here')
+def test_a_real_llama_goes_on_as_it_did(tmp_path, capsys):
+  run = tmp_path / 'run'
+  assert main.main([
+    'import', f'--import.path={STORIES}', f'--train.workdir={run}',
+    '--model.compute_dtype=float32', '--mesh.fsdp=-1',
+  ]) == 0  # fmt: skip
+  with open(os.path.join(STORIES, 'expected.json')) as file:
+    expected = json.load(file)
+  capsys.readouterr()
+  assert main.main([
+    'generate', f'--decode.checkpoint={run}', '--mesh.fsdp=-1',
+    f'--prompt_ids={",".join(map(str, expected["prompt_ids"]))}',
+    f'--decode.max_new={len(expected["greedy_ids"])}',
+  ]) == 0  # fmt: skip
+  said = capsys.readouterr().out.splitlines()[0]
+  assert said == ','.join(map(str, expected['greedy_ids']))
+
+
+def _llama(folder, **changes):
+  """A folder of a random Llama, as another tool may have written it."""
+  c = _cfg('parallel', n=1)
+  model = tiny.model(c, tiny.mesh(c))
+  _export(c, model, folder)
+  os.remove(folder / hf.OURS)
+  about = json.loads((folder / 'config.json').read_text()) | changes
+  (folder / 'config.json').write_text(json.dumps(about))
+  return c, model
+
+
+def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
+  c, model = _llama(tmp_path / 'in')
+  cfg, ours = hf.find(str(tmp_path / 'in'), {})
+  assert not ours and cfg.heads.n == 1 and cfg.model.n_layers == 3
+  _same(hf.read(str(tmp_path / 'in'), cfg, tiny.mesh(c)), model)
+  whole, _ = hf.find(str(tmp_path / 'in'), {'heads.family': 'linear'})
+  back = hf.read(str(tmp_path / 'in'), whole, tiny.mesh(c))
+  assert back.heads is None and back.trunk.q.shape[0] == 3
+  np.testing.assert_array_equal(back.trunk.q[2], model.heads.q[0])
+
+
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    (
+      dict(model_type='mamba'),
+      "model_type='mamba' in config.json; only 'llama'",
+    ),
+    (dict(hidden_act='gelu'), "hidden_act='gelu'"),
+    (dict(attention_bias=True), 'attention_bias=True'),
+    (
+      dict(rope_parameters=dict(rope_type='yarn', factor=2)),
+      "rope_type='yarn' in config.json; only default and llama3",
+    ),
+    (dict(intermediate_size=48), 'has shape (24, 16), the model (48, 16)'),
+    (dict(num_hidden_layers=4), 'model.layers.3.input_layernorm.weight is'),
+    (dict(num_hidden_layers=2), 'model.layers.2.'),
+    (dict(vocab_size=200), 'its tokenizer has 258 tokens, the model 200'),
+  ],
+)
+def test_what_does_not_fit_is_told(changes, said, tmp_path, capsys):
+  _llama(tmp_path / 'in', **changes)
+  run = tmp_path / 'run'
+  assert main.main([
+    'import', f'--import.path={tmp_path / "in"}', f'--train.workdir={run}',
+    '--mesh.fsdp=-1',
+  ]) == 2  # fmt: skip
+  error = capsys.readouterr().err
+  assert said in error and error.count('\n') == 1, error
+  assert not run.exists()
+
+
+def test_a_shard_cut_off_is_told(tmp_path, capsys):
+  _llama(tmp_path / 'in')
+  path = tmp_path / 'in' / 'model.safetensors'
+  whole = path.read_bytes()
+  for size, said in ((len(whole) - 9, 'is cut off'), (20, 'no safetensors')):
+    path.write_bytes(whole[:size])
+    assert main.main([
+      'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1',
+      f'--train.workdir={tmp_path / "run"}',
+    ]) == 2  # fmt: skip
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_that_is_there_is_not_touched(tmp_path, capsys):
+  c = _cfg()
+  _workdir(c, tmp_path / 'run')
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / 'mine').write_text('x')
+  assert main.main([
+    'export', '--mesh.fsdp=-1', f'--export.checkpoint={tmp_path / "run"}',
+    f'--export.out={tmp_path / "out"}',
+  ]) == 2  # fmt: skip
+  assert 'is not empty; give another directory' in capsys.readouterr().err
+  assert os.listdir(tmp_path / 'out') == ['mine']
+
+
+def test_what_was_written_is_read_again(tmp_path, monkeypatch):
+  c = _cfg()
+  model = tiny.model(c, tiny.mesh(c))
+  write = files.write
+
+  def damaged(path, arrays):
+    first = min(arrays)
+    write(path, arrays | {first: arrays[first] + 1})
+
+  monkeypatch.setattr(files, 'write', damaged)
+  with pytest.raises(config.ConfigError, match='is not what was written'):
+    _export(c, model, tmp_path / 'out')
+  assert not os.listdir(tmp_path)
+
+
+def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
+  c = _cfg(n=2, model__n_layers=3, **{'data__seq_len': 16})
+  exported = _workdir(c, tmp_path / 'first')
+  assert main.main([
+    'export', '--mesh.fsdp=-1', f'--export.checkpoint={tmp_path / "first"}',
+    f'--export.out={tmp_path / "out"}',
+  ]) == 0  # fmt: skip
+  run = tmp_path / 'run'
+  assert main.main([
+    'import', f'--import.path={tmp_path / "out"}', '--mesh.fsdp=-1',
+    f'--train.workdir={run}',
+  ]) == 0  # fmt: skip
+  model = dict(
+    model__n_layers=3, model__n_attn_heads=4, model__n_kv_heads=2,
+    model__d_ff=24, model__vocab_size=264, optim__warmup_steps=1,
+    optim__lr=1e-9, optim__weight_decay=0, train__steps=2,
+  )  # fmt: skip
+  capsys.readouterr()
+  assert runs.train(store, run, **model | dict(model__d_ff=32)) == 2
+  assert f'imported into --train.workdir={run} have 24' in (
+    capsys.readouterr().err
+  )
+  assert runs.train(store, run, **model) == 0
+  trained = runs.restored(run, 2).params
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), trained,
+    jax.device_get(exported),
+  )  # fmt: skip
+
+
+def test_a_store_of_another_tokenizer_is_refused(store, tmp_path, capsys):
+  _llama(tmp_path / 'in')  # its bytes are a tokenizer.json, which is another
+  run = tmp_path / 'run'
+  assert main.main([
+    'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1',
+    f'--train.workdir={run}',
+  ]) == 0  # fmt: skip
+  assert runs.train(
+    store, run, model__n_layers=3, model__n_attn_heads=4, model__n_kv_heads=2,
+    model__d_ff=24, model__vocab_size=264, heads__n=1,
+  ) == 2  # fmt: skip
+  error = capsys.readouterr().err
+  assert 'its tokenizer is bytes; that of the model imported' in error
