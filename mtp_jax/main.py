@@ -314,7 +314,7 @@ COMMANDS = {
   ),
   'generate': Command(
     'text from a checkpoint, several tokens a forward pass',
-    ('decode', 'prompt', 'prompt_ids', 'out', 'mesh', 'bench'),
+    ('decode', 'mesh', 'bench', 'prompt', 'prompt_ids', 'out'),
     _generate,
   ),
   'export': Command(

@@ -28,6 +28,12 @@ def compilation_cache(tmp_path_factory):
   yield folder
 
 
+@pytest.fixture(autouse=True)
+def cache_stays(compilation_cache):
+  yield  # a command without --train.compilation_cache= writes into one's home
+  assert jax.config.jax_compilation_cache_dir == compilation_cache
+
+
 @pytest.fixture(scope='session')
 def store(tmp_path_factory):
   """Path of a token store of some 6,000 bytes; see runs.make_store."""

@@ -13,12 +13,18 @@ from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from tests import oracle, runs, tiny
 
-ONE = ['--mesh.fsdp=1', '--decode.max_new=12', '--train.compilation_cache=']
+NO_CACHE = '--train.compilation_cache='
 
 
 def _generate(workdir, *args):
   return main.main(
-    ['generate', f'--decode.checkpoint={workdir}', '--mesh.fsdp=-1', *args]
+    [
+      'generate',
+      f'--decode.checkpoint={workdir}',
+      '--mesh.fsdp=-1',
+      NO_CACHE,
+      *args,
+    ]
   )
 
 
@@ -174,7 +180,7 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   assert main.main([
     'bench', '--bench.what=decode', f'--decode.checkpoint={undisturbed}',
     '--bench.batches=1,2', '--bench.prompt=8', '--decode.max_new=10',
-    '--bench.rounds=1', '--mesh.fsdp=-1', f'--out={out}',
+    '--bench.rounds=1', '--mesh.fsdp=-1', NO_CACHE, f'--out={out}',
   ]) == 0  # fmt: skip
   found = json.loads(out.read_text())
   keys = [(r['batch'], r['heads']) for r in found['rows']]
@@ -261,7 +267,7 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
     (['--prompt=a', '--model.d_ff=64'], '--model.d_ff=64: the checkpoint'),
     (
       ['--prompt=a', '--processes.coordinator=auto'],
-      '--processes.coordinator=auto: decoding runs in one process',
+      '--processes.coordinator=auto: this command runs in one process',
     ),
   ],
 )
@@ -278,7 +284,7 @@ def test_a_missing_checkpoint_is_told(tmp_path, capsys):
   assert error == (
     f'mtp: --decode.checkpoint={tmp_path}: no complete checkpoint there\n'
   )
-  assert main.main(['generate', '--prompt=a']) == 2
+  assert main.main(['generate', '--prompt=a', NO_CACHE]) == 2
   assert 'decode.checkpoint=: give a workdir' in capsys.readouterr().err
 
 

@@ -20,6 +20,9 @@ BASE = dict(
 )  # fmt: skip
 
 
+NO_CACHE = '--train.compilation_cache='
+
+
 def _cfg(family='parallel', n=3, **changes):
   layers = 2 + (n if family in config.BLOCK_FIRST else 0)
   return tiny.cfg(
@@ -109,7 +112,8 @@ def test_transformers_computes_the_same(changes, tmp_path):
   model = _workdir(c, tmp_path / 'run')
   out = tmp_path / 'out'
   assert main.main([
-    'export', '--mesh.fsdp=-1', f'--export.checkpoint={tmp_path / "run"}',
+    'export', '--mesh.fsdp=-1', NO_CACHE,
+    f'--export.checkpoint={tmp_path / "run"}',
     f'--export.out={out}',
   ]) == 0  # fmt: skip
   llama = transformers.AutoModelForCausalLM.from_pretrained(
@@ -157,13 +161,13 @@ def test_a_real_llama_goes_on_as_it_did(tmp_path, capsys):
   run = tmp_path / 'run'
   assert main.main([
     'import', f'--import.path={STORIES}', f'--train.workdir={run}',
-    '--model.compute_dtype=float32', '--mesh.fsdp=-1',
+    '--model.compute_dtype=float32', '--mesh.fsdp=-1', NO_CACHE,
   ]) == 0  # fmt: skip
   with open(os.path.join(STORIES, 'expected.json')) as file:
     expected = json.load(file)
   capsys.readouterr()
   assert main.main([
-    'generate', f'--decode.checkpoint={run}', '--mesh.fsdp=-1',
+    'generate', f'--decode.checkpoint={run}', '--mesh.fsdp=-1', NO_CACHE,
     f'--prompt_ids={",".join(map(str, expected["prompt_ids"]))}',
     f'--decode.max_new={len(expected["greedy_ids"])}',
   ]) == 0  # fmt: skip
@@ -217,7 +221,7 @@ def test_what_does_not_fit_is_told(changes, said, tmp_path, capsys):
   run = tmp_path / 'run'
   assert main.main([
     'import', f'--import.path={tmp_path / "in"}', f'--train.workdir={run}',
-    '--mesh.fsdp=-1',
+    '--mesh.fsdp=-1', NO_CACHE,
   ]) == 2  # fmt: skip
   error = capsys.readouterr().err
   assert said in error and error.count('\n') == 1, error
@@ -231,7 +235,7 @@ def test_a_shard_cut_off_is_told(tmp_path, capsys):
   for size, said in ((len(whole) - 9, 'is cut off'), (20, 'no safetensors')):
     path.write_bytes(whole[:size])
     assert main.main([
-      'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1',
+      'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1', NO_CACHE,
       f'--train.workdir={tmp_path / "run"}',
     ]) == 2  # fmt: skip
     assert said in capsys.readouterr().err
@@ -244,7 +248,8 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path, capsys):
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'mine').write_text('x')
   assert main.main([
-    'export', '--mesh.fsdp=-1', f'--export.checkpoint={tmp_path / "run"}',
+    'export', '--mesh.fsdp=-1', NO_CACHE,
+    f'--export.checkpoint={tmp_path / "run"}',
     f'--export.out={tmp_path / "out"}',
   ]) == 2  # fmt: skip
   assert 'is not empty; give another directory' in capsys.readouterr().err
@@ -267,19 +272,20 @@ def test_what_was_written_is_read_again(tmp_path, monkeypatch):
 
 
 def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
-  c = _cfg(n=2, model__n_layers=3, **{'data__seq_len': 16})
+  c = _cfg(n=2, data__seq_len=16)
   exported = _workdir(c, tmp_path / 'first')
   assert main.main([
-    'export', '--mesh.fsdp=-1', f'--export.checkpoint={tmp_path / "first"}',
+    'export', '--mesh.fsdp=-1', NO_CACHE,
+    f'--export.checkpoint={tmp_path / "first"}',
     f'--export.out={tmp_path / "out"}',
   ]) == 0  # fmt: skip
   run = tmp_path / 'run'
   assert main.main([
-    'import', f'--import.path={tmp_path / "out"}', '--mesh.fsdp=-1',
+    'import', f'--import.path={tmp_path / "out"}', '--mesh.fsdp=-1', NO_CACHE,
     f'--train.workdir={run}',
   ]) == 0  # fmt: skip
   model = dict(
-    model__n_layers=3, model__n_attn_heads=4, model__n_kv_heads=2,
+    model__n_layers=4, model__n_attn_heads=4, model__n_kv_heads=2,
     model__d_ff=24, model__vocab_size=264, optim__warmup_steps=1,
     optim__lr=1e-9, optim__weight_decay=0, train__steps=2,
   )  # fmt: skip
@@ -300,7 +306,7 @@ def test_a_store_of_another_tokenizer_is_refused(store, tmp_path, capsys):
   _llama(tmp_path / 'in')  # its bytes are a tokenizer.json, which is another
   run = tmp_path / 'run'
   assert main.main([
-    'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1',
+    'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1', NO_CACHE,
     f'--train.workdir={run}',
   ]) == 0  # fmt: skip
   assert runs.train(
