@@ -119,32 +119,35 @@ def find(path: str, flag: str = 'eval.checkpoint') -> tuple[str, int]:
   if not there or (wanted is not None and wanted not in there):
     raise config.ConfigError(
       flag, path,
-      'no complete checkpoint there'
+      ('no complete checkpoint there' if os.path.isdir(path) else
+       'is no directory; give a workdir, or its checkpoints/STEP')
       + (f'; there are {there} in {workdir}' if there else ''),
     )  # fmt: skip
   return workdir, there[-1] if wanted is None else wanted
 
 
 @contextlib.contextmanager
-def _reading(path: str):
+def _reading(path: str, flag: str = 'train.workdir'):
   """What orbax and tensorstore raise for a broken file, as one line."""
   try:
     yield
   except Exception as error:  # orbax raises just that for a damaged array
     first = (str(error).strip() or repr(error)).splitlines()[0][:300]
     raise config.ConfigError(
-      'train.workdir', path, f'cannot be read as a checkpoint: {first}'
+      flag, path, f'cannot be read as a checkpoint: {first}'
     ) from error
 
 
-def about(workdir: str, step: int) -> tuple[config.Config, str]:
+def about(
+  workdir: str, step: int, flag: str = 'train.workdir'
+) -> tuple[config.Config, str]:
   """(Config, store fingerprint) of a checkpoint; waits for no other process."""
   path = os.path.join(_folder(workdir), str(step))
   me = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(
     primary_host=me, active_processes={me}
   )
-  with _reading(path):
+  with _reading(path, flag):
     with ocp.Checkpointer(
       ocp.JsonCheckpointHandler(), multiprocessing_options=alone
     ) as reader:
@@ -176,7 +179,7 @@ def opened(
     ConfigError: no checkpoint, a flag that contradicts it.
   """
   workdir, step = find(path, flag)
-  saved, _ = about(workdir, step)
+  saved, _ = about(workdir, step, flag)
   # Where and beside what it was trained is no matter any more.
   base = dataclasses.replace(
     saved, processes=config.Processes(), decode=config.Decode(),
@@ -208,11 +211,13 @@ def restore(workdir: str, step: int, abstract_state: Any) -> Any:
       return reader.restore(os.path.join(path, 'state'), abstract_state)
 
 
-def restore_params(workdir: str, step: int, abstract_params: Any) -> Any:
+def restore_params(
+  workdir: str, step: int, abstract_params: Any, flag: str = 'train.workdir'
+) -> Any:
   """The parameters alone; the optimizer state is not read."""
   path = os.path.join(_folder(workdir), str(step))
   target = dict(params=abstract_params)
-  with _reading(path):
+  with _reading(path, flag):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       return reader.restore(
         os.path.join(path, 'state'),

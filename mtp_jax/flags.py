@@ -75,7 +75,7 @@ def _define() -> flags.FlagValues:
 
 # Flags of a command line that are no field of a run.
 TEXTS = {
-  'out': 'file for the report as JSON',
+  'out': 'file for the report as JSON; of generate, .jsonl: a row a prompt',
   'prompt': 'text that generate goes on with',
   'prompt_ids': 'token ids that generate goes on with, with commas; prints ids',
 }

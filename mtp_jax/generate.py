@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.model import lm
 
+SHORT_S = 0.1  # of a turn; what is shorter is noise
 PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
 
 
@@ -42,10 +43,13 @@ class Opened(NamedTuple):
 
 
 class Prompt(NamedTuple):
-  """What a row goes on from; its text, unless ids were given."""
+  """What a row goes on from; its text, unless ids were given; of a file, its
+  line and what else stands there."""
 
   ids: np.ndarray
   text: str | None
+  line: int = 0
+  fields: dict | None = None
 
 
 def find(parsed: flags.Parsed, only_ids: bool) -> Found:
@@ -78,7 +82,9 @@ def load(found: Found) -> Opened:
   every = {'data.batch_size': len(jax.devices()), 'train.accumulate': 1}
   mesh = sharding.make_mesh(config.replace(cfg, **every))
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(found.workdir, found.step, abstract)
+  model = checkpoint.restore_params(
+    found.workdir, found.step, abstract, 'decode.checkpoint'
+  )
   return Opened(
     f'{found.workdir}, step {found.step}', cfg, mesh,
     decoder_lib.Decoder(model, cfg, mesh, found.active), found.tokenizer,
@@ -126,7 +132,8 @@ def read_prompts(parsed: flags.Parsed, found: Found) -> list[Prompt]:
   if sum(given) != 1:
     raise config.ConfigError(
       'prompt', parsed.prompt or '',
-      'give one of --prompt, --prompt_ids and --decode.prompts',
+      ('give one of' if any(given) else 'none is given; there are')
+      + ' --prompt, --prompt_ids and --decode.prompts',
     )  # fmt: skip
   if parsed.prompt_ids is not None:
     prompts = [Prompt(_numbers(parsed.prompt_ids), None)]
@@ -135,8 +142,12 @@ def read_prompts(parsed: flags.Parsed, found: Found) -> list[Prompt]:
   else:
     prompts = _read_file(path, found.tokenizer)
   ids = [prompt.ids for prompt in prompts]
-  flag = 'decode.prompts' if path else 'prompt_ids'
-  decoder_lib.check(ids, decoder_lib.room(ids, cfg), cfg, flag)
+  of = (
+    ('decode.prompts', path, [f'line {p.line}' for p in prompts])
+    if path
+    else ('prompt_ids', parsed.prompt_ids or '')
+  )
+  decoder_lib.check(ids, decoder_lib.room(ids, cfg), cfg, *of)
   return prompts
 
 
@@ -163,47 +174,52 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
     return config.ConfigError('decode.prompts', path, problem)
 
   try:
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8-sig') as file:
       lines = [line.rstrip('\n') for line in file]
   except UnicodeDecodeError as error:
     raise wrong('is not text') from error
   except OSError as error:
     raise wrong(f'cannot be read: {error.strerror}') from error
+  read = _of_record if path.endswith('.jsonl') else _encoded
   prompts = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
-    if not path.endswith('.jsonl'):
-      prompts.append(_encoded(line, tokenizer))
-      continue
-    prompt = _of_record(line, tokenizer)
-    if prompt is None:
-      raise wrong(
-        f'line {number} is no object with prompt, a text, or prompt_ids, a list'
-        ' of token ids'
-      )
-    prompts.append(prompt)
+    try:
+      prompt = read(line, tokenizer)
+    except config.ConfigError as error:
+      raise wrong(f'line {number} {error.args[2]}') from error
+    except ValueError as error:
+      raise wrong(f'line {number} {error}') from error
+    prompts.append(prompt._replace(line=number))
   if not prompts:
     raise wrong('has no prompt')
   return prompts
 
 
-def _of_record(line: str, tokenizer) -> Prompt | None:
-  """A line of .jsonl; None if it is no prompt."""
+FORM = 'is no object with prompt, a text, or prompt_ids, a list of token ids'
+
+
+def _of_record(line: str, tokenizer) -> Prompt:
+  """A line of .jsonl; ValueError says what is wrong with it."""
   try:
     record = json.loads(line)
-  except ValueError:
-    return None
+  except ValueError as error:
+    raise ValueError(f'is no JSON: {error}') from error
   if not isinstance(record, dict):
-    return None
-  text, ids = record.get('prompt'), record.get('prompt_ids')
+    raise ValueError(FORM)
+  known = ('prompt', 'prompt_ids')
+  fields = {k: v for k, v in record.items() if k not in known}
+  text, ids = (record.get(name) for name in known)
+  if text is not None and ids is not None:
+    raise ValueError('has both prompt and prompt_ids')
   if isinstance(text, str):
-    return _encoded(text, tokenizer)
+    return _encoded(text, tokenizer)._replace(fields=fields)
   if isinstance(ids, list) and all(
     type(i) is int and 0 <= i < 2**31 for i in ids
   ):
-    return Prompt(np.array(ids, np.int64), None)
-  return None
+    return Prompt(np.array(ids, np.int64), None, fields=fields)
+  raise ValueError(FORM)
 
 
 def _stop_ids(cfg: config.Config, opened: Opened) -> tuple[int, ...]:
@@ -216,18 +232,24 @@ def _stop_ids(cfg: config.Config, opened: Opened) -> tuple[int, ...]:
 # Generating.
 
 
-def run(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
+def run(
+  opened: Opened, prompts: list[Prompt], say: Callable[[str], None],
+  part: TextIO | None = None,
+) -> dict:  # fmt: skip
   """Decodes all prompts, and says what it wrote: one alone as it comes, several
-  each when its batch is done.
+  each when its batch is done. How it went goes to stderr.
+
+  part: a file to which each batch's rows are written when it is done.
 
   Returns:
-    (rows as dicts, the report's lines, the report as a dict).
+    the report, with all rows.
   """
   cfg, decode = opened.cfg, opened.decoder
   B = min(cfg.decode.batch_size or len(prompts), len(prompts))
   cache = decoder_lib.room([p.ids for p in prompts], cfg)
   stop_ids = _stop_ids(cfg, opened)
   rows, done = [], []
+  _tell(_beyond(cfg, prompts, cache))
   for first in range(0, len(prompts), B):
     batch = prompts[first : first + B]
     stream = _stream(opened, batch[0], say) if len(prompts) == 1 else None
@@ -242,10 +264,15 @@ def run(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
     for prompt, tokens, forwards in zip(
       batch, decoded.tokens, decoded.forwards, strict=True
     ):
-      rows.append(_row(prompt, tokens, forwards, opened, stop_ids))
+      row = _row(prompt, tokens, forwards, opened, stop_ids)
+      rows.append(row)
+      if part:
+        part.write(json.dumps(row, ensure_ascii=False) + '\n')
+        part.flush()
       if not stream:
-        say(_shown(rows[-1]) + '\n')
-  say('\n' if len(prompts) == 1 else '')
+        say(f'=== {len(rows)} of {len(prompts)}\n{_shown(row)}\n')
+  if len(prompts) == 1:
+    say('\n')
   total = decoder_lib.Decoded(
     sum((d.tokens for d in done), []),
     np.concatenate([d.forwards for d in done]),
@@ -256,20 +283,27 @@ def run(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
       )
     ),
   )  # fmt: skip
-  lines = [
+  _tell([
     f'{opened.name}: {total.n_tokens:,} tokens in'
     f' {int(total.forwards.sum()):,} forward passes of a row,'
     f' {total.tokens_per_forward:.2f} a pass with'
-    f' {len(decode.widths) + 1} of {cfg.heads.n} heads' + _sampled(cfg),
+    f' {len(decode.widths) + 1} of {cfg.heads.n} heads'
+    + _sampled(cfg),
     *_acceptance(total),
-    f'prompts {total.prefill_s:.2f} s, decoding {total.decode_s:.2f} s:'
+    f'prompts {total.prefill_s:.3f} s, decoding {total.decode_s:.3f} s:'
     f' {total.n_tokens / total.decode_s:,.0f} tokens/s'
     f' (compiled in {total.compile_s:.1f} s)',
-    *_beyond(cfg, prompts, total),
-  ]
+  ])  # fmt: skip
   if cfg.decode.compare:
-    lines.append('head 1 alone was in use: nothing to compare it with')
-  return rows, lines, summary(total)
+    _tell(['head 1 alone was in use: nothing to compare it with'])
+  return summary(total) | dict(rows=rows)
+
+
+def _tell(lines: list[str]) -> None:
+  """Beside the text, which may be piped."""
+  sys.stdout.flush()
+  for line in lines:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _sampled(cfg) -> str:
@@ -286,15 +320,14 @@ def _acceptance(decoded) -> list[str]:
   return [f'drafts that stood, given those before: {rates}']
 
 
-def _beyond(cfg, prompts, total) -> list[str]:
-  longest = max(
-    len(p.ids) + len(new) for p, new in zip(prompts, total.tokens, strict=True)
-  )
+def _beyond(cfg, prompts, cache: int) -> list[str]:
+  longest = max(len(p.ids) for p in prompts) + cfg.decode.max_new
+  longest = min(longest, cache)
   if longest <= cfg.data.seq_len:
     return []
   return [
-    f'{longest:,} tokens are more than the windows that it was trained on'
-    f' (--data.seq_len={cfg.data.seq_len:,})'
+    f'up to {longest:,} tokens a row are more than the windows that it was'
+    f' trained on (--data.seq_len={cfg.data.seq_len:,})'
   ]
 
 
@@ -314,19 +347,20 @@ def summary(decoded: decoder_lib.Decoded) -> dict:
 
 
 def _row(prompt: Prompt, tokens, forwards, opened, stop_ids) -> dict:
-  stopped = len(tokens) and int(tokens[-1]) in stop_ids
-  row = dict(
-    ids=tokens.tolist(), forwards=int(forwards),
-    finish='stop' if stopped else 'length',
-  )  # fmt: skip
-  if opened.tokenizer is None:
-    return dict(prompt_ids=prompt.ids.tolist()) | row
-  about = (
-    dict(prompt_ids=prompt.ids.tolist())
-    if prompt.text is None
-    else dict(prompt=prompt.text)
-  )
-  return about | dict(text=_text(prompt, tokens, opened.tokenizer)) | row
+  """What a prompt became, with all that its line said."""
+  row = dict(prompt.fields or {})
+  if prompt.line:
+    row['line'] = prompt.line
+  if prompt.text is None:
+    row['prompt_ids'] = prompt.ids.tolist()
+  else:
+    row['prompt'] = prompt.text
+  if opened.tokenizer is not None:
+    row['text'] = _text(prompt, tokens, opened.tokenizer)
+  finish = 'length' if len(tokens) == opened.cfg.decode.max_new else 'cache'
+  if len(tokens) and int(tokens[-1]) in stop_ids:
+    finish = 'stop'
+  return row | dict(ids=tokens.tolist(), forwards=int(forwards), finish=finish)
 
 
 def _text(prompt: Prompt, tokens, tokenizer) -> str:
@@ -395,6 +429,11 @@ def compare(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
     plain=summary(plain),
     drafted=summary(drafted),
   )
+  if plain.decode_s < SHORT_S:
+    lines.append(
+      f'a turn of head 1 took {1e3 * plain.decode_s:.0f} ms: too short for a'
+      ' ratio; ask for more tokens'
+    )
   if cfg.decode.temperature:
     return [*lines, 'sampled: equal in distribution, not in text'], values
   parted = _partings(opened, ids, plain, drafted)

@@ -3,6 +3,7 @@
 jax is imported when a command needs it, so that a wrong flag fails at once.
 """
 
+import errno
 import json
 import os
 import sys
@@ -48,6 +49,11 @@ def _report(
 
 
 def _replace(path: str, text: str) -> None:
+  path = os.path.realpath(path)  # of a link, what it points to
+  if os.path.exists(path) and not os.path.isfile(path):
+    with open(path, 'w', encoding='utf-8') as f:  # a device or a pipe
+      f.write(text)
+    return
   with open(path + '.tmp', 'w', encoding='utf-8') as f:
     f.write(text)
   os.replace(path + '.tmp', path)
@@ -72,6 +78,14 @@ def _parse(args: list[str]) -> flags.Parsed:
   folder = os.path.dirname(_absolute(parsed.out))
   if not os.path.isdir(folder):  # not after hours of work
     raise config.ConfigError('out', parsed.out, f'there is no {folder}')
+  if parsed.out and not os.path.exists(parsed.out):
+    try:
+      open(parsed.out, 'x').close()
+      os.remove(parsed.out)
+    except OSError as error:
+      raise config.ConfigError(
+        'out', parsed.out, f'cannot be written: {error.strerror}'
+      ) from error
   return parsed
 
 
@@ -239,18 +253,25 @@ def _generate(parsed: flags.Parsed) -> int:
       'not with --decode.compare, which decodes all prompts at once and reports'
       ' figures as .json',
     )  # fmt: skip
+  if parsed.out and d.prompts:
+    if os.path.realpath(parsed.out) == os.path.realpath(d.prompts):
+      raise config.ConfigError(
+        'out', parsed.out, 'is the file of --decode.prompts'
+      )
   prompts = generate.read_prompts(parsed, found)
   opened = generate.load(found)
   if d.compare and opened.decoder.widths:
     lines, values = generate.compare(opened, prompts, generate.say)
     _report(lines, values, parsed.out)
     return 0
-  rows, lines, values = generate.run(opened, prompts, generate.say)
   if as_rows:
-    _report(lines, {}, '')
-    _replace(parsed.out, ''.join(json.dumps(row) + '\n' for row in rows))
+    # Batch by batch: what is interrupted leaves those that are done.
+    with open(parsed.out + '.part', 'w', encoding='utf-8') as part:
+      values = generate.run(opened, prompts, generate.say, part)
+    os.replace(parsed.out + '.part', parsed.out)
   else:
-    _report(lines, values | dict(rows=rows), parsed.out)
+    values = generate.run(opened, prompts, generate.say)
+    _report([], values, parsed.out)
   return 0
 
 
@@ -394,6 +415,13 @@ def main(argv: list[str] | None = None) -> int:
   except BrokenPipeError:  # `mtp … | head` has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      raise
+    print(f'mtp: no space left: {error.filename or "output"}', file=sys.stderr)
+    # Python would try to write it once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2
   except (config.ConfigError, absl_flags.Error) as error:
     print(f'mtp: {str(error).splitlines()[0]}', file=sys.stderr)
     return 2

@@ -33,7 +33,7 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
     workdir, step, cfg, tokens, mesh = _open(path, parsed)
   loop.check_same_store(tokens, cfg)
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(workdir, step, abstract)
+  model = checkpoint.restore_params(workdir, step, abstract, 'eval.checkpoint')
   evaluate_on = heldout.evaluator(
     cfg, mesh, loop.bytes_of_tokens(tokens, cfg, mesh)
   )

@@ -59,7 +59,9 @@ def export(parsed: flags.Parsed) -> list[str]:
   tokenizer = generate.tokenizer_of(parsed, saved, workdir)
   mesh = _mesh(cfg)
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(workdir, step, abstract)
+  model = checkpoint.restore_params(
+    workdir, step, abstract, 'export.checkpoint'
+  )
   dtype = cfg.export.dtype
   if os.path.isdir(out):
     os.rmdir(out)

@@ -262,16 +262,22 @@ def _check_decode(cfg):
     slots += level
   need(
     all(width >= 1 for width in widths) and slots <= TREE, 'tree',
-    f'candidates of heads 2, 3 …, above 0, with commas; {TREE} tokens in all',
+    f'candidates of heads 2, 3 …, above 0, with commas; they make a window of'
+    f' {slots} tokens, at most {TREE}',
   )  # fmt: skip
   need(
     len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size, 'tree',
-    f'at most --heads.n={n} - 1 numbers of at most as many as there are tokens',
+    f'with --heads.n={n} at most {n - 1} numbers, none above the vocabulary',
   )  # fmt: skip
   need(
     not d.temperature or d.temperature >= 1e-6, 'temperature',
     '0, or at least 1e-6',
   )  # fmt: skip
+  for flag, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
+    need(
+      d.temperature or getattr(d, flag) == unused, flag,
+      'a filter of samples: needs --decode.temperature above 0',
+    )  # fmt: skip
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
   need(
     not d.draft or not widths or d.draft == len(widths) + 1, 'draft',

@@ -36,16 +36,16 @@ def _oracle(workdir, prompt, new):
 
 def test_text_is_that_of_float64_and_says_how_it_went(undisturbed, capsys):
   assert _generate(undisturbed, '--prompt=ab(', '--decode.max_new=12') == 0
-  out = capsys.readouterr().out
+  out, told = capsys.readouterr()
   bos, eos = tokenizers.BYTES_BOS, tokenizers.BYTES_EOS
   ids = _oracle(undisturbed, [bos, *b'ab('], 12)
   ids = ids[: ids.index(eos)] if eos in ids else ids
   text = bytes(i for i in ids if i < 256).decode(errors='replace')
-  assert out.startswith('ab(' + text)
-  assert re.search(r'step 6: \d+ tokens in \d+ forward passes of a row', out)
-  assert 'with 2 of 2 heads, greedy' in out
-  assert re.search(r'given those before: t\+2: [01]\.\d\d\n', out)
-  assert re.search(r'decoding [\d.]+ s: [\d,]+ tokens/s', out)
+  assert out == f'ab({text}\n'
+  assert re.search(r'step 6: \d+ tokens in \d+ forward passes of a row', told)
+  assert 'with 2 of 2 heads, greedy' in told
+  assert re.search(r'given those before: t\+2: [01]\.\d\d\n', told)
+  assert re.search(r'decoding [\d.]+ s: [\d,]+ tokens/s', told)
 
 
 def test_ids_in_ids_out(undisturbed, capsys):
@@ -60,8 +60,10 @@ def test_ids_in_ids_out(undisturbed, capsys):
 
 def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
   prompts = tmp_path / 'prompts.jsonl'
-  records = [dict(prompt='a'), dict(prompt='bcd e'), dict(prompt_ids=[256, 98])]
-  prompts.write_text(''.join(json.dumps(r) + '\n' for r in records))
+  records = [
+    dict(prompt='a', id='é7'), dict(prompt='bcd e'), dict(prompt_ids=[256, 98])
+  ]  # fmt: skip
+  prompts.write_text('\n'.join(json.dumps(r) + '\n' for r in records))
   out = tmp_path / 'rows.jsonl'
   common = ('--decode.max_new=6', '--decode.stop_ids=none')
   assert _generate(
@@ -75,8 +77,10 @@ def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
   ):
     assert row['ids'] == _oracle(undisturbed, prompt, 6)
     assert (row['finish'], len(row['ids'])) == ('length', 6)
-  shown = capsys.readouterr().out
-  assert 'a' + rows[0]['text'] in shown
+  assert [row['line'] for row in rows] == [1, 3, 5]
+  assert rows[0]['id'] == 'é7' and 'é' in out.read_text()
+  assert f'=== 1 of 3\na{rows[0]["text"]}\n' in capsys.readouterr().out
+  assert not os.path.exists(f'{out}.part')
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\n\nbcd e\n')
   report = tmp_path / 'report.json'
@@ -139,7 +143,7 @@ def test_head_1_alone_is_compared_with_nothing(undisturbed, capsys):
     undisturbed, '--prompt=ab', '--decode.compare', '--decode.draft=1',
     '--decode.max_new=4',
   ) == 0  # fmt: skip
-  assert 'nothing to compare it with' in capsys.readouterr().out
+  assert 'nothing to compare it with' in capsys.readouterr().err
 
 
 def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
@@ -229,7 +233,10 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
   'args, error',
   [
     (['--prompt=a', '--decode.draft=3'], '--decode.draft=3: must be at most'),
-    (['--prompt=a', '--decode.tree=2,2'], '--decode.tree=2,2: at most --heads'),
+    (
+      ['--prompt=a', '--decode.tree=2,2'],
+      '--decode.tree=2,2: with --heads.n=2 at most 1 numbers',
+    ),
     (
       ['--prompt=a', '--decode.tree=2', '--decode.temperature=1'],
       '--decode.tree=2: needs --decode.temperature=0',
@@ -244,14 +251,20 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
       ['--prompt=abcd', '--decode.cache=4'],
       '--decode.cache=4: prompt 0 has 5 tokens; no room for a new one',
     ),
-    ([], '--prompt=: give one of'),
+    ([], '--prompt=: none is given; there are --prompt, --prompt_ids'),
     (['--prompt=a', '--prompt_ids=1'], '--prompt=a: give one of'),
     (['--prompt_ids=1,x'], '--prompt_ids=1,x: token ids, with commas'),
-    (['--prompt_ids=1,999'], '--prompt_ids=999: no token of prompt 0: from 0'),
+    (['--prompt_ids=1,999'], '--prompt_ids=1,999: prompt 0 has 999; from 0'),
     (['--prompt_ids=1,99999999999999999999'], '--prompt_ids=1,9999999999999'),
     (['--prompt=a', '--decode.temperature=1e-9'], '--decode.temperature=1e-09'),
     (['--prompt=a', '--decode.top_p=1e-46'], '--decode.top_p=1e-46: must be'),
+    (['--prompt=a', '--out=/proc/x.json'], '--out=/proc/x.json: cannot be'),
     (['--prompt=\udcff'], "--prompt='\\udcff': is not text"),
+    (
+      ['--prompt=a', '--decode.top_k=5'],
+      '--decode.top_k=5: a filter of samples: needs --decode.temperature',
+    ),
+    (['--prompt=a', '--decode.min_p=0.5'], '--decode.min_p=0.5: a filter of'),
     (['--prompt=a', '--loss.curriculum=0:1'], '--loss.curriculum=0:1: the'),
     (
       ['--prompt=a', '--decode.compare', '--decode.batch_size=2'],
@@ -278,6 +291,20 @@ def test_what_cannot_be_is_told_in_a_line(undisturbed, args, error, capsys):
   assert shown.err.count('\n') == 1 and not shown.out
 
 
+def test_a_cache_that_cannot_be_is_told(undisturbed, capsys):
+  size = 900_000_000
+  assert _generate(
+    undisturbed, '--prompt=a', f'--decode.cache={size}',
+    f'--decode.max_new={size}',
+  ) == 2  # fmt: skip
+  line = capsys.readouterr().err.splitlines()[-1]
+  # Two layers of the trunk and two heads, 8 rows on 8 devices.
+  gib = 2 * (1 + 2) * 2 * 8 * 4 * (size // 64 + 1) * 64 / 2**30
+  assert line.startswith(
+    f'mtp: --decode.cache={size}: keys and values of 8 rows are {gib:,.0f} GiB'
+  )
+
+
 def test_a_missing_checkpoint_is_told(tmp_path, capsys):
   assert _generate(tmp_path, '--prompt=a') == 2
   error = capsys.readouterr().err
@@ -293,6 +320,9 @@ def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
   for text, problem in (
     ('{"prompt": "a"}\n{"text": 1}\n', 'line 2 is no object with prompt'),
     ('[1]\n', 'line 1 is no object'),
+    ('{"prompt"\n', 'line 1 is no JSON'),
+    ('{"prompt": "a", "prompt_ids": [1]}\n', 'line 1 has both'),
+    ('{"prompt": "\\ud800"}\n', 'line 1 is not text'),
     ('{"prompt": null}\n', 'line 1 is no object'),
     ('{"prompt": ["a"]}\n', 'line 1 is no object'),
     ('{"prompt_ids": [1.7, 2]}\n', 'line 1 is no object'),
@@ -300,8 +330,8 @@ def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
     ('{"prompt_ids": [[1, 2]]}\n', 'line 1 is no object'),
     ('{"prompt_ids": 5}\n', 'line 1 is no object'),
     ('{"prompt_ids": [99999999999999999999]}\n', 'line 1 is no object'),
-    ('{"prompt_ids": []}\n', '--decode.prompts=: prompt 0 has no token'),
-    ('{"prompt_ids": [300]}\n', '--decode.prompts=300: no token of prompt 0'),
+    ('{"prompt_ids": []}\n', f'--decode.prompts={path}: line 1 has no token'),
+    ('\n{"prompt_ids": [300]}\n', f'{path}: line 2 has 300; from 0'),
     ('\n', 'has no prompt'),
   ):
     path.write_text(text)
@@ -336,6 +366,49 @@ def test_the_last_seed_has_a_next_one(undisturbed, tmp_path):
     f'--decode.seed={2**31 - 1}', '--decode.max_new=3',
     '--decode.top_k=5000000000',
   ) == 0  # fmt: skip
+
+
+def test_what_is_there_is_not_lost(undisturbed, tmp_path, capsys):
+  """The prompts, a device, and the rows of batches that were done."""
+  lines = tmp_path / 'prompts.txt'
+  lines.write_text('a\nb\nc\n')
+  args = (f'--decode.prompts={lines}', '--decode.max_new=3')
+  assert _generate(undisturbed, *args, f'--out={lines}') == 2
+  assert 'is the file of --decode.prompts' in capsys.readouterr().err
+  assert lines.read_text() == 'a\nb\nc\n'
+  link = tmp_path / 'link'
+  link.symlink_to('/dev/null')
+  assert _generate(undisturbed, *args, f'--out={link}') == 0
+  assert link.is_symlink() and not os.path.isfile('/dev/null')
+  from mtp_jax.decode import decoder
+
+  call, calls = decoder.Decoder.__call__, []
+
+  def second_fails(self, *args, **kwargs):
+    calls.append(args)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return call(self, *args, **kwargs)
+
+  out = tmp_path / 'rows.jsonl'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(decoder.Decoder, '__call__', second_fails)
+    assert _generate(
+      undisturbed, *args, f'--out={out}', '--decode.batch_size=2'
+    ) == 130  # fmt: skip
+  assert not out.exists()
+  part = (tmp_path / 'rows.jsonl.part').read_text().splitlines()
+  assert [json.loads(row)['prompt'] for row in part] == ['a', 'b']
+
+
+def test_a_row_that_fills_the_cache_says_so(undisturbed, tmp_path):
+  out = tmp_path / 'one.jsonl'
+  assert _generate(
+    undisturbed, '--prompt=abc', '--decode.cache=6', '--decode.stop_ids=none',
+    f'--out={out}',
+  ) == 0  # fmt: skip
+  row = json.loads(out.read_text())
+  assert (row['finish'], len(row['ids'])) == ('cache', 2)
 
 
 def test_heads_that_leap_do_not_draft():

@@ -1,10 +1,12 @@
 """Prompts in, tokens out: what runs on the host around the loop. Floor 3."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import config, sharding
@@ -106,6 +108,7 @@ class Decoder:
     slots = -(-slots // SLOTS) * SLOTS
     B = max(rows, len(prompts))
     B = -(-B // self._batch_shards) * self._batch_shards
+    self._check_memory(B, slots, cache, s)
     sampling = sample.sampling(self.cfg)
     weights = speculative.in_use(self._weights, s)
     with jax.set_mesh(self.mesh):
@@ -170,6 +173,30 @@ class Decoder:
   def _batch_shards(self) -> int:
     return int(np.prod([self.mesh.shape[axis] for axis in sharding.BATCH]))
 
+  def _check_memory(self, B: int, slots: int, cache: int, s) -> None:
+    """ConfigError if keys and values alone are more than a device has."""
+    m, device = self.cfg.model, self.mesh.devices.flat[0]
+    values = sum(speculative.cached_layers(s)) * m.kv_heads * m.head_width
+    itemsize = np.dtype(jnp.dtype(self._cache_dtype)).itemsize
+    n_bytes = 2 * values * B * slots * itemsize
+    n_bytes /= self._batch_shards * self.mesh.shape['tensor']
+    stats = device.memory_stats() or {}
+    there = stats.get('bytes_limit') or (
+      os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    )
+    if n_bytes > there:
+      raise config.ConfigError(
+        'decode.cache', cache,
+        f'keys and values of {B} rows are {n_bytes / 2**30:,.0f} GiB a device,'
+        f' which has {there / 2**30:,.0f}; give less --decode.cache, max_new or'
+        ' batch_size',
+      )  # fmt: skip
+
+  @property
+  def _cache_dtype(self) -> str:
+    dtype = self.cfg.decode.cache_dtype
+    return self.cfg.model.compute_dtype if dtype == 'compute' else dtype
+
   def _start(self, prompts, seeds, cache, B, slots, sampling, s):
     tokens_BS = np.zeros((B, slots + s.window), np.int32)
     length_B, limit_B = np.ones(B, np.int32), np.ones(B, np.int32)
@@ -181,11 +208,12 @@ class Decoder:
       seed_B[b] = seeds[b] % 2**31
     rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
     arrays = jax.device_put((tokens_BS, length_B, limit_B, seed_B), rows)
-    dtype = self.cfg.decode.cache_dtype
-    if dtype == 'compute':
-      dtype = self.cfg.model.compute_dtype
     return _start(
-      *arrays, sampled=sampling is not None, slots=slots, dtype=dtype, s=s
+      *arrays,
+      sampled=sampling is not None,
+      slots=slots,
+      dtype=self._cache_dtype,
+      s=s,
     )
 
 
@@ -217,25 +245,26 @@ def room(prompts: Sequence[np.ndarray], cfg: config.Config) -> int:
 
 def check(
   prompts: Sequence[np.ndarray], cache: int, cfg: config.Config,
-  flag: str = 'prompt_ids',
+  flag: str = 'prompt_ids', value: str = '', names: Sequence[str] = (),
 ) -> None:  # fmt: skip
   """ConfigError for the first prompt that cannot be decoded; names the flag
-  that its ids came from."""
+  that it came from, its value, and the prompt."""
   vocab_size = cfg.model.vocab_size
-  for i, prompt in enumerate(prompts):
+  names = names or [f'prompt {i}' for i in range(len(prompts))]
+  for name, prompt in zip(names, prompts, strict=True):
     if not len(prompt):
-      raise config.ConfigError(flag, '', f'prompt {i} has no token')
+      raise config.ConfigError(flag, value, f'{name} has no token')
     wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
     if wrong:
       raise config.ConfigError(
-        flag, wrong[0],
-        f'no token of prompt {i}: from 0 to --model.vocab_size - 1 ='
+        flag, value,
+        f'{name} has {wrong[0]}; from 0 to --model.vocab_size - 1 ='
         f' {vocab_size - 1}',
       )  # fmt: skip
     if len(prompt) >= cache:
       raise config.ConfigError(
         'decode.cache', cache,
-        f'prompt {i} has {len(prompt)} tokens; no room for a new one',
+        f'{name} has {len(prompt)} tokens; no room for a new one',
       )  # fmt: skip
 
 

@@ -215,13 +215,18 @@ def start(tokens_BS, length_B, limit_B, seed_B, sampled: bool, s: Setup):
   return sharding.by_rows(rows, tokens_BS, length_B, limit_B, seed_B)
 
 
-def empty(B: int, S: int, dtype, s: Setup) -> Caches:
-  """Of S slots. Under jit; S needs room for M - 1 beyond the longest row."""
+def cached_layers(s: Setup) -> tuple[int, int]:
+  """That have keys and values: of the stem, of the heads after it."""
   f = heads.family(s.cfg)
   stem = heads.trunk_layers(s.cfg)
   if s.cfg.heads.block_first:
     stem += s.active if f.reverse else 1
-  further = 0 if f.reverse or not f.has_block else s.window - 1
+  return stem, 0 if f.reverse or not f.has_block else s.window - 1
+
+
+def empty(B: int, S: int, dtype, s: Setup) -> Caches:
+  """Of S slots. Under jit; S needs room for M - 1 beyond the longest row."""
+  stem, further = cached_layers(s)
   return Caches(
     cache_lib.empty(stem, B, S, s.cfg, dtype),
     cache_lib.empty(further, B, S, s.cfg, dtype),
