@@ -509,7 +509,7 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
   bandwidth = _bandwidth(opened.mesh)
   table = []
   for B in config.parse_numbers(b.batches):
-    ids = _held_out(cfg, B)
+    ids = held_out(cfg, B)
     *found, ratios = _in_turn(opened, variants, ids, (), B)
     for widths, decoded, speed_up in zip(variants, found, ratios, strict=True):
       # The loop ends with its slowest row.
@@ -550,7 +550,7 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
   )  # fmt: skip
 
 
-def _held_out(cfg: config.Config, B: int) -> list[np.ndarray]:
+def held_out(cfg: config.Config, B: int) -> list[np.ndarray]:
   """B pieces of held-out documents: their beginnings, then what follows."""
   path = config.parse_stores(cfg.data.store)[0].path
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)

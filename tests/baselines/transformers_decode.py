@@ -1,0 +1,94 @@
+"""Plain and speculative decoding beside Hugging Face transformers.
+
+  python -m tests.baselines.transformers_decode --decode.checkpoint=RUN \
+    --bench.batches=1,8 --bench.prompt=128 --decode.max_new=128
+
+The same weights (trunk and head 1, exported), prompts (held-out documents) and
+machine; greedy, float32, each contender in turn in every round, prompts
+included. transformers generates as its own generate() does, with its cache and
+without gradients.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from mtp_jax import bench, config, flags, generate, params
+from mtp_jax import checkpoint as checkpoint_lib
+from mtp_jax.interop import hf
+from mtp_jax.model import lm
+
+
+def main(args: list[str]) -> None:
+  import torch
+  import transformers
+
+  parsed = flags.parse(args)
+  found = generate.find(parsed, only_ids=True)
+  opened = generate.load(found)
+  cfg = opened.cfg
+  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, opened.mesh)
+  model = checkpoint_lib.restore_params(found.workdir, found.step, abstract)
+  with tempfile.TemporaryDirectory() as folder:
+    out = f'{folder}/llama'
+    hf.export(
+      model, cfg, None, out, dtype='float32', shard_bytes=2**40, about='bench'
+    )
+    llama = transformers.AutoModelForCausalLM.from_pretrained(
+      out, dtype=torch.float32
+    )
+  del model
+  widths = opened.decoder.widths
+  print(
+    f'{opened.name}: prompts of {cfg.bench.prompt} tokens, {cfg.decode.max_new}'
+    f' new, {torch.get_num_threads()} threads of PyTorch {torch.__version__},'
+    f' transformers {transformers.__version__}'
+  )
+  for B in config.parse_numbers(cfg.bench.batches):
+    ids = generate.held_out(cfg, B)
+
+    def ours(which, ids=ids):
+      decoded = opened.decoder(ids, widths=which)
+      return decoded.prefill_s + decoded.decode_s, decoded.tokens
+
+    def theirs(ids=ids, B=B):
+      begin = time.perf_counter()
+      with torch.inference_mode():
+        rows = llama.generate(
+          torch.tensor(np.stack(ids)), do_sample=False,
+          attention_mask=torch.ones((B, cfg.bench.prompt), dtype=torch.int64),
+          max_new_tokens=cfg.decode.max_new, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+      seconds = time.perf_counter() - begin
+      return seconds, list(rows[:, cfg.bench.prompt :].numpy())
+
+    contenders = {
+      'transformers': theirs,
+      'head 1': lambda: ours(()),
+      f'{len(widths) + 1} heads': lambda: ours(widths),
+    }
+    times, texts = {name: [] for name in contenders}, {}
+    for r in range(cfg.bench.rounds + 1):
+      for name, run in contenders.items():
+        seconds, texts[name] = run()
+        if r:
+          times[name].append(seconds)
+    n = B * cfg.decode.max_new
+    for name in contenders:
+      same = sum(
+        a.tolist() == b.tolist()
+        for a, b in zip(texts[name], texts['transformers'], strict=True)
+      )
+      print(
+        f'batch {B}, {name}: {n / statistics.median(times[name]):,.0f}'
+        ' tokens/s, time over transformers'
+        f' {bench.shown(bench.ratio(times[name], times["transformers"]))},'
+        f' {same} of {B} texts the same'
+      )
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
