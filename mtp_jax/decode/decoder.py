@@ -51,9 +51,7 @@ class Decoder:
     self.cfg, self.mesh, self.active = cfg, mesh, active
     self._widest = speculative.setup(cfg, active, widths(cfg, active))
     with jax.set_mesh(mesh):
-      self._weights = jax.jit(speculative.weights, static_argnames='s')(
-        model, s=self._widest
-      )
+      self._weights = _weights(model, s=self._widest)
     self._compiled = set()  # shapes that have run
 
   @property
@@ -224,6 +222,7 @@ def _begin(tokens_BS, length_B, limit_B, seed_B, *, sampled, slots, dtype, s):
   )
 
 
+_weights = jax.jit(speculative.weights, static_argnames='s')
 _start = jax.jit(_begin, static_argnames=('sampled', 'slots', 'dtype', 's'))
 
 
