@@ -117,12 +117,12 @@ def find(path: str, flag: str = 'eval.checkpoint') -> tuple[str, int]:
     workdir, wanted = path, None
   there = steps(workdir)
   if not there or (wanted is not None and wanted not in there):
-    raise config.ConfigError(
-      flag, path,
-      ('no complete checkpoint there' if os.path.isdir(path) else
-       'is no directory; give a workdir, or its checkpoints/STEP')
-      + (f'; there are {there} in {workdir}' if there else ''),
-    )  # fmt: skip
+    why = ''
+    if there:
+      why = f'; there are {there} in {workdir}'
+    elif not os.path.isdir(path):
+      why = ', which is no directory'
+    raise config.ConfigError(flag, path, f'no complete checkpoint there{why}')
   return workdir, there[-1] if wanted is None else wanted
 
 

@@ -399,8 +399,8 @@ FAULTS = (
     'rope-wavelengths',
     15,
     'mtp_jax/model/layers.py',
-    'theta ** (-i / head_width)',
-    'theta ** (-2 * i / head_width)',
+    'm.rope_theta ** (-i / m.head_width)',
+    'm.rope_theta ** (-2 * i / m.head_width)',
     _forward('parallel'),
   ),
   Fault(
