@@ -20,7 +20,7 @@ source launch/xla_flags.sh auto
   mtp prepare --flagfile=experiments/smoke.flags --data.store="$store"
 mtp train --flagfile=experiments/smoke.flags --data.store="$store" \
   --train.workdir="$run" "$@"
-mtp eval --eval.checkpoint="$run" --out="$run/heldout.json, $run/decode.json"
+mtp eval --eval.checkpoint="$run" --out="$run/heldout.json"
 mtp report "$run"
 prompt='import os
 
