@@ -18,7 +18,7 @@ from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.model import lm
 
-SHORT_S = 0.1  # of a turn; what is shorter is noise
+SHORT_S = 0.02  # of a turn; what is shorter is noise
 PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
 
 
