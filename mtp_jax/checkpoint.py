@@ -16,6 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from mtp_jax import config, flags
+from mtp_jax import params as params_lib
+from mtp_jax.model import lm
 
 FORMAT = 1  # raised when a saved state can no longer be read as it is
 
@@ -209,6 +211,14 @@ def restore(workdir: str, step: int, abstract_state: Any) -> Any:
   with _reading(path):
     with ocp.StandardCheckpointer() as reader:
       return reader.restore(os.path.join(path, 'state'), abstract_state)
+
+
+def restore_model(
+  workdir: str, step: int, cfg: config.Config, mesh, flag: str
+) -> lm.LM:
+  """`restore_params` for the model of a Config, on a mesh."""
+  abstract = params_lib.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
+  return restore_params(workdir, step, abstract, flag)
 
 
 def restore_params(

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import bench, checkpoint, config, flags, params, sharding
+from mtp_jax import bench, checkpoint, config, flags, sharding
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
-from mtp_jax.model import lm
 
 SHORT_S = 0.02  # of a turn; what is shorter is noise
 PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
@@ -77,13 +76,9 @@ def find(parsed: flags.Parsed, only_ids: bool) -> Found:
 
 def load(found: Found) -> Opened:
   """Reads the parameters, and no more."""
-  cfg = found.cfg
-  # Rows are filled up to the mesh: a training batch is no matter here.
-  every = {'data.batch_size': len(jax.devices()), 'train.accumulate': 1}
-  mesh = sharding.make_mesh(config.replace(cfg, **every))
-  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(
-    found.workdir, found.step, abstract, 'decode.checkpoint'
+  cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)
+  model = checkpoint.restore_model(
+    found.workdir, found.step, cfg, mesh, 'decode.checkpoint'
   )
   return Opened(
     f'{found.workdir}, step {found.step}', cfg, mesh,

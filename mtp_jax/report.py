@@ -12,14 +12,12 @@ from mtp_jax import (
   checkpoint,
   config,
   flags,
-  params,
   processes,
   sharding,
   targets,
 )
 from mtp_jax.data import loader
 from mtp_jax.evals import heldout
-from mtp_jax.model import lm
 from mtp_jax.train import loop, metrics
 
 
@@ -32,8 +30,7 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   with processes.together():
     workdir, step, cfg, tokens, mesh = _open(path, parsed)
   loop.check_same_store(tokens, cfg)
-  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(workdir, step, abstract, 'eval.checkpoint')
+  model = checkpoint.restore_model(workdir, step, cfg, mesh, 'eval.checkpoint')
   evaluate_on = heldout.evaluator(
     cfg, mesh, loop.bytes_of_tokens(tokens, cfg, mesh)
   )

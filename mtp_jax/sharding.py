@@ -44,6 +44,13 @@ def make_mesh(cfg: config.Config, devices=None) -> Mesh:
   return Mesh(_arranged(sizes, devices), AXES, axis_types=EXPLICIT)
 
 
+def serving_mesh(cfg: config.Config) -> Mesh:
+  """The mesh of --mesh.* over all devices, where no training batch has to be
+  divided by it."""
+  rows = {'data.batch_size': len(jax.devices()), 'train.accumulate': 1}
+  return make_mesh(config.replace(cfg, **rows))
+
+
 def abstract_mesh(cfg: config.Config, n_devices: int) -> AbstractMesh:
   """The same without devices: enough for shardings and bytes."""
   sizes = mesh_sizes(cfg, n_devices)

@@ -2,8 +2,6 @@
 
 import os
 
-import jax
-
 from mtp_jax import (
   checkpoint,
   config,
@@ -15,11 +13,6 @@ from mtp_jax import (
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import hf
 from mtp_jax.model import lm
-
-
-def _mesh(cfg: config.Config):
-  every = {'data.batch_size': len(jax.devices()), 'train.accumulate': 1}
-  return sharding.make_mesh(config.replace(cfg, **every))
 
 
 def _need_library() -> None:
@@ -57,10 +50,8 @@ def export(parsed: flags.Parsed) -> list[str]:
     path, 'export.checkpoint', parsed
   )
   tokenizer = generate.tokenizer_of(parsed, saved, workdir)
-  mesh = _mesh(cfg)
-  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  model = checkpoint.restore_params(
-    workdir, step, abstract, 'export.checkpoint'
+  model = checkpoint.restore_model(
+    workdir, step, cfg, sharding.serving_mesh(cfg), 'export.checkpoint'
   )
   dtype = cfg.export.dtype
   if os.path.isdir(out):
@@ -98,11 +89,10 @@ def import_(parsed: flags.Parsed) -> list[str]:
   cfg, ours = hf.find(folder, parsed.given)
   if ours:
     cfg = parsed.config(cfg)
-  tokenizer = hf.tokenizer_of(folder)
-  if tokenizer is None and ours and cfg.data.tokenizer == 'bytes':
-    tokenizer = tokenizers.get('bytes')
   if ours and cfg.data.tokenizer == 'bytes':
     tokenizer = tokenizers.get('bytes')  # its tokenizer.json is made of that
+  else:
+    tokenizer = hf.tokenizer_of(folder)
   if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
     raise config.ConfigError(
       'import.path', folder,
@@ -114,7 +104,7 @@ def import_(parsed: flags.Parsed) -> list[str]:
     cfg, **{'data.tokenizer': recorded, 'data.store': '',
             'train.workdir': workdir},
   )  # fmt: skip
-  model = hf.read(folder, cfg, _mesh(cfg))
+  model = hf.read(folder, cfg, sharding.serving_mesh(cfg))
   checkpoint.save_params(model, cfg, tokenizer)
   m = cfg.model
   return [

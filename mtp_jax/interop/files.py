@@ -62,11 +62,13 @@ def read(path: str, flag: str) -> dict[str, Tensor]:
     size = os.path.getsize(path)
     with open(path, 'rb') as file:
       length = int.from_bytes(file.read(8), 'little')
-      if not 0 < length <= min(size - 8, HEADER_BYTES):
-        raise wrong('is no safetensors file, or it is cut off')
-      header = json.loads(file.read(length))
+      text = file.read(min(length, HEADER_BYTES))
   except OSError as error:
     raise wrong(f'cannot be read: {error.strerror}') from error
+  if not 0 < length <= min(size - 8, HEADER_BYTES):
+    raise wrong('is no safetensors file, or it is cut off')
+  try:
+    header = json.loads(text)
   except ValueError as error:
     raise wrong('is no safetensors file: its header is damaged') from error
   header.pop('__metadata__', None)

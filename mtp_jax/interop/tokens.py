@@ -20,8 +20,8 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     pieces = files.pop(tokenizers.PIECES)
     about |= dict(
       tokenizer_class='LlamaTokenizer', legacy=False,
-      bos_token=_piece(tokenizer, tokenizer.bos),
-      eos_token=_piece(tokenizer, tokenizer.eos),
+      bos_token=tokenizer.piece(tokenizer.bos),
+      eos_token=tokenizer.piece(tokenizer.eos),
     )  # fmt: skip
     files[MODEL] = pieces
   elif not files:
@@ -31,10 +31,6 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     about |= json.loads(files.get(tokenizers.ENDS, b'{}'))
   files[tokenizers.ENDS] = json.dumps(about, indent=2).encode()
   return files
-
-
-def _piece(tokenizer, token: int) -> str:
-  return tokenizer.piece(token)
 
 
 def _bytes_tokenizer(tokenizer) -> bytes:

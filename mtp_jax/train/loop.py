@@ -236,10 +236,10 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
     state = checkpoint.restore(t.workdir, start, abstract)
   else:
     state = state_lib.init(cfg, run.mesh)
-  if not start and checkpoint.steps(t.workdir):  # what `mtp import` wrote
-    state = state.replace(
-      params=checkpoint.restore_params(t.workdir, 0, abstract.params)
-    )
+    if checkpoint.steps(t.workdir):  # what `mtp import` wrote
+      state = state.replace(
+        params=checkpoint.restore_params(t.workdir, 0, abstract.params)
+      )
   _say_what(run, abstract, start)
   step_of = _compiler(run)
   evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)

@@ -16,10 +16,8 @@ import time
 
 import numpy as np
 
-from mtp_jax import bench, config, flags, generate, params
-from mtp_jax import checkpoint as checkpoint_lib
+from mtp_jax import bench, checkpoint, config, flags, generate
 from mtp_jax.interop import hf
-from mtp_jax.model import lm
 
 
 def main(args: list[str]) -> None:
@@ -30,8 +28,9 @@ def main(args: list[str]) -> None:
   found = generate.find(parsed, only_ids=True)
   opened = generate.load(found)
   cfg = opened.cfg
-  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, opened.mesh)
-  model = checkpoint_lib.restore_params(found.workdir, found.step, abstract)
+  model = checkpoint.restore_model(
+    found.workdir, found.step, cfg, opened.mesh, 'decode.checkpoint'
+  )
   with tempfile.TemporaryDirectory() as folder:
     out = f'{folder}/llama'
     hf.export(
