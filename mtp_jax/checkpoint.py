@@ -185,7 +185,7 @@ def opened(
   # Where and beside what it was trained is no matter any more.
   base = dataclasses.replace(
     saved, processes=config.Processes(), decode=config.Decode(),
-    bench=config.Bench(), plan=config.Plan(),
+    bench=config.Bench(), plan=config.Plan(), export=config.Export(),
   )  # fmt: skip
   cfg = parsed.config(config.replace(base, **elsewhere or {}))
   other_tree = bool(saved.loss.order_weight) != bool(cfg.loss.order_weight)

@@ -476,9 +476,13 @@ class Export:
   out: str = _f('', 'directory to write; it must not exist', result=False)
   format: str = _f(
     'hf',
-    'hf: Hugging Face Llama, further heads beside it in a file of their own',
-    result=False, choices=('hf',),
-  )  # fmt: skip
+    'hf: Hugging Face Llama, further heads in a file beside it; meta: as the'
+    " paper's models were released; mtp_llama: Fast-LLM's; mimo, deepseek:"
+    ' sequential modules as serving engines name them; medusa: residual heads'
+    ' in a folder of their own',
+    result=False,
+    choices=('hf', 'meta', 'mtp_llama', 'mimo', 'deepseek', 'medusa'),
+  )
   dtype: str = _f(
     'param', 'of the tensors written; param = --model.param_dtype',
     result=False, choices=('param', *DTYPES),
@@ -492,8 +496,10 @@ class Import:
 
   path: str = _f('', 'directory of the checkpoint', result=False)
   format: str = _f(
-    'hf', 'hf: Hugging Face Llama, also one that export wrote', result=False,
-    choices=('hf',),
+    'hf',
+    'hf: config.json and safetensors; meta: params.json and consolidated.pth;'
+    ' also what export wrote',
+    result=False, choices=('hf', 'meta'),
   )  # fmt: skip
 
 

@@ -11,17 +11,8 @@ from mtp_jax import (
   sharding,
 )
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import hf
+from mtp_jax.interop import files, folder, tokens
 from mtp_jax.model import lm
-
-
-def _need_library() -> None:
-  try:
-    import safetensors  # noqa: F401
-  except ImportError as error:
-    raise config.ConfigError(
-      'export.format', 'hf', 'needs safetensors: pip install "mtp_jax[hf]"'
-    ) from error
 
 
 def _absent(flag: str, path: str) -> str:
@@ -32,9 +23,9 @@ def _absent(flag: str, path: str) -> str:
     os.path.isdir(path) and not os.listdir(path)
   ):
     raise config.ConfigError(flag, path, 'is not empty; give another directory')
-  folder = os.path.dirname(path)
-  if not os.path.isdir(folder):
-    raise config.ConfigError(flag, path, f'there is no {folder}')
+  parent = os.path.dirname(path)
+  if not os.path.isdir(parent):
+    raise config.ConfigError(flag, path, f'there is no {parent}')
   return path
 
 
@@ -44,7 +35,9 @@ def export(parsed: flags.Parsed) -> list[str]:
   if not path:
     raise config.ConfigError('export.checkpoint', '', 'give a workdir')
   out = _absent('export.out', parsed.given.get('export.out', ''))
-  _need_library()
+  form = parsed.given.get('export.format', 'hf')
+  library = 'torch' if form == 'meta' else 'safetensors'
+  files.need('export.format', form, library)
   path = os.path.abspath(os.path.expanduser(path))
   workdir, step, saved, cfg = checkpoint.opened(
     path, 'export.checkpoint', parsed
@@ -56,10 +49,9 @@ def export(parsed: flags.Parsed) -> list[str]:
   dtype = cfg.export.dtype
   if os.path.isdir(out):
     os.rmdir(out)
-  return hf.export(
+  return folder.export(
     model, cfg, tokenizer, out,
     dtype=cfg.model.param_dtype if dtype == 'param' else dtype,
-    shard_bytes=cfg.export.shard_gib * 2**30,
     about=f'{os.path.basename(workdir)}, step {step}',
   )  # fmt: skip
 
@@ -74,28 +66,27 @@ GIVEN = (
 
 def import_(parsed: flags.Parsed) -> list[str]:
   """Writes --train.workdir from --import.path."""
-  folder = parsed.given.get('import.path', '')
-  if not folder:
+  path = parsed.given.get('import.path', '')
+  if not path:
     raise config.ConfigError('import.path', '', 'give a directory')
-  folder = os.path.abspath(os.path.expanduser(folder))
-  if not os.path.isdir(folder):
-    raise config.ConfigError('import.path', folder, 'is no directory')
+  path = os.path.abspath(os.path.expanduser(path))
+  if not os.path.isdir(path):
+    raise config.ConfigError('import.path', path, 'is no directory')
   for name, value in parsed.given.items():
     if not name.startswith(GIVEN):
       raise config.ConfigError(
         name, value, 'an import takes that from what it reads'
       )
   workdir = _absent('train.workdir', parsed.given.get('train.workdir', ''))
-  cfg, ours = hf.find(folder, parsed.given)
+  if parsed.given.get('import.format') == 'meta':
+    files.need('import.format', 'meta', 'torch')
+  cfg, ours = folder.find(path, parsed.given)
   if ours:
     cfg = parsed.config(cfg)
-  if ours and cfg.data.tokenizer == 'bytes':
-    tokenizer = tokenizers.get('bytes')  # its tokenizer.json is made of that
-  else:
-    tokenizer = hf.tokenizer_of(folder)
+  tokenizer = tokens.read(path, cfg.data.tokenizer if ours else None)
   if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
     raise config.ConfigError(
-      'import.path', folder,
+      'import.path', path,
       f'its tokenizer has {tokenizer.vocab_size} tokens, the model'
       f' {cfg.model.vocab_size}',
     )  # fmt: skip
@@ -104,7 +95,7 @@ def import_(parsed: flags.Parsed) -> list[str]:
     cfg, **{'data.tokenizer': recorded, 'data.store': '',
             'train.workdir': workdir},
   )  # fmt: skip
-  model = hf.read(folder, cfg, sharding.serving_mesh(cfg))
+  model = folder.read(path, cfg, sharding.serving_mesh(cfg))
   checkpoint.save_params(model, cfg, tokenizer)
   m = cfg.model
   return [

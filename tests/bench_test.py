@@ -214,7 +214,6 @@ def test_n_logits_computes_ours():
 
 
 def test_the_loop_in_torch_computes_ours():
-  pytest.importorskip('torch')
   import torch
 
   from tests.baselines import torch_sequential

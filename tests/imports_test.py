@@ -60,14 +60,14 @@ NEVER = {
 LIBRARIES = {
   'absl': ('flags', 'main'),
   'grain': ('data/',),
-  'sentencepiece': ('data/',),
+  'sentencepiece': ('data/', 'interop/tokens'),
   'pyarrow': ('data/',),
   'orbax': ('checkpoint',),
   'tensorboardX': ('train/metrics',),
   'rich': ('train/loop', 'data/progress'),  # flax needs it as well
   'matplotlib': ('report',),
   'torch': ('interop/',),
-  'safetensors': ('interop/', 'transfer'),
+  'safetensors': ('interop/',),
 }
 LAZY = ('torch', 'safetensors', 'matplotlib')  # inside functions only
 

@@ -1,14 +1,16 @@
-"""safetensors files: written by the library, read a slice at a time. Floor 4.
+"""Files of tensors: safetensors, and PyTorch's. Floor 4.
 
-The library reads into NumPy without bfloat16, and whole tensors only; the
-format is a length, a JSON header and the tensors' bytes
+safetensors are written by the library, and read a slice at a time: the library
+reads into NumPy without bfloat16, and whole tensors only; the format is a
+length, a JSON header and the tensors' bytes
 (https://huggingface.co/docs/safetensors), so that a memory map does.
 """
 
 import hashlib
+import importlib
 import json
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +36,16 @@ class Tensor(NamedTuple):
   def read(self) -> np.ndarray:
     """A view of the file."""
     return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
+
+
+def need(flag: str, value: str, module: str) -> None:
+  """ConfigError that says which extra to install, unless it is there."""
+  try:
+    importlib.import_module(module)
+  except ImportError as error:
+    raise config.ConfigError(
+      flag, value, f'needs {module}: pip install "mtp_jax[hf]"'
+    ) from error
 
 
 def write(path: str, arrays: dict[str, np.ndarray]) -> None:
@@ -108,3 +120,45 @@ def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
   for name in names:
     found |= read(os.path.join(folder, name), flag)
   return found
+
+
+class Loaded(NamedTuple):
+  """One tensor of a PyTorch file, mapped from it."""
+
+  tensor: Any
+  shape: tuple[int, ...]
+
+  def read(self) -> np.ndarray:
+    import torch
+
+    if self.tensor.dtype != torch.bfloat16:
+      return self.tensor.numpy()
+    return self.tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def write_torch(path: str, arrays: dict[str, np.ndarray]) -> None:
+  import torch
+
+  def tensor(array):
+    if array.dtype != ml_dtypes.bfloat16:
+      return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+  torch.save({name: tensor(array) for name, array in arrays.items()}, path)
+
+
+def read_torch(path: str, flag: str) -> dict[str, Loaded]:
+  """The tensors of a PyTorch file; ConfigError if it is damaged or cut off."""
+  import torch
+
+  if not os.path.isfile(path):
+    raise config.ConfigError(flag, path, 'there is no such file')
+  try:
+    found = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+  except Exception as error:  # torch raises RuntimeError, OSError and others
+    raise config.ConfigError(
+      flag, path, 'is no file of tensors that PyTorch reads, or it is cut off'
+    ) from error
+  return {
+    name: Loaded(x.contiguous(), tuple(x.shape)) for name, x in found.items()
+  }

@@ -1,154 +1,31 @@
-"""Checkpoints in Hugging Face's Llama form, out and in. Floor 4.
+"""config.json of Hugging Face's Llama and of what is built on it. Floor 4."""
 
-Out: trunk and head 1 are a plain LlamaForCausalLM; the further heads lie beside
-it in mtp_heads.safetensors, under the names that mapping.py lists, and
-mtp_jax.json says what the whole is, so that it can be read back bit for bit.
-In: that, or any Llama: its last layer becomes head 1.
-"""
-
-import dataclasses
 import json
-import os
-import shutil
-from typing import Any
 
-import jax
-import numpy as np
-
-from mtp_jax import config, params, validate
-from mtp_jax.data import tokenizers
-from mtp_jax.interop import files, mapping, tokens
-from mtp_jax.model import lm
-
-OURS, EXTRA = 'mtp_jax.json', 'mtp_heads.safetensors'
-INDEX = 'model.safetensors.index.json'
-
+from mtp_jax import config, validate
+from mtp_jax.interop import mapping
+from mtp_jax.model import heads as heads_lib
 
 # Out.
 
 
-def export(
-  model: lm.LM, cfg: config.Config, tokenizer, out: str, *, dtype: str,
-  shard_bytes: float, about: str,
-) -> list[str]:  # fmt: skip
-  """Writes a folder, complete or not at all, and reads it again.
-
-  Args:
-    model: parameters; gathered a tensor at a time.
-    cfg: what they are.
-    tokenizer: a Tokenizer, or None.
-    out: the folder, which must not exist.
-    dtype: of the tensors.
-    shard_bytes: of a file, at most, unless a tensor is larger.
-    about: what the model card says it is.
-
-  Returns:
-    lines that say what was written.
-  """
-  tmp = f'{out}.tmp-{os.getpid()}'
-  shutil.rmtree(tmp, ignore_errors=True)
-  os.makedirs(tmp)
-  try:
-    wanted = _write_tensors(model, cfg, tmp, dtype, shard_bytes)
-    _check(tmp, wanted)
-    texts = {
-      'config.json': json.dumps(to_llama(cfg, tokenizer, dtype), indent=2),
-      'generation_config.json': json.dumps(_ends(tokenizer), indent=2),
-      OURS: config.to_json(cfg),
-      'README.md': _card(cfg, about),
-    }
-    written = {name: text.encode() for name, text in texts.items()}
-    if tokenizer is not None:
-      written |= tokens.files_of(tokenizer)
-    for name, data in written.items():
-      with open(os.path.join(tmp, name), 'wb') as file:
-        file.write(data)
-    os.rename(tmp, out)
-  finally:
-    shutil.rmtree(tmp, ignore_errors=True)
-  extra = sum(place.extra for place in mapping.tensors(cfg).values())
-  return [
-    f'{out}: {len(wanted) - extra} tensors of a Llama of'
-    f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
-    f' in {EXTRA}; all read again and equal',
-  ]
+def describe(cfg: config.Config, tokenizer, dtype, about) -> dict[str, str]:
+  """Text files of an export, by name."""
+  form = cfg.export.format
+  values = _llama(cfg, tokenizer, dtype) | KINDS.get(form, lambda _: {})(cfg)
+  texts = {
+    'config.json': json.dumps(values, indent=2),
+    'generation_config.json': json.dumps(_ends(tokenizer), indent=2),
+    'README.md': _card(cfg, about),
+  }
+  if form == 'mimo':
+    texts['mimo.py'] = MIMO
+  if form == 'medusa':
+    texts['medusa/config.json'] = json.dumps(_medusa(cfg, dtype), indent=2)
+  return texts
 
 
-def _write_tensors(model, cfg, folder, dtype, shard_bytes) -> dict[str, str]:
-  """Digest of each tensor written."""
-  leaves, digests, held = mapping.leaves(model), {}, 0
-  shards: list[list[str]] = []
-  batch: dict[str, np.ndarray] = {}
-  weight_map: dict[str, int] = {}
-
-  def flush():
-    nonlocal batch, held
-    if batch:
-      shards.append(list(batch))
-      files.write(_shard(folder, len(shards)), batch)
-    batch, held = {}, 0
-
-  extra = {}
-  for name, place in mapping.tensors(cfg).items():
-    leaf = leaves[place.path]
-    ours = leaf if place.index is None else leaf[place.index]
-    array = place.form.out(np.asarray(jax.device_get(ours)), cfg)
-    array = np.ascontiguousarray(array.astype(np.dtype(dtype)))
-    digests[name] = files.digest(array)
-    if place.extra:
-      extra[name] = array
-      continue
-    if held + array.nbytes > shard_bytes:
-      flush()
-    batch[name] = array
-    held += array.nbytes
-    weight_map[name] = len(shards) + 1
-  flush()
-  if extra:
-    files.write(os.path.join(folder, EXTRA), extra)
-  _name_shards(folder, len(shards), weight_map)
-  return digests
-
-
-def _shard(folder: str, number: int) -> str:
-  return os.path.join(folder, f'part-{number}')
-
-
-def _name_shards(folder, n: int, weight_map) -> None:
-  """As transformers names them, once it is known how many there are."""
-  if n == 1:
-    os.rename(_shard(folder, 1), os.path.join(folder, 'model.safetensors'))
-    return
-  names = {i: f'model-{i:05d}-of-{n:05d}.safetensors' for i in range(1, n + 1)}
-  total = 0
-  for i, name in names.items():
-    path = os.path.join(folder, name)
-    os.rename(_shard(folder, i), path)
-    total += os.path.getsize(path)
-  index = dict(
-    metadata=dict(total_size=total),
-    weight_map={name: names[i] for name, i in weight_map.items()},
-  )
-  with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as file:
-    json.dump(index, file, indent=2)
-
-
-def _check(folder: str, wanted: dict[str, str]) -> None:
-  """What was written, read again: the same keys, the same bytes."""
-  found = files.read_folder(folder, 'export.out')
-  if found.keys() != wanted.keys():
-    odd = sorted(found.keys() ^ wanted.keys())
-    raise config.ConfigError(
-      'export.out', folder, f'missing or surplus after writing: {odd[0]}'
-    )
-  for name, tensor in found.items():
-    if files.digest(np.array(tensor.read())) != wanted[name]:
-      raise config.ConfigError(
-        'export.out', folder, f'{name} is not what was written'
-      )
-
-
-def to_llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
+def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
   """config.json of trunk and head 1."""
   m = cfg.model
   rope = dict(rope_type='default', rope_theta=m.rope_theta)
@@ -191,69 +68,126 @@ def _ends(tokenizer) -> dict:
   return dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
 
 
+def _modules(cfg: config.Config) -> int:
+  return heads_lib.n_modules(cfg, cfg.heads.n)
+
+
+# What a form's config.json says besides, or otherwise.
+KINDS = {
+  'mtp_llama': lambda cfg: dict(
+    architectures=['MTPLlamaForCausalLM'],
+    model_type='mtp_llama',
+    prediction_heads=cfg.heads.n,
+  ),
+  'mimo': lambda cfg: dict(
+    architectures=['MiMoForCausalLM'],
+    model_type='mimo',
+    auto_map={
+      'AutoConfig': 'mimo.MiMoConfig',
+      'AutoModelForCausalLM': 'mimo.MiMoForCausalLM',
+    },
+    attention_bias=True,
+    use_sliding_window=False,
+    num_nextn_predict_layers=_modules(cfg),
+  ),
+  'deepseek': lambda cfg: dict(num_nextn_predict_layers=_modules(cfg)),
+}
+
+# MiMo is Qwen 2 and modules that transformers does not run.
+MIMO = '''"""MiMo's configuration and next-token model (trust_remote_code)."""
+
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+class MiMoConfig(Qwen2Config):
+  model_type = 'mimo'
+
+
+class MiMoForCausalLM(Qwen2ForCausalLM):
+  config_class = MiMoConfig
+  _keys_to_ignore_on_load_unexpected = [r'model\\.mtp_layers\\.']
+'''
+
+
+def _medusa(cfg: config.Config, dtype: str) -> dict:
+  """config.json of the heads alone."""
+  m = cfg.model
+  return dict(
+    architectures=['MedusaModel'],
+    model_type='medusa',
+    hidden_size=m.d_model,
+    vocab_size=m.vocab_size,
+    truncated_vocab_size=m.vocab_size,
+    num_heads=cfg.heads.n - 1,
+    num_hidden_layers=1,
+    original_lm_head=cfg.heads.unembedding != 'replicated',
+    medusa_fc_bias=False,
+    dtype=dtype,
+    torch_dtype=dtype,
+  )
+
+
 def _card(cfg: config.Config, about: str) -> str:
-  extra = [k for k, p in mapping.tensors(cfg).items() if p.extra]
+  form = cfg.export.format
+  extra = [k for k, p in mapping.tensors(cfg, form).items() if p.extra]
   lines = [
     '---', 'library_name: transformers', 'tags: [multi-token-prediction]',
     '---', '', f'# {about}', '',
     f'A Llama of {mapping.layers_in_all(cfg)} layers, the trunk and next-token'
     ' head of a model that was trained to predict'
     f' {cfg.heads.n} tokens at once ({cfg.heads.family} heads; Gloeckle et al.'
-    ' 2024, https://arxiv.org/abs/2404.19737). Written by mtp_jax.', '',
+    ' 2024, https://arxiv.org/abs/2404.19737). Written by mtp_jax; mtp_jax.json'
+    ' says how the whole is put together.', '',
   ]  # fmt: skip
   if extra:
+    where = mapping.FORMS[form].file or 'the same files'
     lines += [
-      f'Its {len(extra)} further tensors, the heads that predict later tokens,'
-      f' are in {EXTRA}; {OURS} says how they are put together.',
+      f'Its {len(extra)} further tensors, those of the heads that predict later'
+      f' tokens, are in {where}.',
       '',
     ]
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *USE.get(form, [])])
 
+
+USE = {
+  'mimo': [
+    'The layout is that of MiMo: `--trust-remote-code` for its configuration.'
+    ' Serving engines hand the hidden state after the final norm to the first'
+    ' module; it was trained on that before the norm, so fewer drafts are'
+    ' accepted there than by mtp_jax.',
+    '',
+  ],
+  'medusa': [
+    'As the draft of a serving engine: the folder medusa/, with'
+    ' num_speculative_tokens the number of its heads.',
+    '',
+  ],
+  'mtp_llama': [
+    "The layout is that of Fast-LLM's mtp_llama, whose modeling code runs it.",
+    '',
+  ],
+}
 
 # In.
 
 # Fields of a config.json that must have this value, if they are there.
 FIXED = {
-  'model_type': 'llama', 'hidden_act': 'silu', 'attention_bias': False,
-  'mlp_bias': False,
+  'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
 }  # fmt: skip
-
-
-def find(folder: str, given: dict) -> tuple[config.Config, bool]:
-  """(Config of a folder's model, whether mtp_jax wrote it).
-
-  given: flags, of which --heads.family says whether the last layer becomes
-  head 1 or stays in the trunk.
-
-  Raises:
-    ConfigError: no config.json, or an architecture that is none of ours, by the
-      field that says so.
-  """
-
-  def load(name):
-    try:
-      with open(os.path.join(folder, name), encoding='utf-8') as file:
-        return file.read()
-    except OSError as error:
-      raise _error(
-        folder, f'{name} cannot be read: {error.strerror}'
-      ) from error
-
-  if os.path.exists(os.path.join(folder, OURS)):
-    ours = config.from_json(load(OURS))
-    return dataclasses.replace(ours, processes=config.Processes()), True
-  try:
-    about = json.loads(load('config.json'))
-  except ValueError as error:
-    raise _error(folder, 'config.json is no JSON') from error
-  return from_llama(folder, about, given), False
 
 
 def _error(folder: str, problem: str) -> config.ConfigError:
   return config.ConfigError('import.path', folder, problem)
 
 
-def from_llama(folder: str, about: dict, given: dict) -> config.Config:
+def read(folder: str, about: dict, given: dict) -> config.Config:
+  """The Config of a config.json that others wrote."""
+  kind = about.get('model_type', 'llama')
+  if kind not in ('llama', 'mtp_llama'):
+    raise _error(
+      folder, f"model_type={kind!r} in config.json; only 'llama', 'mtp_llama'"
+    )
+  n = about.get('prediction_heads', 1) if kind == 'mtp_llama' else 1
   for field, wanted in FIXED.items():
     if about.get(field, wanted) != wanted:
       raise _error(
@@ -271,18 +205,19 @@ def from_llama(folder: str, about: dict, given: dict) -> config.Config:
   head_dim = about.get('head_dim') or d_model // heads
   values = {
     'model.d_model': d_model,
-    'model.n_layers': about['num_hidden_layers'],
+    'model.n_layers': about['num_hidden_layers'] + n - 1,
     'model.n_attn_heads': heads,
     'model.n_kv_heads': about.get('num_key_value_heads') or heads,
     'model.d_head': 0 if head_dim * heads == d_model else head_dim,
     'model.d_ff': about['intermediate_size'],
     'model.vocab_size': about['vocab_size'],
     'model.norm_eps': about.get('rms_norm_eps', 1e-6),
-    'heads.n': 1,
+    'heads.n': n,
     'heads.unembedding': (
       'tied' if about.get('tie_word_embeddings', False) else 'shared'
     ),
     'data.seq_len': about.get('max_position_embeddings', 2048),
+    'export.format': 'mtp_llama' if kind == 'mtp_llama' else 'hf',
     **_rope(folder, about),
     **given,
   }
@@ -307,75 +242,3 @@ def _rope(folder: str, about: dict) -> dict:
     'model.rope_high_freq': float(rope['high_freq_factor']),
     'model.rope_context': int(rope['original_max_position_embeddings']),
   }
-
-
-def tokenizer_of(folder: str) -> tokenizers.Tokenizer | None:
-  names = (tokens.MODEL, 'tokenizer.json', tokenizers.ENDS)
-  found = {}
-  for name in names:
-    path = os.path.join(folder, name)
-    if os.path.exists(path):
-      with open(path, 'rb') as file:
-        found[name] = file.read()
-  return tokens.read(found)
-
-
-def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
-  """The parameters, a leaf at a time, straight to the shards of each device.
-
-  Raises:
-    ConfigError: a tensor is missing, left over, or of another shape.
-  """
-  found = files.read_folder(folder, 'import.path')
-  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  leaves = mapping.leaves(abstract)
-  wanted = mapping.tensors(cfg)
-  if cfg.heads.unembedding == 'tied':
-    found.pop('lm_head.weight', None)  # some write the embedding twice
-  found = {
-    name: x for name, x in found.items()
-    if not name.endswith('rotary_emb.inv_freq')
-  }  # fmt: skip
-  for odd, said in (
-    (wanted.keys() - found.keys(), 'is missing'),
-    (found.keys() - wanted.keys(), 'has no place in this model'),
-  ):
-    if odd:
-      raise _error(folder, f'{min(odd)} {said}')
-  names: dict[str, dict] = {}
-  for name, place in wanted.items():
-    leaf = leaves[place.path]
-    shape = leaf.shape if place.index is None else leaf.shape[1:]
-    if found[name].shape != place.form.shape(shape):
-      raise _error(
-        folder,
-        f'{name} has shape {found[name].shape}, the model'
-        f' {place.form.shape(shape)}',
-      )
-    names.setdefault(place.path, {})[place.index] = name
-
-  def leaf(path, target):
-    of_index = names[jax.tree_util.keystr(path, simple=True, separator='.')]
-
-    def shard(index):
-      return _shard_of(index, target, of_index, found, wanted, cfg)
-
-    return jax.make_array_from_callback(target.shape, target.sharding, shard)
-
-  return jax.tree_util.tree_map_with_path(leaf, abstract)
-
-
-def _shard_of(index, target, of_index, found, wanted, cfg) -> Any:
-  """One device's part of a leaf, its tensors read one after the other."""
-
-  def ours(name):
-    return wanted[name].form.back(found[name].read(), cfg)
-
-  if None in of_index:
-    part = ours(of_index[None])[index]
-    return np.ascontiguousarray(part.astype(target.dtype))
-  first, *rest = index
-  rows = range(target.shape[0])[first]
-  return np.stack(
-    [ours(of_index[i])[tuple(rest)].astype(target.dtype) for i in rows]
-  )

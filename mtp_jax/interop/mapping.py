@@ -1,13 +1,14 @@
 """One table: our parameters, and what other programs call them. Floor 4.
 
-`LAYER`, `MODULE` and the rows around them name each parameter, with the
-transform between the arrays. `tensors` spells the table out for a Config: every
-tensor of a checkpoint, and where in our pytree it is. Export walks it one way,
-import the other, so that a key is in neither or in both.
+`LAYER`, `MODULE` and the rows around them name each parameter in each form of
+checkpoint, with the transform between the arrays; `FORMS` says where a form has
+its layers and heads. `tensors` spells that out for a Config: every tensor of a
+checkpoint, and where in our pytree it is. Export walks it one way, import the
+other, so that a key is in neither or in both.
 
-In `hf`, trunk and head 1 bear Llama's names: the trunk's layers, then those of
-the heads that head 1 sits on (an anticausal chain, from n down), then its own.
-The further heads have names of ours, k from 2 on:
+Trunk and head 1 bear Llama's names in all forms: the trunk's layers, then those
+of the heads that head 1 sits on (an anticausal chain, from n down), then its
+own. The further heads have, in `hf`, names of ours, k from 2 on:
 
   mtp_heads.K.LAYER        the layer of head K, in Llama's names
   mtp_heads.K.proj         W_k of a linear or residual head; M_k, which reads
@@ -16,6 +17,17 @@ The further heads have names of ours, k from 2 on:
   mtp_heads.shared.…       the one module of the recursive family
   mtp_heads.K.lm_head      an unembedding of its own
   mtp_order                the second unembedding of head 1 (token order)
+
+The other forms are those of the programs that read them:
+
+  meta       Meta's release of the paper's models: consolidated.pth
+  mtp_llama  ServiceNow's Fast-LLM, https://github.com/ServiceNow/Fast-LLM
+  mimo       a dense model with sequential modules as vLLM and SGLang read MiMo
+             (Xiaomi 2025, https://arxiv.org/abs/2505.07608)
+  deepseek   the same modules under DeepSeek-V3's names (DeepSeek 2024,
+             https://arxiv.org/abs/2412.19437)
+  medusa     Medusa's heads as vLLM reads them, in a folder beside the Llama
+             (Cai et al. 2024, https://arxiv.org/abs/2401.10774)
 """
 
 from collections.abc import Callable
@@ -30,7 +42,7 @@ from mtp_jax.model import heads as heads_lib
 
 class Form(NamedTuple):
   """How an array of ours becomes one of a file, and back. Both get the Config;
-  attention matrices of a file are (out, in)."""
+  matrices of a file are (out, in)."""
 
   out: Callable[[np.ndarray, config.Config], np.ndarray]
   back: Callable[[np.ndarray, config.Config], np.ndarray]
@@ -48,50 +60,109 @@ def _heads_back(w_ED, cfg):
   return w_ED.reshape(E // H, H, D).transpose(2, 0, 1)
 
 
+def _pairs_out(w_DNH, cfg):
+  """RoPE turns dimensions i and i + H/2 of a head together here and in Hugging
+  Face's Llama, 2i and 2i + 1 in Meta's."""
+  D, N, H = w_DNH.shape
+  w_DNHP = w_DNH.reshape(D, N, 2, H // 2).swapaxes(2, 3)
+  return _heads_out(w_DNHP.reshape(D, N, H), cfg)
+
+
+def _pairs_back(w_ED, cfg):
+  w_DNH = _heads_back(w_ED, cfg)
+  D, N, H = w_DNH.shape
+  return w_DNH.reshape(D, N, H // 2, 2).swapaxes(2, 3).reshape(D, N, H)
+
+
+def _swapped(w_ED):
+  """The halves of what a matrix reads, the other way round."""
+  return np.concatenate(np.split(w_ED, 2)[::-1])
+
+
 SAME = Form(lambda w, _: w, lambda w, _: w, lambda s: s)
 TRANSPOSED = Form(lambda w, _: w.T, lambda w, _: w.T, lambda s: s[::-1])
 HEADS_IN = Form(_heads_out, _heads_back, lambda s: (s[1] * s[2], s[0]))
+HEADS_IN_PAIRS = Form(_pairs_out, _pairs_back, HEADS_IN.shape)
 HEADS_OUT = Form(
   lambda w_NHD, _: w_NHD.reshape(-1, w_NHD.shape[-1]).T,
   lambda w_DE, cfg: w_DE.T.reshape(-1, cfg.model.head_width, w_DE.shape[0]),
   lambda s: (s[2], s[0] * s[1]),
 )
+EMBEDDING_FIRST = Form(
+  lambda w, _: _swapped(w).T, lambda w, _: _swapped(w.T), TRANSPOSED.shape
+)
+
+
+def _zeros_of(w_DNH, cfg):
+  return np.zeros(w_DNH.shape[1] * w_DNH.shape[2], w_DNH.dtype)
+
+
+# A bias that our layers have not: a copy, in the sense of Place.
+NO_BIAS = Form(_zeros_of, SAME.back, lambda s: (s[1] * s[2],))
 
 
 class Row(NamedTuple):
-  """A parameter: its name in ours and in Hugging Face's Llama."""
+  """A parameter: its name in ours, its transform, and its name by form; what a
+  form does not say is as in hf. (name, Form) where the array differs too."""
 
   ours: str
-  hf: str
   form: Form
+  names: dict[str, Any]
+
+  def of(self, form: str) -> tuple[str, Form]:
+    name = self.names.get(form, self.names['hf'])
+    return (name, self.form) if isinstance(name, str) else name
+
+
+def _row(ours: str, form: Form, **names) -> Row:
+  return Row(ours, form, names)
 
 
 LAYER = (
-  Row('attn_norm', 'input_layernorm', SAME),
-  Row('q', 'self_attn.q_proj', HEADS_IN),
-  Row('k', 'self_attn.k_proj', HEADS_IN),
-  Row('v', 'self_attn.v_proj', HEADS_IN),
-  Row('o', 'self_attn.o_proj', HEADS_OUT),
-  Row('mlp_norm', 'post_attention_layernorm', SAME),
-  Row('gate', 'mlp.gate_proj', TRANSPOSED),
-  Row('up', 'mlp.up_proj', TRANSPOSED),
-  Row('down', 'mlp.down_proj', TRANSPOSED),
+  _row('attn_norm', SAME, hf='input_layernorm', meta='attention_norm'),
+  _row(
+    'q', HEADS_IN, hf='self_attn.q_proj', meta=('attention.wq', HEADS_IN_PAIRS)
+  ),
+  _row(
+    'k', HEADS_IN, hf='self_attn.k_proj', meta=('attention.wk', HEADS_IN_PAIRS)
+  ),
+  _row('v', HEADS_IN, hf='self_attn.v_proj', meta='attention.wv'),
+  _row('o', HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo'),
+  _row('mlp_norm', SAME, hf='post_attention_layernorm', meta='ffn_norm'),
+  _row('gate', TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1'),
+  _row('up', TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3'),
+  _row('down', TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2'),
 )  # fmt: skip
-EMBED = Row('embed', 'model.embed_tokens', SAME)
-NORM = Row('norm', 'model.norm', SAME)
-UNEMBED = Row('unembed', 'lm_head', TRANSPOSED)
-ORDER = Row('order', 'mtp_order', SAME)
+EMBED = _row('embed', SAME, hf='model.embed_tokens', meta='tok_embeddings')
+NORM = _row(
+  'norm', SAME, hf='model.norm', meta='norm', mtp_llama='model.mtp_norms.0'
+)
+UNEMBED = _row('unembed', TRANSPOSED, hf='lm_head', meta='output')
+TIED = _row('embed', SAME, hf='lm_head', meta='output')
+ORDER = _row('order', SAME, hf='mtp_order')
 # Of a head's module, around its layer or instead of one.
 MODULE = {
-  'linear': (Row('proj', 'proj', TRANSPOSED),),
-  'residual': (Row('proj', 'proj', TRANSPOSED),),
+  'linear': (_row('proj', TRANSPOSED, hf='proj'),),
+  'residual': (_row('proj', TRANSPOSED, hf='proj', medusa='layers.0'),),
   'sequential': (
-    Row('hidden_norm', 'hidden_norm', SAME),
-    Row('embed_norm', 'embed_norm', SAME),
-    Row('proj', 'proj', TRANSPOSED),
-    Row('final_norm', 'final_norm', SAME),
+    _row(
+      'hidden_norm', SAME, hf='hidden_norm', mimo='hidden_layernorm',
+      deepseek='hnorm',
+    ),
+    _row(
+      'embed_norm', SAME, hf='embed_norm', mimo='token_layernorm',
+      deepseek='enorm',
+    ),
+    _row(
+      'proj', TRANSPOSED, hf='proj', mimo='input_proj',
+      deepseek=('eh_proj', EMBEDDING_FIRST),
+    ),
+    _row(
+      'final_norm', SAME, hf='final_norm', mimo='final_layernorm',
+      deepseek='shared_head.norm',
+    ),
   ),
-}
+}  # fmt: skip
 MODULE['recursive'] = MODULE['sequential']
 
 
@@ -102,59 +173,179 @@ class Place(NamedTuple):
   index: int | None  # on its leading axis, where leaves are stacked
   form: Form
   extra: bool = False  # of what a next-token Llama has not
+  copy: bool = False  # another tensor holds it already; this one must agree
 
 
-def tensors(cfg: config.Config) -> dict[str, Place]:
-  """Every tensor of a checkpoint in `hf`."""
-  f, n = heads_lib.family(cfg), cfg.heads.n
+def _norm_of_each_head(cfg, found):
+  return {
+    f'model.mtp_norms.{j}.weight': Place('norm', None, SAME, True, True)
+    for j in range(1, cfg.heads.n)
+  }
+
+
+def _no_biases(cfg, found):
+  ends = tuple(f'self_attn.{x}_proj.weight' for x in 'qkv')
+  return {
+    name.removesuffix('weight') + 'bias': place._replace(
+      form=NO_BIAS, copy=True
+    )
+    for name, place in found.items() if name.endswith(ends)
+  }  # fmt: skip
+
+
+def _ends_of_each_module(cfg, found):
+  return {
+    f'{_prefix("deepseek", cfg, j)}{name}.weight': place._replace(
+      extra=True, copy=True
+    )
+    for j in range(heads_lib.n_modules(cfg, cfg.heads.n))
+    for name, place in (
+      ('embed_tokens', found['model.embed_tokens.weight']),
+      ('shared_head.head', _unembedding(cfg)),
+    )
+  }
+
+
+def _unembedding_of_drafts(cfg, found):
+  if cfg.heads.unembedding == 'replicated':
+    return {}
+  place = _unembedding(cfg)._replace(extra=True, copy=True)
+  return {'medusa/lm_head.weight': place}
+
+
+def _unembedding(cfg) -> Place:
+  row = TIED if cfg.heads.unembedding == 'tied' else UNEMBED
+  return Place(row.ours, None, row.form)
+
+
+class Layout(NamedTuple):
+  """Where a form of checkpoint has what, and which models fit in.
+
+  In the names of layers and heads, i counts layers, k heads from 2 on, j from
+  0, and l goes on after the last layer.
+  """
+
+  families: tuple[str, ...]
+  head: str
+  layer: str = 'model.layers.{i}.'
+  one_module: str = ''  # of the recursive family; '' = as the first
+  replicated: str = ''  # a further head's own unembedding; '' = none
+  file: str = ''  # of what a next-token Llama has not; '' = with the rest
+  more: Callable[..., dict[str, Place]] = lambda cfg, found: {}
+
+
+FORMS = {
+  'hf': Layout(
+    tuple(heads_lib.FAMILIES), 'mtp_heads.{k}.', one_module='mtp_heads.shared.',
+    replicated='mtp_heads.{k}.lm_head.weight', file='mtp_heads.safetensors',
+  ),
+  'meta': Layout(('parallel',), 'extra_heads.{j}.', 'layers.{i}.'),
+  'mtp_llama': Layout(
+    ('parallel',), 'model.mtp_heads.{j}.', more=_norm_of_each_head
+  ),
+  'mimo': Layout(
+    ('sequential', 'recursive'), 'model.mtp_layers.{j}.', more=_no_biases
+  ),
+  'deepseek': Layout(
+    ('sequential', 'recursive'), 'model.layers.{l}.', more=_ends_of_each_module
+  ),
+  'medusa': Layout(
+    ('residual',), 'medusa/blocks.{j}.', file='medusa/model.safetensors',
+    replicated='medusa/lm_heads.{j}.weight', more=_unembedding_of_drafts,
+  ),
+}  # fmt: skip
+
+
+def _prefix(form: str, cfg: config.Config, j: int) -> str:
+  """Of the module or layer of further head j + 2."""
+  f = FORMS[form]
+  if heads_lib.family(cfg).one_module and f.one_module:
+    return f.one_module
+  return f.head.format(j=j, k=j + 2, l=layers_in_all(cfg) + j)
+
+
+def unfit(cfg: config.Config, form: str) -> str:
+  """Why a model cannot be written in a form; '' if it can."""
+  f, h = FORMS[form], cfg.heads
+  if form == 'hf':
+    return ''
+  if h.family not in f.families and not (h.n == 1 and 'parallel' in f.families):
+    return (
+      f'has a place for {" and ".join(f.families)} heads; these are {h.family}'
+    )
+  if h.unembedding == 'replicated' and not f.replicated:
+    return 'has one unembedding; here each head has its own'
+  if cfg.loss.order_weight:
+    return 'has no place for the unembedding of --loss.order_weight'
+  if h.stride > 1:
+    return f'knows no heads that leap (--heads.stride={h.stride})'
+  m = cfg.model
+  if form == 'meta' and m.head_width * m.n_attn_heads != m.d_model:
+    return f'has no field for --model.d_head={m.d_head}'
+  if form == 'meta' and m.rope_factor > 1:
+    return f'has no field for --model.rope_factor={m.rope_factor:g}'
+  return ''
+
+
+def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
+  """Every tensor of a checkpoint of a form, by name; of one in a folder of its
+  own, FOLDER/NAME."""
+  f, n, layout = heads_lib.family(cfg), cfg.heads.n, FORMS[form]
+  unembedding = cfg.heads.unembedding
   found = {}
 
   def put(row, prefix='', path='', index=None, extra=False):
-    place = Place(path + row.ours, index, row.form, extra)
-    found[f'{prefix}{row.hf}.weight'] = place
+    name, transform = row.of(form)
+    found[f'{prefix}{name}.weight'] = Place(
+      path + row.ours, index, transform, extra
+    )
 
   def put_layer(prefix, path, index, extra=False):
     for row in LAYER:
       put(row, prefix, path, index, extra)
 
   put(EMBED)
-  stack = [('trunk.', i) for i in range(heads_lib.trunk_layers(cfg))]
-  if cfg.heads.block_first:
-    # What head 1 sits on, then itself.
-    stack += [('heads.', k - 1) for k in range(n if f.reverse else 1, 0, -1)]
-  for i, (path, index) in enumerate(stack):
-    put_layer(f'model.layers.{i}.', path, index)
+  for i, (path, index) in enumerate(stack(cfg)):
+    put_layer(layout.layer.format(i=i), path, index)
   put(NORM)
-  if cfg.heads.unembedding == 'shared':
-    put(UNEMBED)
-  if cfg.heads.unembedding == 'replicated':
-    put(UNEMBED, index=0)
+  if unembedding == 'tied' and form == 'meta':
+    found['output.weight'] = _unembedding(cfg)._replace(copy=True)
+  elif unembedding != 'tied':
+    put(UNEMBED, index=0 if unembedding == 'replicated' else None)
   for k in range(2, n + 1):
-    prefix = f'mtp_heads.{k}.'
-    if cfg.heads.unembedding == 'replicated':
-      put(UNEMBED, prefix, index=k - 1, extra=True)
+    if unembedding == 'replicated':
+      name = layout.replicated.format(k=k, j=k - 2)
+      found[name] = Place('unembed', k - 1, UNEMBED.form, True)
+    prefix = _prefix(form, cfg, k - 2)
     if cfg.heads.block_first:
       if not f.reverse:
         put_layer(prefix, 'heads.', k - 1, extra=True)
       continue
-    index = 0 if f.one_module else k - 2
-    if f.one_module:
-      prefix = 'mtp_heads.shared.'
+    if f.one_module and k > 2:
+      continue
     for row in MODULE[cfg.heads.family]:
-      put(row, prefix, 'heads.', index, extra=True)
+      put(row, prefix, 'heads.', k - 2, extra=True)
     if f.has_block:
-      put_layer(prefix, 'heads.block.', index, extra=True)
+      put_layer(prefix, 'heads.block.', k - 2, extra=True)
   if cfg.loss.order_weight:
     put(ORDER, extra=True)
-  return found
+  return found | layout.more(cfg, found)
+
+
+def stack(cfg: config.Config) -> list[tuple[str, int]]:
+  """The layers of the Llama that trunk and head 1 are, each by the prefix of
+  its leaves and its index there."""
+  layers = [('trunk.', i) for i in range(heads_lib.trunk_layers(cfg))]
+  if cfg.heads.block_first:
+    # What head 1 sits on, then itself.
+    first = cfg.heads.n if heads_lib.family(cfg).reverse else 1
+    layers += [('heads.', k - 1) for k in range(first, 0, -1)]
+  return layers
 
 
 def layers_in_all(cfg: config.Config) -> int:
   """Of the Llama that trunk and head 1 are."""
-  if not cfg.heads.block_first:
-    return cfg.model.n_layers
-  more = cfg.heads.n if heads_lib.family(cfg).reverse else 1
-  return heads_lib.trunk_layers(cfg) + more
+  return len(stack(cfg))
 
 
 def leaves(tree: Any) -> dict[str, Any]:

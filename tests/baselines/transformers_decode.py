@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from mtp_jax import bench, checkpoint, config, flags, generate
-from mtp_jax.interop import hf
+from mtp_jax.interop import folder
 
 
 def main(args: list[str]) -> None:
@@ -31,11 +31,9 @@ def main(args: list[str]) -> None:
   model = checkpoint.restore_model(
     found.workdir, found.step, cfg, opened.mesh, 'decode.checkpoint'
   )
-  with tempfile.TemporaryDirectory() as folder:
-    out = f'{folder}/llama'
-    hf.export(
-      model, cfg, None, out, dtype='float32', shard_bytes=2**40, about='bench'
-    )
+  with tempfile.TemporaryDirectory() as parent:
+    out = f'{parent}/llama'
+    folder.export(model, cfg, None, out, dtype='float32', about='bench')
     llama = transformers.AutoModelForCausalLM.from_pretrained(
       out, dtype=torch.float32
     )

@@ -6,10 +6,12 @@ import os
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from mtp_jax import checkpoint, config, main, params
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import files, hf, mapping, tokens
+from mtp_jax.interop import files, folder, mapping
 from mtp_jax.model import lm
 from tests import runs, tiny
 from tests.decode.decoding import FAMILIES
@@ -30,12 +32,11 @@ def _cfg(family='parallel', n=3, **changes):
   )
 
 
-def _export(c, model, out, dtype='float32', shard_bytes=2**30):
+def _export(c, model, out, dtype='float32'):
   tokenizer = tokenizers.get('bytes')
-  return hf.export(
-    model, c, tokenizer, str(out), dtype=dtype, shard_bytes=shard_bytes,
-    about='a test',
-  )  # fmt: skip
+  return folder.export(
+    model, c, tokenizer, str(out), dtype=dtype, about='a test'
+  )
 
 
 def _same(a, b):
@@ -56,9 +57,9 @@ def test_there_and_back_is_the_same(family, unembedding, tmp_path):
   c = _cfg(family, heads__unembedding=unembedding)
   model = tiny.model(c, tiny.mesh(c))
   _export(c, model, tmp_path / 'out')
-  cfg, ours = hf.find(str(tmp_path / 'out'), {})
+  cfg, ours = folder.find(str(tmp_path / 'out'), {})
   assert ours and (cfg.model, cfg.heads) == (c.model, c.heads)
-  back = hf.read(str(tmp_path / 'out'), cfg, tiny.mesh(c))
+  back = folder.read(str(tmp_path / 'out'), cfg, tiny.mesh(c))
   _same(back, model)
 
 
@@ -66,14 +67,15 @@ def test_options_come_back_too(tmp_path):
   c = _cfg(
     'recursive', n=4, loss__order_weight=1.0, model__d_head=6,
     model__param_dtype='bfloat16', model__rope_factor=8.0,
+    export__shard_gib=4000 / 2**30,
   )  # fmt: skip
   model = tiny.model(c, tiny.mesh(c))
-  _export(c, model, tmp_path / 'out', 'bfloat16', shard_bytes=4000)
+  _export(c, model, tmp_path / 'out', 'bfloat16')
   shards = [x for x in os.listdir(tmp_path / 'out') if '-of-' in x]
   assert len(shards) > 3
   mesh_cfg = config.replace(c, **{'mesh.fsdp': 2, 'mesh.tensor': 2})
   mesh = tiny.mesh(mesh_cfg)
-  back = hf.read(str(tmp_path / 'out'), c, mesh)
+  back = folder.read(str(tmp_path / 'out'), c, mesh)
   _same(jax.device_get(back), jax.device_get(model))
   wanted = params.abstract(lm.specs(c), 'bfloat16', mesh)
   assert back.trunk.q.sharding == wanted.trunk.q.sharding
@@ -106,8 +108,6 @@ def test_every_parameter_has_a_place():
   ],
 )
 def test_transformers_computes_the_same(changes, tmp_path):
-  torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
   c = _cfg(**{'decode__max_new': 200, 'data__seq_len': 256, **changes})
   model = _workdir(c, tmp_path / 'run')
   out = tmp_path / 'out'
@@ -141,21 +141,6 @@ def test_transformers_computes_the_same(changes, tmp_path):
   assert text.tolist() == said[0, 50:].tolist()
 
 
-def test_a_tokenizer_of_bytes_gives_the_same_ids(tmp_path):
-  transformers = pytest.importorskip('transformers')
-  ours = tokenizers.get('bytes')
-  for name, data in tokens.files_of(ours).items():
-    (tmp_path / name).write_bytes(data)
-  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
-  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  text = 'def f(x):\n\treturn "é€😀"  # \x00\x7f'
-  assert theirs(text)['input_ids'] == [256, *ours.encode(text).tolist()]
-  ids = list(range(256))
-  text = bytes(ids[:128]).decode()
-  assert theirs.decode(ids[:128]) == text
-  assert (theirs.bos_token_id, theirs.eos_token_id) == (256, 257)
-
-
 @pytest.mark.skipif(not os.path.isdir(STORIES), reason='data is not here')
 def test_a_real_llama_goes_on_as_it_did(tmp_path, capsys):
   run = tmp_path / 'run'
@@ -175,24 +160,24 @@ def test_a_real_llama_goes_on_as_it_did(tmp_path, capsys):
   assert said == ','.join(map(str, expected['greedy_ids']))
 
 
-def _llama(folder, **changes):
+def _llama(path, **changes):
   """A folder of a random Llama, as another tool may have written it."""
   c = _cfg('parallel', n=1)
   model = tiny.model(c, tiny.mesh(c))
-  _export(c, model, folder)
-  os.remove(folder / hf.OURS)
-  about = json.loads((folder / 'config.json').read_text()) | changes
-  (folder / 'config.json').write_text(json.dumps(about))
+  _export(c, model, path)
+  os.remove(path / folder.OURS)
+  about = json.loads((path / 'config.json').read_text()) | changes
+  (path / 'config.json').write_text(json.dumps(about))
   return c, model
 
 
 def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
   c, model = _llama(tmp_path / 'in')
-  cfg, ours = hf.find(str(tmp_path / 'in'), {})
+  cfg, ours = folder.find(str(tmp_path / 'in'), {})
   assert not ours and cfg.heads.n == 1 and cfg.model.n_layers == 3
-  _same(hf.read(str(tmp_path / 'in'), cfg, tiny.mesh(c)), model)
-  whole, _ = hf.find(str(tmp_path / 'in'), {'heads.family': 'linear'})
-  back = hf.read(str(tmp_path / 'in'), whole, tiny.mesh(c))
+  _same(folder.read(str(tmp_path / 'in'), cfg, tiny.mesh(c)), model)
+  whole, _ = folder.find(str(tmp_path / 'in'), {'heads.family': 'linear'})
+  back = folder.read(str(tmp_path / 'in'), whole, tiny.mesh(c))
   assert back.heads is None and back.trunk.q.shape[0] == 3
   np.testing.assert_array_equal(back.trunk.q[2], model.heads.q[0])
 
@@ -202,7 +187,7 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
   [
     (
       dict(model_type='mamba'),
-      "model_type='mamba' in config.json; only 'llama'",
+      "model_type='mamba' in config.json; only 'llama', 'mtp_llama'",
     ),
     (dict(hidden_act='gelu'), "hidden_act='gelu'"),
     (dict(attention_bias=True), 'attention_bias=True'),

@@ -1,0 +1,297 @@
+"""A checkpoint of another program: a folder out, a folder in. Floor 4.
+
+Each is a description (hf.py, meta.py), tensors under the names of mapping.py,
+and the tokenizer. What we write also holds mtp_jax.json, our own definition of
+the model, so that it can be read back bit for bit.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax import config, params
+from mtp_jax.interop import files, hf, mapping, meta, tokens
+from mtp_jax.model import lm
+
+OURS = 'mtp_jax.json'
+INDEX = 'model.safetensors.index.json'
+
+
+# Out.
+
+
+def export(
+  model: lm.LM, cfg: config.Config, tokenizer, out: str, *, dtype: str,
+  about: str,
+) -> list[str]:  # fmt: skip
+  """Writes a folder, complete or not at all, and reads it again.
+
+  Args:
+    model: parameters; gathered a tensor at a time.
+    cfg: what they are; its export says in which form.
+    tokenizer: a Tokenizer, or None.
+    out: the folder, which must not exist.
+    dtype: of the tensors.
+    about: what the model card says it is.
+
+  Returns:
+    lines that say what was written.
+
+  Raises:
+    ConfigError: the form has no place for such a model.
+  """
+  form = cfg.export.format
+  unfit = mapping.unfit(cfg, form)
+  if unfit:
+    raise config.ConfigError('export.format', form, unfit)
+  describe = meta.describe if form == 'meta' else hf.describe
+  written = {
+    name: text.encode()
+    for name, text in describe(cfg, tokenizer, dtype, about).items()
+  }
+  written[OURS] = config.to_json(cfg).encode()
+  if tokenizer is not None:
+    written |= tokens.files_of(tokenizer)
+  tmp = f'{out}.tmp-{os.getpid()}'
+  shutil.rmtree(tmp, ignore_errors=True)
+  os.makedirs(tmp)
+  try:
+    wanted = _write_tensors(model, cfg, tmp, dtype)
+    _check(tmp, form, wanted)
+    for name, data in written.items():
+      path = os.path.join(tmp, name)
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      with open(path, 'wb') as file:
+        file.write(data)
+    os.rename(tmp, out)
+  finally:
+    shutil.rmtree(tmp, ignore_errors=True)
+  extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
+  where = mapping.FORMS[form].file
+  return [
+    f'{out}: {len(wanted) - extra} tensors of a Llama of'
+    f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
+    f'{f" in {where}" if where else ""}; all read again and equal',
+  ]
+
+
+def _write_tensors(model, cfg, folder, dtype) -> dict[str, str]:
+  """Digest of each tensor written."""
+  leaves, digests, held = mapping.leaves(model), {}, 0
+  form = cfg.export.format
+  extra_file = mapping.FORMS[form].file
+  limit = cfg.export.shard_gib * 2**30 if form != 'meta' else float('inf')
+  shards: list[list[str]] = []
+  batch: dict[str, np.ndarray] = {}
+  extra: dict[str, np.ndarray] = {}
+
+  def flush():
+    nonlocal batch, held
+    if form == 'meta':
+      files.write_torch(os.path.join(folder, meta.TENSORS), batch)
+    elif batch:
+      shards.append(list(batch))
+      files.write(_shard(folder, len(shards)), batch)
+    batch, held = {}, 0
+
+  for name, place in mapping.tensors(cfg, form).items():
+    leaf = leaves[place.path]
+    ours = leaf if place.index is None else leaf[place.index]
+    array = place.form.out(np.asarray(jax.device_get(ours)), cfg)
+    array = np.ascontiguousarray(array.astype(np.dtype(dtype)))
+    digests[name] = files.digest(array)
+    if place.extra and extra_file:
+      extra[os.path.basename(name)] = array
+      continue
+    if held + array.nbytes > limit:
+      flush()
+    batch[name] = array
+    held += array.nbytes
+  flush()
+  if extra:
+    path = os.path.join(folder, extra_file)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    files.write(path, extra)
+  if shards:
+    _name_shards(folder, shards)
+  return digests
+
+
+def _shard(folder: str, number: int) -> str:
+  return os.path.join(folder, f'part-{number}')
+
+
+def _name_shards(folder: str, shards: list[list[str]]) -> None:
+  """As transformers names them, once it is known how many there are."""
+  n = len(shards)
+  if n == 1:
+    os.rename(_shard(folder, 1), os.path.join(folder, 'model.safetensors'))
+    return
+  total, weight_map = 0, {}
+  for i, names in enumerate(shards, 1):
+    name = f'model-{i:05d}-of-{n:05d}.safetensors'
+    path = os.path.join(folder, name)
+    os.rename(_shard(folder, i), path)
+    total += os.path.getsize(path)
+    weight_map |= dict.fromkeys(names, name)
+  index = dict(metadata=dict(total_size=total), weight_map=weight_map)
+  with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as file:
+    json.dump(index, file, indent=2)
+
+
+def _check(folder: str, form: str, wanted: dict[str, str]) -> None:
+  """What was written, read again: the same keys, the same bytes."""
+  found = _tensors_of(folder, form, 'export.out')
+  if found.keys() != wanted.keys():
+    odd = sorted(found.keys() ^ wanted.keys())
+    raise config.ConfigError(
+      'export.out', folder, f'missing or surplus after writing: {odd[0]}'
+    )
+  for name, tensor in found.items():
+    if files.digest(np.array(tensor.read())) != wanted[name]:
+      raise config.ConfigError(
+        'export.out', folder, f'{name} is not what was written'
+      )
+
+
+def _tensors_of(folder: str, form: str, flag: str) -> dict[str, files.Tensor]:
+  if form == 'meta':
+    return files.read_torch(os.path.join(folder, meta.TENSORS), flag)
+  found = files.read_folder(folder, flag)
+  beside = os.path.dirname(mapping.FORMS[form].file)
+  if beside:
+    more = files.read_folder(os.path.join(folder, beside), flag)
+    found |= {f'{beside}/{name}': x for name, x in more.items()}
+  return found
+
+
+# In.
+
+
+def find(folder: str, given: dict) -> tuple[config.Config, bool]:
+  """(Config of a folder's model, whether mtp_jax wrote it). Its export.format
+  is the form that the folder has.
+
+  given: flags, of which --heads.family says whether the last layer becomes
+  head 1 or stays in the trunk.
+
+  Raises:
+    ConfigError: no description, or an architecture that is none of ours, by the
+      field that says so.
+  """
+  wanted = given.get('import.format', 'hf')
+
+  def load(name):
+    try:
+      with open(os.path.join(folder, name), encoding='utf-8') as file:
+        return json.load(file)
+    except OSError as error:
+      other = 'hf' if wanted == 'meta' else 'meta'
+      there = os.path.exists(os.path.join(folder, DESCRIPTIONS[other]))
+      raise _error(
+        folder, f'{name} cannot be read: {error.strerror}'
+        + (f'; --import.format={other} reads what is there' if there else '')
+      ) from error  # fmt: skip
+    except ValueError as error:
+      raise _error(folder, f'{name} is no JSON') from error
+
+  about = load(DESCRIPTIONS[wanted])
+  if os.path.exists(os.path.join(folder, OURS)):
+    ours = config.from_json(json.dumps(load(OURS)))
+    return dataclasses.replace(ours, processes=config.Processes()), True
+  cfg = (meta if wanted == 'meta' else hf).read(folder, about, given)
+  unfit = mapping.unfit(cfg, cfg.export.format)
+  if unfit:
+    raise _error(folder, f'{cfg.export.format} {unfit}')
+  return cfg, False
+
+
+DESCRIPTIONS = {'hf': 'config.json', 'meta': 'params.json'}
+
+
+def _error(folder: str, problem: str) -> config.ConfigError:
+  return config.ConfigError('import.path', folder, problem)
+
+
+def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
+  """The parameters, a leaf at a time, straight to the shards of each device.
+
+  Raises:
+    ConfigError: a tensor is missing, left over, of another shape, or is not the
+      copy of another one that it has to be.
+  """
+  form = cfg.export.format
+  found = _tensors_of(folder, form, 'import.path')
+  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
+  leaves = mapping.leaves(abstract)
+  wanted = mapping.tensors(cfg, form)
+  if cfg.heads.unembedding == 'tied':
+    found.pop('lm_head.weight', None)  # some write the embedding twice
+  found = {
+    name: x for name, x in found.items()
+    if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))
+  }  # fmt: skip
+  for odd, said in (
+    (wanted.keys() - found.keys(), 'is missing'),
+    (found.keys() - wanted.keys(), 'has no place in this model'),
+  ):
+    if odd:
+      raise _error(folder, f'{min(odd)} {said}')
+  names: dict[str, dict] = {}
+  for name, place in wanted.items():
+    shape = leaves[place.path].shape
+    shape = place.form.shape(shape if place.index is None else shape[1:])
+    if found[name].shape != shape:
+      raise _error(
+        folder, f'{name} has shape {found[name].shape}, the model {shape}'
+      )
+    if not place.copy:
+      names.setdefault(place.path, {})[place.index] = name
+  _check_copies(folder, cfg, found, wanted, names)
+
+  def leaf(path, target):
+    of_index = names[jax.tree_util.keystr(path, simple=True, separator='.')]
+
+    def shard(index):
+      return _shard_of(index, target, of_index, found, wanted, cfg)
+
+    return jax.make_array_from_callback(target.shape, target.sharding, shard)
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def _check_copies(folder, cfg, found, wanted, names) -> None:
+  for name, place in wanted.items():
+    if not place.copy:
+      continue
+    first = names[place.path][place.index]
+    ours = wanted[first].form.back(found[first].read(), cfg)
+    if not np.array_equal(place.form.out(ours, cfg), found[name].read()):
+      raise _error(
+        folder,
+        f'{name} must be 0' if place.form is mapping.NO_BIAS
+        else f'{name} must be equal to {first}',
+      )  # fmt: skip
+
+
+def _shard_of(index, target, of_index, found, wanted, cfg) -> Any:
+  """One device's part of a leaf, its tensors read one after the other."""
+
+  def ours(name):
+    return wanted[name].form.back(found[name].read(), cfg)
+
+  if None in of_index:
+    part = ours(of_index[None])[index]
+    return np.ascontiguousarray(part.astype(target.dtype))
+  first, *rest = index
+  rows = range(target.shape[0])[first]
+  shape = target.sharding.shard_shape(target.shape)
+  out = np.empty((len(rows), *shape[1:]), target.dtype)
+  for row, i in zip(out, rows, strict=True):
+    row[...] = ours(of_index[i])[tuple(rest)]
+  return out

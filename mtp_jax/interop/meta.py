@@ -1,0 +1,92 @@
+"""params.json of Meta's Llamas, and of the paper's release. Floor 4.
+
+https://huggingface.co/facebook/multi-token-prediction: n_layers counts all
+heads; layers.{n_layers - n_future_tokens}, the last one, is head 1, and
+extra_heads.0 head 2. The context is not said.
+"""
+
+import json
+import os
+
+from mtp_jax import config, validate
+from mtp_jax.interop import files
+
+TENSORS = 'consolidated.pth'
+CONTEXT = 4096  # of the released models
+
+# Fields that must have this value, if they are there.
+FIXED = {'use_scaled_rope': False}
+
+
+def describe(cfg: config.Config, tokenizer, dtype, about) -> dict[str, str]:
+  """Text files of an export, by name."""
+  del tokenizer, dtype, about
+  m = cfg.model
+  values = dict(
+    dim=m.d_model,
+    n_layers=m.n_layers,
+    n_heads=m.n_attn_heads,
+    n_kv_heads=m.kv_heads,
+    **_multiples(m.d_model, m.ff_width),
+    norm_eps=m.norm_eps,
+    rope_theta=m.rope_theta,
+    n_future_tokens=cfg.heads.n,
+    vocab_size=m.vocab_size,
+  )
+  return {'params.json': json.dumps(values, indent=2)}
+
+
+def width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+  """Of the feed-forward network, as Meta's code makes it of three fields."""
+  hidden = int(2 * 4 * dim / 3)
+  if multiplier is not None:
+    hidden = int(multiplier * hidden)
+  return -(-hidden // multiple_of) * multiple_of
+
+
+def _multiples(dim: int, d_ff: int) -> dict:
+  """Fields of which `width` is d_ff: as few as possible."""
+  if width(dim, 256, None) == d_ff:
+    return dict(multiple_of=256, ffn_dim_multiplier=None)
+  # Half more than needed, that rounding down ends where it should.
+  multiplier = (d_ff + 0.5) / int(2 * 4 * dim / 3)
+  return dict(multiple_of=1, ffn_dim_multiplier=multiplier)
+
+
+def read(folder: str, about: dict, given: dict) -> config.Config:
+  """The Config of a params.json that others wrote."""
+
+  def wrong(problem):
+    return config.ConfigError('import.path', folder, problem)
+
+  for field, wanted in FIXED.items():
+    if about.get(field, wanted) != wanted:
+      raise wrong(f'{field}={about[field]!r} in params.json; only {wanted!r}')
+  if about.get('vocab_size', -1) == -1:  # as in Llama 2: of the tokenizer
+    tensors = files.read_torch(os.path.join(folder, TENSORS), 'import.path')
+    embed = tensors.get('tok_embeddings.weight')
+    about = about | {'vocab_size': embed.shape[0] if embed else None}
+  for field in ('dim', 'n_layers', 'n_heads', 'vocab_size'):
+    if not isinstance(about.get(field), int) or about[field] < 1:
+      raise wrong(
+        f'{field}={about.get(field)!r} in params.json; must be a number from 1'
+      )
+  values = {
+    'model.d_model': about['dim'],
+    'model.n_layers': about['n_layers'],
+    'model.n_attn_heads': about['n_heads'],
+    'model.n_kv_heads': about.get('n_kv_heads') or about['n_heads'],
+    'model.d_ff': width(
+      about['dim'], about.get('multiple_of', 256),
+      about.get('ffn_dim_multiplier'),
+    ),
+    'model.vocab_size': about['vocab_size'],
+    'model.norm_eps': about.get('norm_eps', 1e-5),
+    'model.rope_theta': float(about.get('rope_theta', 10_000.0)),
+    'heads.n': about.get('n_future_tokens', 1),
+    'heads.unembedding': 'shared',
+    'data.seq_len': CONTEXT,
+    'export.format': 'meta',
+    **given,
+  }  # fmt: skip
+  return validate.validate(config.replace(config.Config(), **values))

@@ -1,0 +1,522 @@
+"""Each form of checkpoint: names written out, arrays run by plain PyTorch.
+
+The forward passes here know a folder and nothing of ours: rotations in pairs
+(Meta) or halves, and what each program's code says a head is.
+"""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from mtp_jax import config, main
+from mtp_jax.data import tokenizers
+from mtp_jax.interop import folder, mapping, meta
+from tests import tiny
+
+# Every model that a form has a place for.
+FITS = [
+  ('meta', 'parallel', 'shared'), ('meta', 'parallel', 'tied'),
+  ('mtp_llama', 'parallel', 'shared'), ('mtp_llama', 'parallel', 'tied'),
+  ('mimo', 'sequential', 'shared'), ('mimo', 'recursive', 'tied'),
+  ('deepseek', 'sequential', 'tied'), ('deepseek', 'recursive', 'shared'),
+  ('medusa', 'residual', 'shared'), ('medusa', 'residual', 'tied'),
+  ('medusa', 'residual', 'replicated'),
+]  # fmt: skip
+N = 3
+
+
+def _cfg(form, family, unembedding='shared', n=N, **changes):
+  return tiny.cfg(
+    export__format=form, heads__family=family, heads__n=n,
+    heads__unembedding=unembedding, data__tokenizer='bytes',
+    model__n_layers=2 + (n if family in config.BLOCK_FIRST else 0),
+    model__vocab_size=264, data__seq_len=64, **changes,
+  )  # fmt: skip
+
+
+def _export(c, out, dtype='float32'):
+  model = tiny.model(c, tiny.mesh(c))
+  folder.export(
+    model, c, tokenizers.get('bytes'), str(out), dtype=dtype, about='a test'
+  )
+  return model
+
+
+def _given(form):
+  return {'import.format': 'meta'} if form == 'meta' else {}
+
+
+def _read(path, form, **given):
+  cfg, ours = folder.find(str(path), _given(form) | given)
+  return cfg, ours, folder.read(str(path), cfg, tiny.mesh(tiny.cfg()))
+
+
+def _same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), b)
+
+
+@pytest.mark.parametrize('form, family, unembedding', FITS)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_there_and_back_is_the_same(form, family, unembedding, dtype, tmp_path):
+  c = _cfg(
+    form, family, unembedding, model__param_dtype=dtype, model__n_kv_heads=4
+  )
+  model = _export(c, tmp_path / 'out', dtype)
+  cfg, ours, back = _read(tmp_path / 'out', form)
+  assert ours and (cfg.model, cfg.heads) == (c.model, c.heads)
+  _same(back, jax.device_get(model))
+
+
+@pytest.mark.parametrize('form, family, unembedding', FITS)
+def test_every_parameter_has_one_place(form, family, unembedding):
+  c = _cfg(form, family, unembedding)
+  leaves, of_path = mapping.leaves(tiny.model(c, tiny.mesh(c))), {}
+  for place in mapping.tensors(c, form).values():
+    if not place.copy:
+      of_path.setdefault(place.path, []).append(place.index)
+  assert of_path.keys() == leaves.keys()
+  for path, found in of_path.items():
+    assert found == [None] or sorted(found) == list(
+      range(leaves[path].shape[0])
+    ), path
+
+
+LLAMA = [
+  'input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj',
+  'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm',
+  'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj',
+]  # fmt: skip
+META = [
+  'attention_norm', 'attention.wq', 'attention.wk', 'attention.wv',
+  'attention.wo', 'ffn_norm', 'feed_forward.w1', 'feed_forward.w2',
+  'feed_forward.w3',
+]  # fmt: skip
+BIASES = ['self_attn.q_proj.bias', 'self_attn.k_proj.bias',
+          'self_attn.v_proj.bias']  # fmt: skip
+
+
+def _weights(prefixes, names):
+  return {f'{p}{name}.weight' for p in prefixes for name in names}
+
+
+def _biases(prefixes):
+  return {p + name for p in prefixes for name in BIASES}
+
+
+ENDS = {'model.embed_tokens.weight', 'lm_head.weight'}
+TRUNK = ['model.layers.0.', 'model.layers.1.']
+# Of three heads over a trunk of two layers, written out from each program.
+KEYS = {
+  ('meta', 'parallel'): _weights(
+    ['layers.0.', 'layers.1.', 'layers.2.', 'extra_heads.0.', 'extra_heads.1.'],
+    META,
+  ) | {'tok_embeddings.weight', 'norm.weight', 'output.weight'},
+  ('mtp_llama', 'parallel'): _weights(
+    [*TRUNK, 'model.layers.2.', 'model.mtp_heads.0.', 'model.mtp_heads.1.'],
+    LLAMA,
+  ) | _weights(['model.mtp_norms.'], '012') | ENDS,
+  ('mimo', 'sequential'): _weights(
+    [*TRUNK, 'model.mtp_layers.0.', 'model.mtp_layers.1.'], LLAMA
+  ) | _weights(
+    ['model.mtp_layers.0.', 'model.mtp_layers.1.'],
+    ['token_layernorm', 'hidden_layernorm', 'input_proj', 'final_layernorm'],
+  ) | _biases([*TRUNK, 'model.mtp_layers.0.', 'model.mtp_layers.1.'])
+    | ENDS | {'model.norm.weight'},
+  ('deepseek', 'recursive'): _weights(
+    [*TRUNK, 'model.layers.2.'], LLAMA
+  ) | _weights(
+    ['model.layers.2.'],
+    ['enorm', 'hnorm', 'eh_proj', 'shared_head.norm', 'shared_head.head',
+     'embed_tokens'],
+  ) | ENDS | {'model.norm.weight'},
+  ('medusa', 'residual'): _weights(TRUNK, LLAMA) | ENDS | {
+    'model.norm.weight', 'medusa/blocks.0.layers.0.weight',
+    'medusa/blocks.1.layers.0.weight', 'medusa/lm_head.weight',
+  },
+}  # fmt: skip
+
+
+def _tensors(out):
+  if (out / 'consolidated.pth').exists():
+    return torch.load(out / 'consolidated.pth')
+  found = {}
+  for path in sorted(out.glob('**/*.safetensors')):
+    inside = path.relative_to(out).parent.as_posix()
+    prefix = '' if inside == '.' else f'{inside}/'
+    found |= {prefix + name: x for name, x in load_file(path).items()}
+  return found
+
+
+@pytest.mark.parametrize('form, family', KEYS)
+def test_names_are_those_of_the_program(form, family, tmp_path):
+  c = _cfg(form, family)
+  _export(c, tmp_path / 'out')
+  assert set(_tensors(tmp_path / 'out')) == KEYS[form, family]
+
+
+def test_descriptions_say_what_the_programs_read(tmp_path):
+  found = {}
+  for form, family, _ in FITS:
+    if form not in found:
+      c = _cfg(form, family)
+      _export(c, tmp_path / form)
+      name = 'params.json' if form == 'meta' else 'config.json'
+      found[form] = json.loads((tmp_path / form / name).read_text())
+  assert found['meta'] == dict(
+    dim=16, n_layers=5, n_heads=4, n_kv_heads=2, multiple_of=1,
+    ffn_dim_multiplier=pytest.approx(24.5 / 42), norm_eps=1e-5,
+    rope_theta=10_000.0, n_future_tokens=3, vocab_size=264,
+  )  # fmt: skip
+  assert found['mtp_llama']['model_type'] == 'mtp_llama'
+  assert found['mtp_llama']['prediction_heads'] == 3
+  assert found['mtp_llama']['num_hidden_layers'] == 3
+  for form in 'mimo', 'deepseek':
+    assert found[form]['num_nextn_predict_layers'] == 2
+    assert found[form]['num_hidden_layers'] == 2
+  medusa = json.loads((tmp_path / 'medusa/medusa/config.json').read_text())
+  assert medusa['num_heads'] == 2 and medusa['num_hidden_layers'] == 1
+  assert medusa['original_lm_head'] and medusa['truncated_vocab_size'] == 264
+
+
+# A Llama's layer in PyTorch, of arrays by name.
+
+
+def _norm(x, w, eps=1e-5):
+  return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w
+
+
+def _halves(x, theta=10_000.0):
+  """x (B, N, T, H), i and i + H/2 turned together."""
+  T, H = x.shape[-2:]
+  angle = torch.arange(T)[:, None] / theta ** (torch.arange(0, H, 2) / H)
+  cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
+  turned = torch.cat([-x[..., H // 2 :], x[..., : H // 2]], -1)
+  return x * cos + turned * sin
+
+
+def _pairs(x, theta=10_000.0):
+  """2i and 2i + 1 turned together, as complex numbers."""
+  T, H = x.shape[-2:]
+  angle = torch.arange(T)[:, None] / theta ** (torch.arange(0, H, 2) / H)
+  z = torch.view_as_complex(x.reshape(*x.shape[:-1], H // 2, 2).contiguous())
+  z = z * torch.polar(torch.ones_like(angle), angle)
+  return torch.view_as_real(z).reshape(x.shape)
+
+
+def _layer(w, prefix, x, names=LLAMA, turn=_halves):
+  n1, q, k, v, o, n2, gate, up, down = (prefix + n + '.weight' for n in names)
+  B, T, D = x.shape
+  y = _norm(x, w[n1])
+
+  def split(name):
+    z = y @ w[name].T + w.get(name.removesuffix('weight') + 'bias', 0)
+    return z.reshape(B, T, -1, 4).transpose(1, 2)
+
+  q, k, v = turn(split(q)), turn(split(k)), split(v)
+  k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
+  score = (q @ k.transpose(2, 3)) / 2
+  score = score.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+  a = (score.softmax(-1) @ v).transpose(1, 2).reshape(B, T, D)
+  x = x + a @ w[o].T
+  y = _norm(x, w[n2])
+  mlp = torch.nn.functional.silu(y @ w[gate].T) * (y @ w[up].T)
+  return x + mlp @ w[down].T
+
+
+META_ORDER = [*META[:7], META[8], META[7]]  # gate w1, up w3, down w2
+
+
+def _run_meta(w, ids, about):
+  """Logits of all heads (K, B, T, V), as Meta's release computes them."""
+  del about
+  x = w['tok_embeddings.weight'][ids]
+  for i in range(2):
+    x = _layer(w, f'layers.{i}.', x, META_ORDER, _pairs)
+  heads = ['layers.2.', 'extra_heads.0.', 'extra_heads.1.']
+  h = torch.stack([_layer(w, p, x, META_ORDER, _pairs) for p in heads])
+  return _norm(h, w['norm.weight']) @ w['output.weight'].T
+
+
+def _run_mtp_llama(w, ids, about):
+  x = w['model.embed_tokens.weight'][ids]
+  n = about['num_hidden_layers']
+  for i in range(n - 1):
+    x = _layer(w, f'model.layers.{i}.', x)
+  heads = [f'model.layers.{n - 1}.', *(
+    f'model.mtp_heads.{j}.' for j in range(about['prediction_heads'] - 1)
+  )]  # fmt: skip
+  return torch.stack(
+    [
+      _norm(_layer(w, p, x), w[f'model.mtp_norms.{j}.weight'])
+      @ w['lm_head.weight'].T
+      for j, p in enumerate(heads)
+    ]
+  )
+
+
+def _trunk(w, ids, about):
+  x = w['model.embed_tokens.weight'][ids]
+  for i in range(about['num_hidden_layers']):
+    x = _layer(w, f'model.layers.{i}.', x)
+  return x
+
+
+def _shifted(emb, j):
+  """The embedding of the token j + 1 ahead, 0 at a document's first place."""
+  ahead = torch.roll(emb, -(j + 1), 1)
+  ahead[:, 0] = 0
+  return ahead
+
+
+def _run_mimo(w, ids, about):
+  z, unembed = _trunk(w, ids, about), w['lm_head.weight'].T
+  emb = w['model.embed_tokens.weight'][ids]
+  out = [_norm(z, w['model.norm.weight']) @ unembed]
+  for j in range(about['num_nextn_predict_layers']):
+    p = f'model.mtp_layers.{j}.'
+    pair = torch.cat([
+      _norm(z, w[p + 'hidden_layernorm.weight']),
+      _norm(_shifted(emb, j), w[p + 'token_layernorm.weight']),
+    ], -1)  # fmt: skip
+    z = _layer(w, p, pair @ w[p + 'input_proj.weight'].T)
+    out.append(_norm(z, w[p + 'final_layernorm.weight']) @ unembed)
+  return torch.stack(out)
+
+
+def _run_deepseek(w, ids, about):
+  z = _trunk(w, ids, about)
+  out = [_norm(z, w['model.norm.weight']) @ w['lm_head.weight'].T]
+  for j in range(about['num_nextn_predict_layers']):
+    p = f'model.layers.{about["num_hidden_layers"] + j}.'
+    emb = w[p + 'embed_tokens.weight'][ids]
+    pair = torch.cat([
+      _norm(_shifted(emb, j), w[p + 'enorm.weight']),
+      _norm(z, w[p + 'hnorm.weight']),
+    ], -1)  # fmt: skip
+    z = _layer(w, p, pair @ w[p + 'eh_proj.weight'].T)
+    h = _norm(z, w[p + 'shared_head.norm.weight'])
+    out.append(h @ w[p + 'shared_head.head.weight'].T)
+  return torch.stack(out)
+
+
+def _run_medusa(w, ids, about):
+  x = _norm(_trunk(w, ids, about), w['model.norm.weight'])
+  out = [x @ w['lm_head.weight'].T]
+  for j in range(2):
+    y = x @ w[f'medusa/blocks.{j}.layers.0.weight'].T
+    h = x + torch.nn.functional.silu(y)
+    out.append(h @ w['medusa/lm_head.weight'].T)
+  return torch.stack(out)
+
+
+RUN = {
+  'meta': ('parallel', _run_meta), 'mtp_llama': ('parallel', _run_mtp_llama),
+  'mimo': ('sequential', _run_mimo), 'deepseek': ('sequential', _run_deepseek),
+  'medusa': ('residual', _run_medusa),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('form', RUN)
+def test_plain_torch_computes_the_same(form, tmp_path):
+  family, run = RUN[form]
+  c = _cfg(form, family)
+  model = _export(c, tmp_path / 'out')
+  name = 'params.json' if form == 'meta' else 'config.json'
+  about = json.loads((tmp_path / 'out' / name).read_text())
+  ids = np.random.default_rng(0).integers(0, 264, (2, 40))
+  theirs = run(_tensors(tmp_path / 'out'), torch.tensor(ids), about)
+  position = np.tile(np.arange(40), (2, 1))
+  with jax.set_mesh(tiny.mesh(c)):
+    ours = jax.device_get(tiny.dense_logits(model, ids, position, c))
+  T = 40 - c.span  # at the end the token ahead is not there
+  assert ours.shape[0] == N and np.std(ours) > 0.1
+  np.testing.assert_allclose(ours[:, :, :T], theirs[:, :, :T], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'form, family, kind',
+  [
+    ('mimo', 'sequential', 'MiMoForCausalLM'),
+    ('medusa', 'residual', 'LlamaForCausalLM'),
+    ('deepseek', 'recursive', 'LlamaForCausalLM'),
+  ],
+)
+def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c')
+  )
+  c = _cfg(form, family)
+  model = _export(c, tmp_path / 'out')
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'out', dtype=torch.float32, trust_remote_code=form == 'mimo'
+  )
+  assert type(theirs).__name__ == kind
+  ids = np.random.default_rng(0).integers(0, 264, (2, 40))
+  with torch.no_grad():
+    logits = theirs(torch.tensor(ids)).logits.numpy()
+  position = np.tile(np.arange(40), (2, 1))
+  window = np.pad(ids, ((0, 0), (0, c.span)))
+  position = np.tile(np.arange(window.shape[1]), (2, 1))
+  with jax.set_mesh(tiny.mesh(c)):
+    ours = jax.device_get(tiny.dense_logits(model, window, position, c))[0]
+  np.testing.assert_allclose(ours[:, :40], logits, atol=1e-4)
+
+
+# What others wrote.
+
+
+@pytest.mark.parametrize('form', ['meta', 'mtp_llama'])
+def test_what_others_wrote_is_read(form, tmp_path):
+  c = _cfg(form, 'parallel')
+  model = _export(c, tmp_path / 'in')
+  os.remove(tmp_path / 'in' / folder.OURS)
+  cfg, ours, back = _read(tmp_path / 'in', form)
+  assert not ours and cfg.heads.n == N and cfg.model.n_layers == 2 + N
+  _same(back, jax.device_get(model))
+
+
+def test_llama_2s_params_do_not_say_how_many_tokens(tmp_path):
+  c = _cfg('meta', 'parallel', n=1, model__d_ff=0, model__n_kv_heads=0)
+  model = _export(c, tmp_path / 'in')
+  out = tmp_path / 'in'
+  os.remove(out / folder.OURS)
+  about = json.loads((out / 'params.json').read_text())
+  assert (about['multiple_of'], about['ffn_dim_multiplier']) == (256, None)
+  kept = dict(
+    dim=16, n_layers=3, n_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1
+  )
+  (out / 'params.json').write_text(json.dumps(kept))
+  tensors = torch.load(out / 'consolidated.pth')
+  torch.save(tensors | {'rope.freqs': torch.ones(2)}, out / 'consolidated.pth')
+  cfg, _, back = _read(out, 'meta')
+  assert cfg.model.vocab_size == 264 and cfg.model.n_kv_heads == 4
+  _same(back, jax.device_get(model))
+
+
+def test_any_width_of_a_network_can_be_said():
+  for dim in 16, 18, 1024, 4096, 5120:
+    for d_ff in (8, 24, 1000, 11008, 13824, 16384):
+      fields = meta._multiples(dim, d_ff)
+      assert meta.width(
+        dim, fields['multiple_of'], fields['ffn_dim_multiplier']
+      ) == d_ff  # fmt: skip
+  # Llama 2 70B and Llama 3 8B.
+  assert meta.width(8192, 4096, 1.3) == 28672
+  assert meta.width(4096, 1024, 1.3) == 14336
+
+
+# What cannot be.
+
+
+@pytest.mark.parametrize(
+  'form, family, changes, said',
+  [
+    ('meta', 'causal', {}, 'parallel heads; these are causal'),
+    ('mimo', 'parallel', {}, 'sequential and recursive heads; these are'),
+    ('medusa', 'linear', {}, 'residual heads; these are linear'),
+    (
+      'mtp_llama', 'parallel', dict(unembedding='replicated'),
+      'has one unembedding; here each head has its own',
+    ),
+    ('meta', 'parallel', dict(model__d_head=6), '--model.d_head=6'),
+    ('meta', 'parallel', dict(model__rope_factor=8.0), '--model.rope_factor=8'),
+    (
+      'deepseek', 'sequential', dict(loss__order_weight=1.0),
+      '--loss.order_weight',
+    ),
+    ('medusa', 'residual', dict(heads__stride=2), '--heads.stride=2'),
+  ],
+)  # fmt: skip
+def test_what_a_form_has_no_place_for(form, family, changes, said, tmp_path):
+  c = _cfg(form, family, **changes)
+  with pytest.raises(config.ConfigError, match=said) as error:
+    _export(c, tmp_path / 'out')
+  assert str(error.value).startswith(f'--export.format={form}: ')
+  assert not os.listdir(tmp_path)
+
+
+def _import(path, tmp_path, *args):
+  return main.main([
+    'import', f'--import.path={path}', f'--train.workdir={tmp_path / "run"}',
+    '--mesh.fsdp=-1', '--train.compilation_cache=', *args,
+  ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'form, name, said',
+  [
+    ('mimo', 'model.layers.1.self_attn.k_proj.bias', 'must be 0'),
+    ('mtp_llama', 'model.mtp_norms.1.weight', 'to model.mtp_norms.0.weight'),
+    ('deepseek', 'model.layers.3.embed_tokens.weight', 'model.embed_tokens.'),
+    ('medusa', 'medusa/lm_head.weight', 'must be equal to lm_head.weight'),
+  ],
+)
+def test_a_copy_that_differs_is_told(form, name, said, tmp_path, capsys):
+  from safetensors.torch import save_file
+
+  _export(_cfg(form, RUN[form][0]), tmp_path / 'in')
+  path = tmp_path / 'in' / os.path.dirname(name) / 'model.safetensors'
+  tensors = load_file(path)
+  tensors[os.path.basename(name)][3] += 1
+  save_file(tensors, path)
+  assert _import(tmp_path / 'in', tmp_path) == 2
+  error = capsys.readouterr().err
+  assert name in error and said in error and error.count('\n') == 1, error
+  assert not (tmp_path / 'run').exists()
+
+
+def _meta_folder(path, **changes):
+  _export(_cfg('meta', 'parallel'), path)
+  os.remove(path / folder.OURS)
+  about = json.loads((path / 'params.json').read_text()) | changes
+  (path / 'params.json').write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    (dict(use_scaled_rope=True), 'use_scaled_rope=True in params.json'),
+    (dict(dim='16'), "dim='16' in params.json; must be a number from 1"),
+    (dict(n_future_tokens=2), 'layers.3.attention.wk.weight is missing'),
+    (dict(multiple_of=32), 'has shape (24, 16), the model (32, 16)'),
+    (dict(n_heads=3), '--model.d_model=16: must be a multiple of'),
+  ],
+)
+def test_metas_params_that_do_not_fit_are_told(changes, said, tmp_path, capsys):
+  _meta_folder(tmp_path / 'in', **changes)
+  assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
+  error = capsys.readouterr().err
+  assert said in error and error.count('\n') == 1, error
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_pth_cut_off_is_told(tmp_path, capsys):
+  _meta_folder(tmp_path / 'in')
+  path = tmp_path / 'in' / 'consolidated.pth'
+  whole = path.read_bytes()
+  for size in len(whole) // 2, 10, 0:
+    path.write_bytes(whole[:size])
+    assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
+    error = capsys.readouterr().err
+    assert 'no file of tensors that PyTorch reads' in error, error
+    assert error.count('\n') == 1 and not (tmp_path / 'run').exists()
+  path.unlink()
+  assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
+  assert 'there is no such file' in capsys.readouterr().err
+
+
+def test_the_other_format_is_named(tmp_path, capsys):
+  _meta_folder(tmp_path / 'in')
+  assert _import(tmp_path / 'in', tmp_path) == 2
+  assert '--import.format=meta reads what is there' in capsys.readouterr().err
+  shutil.rmtree(tmp_path / 'in')
+  _export(_cfg('hf', 'parallel'), tmp_path / 'in')
+  assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
+  assert '--import.format=hf reads what is there' in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Tokenizers of an export: transformers gives the same ids."""
+
+import argparse
+import io
+import json
+
+import pytest
+import sentencepiece
+import tokenizers as hf
+import transformers
+
+from mtp_jax.data import tokenizers
+from mtp_jax.interop import tokens
+
+CODE = open(argparse.__file__, encoding='utf-8').read()
+TEXTS = (
+  'def f(x):\n\treturn "é€😀"  # \x7f',
+  'a  b   c\n\n\n    d',
+  ' leading and trailing ',
+  'one </s> two <s> three',
+  '',
+  CODE[:3000],
+)
+
+
+def _loaded(ours, path):
+  """What transformers makes of the files of an export."""
+  for name, data in tokens.files_of(ours).items():
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_bytes(data)
+  (path / 'config.json').write_text('{"model_type": "llama"}')
+  return transformers.AutoTokenizer.from_pretrained(path)
+
+
+def _pieces(path, kind, **settings):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CODE.split('\n')), model_writer=model,
+    vocab_size=500, model_type=kind, byte_fallback=True, minloglevel=2,
+    **settings,
+  )  # fmt: skip
+  (path / 'code.model').write_bytes(model.getvalue())
+  return tokenizers.get(f'sentencepiece:{path / "code.model"}')
+
+
+def _code(path):
+  """A byte-level vocabulary with one token at both ends, as code models'."""
+  fast = hf.Tokenizer(hf.models.BPE())
+  fast.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  fast.decoder = hf.decoders.ByteLevel()
+  fast.train_from_iterator(
+    CODE.split('\n'),
+    hf.trainers.BpeTrainer(
+      vocab_size=400, special_tokens=['<|endoftext|>'], show_progress=False,
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )  # fmt: skip
+  fast.save(str(path / 'tokenizer.json'))
+  return tokenizers.get(f'hf:{path / "tokenizer.json"}')
+
+
+def _named_ends(path):
+  """The same, its ends named by a file beside it, one of them an object."""
+  _code(path)
+  about = json.loads((path / 'tokenizer.json').read_text())
+  (path / 'tokenizer.json').write_text(
+    json.dumps(about).replace('<|endoftext|>', '<done>')
+  )
+  (path / 'tokenizer_config.json').write_text(
+    json.dumps(dict(
+      bos_token=dict(content='<done>', special=True), eos_token='<done>',
+    ))
+  )  # fmt: skip
+  return tokenizers.get(f'hf:{path / "tokenizer.json"}')
+
+
+KEEPS = dict(normalization_rule_name='identity', remove_extra_whitespaces=False)
+MADE = {
+  'bytes': lambda path: tokenizers.get('bytes'),
+  'bpe': lambda path: _pieces(path, 'bpe', **KEEPS),
+  'bpe, normalised': lambda path: _pieces(path, 'bpe'),
+  'bpe, no prefix': lambda path: _pieces(
+    path, 'bpe', add_dummy_prefix=False, **KEEPS
+  ),
+  'unigram': lambda path: _pieces(path, 'unigram', **KEEPS),
+  'byte-level': _code,
+  'named ends': _named_ends,
+}
+
+
+@pytest.mark.parametrize('kind', MADE)
+def test_transformers_gives_the_same_ids(kind, tmp_path):
+  (tmp_path / 'in').mkdir()
+  (tmp_path / 'out').mkdir()
+  ours = MADE[kind](tmp_path / 'in')
+  theirs = _loaded(ours, tmp_path / 'out')
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+  for text in TEXTS:
+    ids = ours.encode(text).tolist()
+    assert theirs(text)['input_ids'] == [ours.bos, *ids], text
+    assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+
+
+@pytest.mark.parametrize('kind', MADE)
+def test_an_import_takes_the_same_tokenizer(kind, tmp_path):
+  (tmp_path / 'in').mkdir()
+  (tmp_path / 'out').mkdir()
+  ours = MADE[kind](tmp_path / 'in')
+  _loaded(ours, tmp_path / 'out')
+  back = tokens.read(str(tmp_path / 'out'), tokenizers.recorded_name(ours))
+  assert back.fingerprint == ours.fingerprint
+  assert (back.files, back.bos, back.eos) == (ours.files, ours.bos, ours.eos)
+  for text in TEXTS:
+    assert back.encode(text).tolist() == ours.encode(text).tolist()
+
+
+def test_symbols_of_a_user_have_no_tokenizer_json(tmp_path):
+  (tmp_path / 'in').mkdir()
+  ours = _pieces(tmp_path / 'in', 'bpe', user_defined_symbols=['return'])
+  files = tokens.files_of(ours)
+  assert files[tokens.MODEL] and tokens.JSON not in files
+  assert b'LlamaTokenizer' in files['tokenizer_config.json']
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+  assert tokens.read(str(tmp_path), None) is None
