@@ -256,14 +256,13 @@ class Optim:
   trunk_lr: float = _f(
     1.0,
     'learning rate over lr of the trunk: embedding, layers, final norm, and an'
-    ' unembedding that heads share; 0 freezes them',
-    min=0,
+    ' unembedding that heads share',
+    above=0,
   )
   heads_lr: float = _f(
     1.0,
-    'learning rate over lr of the heads, and of unembeddings of their own; 0'
-    ' freezes them',
-    min=0,
+    'learning rate over lr of the heads, and of unembeddings of their own',
+    above=0,
   )
   warmup_steps: int = _f(100, 'steps of linear warm-up from 0', **UNSIGNED)
   schedule: str = _f(
@@ -325,6 +324,22 @@ class Train:
 
   workdir: str = _f('', 'directory of the run', result=False)
   steps: int = _f(1000, 'optimizer steps', result=False, **POSITIVE)
+  init_from: str = _f(
+    '',
+    'workdir of a run, or one of its checkpoints/STEP, whose parameters a new'
+    ' run begins with; its heads may be others',
+    result=False,
+  )
+  new_heads: str = _f(
+    'copy', 'heads that it has not: as head 1, or fresh', result=False,
+    choices=('copy', 'fresh'),
+  )  # fmt: skip
+  freeze: str = _f(
+    'none',
+    'what does not train: trunk (embedding, layers, final norm, an unembedding'
+    ' that heads share), or heads',
+    choices=('none', 'trunk', 'heads'),
+  )
   accumulate: int = _f(1, 'micro-batches of one optimizer step', **POSITIVE)
   seed: int = _f(
     0, 'of initial parameters, the order of data, and random rounding', min=0,

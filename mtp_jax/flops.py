@@ -25,7 +25,8 @@ def flops_per_token(
   """
   trunk, heads, unembeddings, order = forward(cfg, n_active, causal)
   own = cfg.heads.unembedding == 'replicated'
-  trunk_moves, heads_move = cfg.optim.trunk_lr > 0, cfg.optim.heads_lr > 0
+  trunk_moves = cfg.train.freeze != 'trunk'
+  heads_move = cfg.train.freeze != 'heads'
   return (
     (3 if trunk_moves else 1) * trunk
     + (2 + heads_move) * heads

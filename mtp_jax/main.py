@@ -144,6 +144,7 @@ def _train(parsed: flags.Parsed) -> int:
       'data.store': _absolute_stores(cfg.data.store),
       'eval.stores': _absolute_stores(cfg.eval.stores),
       'train.workdir': _absolute(cfg.train.workdir),
+      'train.init_from': cfg.train.init_from and _absolute(cfg.train.init_from),
     },
   )
   _start_jax(cfg)

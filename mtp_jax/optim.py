@@ -163,8 +163,10 @@ def _float32(tree):
 
 
 def learning_rates(cfg: config.Config) -> lm.LM:
-  """Each parameter's learning rate over that of --optim.lr."""
-  trunk, head = cfg.optim.trunk_lr, cfg.optim.heads_lr
+  """Each parameter's learning rate over that of --optim.lr; 0 is frozen."""
+  frozen = cfg.train.freeze
+  trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr
+  head = 0 if frozen == 'heads' else cfg.optim.heads_lr
   own = cfg.heads.unembedding == 'replicated'
   groups = lm.LM(
     embed=trunk, trunk=trunk, heads=head, norm=trunk,

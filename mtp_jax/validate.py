@@ -156,7 +156,7 @@ def _check_loss(cfg):
 
 
 def _check_groups(cfg):
-  h, o = cfg.heads, cfg.optim
+  h, freeze = cfg.heads, cfg.train.freeze
   phases = config.parse_steps(cfg.loss.curriculum or f'0:{h.n}')
   n_active = [int(values[0]) for _, values in phases]
   no_heads = (
@@ -164,11 +164,11 @@ def _check_groups(cfg):
     and min(n_active) == 1
     and not (h.unembedding == 'replicated' or cfg.loss.order_weight)
   )
-  if o.trunk_lr == 0 and (o.heads_lr == 0 or no_heads):
+  if freeze == 'trunk' and no_heads:
     raise config.ConfigError(
-      'optim.trunk_lr', o.trunk_lr,
-      f'must be above 0: with --optim.heads_lr={o.heads_lr} and'
-      f' {min(n_active)} active heads nothing else would train',
+      'train.freeze', freeze,
+      f'with {min(n_active)} active heads of {h.family} nothing else would'
+      ' train',
     )  # fmt: skip
 
 

@@ -55,12 +55,12 @@ def test_of_a_family(family, module):
 
 
 def test_of_frozen_groups():
-  cfg = tiny.cfg(heads__n=2, optim__trunk_lr=0.0)  # shared unembedding
+  cfg = tiny.cfg(heads__n=2, train__freeze='trunk')  # shared unembedding
   trunk = heads.trunk_layers(cfg) * LAYER
   assert flops.flops_per_token(cfg, 2) == (
     trunk + 3 * 2 * LAYER + 2 * 2 * UNEMBEDDING
   )
-  cfg = tiny.cfg(heads__n=2, optim__heads_lr=0.0)
+  cfg = tiny.cfg(heads__n=2, train__freeze='heads')
   assert flops.flops_per_token(cfg, 2) == (
     3 * trunk + 2 * 2 * LAYER + 3 * 2 * UNEMBEDDING
   )

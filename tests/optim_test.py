@@ -258,7 +258,7 @@ def test_two_updates_of_two_groups_are_adamw_by_hand():
 def test_a_frozen_group_has_no_moments(name, frozen, others):
   c = tiny.cfg(
     heads__family='linear', optim__name=name, mesh__fsdp=2,
-    **{f'optim__{frozen}_lr': 0},
+    train__freeze=frozen,
   )  # fmt: skip
   m = tiny.mesh(c)
   state = state_lib.abstract(c, m)
@@ -293,7 +293,7 @@ def test_a_frozen_trunk_stays_has_no_moments_and_clips_nobody():
     heads__n=2, heads__family='linear', optim__warmup_steps=0, mesh__fsdp=2,
     optim__clip_norm=0,
   )  # fmt: skip
-  c = tiny.cfg(optim__trunk_lr=0, **of)
+  c = tiny.cfg(train__freeze='trunk', **of)
   before, (after, values) = start(c)[0], _steps(c, 1)
   for name, x in tiny.flat(after.params).items():
     frozen = name != 'heads.proj'
@@ -352,7 +352,7 @@ def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
     model__param_dtype='bfloat16', model__n_layers=1, model__d_model=128,
     heads__n=2, heads__family='linear', heads__unembedding='replicated',
     optim__lr=lr, optim__warmup_steps=0, optim__schedule='constant',
-    optim__clip_norm=0, optim__heads_lr=0,
+    optim__clip_norm=0, train__freeze='heads',
   )  # fmt: skip
   m = tiny.mesh(c)
   with jax.set_mesh(m):

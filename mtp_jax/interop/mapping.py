@@ -305,7 +305,7 @@ def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
       put(row, prefix, path, index, extra)
 
   put(EMBED)
-  for i, (path, index) in enumerate(stack(cfg)):
+  for i, (path, index) in enumerate(heads_lib.next_token_layers(cfg)):
     put_layer(layout.layer.format(i=i), path, index)
   put(NORM)
   if unembedding == 'tied' and form == 'meta':
@@ -332,20 +332,9 @@ def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
   return found | layout.more(cfg, found)
 
 
-def stack(cfg: config.Config) -> list[tuple[str, int]]:
-  """The layers of the Llama that trunk and head 1 are, each by the prefix of
-  its leaves and its index there."""
-  layers = [('trunk.', i) for i in range(heads_lib.trunk_layers(cfg))]
-  if cfg.heads.block_first:
-    # What head 1 sits on, then itself.
-    first = cfg.heads.n if heads_lib.family(cfg).reverse else 1
-    layers += [('heads.', k - 1) for k in range(first, 0, -1)]
-  return layers
-
-
 def layers_in_all(cfg: config.Config) -> int:
   """Of the Llama that trunk and head 1 are."""
-  return len(stack(cfg))
+  return len(heads_lib.next_token_layers(cfg))
 
 
 def leaves(tree: Any) -> dict[str, Any]:

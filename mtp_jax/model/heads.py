@@ -235,6 +235,17 @@ def trunk_layers(cfg: config.Config) -> int:
   return cfg.model.n_layers - (cfg.heads.n if cfg.heads.block_first else 0)
 
 
+def next_token_layers(cfg: config.Config) -> list[tuple[str, int]]:
+  """The layers that compute the next token, trunk and head 1, in their order:
+  each by the prefix of its leaves' paths and its index in them."""
+  layers = [('trunk.', i) for i in range(trunk_layers(cfg))]
+  if cfg.heads.block_first:
+    # What head 1 sits on, then itself.
+    first = cfg.heads.n if family(cfg).reverse else 1
+    layers += [('heads.', k - 1) for k in range(first, 0, -1)]
+  return layers
+
+
 def walk(body, carry, modules, per_head, cfg: config.Config):
   """Visits heads 1..m in the family's order: lax.scan, but for an identity.
 

@@ -31,7 +31,7 @@ from mtp_jax import (
 from mtp_jax.data import corpus, loader
 from mtp_jax.evals import heldout
 from mtp_jax.model import heads, lm
-from mtp_jax.train import lock, metrics
+from mtp_jax.train import begin, lock, metrics
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
@@ -125,7 +125,7 @@ def train(cfg: config.Config) -> int:
       if processes.first():
         held = _take(workdir)
         stack.callback(held.release)
-    start = _start_step(cfg, tokens)
+    start, source = _start(cfg, tokens)
     if start >= cfg.train.steps:
       print(f'{workdir} is trained already, to step {start}')
       return 0
@@ -142,7 +142,7 @@ def train(cfg: config.Config) -> int:
       saver, stop,
     )  # fmt: skip
     try:
-      return _loop(run, start, train_batches(tokens, cfg, start, mesh))
+      return _loop(run, start, source, train_batches(tokens, cfg, start, mesh))
     except lock.Lost as error:
       print(f'mtp: {error}', file=sys.stderr)
       return EXIT_REPLACED
@@ -169,9 +169,17 @@ def _take(workdir: str) -> lock.Lock:
   return lock.Lock(workdir)
 
 
-def _start_step(cfg, tokens) -> int:
-  """Step of the newest checkpoint, 0 without one; refused if the run there is
-  another one."""
+class _Source(NamedTuple):
+  """A checkpoint that a run begins with, and what it is."""
+
+  workdir: str
+  step: int
+  cfg: config.Config
+
+
+def _start(cfg, tokens) -> tuple[int, _Source | None]:
+  """(step of the newest checkpoint, 0 without one; what a new run begins with,
+  if with parameters of another). Refused if the run there is another one."""
   start = int(
     processes.of_first(str(max(checkpoint.steps(cfg.train.workdir), default=0)))
   )
@@ -184,27 +192,33 @@ def _start_step(cfg, tokens) -> int:
       )  # fmt: skip
     if start:
       _check_same_run(cfg, tokens, start)
-    elif checkpoint.steps(cfg.train.workdir):
-      _check_same_model(cfg)
-  return start
+      return start, None
+    return 0, _source(cfg)
 
 
-def _check_same_model(cfg) -> None:
-  """Training begins with parameters that were imported."""
-  workdir = cfg.train.workdir
-  old, _ = checkpoint.about(workdir, 0)
-  for name, was, now in config.changed(old, cfg):
-    if checkpoint.is_of_model(name):
+def _source(cfg) -> _Source | None:
+  """What was imported into the workdir, or --train.init_from."""
+  path, flag = cfg.train.init_from, 'train.init_from'
+  if checkpoint.steps(cfg.train.workdir):
+    if path:
       raise config.ConfigError(
-        name, now,
-        f'the parameters imported into --train.workdir={workdir} have {was}',
+        flag, path,
+        f'--train.workdir={cfg.train.workdir} holds what was imported, which a'
+        ' run there begins with; give another workdir',
       )  # fmt: skip
-  if old.data.tokenizer not in ('', cfg.data.tokenizer):
+    path, flag = cfg.train.workdir, 'train.workdir'
+  if not path:
+    return None
+  workdir, step = checkpoint.find(path, flag)
+  was, _ = checkpoint.about(workdir, step, flag)
+  begin.check(was, cfg, path)
+  if was.data.tokenizer not in ('', cfg.data.tokenizer):
     raise config.ConfigError(
       'data.store', cfg.data.store,
-      f'its tokenizer is {cfg.data.tokenizer}; that of the model imported into'
-      f' --train.workdir={workdir} is {old.data.tokenizer}',
+      f'its tokenizer is {cfg.data.tokenizer}; that of the model in {path} is'
+      f' {was.data.tokenizer}',
     )  # fmt: skip
+  return _Source(workdir, step, was)
 
 
 def _check_same_run(cfg, tokens, start) -> None:
@@ -229,17 +243,13 @@ def _check_same_run(cfg, tokens, start) -> None:
     )  # fmt: skip
 
 
-def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
+def _loop(run: _Run, start: int, source, batches: Iterator[dict]) -> int:
   cfg, t = run.cfg, run.cfg.train
   abstract = state_lib.abstract(cfg, run.mesh)
   if start:
     state = checkpoint.restore(t.workdir, start, abstract)
   else:
-    state = state_lib.init(cfg, run.mesh)
-    if checkpoint.steps(t.workdir):  # what `mtp import` wrote
-      state = state.replace(
-        params=checkpoint.restore_params(t.workdir, 0, abstract.params)
-      )
+    state = _first_state(cfg, run.mesh, source)
   _say_what(run, abstract, start)
   step_of = _compiler(run)
   evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)
@@ -284,6 +294,21 @@ def _loop(run: _Run, start: int, batches: Iterator[dict]) -> int:
         return EXIT_INTERRUPTED
     run.saver.wait_until_finished()
   return 0
+
+
+def _first_state(cfg, mesh, source: _Source | None) -> state_lib.State:
+  if not source:
+    return state_lib.init(cfg, mesh)
+  dtype = {'model.param_dtype': cfg.model.param_dtype}
+  was = config.replace(source.cfg, **dtype)
+  old = checkpoint.restore_model(
+    source.workdir, source.step, was, mesh, 'train.init_from'
+  )
+  print(
+    f'begins with {source.workdir}, step {source.step}:'
+    f' {begin.described(was, cfg)}'
+  )
+  return state_lib.init(cfg, mesh, (old, was))
 
 
 def _compiler(run: _Run):

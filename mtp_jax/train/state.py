@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mtp_jax import config, optim, params
 from mtp_jax.model import lm
+from mtp_jax.train import begin
 
 
 @flax.struct.dataclass
@@ -27,16 +28,25 @@ class State:
   skipped_in_a_row: Any
 
 
-def init(cfg: config.Config, mesh: Mesh) -> State:
-  """The state of step 0, made in its shards: never whole on one device."""
+def init(
+  cfg: config.Config, mesh: Mesh,
+  other: tuple[lm.LM, config.Config] | None = None,
+) -> State:  # fmt: skip
+  """The state of step 0, made in its shards: never whole on one device.
 
-  def make(key):
+  other: parameters to begin with, and what they are; see begin.py.
+  """
+
+  def make(key, old):
     model = params.init(key, lm.specs(cfg), cfg.model.param_dtype)
+    if other:
+      model = begin.parameters(model, old, other[1], cfg)
     zero = jnp.zeros((), jnp.int32)
     return State(model, optim.init(cfg, model), zero, zero, zero)
 
   with jax.set_mesh(mesh):
-    return jax.jit(make)(jax.random.key(cfg.train.seed))
+    key = jax.random.key(cfg.train.seed)
+    return jax.jit(make)(key, other and other[0])
 
 
 def abstract(cfg: config.Config, mesh: Mesh | AbstractMesh) -> State:

@@ -276,7 +276,7 @@ def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
   )  # fmt: skip
   capsys.readouterr()
   assert runs.train(store, run, **model | dict(model__d_ff=32)) == 2
-  assert f'imported into --train.workdir={run} have 24' in (
+  assert f'parameters of {run}, which it begins with, have 24' in (
     capsys.readouterr().err
   )
   assert runs.train(store, run, **model) == 0
@@ -299,4 +299,60 @@ def test_a_store_of_another_tokenizer_is_refused(store, tmp_path, capsys):
     model__d_ff=24, model__vocab_size=264, heads__n=1,
   ) == 2  # fmt: skip
   error = capsys.readouterr().err
-  assert 'its tokenizer is bytes; that of the model imported' in error
+  assert f'its tokenizer is bytes; that of the model in {run} is hf#' in error
+
+
+def _train_flags(c, **changes):
+  """Flags of a run on a model like _cfg's."""
+  m = c.model
+  return dict(
+    model__n_layers=m.n_layers, model__n_attn_heads=m.n_attn_heads,
+    model__n_kv_heads=m.n_kv_heads, model__d_ff=m.d_ff,
+    model__vocab_size=m.vocab_size, optim__warmup_steps=1,
+  ) | changes  # fmt: skip
+
+
+def _greedy(path):
+  llama = transformers.AutoModelForCausalLM.from_pretrained(
+    path, dtype=torch.float32
+  )
+  ids = torch.tensor([[5, 7, 99, 12]])
+  with torch.no_grad():
+    return llama.generate(
+      ids, attention_mask=torch.ones_like(ids), max_new_tokens=40,
+      do_sample=False, eos_token_id=None, pad_token_id=0,
+    )[0].tolist()  # fmt: skip
+
+
+def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
+  """20 steps of two heads on a trunk that is frozen: transformers writes the
+  same text as before, and so does `mtp generate` with the heads."""
+  c, _ = _llama(tmp_path / 'in')
+  os.remove(tmp_path / 'in/tokenizer.json')  # the store's is ours of bytes
+  run, trained, out = (tmp_path / x for x in ('run', 'trained', 'out'))
+  here = ['--mesh.fsdp=-1', NO_CACHE]
+  assert main.main([
+    'import', f'--import.path={tmp_path / "in"}', f'--train.workdir={run}',
+    '--heads.family=sequential', *here,
+  ]) == 0  # fmt: skip
+  assert runs.train(
+    store, trained,
+    **_train_flags(c), train__init_from=run, train__freeze='trunk',
+    heads__family='sequential', heads__n=3, train__steps=20,
+  ) == 0  # fmt: skip
+  assert 'head 1 as it was; heads 2 to 3 new, as head 1' in (
+    capsys.readouterr().out
+  )
+  assert main.main([
+    'export', f'--export.checkpoint={trained}', f'--export.out={out}', *here,
+  ]) == 0  # fmt: skip
+  wanted = _greedy(tmp_path / 'in')
+  assert _greedy(out) == wanted
+  capsys.readouterr()
+  assert main.main([
+    'generate', f'--decode.checkpoint={trained}', '--prompt_ids=5,7,99,12',
+    '--decode.max_new=40', *here,
+  ]) == 0  # fmt: skip
+  said = capsys.readouterr().out.splitlines()[0]
+  made = [int(x) for x in said.split(',')]
+  assert made == wanted[4 : 4 + len(made)] and len(made) >= 10
