@@ -38,6 +38,7 @@ def export(parsed: flags.Parsed) -> list[str]:
   form = parsed.given.get('export.format', 'hf')
   library = 'torch' if form == 'meta' else 'safetensors'
   files.need('export.format', form, library)
+  files.need('export.format', form, 'tokenizers')
   path = os.path.abspath(os.path.expanduser(path))
   workdir, step, saved, cfg = checkpoint.opened(
     path, 'export.checkpoint', parsed
@@ -100,6 +101,7 @@ def import_(parsed: flags.Parsed) -> list[str]:
   m = cfg.model
   return [
     f'{workdir}: {params.count(lm.specs(cfg)):,} parameters, {m.n_layers}'
-    f' layers, {cfg.heads.n} heads ({cfg.heads.family})'
+    f' layers, {cfg.heads.n} head{"s" * (cfg.heads.n > 1)}'
+    f' ({cfg.heads.family})'
     + ('' if tokenizer else '; no tokenizer was there: ids only')
   ]

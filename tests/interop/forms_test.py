@@ -7,6 +7,7 @@ The forward passes here know a folder and nothing of ours: rotations in pairs
 import json
 import os
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -520,3 +521,28 @@ def test_the_other_format_is_named(tmp_path, capsys):
   _export(_cfg('hf', 'parallel'), tmp_path / 'in')
   assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
   assert '--import.format=hf reads what is there' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'command, form, missing',
+  [
+    ('export', 'hf', 'safetensors'), ('export', 'meta', 'torch'),
+    ('export', 'mimo', 'tokenizers'), ('import', 'meta', 'torch'),
+  ],
+)  # fmt: skip
+def test_a_missing_extra_is_named(
+  command, form, missing, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setitem(sys.modules, missing, None)  # an import of it raises
+  (tmp_path / 'in').mkdir()
+  from_ = 'import.path' if command == 'import' else 'export.checkpoint'
+  to = 'train.workdir' if command == 'import' else 'export.out'
+  assert main.main([
+    command, f'--{from_}={tmp_path / "in"}', f'--{to}={tmp_path / "out"}',
+    f'--{command}.format={form}', '--train.compilation_cache=',
+  ]) == 2  # fmt: skip
+  assert capsys.readouterr().err == (
+    f'mtp: --{command}.format={form}: needs {missing}: pip install'
+    ' "mtp_jax[hf]"\n'
+  )
+  assert not (tmp_path / 'out').exists()
