@@ -142,12 +142,7 @@ def report(before: str, outcomes: dict[mutations.Fault, Outcome]) -> str:
     '| fault | mistake | file | noticed by | s |',
     '|---|---|---|---|---|',
     *rows,
-    '',
-    'Not there yet, hence not tried:',
-    '',
   ]
-  for mistake, why in mutations.LATER.items():
-    lines.append(f'- {mutations.MISTAKES[mistake]}: {why}')
   return '\n'.join(lines) + '\n'
 
 

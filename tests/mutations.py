@@ -25,10 +25,6 @@ MISTAKES = {
   15: '15 rolled RoPE positions',
   16: '16 summed losses of different n compared',
 }
-# What a mistake still waits for; of 10 only the nearest is tried.
-LATER = {
-  10: 'exports, with export; below is the checkpoint',
-}
 
 
 class Fault(NamedTuple):
@@ -48,6 +44,8 @@ OPTIM, PARAMS = 'mtp_jax/optim.py', 'mtp_jax/params.py'
 ATTENTION, HLO = 'mtp_jax/model/attention.py', 'mtp_jax/plan/hlo.py'
 SPECULATIVE = 'mtp_jax/decode/speculative.py'
 SAMPLE = 'mtp_jax/decode/sample.py'
+MAPPING, FOLDER = 'mtp_jax/interop/mapping.py', 'mtp_jax/interop/folder.py'
+BEGIN, TOKENS = 'mtp_jax/train/begin.py', 'mtp_jax/interop/tokens.py'
 
 
 def _in(file: str, *names: str) -> tuple[str, ...]:
@@ -572,5 +570,80 @@ FAULTS = (
     'jax.random.key(seed)',
     'jax.random.key(0 * seed)',
     _in('decode/sample', 'test_a_row_does_not_depend_on_its_neighbours'),
+  ),
+  Fault(
+    'export-without-further-heads', 10, MAPPING,
+    'for k in range(2, n + 1):', 'for k in range(2, n):',
+    _in('interop/hf', 'test_every_parameter_has_a_place'),
+  ),
+  Fault(
+    'surplus-key-of-an-export', 10, FOLDER,
+    'if found.keys() != wanted.keys():', 'if wanted.keys() - found.keys():',
+    _in('interop/hf', 'test_a_surplus_or_missing_key_is_an_error'),
+  ),
+  Fault(
+    'export-not-read-again', 10, FOLDER,
+    'if files.digest(np.array(tensor.read())) != wanted[name]:', 'if False:',
+    _in('interop/hf', 'test_what_was_written_is_read_again'),
+  ),
+  Fault(
+    'import-leaves-a-key', 10, FOLDER,
+    "(found.keys() - wanted.keys(), 'has no place in this model'),", '',
+    _in('interop/hf', 'test_what_does_not_fit_is_told'),
+  ),
+  Fault(
+    'copies-not-compared', 10, FOLDER,
+    'if not np.array_equal(place.form.out(ours, cfg), found[name].read()):',
+    'if False:',
+    _in('interop/forms', 'test_a_copy_that_differs_is_told'),
+  ),
+  Fault(
+    'rope-of-meta-not-permuted', 0, MAPPING,
+    'return _heads_out(w_DNHP.reshape(D, N, H), cfg)',
+    'return _heads_out(w_DNH, cfg)',
+    _in('interop/forms', 'test_plain_torch_computes_the_same[meta]'),
+  ),
+  Fault(
+    'embedding-second-in-deepseek', 0, MAPPING,
+    'return np.concatenate(np.split(w_ED, 2)[::-1])', 'return w_ED',
+    _in('interop/forms', 'test_plain_torch_computes_the_same[deepseek]'),
+  ),
+  Fault(
+    'first-row-of-every-shard', 0, FOLDER,
+    'row[...] = ours(of_index[i])[tuple(rest)]',
+    'row[...] = ours(of_index[rows[0]])[tuple(rest)]',
+    _in('interop/hf', 'test_options_come_back_too'),
+  ),
+  Fault(
+    'merges-by-worst-score', 0, TOKENS,
+    'found.sort(key=lambda m: (-score[m[0]],',
+    'found.sort(key=lambda m: (score[m[0]],',
+    _in('interop/tokens', 'test_transformers_gives_the_same_ids[bpe]'),
+  ),
+  Fault(
+    'head-1-is-the-first-layer', 0, BEGIN,
+    'parts, done = [jax.tree.map(lambda w: w[-1:], layers)], 1',
+    'parts, done = [jax.tree.map(lambda w: w[:1], layers)], 1',
+    _in('train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family'
+        '[linear-parallel]'),
+  ),
+  Fault(
+    'kept-heads-one-off', 0, BEGIN,
+    'lambda w: w[done : done + more], old.heads',
+    'lambda w: w[:more], old.heads',
+    _in('train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family'
+        '[causal-causal]'),
+  ),
+  Fault(
+    'chain-the-wrong-way-round', 0, BEGIN,
+    'lambda w: w[: -own - 1 : -1], layers', 'lambda w: w[-own:], layers',
+    _in('train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family'
+        '[linear-anticausal]'),
+  ),
+  Fault(
+    'frozen-trunk-moves', 0, OPTIM,
+    "trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr",
+    'trunk = cfg.optim.trunk_lr',
+    _in('train/begin', 'test_a_frozen_trunk_stays_bit_for_bit'),
   ),
 )  # fmt: skip

@@ -256,6 +256,24 @@ def test_what_was_written_is_read_again(tmp_path, monkeypatch):
   assert not os.listdir(tmp_path)
 
 
+def test_a_surplus_or_missing_key_is_an_error(tmp_path, monkeypatch):
+  c = _cfg()
+  model = tiny.model(c, tiny.mesh(c))
+  write = files.write
+
+  def more(path, arrays):
+    write(path, arrays | {'surplus.weight': np.zeros(3, np.float32)})
+
+  def fewer(path, arrays):
+    write(path, {k: v for k, v in arrays.items() if k != min(arrays)})
+
+  for wrong in more, fewer:
+    monkeypatch.setattr(files, 'write', wrong)
+    with pytest.raises(config.ConfigError, match='missing or surplus'):
+      _export(c, model, tmp_path / 'out')
+    assert not os.listdir(tmp_path)
+
+
 def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
   c = _cfg(n=2, data__seq_len=16)
   exported = _workdir(c, tmp_path / 'first')
