@@ -68,31 +68,30 @@ def save(
     )
 
 
-def write_definition(cfg, tokenizer) -> None:
-  """What the run is, and the files of its tokenizer: a checkpoint can be used
-  where the store is not."""
+def write_definition(cfg, tokenizer, workdir: str) -> None:
+  """What the run is, and the files of its tokenizer, if it has one: a
+  checkpoint can be used where the store is not."""
   files = {
     'run.flags': flags.to_flag_file(cfg).encode(),
     'config.json': config.to_json(cfg).encode(),
   }
-  for name, data in tokenizer.files.items():
+  for name, data in (tokenizer.files if tokenizer else {}).items():
     files[os.path.join('tokenizer', name)] = data
   for name, data in files.items():
-    path = os.path.join(cfg.train.workdir, name)
+    path = os.path.join(workdir, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + '.tmp', 'wb') as f:
       f.write(data)
     os.replace(path + '.tmp', path)
 
 
-def save_params(params: Any, cfg: config.Config, tokenizer) -> None:
-  """Step 0 of --train.workdir, without an optimizer's state: what an import
-  gives. `restore_params` reads it, and a run begins with it."""
-  if tokenizer is None:
-    os.makedirs(cfg.train.workdir, exist_ok=True)
-  else:
-    write_definition(cfg, tokenizer)
-  with contextlib.closing(manager(cfg.train.workdir, cfg)) as to:
+def save_params(
+  params: Any, cfg: config.Config, tokenizer, workdir: str
+) -> None:
+  """Step 0 of a workdir, without an optimizer's state: what an import gives.
+  `restore_params` reads it, and a run begins with it."""
+  write_definition(cfg, tokenizer, workdir)
+  with contextlib.closing(manager(workdir, cfg)) as to:
     save(to, 0, dict(params=params), cfg, store='')
     to.wait_until_finished()
 

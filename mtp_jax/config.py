@@ -72,6 +72,12 @@ class Model:
     4.0, 'wavelengths below rope_context over this are left as they are',
     above=0,
   )  # fmt: skip
+  context: int = _f(
+    0,
+    'positions that it is for, which an export tells other programs; 0 = those'
+    ' it trains on, data.seq_len',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
   rope_context: int = _f(
     8192, 'context, in tokens, that the wavelengths were made for', **POSITIVE
   )
@@ -328,10 +334,9 @@ class Train:
     '',
     'workdir of a run, or one of its checkpoints/STEP, whose parameters a new'
     ' run begins with; its heads may be others',
-    result=False,
   )
   new_heads: str = _f(
-    'copy', 'heads that it has not: as head 1, or fresh', result=False,
+    'copy', 'heads that it has not: as head 1, or fresh',
     choices=('copy', 'fresh'),
   )  # fmt: skip
   freeze: str = _f(
@@ -362,6 +367,18 @@ class Train:
   max_nonfinite: int = _f(
     10, 'non-finite steps in a row that end the run, at its next log line',
     **POSITIVE,
+  )  # fmt: skip
+  watchdog_s: float = _f(
+    1800.0,
+    'seconds without a step, a compiled program or a batch of an evaluation'
+    ' after which a process ends, with its stacks; 0 = never',
+    result=False, min=0,
+  )  # fmt: skip
+  spike_sigma: float = _f(
+    10.0,
+    'deviations above the median of the last 128 losses of head 1 that make a'
+    ' spike, which is said and counted; 0 = none is',
+    result=False, min=0,
   )  # fmt: skip
   profile_start: int = _f(
     0, 'first step of the profile', result=False, **UNSIGNED
@@ -488,7 +505,7 @@ class Export:
   checkpoint: str = _f(
     '', 'workdir of a run, or one of its checkpoints/STEP', result=False
   )
-  out: str = _f('', 'directory to write; it must not exist', result=False)
+  out: str = _f('', 'directory to write, a new or an empty one', result=False)
   format: str = _f(
     'hf',
     'hf: Hugging Face Llama, further heads in a file beside it; meta: as the'
@@ -672,6 +689,10 @@ def to_json(cfg: Config) -> str:
 def from_json(text: str) -> Config:
   """The Config that to_json wrote; an unknown field is an error."""
   sections = json.loads(text)
+  optim, train = sections.get('optim', {}), sections.get('train', {})
+  for group in 'trunk', 'heads':  # before --train.freeze, a rate of 0 froze
+    if optim.get(f'{group}_lr') == 0:
+      optim[f'{group}_lr'], train['freeze'] = 1.0, group
   version = sections.pop('version', None)
   if version != VERSION:
     raise ValueError(f'config version {version}, this program reads {VERSION}')

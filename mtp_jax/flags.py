@@ -126,12 +126,13 @@ def to_flag_file(cfg: config.Config) -> str:
 
 
 def usage(sections: tuple[str, ...]) -> str:
-  """The flags of some sections, and of TEXTS, with help and default."""
+  """The flags of some sections, single ones, and of TEXTS, with help and
+  default."""
   lines, found = [], _define()._flags()
   names = [*config.fields(), *TEXTS]
   for section in sections:  # the command's own come first
     for name in names:
-      if name.split('.')[0] == section:
+      if section in (name, name.split('.')[0]):
         default = found[name].default
         shown = default if default not in ('', [], None) else "''"
         lines.append(f'  --{name}={shown}\n      {found[name].help}')

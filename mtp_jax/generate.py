@@ -65,6 +65,12 @@ def find(parsed: flags.Parsed, only_ids: bool) -> Found:
   tokenizer = None
   if not only_ids:
     tokenizer = tokenizer_of(parsed, saved, workdir)
+    if tokenizer is None:
+      raise config.ConfigError(
+        'decode.checkpoint', path,
+        'was imported without a tokenizer; give --prompt_ids, or'
+        ' --data.tokenizer',
+      )  # fmt: skip
     if tokenizer.vocab_size > cfg.model.vocab_size:
       raise config.ConfigError(
         'data.tokenizer', tokenizer.name,
@@ -88,7 +94,7 @@ def load(found: Found) -> Opened:
 
 def tokenizer_of(parsed, saved: config.Config, workdir: str):
   """The run's own, from its workdir or its store; one that is given must be
-  that one."""
+  that one. None of an import without any."""
   recorded, given = saved.data.tokenizer, parsed.given.get('data.tokenizer')
   folder = os.path.join(workdir, 'tokenizer')
   if given and given != recorded:
@@ -96,7 +102,7 @@ def tokenizer_of(parsed, saved: config.Config, workdir: str):
   elif os.path.isdir(folder):
     found = tokenizers.load(folder)
   elif recorded in ('', 'bytes'):
-    found = tokenizers.get('bytes')
+    return tokenizers.get('bytes') if recorded else None
   else:
     path = parsed.given.get('data.store', saved.data.store)
     first = config.parse_stores(path)[0].path if path else ''
@@ -318,7 +324,7 @@ def _acceptance(decoded) -> list[str]:
 def _beyond(cfg, prompts, cache: int) -> list[str]:
   longest = max(len(p.ids) for p in prompts) + cfg.decode.max_new
   longest = min(longest, cache)
-  if longest <= cfg.data.seq_len:
+  if longest <= max(cfg.data.seq_len, cfg.model.context):
     return []
   return [
     f'up to {longest:,} tokens a row are more than the windows that it was'

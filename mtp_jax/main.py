@@ -346,7 +346,14 @@ COMMANDS = {
   ),
   'import': Command(
     "another tool's checkpoint into --train.workdir",
-    ('import', 'train', 'heads', 'mesh'),
+    (
+      'import',
+      'train.workdir',
+      'heads.family',
+      'model.param_dtype',
+      'model.compute_dtype',
+      'mesh',
+    ),
     _import,
   ),
   'plan': Command(

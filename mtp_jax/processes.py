@@ -5,21 +5,25 @@ devices. With one process every function here does nothing or is the identity.
 
 What one process alone would find out (a missing file, a lock, a signal) is
 agreed upon before any of them acts on it, since one that leaves makes the
-others wait. Who ends without a word is missed after --processes.timeout_s.
+others wait. One that crashes tells the others why, and all end at once. Who
+ends without a word is missed after --processes.timeout_s.
 """
 
 import collections
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,7 +50,8 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
   """command() as one of the processes of --processes.*; its exit status.
 
   A process that crashes leaves at once, without Python's own end: that would
-  wait for threads which wait for other processes.
+  wait for threads which wait for other processes. So do the others when they
+  hear of it.
 
   Raises:
     ConfigError: the processes do not find each other, or have other flags.
@@ -56,6 +61,8 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
   _join(cfg.processes)
   try:
     _check_same_flags(cfg)
+    _say(f'on {socket.gethostname()}, {jax.local_device_count()} devices')
+    _listen()
     return command()
   except Ended as end:
     return end.status
@@ -65,8 +72,63 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
     print('mtp: interrupted', file=sys.stderr)
     _leave(130)
   except BaseException:
-    traceback.print_exc()
+    _fail(traceback.format_exc())
+
+
+def _say(text: str) -> None:
+  """A line of this process, with its rank. Only process 0 has a stdout."""
+  print(
+    f'[{jax.process_index()}/{jax.process_count()}] {text}', file=sys.stderr
+  )
+
+
+FAILED = 'mtp/failed'  # the culprit's words, in the coordinator's store
+HEARD_S = 1.0  # between two looks at it
+
+
+def _fail(why: str) -> None:
+  """Leaves, and has all others leave with these words; unless it is another
+  that has failed, and this process with it."""
+  if _several():
+    _leave_after(_heard())
+  _say(why)
+  if _several():
+    with contextlib.suppress(Exception):  # nobody hears
+      _store().key_value_set(FAILED, f'[{jax.process_index()}] {why}')
+    if jax.process_index() == 0:  # the store ends with it
+      time.sleep(2 * HEARD_S)
+  _leave(1)
+
+
+def _heard() -> str | None:
+  """What another process has failed of; None if none has said so."""
+  try:
+    return _store().key_value_try_get(FAILED)
+  except jax.errors.JaxRuntimeError:
+    return None
+
+
+def _leave_after(why: str | None) -> None:
+  if why:
+    _say(f'ends, since another process failed:\n{why}')
     _leave(1)
+
+
+def _store():
+  return distributed.global_state.client
+
+
+def _listen() -> None:
+  """Ends this process soon after another has said that it failed."""
+  if not _several():
+    return
+
+  def listen():
+    while _store():  # None when the run is over
+      time.sleep(HEARD_S)
+      _leave_after(_heard())
+
+  threading.Thread(target=listen, daemon=True).start()
 
 
 def _leave(status: int):
@@ -118,6 +180,21 @@ def _gather(value: int) -> list[int]:
   """Each process's value, in their order."""
   with jax.transfer_guard('allow'):
     return multihost_utils.process_allgather(np.int32(value)).tolist()
+
+
+def of_each(value: float) -> list[float]:
+  """Each process's number, in their order. All processes must call it."""
+  if not _several():
+    return [value]
+  with jax.transfer_guard('allow'):
+    return multihost_utils.process_allgather(np.float32(value)).tolist()
+
+
+def meet(where: str) -> None:
+  """Waits until all processes are here."""
+  if _several():
+    with jax.transfer_guard('allow'):
+      multihost_utils.sync_global_devices(where)
 
 
 def of_first(text: str) -> str:

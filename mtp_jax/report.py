@@ -18,7 +18,7 @@ from mtp_jax import (
 )
 from mtp_jax.data import loader
 from mtp_jax.evals import heldout
-from mtp_jax.train import loop, metrics
+from mtp_jax.train import goodput, loop, metrics
 
 
 def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
@@ -172,7 +172,11 @@ def curves(runs: list[str]) -> tuple[list[str], dict]:
     for run, found in records.items()
     for r in _last(found)
   ]
-  return [*lines, f'curves: {path}'], dict(curves=path, last=last)
+  spent = {run: goodput.summary(goodput.read(run)) for run in runs}
+  for run, found in spent.items():
+    lines += [f'{run}: {line}' for line in goodput.lines(found)]
+  values = dict(curves=path, last=last, goodput=spent)
+  return [*lines, f'curves: {path}'], values
 
 
 def _last(found: list[dict]) -> list[dict]:

@@ -1,6 +1,7 @@
 """`mtp export` and `mtp import`. Floor 5."""
 
 import os
+import shutil
 
 from mtp_jax import (
   checkpoint,
@@ -11,8 +12,9 @@ from mtp_jax import (
   sharding,
 )
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import files, folder, tokens
+from mtp_jax.interop import files, folder, mapping, tokens
 from mtp_jax.model import lm
+from mtp_jax.train import begin
 
 
 def _absent(flag: str, path: str) -> str:
@@ -36,6 +38,8 @@ def export(parsed: flags.Parsed) -> list[str]:
     raise config.ConfigError('export.checkpoint', '', 'give a workdir')
   out = _absent('export.out', parsed.given.get('export.out', ''))
   form = parsed.given.get('export.format', 'hf')
+  if form not in mapping.FORMS:
+    parsed.config()  # says which there are
   library = 'torch' if form == 'meta' else 'safetensors'
   files.need('export.format', form, library)
   files.need('export.format', form, 'tokenizers')
@@ -43,18 +47,24 @@ def export(parsed: flags.Parsed) -> list[str]:
   workdir, step, saved, cfg = checkpoint.opened(
     path, 'export.checkpoint', parsed
   )
+  folder.check(cfg)
   tokenizer = generate.tokenizer_of(parsed, saved, workdir)
   model = checkpoint.restore_model(
     workdir, step, cfg, sharding.serving_mesh(cfg), 'export.checkpoint'
   )
   dtype = cfg.export.dtype
-  if os.path.isdir(out):
-    os.rmdir(out)
-  return folder.export(
+  lines = folder.export(
     model, cfg, tokenizer, out,
     dtype=cfg.model.param_dtype if dtype == 'param' else dtype,
     about=f'{os.path.basename(workdir)}, step {step}',
   )  # fmt: skip
+  trained = begin.trained_heads(cfg, step)
+  if trained < cfg.heads.n:
+    lines.append(
+      f'heads {trained + 1} to {cfg.heads.n} have not trained yet'
+      f' (--loss.curriculum={cfg.loss.curriculum})'
+    )
+  return lines
 
 
 # What a flag may say of an imported model.
@@ -79,7 +89,10 @@ def import_(parsed: flags.Parsed) -> list[str]:
         name, value, 'an import takes that from what it reads'
       )
   workdir = _absent('train.workdir', parsed.given.get('train.workdir', ''))
-  if parsed.given.get('import.format') == 'meta':
+  form = parsed.given.get('import.format', 'hf')
+  if form not in folder.DESCRIPTIONS:
+    parsed.config()  # says which there are
+  if form == 'meta':
     files.need('import.format', 'meta', 'torch')
   cfg, ours = folder.find(path, parsed.given)
   if ours:
@@ -97,7 +110,14 @@ def import_(parsed: flags.Parsed) -> list[str]:
             'train.workdir': workdir},
   )  # fmt: skip
   model = folder.read(path, cfg, sharding.serving_mesh(cfg))
-  checkpoint.save_params(model, cfg, tokenizer)
+  # At once, or a run would begin with half of it, that is with nothing.
+  tmp = f'{workdir}.tmp-{os.getpid()}'
+  shutil.rmtree(tmp, ignore_errors=True)
+  try:
+    checkpoint.save_params(model, cfg, tokenizer, tmp)
+    os.rename(tmp, workdir)
+  finally:
+    shutil.rmtree(tmp, ignore_errors=True)
   m = cfg.model
   return [
     f'{workdir}: {params.count(lm.specs(cfg)):,} parameters, {m.n_layers}'

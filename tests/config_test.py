@@ -31,9 +31,9 @@ FREE = """
   processes.coordinator processes.count processes.index processes.timeout_s
   train.workdir train.steps
   train.log_every train.eval_every train.checkpoint_every train.keep_last
-  train.init_from train.new_heads train.keep_every train.profile_start
-  train.profile_steps
-  train.compilation_cache eval.checkpoint eval.split eval.stores eval.batches
+  model.context train.keep_every train.profile_start train.profile_steps
+  train.watchdog_s train.spike_sigma train.compilation_cache
+  eval.checkpoint eval.split eval.stores eval.batches
   inspect.step inspect.rows inspect.tokens bench.what bench.heads
   bench.schedules bench.chunks bench.documents bench.rounds bench.calls
   bench.drafts bench.batches bench.prompt

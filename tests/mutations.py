@@ -625,7 +625,7 @@ FAULTS = (
     'parts, done = [jax.tree.map(lambda w: w[-1:], layers)], 1',
     'parts, done = [jax.tree.map(lambda w: w[:1], layers)], 1',
     _in('train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family'
-        '[linear-parallel]'),
+        '[parallel-linear]'),
   ),
   Fault(
     'kept-heads-one-off', 0, BEGIN,
@@ -638,7 +638,7 @@ FAULTS = (
     'chain-the-wrong-way-round', 0, BEGIN,
     'lambda w: w[: -own - 1 : -1], layers', 'lambda w: w[-own:], layers',
     _in('train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family'
-        '[linear-anticausal]'),
+        '[anticausal-linear]'),
   ),
   Fault(
     'frozen-trunk-moves', 0, OPTIM,

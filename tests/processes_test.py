@@ -271,7 +271,12 @@ def test_a_crash_of_one_ends_both(store, tmp_path):
   ends = _ends(_pair(store, tmp_path, of_1=_happens(crash)))
   assert time.time() - mark.stat().st_mtime < 30
   assert ends[0][0] != 0 and ends[1][0] == 1, ends
-  assert 'disk gone' in ends[1][2] and 'disk gone' not in ends[0][2]
+  # Process 0 has the culprit's traceback too.
+  assert '[1/2] Traceback' in ends[1][2] and 'disk gone' in ends[1][2]
+  assert (
+    '[0/2] ends, since another process failed:\n[1] Traceback' in (ends[0][2])
+  )
+  assert 'disk gone' in ends[0][2]
 
 
 @pytest.mark.slow

@@ -31,7 +31,10 @@ FLAGS = {
   'eval.batches': 2,
   'train.compilation_cache': '',
 }
-TIMES = ('step_time_s', 'tokens_per_s', 'model_flops_per_s', 'time_left_s')
+TIMES = (
+  'step_time_s', 'tokens_per_s', 'model_flops_per_s', 'time_left_s',
+  'data_wait',
+)  # fmt: skip
 
 
 def make_store(path: str, seed: int = 0) -> str:

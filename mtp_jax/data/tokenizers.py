@@ -188,13 +188,20 @@ def _piece_encoder(pieces) -> Callable[[str], np.ndarray]:
 
 
 ENDS = 'tokenizer_config.json'
+# What lies beside a tokenizer.json, and leaves with it as it came.
+BESIDE = (
+  ENDS, 'special_tokens_map.json', 'chat_template.jinja',
+  'generation_config.json',
+)  # fmt: skip
 
 
 def _read_hugging_face(name: str, path: str) -> Files:
   files = {'tokenizer.json': _read_model(name, path)}
-  beside = os.path.join(os.path.dirname(os.path.expanduser(path)), ENDS)
-  if os.path.exists(beside):
-    files[ENDS] = _read_model(name, beside)
+  folder = os.path.dirname(os.path.expanduser(path))
+  for other in BESIDE:
+    beside = os.path.join(folder, other)
+    if os.path.exists(beside):
+      files[other] = _read_model(name, beside)
   return files
 
 

@@ -9,6 +9,7 @@ length, a JSON header and the tensors' bytes
 import hashlib
 import importlib
 import json
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -91,14 +92,14 @@ def read(path: str, flag: str) -> dict[str, Tensor]:
         f'{name} is {about["dtype"]}; only {", ".join(DTYPES)} can be read'
       )
     begin, end = about['data_offsets']
+    dtype, shape = np.dtype(DTYPES[about['dtype']]), tuple(about['shape'])
+    if end - begin != dtype.itemsize * math.prod(shape):
+      raise wrong(f'{name} has {end - begin} bytes, not those of {shape}')
     if 8 + length + end > size:
       raise wrong(
         f'is cut off: {name} ends at byte {8 + length + end:,} of {size:,}'
       )
-    found[name] = Tensor(
-      path, name, np.dtype(DTYPES[about['dtype']]), tuple(about['shape']),
-      8 + length + begin,
-    )  # fmt: skip
+    found[name] = Tensor(path, name, dtype, shape, 8 + length + begin)
   return found
 
 
@@ -159,6 +160,15 @@ def read_torch(path: str, flag: str) -> dict[str, Loaded]:
     raise config.ConfigError(
       flag, path, 'is no file of tensors that PyTorch reads, or it is cut off'
     ) from error
+  kinds = torch.float64, torch.float32, torch.float16, torch.bfloat16
+  if not isinstance(found, dict):
+    found = {}
+  for name, x in found.items():
+    if not isinstance(x, torch.Tensor) or x.dtype not in kinds:
+      what = getattr(x, 'dtype', type(x).__name__)
+      raise config.ConfigError(
+        flag, path, f'{name} is {what}; only tensors of floats can be read'
+      )
   return {
     name: Loaded(x.contiguous(), tuple(x.shape)) for name, x in found.items()
   }

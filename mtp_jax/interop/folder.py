@@ -7,6 +7,7 @@ the model, so that it can be read back bit for bit.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from typing import Any
@@ -23,6 +24,13 @@ INDEX = 'model.safetensors.index.json'
 
 
 # Out.
+
+
+def check(cfg: config.Config) -> None:
+  """ConfigError if the form has no place for such a model."""
+  unfit = mapping.unfit(cfg, cfg.export.format)
+  if unfit:
+    raise config.ConfigError('export.format', cfg.export.format, unfit)
 
 
 def export(
@@ -45,16 +53,14 @@ def export(
   Raises:
     ConfigError: the form has no place for such a model.
   """
+  check(cfg)
   form = cfg.export.format
-  unfit = mapping.unfit(cfg, form)
-  if unfit:
-    raise config.ConfigError('export.format', form, unfit)
   describe = meta.describe if form == 'meta' else hf.describe
   written = {
     name: text.encode()
     for name, text in describe(cfg, tokenizer, dtype, about).items()
   }
-  written[OURS] = config.to_json(cfg).encode()
+  written[OURS] = config.to_json(_what_it_is(cfg)).encode()
   if tokenizer is not None:
     written |= tokens.files_of(tokenizer)
   tmp = f'{out}.tmp-{os.getpid()}'
@@ -72,12 +78,21 @@ def export(
   finally:
     shutil.rmtree(tmp, ignore_errors=True)
   extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
-  where = mapping.FORMS[form].file
+  where = mapping.FORMS[form].file if extra else ''
   return [
     f'{out}: {len(wanted) - extra} tensors of a Llama of'
     f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
     f'{f" in {where}" if where else ""}; all read again and equal',
   ]
+
+
+def _what_it_is(cfg: config.Config) -> config.Config:
+  """Without where it was trained, and what was asked of it since."""
+  return dataclasses.replace(
+    config.Config(), model=cfg.model, heads=cfg.heads, loss=cfg.loss,
+    optim=cfg.optim, export=config.Export(format=cfg.export.format),
+    data=dataclasses.replace(cfg.data, store='', documents=''),
+  )  # fmt: skip
 
 
 def _write_tensors(model, cfg, folder, dtype) -> dict[str, str]:
@@ -137,7 +152,10 @@ def _name_shards(folder: str, shards: list[list[str]]) -> None:
     name = f'model-{i:05d}-of-{n:05d}.safetensors'
     path = os.path.join(folder, name)
     os.rename(_shard(folder, i), path)
-    total += os.path.getsize(path)
+    total += sum(
+      math.prod(x.shape) * x.dtype.itemsize
+      for x in files.read(path, 'export.out').values()
+    )
     weight_map |= dict.fromkeys(names, name)
   index = dict(metadata=dict(total_size=total), weight_map=weight_map)
   with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as file:
@@ -161,7 +179,7 @@ def _check(folder: str, form: str, wanted: dict[str, str]) -> None:
 
 def _tensors_of(folder: str, form: str, flag: str) -> dict[str, files.Tensor]:
   if form == 'meta':
-    return files.read_torch(os.path.join(folder, meta.TENSORS), flag)
+    return meta.tensors_of(folder, flag)
   found = files.read_folder(folder, flag)
   beside = os.path.dirname(mapping.FORMS[form].file)
   if beside:
@@ -201,9 +219,19 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
       raise _error(folder, f'{name} is no JSON') from error
 
   about = load(DESCRIPTIONS[wanted])
+  if not isinstance(about, dict):
+    raise _error(folder, f'{DESCRIPTIONS[wanted]} is no JSON object')
   if os.path.exists(os.path.join(folder, OURS)):
-    ours = config.from_json(json.dumps(load(OURS)))
-    return dataclasses.replace(ours, processes=config.Processes()), True
+    try:
+      ours = config.from_json(json.dumps(load(OURS)))
+    except (ValueError, TypeError) as error:
+      raise _error(folder, f'{OURS}: {error}') from error
+    family = given.get('heads.family', ours.heads.family)
+    if ours.heads.n > 1 and family != ours.heads.family:
+      raise config.ConfigError(
+        'heads.family', family, f'{OURS} says {ours.heads.family}'
+      )
+    return ours, True
   cfg = (meta if wanted == 'meta' else hf).read(folder, about, given)
   unfit = mapping.unfit(cfg, cfg.export.format)
   if unfit:
@@ -260,7 +288,10 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
     def shard(index):
       return _shard_of(index, target, of_index, found, wanted, cfg)
 
-    return jax.make_array_from_callback(target.shape, target.sharding, shard)
+    # Ready, or its copy on the host would still be there beside the next one's.
+    return jax.block_until_ready(
+      jax.make_array_from_callback(target.shape, target.sharding, shard)
+    )
 
   return jax.tree_util.tree_map_with_path(leaf, abstract)
 

@@ -48,7 +48,7 @@ def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
     num_attention_heads=m.n_attn_heads,
     num_key_value_heads=m.kv_heads,
     head_dim=m.head_width,
-    max_position_embeddings=cfg.data.seq_len,
+    max_position_embeddings=cfg.model.context or cfg.data.seq_len,
     rms_norm_eps=m.norm_eps,
     rope_parameters=rope,
     # As transformers before 5 read them.
@@ -170,9 +170,15 @@ USE = {
 
 # In.
 
+SIZES = (
+  'hidden_size', 'num_hidden_layers', 'num_attention_heads',
+  'intermediate_size', 'vocab_size', 'num_key_value_heads', 'head_dim',
+  'max_position_embeddings', 'prediction_heads',
+)  # fmt: skip
 # Fields of a config.json that must have this value, if they are there.
 FIXED = {
   'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
+  'quantization_config': None, 'partial_rotary_factor': 1.0,
 }  # fmt: skip
 
 
@@ -194,13 +200,16 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
         folder, f'{field}={about[field]!r} in config.json; only {wanted!r}'
       )
   missing = [
-    field for field in (
-      'hidden_size', 'num_hidden_layers', 'num_attention_heads',
-      'intermediate_size', 'vocab_size',
-    ) if field not in about
+    field for field in SIZES[:5] if field not in about
   ]  # fmt: skip
   if missing:
     raise _error(folder, f'config.json has no {missing[0]}')
+  for field, whole in (
+    *dict.fromkeys(SIZES, int).items(), ('rms_norm_eps', (int, float)),
+  ):  # fmt: skip
+    value = about.get(field)
+    if value is not None and not isinstance(value, whole):
+      raise _error(folder, f'{field}={value!r} in config.json is no number')
   heads, d_model = about['num_attention_heads'], about['hidden_size']
   head_dim = about.get('head_dim') or d_model // heads
   values = {
@@ -216,12 +225,21 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'heads.unembedding': (
       'tied' if about.get('tie_word_embeddings', False) else 'shared'
     ),
+    'model.context': about.get('max_position_embeddings', 2048),
     'data.seq_len': about.get('max_position_embeddings', 2048),
+    # What it was is what it computes, unless another is asked for.
+    'model.compute_dtype': (
+      'float32' if _dtype(about) == 'float32' else 'bfloat16'
+    ),
     'export.format': 'mtp_llama' if kind == 'mtp_llama' else 'hf',
     **_rope(folder, about),
     **given,
   }
   return validate.validate(config.replace(config.Config(), **values))
+
+
+def _dtype(about: dict) -> str:
+  return about.get('dtype') or about.get('torch_dtype') or 'float32'
 
 
 def _rope(folder: str, about: dict) -> dict:

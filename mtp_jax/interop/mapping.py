@@ -273,6 +273,8 @@ def unfit(cfg: config.Config, form: str) -> str:
     return (
       f'has a place for {" and ".join(f.families)} heads; these are {h.family}'
     )
+  if form == 'medusa' and h.n == 1:
+    return 'has further heads; this is a model of one'
   if h.unembedding == 'replicated' and not f.replicated:
     return 'has one unembedding; here each head has its own'
   if cfg.loss.order_weight:

@@ -12,10 +12,21 @@ from mtp_jax import config, validate
 from mtp_jax.interop import files
 
 TENSORS = 'consolidated.pth'
+FIRST = 'consolidated.00.pth'  # as Llama 2 and 3 call it; 01 … are its shards
 CONTEXT = 4096  # of the released models
 
 # Fields that must have this value, if they are there.
 FIXED = {'use_scaled_rope': False}
+
+
+def tensors_of(folder: str, flag: str) -> dict[str, files.Loaded]:
+  names = [n for n in os.listdir(folder) if n.startswith('consolidated.')]
+  if FIRST in names and len(names) > 1:
+    raise config.ConfigError(
+      flag, folder, f'is cut over {len(names)} files by heads; join them first'
+    )
+  name = FIRST if FIRST in names else TENSORS
+  return files.read_torch(os.path.join(folder, name), flag)
 
 
 def describe(cfg: config.Config, tokenizer, dtype, about) -> dict[str, str]:
@@ -63,7 +74,7 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     if about.get(field, wanted) != wanted:
       raise wrong(f'{field}={about[field]!r} in params.json; only {wanted!r}')
   if about.get('vocab_size', -1) == -1:  # as in Llama 2: of the tokenizer
-    tensors = files.read_torch(os.path.join(folder, TENSORS), 'import.path')
+    tensors = tensors_of(folder, 'import.path')
     embed = tensors.get('tok_embeddings.weight')
     about = about | {'vocab_size': embed.shape[0] if embed else None}
   for field in ('dim', 'n_layers', 'n_heads', 'vocab_size'):

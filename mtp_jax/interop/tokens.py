@@ -1,8 +1,4 @@
-"""Tokenizer files that transformers reads, with the same ids. Floor 4.
-
-An export holds tokenizer.json, SentencePiece's tokenizer.model too if it is
-one, and in tokenizer/ the files that a run keeps, as they are.
-"""
+"""Tokenizer files that transformers reads, with the same ids. Floor 4."""
 
 import json
 import os
@@ -12,33 +8,34 @@ from mtp_jax.data import tokenizers
 
 MODEL = 'tokenizer.model'  # what Llama calls a SentencePiece model
 JSON = 'tokenizer.json'
-OWN = 'tokenizer'  # folder
 
 
 def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
   """The files of an export's folder, by name.
 
-  A text is encoded with the begin token before it, as documents are, and what
-  looks like a special token in it is text, as here. A SentencePiece model with
-  symbols of its user, which no tokenizer.json can express, has only MODEL.
+  A tokenizer.json leaves as it came, with what lay beside it: whether it puts a
+  begin token before a text, as documents here have it, is its own affair. For
+  bytes and SentencePiece models one is made, which does, and to which what
+  looks like a special token in a text is text, as here. A SentencePiece model
+  with symbols of its user, or without marks of spaces, has only MODEL. (In a
+  text, the mark itself is a space to the one that is made.)
   """
-  files = {
-    f'{OWN}/{name}': data for name, data in tokenizer.files.items()
-  } | {'tokenizer_config.json': b''}  # fmt: skip
+  files = dict(tokenizer.files)
+  if JSON in files:
+    about = dict(
+      tokenizer_class='PreTrainedTokenizerFast',
+      bos_token=tokenizer.piece(tokenizer.bos),
+      eos_token=tokenizer.piece(tokenizer.eos),
+    )
+    made = {tokenizers.ENDS: json.dumps(about, indent=2).encode()}
+    return made | files
   bos, eos = '<bos>', '<eos>'
-  if tokenizers.PIECES in tokenizer.files:
-    pieces = tokenizer.files[tokenizers.PIECES]
+  if tokenizers.PIECES in files:
+    pieces = files.pop(tokenizers.PIECES)
     files[MODEL] = pieces
     fast, bos, eos = _of_pieces(pieces, tokenizer)
-  elif not tokenizer.files:
-    fast = _of_bytes()
   else:
-    import tokenizers as library
-
-    fast = library.Tokenizer.from_buffer(tokenizer.files[JSON])
-    fast.no_padding()
-    fast.no_truncation()
-    bos, eos = (fast.id_to_token(i) for i in (tokenizer.bos, tokenizer.eos))
+    fast = _of_bytes()
   if fast:
     from tokenizers import processors
 
@@ -53,7 +50,7 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     split_special_tokens=True, clean_up_tokenization_spaces=False,
     model_max_length=10**30,
   )  # fmt: skip
-  files['tokenizer_config.json'] = json.dumps(about, indent=2).encode()
+  files[tokenizers.ENDS] = json.dumps(about, indent=2).encode()
   return files
 
 
@@ -84,6 +81,7 @@ def _byte_letters() -> list[str]:
 
 # Kinds of a piece in SentencePiece's ModelProto.
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+NEVER = -1e6  # the score of what no text may be cut into
 
 
 def _of_pieces(model: bytes, tokenizer):
@@ -102,18 +100,23 @@ def _of_pieces(model: bytes, tokenizer):
   names = [piece.piece for piece in proto.pieces]
   bos, eos = names[tokenizer.bos], names[tokenizer.eos]
   spec, about = proto.normalizer_spec, proto.trainer_spec
-  plain = {NORMAL, UNKNOWN, CONTROL, BYTE}.issuperset(kinds)
-  if not plain or about.treat_whitespace_as_suffix:
+  if (
+    not {NORMAL, UNKNOWN, CONTROL, BYTE}.issuperset(kinds)
+    or about.treat_whitespace_as_suffix
+    or not spec.escape_whitespaces
+  ):
     return None, bos, eos
   if about.model_type == about.UNIGRAM:
-    scores = [(piece.piece, piece.score) for piece in proto.pieces]
+    scores = [
+      (p.piece, p.score if p.type in (NORMAL, UNKNOWN) else NEVER)
+      for p in proto.pieces
+    ]
     fast = library.Tokenizer(
       models.Unigram(scores, kinds.index(UNKNOWN), about.byte_fallback)
     )
-    # It would find '</s>' in a text, so such a thing is cut after its '<'.
-    odd = [n for n, kind in zip(names, kinds, strict=True) if kind != NORMAL]
-    cut = '|'.join(f'{re.escape(n[0])}(?={re.escape(n[1:])})' for n in odd)
-    fast.pre_tokenizer = pre_tokenizers.Split(library.Regex(cut), 'isolated')
+    cut = _cuts(names, kinds)
+    if cut:
+      fast.pre_tokenizer = pre_tokenizers.Split(library.Regex(cut), 'isolated')
   elif about.model_type == about.BPE:
     fast = library.Tokenizer(
       models.BPE(
@@ -142,9 +145,28 @@ def _of_pieces(model: bytes, tokenizer):
     decoders.Fuse(), *last,
   ])  # fmt: skip
   fast.add_special_tokens(
-    [name for name, kind in zip(names, kinds, strict=True) if kind == CONTROL]
-  )
+    [n for n, kind in zip(names, kinds, strict=True)
+     if kind in (CONTROL, UNKNOWN)]
+  )  # fmt: skip
   return fast, bos, eos
+
+
+def _cuts(names, kinds) -> str:
+  """Where a Unigram model must cut a text that has '</s>' in it, as a regular
+  expression. An unknown letter costs it more than NEVER, so it would take the
+  piece; no other piece has that letter, hence none reaches over the cut."""
+  known = {n for n, kind in zip(names, kinds, strict=True) if kind == NORMAL}
+  found = []
+  for name, kind in zip(names, kinds, strict=True):
+    unknown = [i for i, letter in enumerate(name) if letter not in known]
+    if kind == NORMAL or not unknown:
+      continue
+    before, letter, after = (
+      re.escape(x)
+      for x in (name[: unknown[0]], name[unknown[0]], name[unknown[0] + 1 :])
+    )
+    found.append(f'(?<={before}){letter}(?={after})')
+  return '|'.join(found)
 
 
 def _merges(pieces) -> list[tuple[str, str]]:
@@ -163,14 +185,14 @@ def _merges(pieces) -> list[tuple[str, str]]:
 def read(folder: str, ours: str | None) -> tokenizers.Tokenizer | None:
   """The tokenizer of a folder; None if there is none.
 
-  ours: the name in mtp_jax.json, if we wrote the folder.
+  ours: its name in mtp_jax.json, if we wrote the folder, '' for none.
   """
-  if ours == 'bytes':
-    return tokenizers.get('bytes')
-  own = os.path.join(folder, OWN)
-  if ours and os.path.isdir(own):
-    return tokenizers.load(own)
-  for kind, name in (('sentencepiece', MODEL), ('hf', JSON)):
+  if ours is not None and not ours.startswith(('hf', 'sentencepiece')):
+    return tokenizers.get('bytes') if ours else None
+  kinds = [('hf', JSON), ('sentencepiece', MODEL)]
+  if ours and ours.startswith('sentencepiece'):
+    kinds.reverse()
+  for kind, name in kinds:
     path = os.path.join(folder, name)
     if os.path.exists(path):
       return tokenizers.get(f'{kind}:{path}')

@@ -48,8 +48,40 @@ def _beside_head_1(cfg: config.Config) -> bool:
   return cfg.heads.block_first and not heads.family(cfg).reverse
 
 
+def trained_heads(was: config.Config, step: int) -> int:
+  """Heads 1..n that any of so many steps has trained; all of an import's."""
+  if not was.loss.curriculum or not step:
+    return was.heads.n
+  phases = config.parse_steps(was.loss.curriculum)
+  return max(int(values[0]) for start, values in phases if start < step)
+
+
+def as_trained(was: config.Config, step: int) -> config.Config:
+  """`was` without the heads that have not trained yet."""
+  untrained = was.heads.n - trained_heads(was, step)
+  fewer = untrained if was.heads.block_first else 0
+  return config.replace(
+    was,
+    **{
+      'heads.n': was.heads.n - untrained,
+      'model.n_layers': was.model.n_layers - fewer,
+      'loss.curriculum': '',
+    },
+  )
+
+
+def trained_part(old: lm.LM, was: config.Config) -> lm.LM:
+  """Parameters of a Config, cut to those of `as_trained`."""
+  n_modules = heads.n_modules(was, was.heads.n)
+  cut = jax.tree.map(lambda w: w[:n_modules], old.heads)
+  old = old.replace(heads=cut if n_modules else None)
+  if was.heads.unembedding == 'replicated':
+    old = old.replace(unembed=old.unembed[: was.heads.n])
+  return old
+
+
 def kept(was: config.Config, cfg: config.Config) -> int:
-  """Heads 1..kept compute what they did."""
+  """Heads 1..kept compute what they did. Those of `was` have all trained."""
   families = was.heads.family, cfg.heads.family
   if was.heads.stride != cfg.heads.stride:
     return 1
@@ -66,6 +98,8 @@ def described(was: config.Config, cfg: config.Config) -> str:
   if n > first:
     new = 'as head 1' if cfg.train.new_heads == 'copy' else 'fresh'
     new = 'layers of the trunk' if heads.family(cfg).reverse else new
+    if heads.family(cfg).one_module and first > 1:
+      new = 'by the same module'
     parts.append(f'{_numbers(first + 1, n)} new, {new}')
   if was.heads.n > n:
     parts.append(f'{_numbers(n + 1, was.heads.n)} dropped')
@@ -83,9 +117,10 @@ def parameters(
 
   Args:
     fresh: of cfg, initial; what is not used of it is not computed under jit.
-    old: of `was`, in the dtype of cfg.
+    old: of `was`, or with further heads, in the dtype of cfg.
     was, cfg: for which `check` found nothing.
   """
+  old = trained_part(old, was)
   layers = _next_token_layers(old, was)
   n_trunk = heads.trunk_layers(cfg)
   return lm.LM(

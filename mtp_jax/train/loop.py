@@ -8,11 +8,13 @@ tensorboard/, checkpoints/}. The position in the data is the step, so a run that
 was stopped and resumed is, bit for bit, the run that was not.
 """
 
+import collections
 import contextlib
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,13 +33,14 @@ from mtp_jax import (
 from mtp_jax.data import corpus, loader
 from mtp_jax.evals import heldout
 from mtp_jax.model import heads, lm
-from mtp_jax.train import begin, lock, metrics
+from mtp_jax.train import begin, goodput, lock, metrics, spikes, watchdog
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
 EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
 EXIT_REPLACED = lock.Lost.status  # another run has taken the workdir
 EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
+STARVED = 0.3  # of the time spent waiting for data is worth a line
 
 
 def open_tokens(cfg: config.Config) -> corpus.Corpus:
@@ -111,6 +114,7 @@ def eval_batches(
 def train(cfg: config.Config) -> int:
   """Trains to --train.steps, from the newest checkpoint of the workdir if there
   is one. Returns the exit status."""
+  clock = goodput.Clock()
   with processes.together():
     tokens = open_tokens(cfg)
     mesh = sharding.make_mesh(cfg)
@@ -119,27 +123,32 @@ def train(cfg: config.Config) -> int:
   check_same_store(tokens, cfg)
   cfg = config.replace(cfg, **{'data.tokenizer': tokens.recorded})
   workdir = cfg.train.workdir
+  # Before anything is written; a run that goes on has begun long ago.
+  source = None if _newest(workdir) else _source(cfg, tokens)
   with contextlib.ExitStack() as stack:
-    held = sinks = None  # but in the process that writes
+    held = sinks = ledger = None  # but in the process that writes
     with processes.together():
       if processes.first():
         held = _take(workdir)
         stack.callback(held.release)
-    start, source = _start(cfg, tokens)
+    start = _start_step(cfg, tokens)
     if start >= cfg.train.steps:
       print(f'{workdir} is trained already, to step {start}')
       return 0
     if held:
-      checkpoint.write_definition(cfg, tokens.tokenizer)
+      checkpoint.write_definition(cfg, tokens.tokenizer, workdir)
       sinks = metrics.Sinks(workdir, start)
       stack.callback(sinks.close)
+      ledger = goodput.Ledger(workdir, start)
+      stack.callback(ledger.close)
     stack.enter_context(jax.set_mesh(mesh))
     saver = checkpoint.manager(workdir, cfg)
     stack.callback(saver.close)  # waits for the save that is under way
     stop = stack.enter_context(processes.Stop(mesh).on_signal())
     run = _Run(
       cfg, mesh, tokens, bytes_of_tokens(tokens, cfg, mesh), held, sinks,
-      saver, stop,
+      saver, stop, clock, ledger,
+      stack.enter_context(watchdog.watchdog(cfg.train.watchdog_s)),
     )  # fmt: skip
     try:
       return _loop(run, start, source, train_batches(tokens, cfg, start, mesh))
@@ -157,6 +166,9 @@ class _Run(NamedTuple):
   sinks: metrics.Sinks | None
   saver: Any
   stop: processes.Stop
+  clock: goodput.Clock
+  ledger: goodput.Ledger | None
+  alive: Callable[[], None]  # the watchdog's
 
 
 def _take(workdir: str) -> lock.Lock:
@@ -174,15 +186,52 @@ class _Source(NamedTuple):
 
   workdir: str
   step: int
-  cfg: config.Config
+  cfg: config.Config  # as it was saved
+  was: config.Config  # without heads that have not trained yet
 
 
-def _start(cfg, tokens) -> tuple[int, _Source | None]:
-  """(step of the newest checkpoint, 0 without one; what a new run begins with,
-  if with parameters of another). Refused if the run there is another one."""
-  start = int(
-    processes.of_first(str(max(checkpoint.steps(cfg.train.workdir), default=0)))
-  )
+def _newest(workdir: str) -> int | None:
+  """Step of the newest checkpoint, as process 0 sees it."""
+  found = max(checkpoint.steps(workdir), default=None)
+  return json.loads(processes.of_first(json.dumps(found)))
+
+
+def _source(cfg, tokens) -> _Source | None:
+  """What a new run begins with if with the parameters of another: what was
+  imported into the workdir, or --train.init_from."""
+  path, flag = cfg.train.init_from, 'train.init_from'
+  newest = _newest(cfg.train.workdir)
+  if newest is None and not path:
+    return None
+  with processes.together():
+    if newest is not None and path:
+      raise config.ConfigError(
+        flag, path,
+        f'--train.workdir={cfg.train.workdir} holds what was imported, which a'
+        ' run there begins with; give another workdir',
+      )  # fmt: skip
+    if newest is not None:
+      path, flag = cfg.train.workdir, 'train.workdir'
+    found = checkpoint.find(path, flag)
+  # The other run may save meanwhile: all begin with what process 0 has found.
+  workdir, step = json.loads(processes.of_first(json.dumps(found)))
+  with processes.together():
+    saved, _ = checkpoint.about(workdir, step, flag)
+    was = begin.as_trained(saved, step)
+    begin.check(was, cfg, path)
+    if was.data.tokenizer not in ('', cfg.data.tokenizer):
+      raise config.ConfigError(
+        'data.store', cfg.data.store,
+        f'its tokenizer is {cfg.data.tokenizer}; that of the model in {path} is'
+        f' {was.data.tokenizer}',
+      )  # fmt: skip
+  return _Source(workdir, step, saved, was)
+
+
+def _start_step(cfg, tokens) -> int:
+  """Step of the newest checkpoint, 0 without one; refused if the run there is
+  another one."""
+  start = _newest(cfg.train.workdir) or 0
   with processes.together():
     if not lock.held(cfg.train.workdir):
       raise config.ConfigError(
@@ -192,33 +241,7 @@ def _start(cfg, tokens) -> tuple[int, _Source | None]:
       )  # fmt: skip
     if start:
       _check_same_run(cfg, tokens, start)
-      return start, None
-    return 0, _source(cfg)
-
-
-def _source(cfg) -> _Source | None:
-  """What was imported into the workdir, or --train.init_from."""
-  path, flag = cfg.train.init_from, 'train.init_from'
-  if checkpoint.steps(cfg.train.workdir):
-    if path:
-      raise config.ConfigError(
-        flag, path,
-        f'--train.workdir={cfg.train.workdir} holds what was imported, which a'
-        ' run there begins with; give another workdir',
-      )  # fmt: skip
-    path, flag = cfg.train.workdir, 'train.workdir'
-  if not path:
-    return None
-  workdir, step = checkpoint.find(path, flag)
-  was, _ = checkpoint.about(workdir, step, flag)
-  begin.check(was, cfg, path)
-  if was.data.tokenizer not in ('', cfg.data.tokenizer):
-    raise config.ConfigError(
-      'data.store', cfg.data.store,
-      f'its tokenizer is {cfg.data.tokenizer}; that of the model in {path} is'
-      f' {was.data.tokenizer}',
-    )  # fmt: skip
-  return _Source(workdir, step, was)
+  return start
 
 
 def _check_same_run(cfg, tokens, start) -> None:
@@ -253,7 +276,7 @@ def _loop(run: _Run, start: int, source, batches: Iterator[dict]) -> int:
   _say_what(run, abstract, start)
   step_of = _compiler(run)
   evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)
-  clock = _Clock()
+  clock, spikes = run.clock, _Spikes(run)
   with (
     _progress(start, t.steps) as say,
     _profile(cfg) as profile,
@@ -261,64 +284,82 @@ def _loop(run: _Run, start: int, source, batches: Iterator[dict]) -> int:
   ):
     for done in range(start + 1, t.steps + 1):
       n_active = config.active_heads(cfg, done - 1)
-      step = step_of(n_active, say, clock)
+      step = step_of(n_active, say)
       profile(done - 1, state)
-      batch = sharding.put_batch(run.mesh, next(batches))
+      run.alive()
+      clock.at('data')
+      batch = next(batches)
+      clock.at('step')
+      batch = sharding.put_batch(run.mesh, batch)
       state, values = step(state, batch, run.bytes_V)
       clock.steps += 1
+      spikes(done, values, say)
       last, stop = done == t.steps, run.stop()
       if done % t.log_every == 0 or last:
         values = metrics.scalars(jax.device_get(values))
-        _log(run, done, n_active, values, clock, say)
+        _log(run, done, n_active, values, say)
         if values['skipped_in_a_row'] >= t.max_nonfinite:
           say(
             f'{values["skipped_in_a_row"]:.0f} steps in a row were not finite'
             f' (--train.max_nonfinite={t.max_nonfinite}); stopped, unsaved'
           )
+          _end(run, done, 'diverged')
           return EXIT_DIVERGED
       evaluates = last or (t.eval_every and done % t.eval_every == 0)
       due = t.checkpoint_every and done % t.checkpoint_every == 0
       saves = last or stop or due
       if evaluates or saves:
-        jax.block_until_ready(state)  # else the pause would hide its seconds
-      clock.pause()
+        jax.block_until_ready(state)  # else others would get its seconds
       if evaluates:
+        clock.at('eval')
         _evaluate(run, done, state, evaluate, say)
       if saves:
+        clock.at('checkpoint')
         _check_held(run)
         checkpoint.save(run.saver, done, state, cfg, run.tokens.fingerprint)
-      clock.go_on()
+      clock.at('step')
       if stop and not last:
+        clock.at('checkpoint')
         run.saver.wait_until_finished()
         say(f'interrupted: saved step {done}; run the same command to go on')
+        _end(run, done, 'interrupted')
         return EXIT_INTERRUPTED
+    clock.at('checkpoint')
     run.saver.wait_until_finished()
+    _end(run, t.steps, 'finished')
   return 0
+
+
+def _end(run: _Run, done: int, how: str) -> None:
+  run.clock.at('step')
+  if run.ledger:
+    run.ledger.write(done, run.clock, how)
 
 
 def _first_state(cfg, mesh, source: _Source | None) -> state_lib.State:
   if not source:
     return state_lib.init(cfg, mesh)
   dtype = {'model.param_dtype': cfg.model.param_dtype}
-  was = config.replace(source.cfg, **dtype)
   old = checkpoint.restore_model(
-    source.workdir, source.step, was, mesh, 'train.init_from'
-  )
+    source.workdir, source.step, config.replace(source.cfg, **dtype), mesh,
+    'train.init_from',
+  )  # fmt: skip
   print(
     f'begins with {source.workdir}, step {source.step}:'
-    f' {begin.described(was, cfg)}'
+    f' {begin.described(source.was, cfg)}'
   )
-  return state_lib.init(cfg, mesh, (old, was))
+  return state_lib.init(cfg, mesh, (old, source.was))
 
 
 def _compiler(run: _Run):
-  """(n_active, say, clock) -> compiled step; one compile a number of heads."""
+  """(n_active, say) -> compiled step; one compile a number of heads."""
   cfg, steps = run.cfg, {}
   masked = run.tokens.train().masked
 
-  def step_of(n_active, say, clock):
+  def step_of(n_active, say):
     if n_active not in steps:
-      clock.pause()
+      run.alive()
+      run.clock.at('compile')
       begin = time.perf_counter()
       traced = step_lib.trace(cfg, run.mesh, n_active, masked)
       steps[n_active] = traced.lower().compile()
@@ -332,35 +373,52 @@ def _compiler(run: _Run):
           else ''
         )
       )
-      clock.go_on()
+      processes.meet('compiled')  # or the first step would wait, unsaid
+      run.clock.at('step')
     return steps[n_active]
 
   return step_of
 
 
-class _Clock:
-  """Seconds a step since the last log line; pauses for other work."""
+class _Spikes:
+  """Says and counts loss spikes: each step's loss is read when the next but one
+  has been dispatched, so that nothing waits for it."""
 
-  def __init__(self):
-    self.steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
+  LAG = 2
 
-  def lap(self) -> float:
-    self.pause()
-    step_time_s = self._seconds / self.steps if self.steps else float('nan')
-    self.steps, self._seconds = 0, 0.0
-    self.go_on()
-    return step_time_s
+  def __init__(self, run: _Run):
+    self._run = run
+    self._spike = spikes.Detector(run.cfg.train.spike_sigma)
+    self._losses = collections.deque()
 
-  def pause(self):
-    self._seconds += time.perf_counter() - self._since
+  def __call__(self, done: int, values: dict, say) -> None:
+    self._losses.append((done, values['loss_K']))
+    if len(self._losses) <= self.LAG:
+      return
+    step, loss_K = self._losses.popleft()
+    loss = float(jax.device_get(loss_K)[0])
+    if self._spike(loss):
+      say(f'step {step}: head 1 {loss:.4f} is a loss spike')
+      if self._run.ledger:
+        self._run.ledger.write(done, self._run.clock, spike=step, loss=loss)
 
-  def go_on(self):
-    self._since = time.perf_counter()
+
+def _starved(run: _Run, waited: float, say) -> None:
+  """Names the process that holds the run up by waiting for data. (Any other
+  delay of one is the same delay of all: steps are taken together.)"""
+  waits = processes.of_each(waited)
+  most = max(range(len(waits)), key=waits.__getitem__)
+  if waits[most] > STARVED:
+    whose = f'process {most} of {len(waits)}' if len(waits) > 1 else 'the run'
+    say(
+      f'{whose} waits for data {waits[most]:.0%} of the time: a slow disk, or'
+      f' --data.read_threads={run.cfg.data.read_threads} too few'
+    )
 
 
-def _log(run, done, n_active, values, clock, say):
+def _log(run, done, n_active, values, say):
   cfg = run.cfg
-  step_time_s = clock.lap()
+  step_time_s, waited = run.clock.lap()
   tokens_per_s = cfg.data.batch_size * cfg.data.seq_len / step_time_s
   flops_per_s = tokens_per_s * flops.flops_per_token(cfg, n_active)
   values |= dict(
@@ -372,8 +430,12 @@ def _log(run, done, n_active, values, clock, say):
   chip = chips.chip(jax.devices()[0].device_kind)
   if chip:
     values['mfu'] = flops_per_s / (chip.flops_per_s * run.mesh.size)
+  values['data_wait'] = waited
   _write(run, 'train', done, values)
   say(metrics.line(done, cfg.train.steps, values), done)
+  _starved(run, waited, say)
+  if run.ledger:
+    run.ledger.write(done, run.clock)
 
 
 def _check_held(run):
@@ -391,12 +453,19 @@ def _write(run, kind, done, values, source=None):
 def _evaluate(run, done, state, evaluate, say):
   sets = eval_batches(run.tokens, run.cfg, run.mesh)
   for name, batches in sets.items():
-    values = metrics.scalars(evaluate(state.params, batches, done))
+    fed = _fed(batches, run.alive)
+    values = metrics.scalars(evaluate(state.params, fed, done))
     source = None if run.tokens.evaluates_itself_only(sets) else name
     _write(run, 'eval', done, values, source)
     say(f'held out{f" of {source}" if source else ""}, after step {done}:')
     for line in metrics.table(values):
       say('  ' + line)
+
+
+def _fed(batches, alive):
+  for batch in batches:
+    alive()
+    yield batch
 
 
 def _say_what(run: _Run, abstract, start: int) -> None:
@@ -416,6 +485,12 @@ def _say_what(run: _Run, abstract, start: int) -> None:
   axes = ' x '.join(f'{a}={s}' for a, s in run.mesh.shape.items())
   tokens = cfg.data.batch_size * cfg.data.seq_len
   kind = jax.devices()[0].device_kind
+  if cfg.train.freeze == 'trunk' and cfg.heads.block_first:
+    print(
+      f'head 1 of the {cfg.heads.family} family is a layer of its own, which'
+      ' trains; with modules beside the trunk (linear, residual, sequential,'
+      ' recursive) the next token would stay as it is'
+    )
   print(
     f'parameters {params.count(specs):,}: trunk {trunk:,}'
     f' ({heads.trunk_layers(cfg)} layers), {cfg.heads.n} {cfg.heads.family}'

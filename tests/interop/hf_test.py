@@ -47,7 +47,7 @@ def _workdir(c, path):
   """A workdir with the parameters of tiny.model."""
   c = config.replace(c, **{'train.workdir': str(path)})
   model = tiny.model(c, tiny.mesh(c))
-  checkpoint.save_params(model, c, tokenizers.get('bytes'))
+  checkpoint.save_params(model, c, tokenizers.get('bytes'), c.train.workdir)
   return model
 
 

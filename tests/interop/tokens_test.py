@@ -68,7 +68,8 @@ def _named_ends(path):
   )
   (path / 'tokenizer_config.json').write_text(
     json.dumps(dict(
-      bos_token=dict(content='<done>', special=True), eos_token='<done>',
+      bos_token={'__type': 'AddedToken', 'content': '<done>'},
+      eos_token='<done>', chat_template='{{ messages }}',
     ))
   )  # fmt: skip
   return tokenizers.get(f'hf:{path / "tokenizer.json"}')
@@ -97,7 +98,8 @@ def test_transformers_gives_the_same_ids(kind, tmp_path):
   assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
   for text in TEXTS:
     ids = ours.encode(text).tolist()
-    assert theirs(text)['input_ids'] == [ours.bos, *ids], text
+    first = [] if tokens.JSON in ours.files else [ours.bos]
+    assert theirs(text)['input_ids'] == [*first, *ids], text
     assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
 
@@ -109,7 +111,8 @@ def test_an_import_takes_the_same_tokenizer(kind, tmp_path):
   _loaded(ours, tmp_path / 'out')
   back = tokens.read(str(tmp_path / 'out'), tokenizers.recorded_name(ours))
   assert back.fingerprint == ours.fingerprint
-  assert (back.files, back.bos, back.eos) == (ours.files, ours.bos, ours.eos)
+  assert (back.bos, back.eos) == (ours.bos, ours.eos)
+  assert ours.files.items() <= back.files.items()
   for text in TEXTS:
     assert back.encode(text).tolist() == ours.encode(text).tolist()
 

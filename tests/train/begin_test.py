@@ -282,7 +282,7 @@ def test_an_import_is_not_mixed_with_another_run(
   )
   m = sharding.serving_mesh(config.replace(c, **{'mesh.fsdp': -1}))
   model = checkpoint.restore_model(str(undisturbed), 6, c, m, 'train.workdir')
-  checkpoint.save_params(model, c, tokenizers.get('bytes'))
+  checkpoint.save_params(model, c, tokenizers.get('bytes'), c.train.workdir)
   assert runs.train(store, tmp_path / 'run', **_dropped(undisturbed)) == 2
   error = capsys.readouterr().err
   assert 'holds what was imported' in error and '--train.init_from=' in error

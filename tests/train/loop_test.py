@@ -51,7 +51,8 @@ def _of_kind(workdir, kind, names=None):
 
 def test_a_run_writes_what_it_says(undisturbed, store):
   assert sorted(os.listdir(undisturbed)) == [
-    'checkpoints', 'config.json', 'metrics.jsonl', 'run.flags', 'tensorboard',
+    'checkpoints', 'config.json', 'goodput.jsonl', 'metrics.jsonl',
+    'run.flags', 'tensorboard',
   ]  # fmt: skip
   assert checkpoint.steps(str(undisturbed)) == [3, 6]
   cfg = config.from_json((undisturbed / 'config.json').read_text())
@@ -311,7 +312,7 @@ def test_who_lost_the_lock_writes_nothing_more(
   _at_batch(monkeypatch, 2, take)
   assert runs.train(store, tmp_path, **cadence) == loop.EXIT_REPLACED
   assert 'taken by another run' in capsys.readouterr().err
-  assert files() == seen and len(seen) == 4, seen.keys()
+  assert files() == seen and len(seen) == 5, seen.keys()
   assert checkpoint.steps(str(tmp_path)) == []
 
 

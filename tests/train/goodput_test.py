@@ -1,0 +1,197 @@
+"""Where the time of a run went; what ends one that hangs; loss spikes."""
+
+import json
+import math
+import shutil
+import time
+
+import pytest
+
+from mtp_jax import main
+from mtp_jax.train import goodput, loop, spikes, watchdog
+from tests import runs
+
+
+def _clock(**seconds):
+  clock = goodput.Clock()
+  clock.seconds |= seconds
+  return clock
+
+
+def test_each_second_has_one_cause(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
+  clock = goodput.Clock()
+  for seconds, cause in ((2, 'compile'), (30, 'data'), (1, 'step'), (4, 'eval'),
+                         (5, 'step'), (7, 'checkpoint')):  # fmt: skip
+    now[0] += seconds
+    clock.at(cause)
+  clock.steps = 5
+  now[0] += 8
+  step_time_s, waited = clock.lap()
+  assert clock.seconds == dict(
+    start=2, compile=30, data=1, step=4 + 7, eval=5, checkpoint=8
+  )
+  assert (step_time_s, waited) == (12 / 5, 1 / 12)
+  clock.at('step')
+  now[0] += 6
+  clock.steps = 2
+  assert clock.lap() == (3, 0)
+  assert math.isnan(clock.lap()[0])
+
+
+def _session(folder, monkeypatch, steps, began, ends, end, **seconds):
+  monkeypatch.setattr(time, 'time', lambda: began)
+  ledger = goodput.Ledger(str(folder), steps[0])
+  monkeypatch.setattr(time, 'time', lambda: ends)
+  ledger.write(steps[1], _clock(**seconds), end)
+  ledger.close()
+
+
+def test_what_was_done_again_is_no_goodput(tmp_path, monkeypatch):
+  """0 to 10 in 100 s of steps and killed; 20 s later from 6 to 12, all told."""
+  _session(
+    tmp_path, monkeypatch, (0, 10), 1000, 1150, '', start=10, compile=40,
+    step=90, data=10,
+  )  # fmt: skip
+  (tmp_path / 'goodput.jsonl').open('a').write('{"session": 7, "st')
+  _session(
+    tmp_path, monkeypatch, (6, 12), 1170, 1270, 'finished', start=5, compile=30,
+    step=60, checkpoint=5,
+  )  # fmt: skip
+  found = goodput.summary(goodput.read(str(tmp_path)))
+  assert [
+    (s['start'], s['step'], s['end'], s['repeated_steps'])
+    for s in found['sessions']
+  ] == [(0, 10, 'killed', 0), (6, 12, 'finished', 4)]
+  assert found['whole_s'] == 270 and found['down_s'] == 20
+  assert found['repeated_s'] == 4 * 10
+  assert found['goodput'] == pytest.approx((150 - 40) / 270)
+  assert goodput.lines(found) == [
+    'goodput 40.7% of 270 s: start 5.6%, compile 25.9%, data 3.7%, step 55.6%,'
+    ' eval 0.0%, checkpoint 1.9%, repeated 14.8%, down 7.4%',
+    '  session 0: steps 0 to 10, killed',
+    '  session 1: steps 6 to 12, finished; 4 steps done again',
+  ]
+
+
+def test_no_run_has_no_goodput(tmp_path):
+  assert goodput.summary(goodput.read(str(tmp_path))) == {}
+  assert goodput.lines({}) == []
+
+
+def test_a_run_counts_its_seconds_and_the_report_shows_them(
+  undisturbed, tmp_path, capsys
+):
+  found = goodput.summary(goodput.read(str(undisturbed)))
+  (session,) = found['sessions']
+  assert (session['start'], session['step']) == (0, 6)
+  assert session['end'] == 'finished'
+  assert found['compile_s'] > 0 and 0 < found['goodput'] < 1
+  parts = sum(found[f'{cause}_s'] for cause in goodput.CAUSES)
+  assert parts == pytest.approx(found['whole_s'], rel=0.2)
+  run, out = tmp_path / 'run', tmp_path / 'report.json'
+  shutil.copytree(undisturbed, run)
+  assert main.main(['report', str(run), f'--out={out}']) == 0
+  assert f'{run}: goodput ' in capsys.readouterr().out
+  assert str(run) in json.loads(out.read_text())['goodput']
+
+
+# Spikes.
+
+
+def _spikes(losses, sigma=10.0):
+  spike = spikes.Detector(sigma)
+  return [i for i, loss in enumerate(losses) if spike(loss)]
+
+
+def test_a_spike_is_far_above_the_losses_before_it():
+  calm = [3 + 0.01 * (i % 5) - 0.001 * i for i in range(200)]
+  assert _spikes(calm) == []
+  # The least deviation is a hundredth of the median: .03, ten of them .3.
+  assert _spikes([*calm[:50], 3.2, *calm[50:]]) == []
+  assert _spikes([*calm[:50], 3.4, 3.5, *calm[50:]]) == [50, 51]
+  assert _spikes([*calm[:10], 9.0, *calm]) == []  # too early to tell
+  assert _spikes([*calm[:50], math.nan, math.inf, *calm]) == []
+  assert _spikes([*calm[:50], 9.0], sigma=0) == []
+  noisy = [3 + (i % 7) / 7 for i in range(64)]
+  assert _spikes([*noisy, 5.0]) == []
+  assert _spikes([*noisy, 8.0]) == [64]
+
+
+def test_a_run_says_and_counts_its_spikes(store, tmp_path, capsys, monkeypatch):
+  seen = []
+
+  def third(self, loss):
+    seen.append(loss)
+    return len(seen) == 3
+
+  monkeypatch.setattr(spikes.Detector, '__call__', third)
+  assert runs.train(store, tmp_path) == 0
+  said = capsys.readouterr().out
+  assert f'step 3: head 1 {seen[2]:.4f} is a loss spike' in said
+  records = [r for r in runs.records(tmp_path) if r['kind'] == 'train']
+  assert seen == [r['loss_1'] for r in records[: len(seen)]]
+  found = goodput.summary(goodput.read(str(tmp_path)))
+  assert goodput.lines(found)[-1] == '  1 loss spikes'
+
+
+# Who makes no progress, and who starves.
+
+HANGS = """
+import sys, time
+from mtp_jax.train import watchdog
+with watchdog.watchdog(float(sys.argv[1])) as alive:
+  for seconds in map(float, sys.argv[2:]):
+    time.sleep(seconds)
+    alive()
+time.sleep(1)
+print('alive')
+"""
+
+
+@pytest.mark.parametrize(
+  'limit, sleeps, status',
+  [('0.5', ['0.2'] * 5, 0), ('0.5', ['0.2', '9'], 1), ('0', ['0.7'], 0)],
+)
+def test_who_does_not_call_is_ended_with_its_stacks(limit, sleeps, status):
+  begin = time.monotonic()
+  process = runs.process(['-c', HANGS, limit, *sleeps])
+  out, error = process.communicate(timeout=60)
+  assert process.returncode == status
+  assert time.monotonic() - begin < 30
+  if status:
+    assert 'Timeout' in error and 'line 6 in <module>' in error and not out
+  else:
+    assert (out, error) == ('alive\n', '')
+
+
+def test_the_loop_shows_the_watchdog_that_it_lives(
+  store, tmp_path, monkeypatch
+):
+  import contextlib
+
+  calls = []
+
+  @contextlib.contextmanager
+  def count(seconds):
+    calls.append(seconds)
+    yield lambda: calls.append('alive')
+
+  monkeypatch.setattr(watchdog, 'watchdog', count)
+  assert runs.train(store, tmp_path, train__watchdog_s=77) == 0
+  assert calls[0] == 77
+  assert calls.count('alive') == 1 + 6 + 2  # compiled, steps, held-out batches
+
+
+def test_a_run_that_starves_says_so(store, tmp_path, capsys, monkeypatch):
+  batches = loop.train_batches
+
+  def slow(*args):
+    for batch in batches(*args):
+      time.sleep(0.3)
+      yield batch
+
+  monkeypatch.setattr(loop, 'train_batches', slow)
+  assert runs.train(store, tmp_path) == 0
+  assert 'the run waits for data ' in capsys.readouterr().out
