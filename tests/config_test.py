@@ -68,6 +68,13 @@ def test_json_of_an_older_program_keeps_new_defaults():
   assert config.from_json(json.dumps(sections)) == _cfg(heads__n=2)
 
 
+def test_a_rate_of_0_of_an_older_program_is_a_frozen_group():
+  sections = json.loads(config.to_json(_cfg()))
+  sections['optim']['trunk_lr'] = 0
+  cfg = config.from_json(json.dumps(sections))
+  assert (cfg.optim.trunk_lr, cfg.train.freeze) == (1.0, 'trunk')
+
+
 def test_json_of_another_program_is_refused():
   sections = json.loads(config.to_json(_cfg()))
   with pytest.raises(TypeError, match='d_modle'):

@@ -108,7 +108,7 @@ def _of_pieces(model: bytes, tokenizer):
     return None, bos, eos
   if about.model_type == about.UNIGRAM:
     scores = [
-      (p.piece, p.score if p.type in (NORMAL, UNKNOWN) else NEVER)
+      (p.piece, p.score if p.type == NORMAL else NEVER)
       for p in proto.pieces
     ]
     fast = library.Tokenizer(

@@ -115,6 +115,19 @@ ENDS = {'model.embed_tokens.weight', 'lm_head.weight'}
 TRUNK = ['model.layers.0.', 'model.layers.1.']
 # Of three heads over a trunk of two layers, written out from each program.
 KEYS = {
+  ('hf', 'sequential'): _weights(
+    [*TRUNK, 'mtp_heads.2.', 'mtp_heads.3.'], LLAMA
+  ) | _weights(
+    ['mtp_heads.2.', 'mtp_heads.3.'],
+    ['hidden_norm', 'embed_norm', 'proj', 'final_norm'],
+  ) | ENDS | {'model.norm.weight'},
+  ('hf', 'recursive'): _weights([*TRUNK, 'mtp_heads.shared.'], LLAMA)
+    | _weights(
+      ['mtp_heads.shared.'], ['hidden_norm', 'embed_norm', 'proj', 'final_norm']
+    ) | ENDS | {'model.norm.weight'},
+  ('hf', 'anticausal'): _weights(
+    [*TRUNK, 'model.layers.2.', 'model.layers.3.', 'model.layers.4.'], LLAMA
+  ) | ENDS | {'model.norm.weight'},
   ('meta', 'parallel'): _weights(
     ['layers.0.', 'layers.1.', 'layers.2.', 'extra_heads.0.', 'extra_heads.1.'],
     META,
@@ -184,6 +197,9 @@ def test_descriptions_say_what_the_programs_read(tmp_path):
   medusa = json.loads((tmp_path / 'medusa/medusa/config.json').read_text())
   assert medusa['num_heads'] == 2 and medusa['num_hidden_layers'] == 1
   assert medusa['original_lm_head'] and medusa['truncated_vocab_size'] == 264
+  _export(_cfg('medusa', 'residual', 'replicated'), tmp_path / 'own')
+  own = json.loads((tmp_path / 'own/medusa/config.json').read_text())
+  assert not own['original_lm_head']
 
 
 # A Llama's layer in PyTorch, of arrays by name.
@@ -313,7 +329,8 @@ def _run_medusa(w, ids, about):
   for j in range(2):
     y = x @ w[f'medusa/blocks.{j}.layers.0.weight'].T
     h = x + torch.nn.functional.silu(y)
-    out.append(h @ w['medusa/lm_head.weight'].T)
+    own = f'medusa/lm_heads.{j}.weight'
+    out.append(h @ w[own if own in w else 'medusa/lm_head.weight'].T)
   return torch.stack(out)
 
 
@@ -324,10 +341,13 @@ RUN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('form', RUN)
-def test_plain_torch_computes_the_same(form, tmp_path):
+@pytest.mark.parametrize(
+  'form, unembedding',
+  [*((form, 'shared') for form in RUN), ('medusa', 'replicated')],
+)
+def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
   family, run = RUN[form]
-  c = _cfg(form, family)
+  c = _cfg(form, family, unembedding)
   model = _export(c, tmp_path / 'out')
   name = 'params.json' if form == 'meta' else 'config.json'
   about = json.loads((tmp_path / 'out' / name).read_text())
@@ -375,11 +395,12 @@ def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('form', ['meta', 'mtp_llama'])
 def test_what_others_wrote_is_read(form, tmp_path):
-  c = _cfg(form, 'parallel')
+  c = _cfg(form, 'parallel', model__norm_eps=1e-6, model__rope_theta=500_000.0)
   model = _export(c, tmp_path / 'in')
   os.remove(tmp_path / 'in' / folder.OURS)
   cfg, ours, back = _read(tmp_path / 'in', form)
   assert not ours and cfg.heads.n == N and cfg.model.n_layers == 2 + N
+  assert (cfg.model.norm_eps, cfg.model.rope_theta) == (1e-6, 500_000.0)
   _same(back, jax.device_get(model))
 
 
@@ -427,7 +448,8 @@ def test_any_width_of_a_network_can_be_said():
       'has one unembedding; here each head has its own',
     ),
     ('meta', 'parallel', dict(model__d_head=6), '--model.d_head=6'),
-    ('meta', 'parallel', dict(model__rope_factor=8.0), '--model.rope_factor=8'),
+    ('meta', 'parallel', dict(model__rope_factor=2.0), '--model.rope_factor=2'),
+    ('medusa', 'residual', dict(n=1), 'this is a model of one'),
     (
       'deepseek', 'sequential', dict(loss__order_weight=1.0),
       '--loss.order_weight',
@@ -511,6 +533,31 @@ def test_a_pth_cut_off_is_told(tmp_path, capsys):
   path.unlink()
   assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
   assert 'there is no such file' in capsys.readouterr().err
+
+
+def test_the_first_of_one_file_is_read_and_of_several_refused(tmp_path, capsys):
+  _meta_folder(tmp_path / 'in')
+  os.rename(tmp_path / 'in/consolidated.pth', tmp_path / 'in' / meta.FIRST)
+  assert len(_read(tmp_path / 'in', 'meta')[0:2]) == 2
+  (tmp_path / 'in/consolidated.01.pth').touch()
+  assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
+  assert 'is cut over 2 files by heads' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'what, said',
+  [
+    (lambda w: w | {'norm.weight': w['norm.weight'].to(torch.int8)}, 'int8'),
+    (lambda w: {'model': w}, 'model is dict'),
+  ],
+)
+def test_what_is_no_table_of_floats_is_told(what, said, tmp_path, capsys):
+  _meta_folder(tmp_path / 'in')
+  path = tmp_path / 'in/consolidated.pth'
+  torch.save(what(torch.load(path)), path)
+  assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
+  error = capsys.readouterr().err
+  assert said in error and 'only tensors of floats' in error
 
 
 def test_the_other_format_is_named(tmp_path, capsys):

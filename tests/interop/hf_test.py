@@ -1,5 +1,6 @@
 """Out to Hugging Face's form and in again; transformers is the judge."""
 
+import dataclasses
 import json
 import os
 
@@ -105,6 +106,7 @@ def test_every_parameter_has_a_place():
     dict(family='anticausal', n=3),
     dict(family='sequential', n=2, model__n_kv_heads=4),
     dict(family='residual', n=3, model__rope_theta=500_000.0),
+    dict(export__shard_gib=4000 / 2**30),
   ],
 )
 def test_transformers_computes_the_same(changes, tmp_path):
@@ -114,8 +116,9 @@ def test_transformers_computes_the_same(changes, tmp_path):
   assert main.main([
     'export', '--mesh.fsdp=-1', NO_CACHE,
     f'--export.checkpoint={tmp_path / "run"}',
-    f'--export.out={out}',
+    f'--export.out={out}', f'--export.shard_gib={c.export.shard_gib}',
   ]) == 0  # fmt: skip
+  assert (out / folder.INDEX).exists() == (c.export.shard_gib < 1)
   llama = transformers.AutoModelForCausalLM.from_pretrained(
     out, dtype=torch.float32
   )
@@ -190,6 +193,9 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
       "model_type='mamba' in config.json; only 'llama', 'mtp_llama'",
     ),
     (dict(hidden_act='gelu'), "hidden_act='gelu'"),
+    (dict(quantization_config={'bits': 4}), 'quantization_config={'),
+    (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
+    (dict(hidden_size='x'), "hidden_size='x' in config.json is no number"),
     (dict(attention_bias=True), 'attention_bias=True'),
     (
       dict(rope_parameters=dict(rope_type='yarn', factor=2)),
@@ -374,3 +380,164 @@ def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
   said = capsys.readouterr().out.splitlines()[0]
   made = [int(x) for x in said.split(',')]
   assert made == wanted[4 : 4 + len(made)] and len(made) >= 10
+
+
+# What config.json says, without mtp_jax.json to hide it.
+
+
+@pytest.mark.parametrize('unembedding', ['shared', 'tied'])
+def test_fields_of_others_are_read(unembedding, tmp_path):
+  c = _cfg(
+    n=1, heads__unembedding=unembedding, model__norm_eps=1e-6,
+    model__rope_theta=500_000.0, model__rope_factor=8.0,
+    model__rope_low_freq=2.0, model__rope_high_freq=5.0,
+    model__rope_context=32, model__d_head=6, model__context=512,
+  )  # fmt: skip
+  _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
+  about = json.loads((tmp_path / 'in/config.json').read_text())
+  assert (about['bos_token_id'], about['eos_token_id']) == (256, 257)
+  os.remove(tmp_path / 'in' / folder.OURS)
+  cfg, ours = folder.find(str(tmp_path / 'in'), {})
+  assert not ours and cfg.heads.unembedding == unembedding
+  wanted = dataclasses.replace(
+    c.model, remat=cfg.model.remat, compute_dtype='float32'
+  )
+  assert cfg.model == wanted and cfg.data.seq_len == 512
+
+
+def test_what_it_was_is_what_it_computes(tmp_path):
+  _llama(tmp_path / 'in', dtype='bfloat16')
+  cfg, _ = folder.find(str(tmp_path / 'in'), {})
+  assert cfg.model.compute_dtype == 'bfloat16'
+  given = {'model.compute_dtype': 'float32'}
+  assert folder.find(str(tmp_path / 'in'), given)[0].model.compute_dtype == (
+    'float32'
+  )
+
+
+def test_keys_that_mean_nothing_are_left_out(tmp_path):
+  c, model = _llama(tmp_path / 'in')
+  path = str(tmp_path / 'in/model.safetensors')
+  arrays = {k: np.array(x.read()) for k, x in files.read(path, 'x').items()}
+  odd = 'model.layers.0.self_attn.rotary_emb.inv_freq'
+  files.write(path, arrays | {odd: np.ones(2, np.float32)})
+  cfg, _ = folder.find(str(tmp_path / 'in'), {})
+  _same(folder.read(str(tmp_path / 'in'), cfg, tiny.mesh(c)), model)
+
+
+def test_a_file_of_the_index_that_is_missing_is_told(tmp_path):
+  c = _cfg(export__shard_gib=4000 / 2**30)
+  _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
+  name = min(x for x in os.listdir(tmp_path / 'in') if '-of-' in x)
+  os.remove(tmp_path / 'in' / name)
+  with pytest.raises(config.ConfigError, match=f'{name} is missing'):
+    folder.read(str(tmp_path / 'in'), c, tiny.mesh(c))
+  index = json.loads((tmp_path / 'in' / folder.INDEX).read_text())
+  size = sum(
+    np.prod(x.shape) * 4 for x in jax.tree.leaves(tiny.model(c, tiny.mesh(c)))
+  )
+  extra = files.read(str(tmp_path / 'in/mtp_heads.safetensors'), 'x').values()
+  size -= sum(np.prod(x.shape) * 4 for x in extra)
+  assert index['metadata']['total_size'] == size
+
+
+def test_bytes_that_are_not_those_of_a_shape_are_told(tmp_path):
+  _llama(tmp_path / 'in')
+  path = tmp_path / 'in' / 'model.safetensors'
+  whole = path.read_bytes()
+  assert whole.count(b'[264,16]') == 2
+  path.write_bytes(whole.replace(b'[264,16]', b'[264,15]'))
+  with pytest.raises(config.ConfigError, match=r'not those of \(264, 15\)'):
+    files.read(str(path), 'import.path')
+
+
+def _command(command, from_, to, *more):
+  names = {'import': ('import.path', 'train.workdir'),
+           'export': ('export.checkpoint', 'export.out')}[command]  # fmt: skip
+  return main.main([
+    command, f'--{names[0]}={from_}', f'--{names[1]}={to}', '--mesh.fsdp=-1',
+    NO_CACHE, *more,
+  ])  # fmt: skip
+
+
+def test_a_dtype_of_its_own(tmp_path):
+  c = _cfg()
+  _workdir(c, tmp_path / 'run')
+  out = tmp_path / 'out'
+  assert _command(
+    'export', tmp_path / 'run', out, '--export.dtype=bfloat16'
+  ) == 0  # fmt: skip
+  found = files.read_folder(str(out), 'x').values()
+  assert {x.dtype.name for x in found} == {'bfloat16'}
+  assert json.loads((out / 'config.json').read_text())['dtype'] == 'bfloat16'
+
+
+def test_a_model_without_a_tokenizer_leaves_without_one(tmp_path, capsys):
+  _llama(tmp_path / 'in')
+  os.remove(tmp_path / 'in/tokenizer.json')
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  assert _command('import', tmp_path / 'in', run) == 0
+  assert 'no tokenizer was there: ids only' in capsys.readouterr().out
+  assert (run / 'run.flags').exists()
+  assert _command('export', run, out) == 0
+  assert not [x for x in os.listdir(out) if 'tokenizer' in x]
+  about = json.loads((out / 'config.json').read_text())
+  assert 'bos_token_id' not in about
+  capsys.readouterr()
+  assert main.main([
+    'generate', f'--decode.checkpoint={run}', '--prompt=a', '--mesh.fsdp=-1',
+    NO_CACHE,
+  ]) == 2  # fmt: skip
+  assert 'imported without a tokenizer; give --prompt_ids' in (
+    capsys.readouterr().err
+  )
+
+
+def test_an_import_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+  _llama(tmp_path / 'in')
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(checkpoint, 'save', killed)
+  assert _command('import', tmp_path / 'in', tmp_path / 'run') == 130
+  assert os.listdir(tmp_path) == ['in']
+
+
+def test_a_form_is_asked_for_anew(tmp_path):
+  """What was imported from one form leaves in another unless it is given."""
+  c = _cfg('sequential', export__format='mimo')
+  _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
+  assert _command('import', tmp_path / 'in', tmp_path / 'run') == 0
+  assert _command('export', tmp_path / 'run', tmp_path / 'out') == 0
+  assert (tmp_path / 'out/mtp_heads.safetensors').exists()
+  text = (tmp_path / 'out' / folder.OURS).read_text()
+  assert str(tmp_path) not in text  # nothing of where it was made
+
+
+@pytest.mark.parametrize(
+  'more, said',
+  [
+    (['--import.format=gguf'], '--import.format=gguf: one of hf, meta'),
+    (['--heads.family=causal'], '--heads.family=causal: mtp_jax.json says'),
+    (['--heads.n=3'], '--heads.n=3: an import takes that from what it reads'),
+  ],
+)
+def test_flags_that_contradict_are_told(more, said, tmp_path, capsys):
+  c = _cfg('parallel')
+  _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
+  assert _command('import', tmp_path / 'in', tmp_path / 'run', *more) == 2
+  error = capsys.readouterr().err
+  assert said in error and error.count('\n') == 1, error
+  assert not (tmp_path / 'run').exists()
+
+
+def test_what_a_form_cannot_hold_is_told_before_anything(tmp_path, capsys):
+  c = _cfg('linear')
+  _workdir(c, tmp_path / 'run')
+  (tmp_path / 'out').mkdir()
+  assert _command(
+    'export', tmp_path / 'run', tmp_path / 'out', '--export.format=meta'
+  ) == 2  # fmt: skip
+  assert 'these are linear' in capsys.readouterr().err
+  assert (tmp_path / 'out').is_dir()

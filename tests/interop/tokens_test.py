@@ -18,9 +18,13 @@ TEXTS = (
   'a  b   c\n\n\n    d',
   ' leading and trailing ',
   'one </s> two <s> three',
+  'a</s>> b</p> <unk> <0x0A> </ s>',
   '',
   CODE[:3000],
 )
+
+
+KEEPS = dict(normalization_rule_name='identity', remove_extra_whitespaces=False)
 
 
 def _loaded(ours, path):
@@ -36,11 +40,26 @@ def _pieces(path, kind, **settings):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(CODE.split('\n')), model_writer=model,
-    vocab_size=500, model_type=kind, byte_fallback=True, minloglevel=2,
-    **settings,
+    vocab_size=500, model_type=kind, minloglevel=2,
+    **dict(byte_fallback=True) | settings,
   )  # fmt: skip
   (path / 'code.model').write_bytes(model.getvalue())
   return tokenizers.get(f'sentencepiece:{path / "code.model"}')
+
+
+HTML = ['<p>a</p> <s>b</s> </s>> x</ y>', '</s>>', '<unk><0x0A></p>'] * 200
+
+
+def _html(path):
+  """A model with pieces like '</' and 's>>'."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(HTML + CODE.split('\n')), model_writer=model,
+    vocab_size=500, model_type='unigram', byte_fallback=True, minloglevel=2,
+    **KEEPS,
+  )  # fmt: skip
+  (path / 'html.model').write_bytes(model.getvalue())
+  return tokenizers.get(f'sentencepiece:{path / "html.model"}')
 
 
 def _code(path):
@@ -84,6 +103,8 @@ MADE = {
     path, 'bpe', add_dummy_prefix=False, **KEEPS
   ),
   'unigram': lambda path: _pieces(path, 'unigram', **KEEPS),
+  'unigram of html': _html,
+  'no bytes': lambda path: _pieces(path, 'bpe', byte_fallback=False),
   'byte-level': _code,
   'named ends': _named_ends,
 }

@@ -10,7 +10,7 @@ import pytest
 
 from mtp_jax import checkpoint, config, flops, params, sharding
 from mtp_jax.data import tokenizers
-from mtp_jax.model import lm
+from mtp_jax.model import heads, lm
 from mtp_jax.train import begin
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
@@ -109,6 +109,51 @@ def test_a_module_begins_as_the_layer_of_head_1():
   np.testing.assert_allclose(x @ w.proj[0], x[:, :16], atol=1e-6)
 
 
+def test_heads_at_other_offsets_are_not_kept():
+  was, cfg = _cfg('parallel', 3), _cfg('parallel', 3, heads__stride=2)
+  assert begin.kept(was, cfg) == 1
+  _, new = _begun(was, cfg)
+  np.testing.assert_array_equal(new.heads.q[2], new.heads.q[0])
+
+
+def test_heads_that_have_not_trained_are_not_kept():
+  """Of 0:1;5:3 the further heads begin at the sixth step."""
+  was = _cfg('parallel', 3, loss__curriculum='0:1;5:3')
+  assert [begin.trained_heads(was, step) for step in (1, 5, 6)] == [1, 1, 3]
+  assert begin.trained_heads(was, 0) == 3  # an import
+  falls = _cfg('parallel', 3, loss__curriculum='0:3;5:1')
+  assert begin.trained_heads(falls, 9) == 3
+  for family in ('parallel', 'anticausal', 'sequential'):
+    for unembedding in 'shared', 'replicated':
+      was = _cfg(family, 3, unembedding, loss__curriculum='0:1;5:3')
+      fewer = begin.as_trained(was, 5)
+      assert fewer.heads.n == 1
+      layers = len(heads.next_token_layers(fewer))
+      more = 1 if family == 'parallel' else 0
+      cfg = config.replace(
+        _cfg(family, 2, unembedding), **{'model.n_layers': layers + more}
+      )
+      begin.check(fewer, cfg, 'X')
+      m = tiny.mesh(cfg)
+      old = tiny.model(was, m)
+      new = state_lib.init(cfg, m, (old, fewer)).params
+      a = _logits(begin.trained_part(old, fewer), fewer)
+      np.testing.assert_allclose(_logits(new, cfg)[0], a[0], atol=1e-6)
+
+
+def test_the_order_of_tokens_and_own_unembeddings():
+  of = dict(loss__order_weight=1.0)
+  old, new = _begun(_cfg('linear', 2, **of), _cfg('linear', 3, **of))
+  np.testing.assert_array_equal(new.order, old.order)
+  old, new = _begun(_cfg('linear', 2, **of), _cfg('linear', 3))
+  assert new.order is None
+  cfg = _cfg('linear', 3, 'replicated', train__new_heads='fresh')
+  old, new = _begun(_cfg('linear', 2, 'replicated'), cfg)
+  fresh = state_lib.init(cfg, tiny.mesh(cfg)).params
+  np.testing.assert_array_equal(new.unembed[:2], old.unembed)
+  np.testing.assert_array_equal(new.unembed[2], fresh.unembed[2])
+
+
 @pytest.mark.parametrize('family', ['anticausal', 'recursive'])
 def test_on_any_mesh_it_is_the_same(family):
   was = _cfg('parallel', 2, 'replicated')
@@ -140,6 +185,9 @@ def test_what_becomes_of_the_heads_is_said():
   )
   assert said(_cfg(p, 2), _cfg(p, 3, train__new_heads='fresh')) == (
     'heads 1 to 2 as they were; head 3 new, fresh'
+  )
+  assert said(_cfg('recursive', 2), _cfg('recursive', 4)) == (
+    'heads 1 to 2 as they were; heads 3 to 4 new, by the same module'
   )
   assert said(_cfg(p, 1), _cfg('anticausal', 2)) == (
     'head 1 as it was; head 2 new, layers of the trunk'
@@ -207,6 +255,32 @@ def test_next_token_fine_tuning_begins_where_head_1_was(
   runs.assert_same(runs.restored(cut, 4), runs.restored(tmp_path / 'run', 4))
 
 
+def test_another_dtype_begins_with_the_rounded_values(
+  store, undisturbed, tmp_path
+):
+  run = tmp_path / 'run'
+  assert runs.train(
+    store, run, **_dropped(
+      undisturbed, model__param_dtype='bfloat16', train__steps=2,
+    )
+  ) == 0  # fmt: skip
+  old, new = runs.restored(undisturbed, 6).params, runs.restored(run, 2).params
+  assert new.embed.dtype == 'bfloat16'
+  np.testing.assert_array_equal(new.embed, old.embed.astype(new.embed.dtype))
+
+
+def test_a_run_goes_on_with_what_it_began_with(
+  store, undisturbed, tmp_path, capsys
+):
+  run = tmp_path / 'run'
+  assert runs.train(store, run, **_dropped(undisturbed, train__steps=2)) == 0
+  capsys.readouterr()
+  assert runs.train(store, run, **_dropped(tmp_path / 'other')) == 2
+  error = capsys.readouterr().err
+  assert error.startswith(f'mtp: --train.init_from={tmp_path / "other"}: ')
+  assert f'was started with {undisturbed}' in error
+
+
 def test_a_frozen_trunk_stays_bit_for_bit(store, undisturbed, tmp_path):
   """Heads added to a run, and trained alone: what computes its next token has
   the same bits, and the heads have moved."""
@@ -270,7 +344,7 @@ def test_a_run_that_cannot_begin_is_told(
   assert runs.train(store, tmp_path / 'run', **of) == 2
   error = capsys.readouterr().err
   assert said in error and error.count('\n') == 1, error
-  assert not os.path.exists(tmp_path / 'run/config.json')
+  assert not os.path.exists(tmp_path / 'run')
 
 
 def test_an_import_is_not_mixed_with_another_run(
