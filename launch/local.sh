@@ -1,27 +1,41 @@
 #!/usr/bin/env bash
 # A multi-token model of real code, on this machine, from a fresh clone:
-#   launch/local.sh [--section.field=VALUE …]
+#   launch/local.sh [--processes=N[xM]] [--dry-run] [--section.field=VALUE …]
 # Makes .venv, prepares a store from the Python standard library, trains
 # experiments/smoke.flags, evaluates it, draws its curves, and lets it go on with
 # some code, with head 1 alone and with all its heads, in turn. What is there
-# already is used again; other flags get a run of their own.
+# already is used again; other flags get a run of their own. --processes trains in
+# N processes, of M virtual CPU devices each; --dry-run prints what would run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 store=stores/python-stdlib-bytes
-name=smoke
-for flag in "$@"; do name+="_${flag#--}"; done
+name=smoke dry_run='' processes='' flags=() train=(mtp train)
+for flag; do
+  case $flag in
+    --dry-run) dry_run=yes ;;
+    --processes=*) processes=${flag#*=} ;;
+    *) flags+=("$flag") name+="_${flag#--}" ;;
+  esac
+done
 run=runs/$(printf %s "$name" | tr -c 'A-Za-z0-9._=-' '_')
 
-source launch/venv.sh ''
+source launch/options.sh
+if [ -n "$processes" ]; then
+  [[ $processes =~ ^[1-9][0-9]*(x[1-9][0-9]*)?$ ]] ||
+    die "--processes=$processes: give N or NxM"
+  train=(launch/processes.sh "${processes%x*}" train)
+  [[ $processes != *x* ]] || train=(env DEVICES="${processes#*x}" "${train[@]}")
+fi
+[ -n "$dry_run" ] || source launch/venv.sh ''
 source launch/xla_flags.sh auto
 [ -e "$store/manifest.json" ] ||
-  mtp prepare --flagfile=experiments/smoke.flags --data.store="$store"
-mtp train --flagfile=experiments/smoke.flags --data.store="$store" \
-  --train.workdir="$run" "$@"
-mtp eval --eval.checkpoint="$run" --out="$run/heldout.json"
-mtp report "$run"
+  run mtp prepare --flagfile=experiments/smoke.flags --data.store="$store"
+run "${train[@]}" --flagfile=experiments/smoke.flags --data.store="$store" \
+  --train.workdir="$run" "${flags[@]}"
+run mtp eval --eval.checkpoint="$run" --out="$run/heldout.json"
+run mtp report "$run"
 prompt='import os
 
 class Path:
@@ -29,7 +43,8 @@ class Path:
 
     def __init__(self, name):
         self.'
-mtp generate --decode.checkpoint="$run" --prompt="$prompt" \
+run mtp generate --decode.checkpoint="$run" --prompt="$prompt" \
   --decode.max_new=128 --decode.compare --out="$run/decode.json"
+[ -z "$dry_run" ] || exit 0
 echo "checkpoints: $run/checkpoints"
 echo "metrics:     $run/metrics.jsonl, $run/tensorboard, $run/heldout.json, $run/decode.json"

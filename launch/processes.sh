@@ -1,21 +1,38 @@
 #!/usr/bin/env bash
 # N processes of one command on this machine, as N machines would run it:
 #   source .venv/bin/activate
-#   launch/processes.sh N train|eval [--section.field=VALUE …]
+#   launch/processes.sh [--dry-run] N train|eval [--section.field=VALUE …]
+# DEVICES=M gives each of them M virtual devices of the CPU; PORT is where they
+# meet. --dry-run prints what would run.
 # SIGTERM and SIGINT go on to all of them; the status is that of process 0.
 set -euo pipefail
-n=${1:-} command=${2:-}
+source "$(dirname "$0")/options.sh"
+options '' '' "$@"
+set -- "${rest[@]}"
+n=${1:-} command=${2:-} devices=${DEVICES:-}
 if ! [[ $n =~ ^[1-9][0-9]*$ && $command ]]; then
-  echo "processes.sh: give N train|eval [--section.field=VALUE …], not: $*" >&2
-  exit 2
+  die "give N train|eval [--section.field=VALUE …], not: $*"
 fi
+[[ $devices =~ ^([1-9][0-9]*)?$ ]] || die "DEVICES=$devices: a number"
 shift 2
 source "$(dirname "$0")/xla_flags.sh" auto
 port=${PORT:-$((20000 + RANDOM % 10000))}
+prefix=()
+if [ "$devices" ]; then
+  count=--xla_force_host_platform_device_count=$devices
+  # The last one counts.
+  prefix=(env JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$count")
+fi
 for ((i = n - 1; i >= 0; i--)); do
-  python -m mtp_jax "$command" "$@" --processes.coordinator="localhost:$port" \
-    --processes.count="$n" --processes.index="$i" &
+  process=(
+    "${prefix[@]}" python -m mtp_jax "$command" "$@"
+    --processes.coordinator="localhost:$port" --processes.count="$n"
+    --processes.index="$i"
+  )
+  if [ "$dry_run" ]; then echo "$(quoted "${process[@]}") &"; continue; fi
+  "${process[@]}" &
 done
+[ -z "$dry_run" ] || exit 0
 first=$!
 trap 'asked=1; kill -TERM $(jobs -p) 2>/dev/null || true' TERM INT
 # A signal interrupts `wait`: what it then returns is no status of process 0.

@@ -64,7 +64,7 @@ def test_a_script_is_bash(script):
   assert (done.returncode, done.stderr) == (0, '')
 
 
-@pytest.mark.parametrize('script', ['local.sh', 'processes.sh'])
+@pytest.mark.parametrize('script', ['local.sh', 'processes.sh', 'slurm.sbatch'])
 def test_what_trains_sources_the_flags(script):
   text = (LAUNCH / script).read_text()
   assert re.search(r'^source .*xla_flags\.sh"? auto$', text, re.MULTILINE)

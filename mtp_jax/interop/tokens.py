@@ -108,8 +108,7 @@ def _of_pieces(model: bytes, tokenizer):
     return None, bos, eos
   if about.model_type == about.UNIGRAM:
     scores = [
-      (p.piece, p.score if p.type == NORMAL else NEVER)
-      for p in proto.pieces
+      (p.piece, p.score if p.type == NORMAL else NEVER) for p in proto.pieces
     ]
     fast = library.Tokenizer(
       models.Unigram(scores, kinds.index(UNKNOWN), about.byte_fallback)
