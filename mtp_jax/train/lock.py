@@ -17,6 +17,7 @@ import uuid
 from mtp_jax import config
 
 STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
+LOOK_S = 1.0  # between two looks at one that may be
 
 
 class Lost(RuntimeError):
@@ -26,22 +27,41 @@ class Lost(RuntimeError):
 
 
 class Lock:
-  """Taken on construction; ConfigError if a living run holds the workdir."""
+  """Taken on construction; ConfigError if a living run holds the workdir.
+
+  Whether a process of another machine lives is seen by its lock alone: either
+  it touches it, or it is silent for STALE_S. That is waited for, since a run
+  whose machine has died is started on another one at once.
+  """
 
   def __init__(self, workdir: str):
     self._path = os.path.join(workdir, 'lock.json')
     self._id = uuid.uuid4().hex
-    with _one_at_a_time(workdir):
-      self._take(workdir)
+    touched = None
+    while True:
+      with _one_at_a_time(workdir):
+        holder, now = _read(self._path), None
+        with contextlib.suppress(FileNotFoundError):  # released just now
+          now = holder and (holder['run'], os.path.getmtime(self._path))
+        if not now or not _alive(holder, self._path):
+          self._take()
+          return
+      if _here(holder) or touched not in (None, now):
+        raise config.ConfigError(
+          'train.workdir', workdir,
+          f'is being written by process {holder["pid"]} on {holder["host"]};'
+          ' one run a workdir',
+        )  # fmt: skip
+      if touched is None:
+        print(
+          f'{self._path} is that of process {holder["pid"]} on'
+          f' {holder["host"]}; waits up to {STALE_S:.0f} s whether it lives',
+          flush=True,
+        )
+      touched = now
+      time.sleep(LOOK_S)
 
-  def _take(self, workdir):
-    holder = _read(self._path)
-    if holder and _alive(holder, self._path):
-      raise config.ConfigError(
-        'train.workdir', workdir,
-        f'is being written by process {holder["pid"]} on {holder["host"]};'
-        ' one run a workdir',
-      )  # fmt: skip
+  def _take(self):
     mine = f'{self._path}.{self._id}'
     with open(mine, 'w', encoding='utf-8') as f:
       json.dump(
@@ -107,9 +127,15 @@ def _started(pid: int) -> str:
     return ''
 
 
+def _here(holder) -> bool:
+  return holder['host'] == socket.gethostname()
+
+
 def _alive(holder, path) -> bool:
-  if holder['host'] != socket.gethostname():
-    return time.time() - os.path.getmtime(path) < STALE_S
+  if not _here(holder):
+    with contextlib.suppress(FileNotFoundError):
+      return time.time() - os.path.getmtime(path) < STALE_S
+    return False
   try:
     os.kill(holder['pid'], 0)
   except ProcessLookupError:

@@ -65,13 +65,32 @@ def test_a_reused_pid_is_not_the_holder(tmp_path):
   lock.Lock(str(tmp_path)).check()
 
 
-def test_another_machine_is_believed_until_it_is_silent(tmp_path):
+def test_another_machine_that_touches_its_lock_lives(
+  tmp_path, monkeypatch, capsys
+):
   path = tmp_path / 'lock.json'
   _other(path, host='elsewhere')
+  monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e10, 1e10)))
   with pytest.raises(config.ConfigError, match='on elsewhere'):
     lock.Lock(str(tmp_path))
-  os.utime(path, (0, 0))
+  assert f'on elsewhere; waits up to {lock.STALE_S:.0f} s whether it lives' in (
+    capsys.readouterr().out
+  )
+  assert json.loads(path.read_text())['run'] == 'x'
+
+
+def test_another_machine_that_is_silent_for_long_is_dead(
+  tmp_path, monkeypatch, capsys
+):
+  _other(tmp_path / 'lock.json', host='elsewhere')
+  monkeypatch.setattr(lock, 'STALE_S', 1.5)
+  monkeypatch.setattr(lock, 'LOOK_S', 0.1)
+  begin = time.monotonic()
   lock.Lock(str(tmp_path)).check()
+  assert 0.5 < time.monotonic() - begin < 30
+  assert capsys.readouterr().out.count('waits up to') == 1
+  os.utime(tmp_path / 'lock.json', (0, 0))
+  lock.Lock(str(tmp_path)).check()  # long silent: at once
 
 
 def test_who_was_replaced_notices(tmp_path):
