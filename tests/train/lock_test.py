@@ -89,8 +89,10 @@ def test_another_machine_that_is_silent_for_long_is_dead(
   lock.Lock(str(tmp_path)).check()
   assert 0.5 < time.monotonic() - begin < 30
   assert capsys.readouterr().out.count('waits up to') == 1
+  _other(tmp_path / 'lock.json', host='elsewhere')
   os.utime(tmp_path / 'lock.json', (0, 0))
   lock.Lock(str(tmp_path)).check()  # long silent: at once
+  assert 'waits' not in capsys.readouterr().out
 
 
 def test_who_was_replaced_notices(tmp_path):
