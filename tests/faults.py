@@ -1,0 +1,348 @@
+"""A fault campaign: what a run survives, and whether it ends as if undisturbed.
+
+  python -m tests.faults                 writes docs/RELIABILITY.md
+  python -m tests.faults --faults=6 …    fewer; the test command does 4
+
+Runs of 2 and 4 processes of one mesh of four devices are disturbed at random
+(--seed), started again with the same command until they are done, and compared:
+parameters, moments and counters of the last step, and every record of
+metrics.jsonl, bit for bit with a run that nobody disturbed. A process that has
+not ended LIMIT_S after a fault hangs; that fails the campaign.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests import runs
+
+REPORT = pathlib.Path(runs.ROOT) / 'docs' / 'RELIABILITY.md'
+TIMEOUT_S = 10  # --processes.timeout_s
+LIMIT_S = 90.0  # of any session to end by itself after a fault
+STEPS, EVERY, STEP_S = 24, 3, 0.12
+DEVICES = 4
+FLAGS = dict(
+  mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1,
+  train__steps=STEPS, train__checkpoint_every=EVERY, train__keep_last=3,
+  train__watchdog_s=60, eval__batches=1, processes__timeout_s=TIMEOUT_S,
+)  # fmt: skip
+
+# The program, but no step is shorter than STEP_S: else a run would be over
+# before it is disturbed.
+SLOWLY = f"""
+import sys, time
+from mtp_jax import main
+from mtp_jax.train import loop
+
+batches = loop.train_batches
+
+def slowly(*args):
+  for batch in batches(*args):
+    time.sleep({STEP_S})
+    yield batch
+
+loop.train_batches = slowly
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+class Session(NamedTuple):
+  """The processes of one start."""
+
+  workdir: pathlib.Path
+  processes: list[subprocess.Popen]
+  begun: float
+
+  def running(self) -> list[subprocess.Popen]:
+    return [p for p in self.processes if p.poll() is None]
+
+  def end(self, limit: float = LIMIT_S) -> tuple[list[int], float]:
+    """(statuses, seconds until the last one had ended); RuntimeError if one
+    hangs."""
+    begin = time.monotonic()
+    try:
+      for p in self.processes:
+        p.wait(timeout=max(0.1, begin + limit - time.monotonic()))
+    except subprocess.TimeoutExpired as error:
+      raise RuntimeError(f'{p.args[-1]} hangs: no end in {limit} s') from error
+    finally:
+      for p in self.processes:
+        p.kill()
+    return [p.returncode for p in self.processes], time.monotonic() - begin
+
+  def log(self, index: int) -> str:
+    return (self.workdir.parent / f'{self.workdir.name}.{index}.log').read_text(
+      errors='replace'
+    )
+
+
+def start(store: str, workdir: pathlib.Path, n: int) -> Session:
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  processes = []
+  for index in range(n):
+    own = dict(
+      processes__coordinator=f'localhost:{port}', processes__count=n,
+      processes__index=index,
+    )  # fmt: skip
+    args = runs.args(store, str(workdir), **FLAGS | own)
+    log = open(workdir.parent / f'{workdir.name}.{index}.log', 'w')
+    processes.append(
+      runs.process(
+        ['-c', SLOWLY, 'train', *args], devices=DEVICES // n, stdout=log,
+        stderr=subprocess.STDOUT,
+      )
+    )  # fmt: skip
+    log.close()
+  return Session(workdir, processes, time.monotonic())
+
+
+# Faults: each disturbs a session, or what lies on disk before one, and says
+# which statuses its processes may end with.
+
+
+def _wait(session: Session, rng) -> None:
+  """Some moment: of joining, compiling, stepping or saving."""
+  until = session.begun + rng.uniform(1, 16)
+  while time.monotonic() < until and session.running():
+    time.sleep(0.02)
+
+
+def kill_one(session, rng):
+  _wait(session, rng)
+  rng.choice(session.processes).kill()
+
+
+def kill_all(session, rng):
+  _wait(session, rng)
+  for p in session.processes:
+    p.kill()
+
+
+def kill_in_save(session, rng):
+  """As soon as the folder of an unfinished save is there."""
+  skip = rng.randrange(3)
+  folder, seen = session.workdir / 'checkpoints', set()
+  while session.running() and len(seen) <= skip:
+    if folder.is_dir():
+      seen |= {p.name for p in folder.iterdir() if 'tmp' in p.name}
+    time.sleep(0.001)
+  for p in session.processes:
+    p.kill()
+
+
+def sigterm_one(session, rng):
+  _wait(session, rng)
+  rng.choice(session.processes).send_signal(signal.SIGTERM)
+
+
+def freeze_one(session, rng):
+  """It keeps its connections, and does not answer."""
+  _wait(session, rng)
+  frozen = rng.choice(session.processes)
+  frozen.send_signal(signal.SIGSTOP)
+  others = [p for p in session.processes if p is not frozen]
+  limit = time.monotonic() + LIMIT_S
+  while any(p.poll() is None for p in others) and time.monotonic() < limit:
+    time.sleep(0.05)
+  frozen.kill()
+
+
+DURING = {
+  'SIGKILL to one process': kill_one,
+  'SIGKILL to all processes': kill_all,
+  'SIGKILL to all during a save': kill_in_save,
+  'SIGTERM to one process': sigterm_one,
+  'SIGSTOP to one process (it freezes)': freeze_one,
+}
+KILLS = ('SIGKILL',)
+
+
+def flip_a_byte(workdir, store, rng) -> Callable[[], None]:
+  """In the largest files of the newest checkpoint. Returns what mends it: the
+  run does that itself."""
+  del store
+  steps = [p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
+  newest = max(steps, key=lambda p: int(p.name))
+  files = [p for p in newest.rglob('*') if p.is_file() and p.stat().st_size]
+  path = max(files, key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+  path.write_bytes(data)
+  return lambda: None
+
+
+def truncate_a_shard(workdir, store, rng) -> Callable[[], None]:
+  del workdir
+  shards = [p for p in pathlib.Path(store).rglob('*.bin') if p.stat().st_size]
+  path = rng.choice(sorted(shards))
+  whole = path.read_bytes()
+  path.write_bytes(whole[: rng.randrange(len(whole))])
+  return lambda: path.write_bytes(whole)
+
+
+BEFORE = {
+  'a flipped bit in the newest checkpoint': flip_a_byte,
+  'a truncated shard of the store': truncate_a_shard,
+}
+
+
+class Row(NamedTuple):
+  fault: str
+  n: int
+  statuses: tuple[int, ...]
+  seconds: float  # until all processes had ended
+
+
+def _checkpoints(workdir: pathlib.Path) -> int:
+  folder = workdir / 'checkpoints'
+  if not folder.is_dir():
+    return 0
+  return sum(p.name.isdigit() for p in folder.iterdir())
+
+
+def _before(store, workdir, n, name, rng) -> Row:
+  """A fault on disk: the next session goes on without what is damaged, or
+  refuses, in one line; then it is mended."""
+  mend = BEFORE[name](workdir, store, rng)
+  session = start(store, workdir, n)
+  if name.startswith('a truncated'):
+    statuses, seconds = session.end()
+    log = session.log(0)
+    if statuses != [2] * n or 'Traceback' in log:
+      raise RuntimeError(f'{name}: {statuses}\n{log}')
+  else:
+    time.sleep(rng.uniform(8, 14))
+    for p in session.processes:
+      p.kill()
+    statuses, seconds = session.end()
+    log = session.log(0)
+    if 'goes on' not in log and 'damaged' not in log:
+      raise RuntimeError(f'{name}: not noticed\n{log}')
+  mend()
+  return Row(name, n, tuple(statuses), seconds)
+
+
+def disturbed(store, workdir, n, rng, names, say) -> list[Row]:
+  """A run, disturbed once a session until it is done."""
+  rows = []
+  while True:
+    if names and names[-1] in BEFORE and _checkpoints(workdir) > 1:
+      rows.append(_before(store, workdir, n, names.pop(), rng))
+      say(rows[-1])
+      continue
+    session = start(store, workdir, n)
+    during = [i for i, name in enumerate(names) if name in DURING]
+    if not during:
+      statuses, _ = session.end(300.0)
+      if set(statuses) - {0}:
+        raise RuntimeError(f'{workdir}: {statuses}\n{session.log(0)}')
+      return rows
+    name = names.pop(during[-1])
+    DURING[name](session, rng)
+    statuses, seconds = session.end()
+    rows.append(Row(name, n, tuple(statuses), seconds))
+    say(rows[-1])
+    if set(statuses) == {0}:  # it was over before it was disturbed
+      return rows
+
+
+def _state(workdir):
+  return runs.restored(workdir, STEPS)
+
+
+def compare(workdir, reference) -> None:
+  runs.assert_same(_state(workdir), _state(reference))
+  mine, theirs = runs.records(workdir), runs.records(reference)
+  if mine != theirs:
+    raise AssertionError(f'{workdir}: metrics.jsonl differs')
+
+
+def campaign(n_faults: int, seed: int, folder: pathlib.Path, say) -> list[Row]:
+  rng, rows = random.Random(seed), []
+  store = runs.make_store(str(folder / 'store'))
+  wanted = [*DURING, *DURING, 'SIGKILL to one process', *BEFORE]
+  plan = [wanted[i % len(wanted)] for i in range(n_faults)]
+  rng.shuffle(plan)
+  references = {}
+  trial = 0
+  while plan:
+    n = (2, 2, 4)[trial % 3]
+    if n not in references:
+      references[n] = folder / f'undisturbed{n}'
+      statuses, _ = start(store, references[n], n).end(300.0)
+      if set(statuses) != {0}:
+        raise RuntimeError(f'undisturbed: {statuses}')
+    workdir = folder / f'run{trial}'
+    names = [plan.pop() for _ in range(min(4, len(plan)))]
+    rows += disturbed(store, workdir, n, rng, names, say)
+    plan += names  # the run was done before them
+    if _checkpoints(workdir):
+      compare(workdir, references[n])
+    shutil.rmtree(workdir)
+    trial += 1
+  return rows
+
+
+def report(rows: list[Row], seed: int, seconds: float) -> str:
+  kills = sum(row.fault.startswith(KILLS) for row in rows)
+  lines = [
+    '# Reliability', '',
+    'Written by `python -m tests.faults`: runs of 2 and 4 processes, disturbed,'
+    ' started again with the same command until they are done, and compared bit'
+    ' for bit (parameters, moments, counters, every record of metrics.jsonl)'
+    f' with a run that nobody disturbed. Seed {seed}, {len(rows)} faults,'
+    f' {kills} of them kills, {seconds / 60:.0f} minutes on two CPU cores;'
+    f' --processes.timeout_s={TIMEOUT_S}.', '',
+    '| fault | tried | survived | longest until all processes had ended |',
+    '|---|---|---|---|',
+  ]  # fmt: skip
+  for name in dict.fromkeys([*DURING, *BEFORE]):
+    mine = [row for row in rows if row.fault == name]
+    if mine:
+      longest = max(row.seconds for row in mine)
+      lines.append(f'| {name} | {len(mine)} | {len(mine)} | {longest:.1f} s |')
+  return '\n'.join(lines) + '\n'
+
+
+def main(args: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog='python -m tests.faults')
+  parser.add_argument('--faults', type=int, default=96)
+  parser.add_argument('--seed', type=int, default=0)
+  given = parser.parse_args(args)
+  begin = time.monotonic()
+
+  def say(row: Row):
+    print(
+      f'{time.monotonic() - begin:7.0f} s  {row.n} processes: {row.fault}:'
+      f' {list(row.statuses)}, {row.seconds:.1f} s',
+      flush=True,
+    )
+
+  with tempfile.TemporaryDirectory() as folder:
+    rows = campaign(given.faults, given.seed, pathlib.Path(folder), say)
+  if given.faults >= 50:
+    REPORT.write_text(report(rows, given.seed, time.monotonic() - begin))
+  return 0
+
+
+if __name__ == '__main__':
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+  import jax
+
+  jax.config.update(
+    'jax_compilation_cache_dir', tempfile.mkdtemp(prefix='mtp_faults')
+  )
+  sys.exit(main(sys.argv[1:]))
