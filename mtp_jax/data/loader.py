@@ -18,6 +18,7 @@ from mtp_jax import config
 from mtp_jax.data import windows
 
 Batch = dict[str, np.ndarray]
+Ranges = tuple[tuple[int, int], ...]  # (first batch, how many), rising
 
 
 def train_batches(
@@ -29,6 +30,7 @@ def train_batches(
   accumulate: int,
   seed: int,
   start_step: int = 0,
+  left_out: Ranges = (),
   rows: np.ndarray | None = None,
   threads: int = 2,
   prefetch: int = 8,
@@ -47,6 +49,7 @@ def train_batches(
     accumulate: micro-batches of an optimizer step.
     seed: of the order, 0 to 2**32 - 1.
     start_step: step of the first batch.
+    left_out: batches of the order that no step reads.
     rows: rows of each micro-batch to read (`sharding.local_rows`); None = all.
     threads: that read rows; 0 = read when asked.
     prefetch: steps read ahead.
@@ -69,11 +72,35 @@ def train_batches(
   order = _index_batches(
     split.sizes(seq_len, span), split.weights, seed, batch_size
   )
-  steps = order[start_step:].map(read)
+  steps = (
+    grain.MapDataset.range(start_step, sys.maxsize)
+    .map(lambda step: order[index_of(int(step), left_out)])
+    .map(read)
+  )
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=max(prefetch, threads)
   )
   return iter(steps.to_iter_dataset(options))
+
+
+def index_of(step: int, left_out: Ranges) -> int:
+  """The place of a step's batch in the order."""
+  for first, count in left_out:
+    if step >= first:
+      step += count
+  return step
+
+
+def leave_out(left_out: Ranges, first: int, last: int) -> Ranges:
+  """`left_out` and batches first..last: rising ranges that do not touch."""
+  first = max(first, 0)
+  found: list[list[int]] = []
+  for begin, count in sorted([*left_out, (first, last - first + 1)]):
+    if found and begin <= sum(found[-1]):
+      found[-1][1] = max(sum(found[-1]), begin + count) - found[-1][0]
+    else:
+      found.append([begin, count])
+  return tuple((begin, count) for begin, count in found)
 
 
 def row_indices(

@@ -354,3 +354,21 @@ def test_no_flags_are_needed():
     check=True,
   )
   assert done.stdout == '(1, 2, 5)\n'
+
+
+def test_batches_that_are_left_out():
+  """Against a list without them, ranges joined as they come."""
+  left_out, order = (), list(range(40))
+  for first, last in ((10, 12), (5, 5), (12, 15), (-2, 1), (6, 9), (30, 31)):
+    left_out = loader.leave_out(left_out, first, last)
+    order = [x for x in order if not first <= x <= last]
+    assert [loader.index_of(i, left_out) for i in range(len(order))] == order
+  assert left_out == ((0, 2), (5, 11), (30, 2))
+
+
+def test_a_step_reads_past_what_is_left_out():
+  whole = _train(9)
+  some = _train(4, left_out=((1, 2), (5, 1)))
+  _assert_equal(some, [whole[i] for i in (0, 3, 4, 6)])
+  later = _train(2, left_out=((1, 2), (5, 1)), start_step=3)
+  _assert_equal(later, [whole[i] for i in (6, 7)])
