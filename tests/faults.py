@@ -340,6 +340,9 @@ def main(args: list[str]) -> int:
 if __name__ == '__main__':
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+  from mtp_jax import chips
+
+  chips.answer_libtpu()
   import jax
 
   jax.config.update(

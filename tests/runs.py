@@ -81,8 +81,8 @@ def process(
   """Python in a process of its own."""
   return subprocess.Popen(
     [sys.executable, *command], env=environment(devices) | (variables or {}),
-    text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    **kwargs,
+    text=True, cwd=ROOT,
+    **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | kwargs,
   )  # fmt: skip
 
 
