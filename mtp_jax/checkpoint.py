@@ -2,70 +2,270 @@
 
 Floor 3; the only file that imports orbax. Each lies in WORKDIR/checkpoints/STEP
 and appears by a rename when it is complete, so that a save that was cut off
-leaves none. A checkpoint restores onto any mesh: the target's shardings say
-where each shard goes.
+leaves none. A manifest of its files follows, by which a reader knows that they
+are still what was saved. A checkpoint restores onto any mesh: the target's
+shardings say where each shard goes. WORKDIR may be gs://….
 """
 
 import contextlib
 import dataclasses
+import errno
+import functools
+import itertools
 import json
+import logging
 import os
+import sys
+import threading
+import time
+import warnings
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from mtp_jax import config, flags
+from mtp_jax import config, flags, manifest, processes
 from mtp_jax import params as params_lib
 from mtp_jax.model import lm
 
 FORMAT = 1  # raised when a saved state can no longer be read as it is
 
 
-def manager(workdir: str, cfg: config.Config) -> ocp.CheckpointManager:
-  """Asynchronous; keeps the last --train.keep_last and each keep_every-th."""
-  return ocp.CheckpointManager(
-    _folder(workdir),
-    options=ocp.CheckpointManagerOptions(
+class Saver:
+  """Saves while a run goes on, in threads; keeps the last --train.keep_last and
+  each keep_every-th.
+
+  A save that fails, say on a full disk, is told in one line. It leaves nothing
+  behind, what was saved before stays, and the next one is tried at its turn.
+  """
+
+  def __init__(self, workdir: str, cfg: config.Config):
+    self.failed: tuple[int, str] | None = None  # the newest save's step, why
+    self._workdir, self._folder = workdir, _folder(workdir)
+    self._saving: int | None = None  # the step
+    self._following: threading.Thread | None = None
+    self._options = ocp.CheckpointManagerOptions(
       max_to_keep=cfg.train.keep_last,
       keep_period=cfg.train.keep_every or None,
       enable_async_checkpointing=True,
       cleanup_tmp_directories=True,  # what a killed save left behind
-    ),
+      async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
+    )
+    self._orbax = self._manager()
+    _tell_failures_once()
+
+  def _manager(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(self._folder, options=self._options)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def save(self, step: int, args: ocp.args.CheckpointArgs) -> float:
+    """Starts a save; returns the seconds that it held up the caller, those
+    included in which the one before was not yet done."""
+    begin = time.perf_counter()
+    self.wait_until_finished()
+    self.failed, self._saving = None, step
+    try:
+      self._orbax = self._orbax or self._manager()
+      with jax.transfer_guard('allow'):  # orbax copies to the host
+        self._orbax.save(step, args=args)
+    except OSError as error:
+      if jax.process_count() > 1:
+        raise  # the others are waiting for this one within orbax
+      self._tell(step, error)
+    else:
+      self._following = threading.Thread(target=self._follow, args=(step,))
+      self._following.start()
+    return time.perf_counter() - begin
+
+  def _follow(self, step: int) -> None:
+    try:
+      self._orbax.wait_until_finished()
+    except Exception as error:  # of tensorstore: of any class
+      self._tell(step, error)
+      return
+    # It is complete, since orbax has renamed it: if a kill leaves it without a
+    # manifest it is used all the same, only that damage is not noticed.
+    if processes.first():
+      try:
+        manifest.write(self._folder / str(step))
+      except Exception as error:  # of a bucket: of any class
+        _say(f'checkpoint {step} has no manifest: {_why(error)}')
+
+  def _tell(self, step: int, error: Exception) -> None:
+    self.failed = step, _why(error)
+    _say(
+      f'checkpoint {step} could not be saved: {self.failed[1]}; those before it'
+      ' stay'
+    )
+    self._sweep()
+
+  def _sweep(self) -> None:
+    """Removes what a failed save has written; its threads may still be at it,
+    and make folders anew."""
+    for _ in range(20 if processes.first() else 0):
+      left = list(ocp.path.step.all_temporary_paths(self._folder))
+      if not left:
+        return
+      for path in left:
+        with contextlib.suppress(OSError):
+          path.get().rmtree()
+      time.sleep(0.1)
+
+  def wait_until_finished(self) -> None:
+    """Until the last save has its manifest, or has failed; all processes must
+    call it, and all then know whether one has failed."""
+    if self._saving is None:
+      return
+    self._join()
+    step, self._saving = self._saving, None
+    try:
+      with processes.together():
+        if self.failed:
+          raise OSError
+    except OSError:
+      pass
+    except processes.Ended:
+      self.failed = self.failed or (step, 'another process could not do it')
+    if self.failed:
+      self._sweep()
+      # It keeps errors, to raise them at the next save, and has forgotten the
+      # checkpoints that this one was to replace: the next save gets another.
+      self._orbax = None
+
+  def _join(self) -> None:
+    if self._following:
+      self._following.join()
+      self._following = None
+
+  def check(self) -> None:
+    """Raises ConfigError if the last save, which is over, has failed."""
+    if self.failed:
+      step, why = self.failed
+      there = steps(self._workdir)
+      raise config.ConfigError(
+        'train.workdir', self._workdir,
+        f'checkpoint {step} could not be saved: {why}; the newest there is'
+        f' {there[-1] if there else "none"}',
+      )  # fmt: skip
+
+  def close(self) -> None:
+    """Waits for this process's part of the save; the others may have ended."""
+    self._join()
+    if self.failed:
+      self._sweep()
+    elif self._orbax:
+      self._orbax.close()
+
+
+_meetings = itertools.count()  # all processes have as many
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+  """orbax's threads wait here for those of the other processes. One whose part
+  has failed is already waiting for the end of the save: the others, who would
+  wait for it until it is too late, learn it and fail as well."""
+  if jax.process_count() == 1:
+    return
+  client = ocp.multihost.get_jax_distributed_client()
+  while True:
+    number = next(_meetings)
+    mine = f'mtp_save/{{}}/{jax.process_index()}'
+    client.key_value_set(mine.format(number), key)
+    client.wait_at_barrier(f'mtp_save_{number}', timeout_ms)
+    keys = {k for _, k in client.key_value_dir_get(f'mtp_save/{number}/')}
+    if number:  # which all have read, since they are here
+      client.key_value_delete(mine.format(number - 1))
+    if len(keys) == 1:
+      return
+    ends = {k: 'set_value' in k for k in keys}
+    if not ends[key] or all(ends.values()):
+      raise OSError('another process could not write its part')
+
+
+def _say(line: str) -> None:
+  to = sys.stdout if processes.first() else sys.stderr  # others have no stdout
+  with contextlib.suppress(OSError):  # it may be on the full disk
+    print(line, file=to, flush=True)
+
+
+def _why(error: Exception) -> str:
+  """In a few words; tensorstore's are a paragraph."""
+  if os.strerror(errno.ENOSPC) in str(error):
+    return 'no space left on the device'
+  return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or repr(error)).splitlines()[0][:300]
+
+
+@functools.cache
+def _tell_failures_once() -> None:
+  """A save that fails is a line. Without this some hundred follow it, some of
+  them only when the process ends: from orbax, from what it had begun to await,
+  and from tensorstore's threads, whom nobody hears any more."""
+
+  def is_new(record):
+    of = 'orbax' in record.pathname or 'never retrieved' in record.msg
+    return not (of and record.levelno >= logging.ERROR)
+
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).addFilter(is_new)
+  warnings.filterwarnings(
+    'ignore', 'coroutine .* was never awaited', RuntimeWarning
   )
+  hook = sys.unraisablehook
+
+  def unraisable(what):
+    if str(what.exc_value) != 'Event loop is closed':
+      hook(what)
+
+  sys.unraisablehook = unraisable
 
 
-def _folder(workdir: str) -> str:
-  return os.path.join(os.path.abspath(workdir), 'checkpoints')
+def _path(path: str) -> epath.Path:
+  return epath.Path(path if '://' in path else os.path.abspath(path))
+
+
+def _folder(workdir: str) -> epath.Path:
+  return _path(workdir) / 'checkpoints'
 
 
 def save(
-  to: ocp.CheckpointManager, step: int, state: Any, cfg: config.Config,
-  store: str,
-) -> None:  # fmt: skip
+  to: Saver, step: int, state: Any, cfg: config.Config, store: str,
+  left_out=(),
+) -> float:  # fmt: skip
   """Starts to save the state; returns before it is done.
 
   Every process of a run calls it, as it does `restore` and `restore_params`:
   each writes the shards of its devices, process 0 the rest.
 
   Args:
-    to: a manager.
+    to: a Saver.
     step: the state's step, under which it is filed.
     state: the State; may be donated as soon as this returns.
     cfg: what the state was trained with.
     store: fingerprint of the token store. The position in it is step x
-      batch_size, hence not saved.
+      batch_size, hence not saved,
+    left_out: but for the batches that no step reads.
+
+  Returns:
+    Seconds for which it held up the caller.
   """
   about = dict(
-    format=FORMAT, config=json.loads(config.to_json(cfg)), store=store
+    format=FORMAT, config=json.loads(config.to_json(cfg)), store=store,
+    left_out=left_out,
+  )  # fmt: skip
+  args = ocp.args.Composite(
+    state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
   )
-  with jax.transfer_guard('allow'):  # orbax copies to the host
-    to.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
-      ),
-    )
+  return to.save(step, args)
 
 
 def write_definition(cfg, tokenizer, workdir: str) -> None:
@@ -78,11 +278,11 @@ def write_definition(cfg, tokenizer, workdir: str) -> None:
   for name, data in (tokenizer.files if tokenizer else {}).items():
     files[os.path.join('tokenizer', name)] = data
   for name, data in files.items():
-    path = os.path.join(workdir, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + '.tmp', 'wb') as f:
-      f.write(data)
-    os.replace(path + '.tmp', path)
+    path = _path(workdir) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f'{path.name}.tmp'
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def save_params(
@@ -91,17 +291,20 @@ def save_params(
   """Step 0 of a workdir, without an optimizer's state: what an import gives.
   `restore_params` reads it, and a run begins with it."""
   write_definition(cfg, tokenizer, workdir)
-  with contextlib.closing(manager(workdir, cfg)) as to:
+  with contextlib.closing(Saver(workdir, cfg)) as to:
     save(to, 0, dict(params=params), cfg, store='')
     to.wait_until_finished()
+    to.check()
 
 
 def steps(workdir: str) -> list[int]:
   """Steps of the complete checkpoints, oldest first."""
   try:
-    names = os.listdir(_folder(workdir))
+    paths = list(_folder(workdir).iterdir())
   except (FileNotFoundError, NotADirectoryError):
     return []
+  # Where nothing can be renamed, as in a bucket, a file says that it is.
+  names = [p.name for p in paths if ocp.path.step.is_path_finalized(p)]
   return sorted(int(name) for name in names if name.isdigit())
 
 
@@ -111,9 +314,9 @@ def find(path: str, flag: str = 'eval.checkpoint') -> tuple[str, int]:
   Returns:
     (workdir, step), or raises ConfigError that names the flag.
   """
-  folder, name = os.path.split(os.path.abspath(path))
-  if os.path.basename(folder) == 'checkpoints' and name.isdigit():
-    workdir, wanted = os.path.dirname(folder), int(name)
+  asked = _path(path)
+  if asked.parent.name == 'checkpoints' and asked.name.isdigit():
+    workdir, wanted = str(asked.parent.parent), int(asked.name)
   else:
     workdir, wanted = path, None
   there = steps(workdir)
@@ -121,21 +324,70 @@ def find(path: str, flag: str = 'eval.checkpoint') -> tuple[str, int]:
     why = ''
     if there:
       why = f'; there are {there} in {workdir}'
-    elif not os.path.isdir(path):
+    elif not asked.is_dir():
       why = ', which is no directory'
     raise config.ConfigError(flag, path, f'no complete checkpoint there{why}')
   return workdir, there[-1] if wanted is None else wanted
 
 
+def verify(workdir: str, step: int, flag: str) -> None:
+  """Raises ConfigError unless the files are as they were saved.
+
+  It reads them all, a block at a time: once a run, hence of several processes
+  only the first one calls it.
+  """
+  path = _folder(workdir) / str(step)
+  why = manifest.damage(path)
+  if why:
+    raise config.ConfigError(flag, str(path), f'is damaged: {why}')
+
+
+def newest_good(workdir: str) -> tuple[int | None, list[tuple[int, str]]]:
+  """What a run goes on from; reads files as `verify` does.
+
+  Returns:
+    (step of the newest checkpoint that is not damaged, None if there is no
+    checkpoint; (step, what is wrong) of each that is newer).
+
+  Raises:
+    ConfigError: there are some, all of them damaged.
+  """
+  damaged = []
+  for step in reversed(steps(workdir)):
+    why = manifest.damage(_folder(workdir) / str(step))
+    if not why:
+      return step, damaged
+    damaged.append((step, why))
+  if damaged:
+    raise config.ConfigError(
+      'train.workdir', workdir,
+      'all of its checkpoints are damaged: '
+      + '; '.join(f'{step}: {why}' for step, why in damaged),
+    )  # fmt: skip
+  return None, []
+
+
+def set_aside(workdir: str, step: int, why: str = 'damaged') -> str:
+  """Renames a checkpoint, so that its step can be saved again; returns its
+  name."""
+  folder = _folder(workdir)
+  names = {path.name for path in folder.iterdir()}
+  number, name = 1, f'{step}.{why}'
+  while name in names:
+    number += 1
+    name = f'{step}.{why}{number}'
+  (folder / str(step)).rename(folder / name)
+  return name
+
+
 @contextlib.contextmanager
-def _reading(path: str, flag: str = 'train.workdir'):
+def _reading(path: epath.Path, flag: str = 'train.workdir'):
   """What orbax and tensorstore raise for a broken file, as one line."""
   try:
     yield
   except Exception as error:  # orbax raises just that for a damaged array
-    first = (str(error).strip() or repr(error)).splitlines()[0][:300]
     raise config.ConfigError(
-      flag, path, f'cannot be read as a checkpoint: {first}'
+      flag, str(path), f'cannot be read as a checkpoint: {_first_line(error)}'
     ) from error
 
 
@@ -143,7 +395,18 @@ def about(
   workdir: str, step: int, flag: str = 'train.workdir'
 ) -> tuple[config.Config, str]:
   """(Config, store fingerprint) of a checkpoint; waits for no other process."""
-  path = os.path.join(_folder(workdir), str(step))
+  saved = _about(workdir, step, flag)
+  return config.from_json(json.dumps(saved['config'])), saved['store']
+
+
+def left_out(workdir: str, step: int) -> tuple[tuple[int, int], ...]:
+  """The batches that its run has left out."""
+  saved = _about(workdir, step, 'train.workdir').get('left_out', ())
+  return tuple((first, count) for first, count in saved)
+
+
+def _about(workdir: str, step: int, flag: str) -> dict:
+  path = _folder(workdir) / str(step)
   me = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(
     primary_host=me, active_processes={me}
@@ -152,14 +415,14 @@ def about(
     with ocp.Checkpointer(
       ocp.JsonCheckpointHandler(), multiprocessing_options=alone
     ) as reader:
-      saved = reader.restore(os.path.join(path, 'about'))
+      saved = reader.restore(path / 'about')
   if saved['format'] != FORMAT:
     raise config.ConfigError(
       'train.workdir', workdir,
       f'checkpoint {step} has format {saved["format"]}, this program reads'
       f' {FORMAT}',
     )  # fmt: skip
-  return config.from_json(json.dumps(saved['config'])), saved['store']
+  return saved
 
 
 def opened(
@@ -177,9 +440,11 @@ def opened(
     elsewhere: fields that the saved Config does not decide.
 
   Raises:
-    ConfigError: no checkpoint, a flag that contradicts it.
+    ConfigError: no checkpoint, a damaged one, a flag that contradicts it.
   """
   workdir, step = find(path, flag)
+  if processes.first():
+    verify(workdir, step, flag)
   saved, _ = about(workdir, step, flag)
   # Where and beside what it was trained is no matter any more.
   base = dataclasses.replace(
@@ -206,10 +471,10 @@ def is_of_model(name: str) -> bool:
 
 def restore(workdir: str, step: int, abstract_state: Any) -> Any:
   """The saved state, each leaf sharded like its abstract counterpart."""
-  path = os.path.join(_folder(workdir), str(step))
+  path = _folder(workdir) / str(step)
   with _reading(path):
     with ocp.StandardCheckpointer() as reader:
-      return reader.restore(os.path.join(path, 'state'), abstract_state)
+      return reader.restore(path / 'state', abstract_state)
 
 
 def restore_model(
@@ -224,12 +489,12 @@ def restore_params(
   workdir: str, step: int, abstract_params: Any, flag: str = 'train.workdir'
 ) -> Any:
   """The parameters alone; the optimizer state is not read."""
-  path = os.path.join(_folder(workdir), str(step))
+  path = _folder(workdir) / str(step)
   target = dict(params=abstract_params)
   with _reading(path, flag):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       return reader.restore(
-        os.path.join(path, 'state'),
+        path / 'state',
         args=ocp.args.PyTreeRestore(
           item=target,
           restore_args=jax.tree.map(

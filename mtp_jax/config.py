@@ -380,6 +380,12 @@ class Train:
     ' spike, which is said and counted; 0 = none is',
     result=False, min=0,
   )  # fmt: skip
+  skip_batches: int = _f(
+    0,
+    'batches left out for good, up to that of a spike, when a run goes back to'
+    ' the last checkpoint before it; 0 = it does not go back',
+    **UNSIGNED,
+  )  # fmt: skip
   profile_start: int = _f(
     0, 'first step of the profile', result=False, **UNSIGNED
   )

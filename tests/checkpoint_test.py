@@ -1,16 +1,20 @@
 """Checkpoints: what is saved comes back, whole or not at all."""
 
+import errno
+import gc
 import itertools
 import json
 import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from mtp_jax import checkpoint, config, validate
+from mtp_jax import checkpoint, config, manifest, validate
 from mtp_jax.train import state as state_lib
 from tests import runs, tiny
 
@@ -37,7 +41,7 @@ def _abstract(cfg):
 
 
 def _save(workdir, cfg, states: dict):
-  with checkpoint.manager(str(workdir), cfg) as to:
+  with checkpoint.Saver(str(workdir), cfg) as to:
     for step, state in states.items():
       checkpoint.save(to, step, state, cfg, 'the store')
       to.wait_until_finished()
@@ -180,3 +184,174 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, name, damage):
   line = str(error.value)
   assert line.startswith(f'--train.workdir={folder}: cannot be read')
   assert '\n' not in line
+
+
+# What is known of its files.
+
+ONE = dict(x=jnp.ones(3))
+
+
+def _manifests(workdir):
+  return sorted(
+    os.path.relpath(os.path.join(folder, name), workdir / 'checkpoints')
+    for folder, _, names in os.walk(workdir)
+    for name in names
+    if 'manifest.json' in name
+  )
+
+
+def test_each_checkpoint_has_a_manifest_and_no_other_stays(tmp_path):
+  cfg = tiny.cfg(train__keep_last=2, train__keep_every=3)
+  _save(tmp_path, cfg, {s: ONE for s in range(1, 8)})
+  assert _manifests(tmp_path) == [f'{s}/manifest.json' for s in (3, 6, 7)]
+  assert checkpoint.newest_good(str(tmp_path)) == (7, [])
+
+
+def test_any_damage_to_any_file_is_found(saved, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(saved[0], workdir)
+  folder = workdir / 'checkpoints' / '7'
+  paths = [p for p in folder.rglob('*') if p.is_file()]
+  assert len(paths) > 10
+  for path in paths:
+    data, name = path.read_bytes(), path.relative_to(folder)
+    for damaged in (b'', data[:-1], data[:-1] + bytes([data[-1] ^ 1]), None):
+      path.unlink()
+      if damaged is not None:
+        path.write_bytes(damaged)
+      elif name.name == 'manifest.json':
+        continue  # is as if it had been killed before
+      with pytest.raises(config.ConfigError) as error:
+        checkpoint.verify(str(workdir), 7, 'eval.checkpoint')
+      line = str(error.value)
+      assert line.startswith(f'--eval.checkpoint={folder}: is damaged: {name} ')
+      assert '\n' not in line
+    path.write_bytes(data)
+  checkpoint.verify(str(workdir), 7, 'eval.checkpoint')
+
+
+def test_the_newest_that_is_good(tmp_path):
+  assert checkpoint.newest_good(str(tmp_path)) == (None, [])
+  _save(tmp_path, tiny.cfg(train__keep_last=9), {s: ONE for s in (0, 2, 4, 6)})
+  folder = tmp_path / 'checkpoints'
+  for step, found in ((6, 4), (4, 2), (2, 0)):
+    (folder / str(step) / 'commit_success.txt').unlink()
+    good, damaged = checkpoint.newest_good(str(tmp_path))
+    assert good == found
+    assert damaged == [
+      (s, 'commit_success.txt is missing') for s in range(6, step - 1, -2)
+    ]
+  (folder / '0' / 'about' / 'metadata').write_text('')
+  before = sorted(os.listdir(folder))
+  with pytest.raises(config.ConfigError) as error:
+    checkpoint.newest_good(str(tmp_path))
+  assert str(error.value).startswith(
+    f'--train.workdir={tmp_path}: all of its checkpoints are damaged: 6:'
+    ' commit_success.txt is missing; 4: '
+  )
+  assert '; 0: about/metadata has 0 bytes, not ' in str(error.value)
+  assert sorted(os.listdir(folder)) == before
+
+
+def test_what_is_set_aside_is_no_checkpoint_and_stays(tmp_path):
+  cfg = tiny.cfg(train__keep_last=1)
+  for name in ('6.damaged', '6.damaged2', '6.damaged3'):
+    _save(tmp_path, cfg, {6: ONE})
+    assert checkpoint.set_aside(str(tmp_path), 6) == name
+    assert checkpoint.steps(str(tmp_path)) == []
+  _save(tmp_path, cfg, {4: ONE, 6: ONE, 8: ONE})
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == [
+    '6.damaged', '6.damaged2', '6.damaged3', '8',
+  ]  # fmt: skip
+
+
+def test_a_manifest_holds_up_the_next_save_and_the_end_but_no_step(
+  tmp_path, monkeypatch
+):
+  write, slow = manifest.write, threading.Event()
+
+  def patched(folder):
+    assert slow.wait(60)
+    write(folder)
+
+  monkeypatch.setattr(manifest, 'write', patched)
+  with checkpoint.Saver(str(tmp_path), tiny.cfg()) as to:
+    assert 0 < checkpoint.save(to, 1, ONE, tiny.cfg(), '') < 30
+    threading.Timer(0.5, slow.set).start()
+    assert 0.3 < checkpoint.save(to, 2, ONE, tiny.cfg(), '') < 30
+    assert _manifests(tmp_path)[0] == '1/manifest.json'
+  assert _manifests(tmp_path) == ['1/manifest.json', '2/manifest.json']
+
+
+def _no_space(*_, **__):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _patch_save_of(monkeypatch, step, where):
+  """No space for a step: when a save begins, when all but the last of it is
+  written, or for the manifest alone."""
+  owner, name = dict(
+    begin=(ocp.AsyncCheckpointer, 'save'),
+    commit=(os, 'rename'),
+    manifest=(manifest, 'write'),
+  )[where]
+  function = getattr(owner, name)
+
+  def patched(*args, **kwargs):
+    if any(os.path.basename(str(a)) == str(step) for a in args):
+      _no_space()
+    return function(*args, **kwargs)
+
+  monkeypatch.setattr(owner, name, patched)
+
+
+@pytest.mark.parametrize('where', ['begin', 'commit'])
+@pytest.mark.parametrize('keep', [1, 2])
+def test_a_save_that_fails_leaves_nothing_and_takes_nothing(
+  tmp_path, monkeypatch, capfd, where, keep
+):
+  _patch_save_of(monkeypatch, 4, where)
+  cfg, folder = tiny.cfg(train__keep_last=keep), tmp_path / 'checkpoints'
+  with checkpoint.Saver(str(tmp_path), cfg) as to:
+    for step in (2, 4):
+      checkpoint.save(to, step, ONE, cfg, '')
+      to.wait_until_finished()
+    assert os.listdir(folder) == ['2']
+    assert to.failed == (4, 'no space left on the device')
+    with pytest.raises(config.ConfigError) as error:
+      to.check()
+    assert str(error.value) == (
+      f'--train.workdir={tmp_path}: checkpoint 4 could not be saved: no space'
+      ' left on the device; the newest there is 2'
+    )
+    for step in (6, 8):
+      checkpoint.save(to, step, ONE, cfg, '')
+    to.wait_until_finished()
+    to.check()
+  assert checkpoint.steps(str(tmp_path)) == [6, 8][-keep:]
+  assert sorted(os.listdir(folder)) == ['6', '8'][-keep:]
+  gc.collect()
+  out, error = capfd.readouterr()
+  assert out == (
+    'checkpoint 4 could not be saved: no space left on the device; those before'
+    ' it stay\n'
+  )
+  assert error == ''
+
+
+def test_a_manifest_that_cannot_be_written_costs_no_checkpoint(
+  tmp_path, monkeypatch, capsys
+):
+  _patch_save_of(monkeypatch, 4, 'manifest')
+  _save(tmp_path, tiny.cfg(), {2: ONE, 4: ONE})
+  assert capsys.readouterr().out == (
+    'checkpoint 4 has no manifest: no space left on the device\n'
+  )
+  assert checkpoint.newest_good(str(tmp_path)) == (4, [])
+
+
+def test_an_import_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+  _patch_save_of(monkeypatch, 0, 'commit')
+  cfg = config.replace(tiny.cfg(), **{'train.workdir': str(tmp_path)})
+  with pytest.raises(config.ConfigError, match='newest there is none'):
+    checkpoint.save_params(ONE, cfg, None, str(tmp_path))

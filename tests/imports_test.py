@@ -19,6 +19,7 @@ FLOORS = {
   'sharding': 1,
   'params': 1,
   'processes': 1,
+  'manifest': 2,
   'model/': 2,
   'data/': 2,
   'data/loader': 3,

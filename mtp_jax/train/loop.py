@@ -40,6 +40,7 @@ from mtp_jax.train import step as step_lib
 EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
 EXIT_REPLACED = lock.Lost.status  # another run has taken the workdir
 EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
+MAX_BACK = 8  # times that a start of the program goes back from a spike
 STARVED = 0.3  # of the time spent waiting for data is worth a line
 
 
@@ -74,10 +75,11 @@ def bytes_of_tokens(tokens: corpus.Corpus, cfg: config.Config, mesh):
 
 
 def train_batches(
-  tokens: corpus.Corpus, cfg: config.Config, start_step: int, mesh=None
-) -> Iterator[dict]:
-  """Batches of each step from start_step on, endlessly; with a mesh, the rows
-  of this process."""
+  tokens: corpus.Corpus, cfg: config.Config, start_step: int, mesh=None,
+  left_out: loader.Ranges = (),
+) -> Iterator[dict]:  # fmt: skip
+  """Batches of each step from start_step on, endlessly, but for those that are
+  left out; with a mesh, the rows of this process."""
   n_rows = cfg.data.batch_size // cfg.train.accumulate
   return loader.train_batches(
     tokens.train(),
@@ -87,6 +89,7 @@ def train_batches(
     accumulate=cfg.train.accumulate,
     seed=cfg.train.seed,
     start_step=start_step,
+    left_out=left_out,
     rows=sharding.local_rows(mesh, n_rows) if mesh else None,
     threads=cfg.data.read_threads,
   )
@@ -124,14 +127,17 @@ def train(cfg: config.Config) -> int:
   cfg = config.replace(cfg, **{'data.tokenizer': tokens.recorded})
   workdir = cfg.train.workdir
   # Before anything is written; a run that goes on has begun long ago.
-  source = None if _newest(workdir) else _source(cfg, tokens)
+  source = None if _newest(workdir) else _source(cfg)
   with contextlib.ExitStack() as stack:
     held = sinks = ledger = None  # but in the process that writes
     with processes.together():
       if processes.first():
         held = _take(workdir)
         stack.callback(held.release)
-    start = _start_step(cfg, tokens)
+    newest = _start_step(cfg, tokens)
+    start = newest or 0
+    if newest == 0 and not source:  # all that came after an import is damaged
+      source = _source(cfg)
     if start >= cfg.train.steps:
       print(f'{workdir} is trained already, to step {start}')
       return 0
@@ -142,7 +148,7 @@ def train(cfg: config.Config) -> int:
       ledger = goodput.Ledger(workdir, start)
       stack.callback(ledger.close)
     stack.enter_context(jax.set_mesh(mesh))
-    saver = checkpoint.manager(workdir, cfg)
+    saver = checkpoint.Saver(workdir, cfg)
     stack.callback(saver.close)  # waits for the save that is under way
     stop = stack.enter_context(processes.Stop(mesh).on_signal())
     run = _Run(
@@ -150,8 +156,16 @@ def train(cfg: config.Config) -> int:
       saver, stop, clock, ledger,
       stack.enter_context(watchdog.watchdog(cfg.train.watchdog_s)),
     )  # fmt: skip
+    left_out = checkpoint.left_out(workdir, start) if start else ()
     try:
-      return _loop(run, start, source, train_batches(tokens, cfg, start, mesh))
+      for _ in range(1 + MAX_BACK):
+        batches = train_batches(tokens, cfg, start, mesh, left_out)
+        ended = _loop(run, start, source, batches, left_out)
+        if not isinstance(ended, _Spike):
+          return ended
+        run, start, left_out = _go_back(run, ended, left_out, stack)
+      print(f'went back {MAX_BACK} times; stopped at step {start}')
+      return EXIT_DIVERGED
     except lock.Lost as error:
       print(f'mtp: {error}', file=sys.stderr)
       return EXIT_REPLACED
@@ -196,13 +210,14 @@ def _newest(workdir: str) -> int | None:
   return json.loads(processes.of_first(json.dumps(found)))
 
 
-def _source(cfg, tokens) -> _Source | None:
+def _source(cfg) -> _Source | None:
   """What a new run begins with if with the parameters of another: what was
   imported into the workdir, or --train.init_from."""
   path, flag = cfg.train.init_from, 'train.init_from'
   newest = _newest(cfg.train.workdir)
   if newest is None and not path:
     return None
+  answer = ''
   with processes.together():
     if newest is not None and path:
       raise config.ConfigError(
@@ -212,9 +227,12 @@ def _source(cfg, tokens) -> _Source | None:
       )  # fmt: skip
     if newest is not None:
       path, flag = cfg.train.workdir, 'train.workdir'
-    found = checkpoint.find(path, flag)
-  # The other run may save meanwhile: all begin with what process 0 has found.
-  workdir, step = json.loads(processes.of_first(json.dumps(found)))
+    # The other run may save meanwhile: all begin with what process 0 has found.
+    if processes.first():
+      found = checkpoint.find(path, flag)
+      checkpoint.verify(*found, flag)
+      answer = json.dumps(found)
+  workdir, step = json.loads(processes.of_first(answer))
   with processes.together():
     saved, _ = checkpoint.about(workdir, step, flag)
     was = begin.as_trained(saved, step)
@@ -228,10 +246,14 @@ def _source(cfg, tokens) -> _Source | None:
   return _Source(workdir, step, saved, was)
 
 
-def _start_step(cfg, tokens) -> int:
-  """Step of the newest checkpoint, 0 without one; refused if the run there is
-  another one."""
-  start = _newest(cfg.train.workdir) or 0
+def _start_step(cfg, tokens) -> int | None:
+  """Step of the newest checkpoint that is good, None without one; refused if
+  the run there is another one."""
+  workdir, answer = cfg.train.workdir, ''
+  with processes.together():
+    if processes.first():
+      answer = json.dumps(checkpoint.newest_good(workdir))
+  newest, damaged = json.loads(processes.of_first(answer))
   with processes.together():
     if not lock.held(cfg.train.workdir):
       raise config.ConfigError(
@@ -239,9 +261,16 @@ def _start_step(cfg, tokens) -> int:
         f'process {jax.process_index()} does not see what process 0 wrote'
         ' there; all machines must share it',
       )  # fmt: skip
-    if start:
-      _check_same_run(cfg, tokens, start)
-  return start
+    if newest:
+      _check_same_run(cfg, tokens, newest)
+  with processes.together():  # nobody lists them before they are renamed
+    for step, why in damaged if processes.first() else ():
+      name = checkpoint.set_aside(workdir, step)
+      print(
+        f'checkpoint {step} is damaged: {why}; it is now checkpoints/{name},'
+        f' and the run goes on from step {newest}'
+      )
+  return newest
 
 
 def _check_same_run(cfg, tokens, start) -> None:
@@ -266,7 +295,54 @@ def _check_same_run(cfg, tokens, start) -> None:
     )  # fmt: skip
 
 
-def _loop(run: _Run, start: int, source, batches: Iterator[dict]) -> int:
+class _Spike(NamedTuple):
+  """A step whose loss was one, known when `done` steps were."""
+
+  step: int
+  done: int
+  say: Callable
+
+
+def _go_back(run: _Run, spike: _Spike, left_out, stack):
+  """(run, step, left_out) with which to go on after a spike: from the newest
+  checkpoint before it, without the batches that led there."""
+  cfg, workdir = run.cfg, run.cfg.train.workdir
+  batch = loader.index_of(spike.step - 1, left_out)
+  first = max(0, batch + 1 - cfg.train.skip_batches)
+  left_out = loader.leave_out(left_out, first, batch)
+  run.saver.wait_until_finished()
+  run.saver.close()
+  _check_held(run)
+  with processes.together():
+    for step in checkpoint.steps(workdir) if processes.first() else ():
+      if step >= spike.step:
+        checkpoint.set_aside(workdir, step, 'spike')
+  start = _newest(workdir) or 0
+  spike.say(
+    f'goes back to step {start}; batches {first} to {batch} of the order are'
+    ' left out'
+  )
+  saver = checkpoint.Saver(workdir, cfg)
+  stack.callback(saver.close)
+  run = run._replace(saver=saver)
+  if run.sinks:
+    run.ledger.write(
+      spike.done, run.clock, 'went back', left_out=[first, batch]
+    )
+    run.sinks.close()
+    run.ledger.close()
+    run = run._replace(
+      sinks=metrics.Sinks(workdir, start),
+      ledger=goodput.Ledger(workdir, start),
+    )
+    stack.callback(run.sinks.close)
+    stack.callback(run.ledger.close)
+  return run._replace(clock=goodput.Clock()), start, left_out
+
+
+def _loop(
+  run: _Run, start: int, source, batches: Iterator[dict], left_out
+) -> int | _Spike:
   cfg, t = run.cfg, run.cfg.train
   abstract = state_lib.abstract(cfg, run.mesh)
   if start:
@@ -293,7 +369,9 @@ def _loop(run: _Run, start: int, source, batches: Iterator[dict]) -> int:
       batch = sharding.put_batch(run.mesh, batch)
       state, values = step(state, batch, run.bytes_V)
       clock.steps += 1
-      spikes(done, values, say)
+      spike = spikes(done, values, say)
+      if spike and t.skip_batches:
+        return _Spike(spike, done, say)
       last, stop = done == t.steps, run.stop()
       if done % t.log_every == 0 or last:
         values = metrics.scalars(jax.device_get(values))
@@ -316,18 +394,27 @@ def _loop(run: _Run, start: int, source, batches: Iterator[dict]) -> int:
       if saves:
         clock.at('checkpoint')
         _check_held(run)
-        checkpoint.save(run.saver, done, state, cfg, run.tokens.fingerprint)
+        checkpoint.save(
+          run.saver, done, state, cfg, run.tokens.fingerprint, left_out
+        )
       clock.at('step')
       if stop and not last:
         clock.at('checkpoint')
-        run.saver.wait_until_finished()
+        _wait_for_save(run)
         say(f'interrupted: saved step {done}; run the same command to go on')
         _end(run, done, 'interrupted')
         return EXIT_INTERRUPTED
     clock.at('checkpoint')
-    run.saver.wait_until_finished()
+    _wait_for_save(run)
     _end(run, t.steps, 'finished')
   return 0
+
+
+def _wait_for_save(run: _Run) -> None:
+  """Of the last step; ConfigError if it could not be saved."""
+  run.saver.wait_until_finished()
+  with processes.together():
+    run.saver.check()
 
 
 def _end(run: _Run, done: int, how: str) -> None:
@@ -382,7 +469,7 @@ def _compiler(run: _Run):
 
 class _Spikes:
   """Says and counts loss spikes: each step's loss is read when the next but one
-  has been dispatched, so that nothing waits for it."""
+  has been dispatched, so that nothing waits for it. Returns a spike's step."""
 
   LAG = 2
 
@@ -391,16 +478,18 @@ class _Spikes:
     self._spike = spikes.Detector(run.cfg.train.spike_sigma)
     self._losses = collections.deque()
 
-  def __call__(self, done: int, values: dict, say) -> None:
+  def __call__(self, done: int, values: dict, say) -> int | None:
     self._losses.append((done, values['loss_K']))
     if len(self._losses) <= self.LAG:
-      return
+      return None
     step, loss_K = self._losses.popleft()
     loss = float(jax.device_get(loss_K)[0])
-    if self._spike(loss):
-      say(f'step {step}: head 1 {loss:.4f} is a loss spike')
-      if self._run.ledger:
-        self._run.ledger.write(done, self._run.clock, spike=step, loss=loss)
+    if not self._spike(loss):
+      return None
+    say(f'step {step}: head 1 {loss:.4f} is a loss spike')
+    if self._run.ledger:
+      self._run.ledger.write(done, self._run.clock, spike=step, loss=loss)
+    return step
 
 
 def _starved(run: _Run, waited: float, say) -> None:

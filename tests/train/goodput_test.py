@@ -136,6 +136,63 @@ def test_a_run_says_and_counts_its_spikes(store, tmp_path, capsys, monkeypatch):
   assert goodput.lines(found)[-1] == '  1 loss spikes'
 
 
+def _spike_once(monkeypatch, loss_of_step):
+  """The loss of that one step is a spike, the first time it is seen."""
+  seen = []
+
+  def detect(self, loss):
+    seen.append(loss)
+    return len(seen) == loss_of_step
+
+  monkeypatch.setattr(spikes.Detector, '__call__', detect)
+
+
+@pytest.mark.parametrize('every, back', [(3, 3), (0, 0)])
+def test_a_run_that_goes_back_is_one_without_those_batches(
+  every, back, store, tmp_path, capsys, monkeypatch
+):
+  """Of batches 0 to 9, 3 and 4 left out at the spike of step 5; stopped after
+  that and gone on with as well."""
+  of = dict(train__checkpoint_every=every, train__steps=10, optim__lr=1e-3)
+  went = tmp_path / 'went'
+  with monkeypatch.context() as patched:
+    _spike_once(patched, 5)
+    assert runs.train(
+      store, went, **of | dict(train__skip_batches=2, train__steps=8)
+    ) == 0  # fmt: skip
+  said = capsys.readouterr().out
+  assert f'goes back to step {back}; batches 3 to 4 of the order' in said
+  assert runs.train(store, went, **of | dict(train__skip_batches=2)) == 0
+
+  batches = loop.train_batches
+  monkeypatch.setattr(
+    loop, 'train_batches',
+    lambda tokens, cfg, start, mesh, left_out=(): batches(
+      tokens, cfg, start, mesh, ((3, 2),)
+    ),
+  )  # fmt: skip
+  plain = tmp_path / 'plain'
+  assert runs.train(store, plain, **of) == 0
+  runs.assert_same(runs.restored(went, 10), runs.restored(plain, 10))
+  mine, theirs = runs.records(went), runs.records(plain)
+  wanted = [r for r in theirs if r['kind'] == 'train']
+  assert [r for r in mine if r['kind'] == 'train'] == wanted
+  found = goodput.summary(goodput.read(str(went)))
+  assert [s['end'] for s in found['sessions']] == [
+    'went back',
+    'finished',
+    'finished',
+  ]
+  assert found['sessions'][1]['repeated_steps'] == 7 - back
+
+
+def test_a_run_does_not_go_back_for_ever(store, tmp_path, monkeypatch):
+  monkeypatch.setattr(spikes.Detector, '__call__', lambda self, loss: True)
+  assert runs.train(
+    store, tmp_path, train__skip_batches=1
+  ) == loop.EXIT_DIVERGED  # fmt: skip
+
+
 # Who makes no progress, and who starves.
 
 HANGS = """

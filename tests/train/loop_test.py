@@ -1,19 +1,23 @@
 """A run: stopped and resumed it is the run that was not, bit for bit."""
 
+import errno
 import io
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, config, targets
+from mtp_jax import checkpoint, config, main, manifest, sharding, targets
 from mtp_jax.train import loop, metrics
+from tests import processes_test as pair
 from tests import runs
 
 
@@ -438,3 +442,376 @@ def test_a_terminal_shows_a_bar(store, resumable, undisturbed, monkeypatch):
   assert 'step 6/6  loss' in written and 'held out' in written
   assert '\x1b[' in written and 'training' in written and '6/6' in written
   assert runs.records(resumable) == runs.records(undisturbed)
+
+
+# Damaged checkpoints.
+
+
+def _damage(run, step, how='flipped'):
+  """Of the largest file of a checkpoint; returns the line that names it."""
+  folder = run / 'checkpoints' / str(step)
+  path = max(
+    (p for p in folder.rglob('d/*')), key=lambda p: (p.stat().st_size, p)
+  )
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  half = data[: len(data) // 2]
+  path.unlink()
+  if how != 'missing':
+    path.write_bytes(dict(flipped=data, half=half, empty=b'')[how])
+  name = path.relative_to(folder)
+  return dict(
+    flipped=f'{name} has other bytes than were saved',
+    half=f'{name} has {len(half):,} bytes, not {len(data):,}',
+    empty=f'{name} has 0 bytes, not {len(data):,}',
+    missing=f'{name} is missing',
+  )[how]
+
+
+@pytest.fixture
+def copy(undisturbed, tmp_path):
+  return shutil.copytree(undisturbed, tmp_path / 'copy')
+
+
+@pytest.mark.parametrize('how', ['flipped', 'half', 'empty', 'missing'])
+def test_a_run_falls_back_to_the_newest_good_checkpoint(
+  store, copy, undisturbed, capsys, how
+):
+  line = _damage(copy, 6, how)
+  damaged = _contents(copy / 'checkpoints' / '6')
+  assert runs.train(store, copy, train__checkpoint_every=3) == 0
+  out = capsys.readouterr().out
+  assert out.count('damaged') == 2 and out.splitlines()[0] == (
+    f'checkpoint 6 is damaged: {line}; it is now checkpoints/6.damaged, and the'
+    ' run goes on from step 3'
+  )
+  assert 'step 3 of 6, 3 to go' in out
+  assert checkpoint.steps(str(copy)) == [3, 6]
+  aside = _contents(copy / 'checkpoints' / '6.damaged')
+  assert [*aside.values()] == [*damaged.values()]
+  runs.assert_same(runs.restored(copy, 6), runs.restored(undisturbed, 6))
+  assert runs.records(copy) == runs.records(undisturbed)
+  checkpoint.verify(str(copy), 6, 'train.workdir')
+
+
+def test_only_damaged_checkpoints_are_refused_and_left(store, copy, capsys):
+  lines = [f'{step}: {_damage(copy, step)}' for step in (6, 3)]
+  before = _contents(copy)
+  assert runs.train(store, copy) == 2
+  assert capsys.readouterr() == (
+    '',
+    f'mtp: --train.workdir={copy}: all of its checkpoints are damaged:'
+    f' {"; ".join(lines)}\n',
+  )
+  assert _contents(copy) == before
+
+
+def test_who_is_refused_sets_nothing_aside(store, copy, capsys):
+  _damage(copy, 6)
+  before = _contents(copy)
+  assert runs.train(store, copy, optim__lr=0.5) == 2
+  assert '--optim.lr=0.5: the run in' in capsys.readouterr().err
+  assert _contents(copy) == before
+
+
+@pytest.mark.parametrize(
+  'command, flag, more',
+  [
+    ('eval', 'eval.checkpoint', ['--mesh.fsdp=-1']),
+    ('generate', 'decode.checkpoint', ['--prompt=ab', '--mesh.fsdp=-1']),
+    ('export', 'export.checkpoint', ['--export.out={}/out']),
+  ],
+)
+def test_other_commands_refuse_a_damaged_checkpoint(
+  copy, tmp_path, capsys, command, flag, more
+):
+  line = _damage(copy, 6)
+  before = _contents(tmp_path)
+  for path in (copy, copy / 'checkpoints' / '6'):
+    args = [f'--{flag}={path}', '--train.compilation_cache=', *more]
+    args = [arg.format(tmp_path) for arg in args]
+    assert main.main([command, *args]) == 2
+    assert capsys.readouterr() == (
+      '',
+      f'mtp: --{flag}={copy}/checkpoints/6: is damaged: {line}\n',
+    )
+  assert _contents(tmp_path) == before
+
+
+def test_a_run_does_not_begin_with_a_damaged_checkpoint(
+  store, copy, tmp_path, capsys
+):
+  line = _damage(copy, 6)
+  begun = dict(train__init_from=copy)
+  assert runs.train(store, tmp_path / 'run', **begun) == 2
+  assert capsys.readouterr().err == (
+    f'mtp: --train.init_from={copy}/checkpoints/6: is damaged: {line}\n'
+  )
+  assert checkpoint.steps(str(tmp_path / 'run')) == []
+  begun = dict(train__init_from=copy / 'checkpoints' / '3')
+  assert runs.train(store, tmp_path / 'run', **begun) == 0
+
+
+def test_after_an_import_a_run_falls_back_to_it(store, copy, tmp_path, capsys):
+  """As it does when nothing newer was saved."""
+  cfg, _ = checkpoint.about(str(copy), 6)
+  cfg = config.replace(cfg, **{'train.keep_last': 9})
+  m = sharding.make_mesh(cfg)
+  model = checkpoint.restore_model(str(copy), 6, cfg, m, 'train.workdir')
+  run = tmp_path / 'run'
+  cfg = config.replace(cfg, **{'train.workdir': str(run)})
+  checkpoint.save_params(model, cfg, None)
+  keep = dict(train__steps=3, optim__warmup_steps=2, train__keep_last=9)
+  assert runs.train(store, run, **keep) == 0
+  first = runs.restored(run, 3)
+  assert checkpoint.steps(str(run)) == [0, 3]
+  _damage(run, 3)
+  assert runs.train(store, run, **keep) == 0
+  out = capsys.readouterr().out
+  assert 'and the run goes on from step 0' in out
+  assert out.count(f'begins with {run}, step 0') == 2
+  runs.assert_same(runs.restored(run, 3), first)
+  _damage(run, 0)
+  _damage(run, 3)
+  assert runs.train(store, run, **keep) == 2
+
+
+KILLED_BEFORE_A_MANIFEST = """
+import os, signal, sys
+from mtp_jax import main, manifest
+
+manifest.write = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_kill_between_a_save_and_its_manifest(store, tmp_path, undisturbed):
+  flags = dict(train__checkpoint_every=4)
+  command = runs.args(store, str(tmp_path), **flags)
+  run = runs.process(['-c', KILLED_BEFORE_A_MANIFEST, 'train', *command])
+  _, error = run.communicate()
+  assert run.returncode == -signal.SIGKILL, error
+  assert checkpoint.steps(str(tmp_path)) == [4]
+  folder = tmp_path / 'checkpoints' / '4'
+  assert not (folder / manifest.NAME).exists()
+  assert runs.train(store, tmp_path, **flags) == 0
+  assert (tmp_path / 'checkpoints' / '6' / manifest.NAME).exists()
+  runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
+  assert runs.records(tmp_path) == runs.records(undisturbed)
+
+
+# It would fail if it were asked.
+HASHES_NOTHING = """
+import sys
+from mtp_jax import main, manifest
+
+manifest.damage = manifest.write = None
+sys.exit(main.main(['train', *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize('is_one_good', [True, False])
+def test_two_processes_agree_on_where_they_go_on(
+  store, tmp_path, monkeypatch, is_one_good
+):
+  """They fall back together, or are both refused; one of them hashes."""
+  run = tmp_path / 'run'
+  pair._of_four(monkeypatch)
+  assert runs.train(store, run, **pair.MESH) == 0
+  monkeypatch.undo()
+  records, last = runs.records(run), runs.restored(run, 9)
+  lines = [
+    _damage(run, step) for step in ((9, 6) if is_one_good else (9, 6, 3))
+  ]
+  of_1 = ['-c', HASHES_NOTHING]
+  ends = pair._ends(pair._pair(store, run, of_1=of_1))
+  status = 0 if is_one_good else 2
+  assert [e[0] for e in ends] == [status] * 2, ends
+  assert ends[1][1] == '' and 'mtp:' not in ends[1][2]
+  if status:
+    assert f'mtp: --train.workdir={run}: all of its' in ends[0][2]
+    assert checkpoint.steps(str(run)) == [3, 6, 9]
+    return
+  for step, line in zip((9, 6), lines, strict=True):
+    assert f'checkpoint {step} is damaged: {line}; ' in ends[0][1]
+  assert 'step 3 of 9, 6 to go' in ends[0][1]
+  assert sorted(os.listdir(run / 'checkpoints')) == [
+    '3', '6', '6.damaged', '9', '9.damaged',
+  ]  # fmt: skip
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    runs.restored(run, 9), last,
+  )  # fmt: skip
+  assert [r['step'] for r in runs.records(run)] == [r['step'] for r in records]
+
+
+# A full disk.
+
+
+NO_SPACE_FOR_MY_PART_OF_6 = """
+import errno, sys
+import orbax.checkpoint as ocp
+from mtp_jax import main
+
+write, saves = ocp.StandardCheckpointHandler.async_save, []
+
+class Full:
+  def result(self, timeout=None):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+async def patched(*args, **kwargs):
+  saves.append(1)
+  return [*await write(*args, **kwargs), *[Full()] * (len(saves) == 2)]
+
+ocp.StandardCheckpointHandler.async_save = patched
+sys.exit(main.main(['train', *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize('full', [0, 1])
+def test_no_space_for_the_part_of_one_process(store, tmp_path, full):
+  """Both learn it at once, and both can save again."""
+  run, begin = tmp_path / 'run', time.monotonic()
+  code = ['-c', NO_SPACE_FOR_MY_PART_OF_6]
+  ends = pair._ends(pair._pair(store, run, **{f'of_{full}': code}))
+  assert [e[0] for e in ends] == [0, 0], ends
+  assert time.monotonic() - begin < 120
+  assert ends[0][1].count('checkpoint 6 could not be saved: ') == 1
+  assert 'Traceback' not in ends[0][2] + ends[1][2]
+  why = ends[0][1] if full == 0 else ends[1][2]
+  assert 'checkpoint 6 could not be saved: no space left on the device' in why
+  assert sorted(os.listdir(run / 'checkpoints')) == ['3', '9']
+  checkpoint.verify(str(run), 9, 'train.workdir')
+
+
+def _no_space_for(monkeypatch, *steps):
+  """The commit of these steps fails, when all else has been written."""
+  rename = os.rename
+
+  def patched(source, target, **kwargs):
+    if os.path.basename(target) in map(str, steps):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    rename(source, target, **kwargs)
+
+  monkeypatch.setattr(os, 'rename', patched)
+
+
+def test_no_space_for_a_checkpoint_is_a_line(
+  store, tmp_path, undisturbed, monkeypatch, capsys
+):
+  _no_space_for(monkeypatch, 2)
+  assert runs.train(store, tmp_path, train__checkpoint_every=2) == 0
+  out, error = capsys.readouterr()
+  line = (
+    'checkpoint 2 could not be saved: no space left on the device; those before'
+    ' it stay'
+  )
+  assert out.splitlines().count(line) == out.count('saved') == 1
+  assert error == ''
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['4', '6']
+  runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
+  assert runs.records(tmp_path) == runs.records(undisturbed)
+
+
+@pytest.mark.parametrize('end', ['of the run', 'by a signal'])
+def test_no_space_for_the_last_checkpoint(
+  store, tmp_path, undisturbed, monkeypatch, capsys, end
+):
+  with monkeypatch.context() as m:
+    _no_space_for(m, 5, 6)
+    if end != 'of the run':
+      _at_batch(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert runs.train(store, tmp_path, train__checkpoint_every=3) == 2
+  out, error = capsys.readouterr()
+  step = 6 if end == 'of the run' else 5
+  assert error == (
+    f'mtp: --train.workdir={tmp_path}: checkpoint {step} could not be saved: no'
+    ' space left on the device; the newest there is 3\n'
+  )
+  assert 'interrupted' not in out
+  assert os.listdir(tmp_path / 'checkpoints') == ['3']
+  assert not (tmp_path / 'lock.json').exists()
+  assert runs.train(store, tmp_path, train__checkpoint_every=3) == 0
+  runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
+  assert runs.records(tmp_path) == runs.records(undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 4 MiB, of which a checkpoint of a run needs one."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', str(folder)],
+    capture_output=True,
+  )
+  if mounted.returncode:
+    pytest.skip('cannot mount a tmpfs')
+  yield folder
+  subprocess.run(['umount', '--lazy', str(folder)], check=True)
+
+
+FILLED = """
+import os, sys, threading
+from mtp_jax import main, sharding
+
+put, calls, disk = sharding.put_batch, [], sys.argv[1]
+left, freed = map(int, sys.argv[2:4])
+
+def patched(mesh, batch):
+  calls.append(1)
+  for thread in threading.enumerate():
+    if '_follow' in thread.name:
+      thread.join()  # what it fills is not filled while metrics are written
+  if len(calls) == 3:
+    found = os.statvfs(disk)
+    with open(disk + '/ballast', 'wb') as f:
+      f.write(bytes(found.f_bavail * found.f_frsize - left))
+  elif len(calls) == freed:
+    os.remove(disk + '/ballast')
+  return put(mesh, batch)
+
+sharding.put_batch = patched
+sys.exit(main.main(sys.argv[4:]))
+"""
+
+
+def _on_small_disk(store, disk, left, freed_at=0, **flags):
+  """(status, stdout, stderr) of a run on a disk that is full but for so many
+  bytes from the third batch on, until another; it saves each second step."""
+  run = runs.process([
+    '-c', FILLED, str(disk), str(left), str(freed_at), 'train',
+    *runs.args(store, str(disk / 'run'), train__checkpoint_every=2, **flags),
+  ])  # fmt: skip
+  out, error = run.communicate(timeout=120)
+  return run.returncode, out, error
+
+
+def test_a_disk_that_is_full_for_a_while(store, small_disk, undisturbed):
+  status, out, error = _on_small_disk(store, small_disk, 2**16, freed_at=5)
+  assert (status, error) == (0, ''), error
+  assert 'checkpoint 4 could not be saved: no space left on the device' in out
+  run = small_disk / 'run'
+  assert sorted(os.listdir(run / 'checkpoints')) == ['2', '6']
+  runs.assert_same(runs.restored(run, 6), runs.restored(undisturbed, 6))
+  assert runs.records(run) == runs.records(undisturbed)
+
+
+def test_a_disk_that_stays_full(store, small_disk):
+  status, out, error = _on_small_disk(store, small_disk, 2**16)
+  run = small_disk / 'run'
+  assert (status, error) == (
+    2,
+    f'mtp: --train.workdir={run}: checkpoint 6 could not be saved: no space'
+    ' left on the device; the newest there is 2\n',
+  )
+  assert 'checkpoint 4 could not be saved: no space left on the device' in out
+  assert os.listdir(run / 'checkpoints') == ['2']
+
+
+def test_a_disk_without_space_for_metrics(store, small_disk):
+  """They find none before long."""
+  status, out, error = _on_small_disk(store, small_disk, 0, train__steps=60)
+  assert status == 2, error
+  assert error.startswith('mtp: no space left: ') and error.count('\n') == 1
+  assert os.listdir(small_disk / 'run' / 'checkpoints') == ['2']
