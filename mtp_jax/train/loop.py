@@ -246,14 +246,20 @@ def _source(cfg) -> _Source | None:
   return _Source(workdir, step, saved, was)
 
 
-def _start_step(cfg, tokens) -> int | None:
-  """Step of the newest checkpoint that is good, None without one; refused if
-  the run there is another one."""
-  workdir, answer = cfg.train.workdir, ''
+def _newest_good(workdir: str) -> tuple[int | None, list]:
+  """`checkpoint.newest_good`, as process 0 sees it."""
+  answer = ''
   with processes.together():
     if processes.first():
       answer = json.dumps(checkpoint.newest_good(workdir))
-  newest, damaged = json.loads(processes.of_first(answer))
+  return json.loads(processes.of_first(answer))
+
+
+def _start_step(cfg, tokens) -> int | None:
+  """Step of the newest checkpoint that is good, None without one; refused if
+  the run there is another one."""
+  workdir = cfg.train.workdir
+  newest, damaged = _newest_good(workdir)
   with processes.together():
     if not lock.held(cfg.train.workdir):
       raise config.ConfigError(
@@ -311,13 +317,12 @@ def _go_back(run: _Run, spike: _Spike, left_out, stack):
   first = max(0, batch + 1 - cfg.train.skip_batches)
   left_out = loader.leave_out(left_out, first, batch)
   run.saver.wait_until_finished()
-  run.saver.close()
   _check_held(run)
   with processes.together():
     for step in checkpoint.steps(workdir) if processes.first() else ():
       if step >= spike.step:
         checkpoint.set_aside(workdir, step, 'spike')
-  start = _newest(workdir) or 0
+  start = _newest_good(workdir)[0] or 0
   spike.say(
     f'goes back to step {start}; batches {first} to {batch} of the order are'
     ' left out'

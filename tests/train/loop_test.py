@@ -560,7 +560,7 @@ def test_after_an_import_a_run_falls_back_to_it(store, copy, tmp_path, capsys):
   model = checkpoint.restore_model(str(copy), 6, cfg, m, 'train.workdir')
   run = tmp_path / 'run'
   cfg = config.replace(cfg, **{'train.workdir': str(run)})
-  checkpoint.save_params(model, cfg, None)
+  checkpoint.save_params(model, cfg, None, str(run))
   keep = dict(train__steps=3, optim__warmup_steps=2, train__keep_last=9)
   assert runs.train(store, run, **keep) == 0
   first = runs.restored(run, 3)
