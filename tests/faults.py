@@ -112,9 +112,18 @@ def start(store: str, workdir: pathlib.Path, n: int) -> Session:
 # which statuses its processes may end with.
 
 
-def _wait(session: Session, rng) -> None:
-  """Some moment: of joining, compiling, stepping or saving."""
-  until = session.begun + rng.uniform(1, 16)
+def _joined(session: Session) -> bool:
+  """Whether all have met: before, they wait for each other for minutes."""
+  n = len(session.processes)
+  return all('] on ' in session.log(i) for i in range(n))
+
+
+def _wait(session: Session, rng, joined: bool = True) -> None:
+  """Some moment: of compiling, stepping or saving, or before."""
+  while joined and session.running() and not _joined(session):
+    time.sleep(0.02)
+  begin = time.monotonic() if joined else session.begun
+  until = begin + rng.uniform(0, 12)
   while time.monotonic() < until and session.running():
     time.sleep(0.02)
 
@@ -125,7 +134,7 @@ def kill_one(session, rng):
 
 
 def kill_all(session, rng):
-  _wait(session, rng)
+  _wait(session, rng, joined=False)
   for p in session.processes:
     p.kill()
 
@@ -272,7 +281,8 @@ def compare(workdir, reference) -> None:
 def campaign(n_faults: int, seed: int, folder: pathlib.Path, say) -> list[Row]:
   rng, rows = random.Random(seed), []
   store = runs.make_store(str(folder / 'store'))
-  wanted = [*DURING, *DURING, 'SIGKILL to one process', *BEFORE]
+  kills = [name for name in DURING if name.startswith(KILLS)]
+  wanted = [*DURING, *kills, *kills, *BEFORE]
   plan = [wanted[i % len(wanted)] for i in range(n_faults)]
   rng.shuffle(plan)
   references = {}
@@ -318,7 +328,7 @@ def report(rows: list[Row], seed: int, seconds: float) -> str:
 
 def main(args: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m tests.faults')
-  parser.add_argument('--faults', type=int, default=96)
+  parser.add_argument('--faults', type=int, default=75)
   parser.add_argument('--seed', type=int, default=0)
   given = parser.parse_args(args)
   begin = time.monotonic()

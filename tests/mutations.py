@@ -601,12 +601,12 @@ FAULTS = (
     'rope-of-meta-not-permuted', 0, MAPPING,
     'return _heads_out(w_DNHP.reshape(D, N, H), cfg)',
     'return _heads_out(w_DNH, cfg)',
-    _in('interop/forms', 'test_plain_torch_computes_the_same[meta]'),
+    _in('interop/forms', 'test_plain_torch_computes_the_same[meta-shared]'),
   ),
   Fault(
     'embedding-second-in-deepseek', 0, MAPPING,
     'return np.concatenate(np.split(w_ED, 2)[::-1])', 'return w_ED',
-    _in('interop/forms', 'test_plain_torch_computes_the_same[deepseek]'),
+    _in('interop/forms', 'test_plain_torch_computes_the_same[deepseek-shared]'),
   ),
   Fault(
     'first-row-of-every-shard', 0, FOLDER,

@@ -388,3 +388,73 @@ def test_two_evaluate_as_one(session, tmp_path):
   logged = runs.records(session[0])[-1]
   for name in set(logged) - {'kind'}:
     np.testing.assert_allclose(found[name], logged[name], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_1_2_and_4_processes_and_other_meshes(
+  store, one, tmp_path
+):
+  """The same rows in the same order, whoever reads them."""
+  run = tmp_path / 'run'
+  meshes = (
+    (1, dict(mesh__data=2, mesh__fsdp=2)),
+    (2, dict(mesh__data=4, mesh__fsdp=1)),
+    (4, dict(mesh__data=1, mesh__fsdp=4)),
+  )  # fmt: skip
+  for (n, mesh), steps in zip(meshes, (3, 6, 9), strict=True):
+    port, running = _port(), []
+    for index in range(n):
+      own = dict(
+        processes__coordinator=f'localhost:{port}' if n > 1 else '',
+        processes__count=n, processes__index=index, processes__timeout_s=10,
+      )  # fmt: skip
+      changes = MESH | mesh | own | dict(
+        train__steps=steps, optim__warmup_steps=2,
+      )  # fmt: skip
+      args = runs.args(store, str(run), **changes)
+      running.append(runs.process([*MAIN, *args], devices=4 // n))
+    for status, _, error in _ends(running):
+      assert status == 0, error
+  whole = tmp_path / 'whole'
+  args = runs.args(store, str(whole), **MESH | dict(optim__warmup_steps=2))
+  ((status, _, error),) = _ends([runs.process([*MAIN, *args], devices=4)])
+  assert status == 0, error
+  mine, theirs = (
+    [r for r in runs.records(path) if r['kind'] == 'train']
+    for path in (run, whole)
+  )
+  assert [r['step'] for r in mine] == list(range(1, 10))
+  for a, b in zip(mine, theirs, strict=True):
+    for name in set(a) - {'kind'}:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+
+
+# One sees a checkpoint that the other does not see yet.
+BLIND = """
+import sys
+from mtp_jax import checkpoint, main
+steps = checkpoint.steps
+checkpoint.steps = lambda path: steps(path)[: -1 if 'source' in path else None]
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_all_begin_with_the_checkpoint_that_process_0_sees(
+  one, store, tmp_path
+):
+  source, found = tmp_path / 'source', []
+  shutil.copytree(one, source)
+  port, running = _port(), []
+  for index, command in enumerate((MAIN, ['-c', BLIND, 'train'])):
+    changes = MESH | _flags(index, port) | dict(
+      train__init_from=source, train__steps=2, optim__warmup_steps=1,
+      optim__lr=1e-9, optim__weight_decay=0,
+    )  # fmt: skip
+    args = runs.args(store, str(tmp_path / 'run'), **changes)
+    running.append(runs.process([*command, *args], devices=2))
+  for status, _, error in _ends(running):
+    assert status == 0, error
+  for path, step in ((source, 9), (tmp_path / 'run', 2)):
+    found.append(runs.restored(path, step).params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import signal
+import time
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from mtp_jax import checkpoint, config, main, params
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import files, folder, mapping
 from mtp_jax.model import lm
-from tests import runs, tiny
+from tests import faults, runs, tiny
 from tests.decode.decoding import FAMILIES
 
 STORIES = os.path.join(os.path.dirname(runs.ROOT), 'shared/data/stories260k')
@@ -541,3 +543,21 @@ def test_what_a_form_cannot_hold_is_told_before_anything(tmp_path, capsys):
   ) == 2  # fmt: skip
   assert 'these are linear' in capsys.readouterr().err
   assert (tmp_path / 'out').is_dir()
+
+
+def test_a_checkpoint_leaves_while_its_run_goes_on(store, tmp_path):
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  args = runs.args(
+    store, str(run), train__steps=60, train__checkpoint_every=3,
+    train__keep_last=30,
+  )  # fmt: skip
+  process = runs.process(['-c', faults.SLOWLY, 'train', *args])
+  limit = time.monotonic() + 120
+  while not checkpoint.steps(str(run)) and time.monotonic() < limit:
+    time.sleep(0.1)
+  assert _command('export', run, out) == 0
+  assert process.poll() is None  # and nobody took its lock
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode == 75
+  assert len(files.read_folder(str(out), 'x')) > 20

@@ -1,0 +1,43 @@
+"""A short fault campaign: `python -m tests.faults` is the long one."""
+
+import random
+
+import pytest
+
+from tests import faults, runs
+
+
+def test_a_short_campaign(tmp_path):
+  """A kill of one process, one during a save, and a flipped bit."""
+  store = runs.make_store(str(tmp_path / 'store'))
+  reference = tmp_path / 'undisturbed'
+  statuses, _ = faults.start(store, reference, 2).end(300.0)
+  assert statuses == [0, 0], faults.Session(reference, [], 0.0).log(0)
+  names = [
+    'a flipped bit in the newest checkpoint', 'SIGKILL to all during a save',
+    'SIGKILL to one process',
+  ]  # fmt: skip
+  rows = faults.disturbed(
+    store, tmp_path / 'run', 2, random.Random(1), list(names), lambda row: None
+  )
+  assert {row.fault for row in rows} <= set(names) and len(rows) >= 2
+  faults.compare(tmp_path / 'run', reference)
+
+
+def test_the_report_counts(tmp_path):
+  rows = [
+    faults.Row('SIGKILL to one process', 2, (-9, -6), 0.4),
+    faults.Row('SIGKILL to one process', 4, (-9,) * 4, 1.25),
+    faults.Row('SIGTERM to one process', 2, (75, 75), 3.0),
+  ]
+  text = faults.report(rows, seed=7, seconds=90)
+  assert 'Seed 7, 3 faults, 2 of them kills' in text
+  assert '| SIGKILL to one process | 2 | 2 | 1.2 s |' in text
+
+
+def test_a_hang_is_a_failure(tmp_path):
+  process = runs.process(['-c', 'import time; time.sleep(60)'])
+  session = faults.Session(tmp_path / 'run', [process], 0.0)
+  with pytest.raises(RuntimeError, match='hangs: no end in 0.2 s'):
+    session.end(0.2)
+  assert process.poll() is not None or process.wait() < 0
