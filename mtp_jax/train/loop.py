@@ -10,7 +10,6 @@ was stopped and resumed is, bit for bit, the run that was not.
 
 import collections
 import contextlib
-import json
 import os
 import sys
 import time
@@ -33,7 +32,15 @@ from mtp_jax import (
 from mtp_jax.data import corpus, loader
 from mtp_jax.evals import heldout
 from mtp_jax.model import heads, lm
-from mtp_jax.train import begin, goodput, lock, metrics, spikes, watchdog
+from mtp_jax.train import (
+  begin,
+  goodput,
+  lock,
+  metrics,
+  origin,
+  spikes,
+  watchdog,
+)
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
@@ -127,17 +134,17 @@ def train(cfg: config.Config) -> int:
   cfg = config.replace(cfg, **{'data.tokenizer': tokens.recorded})
   workdir = cfg.train.workdir
   # Before anything is written; a run that goes on has begun long ago.
-  source = None if _newest(workdir) else _source(cfg)
+  source = None if origin.newest(workdir) else origin.source(cfg)
   with contextlib.ExitStack() as stack:
     held = sinks = ledger = None  # but in the process that writes
     with processes.together():
       if processes.first():
         held = _take(workdir)
         stack.callback(held.release)
-    newest = _start_step(cfg, tokens)
+    newest = origin.start_step(cfg, tokens)
     start = newest or 0
     if newest == 0 and not source:  # all that came after an import is damaged
-      source = _source(cfg)
+      source = origin.source(cfg)
     if start >= cfg.train.steps:
       print(f'{workdir} is trained already, to step {start}')
       return 0
@@ -195,112 +202,6 @@ def _take(workdir: str) -> lock.Lock:
   return lock.Lock(workdir)
 
 
-class _Source(NamedTuple):
-  """A checkpoint that a run begins with, and what it is."""
-
-  workdir: str
-  step: int
-  cfg: config.Config  # as it was saved
-  was: config.Config  # without heads that have not trained yet
-
-
-def _newest(workdir: str) -> int | None:
-  """Step of the newest checkpoint, as process 0 sees it."""
-  found = max(checkpoint.steps(workdir), default=None)
-  return json.loads(processes.of_first(json.dumps(found)))
-
-
-def _source(cfg) -> _Source | None:
-  """What a new run begins with if with the parameters of another: what was
-  imported into the workdir, or --train.init_from."""
-  path, flag = cfg.train.init_from, 'train.init_from'
-  newest = _newest(cfg.train.workdir)
-  if newest is None and not path:
-    return None
-  answer = ''
-  with processes.together():
-    if newest is not None and path:
-      raise config.ConfigError(
-        flag, path,
-        f'--train.workdir={cfg.train.workdir} holds what was imported, which a'
-        ' run there begins with; give another workdir',
-      )  # fmt: skip
-    if newest is not None:
-      path, flag = cfg.train.workdir, 'train.workdir'
-    # The other run may save meanwhile: all begin with what process 0 has found.
-    if processes.first():
-      found = checkpoint.find(path, flag)
-      checkpoint.verify(*found, flag)
-      answer = json.dumps(found)
-  workdir, step = json.loads(processes.of_first(answer))
-  with processes.together():
-    saved, _ = checkpoint.about(workdir, step, flag)
-    was = begin.as_trained(saved, step)
-    begin.check(was, cfg, path)
-    if was.data.tokenizer not in ('', cfg.data.tokenizer):
-      raise config.ConfigError(
-        'data.store', cfg.data.store,
-        f'its tokenizer is {cfg.data.tokenizer}; that of the model in {path} is'
-        f' {was.data.tokenizer}',
-      )  # fmt: skip
-  return _Source(workdir, step, saved, was)
-
-
-def _newest_good(workdir: str) -> tuple[int | None, list]:
-  """`checkpoint.newest_good`, as process 0 sees it."""
-  answer = ''
-  with processes.together():
-    if processes.first():
-      answer = json.dumps(checkpoint.newest_good(workdir))
-  return json.loads(processes.of_first(answer))
-
-
-def _start_step(cfg, tokens) -> int | None:
-  """Step of the newest checkpoint that is good, None without one; refused if
-  the run there is another one."""
-  workdir = cfg.train.workdir
-  newest, damaged = _newest_good(workdir)
-  with processes.together():
-    if not lock.held(cfg.train.workdir):
-      raise config.ConfigError(
-        'train.workdir', cfg.train.workdir,
-        f'process {jax.process_index()} does not see what process 0 wrote'
-        ' there; all machines must share it',
-      )  # fmt: skip
-    if newest:
-      _check_same_run(cfg, tokens, newest)
-  with processes.together():  # nobody lists them before they are renamed
-    for step, why in damaged if processes.first() else ():
-      name = checkpoint.set_aside(workdir, step)
-      print(
-        f'checkpoint {step} is damaged: {why}; it is now checkpoints/{name},'
-        f' and the run goes on from step {newest}'
-      )
-  return newest
-
-
-def _check_same_run(cfg, tokens, start) -> None:
-  workdir = cfg.train.workdir
-  old, fingerprint = checkpoint.about(workdir, start)
-  for name, was, now in config.changed(old, cfg):
-    raise config.ConfigError(
-      name, now,
-      f'the run in --train.workdir={workdir} was started with {was}; give that,'
-      ' or another workdir',
-    )  # fmt: skip
-  if old.train.steps != cfg.train.steps and cfg.optim.schedule != 'constant':
-    print(
-      f'--train.steps was {old.train.steps}, is {cfg.train.steps}: the learning'
-      ' rate goes on along another curve'
-    )
-  if fingerprint != tokens.fingerprint:
-    raise config.ConfigError(
-      'data.store', cfg.data.store,
-      'is not the store, or not the mixture, that the run in'
-      f' --train.workdir={workdir} reads',
-    )  # fmt: skip
-
-
 class _Spike(NamedTuple):
   """A step whose loss was one, known when `done` steps were."""
 
@@ -322,7 +223,7 @@ def _go_back(run: _Run, spike: _Spike, left_out, stack):
     for step in checkpoint.steps(workdir) if processes.first() else ():
       if step >= spike.step:
         checkpoint.set_aside(workdir, step, 'spike')
-  start = _newest_good(workdir)[0] or 0
+  start = origin.newest_good(workdir)[0] or 0
   spike.say(
     f'goes back to step {start}; batches {first} to {batch} of the order are'
     ' left out'
@@ -428,7 +329,7 @@ def _end(run: _Run, done: int, how: str) -> None:
     run.ledger.write(done, run.clock, how)
 
 
-def _first_state(cfg, mesh, source: _Source | None) -> state_lib.State:
+def _first_state(cfg, mesh, source: origin.Source | None) -> state_lib.State:
   if not source:
     return state_lib.init(cfg, mesh)
   dtype = {'model.param_dtype': cfg.model.param_dtype}

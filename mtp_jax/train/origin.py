@@ -1,0 +1,120 @@
+"""Where a run starts: at its newest good checkpoint, with the parameters of
+another run, or from nothing. Floor 4.
+
+All processes call these together, and get what process 0 has found: a file
+system may show them different things, another run may save meanwhile.
+"""
+
+import json
+from typing import NamedTuple
+
+import jax
+
+from mtp_jax import checkpoint, config, processes
+from mtp_jax.train import begin, lock
+
+
+class Source(NamedTuple):
+  """A checkpoint that a run begins with, and what it is."""
+
+  workdir: str
+  step: int
+  cfg: config.Config  # as it was saved
+  was: config.Config  # without heads that have not trained yet
+
+
+def newest(workdir: str) -> int | None:
+  """Step of the newest checkpoint, as process 0 sees it."""
+  found = max(checkpoint.steps(workdir), default=None)
+  return json.loads(processes.of_first(json.dumps(found)))
+
+
+def source(cfg) -> Source | None:
+  """What a new run begins with if with the parameters of another: what was
+  imported into the workdir, or --train.init_from."""
+  path, flag = cfg.train.init_from, 'train.init_from'
+  imported = newest(cfg.train.workdir)
+  if imported is None and not path:
+    return None
+  answer = ''
+  with processes.together():
+    if imported is not None and path:
+      raise config.ConfigError(
+        flag, path,
+        f'--train.workdir={cfg.train.workdir} holds what was imported, which a'
+        ' run there begins with; give another workdir',
+      )  # fmt: skip
+    if imported is not None:
+      path, flag = cfg.train.workdir, 'train.workdir'
+    # The other run may save meanwhile: all begin with what process 0 has found.
+    if processes.first():
+      found = checkpoint.find(path, flag)
+      checkpoint.verify(*found, flag)
+      answer = json.dumps(found)
+  workdir, step = json.loads(processes.of_first(answer))
+  with processes.together():
+    saved, _ = checkpoint.about(workdir, step, flag)
+    was = begin.as_trained(saved, step)
+    begin.check(was, cfg, path)
+    if was.data.tokenizer not in ('', cfg.data.tokenizer):
+      raise config.ConfigError(
+        'data.store', cfg.data.store,
+        f'its tokenizer is {cfg.data.tokenizer}; that of the model in {path} is'
+        f' {was.data.tokenizer}',
+      )  # fmt: skip
+  return Source(workdir, step, saved, was)
+
+
+def newest_good(workdir: str) -> tuple[int | None, list]:
+  """`checkpoint.newest_good`, as process 0 sees it."""
+  answer = ''
+  with processes.together():
+    if processes.first():
+      answer = json.dumps(checkpoint.newest_good(workdir))
+  return json.loads(processes.of_first(answer))
+
+
+def start_step(cfg, tokens) -> int | None:
+  """Step of the newest checkpoint that is good, None without one; refused if
+  the run there is another one."""
+  workdir = cfg.train.workdir
+  step, damaged = newest_good(workdir)
+  with processes.together():
+    if not lock.held(cfg.train.workdir):
+      raise config.ConfigError(
+        'train.workdir', cfg.train.workdir,
+        f'process {jax.process_index()} does not see what process 0 wrote'
+        ' there; all machines must share it',
+      )  # fmt: skip
+    if step:
+      _check_same_run(cfg, tokens, step)
+  with processes.together():  # nobody lists them before they are renamed
+    for bad, why in damaged if processes.first() else ():
+      name = checkpoint.set_aside(workdir, bad)
+      print(
+        f'checkpoint {bad} is damaged: {why}; it is now checkpoints/{name},'
+        f' and the run goes on from step {step}'
+      )
+  return step
+
+
+def _check_same_run(cfg, tokens, start) -> None:
+  workdir = cfg.train.workdir
+  old, fingerprint = checkpoint.about(workdir, start)
+  for name, was, now in config.changed(old, cfg):
+    raise config.ConfigError(
+      name, now,
+      f'the run in --train.workdir={workdir} was started with {was}; give that,'
+      ' or another workdir',
+    )  # fmt: skip
+  if old.train.steps != cfg.train.steps and cfg.optim.schedule != 'constant':
+    print(
+      f'--train.steps was {old.train.steps}, is {cfg.train.steps}: the learning'
+      ' rate goes on along another curve'
+    )
+  if fingerprint != tokens.fingerprint:
+    raise config.ConfigError(
+      'data.store', cfg.data.store,
+      'is not the store, or not the mixture, that the run in'
+      f' --train.workdir={workdir} reads',
+    )  # fmt: skip
