@@ -429,6 +429,29 @@ def test_a_run_goes_on_on_1_2_and_4_processes_and_other_meshes(
       np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
 
 
+# One that takes its time between two steps.
+SLOW = """
+import sys, time
+from mtp_jax import main, sharding
+put_batch = sharding.put_batch
+
+def slowly(*args):
+  time.sleep(0.3)
+  return put_batch(*args)
+
+sharding.put_batch = slowly
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_host_is_named(store, tmp_path):
+  ends = _ends(_pair(store, tmp_path / 'run', of_1=['-c', SLOW, 'train']))
+  assert [e[0] for e in ends] == [0, 0], ends
+  assert 'process 1 of 2 is a slow host: at work ' in ends[0][1], ends[0][1]
+  assert 'process 0 of 2 is a slow host' not in ends[0][1]
+
+
 # One sees a checkpoint that the other does not see yet.
 BLIND = """
 import sys

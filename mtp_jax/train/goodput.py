@@ -13,7 +13,8 @@ CAUSES = {
   'start': 'stores opened, parameters restored or made',
   'compile': 'compiling the step',
   'data': 'waiting for batches',
-  'step': 'steps',
+  'host': 'steps: preparing and dispatching them',
+  'device': 'steps: waiting for the devices',
   'eval': 'evaluations',
   'checkpoint': 'held up by saves',
 }
@@ -34,15 +35,18 @@ class Clock:
     self.seconds[self._cause] += now - self._since
     self._cause, self._since = cause, now
 
-  def lap(self) -> tuple[float, float]:
-    """(seconds of a step, the share of them that waited for data) since the
-    last one; NaN if there was no step."""
+  def lap(self) -> tuple[float, float, float]:
+    """(seconds of a step, the shares of them that waited for data and that the
+    host was at work) since the last one; NaN if there was no step."""
     self.at(self._cause)
-    data, step = (self.seconds[c] - self._lap[c] for c in ('data', 'step'))
+    data, host, device = (
+      self.seconds[c] - self._lap[c] for c in ('data', 'host', 'device')
+    )
     n, self.steps, self._lap = self.steps, 0, dict(self.seconds)
     if not n:
-      return float('nan'), float('nan')
-    return (data + step) / n, data / (data + step)
+      return (float('nan'),) * 3
+    whole = data + host + device
+    return whole / n, data / whole, host / whole
 
 
 def path(workdir: str) -> str:
@@ -107,13 +111,14 @@ def summary(records: list[dict]) -> dict:
       dict(
         start=r['start'], step=r['step'], end=r['end'] or KILLED,
         repeated_steps=again,
-        step_s=(r['seconds']['step'] + r['seconds']['data']) / max(done, 1),
+        step_s=sum(r['seconds'][c] for c in ('data', 'host', 'device'))
+        / max(done, 1),
       )
     )  # fmt: skip
   parts = {c: sum(r['seconds'][c] for r in last.values()) for c in CAUSES}
   first = min(r['began'] for r in last.values())
   whole = max(r['time'] for r in last.values()) - first
-  useful = max(0.0, parts['step'] - repeated_s)
+  useful = max(0.0, parts['host'] + parts['device'] - repeated_s)
   return dict(
     whole_s=whole, **{f'{c}_s': s for c, s in parts.items()},
     repeated_s=repeated_s, down_s=max(0.0, whole - sum(parts.values())),

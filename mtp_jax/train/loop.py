@@ -11,6 +11,7 @@ was stopped and resumed is, bit for bit, the run that was not.
 import collections
 import contextlib
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,7 @@ EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
 EXIT_REPLACED = lock.Lost.status  # another run has taken the workdir
 EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
 MAX_BACK = 8  # times that a start of the program goes back from a spike
-STARVED = 0.3  # of the time spent waiting for data is worth a line
+HELD_UP = 0.3  # of the time, by one process, is worth a line
 
 
 def open_tokens(cfg: config.Config) -> corpus.Corpus:
@@ -271,16 +272,20 @@ def _loop(
       run.alive()
       clock.at('data')
       batch = next(batches)
-      clock.at('step')
+      clock.at('host')
       batch = sharding.put_batch(run.mesh, batch)
       state, values = step(state, batch, run.bytes_V)
       clock.steps += 1
+      clock.at('device')
       spike = spikes(done, values, say)
       if spike and t.skip_batches:
         return _Spike(spike, done, say)
       last, stop = done == t.steps, run.stop()
+      clock.at('host')
       if done % t.log_every == 0 or last:
+        clock.at('device')
         values = metrics.scalars(jax.device_get(values))
+        clock.at('host')
         _log(run, done, n_active, values, say)
         if values['skipped_in_a_row'] >= t.max_nonfinite:
           say(
@@ -293,6 +298,7 @@ def _loop(
       due = t.checkpoint_every and done % t.checkpoint_every == 0
       saves = last or stop or due
       if evaluates or saves:
+        clock.at('device')
         jax.block_until_ready(state)  # else others would get its seconds
       if evaluates:
         clock.at('eval')
@@ -303,7 +309,7 @@ def _loop(
         checkpoint.save(
           run.saver, done, state, cfg, run.tokens.fingerprint, left_out
         )
-      clock.at('step')
+      clock.at('host')
       if stop and not last:
         clock.at('checkpoint')
         _wait_for_save(run)
@@ -324,7 +330,7 @@ def _wait_for_save(run: _Run) -> None:
 
 
 def _end(run: _Run, done: int, how: str) -> None:
-  run.clock.at('step')
+  run.clock.at('host')
   if run.ledger:
     run.ledger.write(done, run.clock, how)
 
@@ -367,7 +373,7 @@ def _compiler(run: _Run):
         )
       )
       processes.meet('compiled')  # or the first step would wait, unsaid
-      run.clock.at('step')
+      run.clock.at('host')
     return steps[n_active]
 
   return step_of
@@ -398,22 +404,30 @@ class _Spikes:
     return step
 
 
-def _starved(run: _Run, waited: float, say) -> None:
-  """Names the process that holds the run up by waiting for data. (Any other
-  delay of one is the same delay of all: steps are taken together.)"""
-  waits = processes.of_each(waited)
-  most = max(range(len(waits)), key=waits.__getitem__)
-  if waits[most] > STARVED:
-    whose = f'process {most} of {len(waits)}' if len(waits) > 1 else 'the run'
+def _held_up(run: _Run, waited: float, worked: float, say) -> None:
+  """Names the process that the others wait for: by its data, or by its host.
+  While one host is at work alone, those of the others wait for their devices,
+  which wait for its."""
+  n = jax.process_count()
+  waits, works = processes.of_each(waited), processes.of_each(worked)
+  most = max(range(n), key=waits.__getitem__)
+  if waits[most] > HELD_UP:
     say(
-      f'{whose} waits for data {waits[most]:.0%} of the time: a slow disk, or'
+      f'{f"process {most} of {n}" if n > 1 else "the run"} waits for data'
+      f' {waits[most]:.0%} of the time: a slow disk, or'
       f' --data.read_threads={run.cfg.data.read_threads} too few'
+    )
+  slow = max(range(n), key=works.__getitem__)
+  if works[slow] > HELD_UP + statistics.median_low(works):
+    say(
+      f'process {slow} of {n} is a slow host: at work {works[slow]:.0%} of the'
+      f' time, others {statistics.median_low(works):.0%}'
     )
 
 
 def _log(run, done, n_active, values, say):
   cfg = run.cfg
-  step_time_s, waited = run.clock.lap()
+  step_time_s, waited, worked = run.clock.lap()
   tokens_per_s = cfg.data.batch_size * cfg.data.seq_len / step_time_s
   flops_per_s = tokens_per_s * flops.flops_per_token(cfg, n_active)
   values |= dict(
@@ -428,7 +442,7 @@ def _log(run, done, n_active, values, say):
   values['data_wait'] = waited
   _write(run, 'train', done, values)
   say(metrics.line(done, cfg.train.steps, values), done)
-  _starved(run, waited, say)
+  _held_up(run, waited, worked, say)
   if run.ledger:
     run.ledger.write(done, run.clock)
 

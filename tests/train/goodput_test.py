@@ -22,21 +22,20 @@ def test_each_second_has_one_cause(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
   clock = goodput.Clock()
-  for seconds, cause in ((2, 'compile'), (30, 'data'), (1, 'step'), (4, 'eval'),
-                         (5, 'step'), (7, 'checkpoint')):  # fmt: skip
+  for seconds, cause in ((2, 'compile'), (30, 'data'), (1, 'host'), (4, 'eval'),
+                         (5, 'device'), (7, 'checkpoint')):  # fmt: skip
     now[0] += seconds
     clock.at(cause)
   clock.steps = 5
   now[0] += 8
-  step_time_s, waited = clock.lap()
+  assert clock.lap() == (12 / 5, 1 / 12, 4 / 12)
   assert clock.seconds == dict(
-    start=2, compile=30, data=1, step=4 + 7, eval=5, checkpoint=8
+    start=2, compile=30, data=1, host=4, device=7, eval=5, checkpoint=8
   )
-  assert (step_time_s, waited) == (12 / 5, 1 / 12)
-  clock.at('step')
+  clock.at('host')
   now[0] += 6
   clock.steps = 2
-  assert clock.lap() == (3, 0)
+  assert clock.lap() == (3, 0, 1)
   assert math.isnan(clock.lap()[0])
 
 
@@ -52,12 +51,12 @@ def test_what_was_done_again_is_no_goodput(tmp_path, monkeypatch):
   """0 to 10 in 100 s of steps and killed; 20 s later from 6 to 12, all told."""
   _session(
     tmp_path, monkeypatch, (0, 10), 1000, 1150, '', start=10, compile=40,
-    step=90, data=10,
+    host=60, device=30, data=10,
   )  # fmt: skip
   (tmp_path / 'goodput.jsonl').open('a').write('{"session": 7, "st')
   _session(
     tmp_path, monkeypatch, (6, 12), 1170, 1270, 'finished', start=5, compile=30,
-    step=60, checkpoint=5,
+    device=60, checkpoint=5,
   )  # fmt: skip
   found = goodput.summary(goodput.read(str(tmp_path)))
   assert [
@@ -68,8 +67,8 @@ def test_what_was_done_again_is_no_goodput(tmp_path, monkeypatch):
   assert found['repeated_s'] == 4 * 10
   assert found['goodput'] == pytest.approx((150 - 40) / 270)
   assert goodput.lines(found) == [
-    'goodput 40.7% of 270 s: start 5.6%, compile 25.9%, data 3.7%, step 55.6%,'
-    ' eval 0.0%, checkpoint 1.9%, repeated 14.8%, down 7.4%',
+    'goodput 40.7% of 270 s: start 5.6%, compile 25.9%, data 3.7%, host 22.2%,'
+    ' device 33.3%, eval 0.0%, checkpoint 1.9%, repeated 14.8%, down 7.4%',
     '  session 0: steps 0 to 10, killed',
     '  session 1: steps 6 to 12, finished; 4 steps done again',
   ]
