@@ -253,6 +253,13 @@ def disturbed(store, workdir, n, rng, names, say) -> list[Row]:
       continue
     session = start(store, workdir, n)
     during = [i for i, name in enumerate(names) if name in DURING]
+    if names and not during and _checkpoints(workdir) < 2:
+      while session.running() and _checkpoints(workdir) < 2:
+        time.sleep(0.02)
+      for p in session.processes:  # there is something to damage now
+        p.kill()
+      session.end()
+      continue
     if not during:
       statuses, _ = session.end(300.0)
       if set(statuses) - {0}:
@@ -297,7 +304,7 @@ def campaign(n_faults: int, seed: int, folder: pathlib.Path, say) -> list[Row]:
     workdir = folder / f'run{trial}'
     names = [plan.pop() for _ in range(min(4, len(plan)))]
     rows += disturbed(store, workdir, n, rng, names, say)
-    plan += names  # the run was done before them
+    plan = names + plan  # the run was done before them; others come first
     if _checkpoints(workdir):
       compare(workdir, references[n])
     shutil.rmtree(workdir)
