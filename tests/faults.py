@@ -221,6 +221,16 @@ def _checkpoints(workdir: pathlib.Path) -> int:
   return sum(p.name.isdigit() for p in folder.iterdir())
 
 
+def _damageable(workdir: pathlib.Path) -> bool:
+  """There is a checkpoint to fall back to, and the newest has its manifest:
+  killed before it was hashed, it would be damaged twice."""
+  if _checkpoints(workdir) < 2:
+    return False
+  steps = [p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
+  newest = max(steps, key=lambda p: int(p.name))
+  return (newest / 'manifest.json').exists()
+
+
 def _before(store, workdir, n, name, rng) -> Row:
   """A fault on disk: the next session goes on without what is damaged, or
   refuses, in one line; then it is mended."""
@@ -247,14 +257,14 @@ def disturbed(store, workdir, n, rng, names, say) -> list[Row]:
   """A run, disturbed once a session until it is done."""
   rows = []
   while True:
-    if names and names[-1] in BEFORE and _checkpoints(workdir) > 1:
+    if names and names[-1] in BEFORE and _damageable(workdir):
       rows.append(_before(store, workdir, n, names.pop(), rng))
       say(rows[-1])
       continue
     session = start(store, workdir, n)
     during = [i for i, name in enumerate(names) if name in DURING]
-    if names and not during and _checkpoints(workdir) < 2:
-      while session.running() and _checkpoints(workdir) < 2:
+    if names and not during and not _damageable(workdir):
+      while session.running() and not _damageable(workdir):
         time.sleep(0.02)
       for p in session.processes:  # there is something to damage now
         p.kill()
