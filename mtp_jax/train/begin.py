@@ -58,12 +58,12 @@ def trained_heads(was: config.Config, step: int) -> int:
 
 def as_trained(was: config.Config, step: int) -> config.Config:
   """`was` without the heads that have not trained yet."""
-  untrained = was.heads.n - trained_heads(was, step)
-  fewer = untrained if was.heads.block_first else 0
+  n = trained_heads(was, step)
+  fewer = was.heads.n - n if was.heads.block_first else 0
   return config.replace(
     was,
     **{
-      'heads.n': was.heads.n - untrained,
+      'heads.n': n,
       'model.n_layers': was.model.n_layers - fewer,
       'loss.curriculum': '',
     },
@@ -122,15 +122,15 @@ def parameters(
   """
   old = trained_part(old, was)
   layers = _next_token_layers(old, was)
-  n_trunk = heads.trunk_layers(cfg)
+  n_trunk, asked = heads.trunk_layers(cfg), cfg.loss.order_weight
   return lm.LM(
     embed=old.embed,
     trunk=jax.tree.map(lambda w: w[:n_trunk], layers),
     heads=_heads(fresh, old, layers, was, cfg),
     norm=old.norm,
     unembed=_unembed(fresh, old, was, cfg),
-    order=fresh.order if old.order is None else old.order,
-  ).replace(**{} if cfg.loss.order_weight else dict(order=None))
+    order=old.order if asked and old.order is not None else fresh.order,
+  )
 
 
 def _next_token_layers(old: lm.LM, was: config.Config) -> block.Block:

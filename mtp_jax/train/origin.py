@@ -49,7 +49,8 @@ def source(cfg) -> Source | None:
     # The other run may save meanwhile: all begin with what process 0 has found.
     if processes.first():
       found = checkpoint.find(path, flag)
-      checkpoint.verify(*found, flag)
+      if imported is None:  # else `start_step` reads all of it, once
+        checkpoint.verify(*found, flag)
       answer = json.dumps(found)
   workdir, step = json.loads(processes.of_first(answer))
   with processes.together():
@@ -80,9 +81,9 @@ def start_step(cfg, tokens) -> int | None:
   workdir = cfg.train.workdir
   step, damaged = newest_good(workdir)
   with processes.together():
-    if not lock.held(cfg.train.workdir):
+    if not lock.held(workdir):
       raise config.ConfigError(
-        'train.workdir', cfg.train.workdir,
+        'train.workdir', workdir,
         f'process {jax.process_index()} does not see what process 0 wrote'
         ' there; all machines must share it',
       )  # fmt: skip
