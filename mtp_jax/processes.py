@@ -11,6 +11,7 @@ ends without a word is missed after --processes.timeout_s.
 
 import collections
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -71,6 +72,10 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
   except KeyboardInterrupt:
     print('mtp: interrupted', file=sys.stderr)
     _leave(130)
+  except OSError as error:
+    if error.errno != errno.ENOSPC:
+      _fail(traceback.format_exc())
+    _fail(f'no space left: {error.filename or "output"}', 2)
   except BaseException:
     _fail(traceback.format_exc())
 
@@ -86,7 +91,7 @@ FAILED = 'mtp/failed'  # the culprit's words, in the coordinator's store
 HEARD_S = 1.0  # between two looks at it
 
 
-def _fail(why: str) -> None:
+def _fail(why: str, status: int = 1) -> None:
   """Leaves, and has all others leave with these words; unless it is another
   that has failed, and this process with it."""
   if _several():
@@ -97,15 +102,17 @@ def _fail(why: str) -> None:
       _store().key_value_set(FAILED, f'[{jax.process_index()}] {why}')
     if jax.process_index() == 0:  # the store ends with it
       time.sleep(2 * HEARD_S)
-  _leave(1)
+  _leave(status)
 
 
 def _heard() -> str | None:
   """What another process has failed of; None if none has said so."""
   try:
-    return _store().key_value_try_get(FAILED)
+    why = _store().key_value_try_get(FAILED)
   except jax.errors.JaxRuntimeError:
     return None
+  # Process 0 stays after its own failure, until the others have heard of it.
+  return None if why.startswith(f'[{jax.process_index()}] ') else why
 
 
 def _leave_after(why: str | None) -> None:

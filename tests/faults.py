@@ -11,6 +11,7 @@ not ended LIMIT_S after a fault hangs; that fails the campaign.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import random
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tests import runs
@@ -168,12 +169,31 @@ def freeze_one(session, rng):
   frozen.kill()
 
 
+def fill_the_disk(session, rng):
+  """No space for a checkpoint, or for a line of metrics, for some seconds;
+  then it is asked to stop. Needs a disk of its own (small_disk)."""
+  _wait(session, rng)
+  found = os.statvfs(session.workdir)
+  space = found.f_bavail * found.f_frsize - rng.choice((0, 2**16))
+  ballast = session.workdir / 'ballast'
+  with contextlib.suppress(OSError):  # a save was faster
+    ballast.write_bytes(bytes(max(0, space)))
+  until = time.monotonic() + rng.uniform(2, 6)
+  while time.monotonic() < until and session.running():
+    time.sleep(0.02)
+  ballast.unlink()
+  for p in session.running()[:1]:
+    p.send_signal(signal.SIGTERM)
+
+
+FULL = 'a full disk (tmpfs) for some seconds'
 DURING = {
   'SIGKILL to one process': kill_one,
   'SIGKILL to all processes': kill_all,
   'SIGKILL to all during a save': kill_in_save,
   'SIGTERM to one process': sigterm_one,
   'SIGSTOP to one process (it freezes)': freeze_one,
+  FULL: fill_the_disk,
 }
 KILLS = ('SIGKILL',)
 
@@ -284,6 +304,22 @@ def disturbed(store, workdir, n, rng, names, say) -> list[Row]:
       return rows
 
 
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, size: str) -> Iterator[bool]:
+  """`folder` as a file system of its own; whether it could be mounted, which
+  needs root."""
+  folder.mkdir()
+  mounted = not subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)],
+    capture_output=True,
+  ).returncode
+  try:
+    yield mounted
+  finally:
+    if mounted:
+      subprocess.run(['umount', '--lazy', str(folder)], check=True)
+
+
 def _state(workdir):
   return runs.restored(workdir, STEPS)
 
@@ -313,10 +349,13 @@ def campaign(n_faults: int, seed: int, folder: pathlib.Path, say) -> list[Row]:
         raise RuntimeError(f'undisturbed: {statuses}')
     workdir = folder / f'run{trial}'
     names = [plan.pop() for _ in range(min(4, len(plan)))]
-    rows += disturbed(store, workdir, n, rng, names, say)
-    plan = names + plan  # the run was done before them; others come first
-    if _checkpoints(workdir):
-      compare(workdir, references[n])
+    with small_disk(workdir, '32m') as mounted:
+      if not mounted:
+        names = [name for name in names if name != FULL]
+      rows += disturbed(store, workdir, n, rng, names, say)
+      plan = names + plan  # the run was done before them; others come first
+      if _checkpoints(workdir):
+        compare(workdir, references[n])
     shutil.rmtree(workdir)
     trial += 1
   return rows
@@ -340,6 +379,8 @@ def report(rows: list[Row], seed: int, seconds: float) -> str:
     if mine:
       longest = max(row.seconds for row in mine)
       lines.append(f'| {name} | {len(mine)} | {len(mine)} | {longest:.1f} s |')
+    else:
+      lines.append(f'| {name} | 0 | - | - |')
   return '\n'.join(lines) + '\n'
 
 

@@ -66,7 +66,7 @@ sys.exit(processes.run(cfgs[0], session))
 
 # The command line, with something that happens at the third batch.
 AT_BATCH_3 = """
-import json, os, signal, sys
+import errno, json, os, signal, sys
 from mtp_jax import main, sharding
 
 put, calls = sharding.put_batch, []
@@ -277,6 +277,18 @@ def test_a_crash_of_one_ends_both(store, tmp_path):
     '[0/2] ends, since another process failed:\n[1] Traceback' in (ends[0][2])
   )
   assert 'disk gone' in ends[0][2]
+
+
+@pytest.mark.slow
+def test_process_0_stays_until_the_other_has_heard(store, tmp_path):
+  full = _happens('raise OSError(errno.ENOSPC, "", "metrics.jsonl")')
+  ends = _ends(_pair(store, tmp_path, of_0=full))
+  assert [e[0] for e in ends] == [2, 1], ends
+  assert '[0/2] no space left: metrics.jsonl' in ends[0][2]
+  assert (
+    '[1/2] ends, since another process failed:\n[0] no space left' in ends[1][2]
+  )
+  assert 'Traceback' not in ends[0][2] + ends[1][2]
 
 
 @pytest.mark.slow

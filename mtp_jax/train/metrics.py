@@ -4,6 +4,7 @@ Only head 1's loss is comparable with a next-token model's: totals of different
 n are not.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -150,5 +151,6 @@ class Sinks:
     self._board.flush()
 
   def close(self) -> None:
-    self._jsonl.close()
+    with contextlib.suppress(OSError):  # a full disk was told when it was met
+      self._jsonl.close()
     self._board.close()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,8 +16,8 @@ import pytest
 
 from mtp_jax import checkpoint, config, main, manifest, sharding, targets
 from mtp_jax.train import loop, metrics
+from tests import faults, runs
 from tests import processes_test as pair
-from tests import runs
 
 
 @pytest.fixture
@@ -740,15 +739,10 @@ def test_no_space_for_the_last_checkpoint(
 def small_disk(tmp_path):
   """A file system of 4 MiB, of which a checkpoint of a run needs one."""
   folder = tmp_path / 'disk'
-  folder.mkdir()
-  mounted = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', str(folder)],
-    capture_output=True,
-  )
-  if mounted.returncode:
-    pytest.skip('cannot mount a tmpfs')
-  yield folder
-  subprocess.run(['umount', '--lazy', str(folder)], check=True)
+  with faults.small_disk(folder, '4m') as mounted:
+    if not mounted:
+      pytest.skip('cannot mount a tmpfs')
+    yield folder
 
 
 FILLED = """
