@@ -418,6 +418,17 @@ class Eval:
     0, 'batches of data.batch_size windows a store; 0 = all', result=False,
     **UNSIGNED,
   )  # fmt: skip
+  suite: str = _f(
+    'heldout', 'evaluators, NAME or NAME:ARG,…; see README', result=False
+  )
+  items: int = _f(
+    0, 'items of a suite, its first ones; 0 = all', result=False, **UNSIGNED
+  )
+  data: str = _f('', 'file with the problems of a suite', result=False)
+  shots: int = _f(
+    -1, 'worked examples before each problem; -1 = as the suite is used',
+    result=False, min=-1,
+  )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _in_chunks(cfg, *xs_BT):
   )
 
 
-def _out_of_chunks(x_XBC):
+def out_of_chunks(x_XBC):
   """(T/C, B, C, …) -> (B, T, …)."""
   X, B, C, *rest = x_XBC.shape
   return sharding.reshape(x_XBC.swapaxes(0, 1), (B, X * C, *rest), 'batch')
@@ -149,11 +149,11 @@ def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
   dunembed, (loss_X, rest, dh_XBCD) = jax.lax.scan(
     one, dunembed, _in_chunks(cfg, h_BTD, *of_tokens)
   )
-  return dunembed, _out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
+  return dunembed, out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
 
 
 def total_over_chunks(stats: Stats) -> Stats:
   loss, z_loss, correct, argmax_XBC = stats
   return Stats(
-    jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), _out_of_chunks(argmax_XBC)
+    jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC)
   )

@@ -51,15 +51,15 @@ class Prompt(NamedTuple):
   fields: dict | None = None
 
 
-def find(parsed: flags.Parsed, only_ids: bool) -> Found:
-  """The checkpoint of --decode.checkpoint; ConfigError says what is wrong."""
-  path = parsed.given.get('decode.checkpoint', '')
+def find(
+  parsed: flags.Parsed, only_ids: bool, flag: str = 'decode.checkpoint'
+) -> Found:
+  """The checkpoint that a flag names; ConfigError says what is wrong."""
+  path = parsed.given.get(flag, '')
   if not path:
-    raise config.ConfigError('decode.checkpoint', '', 'give a workdir')
+    raise config.ConfigError(flag, '', 'give a workdir')
   path = os.path.abspath(os.path.expanduser(path))
-  workdir, step, saved, cfg = checkpoint.opened(
-    path, 'decode.checkpoint', parsed
-  )
+  workdir, step, saved, cfg = checkpoint.opened(path, flag, parsed)
   active = config.active_heads(cfg, max(step - 1, 0))
   decoder_lib.widths(cfg, active)
   tokenizer = None
@@ -67,7 +67,7 @@ def find(parsed: flags.Parsed, only_ids: bool) -> Found:
     tokenizer = tokenizer_of(parsed, saved, workdir)
     if tokenizer is None:
       raise config.ConfigError(
-        'decode.checkpoint', path,
+        flag, path,
         'was imported without a tokenizer; give --prompt_ids, or'
         ' --data.tokenizer',
       )  # fmt: skip

@@ -167,7 +167,7 @@ def _wide_where_shared(model: lm.LM, cfg) -> lm.LM:
   return model
 
 
-def _gather_shared(norm_D, unembed, order_VD, cfg) -> Shared:
+def gather_shared(norm_D, unembed, order_VD, cfg) -> Shared:
   specs = lm.specs(cfg)
   unembed_DV = {
     'shared': lambda: params.gather(unembed, specs.unembed, cfg),
@@ -181,7 +181,7 @@ def _gather_shared(norm_D, unembed, order_VD, cfg) -> Shared:
   )
 
 
-def _gather_own(unembed_DV, cfg):
+def gather_own(unembed_DV, cfg):
   """One head's unembedding, where each has one."""
   axes = ('embed', 'vocab')
   return sharding.gather(
@@ -230,7 +230,7 @@ def _at_head_1(step, k, shared: Shared, cfg, yes, no, *operands):
 
 
 def _remat(w: Weights, rows: Rows, cfg):
-  shared = _gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+  shared = gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
   own = w.unembed if cfg.heads.unembedding == 'replicated' else None
 
   @functools.partial(jax.checkpoint, static_argnums=0)
@@ -242,7 +242,7 @@ def _remat(w: Weights, rows: Rows, cfg):
     if own_DV is None:
       unembed_DV = shared.unembed_DV
     else:
-      unembed_DV = _gather_own(own_DV, cfg)
+      unembed_DV = gather_own(own_DV, cfg)
     with jax.named_scope('ce'):
       loss, stats = cross_entropy.sum_chunks(
         cross_entropy.of_targets, h_BTD, unembed_DV, (target_BT, valid_BT), cfg
@@ -295,7 +295,7 @@ def _unembedded(h_BTD, own_DV, dshared_DV, shared: Shared, of_head, cfg):
   *of_tokens, scale = of_head
   unembed_DV, dunembed_DV = shared.unembed_DV, dshared_DV
   if own_DV is not None:
-    unembed_DV, scatter = jax.vjp(lambda u: _gather_own(u, cfg), own_DV)
+    unembed_DV, scatter = jax.vjp(lambda u: gather_own(u, cfg), own_DV)
     dunembed_DV = sharding.zeros_cotangent(unembed_DV)
   with jax.named_scope('ce'):
     dunembed_DV, dh_BTD, loss, stats = cross_entropy.grad_chunks(
@@ -347,7 +347,7 @@ def _order_grads(dorder_VD, dh_BTD, h_BTD, valid_BT, shared, rows, cfg):
 
 def _eager_fwd(w: Weights, rows: Rows, cfg):
   shared, scatter = jax.vjp(
-    lambda norm_D, unembed, order_VD: _gather_shared(
+    lambda norm_D, unembed, order_VD: gather_shared(
       norm_D, unembed, order_VD, cfg
     ),
     w.norm_D, w.unembed, w.order_VD,

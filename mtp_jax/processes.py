@@ -94,10 +94,10 @@ HEARD_S = 1.0  # between two looks at it
 def _fail(why: str, status: int = 1) -> None:
   """Leaves, and has all others leave with these words; unless it is another
   that has failed, and this process with it."""
-  if _several():
+  if several():
     _leave_after(_heard())
   _say(why)
-  if _several():
+  if several():
     with contextlib.suppress(Exception):  # nobody hears
       _store().key_value_set(FAILED, f'[{jax.process_index()}] {why}')
     if jax.process_index() == 0:  # the store ends with it
@@ -127,7 +127,7 @@ def _store():
 
 def _listen() -> None:
   """Ends this process soon after another has said that it failed."""
-  if not _several():
+  if not several():
     return
 
   def listen():
@@ -173,14 +173,14 @@ def _join(p: config.Processes) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _several() -> bool:
+def several() -> bool:
   # The latter alone would start the devices before the first flag is checked.
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
   """Whether this is the process that speaks and writes."""
-  return not _several() or jax.process_index() == 0
+  return not several() or jax.process_index() == 0
 
 
 def _gather(value: int) -> list[int]:
@@ -191,7 +191,7 @@ def _gather(value: int) -> list[int]:
 
 def of_each(value: float) -> list[float]:
   """Each process's number, in their order. All processes must call it."""
-  if not _several():
+  if not several():
     return [value]
   with jax.transfer_guard('allow'):
     return multihost_utils.process_allgather(np.float32(value)).tolist()
@@ -199,14 +199,14 @@ def of_each(value: float) -> list[float]:
 
 def meet(where: str) -> None:
   """Waits until all processes are here."""
-  if _several():
+  if several():
     with jax.transfer_guard('allow'):
       multihost_utils.sync_global_devices(where)
 
 
 def of_first(text: str) -> str:
   """Process 0's text. All processes must call it."""
-  if not _several():
+  if not several():
     return text
   mine = np.frombuffer(text.encode(), np.uint8)
   with jax.transfer_guard('allow'):
@@ -226,7 +226,7 @@ def together():
   is raised there, and `Ended`, with the `status` of that error, elsewhere. All
   processes must come here; it waits for the last.
   """
-  if not _several():
+  if not several():
     yield
     return
   error = None
@@ -276,7 +276,7 @@ class Stop:
 
   def __call__(self) -> bool:
     """Once a step, under jax.set_mesh."""
-    if not _several():
+    if not several():
       return self.asked.is_set()
     flag = np.full(1, self.asked.is_set(), np.int32)
     with jax.transfer_guard('allow'):  # this copy is meant

@@ -4,6 +4,7 @@ Each function returns (lines to print, the same as a JSON-able dict).
 """
 
 import os
+import sys
 
 import jax
 import numpy as np
@@ -12,23 +13,77 @@ from mtp_jax import (
   checkpoint,
   config,
   flags,
+  generate,
   processes,
   sharding,
   targets,
 )
 from mtp_jax.data import loader
-from mtp_jax.evals import heldout
+from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.evals import heldout, suites
+from mtp_jax.evals import subject as subject_lib
 from mtp_jax.train import goodput, loop, metrics
 
 
 def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
-  """Held-out results of a checkpoint, under its own config.
+  """What the suites of --eval.suite say of a checkpoint, under its own config.
 
   Flags may say otherwise for how it is computed (data, mesh, loss), not for
   what the parameters are.
   """
   with processes.together():
-    workdir, step, cfg, tokens, mesh = _open(path, parsed)
+    workdir, step, _, cfg = _opened(path, parsed)
+    wanted = suites.asked(cfg)
+  lines, values, subject = [], dict(workdir=workdir, step=step), None
+  for name, arg in wanted:
+    if name == suites.HELDOUT:
+      more, found = _held_out(workdir, step, cfg)
+      lines += more
+      values |= found
+      continue
+    subject = subject or _subject(parsed)
+    result = suites.SUITES[name].run(subject, arg)
+    label = f'{name}:{arg}' if arg else name
+    lines += [f'{workdir}, step {step}, {label}:', *result.lines]
+    found = metrics.jsonable(result.scalars) | dict(items=result.items)
+    values.setdefault('suites', {})[label] = found
+  return lines, values
+
+
+def _opened(path, parsed):
+  """`checkpoint.opened`; a store that is given has the run's others nowhere."""
+  elsewhere = {'eval.stores': ''} if 'data.store' in parsed.given else {}
+  return checkpoint.opened(path, 'eval.checkpoint', parsed, elsewhere)
+
+
+def _subject(parsed: flags.Parsed) -> subject_lib.Subject:
+  if processes.several():
+    raise config.ConfigError(
+      'eval.suite', parsed.given.get('eval.suite', ''),
+      f'one process; {suites.HELDOUT} alone runs on several',
+    )  # fmt: skip
+  found = generate.find(parsed, False, 'eval.checkpoint')
+  cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)
+  model = checkpoint.restore_model(
+    found.workdir, found.step, cfg, mesh, 'eval.checkpoint'
+  )
+  return subject_lib.Subject(
+    f'{found.workdir}, step {found.step}', cfg, model, mesh, found.tokenizer,
+    found.step, decoder_lib.Decoder(model, cfg, mesh, found.active),
+    _say,
+  )  # fmt: skip
+
+
+def _say(line: str) -> None:
+  """How far it is, at a terminal."""
+  if sys.stderr.isatty():
+    print(f'\r{line}\x1b[K', end='\r', file=sys.stderr, flush=True)
+
+
+def _held_out(workdir: str, step: int, cfg: config.Config):
+  """(lines, values) of the splits of the run's stores."""
+  with processes.together():
+    tokens, mesh = loop.open_tokens(cfg), sharding.make_mesh(cfg)
   loop.check_same_store(tokens, cfg)
   model = checkpoint.restore_model(workdir, step, cfg, mesh, 'eval.checkpoint')
   evaluate_on = heldout.evaluator(
@@ -50,17 +105,7 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
       *metrics.table(values),
     ]
     by_name[name] = metrics.jsonable(values)
-  found = by_name[name] if alone else dict(sources=by_name)
-  return lines, dict(workdir=workdir, step=step) | found
-
-
-def _open(path, parsed):
-  """(workdir, step, Config, tokens, mesh) of an evaluation."""
-  elsewhere = {'eval.stores': ''} if 'data.store' in parsed.given else {}
-  workdir, step, _, cfg = checkpoint.opened(
-    path, 'eval.checkpoint', parsed, elsewhere
-  )
-  return workdir, step, cfg, loop.open_tokens(cfg), sharding.make_mesh(cfg)
+  return lines, by_name[name] if alone else dict(sources=by_name)
 
 
 def inspect(cfg: config.Config) -> tuple[list[str], dict]:

@@ -48,6 +48,7 @@ ALLOWED = {
   ('loss', 'targets'),
   ('loss', 'cross_entropy'),
   ('report', 'train/loop'),
+  ('report', 'generate'),  # a checkpoint, ready to write
   ('transfer', 'generate'),  # the tokenizer of a checkpoint
   ('generate', 'bench'),  # ratios and tables
   ('bench', 'train/loop'),  # the loader only; it needs grain

@@ -253,7 +253,7 @@ FAULTS = (
   Fault(
     'gathers-once-a-head', 13, LOSS,
     '  unembed_DV = shared.unembed_DV',
-    '  unembed_DV = _gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)'
+    '  unembed_DV = gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)'
     '.unembed_DV',
     _in('loss',
         'test_the_unembedding_is_gathered_once_not_once_a_head[remat-parallel]'),

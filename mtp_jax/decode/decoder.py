@@ -1,5 +1,6 @@
 """Prompts in, tokens out: what runs on the host around the loop. Floor 3."""
 
+import copy
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +55,14 @@ class Decoder:
       self._weights = _weights(model, s=self._widest)
     self._compiled = set()  # shapes that have run
 
+  def saying(self, **decode) -> 'Decoder':
+    """The same weights and programs under other --decode.* fields, of those
+    that say what is written: max_new, temperature, top_p …"""
+    other = copy.copy(self)
+    changes = {f'decode.{name}': value for name, value in decode.items()}
+    other.cfg = config.replace(self.cfg, **changes)
+    return other
+
   @property
   def widths(self) -> tuple[int, ...]:
     return self._widest.tree.widths
@@ -73,7 +82,7 @@ class Decoder:
     seeds: Sequence[int] | None = None,
     stop_ids: tuple[int, ...] = (),
     max_accept: int = FOREVER,
-    each: Callable[[list[np.ndarray]], None] | None = None,
+    each: Callable[[list[np.ndarray]], np.ndarray | None] | None = None,
   ) -> Decoded:
     """Decodes all prompts at once.
 
@@ -87,7 +96,7 @@ class Decoder:
       stop_ids: tokens that end a row.
       max_accept: drafts of a pass that may stand; 0 = one token a pass.
       each: is given the new tokens of all rows so far, every --decode.segment
-        passes.
+        passes, and may say of each row whether it shall end here.
 
     Raises:
       ConfigError: a prompt does not fit the cache, or is empty.
@@ -143,7 +152,11 @@ class Decoder:
         done = bool(np.all(jax.device_get(state.done_B)))
         decode_s += time.perf_counter() - begin
         if each:
-          each(_new_tokens(state, prompts))
+          ended = each(_new_tokens(state, prompts))
+          if ended is not None:
+            ended_B = np.pad(ended, (0, B - len(prompts)), constant_values=True)
+            state = _end(state, self._rows(ended_B))
+            done = bool(np.all(jax.device_get(state.done_B)))
       forwards_B, asked_BJ, accepted_BJ = jax.device_get(
         (state.forwards_B, state.asked_BJ, state.accepted_BJ)
       )
@@ -159,13 +172,17 @@ class Decoder:
     tokens_BT = np.zeros((self._batch_shards, T), np.int32)
     tokens_BT[:, : len(ids)] = ids
     length_B = np.full(self._batch_shards, len(ids), np.int32)
-    rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
     with jax.set_mesh(self.mesh):
       logits_BV = _next_logits(
         speculative.in_use(self._weights, s),
-        *jax.device_put((tokens_BT, length_B), rows), s=s,
+        *self._rows((tokens_BT, length_B)), s=s,
       )  # fmt: skip
     return np.asarray(jax.device_get(logits_BV))[0]
+
+  def _rows(self, arrays):
+    """Of the host, one row a row, on the devices."""
+    rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
+    return jax.device_put(arrays, rows)
 
   @property
   def _batch_shards(self) -> int:
@@ -204,10 +221,8 @@ class Decoder:
       length_B[b] = len(prompt)
       limit_B[b] = min(len(prompt) + self.cfg.decode.max_new, cache)
       seed_B[b] = seeds[b] % 2**31
-    rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
-    arrays = jax.device_put((tokens_BS, length_B, limit_B, seed_B), rows)
     return _start(
-      *arrays,
+      *self._rows((tokens_BS, length_B, limit_B, seed_B)),
       sampled=sampling is not None,
       slots=slots,
       dtype=self._cache_dtype,
@@ -224,6 +239,11 @@ def _begin(tokens_BS, length_B, limit_B, seed_B, *, sampled, slots, dtype, s):
 
 _weights = jax.jit(speculative.weights, static_argnames='s')
 _start = jax.jit(_begin, static_argnames=('sampled', 'slots', 'dtype', 's'))
+
+
+@jax.jit
+def _end(state, ended_B):
+  return state._replace(done_B=state.done_B | ended_B)
 
 
 _next_logits = jax.jit(speculative.next_logits, static_argnames='s')

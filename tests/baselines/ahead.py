@@ -22,7 +22,7 @@ from mtp_jax.plan import ahead, report
 
 def keeps_all_logits(w: loss.Weights, rows: loss.Rows, cfg):
   """A schedule as those of loss.SCHEDULES, for a shared unembedding."""
-  shared = loss._gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+  shared = loss.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
 
   keeps = jax.checkpoint_policies.everything_saveable
   if cfg.loss.schedule == 'remat':

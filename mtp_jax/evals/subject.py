@@ -1,0 +1,112 @@
+"""Who is evaluated, and how it is asked to write. Floor 4."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.data import tokenizers
+from mtp_jax.decode import decoder as decoder_lib
+
+ROWS = 32  # decoded together, unless --decode.batch_size says otherwise
+Say = Callable[[str], None]
+
+
+class Subject(NamedTuple):
+  """A model under evaluation.
+
+  cfg is its own, with what the flags say of how it is asked. say() is told how
+  far a long evaluation is.
+  """
+
+  name: str
+  cfg: config.Config
+  model: Any  # lm.LM
+  mesh: Any
+  tokenizer: tokenizers.Tokenizer
+  step: int
+  decoder: decoder_lib.Decoder
+  say: Say = lambda line: None
+
+
+class Text(NamedTuple):
+  """What a prompt was continued with."""
+
+  text: str  # without the stop
+  ids: np.ndarray
+  forwards: int  # passes that it took
+  finish: str  # stop | length
+
+
+class Ask(NamedTuple):
+  """How prompts are to be continued."""
+
+  max_new: int
+  stop: tuple[str, ...] = ()  # strings that end a text, beside the end token
+  samples: int = 1
+  temperature: float = 0.0  # 0 = greedy
+  top_p: float = 1.0
+  seed: int = 0
+
+
+def continuations(
+  subject: Subject, prompts: Sequence[str], ask: Ask
+) -> list[list[Text]]:
+  """`ask.samples` continuations of each prompt, with the heads' drafts.
+
+  A prompt starts a document. What a row says depends on its prompt, the seed,
+  the place of its prompt and of the sample alone, not on the batch.
+
+  Raises:
+    ConfigError: a prompt has more tokens than --decode.cache has room for.
+  """
+  cfg, tokenizer = subject.cfg, subject.tokenizer
+  ids = [
+    np.array([tokenizer.bos, *tokenizer.encode(p)], np.int64) for p in prompts
+  ]
+  jobs = [(i, j) for i in range(len(ids)) for j in range(ask.samples)]
+  jobs.sort(key=lambda job: len(ids[job[0]]))  # rows of a batch are padded
+  B = min(cfg.decode.batch_size or ROWS, len(jobs))
+  decoder = subject.decoder.saying(
+    max_new=ask.max_new, temperature=ask.temperature, top_p=ask.top_p
+  )
+  found = [[None] * ask.samples for _ in ids]
+  for first in range(0, len(jobs), B):
+    batch = jobs[first : first + B]
+    rows = [ids[i] for i, _ in batch]
+    for (i, j), text in zip(
+      batch, _batch(decoder, tokenizer, rows, batch, B, ask), strict=True
+    ):
+      found[i][j] = text
+    done = min(first + B, len(jobs))
+    subject.say(f'{done:,} of {len(jobs):,} texts')
+  return found
+
+
+def _batch(decoder, tokenizer, rows, jobs, B: int, ask: Ask) -> list[Text]:
+  longest = -(-max(map(len, rows)) // decoder_lib.SLOTS) * decoder_lib.SLOTS
+
+  def ended(tokens) -> np.ndarray:
+    return np.array(
+      [_cut(tokenizer.decode(ids), ask.stop)[1] for ids in tokens]
+    )
+
+  decoded = decoder(
+    rows, rows=B, cache=decoder.cfg.decode.cache or longest + ask.max_new,
+    seeds=[ask.seed + i * ask.samples + j for i, j in jobs],
+    stop_ids=(tokenizer.eos,), each=ended if ask.stop else None,
+  )  # fmt: skip
+  texts = []
+  for ids, forwards in zip(decoded.tokens, decoded.forwards, strict=True):
+    text, stopped = _cut(tokenizer.decode(ids), ask.stop)
+    stopped |= len(ids) > 0 and int(ids[-1]) == tokenizer.eos
+    finish = 'stop' if stopped else 'length'
+    texts.append(Text(text, ids, int(forwards), finish))
+  return texts
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+  """(text up to the first stop, whether there was one)."""
+  found = [at for at in (text.find(s) for s in stop) if at >= 0]
+  return (text[: min(found)], True) if found else (text, False)

@@ -1,0 +1,66 @@
+"""Continuations: whole texts of prompts, stops, samples."""
+
+import numpy as np
+import pytest
+
+from mtp_jax import config
+from mtp_jax.data import tokenizers
+from mtp_jax.decode import decoder
+from mtp_jax.evals import subject
+from tests import tiny
+
+PROMPTS = ('def f(', 'x', 'import os\nprint(os', '')
+
+
+@pytest.fixture(scope='module')
+def asked():
+  c = tiny.cfg(
+    heads__n=2, model__vocab_size=258, mesh__data=1, mesh__fsdp=1,
+    decode__batch_size=3, decode__segment=2,
+  )  # fmt: skip
+  m = tiny.mesh(c)
+  w = tiny.model(c, m)
+  return subject.Subject(
+    'tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, 2)
+  )
+
+
+def _ids(found):
+  return [[text.ids.tolist() for text in row] for row in found]
+
+
+def test_greedy_texts_are_the_decoder_s(asked):
+  found = subject.continuations(asked, PROMPTS, subject.Ask(max_new=9))
+  for prompt, (text,) in zip(PROMPTS, found, strict=True):
+    ids = np.array([256, *prompt.encode()])
+    alone = asked.decoder.saying(max_new=9)([ids], stop_ids=(257,))
+    assert text.ids.tolist() == alone.tokens[0].tolist()
+    assert text.text == asked.tokenizer.decode(text.ids)
+    assert text.finish == ('stop' if 257 in text.ids else 'length')
+
+
+def test_samples_do_not_depend_on_the_batch(asked):
+  ask = subject.Ask(max_new=6, samples=3, temperature=0.9, seed=5)
+  found = subject.continuations(asked, PROMPTS, ask)
+  other = asked._replace(
+    cfg=config.replace(asked.cfg, **{'decode.batch_size': 8})
+  )
+  assert _ids(subject.continuations(other, PROMPTS, ask)) == _ids(found)
+  assert len({str(ids) for row in _ids(found) for ids in row}) > 6
+
+
+def test_a_stop_ends_a_text_and_saves_passes(asked):
+  (plain,), *_ = subject.continuations(
+    asked, PROMPTS[:1], subject.Ask(max_new=40)
+  )
+  stop = plain.text[5:7]
+  at = plain.text.find(stop)
+  ask = subject.Ask(max_new=40, stop=('not there', stop))
+  (text,), *_ = subject.continuations(asked, PROMPTS[:1], ask)
+  assert text.text == plain.text[:at] and text.finish == 'stop'
+  assert text.forwards < plain.forwards
+
+
+def test_cut_at_the_first_of_the_stops():
+  assert subject._cut('abcabd', ('d', 'bc', 'x')) == ('a', True)
+  assert subject._cut('abc', ()) == ('abc', False)
