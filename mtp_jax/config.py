@@ -356,6 +356,12 @@ class Train:
   eval_every: int = _f(
     0, 'steps between evaluations; 0 = at the end', result=False, **UNSIGNED
   )
+  suite_every: int = _f(
+    0,
+    'steps between evaluations by the suites of eval.suite; 0 = after the last'
+    ' step only',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
   checkpoint_every: int = _f(
     0, 'steps between checkpoints; 0 = at the end', result=False, **UNSIGNED
   )
@@ -424,7 +430,12 @@ class Eval:
   items: int = _f(
     0, 'items of a suite, its first ones; 0 = all', result=False, **UNSIGNED
   )
-  data: str = _f('', 'file with the problems of a suite', result=False)
+  data: str = _f(
+    '',
+    'what a suite asks of: its file of problems, or documents, as'
+    ' data.documents names them',
+    result=False,
+  )
   shots: int = _f(
     -1, 'worked examples before each problem; -1 = as the suite is used',
     result=False, min=-1,

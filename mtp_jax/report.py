@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+from etils import epath
 
 from mtp_jax import (
   checkpoint,
@@ -20,7 +21,7 @@ from mtp_jax import (
 )
 from mtp_jax.data import loader
 from mtp_jax.decode import decoder as decoder_lib
-from mtp_jax.evals import heldout, suites
+from mtp_jax.evals import heldout, registry
 from mtp_jax.evals import subject as subject_lib
 from mtp_jax.train import goodput, loop, metrics
 
@@ -33,21 +34,31 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   """
   with processes.together():
     workdir, step, _, cfg = _opened(path, parsed)
-    wanted = suites.asked(cfg)
+    wanted = registry.asked(cfg)
   lines, values, subject = [], dict(workdir=workdir, step=step), None
   for name, arg in wanted:
-    if name == suites.HELDOUT:
+    if name == registry.HELDOUT:
       more, found = _held_out(workdir, step, cfg)
       lines += more
       values |= found
       continue
     subject = subject or _subject(parsed)
-    result = suites.SUITES[name].run(subject, arg)
-    label = f'{name}:{arg}' if arg else name
+    result = registry.SUITES[name].run(subject, arg)
+    label = registry.label(name, arg)
     lines += [f'{workdir}, step {step}, {label}:', *result.lines]
+    lines += _write_pages(workdir, step, result.pages)
     found = metrics.jsonable(result.scalars) | dict(items=result.items)
     values.setdefault('suites', {})[label] = found
   return lines, values
+
+
+def _write_pages(workdir: str, step: int, pages: dict[str, str]) -> list[str]:
+  folder = epath.Path(workdir) / 'evals' / str(step)
+  for name, text in pages.items():
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'{name}.tmp').write_text(text)
+    (folder / f'{name}.tmp').replace(folder / name)
+  return [f'page: {folder / name}' for name in pages]
 
 
 def _opened(path, parsed):
@@ -60,7 +71,7 @@ def _subject(parsed: flags.Parsed) -> subject_lib.Subject:
   if processes.several():
     raise config.ConfigError(
       'eval.suite', parsed.given.get('eval.suite', ''),
-      f'one process; {suites.HELDOUT} alone runs on several',
+      f'one process; {registry.HELDOUT} alone runs on several',
     )  # fmt: skip
   found = generate.find(parsed, False, 'eval.checkpoint')
   cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)

@@ -32,7 +32,7 @@ FREE = """
   train.workdir train.steps
   train.log_every train.eval_every train.checkpoint_every train.keep_last
   model.context train.keep_every train.profile_start train.profile_steps
-  train.watchdog_s train.spike_sigma train.compilation_cache
+  train.suite_every train.watchdog_s train.spike_sigma train.compilation_cache
   eval.checkpoint eval.split eval.stores eval.batches eval.suite eval.items
   eval.data eval.shots
   inspect.step inspect.rows inspect.tokens bench.what bench.heads

@@ -386,7 +386,7 @@ def report(rows: list[Row], seed: int, seconds: float) -> str:
 
 def main(args: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m tests.faults')
-  parser.add_argument('--faults', type=int, default=75)
+  parser.add_argument('--faults', type=int, default=80)
   parser.add_argument('--seed', type=int, default=0)
   given = parser.parse_args(args)
   begin = time.monotonic()

@@ -33,6 +33,7 @@ FLOORS = {
   'train/': 4,
   'evals/': 4,
   'train/loop': 5,
+  'train/suites': 5,
   'report': 5,
   'bench': 5,
   'generate': 5,

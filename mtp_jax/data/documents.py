@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from mtp_jax import config
+from mtp_jax.data import tasks
 
 
 class Document(NamedTuple):
@@ -50,7 +51,8 @@ def read(sources: str, skipped: Skipped | None = None) -> Iterator[Document]:
   Kinds: python:stdlib, python:PACKAGE, dir:PATH, text:PATH, jsonl:PATH#FIELD,
   parquet:PATH#FIELD; the last three take globs; text and jsonl read .gz and
   .zst. A path has no comma. jsonl:PATH#PROMPT+COMPLETION makes one document of
-  two fields, of which the second is scored.
+  two fields, of which the second is scored; so does task:NAME/KEY=VALUE/…, of
+  `items` training items of tasks.py.
 
   Args:
     sources: what to read, in this order.
@@ -317,10 +319,27 @@ def _decode(data: bytes) -> str | None:
     return None
 
 
+def _task(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+  try:
+    of = tasks.named(arg, dict(items=100_000))
+  except ValueError as error:
+    raise fail(str(error)) from error
+  items = of.params.pop('items')
+
+  def stream():
+    for index, found in tasks.train(of, items):
+      yield Document(
+        f'{of}:{index}', found.prompt + found.answer, (len(found.prompt),)
+      )
+
+  return stream()
+
+
 READERS: dict[str, Callable[[str, Fail, Skipped], Iterator[Document]]] = {
   'python': _python,
   'dir': _dir,
   'text': _text,
   'jsonl': _jsonl,
   'parquet': _parquet,
+  'task': _task,
 }

@@ -1,16 +1,10 @@
-"""The evaluators of `--eval.suite`, one protocol. Floor 4.
-
-A suite is asked for as NAME or NAME:ARG. To add one, write a file with its
-`check` and `run` and name it in SUITES.
-"""
+"""What an evaluator is: the protocol of `--eval.suite`. Floor 4."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtp_jax import config
 from mtp_jax.evals import subject as subject_lib
-
-HELDOUT = 'heldout'  # the run's own store, window by window; see heldout.py
 
 
 class Result(NamedTuple):
@@ -22,36 +16,12 @@ class Result(NamedTuple):
   lines: list[str]  # for a reader
   scalars: dict[str, float]  # by flat names, recorded while training
   items: list[dict] = []  # noqa: RUF012 each item asked, for --out
+  pages: dict[str, str] = {}  # noqa: RUF012 texts of files beside the run
 
 
 class Suite(NamedTuple):
   """check(arg, cfg) raises ConfigError before anything is loaded;
   run(subject, arg) -> Result, with subject.cfg.eval as the flags say."""
 
-  check: Callable[[str, config.Config], None]
+  check: Callable[[str, config.Config], Any]
   run: Callable[[subject_lib.Subject, str], Result]
-
-
-SUITES: dict[str, Suite] = {}
-
-
-def asked(cfg: config.Config) -> list[tuple[str, str]]:
-  """(name, argument) of each suite of --eval.suite.
-
-  Raises:
-    ConfigError: there is none of this name, or its argument or flags are wrong.
-  """
-  found = []
-  for entry in cfg.eval.suite.split(','):
-    name, _, arg = entry.strip().partition(':')
-    if name not in SUITES and (name != HELDOUT or arg):
-      raise config.ConfigError(
-        'eval.suite', entry,
-        f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}',
-      )  # fmt: skip
-    if (name, arg) in found:
-      raise config.ConfigError('eval.suite', entry, 'is there twice')
-    if name in SUITES:
-      SUITES[name].check(arg, cfg)
-    found.append((name, arg))
-  return found

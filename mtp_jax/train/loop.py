@@ -40,6 +40,7 @@ from mtp_jax.train import (
   metrics,
   origin,
   spikes,
+  suites,
   watchdog,
 )
 from mtp_jax.train import state as state_lib
@@ -131,6 +132,7 @@ def train(cfg: config.Config) -> int:
     mesh = sharding.make_mesh(cfg)
     train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide,
     eval_batches(tokens, cfg, mesh)  # and sets without a window
+    suites.wanted(cfg)
   check_same_store(tokens, cfg)
   cfg = config.replace(cfg, **{'data.tokenizer': tokens.recorded})
   workdir = cfg.train.workdir
@@ -295,14 +297,18 @@ def _loop(
           _end(run, done, 'diverged')
           return EXIT_DIVERGED
       evaluates = last or (t.eval_every and done % t.eval_every == 0)
+      asks = last or (t.suite_every and done % t.suite_every == 0)
       due = t.checkpoint_every and done % t.checkpoint_every == 0
       saves = last or stop or due
-      if evaluates or saves:
+      if evaluates or asks or saves:
         clock.at('device')
         jax.block_until_ready(state)  # else others would get its seconds
       if evaluates:
         clock.at('eval')
         _evaluate(run, done, state, evaluate, say)
+      if asks:
+        clock.at('eval')
+        _ask_suites(run, done, state, say)
       if saves:
         clock.at('checkpoint')
         _check_held(run)
@@ -468,6 +474,16 @@ def _evaluate(run, done, state, evaluate, say):
     _write(run, 'eval', done, values, source)
     say(f'held out{f" of {source}" if source else ""}, after step {done}:')
     for line in metrics.table(values):
+      say('  ' + line)
+
+
+def _ask_suites(run, done, state, say):
+  for label, result in suites.evaluate(
+    state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, run.alive
+  ):
+    _write(run, 'suite', done, result.scalars, label)
+    say(f'{label}, after step {done}:')
+    for line in result.lines:
       say('  ' + line)
 
 

@@ -1,0 +1,133 @@
+"""`choice_points`: a text, and what each head thought of each token. Floor 4.
+
+A token that the near heads expect and the far heads do not was decided between
+the places they looked from: what the method calls a choice point (Gloeckle et
+al. 2024, https://arxiv.org/abs/2404.19737, section 5.1). The page shows the
+nats of every head for every token, and marks these.
+"""
+
+import html
+import itertools
+import math
+
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.evals import induction, scores, suites
+from mtp_jax.evals import subject as subject_lib
+
+DOCUMENTS = 4  # unless --eval.items says how many
+NEAR, FAR = math.log(2), 3 * math.log(2)  # nats: expected, and a surprise
+STRONG = 6.0  # nats of the strongest colour
+
+
+def check(arg: str, cfg: config.Config) -> None:
+  induction.check_documents('choice_points', arg, cfg)
+
+
+def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
+  cfg, tokenizer = subject.cfg, subject.tokenizer
+  n = cfg.eval.items or DOCUMENTS
+  documents = list(itertools.islice(induction.texts(cfg, tokenizer), n))
+  rows = [
+    np.array([tokenizer.bos, *tokenizer.encode(d.text)])[: cfg.data.seq_len]
+    for d in documents
+  ]
+  active = config.active_heads(cfg, max(subject.step - 1, 0))
+  found = scores.of_rows(
+    subject.model, rows, subject.mesh, cfg, active,
+    cfg.decode.batch_size or subject_lib.ROWS,
+  )  # fmt: skip
+  nats = [
+    by_token(score, len(row), cfg.heads.offsets[:active])
+    for row, score in zip(rows, found, strict=True)
+  ]
+  asked = np.concatenate([choices(x_KU) for x_KU in nats])
+  mean_K = np.nanmean(np.concatenate(nats, axis=1), axis=1)
+  scalars = {f'nats_{k}': float(x) for k, x in enumerate(mean_K, 1)}
+  scalars['choice_points'] = float(asked.mean())
+  lines = [
+    f'{len(rows)} documents, {sum(map(len, rows)):,} tokens; choice points'
+    f' {asked.mean():.1%}: head 1 below {NEAR:.2f} nats, head {active} above'
+    f' {FAR:.2f}'
+  ]
+  page = render(
+    subject.name,
+    [
+      (d.name, [tokenizer.piece(int(t)) for t in row], x_KU)
+      for d, row, x_KU in zip(documents, rows, nats, strict=True)
+    ],
+  )
+  return suites.Result(lines, scalars, [], {'choice_points.html': page})
+
+
+def by_token(found: scores.Scores, n_tokens: int, offsets) -> np.ndarray:
+  """nats_KU of each token, as head k saw it coming from t = u - offset; NaN
+  where there is no such place."""
+  nats_KU = np.full((len(offsets), n_tokens), np.nan)
+  for k, offset in enumerate(offsets):
+    valid_T = found.valid[k]
+    places_T = np.flatnonzero(valid_T)
+    nats_KU[k, places_T + offset] = found.nats[k][places_T]
+  return nats_KU
+
+
+def choices(nats_KU: np.ndarray) -> np.ndarray:
+  """Whether each token is a choice point; none is where there is one head."""
+  far_U = nats_KU[-1] > FAR  # False for NaN
+  return (nats_KU[0] < NEAR) & far_U
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto;
+  max-width: 70rem; padding: 0 .75rem; }
+.text { font: 13px/1.1 ui-monospace, monospace; }
+.t { display: inline-block; vertical-align: top; margin: 0 1px 4px 0; }
+.t b { font-weight: 400; display: block; white-space: pre; min-width: .6em; }
+.t.c b { outline: 2px solid #d33; border-radius: 2px; }
+.t i { display: block; height: 5px; background: #d9480f; }
+.key i { display: inline-block; width: 2rem; height: .7rem;
+  background: #d9480f; vertical-align: middle; }
+"""
+
+
+def render(name: str, texts: list[tuple[str, list[str], np.ndarray]]) -> str:
+  """The page: under each token a cell a head, head 1 on top; it opens without
+  a network."""
+  n = texts[0][2].shape[0]
+  steps = (0, 1, 2, 4, 6)
+  key = ' '.join(
+    f'<i style="opacity:{_opacity(x):.2f}"></i>&nbsp;{x}' for x in steps
+  )
+  body = [
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+    '<meta name="viewport" content="width=device-width, initial-scale=1">',
+    f'<title>Choice points: {html.escape(name)}</title>',
+    f'<style>{STYLE}</style></head><body>',
+    f'<h1>Choice points</h1><p>{html.escape(name)}. Under each token one bar a'
+    f' head, head 1 on top, head {n} below: its nats for this token, seen from'
+    f' as many tokens before.</p><p class="key">nats: {key} or more.'
+    f' Outlined: head 1 below {NEAR:.2f} nats, head {n} above {FAR:.2f}.</p>',
+  ]
+  for title, pieces, nats_KU in texts:
+    marked_U = choices(nats_KU)
+    body.append(f'<h2>{html.escape(title)}</h2><div class="text">')
+    for u, piece in enumerate(pieces):
+      body.append(_token(piece, nats_KU[:, u], bool(marked_U[u])))
+      if piece.endswith(('\\n', '\n')):
+        body.append('<br>')
+    body.append('</div>')
+  return '\n'.join([*body, '</body></html>', ''])
+
+
+def _token(piece: str, nats_K, marked: bool) -> str:
+  shown = html.escape(piece).replace('\u2581', ' ')
+  told = ', '.join('-' if np.isnan(x) else f'{x:.1f}' for x in nats_K)
+  bars = ''.join(f'<i style="opacity:{_opacity(x):.2f}"></i>' for x in nats_K)
+  chosen = ' c' if marked else ''
+  return f'<span class="t{chosen}" title="{told}"><b>{shown}</b>{bars}</span>'
+
+
+def _opacity(nats: float) -> float:
+  return 0.0 if np.isnan(nats) else min(nats / STRONG, 1.0)

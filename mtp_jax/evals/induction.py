@@ -1,0 +1,211 @@
+"""`induction`: is a made-up name, once read, known again? Floor 4.
+
+In passages of held-out text a character's name is replaced by a random one of
+exactly two tokens. After the first token of a later occurrence, the second can
+be known from the earlier ones alone (Gloeckle et al. 2024,
+https://arxiv.org/abs/2404.19737, section 4.1). Head 1, teacher-forced.
+"""
+
+import collections
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.data import documents, tokenizers
+from mtp_jax.data import store as store_lib
+from mtp_jax.evals import intervals, scores, suites
+from mtp_jax.evals import subject as subject_lib
+
+# A word with a capital inside a sentence; what is also seen without is no name.
+NAME = re.compile(r'(?<=[a-z,;] )[A-Z][a-z]{2,}\b')
+WORD = re.compile(r'[A-Za-z]+')
+OCCURRENCES = 3  # of a name in its passage, at least
+TRIES = 2000
+BEFORE = {1: 'once', 2: '2 or 3 times', 4: '4 times or more'}  # levels
+
+
+class Item(NamedTuple):
+  """A passage with a made-up name, and where its two tokens are."""
+
+  document: str
+  name: str
+  ids: np.ndarray  # the begin token first
+  at: list[int]  # of the first of the two, in ids
+
+
+def check(arg: str, cfg: config.Config) -> None:
+  check_documents('induction', arg, cfg)
+
+
+def check_documents(name: str, arg: str, cfg: config.Config) -> None:
+  """ConfigError unless there are texts, and nothing after the suite's name."""
+  if arg:
+    raise config.ConfigError(
+      'eval.suite', f'{name}:{arg}',
+      'takes nothing after it; --eval.data names documents',
+    )  # fmt: skip
+  if cfg.eval.data:
+    documents.read(cfg.eval.data)
+  elif not cfg.data.store:
+    raise config.ConfigError(
+      'eval.data', '', 'documents, as --data.documents names them, or a store'
+    )
+
+
+def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
+  cfg = subject.cfg
+  items = make(
+    texts(cfg, subject.tokenizer), subject.tokenizer, cfg.data.seq_len,
+    cfg.eval.items,
+  )  # fmt: skip
+  if not items:
+    raise config.ConfigError(
+      'eval.data', cfg.eval.data or cfg.data.store,
+      f'has no name that occurs {OCCURRENCES} times in --data.seq_len='
+      f'{cfg.data.seq_len} tokens',
+    )  # fmt: skip
+  batch = cfg.decode.batch_size or subject_lib.ROWS
+  found = scores.of_rows(
+    subject.model, [item.ids for item in items], subject.mesh, cfg, 1, batch
+  )
+  # Position p of a row predicts ids[p + 1].
+  right = [
+    [bool(row.argmax[0, p] == item.ids[p + 1]) for p in item.at]
+    for item, row in zip(items, found, strict=True)
+  ]
+  scalars = score(right)
+  lines = [
+    f'{len(items):,} passages, {sum(len(r) - 1 for r in right):,} later'
+    f' occurrences, second token right {intervals.shown(scalars, "accuracy")};'
+    f' of first ones {intervals.shown(scalars, "first_occurrence")}',
+    *(
+      f'  read {times} before: {intervals.shown(scalars, f"accuracy_{of}")}'
+      for of, times in BEFORE.items()
+    ),
+  ]
+  return suites.Result(
+    lines, scalars,
+    [
+      dict(document=item.document, name=item.name, right=r)
+      for item, r in zip(items, right, strict=True)
+    ],
+  )  # fmt: skip
+
+
+def score(right: list[list[bool]]) -> dict[str, float]:
+  """Of each passage's occurrences in order. Those of one passage are taken as
+  independent: the intervals are a little narrow."""
+
+  def of(first, last=None):
+    asked = [r for row in right for r in row[first:last]]
+    return sum(asked), len(asked)
+
+  scalars = intervals.share('accuracy', *of(1))
+  scalars |= intervals.share('first_occurrence', *of(0, 1))
+  for level, after in itertools.pairwise((*BEFORE, None)):
+    scalars |= intervals.share(f'accuracy_{level}', *of(level, after))
+  return scalars
+
+
+def texts(cfg: config.Config, tokenizer) -> Iterator[documents.Document]:
+  """Those of --eval.data, or the held-out ones of the run's first store."""
+  if cfg.eval.data:
+    yield from documents.read(cfg.eval.data)
+    return
+  path = config.parse_stores(cfg.data.store)[0].path
+  split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
+  for s, (tokens, offsets) in enumerate(
+    zip(split.tokens, split.offsets, strict=True)
+  ):
+    for m, (begin, end) in enumerate(
+      zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ):
+      yield documents.Document(
+        f'{cfg.eval.split} {s}:{m}', tokenizer.decode(tokens[begin:end])
+      )
+
+
+def make(
+  found: Iterator[documents.Document], tokenizer, seq_len: int, limit: int = 0
+) -> list[Item]:
+  """Passages of at most seq_len + 1 tokens, one name replaced in each; the same
+  from the same documents, `limit` of them unless it is 0."""
+  pool = _pool(tokenizer)
+  items = []
+  for document in found:
+    lower = set(WORD.findall(document.text))
+    names = {n for n in NAME.findall(document.text) if n.lower() not in lower}
+    for number, passage in enumerate(_passages(document.text, 4 * seq_len)):
+      rng = random.Random(f'{document.name}:{number}')
+      item = _item(document.name, passage, names, pool, tokenizer, seq_len, rng)
+      if item:
+        items.append(item)
+      if limit and len(items) == limit:
+        return items
+  return items
+
+
+def _passages(text: str, size: int) -> Iterator[str]:
+  """Whole paragraphs, about `size` characters together."""
+  passage = ''
+  for paragraph in text.split('\n\n'):
+    passage += paragraph + '\n\n'
+    if len(passage) >= size:
+      yield passage
+      passage = ''
+  if passage:
+    yield passage
+
+
+def _item(document, passage, names, pool, tokenizer, seq_len, rng):
+  words = collections.Counter(WORD.findall(passage))
+  counts = {word: n for word, n in words.items() if word in names}
+  if not counts:
+    return None
+  old = max(counts, key=counts.get)
+  if counts[old] < OCCURRENCES:
+    return None
+  name, pair = _name(pool, tokenizer, rng)
+  text = re.sub(rf'\b{old}\b', name, passage)
+  ids = np.array([tokenizer.bos, *tokenizer.encode(text)])[: seq_len + 1]
+  # Where it is not these two tokens, as after a quotation mark, it is not
+  # scored; what the tokens stand for elsewhere would be.
+  at = [
+    int(p) for p in np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1]))
+  ]
+  if len(at) < OCCURRENCES or passage.count(name):
+    return None
+  return Item(document, name, ids, at)
+
+
+def _pool(tokenizer: tokenizers.Tokenizer):
+  """Tokens that begin a name after a space, and those that may go on."""
+  before = tokenizer.encode('the')
+  n = len(tokenizer.decode(before))
+  firsts, seconds = [], []
+  for token in range(tokenizer.vocab_size):
+    text = tokenizer.decode([*before, token])[n:]
+    if re.fullmatch(r' ?[A-Z][a-z]*', text):
+      firsts.append((token, text))
+    elif re.fullmatch(r'[a-z]+', text):
+      seconds.append((token, text))
+  spaced = [pair for pair in firsts if pair[1].startswith(' ')]
+  return spaced or firsts, seconds
+
+
+def _name(pool, tokenizer, rng) -> tuple[str, tuple[int, int]]:
+  """A random name, and its two tokens."""
+  for _ in range(TRIES):
+    (a, start), (b, end) = (rng.choice(tokens or [(0, '')]) for tokens in pool)
+    name = (start + end).strip()
+    ids = list(tokenizer.encode(f'the {name} was'))
+    if len(name) > 1 and (a, b) in zip(ids, ids[1:]):  # noqa: B905
+      return name, (a, b)
+  raise config.ConfigError(
+    'data.tokenizer', tokenizer.name, 'makes no name of two tokens'
+  )

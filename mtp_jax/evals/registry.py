@@ -1,0 +1,50 @@
+"""The evaluators of `--eval.suite`. Floor 4.
+
+A suite is asked for as NAME or NAME:ARG. To add one, write a file with its
+`check` and `run` (see suites.py) and name it here.
+"""
+
+import functools
+
+from mtp_jax import config
+from mtp_jax.evals import choice_points, induction, suites, synthetic
+
+HELDOUT = 'heldout'  # the run's own store, window by window; see heldout.py
+
+SUITES = {
+  'choice_points': suites.Suite(choice_points.check, choice_points.run),
+  'induction': suites.Suite(induction.check, induction.run),
+  **{
+    name: suites.Suite(
+      functools.partial(synthetic.check, name),
+      functools.partial(synthetic.run, name),
+    )
+    for name in ('star_graph', 'polynomial')
+  },
+}
+
+
+def asked(cfg: config.Config) -> list[tuple[str, str]]:
+  """(name, argument) of each suite of --eval.suite.
+
+  Raises:
+    ConfigError: there is none of this name, or its argument or flags are wrong.
+  """
+  found = []
+  for entry in cfg.eval.suite.split(','):
+    name, _, arg = entry.strip().partition(':')
+    if name not in SUITES and (name != HELDOUT or arg):
+      raise config.ConfigError(
+        'eval.suite', entry,
+        f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}',
+      )  # fmt: skip
+    if (name, arg) in found:
+      raise config.ConfigError('eval.suite', entry, 'is there twice')
+    if name in SUITES:
+      SUITES[name].check(arg, cfg)
+    found.append((name, arg))
+  return found
+
+
+def label(name: str, arg: str) -> str:
+  return f'{name}:{arg}' if arg else name

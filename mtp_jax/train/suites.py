@@ -1,0 +1,44 @@
+"""The suites of --eval.suite while a run goes on. Floor 5."""
+
+from collections.abc import Callable
+
+import jax
+
+from mtp_jax import config, processes
+from mtp_jax.data import tokenizers
+from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.evals import registry, suites
+from mtp_jax.evals import subject as subject_lib
+
+
+def wanted(cfg: config.Config) -> list[tuple[str, str]]:
+  """(name, argument) of the suites beside held-out windows.
+
+  Raises:
+    ConfigError: what `registry.asked` says, or there are several processes.
+  """
+  found = [s for s in registry.asked(cfg) if s[0] != registry.HELDOUT]
+  if found and processes.several():
+    raise config.ConfigError(
+      'eval.suite', cfg.eval.suite,
+      'one process; on several, give these to `mtp eval` beside the run',
+    )  # fmt: skip
+  return found
+
+
+def evaluate(
+  model, cfg: config.Config, mesh, tokenizer: tokenizers.Tokenizer, step: int,
+  alive: Callable[[], None],
+) -> list[tuple[str, suites.Result]]:  # fmt: skip
+  """(label, Result) of each suite for the parameters after `step` steps;
+  alive() is called while they run."""
+  active = config.active_heads(cfg, max(step - 1, 0))
+  with jax.transfer_guard('allow'):  # prompts come from the host
+    subject = subject_lib.Subject(
+      f'{cfg.train.workdir}, step {step}', cfg, model, mesh, tokenizer, step,
+      decoder_lib.Decoder(model, cfg, mesh, active), lambda line: alive(),
+    )  # fmt: skip
+    return [
+      (registry.label(name, arg), registry.SUITES[name].run(subject, arg))
+      for name, arg in wanted(cfg)
+    ]

@@ -1,0 +1,205 @@
+"""Every item is what it says, by a second, slower opinion."""
+
+import collections
+import itertools
+
+import pytest
+
+from mtp_jax import config
+from mtp_jax.data import documents, store, tasks, tokenizers
+
+STAR = tasks.named('star_graph/d=3/length=4/nodes=30')
+POLYNOMIAL = tasks.named('polynomial')
+
+
+def _paths(prompt: str) -> list[str]:
+  """All paths from start to goal that follow the edges of a prompt."""
+  edges, asked = prompt.split('/')
+  start, goal, equals = asked
+  assert equals == '='
+  after = collections.defaultdict(list)
+  for a, b in edges.split('|'):
+    after[a].append(b)
+  found, open_ = [], [start]
+  while open_:
+    path = open_.pop()
+    if path[-1] == goal:
+      found.append(path)
+    open_ += [path + b for b in after[path[-1]] if b not in path]
+  return found
+
+
+@pytest.mark.parametrize(
+  'name', ['star_graph', 'star_graph/d=5/length=5', 'star_graph/d=1/length=2',
+           'star_graph/d=2/length=12', str(STAR)],
+)  # fmt: skip
+def test_a_star_graph_has_one_path(name):
+  of = tasks.named(name)
+  d, length = of.params['d'], of.params['length']
+  for part, i in itertools.product(('train', 'test'), range(100)):
+    item = tasks.item(of, part, i)
+    assert _paths(item.prompt) == [item.answer]
+    assert len(item.answer) == length
+    edges = item.prompt.split('/')[0].split('|')
+    assert len(edges) == d * (length - 1)
+    degrees = collections.Counter(a for a, _ in edges)
+    assert degrees.pop(item.answer[0]) == d and set(degrees.values()) <= {1}
+
+
+def test_the_arm_and_the_order_of_edges_are_random():
+  items = [tasks.item(STAR, 'train', i) for i in range(600)]
+  # Where the answer's first edge stands among the nine says nothing.
+  places = collections.Counter(
+    item.prompt.split('/')[0].split('|').index(item.answer[:2])
+    for item in items
+  )
+  assert len(places) == 9 and min(places.values()) > 30
+
+
+def _value(expression: str, p: int, n: int) -> list[int]:
+  """Another evaluation: Python's own parser, polynomials as functions of dicts
+  {power: coefficient}, reduced at each operation's end."""
+  terms = []
+
+  def reduced(f):
+    return {k: c % p for k, c in f.items() if k < n}
+
+  class Poly:
+    def __init__(self, f):
+      self.f = reduced(f)
+
+    def __neg__(self):
+      return Poly({k: -c for k, c in self.f.items()})
+
+    def __add__(self, g):
+      powers = set(self.f) | set(g.f)
+      return Poly({k: self.f.get(k, 0) + g.f.get(k, 0) for k in powers})
+
+    def __mul__(self, g):
+      out = collections.Counter()
+      for (i, a), (j, b) in itertools.product(self.f.items(), g.f.items()):
+        out[i + j] += a * b
+      return Poly(out)
+
+    def __matmul__(self, g):
+      out, power = Poly({}), Poly({0: 1})
+      for k in range(n):
+        out = out + Poly({0: self.f.get(k, 0)}) * power
+        power = power * g
+      return out
+
+  source, at = '', 0
+  while at < len(expression):
+    c = expression[at]
+    if c.isdigit():
+      terms.append(Poly(dict(enumerate(map(int, expression[at : at + n])))))
+      source, at = source + f't[{len(terms) - 1}]', at + n
+    else:
+      source, at = source + {'o': '@'}.get(c, c), at + 1
+  f = eval(source, dict(t=terms)).f  # the expression is our own
+  return [f.get(k, 0) for k in range(n)]
+
+
+@pytest.mark.parametrize('name', ['polynomial', 'polynomial/n=3',
+                                  'polynomial/p=10/n=1/test=4'])  # fmt: skip
+def test_polynomials_are_evaluated_anew(name):
+  of = tasks.named(name)
+  p, n = of.params['p'], of.params['n']
+  for item in tasks.tests(of, 30):
+    expression = item.prompt.removesuffix('=')
+    assert _value(expression, p, n) == [int(c) for c in item.answer]
+    assert sum(map(expression.count, '-+*o')) == item.level
+    assert expression.count('(') == sum(map(expression.count, '+*o'))
+
+
+def test_operations_by_hand():
+  assert tasks.evaluate('(12000+60000)', 7, 5) == '02000'
+  assert tasks.evaluate('(110*110)', 7, 3) == '121'
+  assert tasks.evaluate('(001*010)', 7, 3) == '000'  # X^3 = 0
+  # f = 1 + 2X + 3X^2, g = X + X^2: f(g) = 1 + 2X + (2 + 3) X^2 + …
+  assert tasks.evaluate('(123o011)', 7, 3) == '125'
+  assert tasks.evaluate('(123o500)', 7, 3) == '200'  # f(5) = 86 = 2 mod 7
+  assert tasks.evaluate('--(123+-001)', 7, 3) == '122'
+  with pytest.raises(ValueError, match='ends at 3'):
+    tasks.evaluate('1234', 7, 3)
+
+
+def test_levels_and_operations_are_uniform():
+  items = [tasks.item(POLYNOMIAL, 'train', i) for i in range(2000)]
+  levels = collections.Counter(item.level for item in items)
+  assert sorted(levels) == [1, 2, 3, 4, 5]
+  assert max(levels.values()) < 1.25 * min(levels.values())
+  ones = [item.prompt for item in items if item.level == 1]
+  roots = collections.Counter(
+    '-' if prompt[0] == '-' else prompt[6] for prompt in ones
+  )
+  assert set(roots) == set('-+*o')
+  assert max(roots.values()) < 1.6 * min(roots.values())
+  assert {item.level for item in tasks.tests(POLYNOMIAL, 1)} == {*range(1, 11)}
+
+
+def test_an_item_is_known_by_its_index():
+  """Also in years, on other machines: these are part of what results mean."""
+  assert tasks.item(STAR, 'test', 7) == tasks.item(STAR, 'test', 7)
+  assert tasks.item(STAR, 'test', 7) != tasks.item(STAR, 'train', 7)
+  of = tasks.named('star_graph/d=2/length=5')
+  assert tasks.item(of, 'train', 3) == tasks.Item(
+    'Wa|aQ|ol|RW|ld|Rn|no|Qr/Rr=', 'RWaQr', 0
+  )
+  of = tasks.named('polynomial/n=3')
+  assert tasks.item(of, 'test', 1, 2) == tasks.Item(
+    '(201o(661o423))=', '404', 2
+  )
+  # What is trained on does not change what is asked.
+  assert tasks.item(tasks.named('polynomial/n=3/train=2'), 'test', 1, 2) == (
+    tasks.item(of, 'test', 1, 2)
+  )
+
+
+def test_no_test_item_is_trained_on(monkeypatch):
+  of = tasks.named('polynomial/n=1/p=2/train=1/test=1')  # 14 expressions
+  asked = {item.prompt for item in tasks.tests(of, 3)}
+  monkeypatch.setattr(tasks, 'N_TESTS', 3)
+  trained = {item.prompt for _, item in tasks.train(of, 500)}
+  assert trained and not trained & asked
+  assert len(trained | asked) == 14
+
+
+@pytest.mark.parametrize(
+  'text, problem',
+  [
+    ('sudoku', 'a task is one of: star_graph, polynomial'),
+    ('star_graph/n=3', "'n=3' is none of: d=2, length=5, nodes=50"),
+    ('star_graph/d', 'whole numbers'),
+    ('star_graph/d=-1', 'whole numbers'),
+    ('star_graph/length=1', 'length >= 2'),
+    ('star_graph/d=20/length=9', 'nodes from 161, which the graph has, to 87'),
+    ('polynomial/p=11', 'p from 2 to 10'),
+    ('polynomial/train=0', 'from 1'),
+  ],
+)
+def test_what_is_wrong_is_said(text, problem):
+  with pytest.raises(ValueError, match=problem):
+    tasks.named(text)
+  with pytest.raises(config.ConfigError, match='--data.documents=task:'):
+    documents.read(f'task:{text}')
+
+
+def test_documents_score_the_answer_alone(tmp_path):
+  source = 'task:star_graph/d=2/length=3/items=40'
+  found = list(documents.read(source))
+  assert len(found) == 40
+  store.write(
+    str(tmp_path / 's'), iter(found), tokenizers.get('bytes'),
+    valid_fraction=0.0, sources=source,
+  )  # fmt: skip
+  split = store.open_store(str(tmp_path / 's')).split('train')
+  tokens, scored = split.tokens[0], split.scored[0]
+  assert len(tokens) == 40 * 20  # begin, 15 of the prompt, 3 + end
+  assert (
+    scored.reshape(40, 20).astype(int).tolist() == [[0] * 16 + [1] * 4] * 40
+  )
+  answers = tokens[scored.astype(bool)].reshape(40, 4)[:, :3]
+  assert {bytes(a.astype('uint8')).decode() for a in answers} == {
+    d.text.split('=')[1] for d in found
+  }

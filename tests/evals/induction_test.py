@@ -1,0 +1,153 @@
+"""Names that were not there, found where they are."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mtp_jax import main
+from mtp_jax.data import documents, tokenizers
+from mtp_jax.evals import induction, scores
+from mtp_jax.train import metrics
+from tests import runs
+
+STORY = (
+  'Once a fox named Tomkin lived here. The old fox, Tomkin, was sly. "Oh,'
+  ' Tomkin!" said Tomkin, and a king came. King Tomkin he was not. '
+)
+BYTES = tokenizers.get('bytes')
+
+
+def _items(text=STORY, seq_len=300, limit=0):
+  found = [documents.Document('a', text), documents.Document('b', text)]
+  return induction.make(iter(found), BYTES, seq_len, limit)
+
+
+def test_a_name_is_replaced_by_one_of_two_tokens_everywhere():
+  a, b = _items()
+  for item in (a, b):
+    text = BYTES.decode(item.ids)
+    assert len(item.name) == 2 and item.name[0].isupper()
+    assert text == STORY.replace('Tomkin', item.name) + '\n\n'
+    assert len(item.at) == 5
+    for p in item.at:
+      assert BYTES.decode(item.ids[p : p + 2]) == item.name
+  assert a.name != b.name  # of another document
+  assert [x.name for x in _items()] == [a.name, b.name]
+  assert len(_items(limit=1)) == 1
+
+
+def test_no_name_no_item():
+  assert not _items(STORY.replace('Tomkin', 'King'))  # king is a word
+  assert not _items('The fox met Ann once. ' * 2)  # twice is not enough
+  assert not _items(seq_len=40)  # cut off before the third
+
+
+def test_a_perfect_and_a_random_model(monkeypatch):
+  """One that copies what followed last time is right but for first ones."""
+  items = _items() * 20
+
+  def said(item, p):
+    before = [q for q in item.at if q < p]
+    return item.ids[before[-1] + 1] if before else 0
+
+  right = [[said(i, p) == i.ids[p + 1] for p in i.at] for i in items]
+  found = induction.score(right)
+  assert found['accuracy'] == 1 and found['first_occurrence'] == 0
+  assert found['accuracy_1'] == found['accuracy_2'] == found['accuracy_4'] == 1
+  rng = np.random.default_rng(0)
+  chance = induction.score((rng.random((400, 6)) < 1 / 26).tolist())
+  for name in ('accuracy', 'first_occurrence', 'accuracy_1', 'accuracy_4'):
+    assert chance[f'{name}_low'] < 1 / 26 < chance[f'{name}_high']
+
+
+def test_levels_by_hand():
+  found = induction.score([[False, True, False, True, False, True, True]])
+  assert found['accuracy'] == 4 / 6 and found['accuracy_1'] == 1
+  assert found['accuracy_2'] == 0.5 and found['accuracy_4'] == 2 / 3
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('induction')
+  text = folder / 'story.jsonl'
+  text.write_text(
+    ''.join(json.dumps(dict(text=f'{i} {STORY}')) + '\n' for i in range(40))
+  )
+  store = str(folder / 'store')
+  assert not main.main([
+    'prepare', f'--data.store={store}', f'--data.documents=jsonl:{text}',
+    '--data.valid_fraction=0.3',
+  ])  # fmt: skip
+  workdir = folder / 'run'
+  assert not runs.train(
+    store, workdir, data__seq_len=256, model__vocab_size=264,
+    eval__suite='induction,choice_points', train__steps=2, eval__items=6,
+    optim__warmup_steps=1,
+  )  # fmt: skip
+  return text, workdir
+
+
+def _eval(workdir, *args):
+  return main.main([
+    'eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1',
+    '--train.compilation_cache=', *args,
+  ])  # fmt: skip
+
+
+def test_through_the_command_line(run, tmp_path, capsys):
+  """Held-out documents of the store, or any that are named."""
+  text, workdir = run
+  (record,) = [
+    r for r in metrics.read(str(workdir)) if r.get('source') == 'induction'
+  ]
+  assert record['kind'] == 'suite'
+  out = tmp_path / 'out.json'
+  assert not _eval(workdir, '--eval.suite=induction', f'--out={out}')
+  found = json.loads(out.read_text())['suites']['induction']
+  assert found['accuracy'] == record['accuracy'] and len(found['items']) == 6
+  assert not _eval(
+    workdir, '--eval.suite=induction', f'--eval.data=jsonl:{text}',
+    '--eval.items=0', f'--out={out}',
+  )  # fmt: skip
+  found = json.loads(out.read_text())['suites']['induction']
+  assert 30 < len(found['items']) <= 40  # a new name may be there already
+  capsys.readouterr()
+  missing = f'--eval.data=jsonl:{tmp_path}/none.jsonl'
+  assert _eval(workdir, '--eval.suite=induction', missing) == 2
+  assert 'no such file' in capsys.readouterr().err
+  few = tmp_path / 'few.txt'
+  few.write_text('nothing here')
+  assert _eval(
+    workdir, '--eval.suite=induction', f'--eval.data=text:{few}'
+  ) == 2  # fmt: skip
+  assert 'has no name that occurs 3 times' in capsys.readouterr().err
+
+
+def test_the_page_of_choice_points(run, capsys):
+  _, workdir = run
+  capsys.readouterr()
+  assert not _eval(workdir, '--eval.suite=choice_points', '--eval.items=2')
+  page = workdir / 'evals' / '2' / 'choice_points.html'
+  assert f'page: {page}' in capsys.readouterr().out
+  text = page.read_text()
+  assert text.count('<h2>') == 2 and 'http' not in text
+  n_tokens = text.count('<span class="t')
+  assert n_tokens > 2 * len(STORY)
+  assert text.count('<i style') == 5 + 2 * n_tokens  # the key, two heads
+
+
+def test_nats_stand_at_the_token_they_are_of():
+  K, T = 2, 4
+  nats = np.arange(K * T, dtype=float).reshape(K, T)
+  valid = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
+  found = scores.Scores(nats, None, None, None, valid)
+  from mtp_jax.evals import choice_points
+
+  got = choice_points.by_token(found, 5, (1, 2))
+  np.testing.assert_array_equal(
+    got, [[np.nan, 0, 1, 2, 3], [np.nan, np.nan, 4, 5, 6]]
+  )
+  x = np.array([[0.1, 0.1, 3.0, np.nan], [5.0, 0.1, 5.0, np.nan]])
+  assert choice_points.choices(x).tolist() == [True, False, False, False]
+  assert not choice_points.choices(x[:1]).any()

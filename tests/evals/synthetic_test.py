@@ -1,0 +1,190 @@
+"""A solver scores 1, chance scores what theory says."""
+
+import json
+import random
+
+import pytest
+
+from mtp_jax import config, main
+from mtp_jax.data import tasks
+from mtp_jax.evals import intervals, subject, synthetic
+from mtp_jax.train import metrics
+from tests import runs
+from tests.data import tasks_test
+
+
+def _cfg(**changes):
+  changes = {k.replace('__', '.'): v for k, v in changes.items()}
+  return config.replace(config.Config(), **changes)
+
+
+def _asked(monkeypatch, name, arg, answer, n=200):
+  """The suite's Result if prompts are continued with answer(prompt)."""
+
+  def continuations(of, prompts, ask):
+    assert ask.temperature == 0 and ask.samples == 1
+    texts = []
+    for prompt in prompts:
+      said = answer(prompt)
+      assert len(said) < ask.max_new
+      ids = list(said.encode()) + [257]
+      texts.append([subject.Text(said, ids, 2, 'stop')])
+    return texts
+
+  monkeypatch.setattr(subject, 'continuations', continuations)
+  model = subject.Subject(
+    'solver', _cfg(eval__items=n), None, None, None, 1, None
+  )
+  return synthetic.run(name, model, arg)
+
+
+def _shortcut(prompt: str) -> str:
+  """What teacher forcing learns: any arm, then the edges."""
+  start = prompt.split('/')[1][0]
+  after = [e[1] for e in prompt.split('/')[0].split('|') if e[0] == start]
+  path = start + random.Random(prompt).choice(after)
+  goals = {e[0]: e[1] for e in prompt.split('/')[0].split('|')}
+  while path[-1] in goals:
+    path += goals[path[-1]]
+  return path
+
+
+@pytest.mark.parametrize('d, length', [(2, 5), (5, 4)])
+def test_a_solver_and_the_shortcut_on_star_graphs(monkeypatch, d, length):
+  arg = f'd={d}/length={length}'
+  solved = _asked(
+    monkeypatch, 'star_graph', arg, lambda p: tasks_test._paths(p)[0]
+  )
+  assert solved.scalars['accuracy'] == solved.scalars['first_step'] == 1
+  assert solved.scalars['tokens_per_forward'] == (length + 1) / 2
+  chance = _asked(monkeypatch, 'star_graph', arg, _shortcut, n=1000).scalars
+  assert chance['accuracy_low'] < 1 / d < chance['accuracy_high']
+  assert chance['first_step'] == chance['accuracy']
+  assert len(solved.items) == 200
+
+
+def test_polynomials_by_level(monkeypatch):
+  arg = 'n=3/test=4'
+
+  def up_to_two(prompt):
+    expression = prompt.removesuffix('=')
+    value = tasks_test._value(expression, 7, 3)
+    operations = sum(map(expression.count, '-+*o'))
+    return ''.join(map(str, value)) if operations <= 2 else '???'
+
+  found = _asked(monkeypatch, 'polynomial', arg, up_to_two).scalars
+  assert [found[f'accuracy_{m}'] for m in (1, 2, 3, 4)] == [1, 1, 0, 0]
+  assert found['accuracy'] == 0.5
+  assert (found['accuracy_low'], found['accuracy_high']) == intervals.wilson(
+    400, 800
+  )
+  # By chance a value is right once in 7^3; constants and zeros a little more.
+  rng = random.Random(1)
+
+  def guess(prompt):
+    return ''.join(str(rng.randrange(7)) for _ in range(3))
+
+  found = _asked(monkeypatch, 'polynomial', arg, guess, n=1000).scalars
+  assert found['accuracy_low'] < 1 / 343 < found['accuracy_high']
+
+
+def test_wilson_by_hand():
+  # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+  for successes, n, low, high in (
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+  ):  # fmt: skip
+    assert intervals.wilson(successes, n) == pytest.approx(
+      (low, high), abs=1e-4
+    )
+  assert intervals.wilson(20, 20)[1] == 1
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A few steps on star graphs, with its suite on the way."""
+  folder = tmp_path_factory.mktemp('star')
+  store, workdir = str(folder / 'store'), folder / 'run'
+  source = 'task:star_graph/d=2/length=3/nodes=9/items=300'
+  assert not main.main([
+    'prepare', f'--data.store={store}', f'--data.documents={source}',
+    '--data.valid_fraction=0.1',
+  ])  # fmt: skip
+  changes = dict(
+    data__seq_len=20, eval__suite='heldout,star_graph', eval__items=20,
+    train__suite_every=2, train__steps=5, model__vocab_size=264,
+    optim__warmup_steps=1,
+  )  # fmt: skip
+  assert not runs.train(store, workdir, **changes)
+  return store, workdir, changes
+
+
+def test_at_a_cadence_while_training(run):
+  _, workdir, _ = run
+  records = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite']
+  assert [r['step'] for r in records] == [2, 4, 5]
+  assert {r['source'] for r in records} == {'star_graph'}
+  assert all(0 <= r['first_step'] <= 1 for r in records)
+
+
+def test_a_run_that_was_stopped_asks_the_same(run, tmp_path):
+  store, workdir, changes = run
+  for steps in (3, 5):
+    assert not runs.train(store, tmp_path, **changes | dict(train__steps=steps))
+  wanted = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite']
+  found = [r for r in metrics.read(str(tmp_path)) if r['kind'] == 'suite']
+  # One more at the end of the first start, which is cut back to step 3.
+  assert [r for r in found if r['step'] != 3] == wanted
+
+
+def test_mtp_eval_says_the_same(run, tmp_path, capsys):
+  """The task is that of the run's store; all items go to --out."""
+  _, workdir, _ = run
+  out = tmp_path / 'eval.json'
+  capsys.readouterr()
+  assert not main.main([
+    'eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1',
+    '--train.compilation_cache=', f'--out={out}',
+  ])  # fmt: skip
+  text = capsys.readouterr().out
+  assert 'star_graph/d=2/length=3/nodes=9' in text and 'bits per byte' in text
+  found = json.loads(out.read_text())['suites']['star_graph']
+  (last,) = [
+    r for r in metrics.read(str(workdir))
+    if r['kind'] == 'suite' and r['step'] == 5
+  ]  # fmt: skip
+  assert found['accuracy'] == last['accuracy']
+  assert found['first_step'] == last['first_step']
+  of = tasks.named('star_graph/d=2/length=3/nodes=9')
+  assert [i['right'] for i in found['items']] == [
+    i.answer for i in tasks.tests(of, 20)
+  ]
+
+
+@pytest.mark.parametrize(
+  'suite, problem',
+  [
+    ('sudoku', 'NAME or NAME:ARG with NAME one of: heldout, '),
+    ('heldout:x', 'NAME or NAME:ARG'),
+    ('star_graph,star_graph', 'is there twice'),
+    ('star_graph:d=0', 'd >= 1 arms'),
+    ('polynomial:q=1', "'q=1' is none of"),
+    ('induction:x', 'takes nothing after it'),
+    ('', 'NAME or NAME:ARG'),
+  ],
+)
+def test_what_is_wrong_with_a_suite_is_said_at_once(
+  run, capsys, suite, problem
+):
+  store, workdir, _ = run
+  capsys.readouterr()
+  common = [f'--eval.suite={suite}', '--train.compilation_cache=']
+  assert main.main(
+    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', *common]
+  ) == 2  # fmt: skip
+  line = capsys.readouterr().err
+  assert line.startswith('mtp: --eval.suite=') and problem in line
+  assert line.count('\n') == 1
+  assert runs.train(store, workdir / 'new', eval__suite=suite) == 2
+  assert problem in capsys.readouterr().err
+  assert not (workdir / 'new').exists()
