@@ -16,6 +16,7 @@ from mtp_jax import bench, checkpoint, config, flags, sharding
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.evals import acceptance
 
 SHORT_S = 0.02  # of a turn; what is shorter is noise
 PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
@@ -510,7 +511,7 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
   bandwidth = _bandwidth(opened.mesh)
   table = []
   for B in config.parse_numbers(b.batches):
-    ids = held_out(cfg, B)
+    ids = acceptance.pieces(cfg, B, 'bench.batches')
     *found, ratios = _in_turn(opened, variants, ids, (), B)
     for widths, decoded, speed_up in zip(variants, found, ratios, strict=True):
       # The loop ends with its slowest row.
@@ -549,27 +550,6 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
     rows=table, bandwidth=bandwidth, checkpoint=opened.name,
     config=dataclasses.asdict(cfg),
   )  # fmt: skip
-
-
-def held_out(cfg: config.Config, B: int) -> list[np.ndarray]:
-  """B pieces of held-out documents: their beginnings, then what follows."""
-  path = config.parse_stores(cfg.data.store)[0].path
-  split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
-  P, pieces = cfg.bench.prompt, []
-  for skip in range(B):
-    if len(pieces) == B:
-      break
-    for tokens, offsets in zip(split.tokens, split.offsets, strict=True):
-      for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
-        start = int(begin) + skip * P
-        if start + P < int(end) and len(pieces) < B:
-          pieces.append(np.array(tokens[start : start + P], np.int64))
-  if len(pieces) < B:
-    raise config.ConfigError(
-      'bench.batches', cfg.bench.batches,
-      f'{path} has {len(pieces)} pieces of --bench.prompt={P} tokens held out',
-    )  # fmt: skip
-  return pieces
 
 
 def _bandwidth(mesh) -> float:

@@ -21,7 +21,7 @@ from mtp_jax import (
 )
 from mtp_jax.data import loader
 from mtp_jax.decode import decoder as decoder_lib
-from mtp_jax.evals import heldout, registry
+from mtp_jax.evals import calibration, heldout, registry
 from mtp_jax.evals import subject as subject_lib
 from mtp_jax.train import goodput, loop, metrics
 
@@ -103,6 +103,8 @@ def _held_out(workdir: str, step: int, cfg: config.Config):
   sets = loop.eval_batches(tokens, cfg, mesh)
   if not sets:
     tokens.sources[0].store.split(cfg.eval.split)  # says what there is
+  how_sure = calibration.evaluator(cfg, mesh)
+  again = loop.eval_batches(tokens, cfg, mesh)
   lines, by_name, alone = [], {}, tokens.evaluates_itself_only(sets)
   for name, batches in sets.items():
     raw = evaluate_on(model, batches, step)
@@ -115,7 +117,11 @@ def _held_out(workdir: str, step: int, cfg: config.Config):
       f' {raw["count_K"][0]:,.0f} targets of head 1',
       *metrics.table(values),
     ]
-    by_name[name] = metrics.jsonable(values)
+    more = how_sure(model, again[name], step)
+    found = calibration.scalars(more)
+    lines += calibration.table(found)
+    bins = {name: x.tolist() for name, x in more.items() if name[-1] == 'X'}
+    by_name[name] = metrics.jsonable(values | found) | dict(calibration=bins)
   return lines, by_name[name] if alone else dict(sources=by_name)
 
 

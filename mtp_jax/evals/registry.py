@@ -7,11 +7,18 @@ A suite is asked for as NAME or NAME:ARG. To add one, write a file with its
 import functools
 
 from mtp_jax import config
-from mtp_jax.evals import choice_points, induction, suites, synthetic
+from mtp_jax.evals import (
+  acceptance,
+  choice_points,
+  induction,
+  suites,
+  synthetic,
+)
 
 HELDOUT = 'heldout'  # the run's own store, window by window; see heldout.py
 
 SUITES = {
+  'acceptance': suites.Suite(acceptance.check, acceptance.run),
   'choice_points': suites.Suite(choice_points.check, choice_points.run),
   'induction': suites.Suite(induction.check, induction.run),
   **{

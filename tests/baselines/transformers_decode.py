@@ -17,6 +17,7 @@ import time
 import numpy as np
 
 from mtp_jax import bench, checkpoint, config, flags, generate
+from mtp_jax.evals import acceptance
 from mtp_jax.interop import folder
 
 
@@ -45,7 +46,7 @@ def main(args: list[str]) -> None:
     f' transformers {transformers.__version__}'
   )
   for B in config.parse_numbers(cfg.bench.batches):
-    ids = generate.held_out(cfg, B)
+    ids = acceptance.pieces(cfg, B, 'bench.batches')
 
     def ours(which, ids=ids):
       decoded = opened.decoder(ids, widths=which)

@@ -116,10 +116,11 @@ def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
   args = [f'--eval.checkpoint={run}', '--train.compilation_cache=']
   out, found = _with_report(capsys, root, 'eval', *args)
   logged = {r['source']: r for r in metrics.read(str(run)) if 'source' in r}
-  assert found['step'] == 6 and found['sources'] == {
-    name: {k: v for k, v in r.items() if k not in ('kind', 'step', 'source')}
-    for name, r in logged.items()
-  }
+  assert found['step'] == 6 and found['sources'].keys() == logged.keys()
+  for name, r in logged.items():
+    values = {k: v for k, v in r.items() if k not in ('kind', 'step', 'source')}
+    assert found['sources'][name] == found['sources'][name] | values
+    assert found['sources'][name]['top5_1'] >= values['accuracy_1']
   for said in ('valid split of code', 'valid split of chat', 'new'):
     assert f'step 6, {said}: ' in out
   assert out.count('bits per byte') == 3

@@ -1,0 +1,65 @@
+"""`acceptance`: how many drafts stand when held-out text is gone on with.
+
+Floor 4. What training and held-out windows show of it is teacher-forced, an
+estimate: here the model reads what it has written.
+"""
+
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.data import store as store_lib
+from mtp_jax.evals import intervals, suites
+from mtp_jax.evals import subject as subject_lib
+
+PIECES = 32  # unless --eval.items says how many
+
+
+def check(arg: str, cfg: config.Config) -> None:
+  if arg:
+    raise config.ConfigError(
+      'eval.suite', f'acceptance:{arg}', 'takes nothing after it'
+    )
+  if not cfg.data.store:
+    raise config.ConfigError('data.store', '', 'what acceptance goes on with')
+
+
+def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
+  cfg = subject.cfg
+  prompts = pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
+  decoded = subject.decoder(prompts, stop_ids=(subject.tokenizer.eos,))
+  scalars = dict(tokens_per_forward=decoded.tokens_per_forward)
+  asked_J, accepted_J = decoded.asked_J, decoded.accepted_J
+  for j, (n, stood) in enumerate(zip(asked_J, accepted_J, strict=True), 2):
+    scalars |= intervals.share(f'accepted_{j}', int(stood), int(n))
+  rates = ', '.join(
+    f't+{j} {scalars[f"accepted_{j}"]:.1%}' for j in range(2, len(asked_J) + 2)
+  )
+  line = (
+    f'{len(prompts)} pieces of {cfg.bench.prompt} tokens, gone on with for'
+    f' {decoded.n_tokens:,}: {decoded.tokens_per_forward:.2f} tokens a pass'
+  )
+  if rates:
+    line += f'; drafts that stood, given those before: {rates}'
+  return suites.Result([line], scalars)
+
+
+def pieces(cfg: config.Config, n: int, flag: str) -> list[np.ndarray]:
+  """n pieces of held-out documents, --bench.prompt tokens each: their
+  beginnings, then what follows; `flag` asked for so many."""
+  path = config.parse_stores(cfg.data.store)[0].path
+  split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
+  P, found = cfg.bench.prompt, []
+  for skip in range(n):
+    if len(found) == n:
+      break
+    for tokens, offsets in zip(split.tokens, split.offsets, strict=True):
+      for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        start = int(begin) + skip * P
+        if start + P < int(end) and len(found) < n:
+          found.append(np.array(tokens[start : start + P], np.int64))
+  if len(found) < n:
+    raise config.ConfigError(
+      flag, config.get(cfg, flag),
+      f'{path} has {len(found)} pieces of --bench.prompt={P} tokens held out',
+    )  # fmt: skip
+  return found

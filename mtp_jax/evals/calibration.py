@@ -1,0 +1,87 @@
+"""How sure each head is, and how often it is right then. Floor 4."""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import config, sharding
+from mtp_jax.evals import scores
+
+BINS = 15  # of the probability of the best token, equally wide
+TOP = 5
+
+
+def evaluator(cfg: config.Config, mesh) -> Callable:
+  """Returns run(params, batches, step) -> sums over all valid targets.
+
+  batches as `heldout.evaluator` takes them. The sums: count_K, top_K (targets
+  among the TOP likeliest), and of each of BINS bins of the best token's
+  probability count_KX, its sum sure_KX, and right_KX.
+  """
+
+  @functools.partial(jax.jit, static_argnames='n_active')
+  def sums(params, batch, *, n_active):
+    rows = jax.tree.map(lambda x: x[0], batch)
+    s = scores.scores(params, rows, n_active=n_active, cfg=cfg)
+    bin_KBT = jnp.minimum((s.top * BINS).astype(jnp.int32), BINS - 1)
+
+    def by_bin(x_KBT):
+      return jnp.stack(
+        [
+          jnp.sum(x_KBT, axis=(1, 2), where=s.valid & (bin_KBT == x))
+          for x in range(BINS)
+        ],
+        axis=1,
+      )
+
+    return dict(
+      count_K=jnp.sum(s.valid, axis=(1, 2)),
+      top_K=jnp.sum(s.valid & (s.rank < TOP), axis=(1, 2)),
+      count_KX=by_bin(jnp.ones_like(s.top)),
+      sure_KX=by_bin(s.top),
+      right_KX=by_bin((s.rank == 0).astype(jnp.float32)),
+    )
+
+  def run(params, batches: Iterable[dict], step: int) -> dict:
+    total, n_active = None, config.active_heads(cfg, max(step - 1, 0))
+    with jax.set_mesh(mesh):
+      for batch in batches:
+        batch = sharding.put_batch(mesh, batch)
+        new = jax.device_get(sums(params, batch, n_active=n_active))
+        new = jax.tree.map(np.float64, new)
+        total = jax.tree.map(np.add, total, new) if total else new
+    return total
+
+  return run
+
+
+def error(total: dict) -> np.ndarray:
+  """Expected calibration error of each head: the mean distance, over targets,
+  of a bin's accuracy from its mean probability (Guo et al. 2017,
+  https://arxiv.org/abs/1706.04599)."""
+  off_KX = np.abs(total['right_KX'] - total['sure_KX'])
+  return off_KX.sum(axis=1) / np.maximum(total['count_K'], 1)
+
+
+def scalars(total: dict) -> dict[str, float]:
+  out = {}
+  top_K = total['top_K'] / np.maximum(total['count_K'], 1)
+  for k, (top, off) in enumerate(zip(top_K, error(total), strict=True), 1):
+    out |= {f'top{TOP}_{k}': float(top), f'calibration_error_{k}': float(off)}
+  return out
+
+
+def table(found: dict[str, float]) -> list[str]:
+  """By head, as lines."""
+  n = sum(name.startswith('calibration_error_') for name in found)
+  return [
+    f'head   top-{TOP}  calibration error',
+    *(
+      f'{k:4d}  {found[f"top{TOP}_{k}"]:6.2%}'
+      f'  {found[f"calibration_error_{k}"]:17.2%}'
+      for k in range(1, n + 1)
+    ),
+  ]

@@ -1,0 +1,50 @@
+"""Drafts that stand, counted while decoding."""
+
+import json
+
+from mtp_jax import main
+from mtp_jax.decode import decoder
+from tests import runs
+
+
+def test_it_is_what_decoding_the_same_pieces_says(tmp_path, monkeypatch):
+  store = runs.make_store(str(tmp_path / 'store'))
+  workdir = tmp_path / 'run'
+  assert not runs.train(store, workdir, model__vocab_size=264)
+  counted, out = [], tmp_path / 'out.json'
+  decode = decoder.Decoder.__call__
+
+  def counting(*args, **kwargs):
+    counted.append(decode(*args, **kwargs))
+    return counted[-1]
+
+  monkeypatch.setattr(decoder.Decoder, '__call__', counting)
+  args = [
+    'eval', f'--eval.checkpoint={workdir}', '--eval.suite=acceptance',
+    '--mesh.fsdp=-1', '--train.compilation_cache=', f'--out={out}',
+    '--bench.prompt=12', '--decode.max_new=20',
+  ]  # fmt: skip
+  assert not main.main([*args, '--eval.items=5'])
+  found = json.loads(out.read_text())['suites']['acceptance']
+  (decoded,) = counted
+  assert len(decoded.tokens) == 5
+  assert found['tokens_per_forward'] == decoded.tokens_per_forward
+  rate = decoded.accepted_J[0] / decoded.asked_J[0]
+  assert found['accepted_2'] == rate
+  assert found['accepted_2_low'] <= rate <= found['accepted_2_high']
+
+
+def test_too_few_pieces_are_said(tmp_path, capsys):
+  store = runs.make_store(str(tmp_path / 'store'))
+  workdir = tmp_path / 'run'
+  assert not runs.train(
+    store, workdir, train__steps=1, optim__warmup_steps=0, heads__n=1
+  )
+  capsys.readouterr()
+  assert main.main([
+    'eval', f'--eval.checkpoint={workdir}', '--eval.suite=acceptance',
+    '--mesh.fsdp=-1', '--train.compilation_cache=', '--bench.prompt=150',
+    '--eval.items=4000',
+  ]) == 2  # fmt: skip
+  line = capsys.readouterr().err
+  assert line.startswith('mtp: --eval.items=4000: ') and 'held out' in line
