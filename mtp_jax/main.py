@@ -294,13 +294,13 @@ def _import(parsed: flags.Parsed) -> int:
   return 0
 
 
-def _curves(parsed: flags.Parsed) -> int:
-  from mtp_jax import report
-
+def _report_runs(parsed: flags.Parsed) -> int:
   if not parsed.rest:
     raise absl_flags.Error('report needs the workdir of a run, or several')
+  from mtp_jax.run_report import files
+
   try:
-    lines, values = report.curves(parsed.rest)
+    lines, values = files.write(parsed.rest)
   except ValueError as error:  # names the run; no flag is to blame
     raise absl_flags.Error(str(error)) from error
   _report(lines, values, parsed.out)
@@ -378,9 +378,9 @@ COMMANDS = {
     _bench,
   ),
   'report': Command(
-    'RUN [RUN …]: draw the curves of one or more runs into RUN/curves.png',
+    'RUN [RUN …]: what one or more runs came to, on one page: RUN/report.html',
     ('out',),
-    _curves,
+    _report_runs,
   ),
 }
 

@@ -1,9 +1,8 @@
-"""What a user looks at: held-out results, real batches, curves. Floor 5.
+"""What a user looks at: held-out results, real batches. Floor 5.
 
 Each function returns (lines to print, the same as a JSON-able dict).
 """
 
-import os
 import sys
 
 import jax
@@ -23,7 +22,7 @@ from mtp_jax.data import loader
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.evals import calibration, heldout, registry
 from mtp_jax.evals import subject as subject_lib
-from mtp_jax.train import goodput, loop, metrics
+from mtp_jax.train import loop, metrics
 
 
 def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
@@ -186,100 +185,3 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
     targets=targets_KBT.tolist(),
     valid=valid_KBT.tolist(),
   )
-
-
-def curves(runs: list[str]) -> tuple[list[str], dict]:
-  """Draws RUN/curves.png for the first run: loss by head while training and
-  held out, the further runs beside it, and acceptance. Returns last values."""
-  records = {run: metrics.read(run) for run in runs}
-  for run, found in records.items():
-    if not found:
-      raise ValueError(f'{run}: has no metrics.jsonl; report takes workdirs')
-  import matplotlib
-
-  matplotlib.use('agg')
-  from matplotlib import pyplot
-
-  figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-  for style, (run, found) in zip(
-    ('-', '--', ':', '-.') * len(records), records.items(), strict=False
-  ):
-    label = '' if len(records) == 1 else f' {os.path.basename(run.rstrip("/"))}'
-    for color, name in enumerate(_heads(found, 'loss')):
-      _line(left, found, name, f'C{color}', style, label)
-    for color, name in enumerate(_heads(found, 'acceptance'), 1):
-      _line(right, found, name, f'C{color}', style, label)
-  left.set(xlabel='step', ylabel='nats a token', title='loss by head')
-  right.set(
-    xlabel='step', ylabel='rate', ylim=(0, 1),
-    title='draft accepted, given those before (teacher-forced)',
-  )  # fmt: skip
-  for axes in (left, right):
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-      axes.legend(fontsize='small')
-  figure.tight_layout()
-  path = os.path.join(runs[0], 'curves.png')
-  figure.savefig(path + '.tmp', format='png', dpi=120)
-  os.replace(path + '.tmp', path)
-  pyplot.close(figure)
-  last = {run: found[-1] for run, found in records.items()}
-  lines = [
-    f'{run}: step {r["step"]}, '
-    + (f'{r["source"]}: ' if 'source' in r else '')
-    + ', '.join(
-      f'head {n[5:]} ' + ('nan' if r[n] is None else f'{r[n]:.4f}')
-      for n in _heads([r], 'loss')
-    )
-    for run, found in records.items()
-    for r in _last(found)
-  ]
-  spent = {run: goodput.summary(goodput.read(run)) for run in runs}
-  for run, found in spent.items():
-    lines += [f'{run}: {line}' for line in goodput.lines(found)]
-  values = dict(curves=path, last=last, goodput=spent)
-  return [*lines, f'curves: {path}'], values
-
-
-def _last(found: list[dict]) -> list[dict]:
-  """The last record, and those of the other sets evaluated with it."""
-  same = [(r['kind'], r['step']) for r in found]
-  return [r for r, key in zip(found, same, strict=True) if key == same[-1]]
-
-
-def _heads(found, name):
-  """The fields name_1, name_2 … that occur, in order."""
-  fields = {key for record in found for key in record}
-  wanted = [f for f in fields if f.startswith(f'{name}_') and f[-1].isdigit()]
-  return sorted(wanted, key=lambda f: int(f.rsplit('_', 1)[1]))
-
-
-MARKERS = 'osv^D*P<>'  # of validation sets, in turn
-
-
-def _line(axes, found, name, color, style, label):
-  """Training as a line, held-out values as dots, of another shape a set."""
-  k = name.rsplit('_', 1)[1]
-  what = 't+' if name.startswith('acceptance') else 'head '
-  points = _points(found, name, lambda r: r['kind'] == 'train')
-  if points:
-    axes.plot(
-      *zip(*points, strict=True), style, color=color, alpha=0.8, linewidth=1,
-      label=f'{what}{k}{label}',
-    )  # fmt: skip
-  evals = [r for r in found if r['kind'] == 'eval']
-  sources = list(dict.fromkeys(r.get('source') for r in evals))
-  for i, source in enumerate(sources):
-    points = _points(evals, name, lambda r: r.get('source') == source)  # noqa: B023
-    if points:
-      axes.plot(
-        *zip(*points, strict=True), MARKERS[i % len(MARKERS)], color=color,
-        markersize=4, label=f'{what}{k}, {source}{label}' if source else None,
-      )  # fmt: skip
-
-
-def _points(found, name, wanted) -> list[tuple]:
-  return [
-    (r['step'], r[name]) for r in found
-    if wanted(r) and r.get(name) is not None
-  ]  # fmt: skip

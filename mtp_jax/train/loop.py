@@ -259,7 +259,7 @@ def _loop(
   else:
     state = _first_state(cfg, run.mesh, source)
   _say_what(run, abstract, start)
-  step_of = _compiler(run)
+  step_of = _compiler(run, abstract)
   evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)
   clock, spikes = run.clock, _Spikes(run)
   with (
@@ -269,7 +269,7 @@ def _loop(
   ):
     for done in range(start + 1, t.steps + 1):
       n_active = config.active_heads(cfg, done - 1)
-      step = step_of(n_active, say)
+      step = step_of(n_active, done - 1, say)
       profile(done - 1, state)
       run.alive()
       clock.at('data')
@@ -356,12 +356,14 @@ def _first_state(cfg, mesh, source: origin.Source | None) -> state_lib.State:
   return state_lib.init(cfg, mesh, (old, source.was))
 
 
-def _compiler(run: _Run):
-  """(n_active, say) -> compiled step; one compile a number of heads."""
+def _compiler(run: _Run, abstract):
+  """(n_active, steps done, say) -> compiled step; one compile a number of
+  heads, whose bytes a device go into goodput.jsonl: what a program needs may
+  differ from session to session, and metrics.jsonl may not."""
   cfg, steps = run.cfg, {}
   masked = run.tokens.train().masked
 
-  def step_of(n_active, say):
+  def step_of(n_active, done, say):
     if n_active not in steps:
       run.alive()
       run.clock.at('compile')
@@ -380,6 +382,16 @@ def _compiler(run: _Run):
       )
       processes.meet('compiled')  # or the first step would wait, unsaid
       run.clock.at('host')
+      if run.ledger and memory:
+        run.ledger.write(
+          done, run.clock,
+          memory=dict(
+            heads=n_active,
+            parameters=params.bytes_per_device(abstract.params),
+            optimizer=params.bytes_per_device(abstract.opt_state),
+            temporaries=memory.temp_size_in_bytes,
+          ),
+        )  # fmt: skip
     return steps[n_active]
 
   return step_of

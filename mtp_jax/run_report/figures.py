@@ -1,0 +1,170 @@
+"""Figures: data in, SVG for the page and PNG for papers out.
+
+The SVG takes its ink from the page (currentColor), so that one drawing reads on
+light and on dark ground; the colours of COLORS read on both.
+"""
+
+import io
+import re
+from typing import NamedTuple
+
+LIGHT, DARK = '#ffffff', '#15181d'  # grounds of the page
+INK = '#1f2329'  # replaced by currentColor
+COLORS = (
+  '#2f7de1', '#d97706', '#16a065', '#d6409f', '#8b5cf6', '#0e93a8', '#e5484d',
+  '#8a7a3d', '#6f7782',
+)  # fmt: skip
+MARKERS = 'osv^D*P<>'
+WIDTH_IN, HEIGHT_IN = 4.4, 3.3
+
+
+class Series(NamedTuple):
+  """One line: (x, y), or dots, in the colour of its number."""
+
+  label: str  # '' if another one's stands for it
+  points: list
+  color: int
+  marker: str = ''  # dots instead of a line
+  joined: bool = True  # dots, with a line through them
+  band: tuple | None = None  # (low, high) at each point
+
+
+class Lines(NamedTuple):
+  """Series over steps or tokens."""
+
+  name: str  # of the PNG
+  title: str
+  x: str
+  y: str
+  series: list[Series]
+  limits: tuple | None = None  # of y
+  note: str = ''
+
+  def said(self) -> str:
+    """For a reader who does not see it."""
+    ends = [
+      f'{s.label} ends at {s.points[-1][1]:.4g}' for s in self.series if s.label
+    ]
+    return f'{self.title}: {self.y} over {self.x}. ' + '; '.join(ends)
+
+
+class Bars(NamedTuple):
+  """Rows of stacked parts."""
+
+  name: str
+  title: str
+  x: str
+  rows: dict[str, dict[str, float]]  # row -> part -> value
+  note: str = ''
+
+  def said(self) -> str:
+    rows = [
+      f'{row}: ' + ', '.join(f'{part} {v:.3g}' for part, v in parts.items())
+      for row, parts in self.rows.items()
+    ]
+    return f'{self.title}, in {self.x}. ' + '; '.join(rows)
+
+
+Plot = Lines | Bars
+
+STYLE = {
+  'font.size': 10.5,
+  'svg.fonttype': 'none',  # text stays text, in the reader's font
+  'svg.hashsalt': 'mtp',  # the same ids each time
+  **dict.fromkeys(
+    ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color',
+     'ytick.color', 'grid.color'),
+    INK,
+  ),
+  'grid.alpha': 0.15,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'legend.frameon': False,
+}  # fmt: skip
+
+
+def draw(plot: Plot) -> tuple[str, bytes]:
+  """(SVG element, PNG file)."""
+  import matplotlib
+  from matplotlib import figure
+
+  with matplotlib.rc_context(STYLE):
+    is_bars = isinstance(plot, Bars)
+    height = 1.1 + 0.6 * len(plot.rows) if is_bars else HEIGHT_IN
+    drawn = figure.Figure((WIDTH_IN, height), layout='constrained')
+    axes = drawn.subplots()
+    (_bars if is_bars else _lines)(axes, plot)
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+      longest = max(map(len, labels))
+      drawn.legend(
+        handles, labels, loc='outside upper left',
+        ncols=max(1, min(5, 50 // (longest + 5))), borderaxespad=0,
+        handlelength=1.4, columnspacing=1.2,
+      )  # fmt: skip
+    return _svg(drawn, plot), _png(drawn)
+
+
+def _lines(axes, plot: Lines) -> None:
+  from matplotlib import ticker
+
+  # Training behind what is held out.
+  behind = 0.65 if any(not s.joined for s in plot.series) else 1
+  for s in plot.series:
+    x, y = zip(*s.points, strict=True)
+    color = COLORS[s.color % len(COLORS)]
+    marker = s.marker or ('.' if len(x) == 1 else '')
+    axes.plot(
+      x, y, color=color, label=s.label or '_', marker=marker, markersize=4.5,
+      linewidth=1.3, linestyle='-' if s.joined else '',
+      zorder=3 if marker else 2,
+      alpha=1 if marker else behind,
+    )  # fmt: skip
+    if s.band:
+      axes.fill_between(x, *s.band, color=color, alpha=0.18, linewidth=0)
+  axes.set(xlabel=plot.x, ylabel=plot.y)
+  if plot.limits:
+    axes.set_ylim(*plot.limits)
+  axes.grid(True)
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  if max(y for s in plot.series for _, y in s.points) >= 1e4:
+    axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+
+
+def _bars(axes, plot: Bars) -> None:
+  parts = list(dict.fromkeys(p for row in plot.rows.values() for p in row))
+  whole = max(sum(row.values()) for row in plot.rows.values())
+  for i, part in enumerate(parts):
+    left = [sum(row.get(p, 0) for p in parts[:i]) for row in plot.rows.values()]
+    axes.barh(
+      range(len(plot.rows)), [row.get(part, 0) for row in plot.rows.values()],
+      left=left, height=0.42, color=COLORS[i % len(COLORS)], label=part,
+    )  # fmt: skip
+  for i, (name, row) in enumerate(plot.rows.items()):
+    axes.text(0, i - 0.3, f'{name}: {sum(row.values()):.3g}', va='bottom')
+  axes.set(xlabel=plot.x, xlim=(0, whole * 1.02 or 1), yticks=[])
+  axes.set_ylim(len(plot.rows) - 0.7, -0.75)
+  axes.spines['left'].set_visible(False)
+  axes.xaxis.grid(True)
+
+
+def _svg(drawn, plot: Plot) -> str:
+  """Fit to stand in a page beside others: ids of its own, no size, no links to
+  what its metadata mean."""
+  file = io.StringIO()
+  drawn.savefig(file, format='svg', transparent=True)
+  text = file.getvalue()
+  text = text[text.index('<svg') :]
+  text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
+  text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', text)
+  text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', text)
+  text = re.sub(r'\bid="', f'id="{plot.name}-', text)
+  text = re.sub(r'(href="|url\()#', rf'\1#{plot.name}-', text)
+  return text.replace(INK, 'currentColor')
+
+
+def _png(drawn) -> bytes:
+  file = io.BytesIO()
+  drawn.savefig(file, format='png', dpi=200, facecolor=LIGHT)
+  return file.getvalue()

@@ -1,0 +1,69 @@
+"""RUN/report.html and RUN/report/*.png, and what the command prints."""
+
+import os
+
+from mtp_jax.run_report import figures, history, page, sections
+from mtp_jax.train import goodput
+
+
+def write(paths: list[str]) -> tuple[list[str], dict]:
+  """The report of runs, into the first one's workdir, for what was there.
+
+  Returns (lines to print, the same as a JSON-able dict): the last record of
+  each run, its goodput, and the files. ValueError, naming the run, if one is no
+  workdir or cannot be written to.
+  """
+  runs = history.read(paths)
+  workdir = runs[0].path
+  if not os.access(workdir, os.W_OK):
+    raise ValueError(f'{workdir}: cannot write there')
+  found = sections.sections(runs)
+  svgs, pngs = {}, {}
+  for plot in (plot for s in found for plot in s.plots):
+    svgs[plot.name], pngs[f'{plot.name}.png'] = figures.draw(plot)
+  folder = os.path.join(workdir, 'report')
+  _write_figures(folder, pngs)
+  html = os.path.join(workdir, 'report.html')
+  title = (
+    ' and '.join(run.name for run in runs)
+    if len(runs) < 3
+    else f'{len(runs)} runs'
+  )
+  about = [f'{run.name}: {os.path.abspath(run.path)}' for run in runs]
+  text = page.render(f'Report on {title}', about, found, svgs)
+  _replace(html, text.encode())
+  return _said(runs, html, [os.path.join(folder, name) for name in pngs])
+
+
+def _write_figures(folder: str, pngs: dict[str, bytes]) -> None:
+  os.makedirs(folder, exist_ok=True)
+  for name, data in pngs.items():
+    _replace(os.path.join(folder, name), data)
+  for name in os.listdir(folder):
+    if name.endswith('.png') and name not in pngs:  # of another report
+      os.remove(os.path.join(folder, name))
+
+
+def _replace(path: str, data: bytes) -> None:
+  with open(path + '.tmp', 'wb') as file:
+    file.write(data)
+  os.replace(path + '.tmp', path)
+
+
+def _said(runs, html: str, drawn: list[str]) -> tuple[list[str], dict]:
+  last, spent, lines = {}, {}, []
+  for run in runs:
+    records = history.last(run)
+    last[run.path] = records[-1] if records else None
+    for r in records:
+      of = f'{r["source"]}: ' if 'source' in r else ''
+      losses = ', '.join(
+        f'head {k} ' + ('nan' if r[name] is None else f'{r[name]:.4f}')
+        for k, name in history.by_head([r], 'loss').items()
+      )
+      lines.append(f'{run.path}: step {r["step"]}, {of}{losses}')
+  for run in runs:
+    spent[run.path] = goodput.summary(run.sessions)
+    lines += [f'{run.path}: {line}' for line in goodput.lines(spent[run.path])]
+  values = dict(report=html, figures=drawn, last=last, goodput=spent)
+  return [*lines, f'report: {html}'], values
