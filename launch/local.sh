@@ -2,7 +2,7 @@
 # A multi-token model of real code, on this machine, from a fresh clone:
 #   launch/local.sh [--processes=N[xM]] [--dry-run] [--section.field=VALUE …]
 # Makes .venv, prepares a store from the Python standard library, trains
-# experiments/smoke.flags, evaluates it, draws its curves, and lets it go on with
+# experiments/smoke.flags, evaluates it, writes its report, and lets it go on with
 # some code, with head 1 alone and with all its heads, in turn. What is there
 # already is used again; other flags get a run of their own. --processes trains in
 # N processes, of M virtual CPU devices each; --dry-run prints what would run.
@@ -47,4 +47,5 @@ run mtp generate --decode.checkpoint="$run" --prompt="$prompt" \
   --decode.max_new=128 --decode.compare --out="$run/decode.json"
 [ -z "$dry_run" ] || exit 0
 echo "checkpoints: $run/checkpoints"
+echo "report:      $run/report.html"
 echo "metrics:     $run/metrics.jsonl, $run/tensorboard, $run/heldout.json, $run/decode.json"

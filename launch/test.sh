@@ -8,6 +8,8 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 source launch/venv.sh test
+command -v chromedriver >/dev/null ||
+  echo 'a page needs a browser: apt-get install chromium-driver' >&2
 ruff check .
 ruff format --check .
 if [ "${1:-}" = --slow ]; then

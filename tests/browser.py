@@ -11,9 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-MISSING = (
-  'the test of the report needs a browser: apt-get install chromium-driver'
-)
+MISSING = 'a page needs a browser: apt-get install chromium-driver'
 ARGS = (
   '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic',
   '--no-first-run', '--disable-background-networking',

@@ -1,4 +1,4 @@
-"""The command line, from documents to curves."""
+"""The command line, from documents to a report."""
 
 import json
 import os
@@ -261,7 +261,7 @@ def _with_report(tmp_path, capsys, command, *args):
   return out, json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def test_from_documents_to_curves(tmp_path, capsys, monkeypatch):
+def test_from_documents_to_a_report(tmp_path, capsys, monkeypatch):
   texts, store, run = (tmp_path / name for name in ('texts', 'store', 'run'))
   texts.mkdir()
   rng = np.random.default_rng(0)
@@ -296,8 +296,9 @@ def test_from_documents_to_curves(tmp_path, capsys, monkeypatch):
 
   monkeypatch.undo()  # matplotlib keeps its list of fonts at home
   out, shown = _with_report(tmp_path, capsys, 'report', run)
-  assert (run / 'curves.png').read_bytes().startswith(b'\x89PNG')
-  assert shown['curves'] == f'{run}/curves.png'
+  assert out[-1] == f'report: {run}/report.html'
+  assert shown['report'] == f'{run}/report.html'
+  assert f'{run}/report/loss-run.png' in shown['figures']
   assert shown['last'] == {str(run): metrics.read(str(run))[-1]}
   assert out[0].startswith(f'{run}: step 6, head 1 {values["loss_1"]:.4f}')
 
@@ -396,5 +397,5 @@ def test_report_of_several_runs(undisturbed, tmp_path, capsys):
   assert out[0].startswith(f'{run}: step 3, head 1 nan, head 2 ')
   assert out[1].startswith(f'{undisturbed}: step 6, head 1 ')
   assert shown['last'][str(run)] == records[-1]
-  assert (run / 'curves.png').exists()
-  assert not (undisturbed / 'curves.png').exists()
+  assert (run / 'report.html').exists()
+  assert not (undisturbed / 'report.html').exists()

@@ -16,6 +16,12 @@ COLORS = (
 )  # fmt: skip
 MARKERS = 'osv^D*P<>'
 WIDTH_IN, HEIGHT_IN = 4.4, 3.3
+LABEL = 34  # characters
+
+
+def plain(value: float) -> str:
+  """In three digits, or as many as it has before the point."""
+  return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}'
 
 
 class Series(NamedTuple):
@@ -43,7 +49,9 @@ class Lines(NamedTuple):
   def said(self) -> str:
     """For a reader who does not see it."""
     ends = [
-      f'{s.label} ends at {s.points[-1][1]:.4g}' for s in self.series if s.label
+      f'{s.label} ends at {plain(s.points[-1][1])}'
+      for s in self.series
+      if s.label
     ]
     return f'{self.title}: {self.y} over {self.x}. ' + '; '.join(ends)
 
@@ -59,7 +67,7 @@ class Bars(NamedTuple):
 
   def said(self) -> str:
     rows = [
-      f'{row}: ' + ', '.join(f'{part} {v:.3g}' for part, v in parts.items())
+      f'{row}: ' + ', '.join(f'{part} {plain(v)}' for part, v in parts.items())
       for row, parts in self.rows.items()
     ]
     return f'{self.title}, in {self.x}. ' + '; '.join(rows)
@@ -93,33 +101,45 @@ def draw(plot: Plot) -> tuple[str, bytes]:
     height = 1.1 + 0.6 * len(plot.rows) if is_bars else HEIGHT_IN
     drawn = figure.Figure((WIDTH_IN, height), layout='constrained')
     axes = drawn.subplots()
-    (_bars if is_bars else _lines)(axes, plot)
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-      longest = max(map(len, labels))
-      drawn.legend(
-        handles, labels, loc='outside upper left',
+    key = (_bars if is_bars else _lines)(axes, plot)
+    if key:
+      longest = max(map(len, key))
+      legend = drawn.legend(
+        key.values(), key, loc='outside upper left',
         ncols=max(1, min(5, 50 // (longest + 5))), borderaxespad=0,
         handlelength=1.4, columnspacing=1.2,
       )  # fmt: skip
+      for line in legend.get_lines():
+        line.set_alpha(1)
     return _svg(drawn, plot), _png(drawn)
 
 
-def _lines(axes, plot: Lines) -> None:
+def short(text: str) -> str:
+  """As much as fits into a figure; its $ are no formula."""
+  if len(text) > LABEL:
+    text = f'{text[: LABEL // 2]}…{text[1 - LABEL // 2 :]}'
+  return text.replace('$', r'\$')
+
+
+def _lines(axes, plot: Lines) -> dict:
+  """Draws; returns label -> what it stands for."""
   from matplotlib import ticker
 
   # Training behind what is held out.
-  behind = 0.65 if any(not s.joined for s in plot.series) else 1
+  behind = 0.75 if any(not s.joined for s in plot.series) else 1
+  key = {}
   for s in plot.series:
     x, y = zip(*s.points, strict=True)
     color = COLORS[s.color % len(COLORS)]
     marker = s.marker or ('.' if len(x) == 1 else '')
-    axes.plot(
-      x, y, color=color, label=s.label or '_', marker=marker, markersize=4.5,
+    (line,) = axes.plot(
+      x, y, color=color, marker=marker, markersize=4.5,
       linewidth=1.3, linestyle='-' if s.joined else '',
       zorder=3 if marker else 2,
       alpha=1 if marker else behind,
     )  # fmt: skip
+    if s.label:
+      key.setdefault(short(s.label), line)
     if s.band:
       axes.fill_between(x, *s.band, color=color, alpha=0.18, linewidth=0)
   axes.set(xlabel=plot.x, ylabel=plot.y)
@@ -130,23 +150,33 @@ def _lines(axes, plot: Lines) -> None:
   axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
   if max(y for s in plot.series for _, y in s.points) >= 1e4:
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  return key
 
 
-def _bars(axes, plot: Bars) -> None:
+def _bars(axes, plot: Bars) -> dict:
+  """Draws; returns part -> what it stands for."""
+  from matplotlib import ticker
+
+  key = {}
   parts = list(dict.fromkeys(p for row in plot.rows.values() for p in row))
   whole = max(sum(row.values()) for row in plot.rows.values())
   for i, part in enumerate(parts):
     left = [sum(row.get(p, 0) for p in parts[:i]) for row in plot.rows.values()]
-    axes.barh(
+    key[part] = axes.barh(
       range(len(plot.rows)), [row.get(part, 0) for row in plot.rows.values()],
-      left=left, height=0.42, color=COLORS[i % len(COLORS)], label=part,
+      left=left, height=0.42, color=COLORS[i % len(COLORS)],
     )  # fmt: skip
   for i, (name, row) in enumerate(plot.rows.items()):
-    axes.text(0, i - 0.3, f'{name}: {sum(row.values()):.3g}', va='bottom')
+    axes.text(
+      0, i - 0.3, f'{short(name)}: {plain(sum(row.values()))}', va='bottom'
+    )
   axes.set(xlabel=plot.x, xlim=(0, whole * 1.02 or 1), yticks=[])
   axes.set_ylim(len(plot.rows) - 0.7, -0.75)
+  if whole >= 1e4:
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
   axes.spines['left'].set_visible(False)
   axes.xaxis.grid(True)
+  return key
 
 
 def _svg(drawn, plot: Plot) -> str:

@@ -2,8 +2,13 @@
 
 import os
 
-from mtp_jax.run_report import figures, history, page, sections
+from mtp_jax.run_report import content, figures, history, learned, page, spent
 from mtp_jax.train import goodput
+
+SECTIONS = (
+  learned.compared, learned.losses, learned.acceptance, learned.suites,
+  spent.speed, spent.memory, spent.where_time_went, spent.spikes, spent.flags,
+)  # fmt: skip
 
 
 def write(paths: list[str]) -> tuple[list[str], dict]:
@@ -17,7 +22,9 @@ def write(paths: list[str]) -> tuple[list[str], dict]:
   workdir = runs[0].path
   if not os.access(workdir, os.W_OK):
     raise ValueError(f'{workdir}: cannot write there')
-  found = sections.sections(runs)
+  sections = [section(runs) for section in SECTIONS]
+  # The others have nothing to show.
+  found = _apart([s for s in sections if s.plots or s.tables])
   svgs, pngs = {}, {}
   for plot in (plot for s in found for plot in s.plots):
     svgs[plot.name], pngs[f'{plot.name}.png'] = figures.draw(plot)
@@ -33,6 +40,22 @@ def write(paths: list[str]) -> tuple[list[str], dict]:
   text = page.render(f'Report on {title}', about, found, svgs)
   _replace(html, text.encode())
   return _said(runs, html, [os.path.join(folder, name) for name in pngs])
+
+
+def _apart(sections: list[content.Section]) -> list[content.Section]:
+  """No two plots of one name, which those of two runs may have come to."""
+  seen, found = set(), []
+  for s in sections:
+    plots = []
+    for plot in s.plots:
+      name, n = plot.name, 1
+      while name in seen:
+        n += 1
+        name = f'{plot.name}-{n}'
+      seen.add(name)
+      plots.append(plot._replace(name=name))
+    found.append(s._replace(plots=plots))
+  return found
 
 
 def _write_figures(folder: str, pngs: dict[str, bytes]) -> None:

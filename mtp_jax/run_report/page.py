@@ -2,13 +2,13 @@
 
 import html
 
-from mtp_jax.run_report.figures import DARK, INK, LIGHT
-from mtp_jax.run_report.sections import Section, Table
+from mtp_jax.run_report import content, figures
 
 GROUNDS = f"""
-:root {{ color-scheme: light dark; --ground: {LIGHT}; --ink: {INK};
-  --soft: #5b6470; --line: #dfe3e8; --card: #f6f7f9; --link: #1b62c0; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ground: {DARK};
+:root {{ color-scheme: light dark; --ground: {figures.LIGHT};
+  --ink: {figures.INK}; --soft: #5b6470; --line: #dfe3e8; --card: #f6f7f9;
+  --link: #1b62c0; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ground: {figures.DARK};
   --ink: #e4e7eb; --soft: #a0a8b3; --line: #30363f; --card: #1c2027;
   --link: #7db2ff; }} }}
 """
@@ -38,23 +38,23 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto,
   sans-serif !important; }
 figcaption { margin-bottom: .4rem; font-weight: 600; }
 figcaption span { display: block; font-weight: 400; }
-.box { overflow-x: auto; overflow-wrap: break-word; margin: 1rem 0; max-width: 100%;
-  border: 1px solid var(--line); border-radius: .6rem; width: fit-content; }
+.box { overflow-x: auto; overflow-wrap: break-word; margin: 1rem 0;
+  max-width: 100%; width: fit-content; border: 1px solid var(--line);
+  border-radius: .6rem; }
 .grid .box { margin: 0; }
 .tall { max-height: 34rem; }
 table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .6rem .7rem;
-  font-size: 1rem; }
+caption { text-align: left; overflow-wrap: anywhere; font-weight: 600;
+  padding: .6rem .7rem; font-size: 1rem; }
 th, td { padding: .35rem .7rem; text-align: right; vertical-align: top;
   border-top: 1px solid var(--line); max-width: 16rem; }
 th:first-child { text-align: left; position: sticky; left: 0;
-  background: var(--ground); min-width: 6rem; max-width: 12rem; }
+  background: var(--ground); max-width: 12rem; }
 thead th { background: var(--card); font-weight: 600; }
 thead th:first-child { background: var(--card); }
 tbody th { font-weight: 400; color: var(--soft); }
-td { min-width: 4.2rem; }
-@media (max-width: 30rem) { th, td { padding: .3rem .5rem; }
+@media (max-width: 30rem) { th, td { padding: .3rem .45rem; }
   th:first-child { max-width: 8.2rem; } }
 summary { cursor: pointer; color: var(--link); }
 dl { max-width: 46rem; }
@@ -63,7 +63,9 @@ dd { margin: 0 0 .3rem 1rem; }
 """
 
 
-def render(title: str, about: list[str], sections: list[Section], svgs) -> str:
+def render(
+  title: str, about: list[str], sections: list[content.Section], svgs
+) -> str:
   """svgs: the SVG element of each plot's name."""
   links = ''.join(
     f'<li><a href="#{s.key}">{_text(s.title)}</a></li>' for s in sections
@@ -85,7 +87,7 @@ def _text(text: str) -> str:
   return html.escape(text)
 
 
-def _section(s: Section, svgs) -> str:
+def _section(s: content.Section, svgs) -> str:
   figures = ''.join(_figure(plot, svgs[plot.name]) for plot in s.plots)
   narrow = [t for t in s.tables if len(t.header) <= 4]
   wide = [t for t in s.tables if len(t.header) > 4]
@@ -124,7 +126,7 @@ def _figure(plot, svg: str) -> str:
   )
 
 
-def _table(t: Table) -> str:
+def _table(t: content.Table) -> str:
   head = ''.join(f'<th scope="col">{_text(cell)}</th>' for cell in t.header)
   rows = ''.join(
     f'<tr><th scope="row">{_text(row[0])}</th>'

@@ -1,8 +1,8 @@
 """A run on a mixture of stores, one of prompts and completions, in tokens that
-were trained on the first: from documents to curves."""
+were trained on the first: from documents to a report."""
 
 import json
-import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -140,7 +140,9 @@ def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
 
 def test_report_shows_each_set(run, root, capsys):
   out, found = _with_report(capsys, root, 'report', str(run))
-  assert os.path.getsize(found['curves']) > 1000
+  page = pathlib.Path(found['report']).read_text()
+  for name in ('code', 'chat', 'new'):
+    assert f'held-out loss of head 1 (nats), {name}<' in page
   for line, name in zip(
     out.splitlines(), ('code', 'chat', 'new'), strict=False
   ):
