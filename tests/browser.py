@@ -115,6 +115,6 @@ def page() -> Iterator[Page]:
       finally:
         found.close()
     finally:
-      process.kill()
+      process.terminate()
       process.wait()
       process.stdout.close()

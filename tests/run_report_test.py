@@ -184,6 +184,7 @@ def test_all_there_is_has_its_section(trained, page):
   for path in (trained[0] / 'report').iterdir():
     assert path.read_bytes().startswith(b'\x89PNG')
   assert len(page) < 2_000_000
+  assert '://' not in page and '@import' not in page
 
 
 def test_the_same_runs_have_the_same_page_and_no_older_figures(trained, page):
@@ -356,10 +357,44 @@ def test_long_series_are_thinned_by_their_means():
   assert history.thinned([]) == ([], 1)
 
 
-def test_what_cannot_be_read_or_written_is_said(trained, capsys, monkeypatch):
+def test_a_high_loss_does_not_flatten_the_rest(tmp_path):
+  records = [
+    dict(kind='train', step=s, loss_1=60.0 if s < 5 or s == 50 else 3 - s / 100)
+    for s in range(1, 101)
+  ]
+  (calm,) = learned.losses(
+    history.read([_written(tmp_path / 'calm', *records[5:49])])
+  ).plots
+  section = learned.losses(history.read([_written(tmp_path / 'run', *records)]))
+  (plot,) = section.plots
+  low, high = plot.limits
+  assert low < 2 and 3 < high < 5 and calm.limits[1] < 3.1
+  assert section.text == [
+    'The highest losses, as of the first steps, leave the frame.'
+  ]
+
+
+def test_labels_and_values_are_short():
+  assert figures.short('a run') == 'a run'
+  cut = figures.short('a' * 40 + ', session 12')
+  assert len(cut) == figures.LABEL and cut.endswith('a, session 12')
+  assert figures.short('_$x$') == r'_\$x\$'
+  assert [figures.plain(x) for x in (86400.4, 123.4, 12.34, 0.01234)] == [
+    '86,400', '123', '12.3', '0.0123',
+  ]  # fmt: skip
+
+
+def test_what_cannot_be_written_is_said(trained, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(files.os, 'access', lambda *_: False)
   assert main.main(['report', str(trained[1])]) == 2
   assert capsys.readouterr().err == f'mtp: {trained[1]}: cannot write there\n'
+  monkeypatch.undo()
+  run = tmp_path / 'run'
+  _written(run, dict(kind='train', step=1, loss_1=2.0))
+  (run / 'report').write_text('of the user')
+  assert main.main(['report', str(run)]) == 2
+  assert capsys.readouterr().err == f'mtp: {run}/report: is no directory\n'
+  assert not (run / 'report.html').exists()
 
 
 def test_a_config_of_another_version_is_left_out(trained, tmp_path):

@@ -180,15 +180,16 @@ def _bars(axes, plot: Bars) -> dict:
 
 
 def _svg(drawn, plot: Plot) -> str:
-  """Fit to stand in a page beside others: ids of its own, no size, no links to
-  what its metadata mean."""
+  """Fit to stand in a page beside others: ids of its own, no size, none of the
+  addresses that name its language and its metadata."""
   file = io.StringIO()
   drawn.savefig(file, format='svg', transparent=True)
   text = file.getvalue()
   text = text[text.index('<svg') :]
   text = re.sub(r'<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
-  text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', text)
-  text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', text)
+  tag, rest = text.split('>', 1)
+  tag = re.sub(r' (width|height|xmlns(:\w+)?)="[^"]*"', '', tag)
+  text = f'{tag}>{rest}'
   text = re.sub(r'\bid="', f'id="{plot.name}-', text)
   text = re.sub(r'(href="|url\()#', rf'\1#{plot.name}-', text)
   return text.replace(INK, 'currentColor')

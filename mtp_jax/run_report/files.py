@@ -22,13 +22,15 @@ def write(paths: list[str]) -> tuple[list[str], dict]:
   workdir = runs[0].path
   if not os.access(workdir, os.W_OK):
     raise ValueError(f'{workdir}: cannot write there')
+  folder = os.path.join(workdir, 'report')
+  if os.path.exists(folder) and not os.path.isdir(folder):
+    raise ValueError(f'{folder}: is no directory')
   sections = [section(runs) for section in SECTIONS]
   # The others have nothing to show.
   found = _apart([s for s in sections if s.plots or s.tables])
   svgs, pngs = {}, {}
   for plot in (plot for s in found for plot in s.plots):
     svgs[plot.name], pngs[f'{plot.name}.png'] = figures.draw(plot)
-  folder = os.path.join(workdir, 'report')
   _write_figures(folder, pngs)
   html = os.path.join(workdir, 'report.html')
   title = (
