@@ -18,6 +18,36 @@ ARGS = (
   '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage',
 )  # fmt: skip
 LIMIT_S = 120  # of one answer
+# Scripts: what is wrong with a page of figures and tables; its ground and ink.
+FAULTS = """
+const bad = [], all = (s, f) => document.querySelectorAll(s).forEach(f);
+all('img', i => { if (!i.complete || !i.naturalWidth) bad.push('img'); });
+all('figure', f => {
+  if (!f.querySelector('svg[role=img]')) bad.push('empty figure'); });
+all('svg[role=img]', s => {
+  const drawn = s.getBBox(), at = s.getBoundingClientRect();
+  if (!drawn.width || at.width < 200 || at.right > innerWidth)
+    bad.push('svg ' + at.width);
+  if (s.getAttribute('aria-label').length < 20) bad.push('unnamed svg'); });
+all('svg text', t => {
+  if (t.getBoundingClientRect().height < 8) bad.push('tiny ' + t.textContent);
+});
+all('table', t => { if (!t.caption || !t.querySelector('td')) bad.push('table');
+});
+const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
+if (new Set(ids).size < ids.length) bad.push('an id twice');
+const known = new Set(ids), html = document.documentElement.outerHTML;
+for (const m of html.matchAll(/(?:href="|url\\()#([^")]+)/g))
+  if (!known.has(m[1])) bad.push('#' + m[1]);
+if (document.querySelectorAll('script, main i, main b').length)
+  bad.push('a name became an element');
+return bad;
+"""
+GROUND = """
+const of = getComputedStyle(document.body);
+return [of.backgroundColor, of.color].map(
+  c => c.match(/\\d+/g).slice(0, 3).map(Number));
+"""
 
 
 class Page:
@@ -118,3 +148,19 @@ def page() -> Iterator[Page]:
       process.terminate()
       process.wait()
       process.stdout.close()
+
+
+def luminance(rgb) -> float:
+  """Of WCAG 2."""
+  linear = [
+    c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4
+    for c in rgb
+  ]
+  red, green, blue = linear
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a, b) -> float:
+  """Of two colours; 3 is enough for lines, 4.5 for text."""
+  low, high = sorted((luminance(a), luminance(b)))
+  return (high + 0.05) / (low + 0.05)

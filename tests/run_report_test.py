@@ -64,52 +64,6 @@ def _written(folder: pathlib.Path, *records: dict) -> str:
 # In a browser.
 
 
-FAULTS = """
-const bad = [], all = (s, f) => document.querySelectorAll(s).forEach(f);
-all('img', i => { if (!i.complete || !i.naturalWidth) bad.push('img'); });
-all('figure', f => {
-  if (!f.querySelector('svg[role=img]')) bad.push('empty figure'); });
-all('svg[role=img]', s => {
-  const drawn = s.getBBox(), at = s.getBoundingClientRect();
-  if (!drawn.width || at.width < 200 || at.right > innerWidth)
-    bad.push('svg ' + at.width);
-  if (s.getAttribute('aria-label').length < 20) bad.push('unnamed svg'); });
-all('svg text', t => {
-  if (t.getBoundingClientRect().height < 8) bad.push('tiny ' + t.textContent);
-});
-all('table', t => { if (!t.caption || !t.querySelector('td')) bad.push('table');
-});
-const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
-if (new Set(ids).size < ids.length) bad.push('an id twice');
-const known = new Set(ids), html = document.documentElement.outerHTML;
-for (const m of html.matchAll(/(?:href="|url\\()#([^")]+)/g))
-  if (!known.has(m[1])) bad.push('#' + m[1]);
-if (document.querySelectorAll('script, main i, main b').length)
-  bad.push('a name became an element');
-return bad;
-"""
-GROUND = """
-const of = getComputedStyle(document.body);
-return [of.backgroundColor, of.color].map(
-  c => c.match(/\\d+/g).slice(0, 3).map(Number));
-"""
-
-
-def _luminance(rgb) -> float:
-  """Of WCAG 2."""
-  linear = [
-    c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4
-    for c in rgb
-  ]
-  red, green, blue = linear
-  return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def _contrast(a, b) -> float:
-  low, high = sorted((_luminance(a), _luminance(b)))
-  return (high + 0.05) / (low + 0.05)
-
-
 def test_the_page_in_a_browser(trained, page):
   path = trained[0] / 'report.html'
   with browser.page() as shown:
@@ -120,10 +74,10 @@ def test_the_page_in_a_browser(trained, page):
       assert shown.run('return innerWidth') == width
       wide = shown.run('return document.documentElement.scrollWidth')
       assert wide <= width
-      assert shown.run(FAULTS) == []
-      ground, ink = shown.run(GROUND)
-      assert _contrast(ground, ink) > 10
-      grounds.append(_luminance(ground))
+      assert shown.run(browser.FAULTS) == []
+      ground, ink = shown.run(browser.GROUND)
+      assert browser.contrast(ground, ink) > 10
+      grounds.append(browser.luminance(ground))
     assert grounds[0] == grounds[2] > 0.9 and grounds[1] == grounds[3] < 0.05
     titles = shown.run(
       'return [...document.querySelectorAll("h1, h2")].map(h => h.textContent)'
@@ -147,7 +101,7 @@ def test_what_asks_or_complains_is_seen(tmp_path):
     shown.open(path)
     assert shown.run('return document.documentElement.scrollWidth') > 360
     assert {'img', 'empty figure', 'a name became an element'} <= set(
-      shown.run(FAULTS)
+      shown.run(browser.FAULTS)
     )
     assert (tmp_path / 'none.png').as_uri() in shown.asked_for()
     assert len(shown.log('browser')) == 2
@@ -159,7 +113,7 @@ def test_colours_read_on_light_and_on_dark():
 
   for ground in (figures.LIGHT, figures.DARK):
     for color in figures.COLORS:
-      assert _contrast(rgb(ground), rgb(color)) >= 3, (ground, color)
+      assert browser.contrast(rgb(ground), rgb(color)) >= 3, (ground, color)
 
 
 # What it says.
