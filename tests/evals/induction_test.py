@@ -9,7 +9,7 @@ from mtp_jax import main
 from mtp_jax.data import documents, tokenizers
 from mtp_jax.evals import induction, scores
 from mtp_jax.train import metrics
-from tests import runs
+from tests import browser, runs
 
 STORY = (
   'Once a fox named Tomkin lived here. The old fox, Tomkin, was sly. "Oh,'
@@ -151,3 +151,16 @@ def test_nats_stand_at_the_token_they_are_of():
   x = np.array([[0.1, 0.1, 3.0, np.nan], [5.0, 0.1, 5.0, np.nan]])
   assert choice_points.choices(x).tolist() == [True, False, False, False]
   assert not choice_points.choices(x[:1]).any()
+
+
+def test_the_page_in_a_browser(run):
+  _, workdir = run
+  assert not _eval(workdir, '--eval.suite=choice_points', '--eval.items=2')
+  with browser.page() as shown:
+    for dark in (False, True):
+      shown.look(360, dark)
+      shown.open(workdir / 'evals' / '2' / 'choice_points.html')
+      assert shown.run('return document.documentElement.scrollWidth') <= 360
+      assert shown.run(browser.FAULTS) == []
+      (url,) = shown.asked_for()
+      assert url.endswith('choice_points.html') and not shown.log('browser')
