@@ -48,7 +48,7 @@ def _said(name) -> dict[str, str]:
 
 PARTS = [name for name in FILES if 'run files include it' in _head(name)]
 RUNS = [name for name in FILES if name not in PARTS]
-PAPER = [name for name in RUNS if name != 'smoke.flags']
+PAPER = [n for n in RUNS if n != 'smoke.flags' and not n.startswith('small/')]
 
 
 def _included(name):

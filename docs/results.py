@@ -1,0 +1,353 @@
+"""docs/RESULTS.md: what multi-token prediction is for, at the size of a laptop.
+
+  python docs/results.py --data=DIR               goes on where it was stopped
+  python docs/results.py --data=DIR star_graph    this result only
+  python docs/results.py --write                  the document of what is there
+
+Each result is a store, a flag file of experiments/small and some variants of
+it, trained with each seed; a run goes on where it was stopped, and one that is
+done is not run again. DIR has books.jsonl.gz and childrens_stories.jsonl.gz,
+texts as lines of JSON with a field `text`. Runs go to --runs; what was measured
+of them goes to docs/results.jsonl, a line a run, and from there to the document.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROWS = ROOT / 'docs' / 'results.jsonl'
+REPORT = ROOT / 'docs' / 'RESULTS.md'
+
+
+class Result(NamedTuple):
+  """One question. columns: (header, suite or 'eval', scalar, format); `asks`:
+  flags of the evaluation after training."""
+
+  name: str
+  title: str
+  question: str
+  documents: str  # {data}: where the texts are
+  variants: dict[str, tuple[str, ...]]
+  columns: tuple[tuple[str, str, str, str], ...]
+  paper: str
+  flags: str = ''  # of experiments/small; empty = the result's name
+  tokenizer: str = 'bytes'
+  prepare: tuple[str, ...] = ()
+  asks: tuple[str, ...] = ()
+  seeds: tuple[int, ...] = (0,)
+
+
+def _heads(*ns: int) -> dict[str, tuple[str, ...]]:
+  return {f'n = {n}': (f'--heads.n={n}',) for n in ns}
+
+
+STORIES = 'jsonl:{data}/childrens_stories.jsonl.gz#text'
+HELD_OUT = (
+  ('nats of head 1', 'eval', 'loss_1', '.3f'),
+  ('bits a byte', 'eval', 'bits_per_byte', '.3f'),
+)
+ACCEPTED = (('tokens a pass', 'acceptance', 'tokens_per_forward', '.2f'),)
+DECODE = (
+  '--eval.suite=acceptance', '--bench.prompt=128', '--decode.max_new=128',
+)  # fmt: skip
+RESULTS = (
+  Result(
+    'star_graph', 'Star graphs',
+    'Does a model that is taught the next token alone look ahead? Paths in'
+    ' G(2, 4), 20 labels, edges in random order; 500 test items. The first step'
+    ' is right by chance in 1 / d = 50%.',
+    'task:star_graph/d=2/length=4/nodes=20/items=400000',
+    _heads(1, 2, 4),
+    (
+      ('path right', 'star_graph', 'accuracy', '.1%'),
+      ('first step right', 'star_graph', 'first_step', '.1%'),
+      ('tokens a pass', 'star_graph', 'tokens_per_forward', '.2f'),
+    ),
+    'Section 4 has no figure of star graphs; Bachmann & Nagarajan (2024):'
+    ' next-token training stays at 1 / d.',
+    prepare=('--data.valid_fraction=0.01',),
+  ),
+  Result(
+    'polynomial', 'Polynomial arithmetic',
+    'Does a longer reach help to learn an algorithm? Expressions over'
+    ' F_7[X]/(X^3) of 1 or 2 operations in training, 1 to 3 in the test, 200'
+    ' items each, greedy.',
+    'task:polynomial/n=3/train=2/test=3/items=1500000',
+    _heads(1, 2, 4),
+    (
+      ('m = 1', 'polynomial', 'accuracy_1', '.1%'),
+      ('m = 2', 'polynomial', 'accuracy_2', '.1%'),
+      ('m = 3 (never trained)', 'polynomial', 'accuracy_3', '.1%'),
+    ),
+    'F_7[X]/(X^5), 1 to 5 operations, 100M parameters, m = 1, 2, 3: n = 1'
+    ' 87/65/44, n = 2 93/73/53, n = 4 92/72/52%. Ours is a smaller ring and a'
+    ' model of 0.7M parameters.',
+    prepare=('--data.valid_fraction=0.002',),
+  ),
+  *(
+    Result(
+      f'stories_{size}', f'Induction, {size}',
+      "Is a made-up name known again? Children's stories; accuracy on the"
+      ' second token of each later occurrence of a two-token name, on held-out'
+      ' stories.',
+      STORIES,
+      _heads(1, 2),
+      (
+        ('second token', 'induction', 'accuracy', '.1%'),
+        ('after 4 or more', 'induction', 'accuracy_4', '.1%'),
+        ('of a first occurrence', 'induction', 'first_occurrence', '.1%'),
+        *HELD_OUT,
+      ),
+      'n = 2 far above n = 1 up to 30M parameters beside the embeddings, equal'
+      ' at 100M (figure). Ours has a vocabulary of 2,048, a context of 256 and'
+      ' a small part of the steps.',
+      tokenizer='train:2048',
+      prepare=('--data.valid_fraction=0.1',),
+    )
+    for size in ('1m', '3m')
+  ),
+  Result(
+    'code', 'Bytes of Python code',
+    'What do more heads cost head 1, and what do they give a decoder? The'
+    " standard library's files, 700 steps of 1,024 bytes.",
+    'python:stdlib',
+    _heads(1, 2, 4, 8),
+    HELD_OUT + ACCEPTED,
+    '7B, 8 heads on bytes of code: 7.04 tokens a pass with 8 heads, 3.84 with'
+    ' 4. Below about 1.3B parameters heads hurt head 1.',
+    prepare=('--data.valid_fraction=0.05',), asks=DECODE, seeds=(0, 1, 2),
+  ),
+  Result(
+    'families', 'Head families at equal parameters',
+    'Which head? n = 4, bytes of Python code, totals within 1% of parallel.',
+    'python:stdlib',
+    {
+      'parallel': (),
+      'causal': ('--heads.family=causal',),
+      'anticausal': ('--heads.family=anticausal',),
+      'linear': ('--heads.family=linear', '--model.d_ff=248'),
+      'residual': ('--heads.family=residual', '--model.d_ff=248'),
+      'sequential': (
+        '--heads.family=sequential', '--model.n_layers=7', '--model.d_ff=240',
+      ),
+      'recursive': (
+        '--heads.family=recursive', '--model.n_layers=9', '--model.d_ff=248',
+      ),
+    },
+    HELD_OUT + ACCEPTED,
+    '7B, MBPP pass@1, n = 4: parallel 33.8, linear 33.6, causal 31.9,'
+    ' anticausal 30.8, n = 1 30.0.',
+    flags='code', prepare=('--data.valid_fraction=0.05',), asks=DECODE,
+  ),
+  Result(
+    'curriculum', 'Curricula',
+    'Does a small model gain from starting with one head (forward), or from'
+    ' ending with one (reverse)? n = 4, bytes of Python code.',
+    'python:stdlib',
+    {
+      'constant': (),
+      'forward': ('--loss.curriculum=0:1;175:2;350:3;525:4',),
+      'reverse': ('--loss.curriculum=0:4;175:3;350:2;525:1',),
+      'n = 1': ('--heads.n=1',),
+    },
+    HELD_OUT + ACCEPTED,
+    'arXiv 2505.22757: forward helps small models and keeps self-speculation;'
+    ' reverse helps the next token and loses it.',
+    flags='code', prepare=('--data.valid_fraction=0.05',), asks=DECODE,
+  ),
+  Result(
+    'books', 'Books',
+    'Natural language: n = 1, 2, 4 at equal tokens, bytes of books.',
+    'jsonl:{data}/books.jsonl.gz#text',
+    _heads(1, 2, 4),
+    HELD_OUT + ACCEPTED,
+    '7B, 200B tokens: choice tasks n = 2 as n = 1, n = 4 slightly below;'
+    ' decoding books with 4 heads 3.09 tokens a pass.',
+    flags='code', prepare=('--data.valid_fraction=0.1',), asks=DECODE,
+  ),
+)  # fmt: skip
+
+
+def key_of(result: Result, label: str, seed: int) -> str:
+  return f'{result.name}/{label}/{seed}'
+
+
+def rows() -> dict[str, dict]:
+  lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+  return {row['key']: row for row in map(json.loads, lines)}
+
+
+def command(result: Result, label: str, seed: int, store: str, run: str):
+  """The arguments of `mtp train`."""
+  flags = result.flags or result.name
+  return [
+    'train', f'--flagfile=experiments/small/{flags}.flags',
+    *result.variants[label], f'--data.store={store}', f'--train.workdir={run}',
+    f'--train.seed={seed}',
+  ]  # fmt: skip
+
+
+def _mtp(args: list[str]) -> float:
+  """Runs a command; the CPU seconds it took."""
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  subprocess.run([sys.executable, '-m', 'mtp_jax', *args], check=True, cwd=ROOT)
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return sum(
+    getattr(after, name) - getattr(before, name)
+    for name in ('ru_utime', 'ru_stime')
+  )
+
+
+def measure(result, label, seed, folder: pathlib.Path, data: str) -> dict:
+  """Prepares, trains and evaluates what is not there yet; the run's row."""
+  source = result.documents.format(data=data)
+  store = folder / f'store_{result.flags or result.name}_{result.name}'
+  if not (store / 'manifest.json').exists():
+    _mtp([
+      'prepare', f'--data.store={store}', f'--data.documents={source}',
+      f'--data.tokenizer={result.tokenizer}', *result.prepare,
+    ])  # fmt: skip
+  run = folder / key_of(result, label, seed).replace('/', '_').replace(' ', '')
+  spent = run / 'cpu_s.txt'
+  so_far = float(spent.read_text()) if spent.exists() else 0.0
+  seconds = _mtp(command(result, label, seed, str(store), str(run)))
+  spent.write_text(str(so_far + seconds))
+  out = run / 'eval.json'
+  if result.asks:
+    _mtp([
+      'eval', f'--eval.checkpoint={run}', f'--out={out}', *result.asks
+    ])  # fmt: skip
+  return dict(
+    key=key_of(result, label, seed), cpu_s=so_far + seconds,
+    values=values(result, run),
+  )  # fmt: skip
+
+
+def values(result: Result, run: pathlib.Path) -> dict[str, float]:
+  """The scalars of the columns, with their intervals, of the last step."""
+  lines = (run / 'metrics.jsonl').read_text().splitlines()
+  of = {}
+  for record in map(json.loads, lines):
+    of[record.get('source', record['kind'])] = record
+  if (run / 'eval.json').exists():
+    of |= json.loads((run / 'eval.json').read_text())['suites']
+  found = {}
+  for _, source, scalar, _ in result.columns:
+    for name in (scalar, f'{scalar}_low', f'{scalar}_high'):
+      if name in of.get(source, {}):
+        found[f'{source}/{name}'] = of[source][name]
+  return found
+
+
+def cell(result: Result, label: str, column, there: dict) -> str:
+  """The mean over seeds and its standard deviation, or one run's interval."""
+  _, source, scalar, form = column
+  name = f'{source}/{scalar}'
+  found = [
+    there[key]['values'] for seed in result.seeds
+    if (key := key_of(result, label, seed)) in there
+  ]  # fmt: skip
+  got = [v[name] for v in found if v.get(name) is not None]
+  if not got:
+    return 'open' if not found else '-'
+  mean = format(statistics.fmean(got), form)
+  if len(got) > 1:
+    return f'{mean} ± {format(statistics.stdev(got), form)}'
+  low, high = (found[0].get(f'{name}_{end}') for end in ('low', 'high'))
+  if low is None:
+    return mean
+  return f'{mean} ({format(low, form)} to {format(high, form)})'
+
+
+def section(result: Result, there: dict) -> list[str]:
+  keys = [
+    key_of(result, label, seed)
+    for label in result.variants for seed in result.seeds
+  ]  # fmt: skip
+  done = [there[key] for key in keys if key in there]
+  hours = sum(row['cpu_s'] for row in done) / 3600
+  first = command(result, next(iter(result.variants)), 0, 'STORE', 'RUN')
+  prepare = ' '.join([
+    'mtp prepare --data.store=STORE',
+    f'--data.documents={result.documents.format(data="DIR")}',
+    f'--data.tokenizer={result.tokenizer}', *result.prepare,
+  ])  # fmt: skip
+  lines = [
+    f'## {result.title}', '', result.question, '',
+    '| | ' + ' | '.join(column[0] for column in result.columns) + ' |',
+    '|---' * (1 + len(result.columns)) + '|',
+  ]  # fmt: skip
+  for label, flags in result.variants.items():
+    cells = [cell(result, label, c, there) for c in result.columns]
+    shown = f' `{" ".join(flags)}`' if flags and label not in flags[0] else ''
+    lines.append(f'| {label}{shown} | ' + ' | '.join(cells) + ' |')
+  seeds = ', '.join(map(str, result.seeds))
+  return [
+    *lines, '',
+    f'The paper: {result.paper}', '',
+    f'Seeds {seeds}; {len(done)} of {len(keys)} runs, {hours:.2f} CPU-hours.',
+    '', '```', prepare, 'mtp ' + ' '.join(first),
+    *(['mtp eval --eval.checkpoint=RUN ' + ' '.join(result.asks)]
+      if result.asks else []),
+    '```', '',
+  ]  # fmt: skip
+
+
+HEAD = """\
+# Results
+
+Written by `python docs/results.py --data=DIR`, from docs/results.jsonl. Small
+models on two CPU cores: they show what the code measures and where an effect is
+large enough to be seen at this size; they are no reproduction of the paper.
+Below about 1.3B parameters the paper finds that further heads cost head 1
+something. One run: 95% Wilson interval over items where there is one; several
+seeds: mean ± standard deviation. `open`: not run.
+
+"""
+
+
+def write() -> None:
+  there = rows()
+  hours = sum(row['cpu_s'] for row in there.values()) / 3600
+  lines = [line for result in RESULTS for line in section(result, there)]
+  total = f'{len(there)} runs, {hours:.1f} CPU-hours in all.\n\n'
+  REPORT.write_text(HEAD + total + '\n'.join(lines))
+
+
+def main(args: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog='python docs/results.py')
+  parser.add_argument(
+    'names', nargs='*', choices=[*(r.name for r in RESULTS), []]
+  )
+  parser.add_argument('--data')
+  parser.add_argument('--runs', default=str(ROOT / 'runs' / 'results'))
+  parser.add_argument('--write', action='store_true')
+  given = parser.parse_args(args)
+  unknown = set(given.names) - {result.name for result in RESULTS}
+  if unknown:
+    parser.error(f'no result {unknown}')
+  folder = pathlib.Path(given.runs).resolve()
+  for result in RESULTS:
+    if given.write or (given.names and result.name not in given.names):
+      continue
+    data = str(pathlib.Path(given.data).resolve())
+    for seed in result.seeds:
+      for label in result.variants:
+        if key_of(result, label, seed) in rows():
+          continue
+        folder.mkdir(parents=True, exist_ok=True)
+        row = measure(result, label, seed, folder, data)
+        with open(ROWS, 'a') as f:
+          f.write(json.dumps(row) + '\n')
+        write()
+  write()
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
