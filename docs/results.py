@@ -8,7 +8,8 @@ Each result is a store, a flag file of experiments/small and some variants of
 it, trained with each seed; a run goes on where it was stopped, and one that is
 done is not run again. DIR has books.jsonl.gz and childrens_stories.jsonl.gz,
 texts as lines of JSON with a field `text`. Runs go to --runs; what was measured
-of them goes to docs/results.jsonl, a line a run, and from there to the document.
+of them goes to docs/results.jsonl, a line a run, and from there to the
+document.
 """
 
 import argparse
