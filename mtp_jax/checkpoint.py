@@ -4,7 +4,8 @@ Floor 3; the only file that imports orbax. Each lies in WORKDIR/checkpoints/STEP
 and appears by a rename when it is complete, so that a save that was cut off
 leaves none. A manifest of its files follows, by which a reader knows that they
 are still what was saved. A checkpoint restores onto any mesh: the target's
-shardings say where each shard goes. WORKDIR may be gs://….
+shardings say where each shard goes. In a bucket (gs://…) nothing is renamed: a
+file MARK says that a checkpoint is complete.
 """
 
 import contextlib
@@ -25,10 +26,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mtp_jax import config, flags, manifest, processes
+from mtp_jax import config, flags, manifest, paths, processes
 from mtp_jax import params as params_lib
 from mtp_jax.model import lm
 
+MARK = 'commit_success.txt'  # in a bucket, of a complete one
 FORMAT = 1  # raised when a saved state can no longer be read as it is
 
 
@@ -198,11 +200,7 @@ def _why(error: Exception) -> str:
   """In a few words; tensorstore's are a paragraph."""
   if os.strerror(errno.ENOSPC) in str(error):
     return 'no space left on the device'
-  return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or repr(error)).splitlines()[0][:300]
+  return paths.first_line(error)
 
 
 @functools.cache
@@ -229,12 +227,8 @@ def _tell_failures_once() -> None:
   sys.unraisablehook = unraisable
 
 
-def _path(path: str) -> epath.Path:
-  return epath.Path(path if '://' in path else os.path.abspath(path))
-
-
 def _folder(workdir: str) -> epath.Path:
-  return _path(workdir) / 'checkpoints'
+  return paths.of(workdir) / 'checkpoints'
 
 
 def save(
@@ -278,11 +272,9 @@ def write_definition(cfg, tokenizer, workdir: str) -> None:
   for name, data in (tokenizer.files if tokenizer else {}).items():
     files[os.path.join('tokenizer', name)] = data
   for name, data in files.items():
-    path = _path(workdir) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f'{path.name}.tmp'
-    part.write_bytes(data)
-    part.replace(path)
+    path = paths.of(workdir) / name
+    paths.make_folder(path.parent)
+    paths.write(path, data)
 
 
 def save_params(
@@ -314,7 +306,7 @@ def find(path: str, flag: str = 'eval.checkpoint') -> tuple[str, int]:
   Returns:
     (workdir, step), or raises ConfigError that names the flag.
   """
-  asked = _path(path)
+  asked = paths.of(path)
   if asked.parent.name == 'checkpoints' and asked.name.isdigit():
     workdir, wanted = str(asked.parent.parent), int(asked.name)
   else:
@@ -376,7 +368,13 @@ def set_aside(workdir: str, step: int, why: str = 'damaged') -> str:
   while name in names:
     number += 1
     name = f'{step}.{why}{number}'
+  # A bucket moves file by file: no longer complete, before some are elsewhere.
+  mark = folder / str(step) / MARK
+  text = mark.read_text() if mark.exists() else ''
+  mark.unlink(missing_ok=True)
   (folder / str(step)).rename(folder / name)
+  if text:  # or orbax would take it for a save that was cut off
+    (folder / name / MARK).write_text(text)
   return name
 
 
@@ -387,7 +385,9 @@ def _reading(path: epath.Path, flag: str = 'train.workdir'):
     yield
   except Exception as error:  # orbax raises just that for a damaged array
     raise config.ConfigError(
-      flag, str(path), f'cannot be read as a checkpoint: {_first_line(error)}'
+      flag,
+      str(path),
+      f'cannot be read as a checkpoint: {paths.first_line(error)}',
     ) from error
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from mtp_jax import config, validate
+from mtp_jax import config, paths, validate
 
 _DEFINE = {
   int: flags.DEFINE_integer,
@@ -41,15 +41,20 @@ def expand(args: list[str], beside: str = '', seen: tuple = ()) -> list[str]:
 
 
 def _read_flag_file(path, beside, seen):
-  found = [p for p in (os.path.join(beside, path), path) if os.path.isfile(p)]
+  if paths.scheme(path):
+    real = paths.absolute(path, 'flagfile')
+    found = paths.of(real).exists()
+  else:
+    both = (os.path.join(beside, path), path)
+    found = [p for p in both if os.path.isfile(p)]
+    real = os.path.realpath(found[0]) if found else ''
   if not found:
     raise config.ConfigError('flagfile', path, 'no such file')
-  real = os.path.realpath(found[0])
   if real in seen:
     raise config.ConfigError('flagfile', path, 'includes itself')
   try:
-    with open(real, encoding='utf-8') as f:
-      lines = [line.strip() for line in f]
+    text = paths.of(real).read_bytes().decode()
+    lines = [line.strip() for line in text.split('\n')]
   except UnicodeDecodeError:
     raise config.ConfigError('flagfile', path, 'is not text') from None
   args = [line for line in lines if line and not line.startswith('#')]

@@ -1,18 +1,18 @@
 """`mtp generate`, and the bench of decoding: a checkpoint writes. Floor 5."""
 
 import dataclasses
+import io
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import bench, checkpoint, config, flags, sharding
+from mtp_jax import bench, checkpoint, config, flags, paths, sharding
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
@@ -59,7 +59,7 @@ def find(
   path = parsed.given.get(flag, '')
   if not path:
     raise config.ConfigError(flag, '', 'give a workdir')
-  path = os.path.abspath(os.path.expanduser(path))
+  path = paths.absolute(path, flag)
   workdir, step, saved, cfg = checkpoint.opened(path, flag, parsed)
   active = config.active_heads(cfg, max(step - 1, 0))
   decoder_lib.widths(cfg, active)
@@ -97,11 +97,11 @@ def tokenizer_of(parsed, saved: config.Config, workdir: str):
   """The run's own, from its workdir or its store; one that is given must be
   that one. None of an import without any."""
   recorded, given = saved.data.tokenizer, parsed.given.get('data.tokenizer')
-  folder = os.path.join(workdir, 'tokenizer')
+  folder = paths.of(workdir) / 'tokenizer'
   if given and given != recorded:
     found = tokenizers.get(given)
-  elif os.path.isdir(folder):
-    found = tokenizers.load(folder)
+  elif folder.is_dir():
+    found = tokenizers.load(str(folder))
   elif recorded in ('', 'bytes'):
     return tokenizers.get('bytes') if recorded else None
   else:
@@ -176,12 +176,12 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
     return config.ConfigError('decode.prompts', path, problem)
 
   try:
-    with open(path, encoding='utf-8-sig') as file:
-      lines = [line.rstrip('\n') for line in file]
+    text = paths.of(path).read_bytes().decode('utf-8-sig')
+    lines = [line.rstrip('\n') for line in io.StringIO(text, newline=None)]
   except UnicodeDecodeError as error:
     raise wrong('is not text') from error
   except OSError as error:
-    raise wrong(f'cannot be read: {error.strerror}') from error
+    raise wrong(f'cannot be read: {error.strerror or error}') from error
   read = _of_record if path.endswith('.jsonl') else _encoded
   prompts = []
   for number, line in enumerate(lines, 1):
@@ -236,12 +236,12 @@ def _stop_ids(cfg: config.Config, opened: Opened) -> tuple[int, ...]:
 
 def run(
   opened: Opened, prompts: list[Prompt], say: Callable[[str], None],
-  part: TextIO | None = None,
+  part=None,
 ) -> dict:  # fmt: skip
   """Decodes all prompts, and says what it wrote: one alone as it comes, several
   each when its batch is done. How it went goes to stderr.
 
-  part: a file to which each batch's rows are written when it is done.
+  part: of paths.growing; each batch's rows are written to it when it is done.
 
   Returns:
     the report, with all rows.
@@ -269,7 +269,7 @@ def run(
       row = _row(prompt, tokens, forwards, opened, stop_ids)
       rows.append(row)
       if part:
-        part.write(json.dumps(row, ensure_ascii=False) + '\n')
+        part.write(f'{json.dumps(row, ensure_ascii=False)}\n'.encode())
         part.flush()
       if not stream:
         say(f'=== {len(rows)} of {len(prompts)}\n{_shown(row)}\n')

@@ -3,6 +3,7 @@
 jax is imported when a command needs it, so that a wrong flag fails at once.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
-from mtp_jax import chips, config, flags, validate
+from mtp_jax import chips, config, flags, paths, validate
 
 
 class Command(NamedTuple):
@@ -23,14 +24,10 @@ class Command(NamedTuple):
   run: Callable[[flags.Parsed], int]
 
 
-def _absolute(path: str) -> str:
-  return os.path.abspath(os.path.expanduser(path))
-
-
-def _absolute_stores(text: str) -> str:
-  refs = config.parse_stores(text)
+def _absolute_stores(cfg: config.Config, flag: str) -> str:
+  refs = config.parse_stores(config.get(cfg, flag))
   return config.format_stores(
-    ref._replace(path=_absolute(ref.path)) for ref in refs
+    ref._replace(path=paths.absolute(ref.path, flag)) for ref in refs
   )
 
 
@@ -45,18 +42,7 @@ def _report(
   for line in lines:
     print(line)
   if out and writes:
-    _replace(out, json.dumps(values, indent=1))
-
-
-def _replace(path: str, text: str) -> None:
-  path = os.path.realpath(path)  # of a link, what it points to
-  if os.path.exists(path) and not os.path.isfile(path):
-    with open(path, 'w', encoding='utf-8') as f:  # a device or a pipe
-      f.write(text)
-    return
-  with open(path + '.tmp', 'w', encoding='utf-8') as f:
-    f.write(text)
-  os.replace(path + '.tmp', path)
+    paths.write(out, json.dumps(values, indent=1).encode())
 
 
 def _start_jax(cfg: config.Config) -> None:
@@ -73,9 +59,12 @@ def _start_jax(cfg: config.Config) -> None:
 
 def _parse(args: list[str]) -> flags.Parsed:
   parsed = flags.parse(args)
-  if os.path.isdir(parsed.out):
+  out = paths.absolute(parsed.out, 'out')
+  if parsed.out and paths.of(out).is_dir():
     raise config.ConfigError('out', parsed.out, 'is a directory; give a file')
-  folder = os.path.dirname(_absolute(parsed.out))
+  if paths.scheme(out):
+    return parsed
+  folder = os.path.dirname(out)
   if not os.path.isdir(folder):  # not after hours of work
     raise config.ConfigError('out', parsed.out, f'there is no {folder}')
   if parsed.out and not os.path.exists(parsed.out):
@@ -141,10 +130,13 @@ def _train(parsed: flags.Parsed) -> int:
   cfg = config.replace(
     cfg,
     **{
-      'data.store': _absolute_stores(cfg.data.store),
-      'eval.stores': _absolute_stores(cfg.eval.stores),
-      'train.workdir': _absolute(cfg.train.workdir),
-      'train.init_from': cfg.train.init_from and _absolute(cfg.train.init_from),
+      flag: _absolute_stores(cfg, flag)
+      for flag in ('data.store', 'eval.stores')
+    },
+    **{
+      flag: paths.absolute(path, flag)
+      for flag in ('train.workdir', 'train.init_from')
+      if (path := config.get(cfg, flag))
     },
   )
   _start_jax(cfg)
@@ -165,8 +157,10 @@ def _eval(parsed: flags.Parsed) -> int:
   _start_jax(cfg)
   from mtp_jax import processes, report
 
+  path = paths.absolute(path, 'eval.checkpoint')
+
   def command():
-    lines, values = report.evaluate(_absolute(path), parsed)
+    lines, values = report.evaluate(path, parsed)
     _report(lines, values, parsed.out, processes.first())
     return 0
 
@@ -267,9 +261,10 @@ def _generate(parsed: flags.Parsed) -> int:
     return 0
   if as_rows:
     # Batch by batch: what is interrupted leaves those that are done.
-    with open(parsed.out + '.part', 'w', encoding='utf-8') as part:
-      values = generate.run(opened, prompts, generate.say, part)
-    os.replace(parsed.out + '.part', parsed.out)
+    part = f'{parsed.out}.part'
+    with contextlib.closing(paths.growing(part)) as rows:
+      values = generate.run(opened, prompts, generate.say, rows)
+    paths.of(part).replace(paths.of(parsed.out))
   else:
     values = generate.run(opened, prompts, generate.say)
     _report([], values, parsed.out)
@@ -300,6 +295,8 @@ def _report_runs(parsed: flags.Parsed) -> int:
   from mtp_jax.run_report import files
 
   try:
+    for run in parsed.rest:
+      paths.absolute(run, 'report')  # says what is not there to reach it
     lines, values = files.write(parsed.rest)
   except ValueError as error:  # names the run; no flag is to blame
     raise absl_flags.Error(str(error)) from error

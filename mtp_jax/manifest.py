@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from mtp_jax import paths
+
 NAME = 'manifest.json'
 BLOCK = 2**22  # bytes read at once, a thread
 THREADS = min(8, os.cpu_count() or 1)  # hashlib and reads let go of the GIL
@@ -28,13 +30,7 @@ def write(folder: epath.Path) -> None:
       name: dict(size=size, sha256=digest)
       for name, (size, digest) in zip(names, found, strict=True)
     }
-  part = folder / f'{NAME}.part'
-  try:
-    part.write_text(json.dumps(dict(files=files), indent=1))
-    part.replace(folder / NAME)
-  except OSError:
-    part.unlink(missing_ok=True)
-    raise
+  paths.write(folder / NAME, json.dumps(dict(files=files), indent=1).encode())
 
 
 def damage(folder: epath.Path) -> str:

@@ -3,17 +3,18 @@
 Each function returns (lines to print, the same as a JSON-able dict).
 """
 
+import os
 import sys
 
 import jax
 import numpy as np
-from etils import epath
 
 from mtp_jax import (
   checkpoint,
   config,
   flags,
   generate,
+  paths,
   processes,
   sharding,
   targets,
@@ -52,12 +53,12 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
 
 
 def _write_pages(workdir: str, step: int, pages: dict[str, str]) -> list[str]:
-  folder = epath.Path(workdir) / 'evals' / str(step)
+  folder = os.path.join(workdir, 'evals', str(step))
+  if pages:
+    paths.make_folder(folder)
   for name, text in pages.items():
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'{name}.tmp').write_text(text)
-    (folder / f'{name}.tmp').replace(folder / name)
-  return [f'page: {folder / name}' for name in pages]
+    paths.write(os.path.join(folder, name), text.encode())
+  return [f'page: {os.path.join(folder, name)}' for name in pages]
 
 
 def _opened(path, parsed):

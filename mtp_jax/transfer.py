@@ -1,7 +1,6 @@
 """`mtp export` and `mtp import`. Floor 5."""
 
 import os
-import shutil
 
 from mtp_jax import (
   checkpoint,
@@ -9,6 +8,7 @@ from mtp_jax import (
   flags,
   generate,
   params,
+  paths,
   sharding,
 )
 from mtp_jax.data import tokenizers
@@ -20,11 +20,12 @@ from mtp_jax.train import begin
 def _absent(flag: str, path: str) -> str:
   if not path:
     raise config.ConfigError(flag, '', 'give a directory')
-  path = os.path.abspath(os.path.expanduser(path))
-  if os.path.exists(path) and not (
-    os.path.isdir(path) and not os.listdir(path)
-  ):
+  path = paths.absolute(path, flag)
+  there = paths.of(path)
+  if there.exists() and not (there.is_dir() and not list(there.iterdir())):
     raise config.ConfigError(flag, path, 'is not empty; give another directory')
+  if paths.scheme(path):
+    return path
   parent = os.path.dirname(path)
   if not os.path.isdir(parent):
     raise config.ConfigError(flag, path, f'there is no {parent}')
@@ -43,7 +44,7 @@ def export(parsed: flags.Parsed) -> list[str]:
   library = 'torch' if form == 'meta' else 'safetensors'
   files.need('export.format', form, library)
   files.need('export.format', form, 'tokenizers')
-  path = os.path.abspath(os.path.expanduser(path))
+  path = paths.absolute(path, 'export.checkpoint')
   workdir, step, saved, cfg = checkpoint.opened(
     path, 'export.checkpoint', parsed
   )
@@ -80,7 +81,11 @@ def import_(parsed: flags.Parsed) -> list[str]:
   path = parsed.given.get('import.path', '')
   if not path:
     raise config.ConfigError('import.path', '', 'give a directory')
-  path = os.path.abspath(os.path.expanduser(path))
+  path = paths.absolute(path, 'import.path')
+  if paths.scheme(path):
+    raise config.ConfigError(
+      'import.path', path, 'copy it to a disk of this machine'
+    )
   if not os.path.isdir(path):
     raise config.ConfigError('import.path', path, 'is no directory')
   for name, value in parsed.given.items():
@@ -110,14 +115,12 @@ def import_(parsed: flags.Parsed) -> list[str]:
             'train.workdir': workdir},
   )  # fmt: skip
   model = folder.read(path, cfg, sharding.serving_mesh(cfg))
-  # At once, or a run would begin with half of it, that is with nothing.
-  tmp = f'{workdir}.tmp-{os.getpid()}'
-  shutil.rmtree(tmp, ignore_errors=True)
-  try:
-    checkpoint.save_params(model, cfg, tokenizer, tmp)
-    os.rename(tmp, workdir)
-  finally:
-    shutil.rmtree(tmp, ignore_errors=True)
+  if paths.scheme(workdir):  # the checkpoint is marked when it is complete
+    checkpoint.save_params(model, cfg, tokenizer, workdir)
+  else:
+    # At once, or a run would begin with half of it, that is with nothing.
+    with paths.new_folder(workdir) as tmp:
+      checkpoint.save_params(model, cfg, tokenizer, tmp)
   m = cfg.model
   return [
     f'{workdir}: {params.count(lm.specs(cfg)):,} parameters, {m.n_layers}'

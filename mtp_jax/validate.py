@@ -235,6 +235,12 @@ def _check_stores(cfg):
     if flag == 'eval.stores' and any(ref.weight != '1' for ref in refs):
       raise config.ConfigError(flag, text, f'{form}, without weights')
     for ref in refs:
+      if '://' in ref.path:
+        raise config.ConfigError(
+          flag, text,
+          'a store is memory-mapped: copy it to a disk of each host, or mount'
+          ' the bucket, and give that path',
+        )  # fmt: skip
       if ref.name in names:
         raise config.ConfigError(
           flag, text, f'two stores are called {ref.name!r}; give NAME=PATH'

@@ -15,6 +15,7 @@ FLOORS = {
   'config': 0,
   'chips': 0,
   'validate': 0,
+  'paths': 1,
   'flags': 1,
   'sharding': 1,
   'params': 1,
@@ -47,6 +48,7 @@ FLOORS = {
 ALLOWED = {
   ('validate', 'config'),
   ('params', 'sharding'),
+  ('flags', 'paths'),
   ('loss', 'targets'),
   ('loss', 'cross_entropy'),
   ('report', 'train/loop'),

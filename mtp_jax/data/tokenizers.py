@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax import config, paths
 
 
 class Tokenizer(NamedTuple):
@@ -98,10 +98,10 @@ def _make_bytes(name: str, files: Files) -> Tokenizer:
 
 def _read_model(name: str, path: str) -> bytes:
   try:
-    with open(os.path.expanduser(path), 'rb') as file:
-      return file.read()
+    return paths.of(os.path.expanduser(path)).read_bytes()
   except OSError as error:
-    raise _error(name, f'cannot be read: {error.strerror}') from error
+    why = error.strerror or error
+    raise _error(name, f'cannot be read: {why}') from error
 
 
 def _special(name: str, kind: str, token: int | None) -> int:
@@ -315,9 +315,9 @@ def of_files(name: str, files: Files) -> Tokenizer:
 
 def load(folder: str) -> Tokenizer:
   """The tokenizer whose files lie in a folder."""
-  files = {name: _read_model(folder, os.path.join(folder, name))
-           for name in sorted(os.listdir(folder))
-           if not name.endswith('.tmp')}  # fmt: skip
+  files = {path.name: _read_model(folder, str(path))
+           for path in sorted(paths.of(folder).iterdir())
+           if path.suffix != '.tmp'}  # fmt: skip
   return of_files(kind_of_files(files), files)
 
 

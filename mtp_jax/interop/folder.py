@@ -9,13 +9,12 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from typing import Any
 
 import jax
 import numpy as np
 
-from mtp_jax import config, params
+from mtp_jax import config, params, paths
 from mtp_jax.interop import files, hf, mapping, meta, tokens
 from mtp_jax.model import lm
 
@@ -63,10 +62,7 @@ def export(
   written[OURS] = config.to_json(_what_it_is(cfg)).encode()
   if tokenizer is not None:
     written |= tokens.files_of(tokenizer)
-  tmp = f'{out}.tmp-{os.getpid()}'
-  shutil.rmtree(tmp, ignore_errors=True)
-  os.makedirs(tmp)
-  try:
+  with paths.new_folder(out) as tmp:
     wanted = _write_tensors(model, cfg, tmp, dtype)
     _check(tmp, form, wanted)
     for name, data in written.items():
@@ -74,9 +70,6 @@ def export(
       os.makedirs(os.path.dirname(path), exist_ok=True)
       with open(path, 'wb') as file:
         file.write(data)
-    os.rename(tmp, out)
-  finally:
-    shutil.rmtree(tmp, ignore_errors=True)
   extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
   where = mapping.FORMS[form].file if extra else ''
   return [

@@ -2,6 +2,7 @@
 
 import os
 
+from mtp_jax import paths
 from mtp_jax.run_report import content, figures, history, learned, page, spent
 from mtp_jax.train import goodput
 
@@ -11,19 +12,19 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def write(paths: list[str]) -> tuple[list[str], dict]:
+def write(workdirs: list[str]) -> tuple[list[str], dict]:
   """The report of runs, into the first one's workdir, for what was there.
 
   Returns (lines to print, the same as a JSON-able dict): the last record of
   each run, its goodput, and the files. ValueError, naming the run, if one is no
   workdir or cannot be written to.
   """
-  runs = history.read(paths)
+  runs = history.read(workdirs)
   workdir = runs[0].path
-  if not os.access(workdir, os.W_OK):
+  if not paths.scheme(workdir) and not os.access(workdir, os.W_OK):
     raise ValueError(f'{workdir}: cannot write there')
   folder = os.path.join(workdir, 'report')
-  if os.path.exists(folder) and not os.path.isdir(folder):
+  if paths.of(folder).is_file():
     raise ValueError(f'{folder}: is no directory')
   sections = [section(runs) for section in SECTIONS]
   # The others have nothing to show.
@@ -38,9 +39,9 @@ def write(paths: list[str]) -> tuple[list[str], dict]:
     if len(runs) < 3
     else f'{len(runs)} runs'
   )
-  about = [f'{run.name}: {os.path.abspath(run.path)}' for run in runs]
+  about = [f'{run.name}: {paths.of(run.path)}' for run in runs]
   text = page.render(f'Report on {title}', about, found, svgs)
-  _replace(html, text.encode())
+  paths.write(html, text.encode())
   return _said(runs, html, [os.path.join(folder, name) for name in pngs])
 
 
@@ -61,18 +62,12 @@ def _apart(sections: list[content.Section]) -> list[content.Section]:
 
 
 def _write_figures(folder: str, pngs: dict[str, bytes]) -> None:
-  os.makedirs(folder, exist_ok=True)
+  paths.make_folder(folder)
   for name, data in pngs.items():
-    _replace(os.path.join(folder, name), data)
-  for name in os.listdir(folder):
-    if name.endswith('.png') and name not in pngs:  # of another report
-      os.remove(os.path.join(folder, name))
-
-
-def _replace(path: str, data: bytes) -> None:
-  with open(path + '.tmp', 'wb') as file:
-    file.write(data)
-  os.replace(path + '.tmp', path)
+    paths.write(os.path.join(folder, name), data)
+  for path in paths.of(folder).iterdir():
+    if path.suffix == '.png' and path.name not in pngs:  # of another report
+      path.unlink()
 
 
 def _said(runs, html: str, drawn: list[str]) -> tuple[list[str], dict]:

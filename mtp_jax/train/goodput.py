@@ -9,6 +9,8 @@ import json
 import os
 import time
 
+from mtp_jax import paths
+
 CAUSES = {
   'start': 'stores opened, parameters restored or made',
   'compile': 'compiling the step',
@@ -61,29 +63,35 @@ class Ledger:
       session=len({r['session'] for r in read(workdir)}), start=start,
       began=time.time(),
     )  # fmt: skip
-    self._file = open(path(workdir), 'a+', encoding='utf-8')
-    self._file.seek(max(0, self._file.tell() - 1))
-    if self._file.read(1) not in ('', '\n'):  # a line cut off by a crash
-      self._file.write('\n')
+    before = _bytes(workdir)
+    if before and not before.endswith(b'\n'):  # a line cut off by a crash
+      before += b'\n'
+    self._file = paths.growing(path(workdir), before)
 
   def write(self, step: int, clock: Clock, end: str = '', **more) -> None:
     """end: how the session ended; '' while it goes on."""
     now = dict(step=step, time=time.time(), end=end, seconds=clock.seconds)
-    self._file.write(json.dumps(self._about | now | more) + '\n')
+    line = json.dumps(self._about | now | more)
+    self._file.write(f'{line}\n'.encode())
     self._file.flush()
+
+  def sync(self) -> None:
+    self._file.sync()
 
   def close(self) -> None:
     self._file.close()
 
 
-def read(workdir: str) -> list[dict]:
+def _bytes(workdir: str) -> bytes:
   try:
-    with open(path(workdir), encoding='utf-8') as file:
-      lines = file.readlines()
+    return paths.of(path(workdir)).read_bytes()
   except (FileNotFoundError, NotADirectoryError):
-    return []
+    return b''
+
+
+def read(workdir: str) -> list[dict]:
   records = []
-  for line in lines:
+  for line in _bytes(workdir).splitlines():
     try:
       records.append(json.loads(line))
     except ValueError:  # cut off by a crash

@@ -4,6 +4,11 @@ WORKDIR/lock.json names the run that may write. A run takes the lock at its
 start and looks at it again before each write, so that a process that was
 frozen, replaced and then wakes up stops instead of writing into its successor's
 files.
+
+In object storage two that start in the same second may both see nobody, and
+both write their name: the last one stands. Each reads it again SETTLE_S later,
+and before each checkpoint, so that of two at most one goes on for longer than
+that; what says that a run lives is a time in the file, written again.
 """
 
 import contextlib
@@ -14,10 +19,12 @@ import socket
 import time
 import uuid
 
-from mtp_jax import config
+from mtp_jax import config, paths
 
 STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
 LOOK_S = 1.0  # between two looks at one that may be
+AGAIN_S = 20.0  # between two looks at one's own in object storage, for a line
+SETTLE_S = 3.0  # there, from one's look to the write of one who looked as well
 
 
 class Lost(RuntimeError):
@@ -37,15 +44,18 @@ class Lock:
   def __init__(self, workdir: str):
     self._path = os.path.join(workdir, 'lock.json')
     self._id = uuid.uuid4().hex
+    self._seen = 0.0  # when this run last saw that it is the holder
     touched = None
     while True:
       with _one_at_a_time(workdir):
         holder, now = _read(self._path), None
         with contextlib.suppress(FileNotFoundError):  # released just now
-          now = holder and (holder['run'], os.path.getmtime(self._path))
+          now = holder and (holder['run'], _touched(holder, self._path))
         if not now or not _alive(holder, self._path):
-          self._take()
-          return
+          self._write()
+          if self._settled():
+            return
+          continue
       if _here(holder) or touched not in (None, now):
         raise config.ConfigError(
           'train.workdir', workdir,
@@ -61,36 +71,68 @@ class Lock:
       touched = now
       time.sleep(LOOK_S)
 
-  def _take(self):
-    mine = f'{self._path}.{self._id}'
-    with open(mine, 'w', encoding='utf-8') as f:
-      json.dump(
+  def _write(self):
+    self._seen = time.time()
+    paths.write(
+      self._path,
+      json.dumps(
         dict(
           run=self._id,
           host=socket.gethostname(),
           pid=os.getpid(),
           started=_started(os.getpid()),
-        ),
-        f,
-      )
-    os.replace(mine, self._path)
+          time=self._seen,
+        )
+      ).encode(),
+    )
 
-  def check(self) -> None:
-    """Raises Lost unless this run still holds the lock; shows it is alive."""
+  def _settled(self) -> bool:
+    if not paths.scheme(self._path):
+      return True
+    time.sleep(SETTLE_S)
+    return self._mine()
+
+  def _mine(self) -> bool:
     holder = _read(self._path)
-    if not holder or holder['run'] != self._id:
+    return bool(holder) and holder['run'] == self._id
+
+  def check(self, closely: bool = True) -> None:
+    """Raises Lost unless this run still holds the lock; shows it is alive.
+
+    In object storage, where a look costs two requests, one that is not close
+    may be AGAIN_S old.
+    """
+    if not paths.scheme(self._path):
+      mine = self._mine()
+      if mine:
+        os.utime(self._path)
+    elif not closely and time.time() - self._seen < AGAIN_S:
+      return
+    else:
+      mine = self._look_there()
+    if not mine:
       raise Lost(f'{self._path} was taken by another run; nothing was written')
-    os.utime(self._path)
+
+  def _look_there(self) -> bool:
+    try:
+      mine = self._mine()
+      if mine:
+        self._write()
+    except Exception:  # of a client: of any class
+      # Nobody takes it before it was silent for STALE_S.
+      if time.time() - self._seen > STALE_S / 2:
+        raise
+      return True
+    return mine
 
   def release(self) -> None:
-    holder = _read(self._path)
-    if holder and holder['run'] == self._id:
-      os.remove(self._path)
+    if self._mine():
+      paths.of(self._path).unlink()
 
 
 def held(workdir: str) -> bool:
   """Whether anybody holds it."""
-  return os.path.exists(os.path.join(workdir, 'lock.json'))
+  return paths.of(os.path.join(workdir, 'lock.json')).exists()
 
 
 @contextlib.contextmanager
@@ -98,6 +140,9 @@ def _one_at_a_time(workdir):
   """Of runs that start together one looks and takes before the next looks. The
   system lets go when a process dies. Where a file system has no such lock,
   `check` still tells the loser."""
+  if paths.scheme(workdir):
+    yield
+    return
   folder = os.open(workdir, os.O_RDONLY)
   try:
     with contextlib.suppress(OSError):
@@ -109,8 +154,7 @@ def _one_at_a_time(workdir):
 
 def _read(path):
   try:
-    with open(path, encoding='utf-8') as f:
-      return json.load(f)
+    return json.loads(paths.of(path).read_text())
   except (FileNotFoundError, json.JSONDecodeError):
     return None
 
@@ -127,6 +171,10 @@ def _started(pid: int) -> str:
     return ''
 
 
+def _touched(holder, path) -> float:
+  return holder['time'] if paths.scheme(path) else os.path.getmtime(path)
+
+
 def _here(holder) -> bool:
   return holder['host'] == socket.gethostname()
 
@@ -134,7 +182,7 @@ def _here(holder) -> bool:
 def _alive(holder, path) -> bool:
   if not _here(holder):
     with contextlib.suppress(FileNotFoundError):
-      return time.time() - os.path.getmtime(path) < STALE_S
+      return time.time() - _touched(holder, path) < STALE_S
     return False
   try:
     os.kill(holder['pid'], 0)

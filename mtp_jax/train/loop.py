@@ -27,6 +27,7 @@ from mtp_jax import (
   config,
   flops,
   params,
+  paths,
   processes,
   sharding,
 )
@@ -197,12 +198,15 @@ class _Run(NamedTuple):
 
 def _take(workdir: str) -> lock.Lock:
   try:
-    os.makedirs(workdir, exist_ok=True)
-  except OSError as error:
+    paths.make_folder(workdir)
+    return lock.Lock(workdir)
+  except config.ConfigError:
+    raise
+  except Exception as error:  # of a bucket: of any class
+    why = getattr(error, 'strerror', None) or paths.first_line(error)
     raise config.ConfigError(
-      'train.workdir', workdir, f'cannot write there: {error.strerror}'
+      'train.workdir', workdir, f'cannot write there: {why}'
     ) from error
-  return lock.Lock(workdir)
 
 
 class _Spike(NamedTuple):
@@ -312,6 +316,9 @@ def _loop(
       if saves:
         clock.at('checkpoint')
         _check_held(run)
+        if run.sinks:
+          run.sinks.sync()
+          run.ledger.sync()
         checkpoint.save(
           run.saver, done, state, cfg, run.tokens.fingerprint, left_out
         )
@@ -465,14 +472,14 @@ def _log(run, done, n_active, values, say):
     run.ledger.write(done, run.clock)
 
 
-def _check_held(run):
+def _check_held(run, closely=True):
   with processes.together():
     if run.held:
-      run.held.check()
+      run.held.check(closely)
 
 
 def _write(run, kind, done, values, source=None):
-  _check_held(run)
+  _check_held(run, closely=False)
   if run.sinks:
     run.sinks.write(kind, done, values, source)
 
@@ -581,11 +588,12 @@ def _profile(cfg: config.Config):
       jax.block_until_ready(state)  # dispatched is not yet done
       jax.profiler.stop_trace()
     elif not tracing and step in wanted:
-      jax.profiler.start_trace(os.path.join(t.workdir, 'profile'))
+      jax.profiler.start_trace(folder)
     tracing = step in wanted
 
-  try:
-    yield at
-  finally:
-    if tracing:
-      jax.profiler.stop_trace()
+  with paths.local(os.path.join(t.workdir, 'profile')) as folder:
+    try:
+      yield at
+    finally:
+      if tracing:
+        jax.profiler.stop_trace()

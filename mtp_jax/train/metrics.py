@@ -11,6 +11,9 @@ import os
 
 import numpy as np
 import tensorboardX
+from tensorboardX import record_writer
+
+from mtp_jax import paths
 
 
 def acceptance(accepted_K) -> tuple[list[float], float]:
@@ -109,11 +112,10 @@ def jsonl_path(workdir: str) -> str:
 def read(workdir: str) -> list[dict]:
   """Records of metrics.jsonl; a last line cut off by a crash is left out."""
   try:
-    with open(jsonl_path(workdir), encoding='utf-8') as f:
-      lines = f.readlines()
+    text = paths.of(jsonl_path(workdir)).read_text()
   except (FileNotFoundError, NotADirectoryError):
     return []
-  return [json.loads(text) for text in lines if text.endswith('\n')]
+  return [json.loads(line) for line in text.split('\n')[:-1]]
 
 
 def jsonable(values: dict[str, float]) -> dict[str, float | None]:
@@ -126,11 +128,11 @@ class Sinks:
 
   def __init__(self, workdir: str, start_step: int):
     kept = [r for r in read(workdir) if r['step'] <= start_step]
-    tmp = jsonl_path(workdir) + '.tmp'
-    with open(tmp, 'w', encoding='utf-8') as f:
-      f.writelines(json.dumps(record) + '\n' for record in kept)
-    os.replace(tmp, jsonl_path(workdir))
-    self._jsonl = open(jsonl_path(workdir), 'a', encoding='utf-8')
+    lines = ''.join(json.dumps(record) + '\n' for record in kept)
+    self._jsonl = paths.growing(jsonl_path(workdir), lines.encode())
+    self._events = _Events()
+    if paths.scheme(workdir):  # its own writer uploads all at each flush
+      record_writer.register_writer_factory(paths.scheme(workdir), self._events)
     self._board = tensorboardX.SummaryWriter(
       os.path.join(workdir, 'tensorboard'), purge_step=start_step + 1
     )
@@ -141,7 +143,7 @@ class Sinks:
     """A record; `source` says of which of several validation sets it is."""
     of = dict(source=source) if source else {}
     record = dict(kind=kind, step=step) | of | jsonable(values)
-    self._jsonl.write(json.dumps(record) + '\n')
+    self._jsonl.write(f'{json.dumps(record)}\n'.encode())
     self._jsonl.flush()
     folder = '/'.join([kind, *of.values()])
     for name, value in values.items():
@@ -150,7 +152,26 @@ class Sinks:
       self._board.add_scalar(f'{folder}/{name}', value, step)
     self._board.flush()
 
+  def sync(self) -> None:
+    """Before a checkpoint: what was said so far is not lost."""
+    for file in (self._jsonl, *self._events.files):
+      file.sync()
+
   def close(self) -> None:
     with contextlib.suppress(OSError):  # a full disk was told when it was met
       self._jsonl.close()
     self._board.close()
+
+
+class _Events:
+  """Opens TensorBoard's files where nothing can be appended to."""
+
+  def __init__(self):
+    self.files = []
+
+  def directory_check(self, path: str) -> None:
+    pass  # there are no folders
+
+  def open(self, path: str):
+    self.files.append(paths.growing(path))
+    return self.files[-1]

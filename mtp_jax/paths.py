@@ -1,0 +1,183 @@
+"""Paths of this machine, or gs://BUCKET/… of object storage. Floor 1.
+
+etils.epath makes the two alike. What object storage has not is an append, a
+folder, a rename of one, a time that one can set: what differs for that reason
+stands here and in train/lock.py.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+
+import fsspec.config
+from etils import epath
+
+from mtp_jax import config
+
+REMOTE = {'gs': 'gcsfs'}  # scheme -> the library that epath needs for it
+EVERY_S = 30.0  # between two uploads of what grows,
+SHARE = 0.01  # or longer, so that they take this part of the time at most
+
+
+def scheme(path) -> str:
+  """'gs' of gs://BUCKET/…, '' of a path of this machine."""
+  return str(path).partition('://')[0] if '://' in str(path) else ''
+
+
+def absolute(path: str, flag: str) -> str:
+  """The path wherever one starts; ConfigError if it is on a storage that is
+  not known, or cannot be reached."""
+  kind = scheme(path)
+  if not kind:
+    return os.path.abspath(os.path.expanduser(path))
+  if kind not in REMOTE:
+    known = ', '.join(f'{k}://' for k in REMOTE)
+    raise config.ConfigError(flag, path, f'of object storage only {known}')
+  if not importlib.util.find_spec(REMOTE[kind]):
+    raise config.ConfigError(
+      flag, path, f"needs {REMOTE[kind]}: pip install 'mtp_jax[gcs]'"
+    )
+  try:
+    of(path).exists()
+  except Exception as error:  # of a client: of any class
+    raise config.ConfigError(
+      flag, path, f'cannot be reached: {first_line(error)}'
+    ) from error
+  return path.rstrip('/')
+
+
+def first_line(error: Exception) -> str:
+  return (str(error).strip() or repr(error)).splitlines()[0][:300]
+
+
+def of(path) -> epath.Path:
+  """The same as an epath.Path, which what is below a command works with."""
+  kind = scheme(path)
+  if kind:
+    # Its listings would be those of the first look: other processes write, and
+    # so does tensorstore beside it.
+    settings = fsspec.config.conf.setdefault(kind, {})
+    settings.setdefault('use_listings_cache', False)
+  return epath.Path(path if kind else os.path.abspath(path))
+
+
+def make_folder(path) -> None:
+  if not scheme(path):  # there a folder is but a part of names
+    os.makedirs(path, exist_ok=True)
+
+
+def write(path, data: bytes) -> None:
+  """Writes a file, whole or not at all."""
+  if scheme(path):
+    try:
+      of(path).write_bytes(data)  # appears when it is complete
+    except FileNotFoundError as error:
+      raise FileNotFoundError(
+        errno.ENOENT, 'there is no such bucket', str(path)
+      ) from error
+    return
+  path = os.path.realpath(path)  # of a link, what it points to
+  if os.path.exists(path) and not os.path.isfile(path):
+    with open(path, 'wb') as file:  # a device or a pipe
+      file.write(data)
+    return
+  part = f'{path}.{uuid.uuid4().hex[:8]}.tmp'  # of two that write at once
+  try:
+    with open(part, 'wb') as file:
+      file.write(data)
+    os.replace(part, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.remove(part)
+    raise
+
+
+def growing(path, start: bytes = b''):
+  """A file of `start` and what is then written, on disk line by line.
+
+  `flush` after a line, `sync` where it must not be lost, `close`. In object
+  storage nothing can be appended to, so that the whole is kept in memory and
+  uploaded again: by `flush` when EVERY_S have passed, by `sync` and `close` at
+  once. What is killed loses the lines since. An upload that fails is told, and
+  tried again at its next turn.
+  """
+  return _Object(path, start) if scheme(path) else _File(path, start)
+
+
+class _File:
+  def __init__(self, path, start):
+    write(path, start)
+    self._file = open(path, 'ab')
+    self.write, self.close = self._file.write, self._file.close
+    self.flush = self.sync = self._file.flush
+
+
+class _Object:
+  def __init__(self, path, start):
+    self._path, self._data = of(path), bytearray(start)
+    self._changed, self._next_s = True, 0.0
+    self.sync()
+
+  def write(self, data: bytes) -> None:
+    self._data += data
+    self._changed = True
+
+  def flush(self) -> None:
+    if time.monotonic() >= self._next_s:
+      self.sync()
+
+  def sync(self) -> None:
+    if not self._changed:
+      return
+    begin = time.monotonic()
+    try:
+      self._path.write_bytes(bytes(self._data))
+      self._changed = False
+    except Exception as error:  # of a client: of any class
+      print(
+        f'{self._path} could not be written: {first_line(error)}; it is tried'
+        ' again',
+        flush=True,
+      )
+    end = time.monotonic()
+    self._next_s = end + max(EVERY_S, (end - begin) / SHARE)
+
+  close = sync
+
+
+@contextlib.contextmanager
+def local(folder) -> Iterator[str]:
+  """A folder on disk to write into: the folder itself, or one whose files are
+  copied to object storage at the end, those of its top last."""
+  if not scheme(folder):
+    yield str(folder)
+    return
+  with tempfile.TemporaryDirectory() as disk:
+    yield disk
+    for top, _, names in os.walk(disk, topdown=False):
+      there = of(folder) / os.path.relpath(top, disk)
+      for name in sorted(names):
+        epath.Path(top, name).copy(there / name, overwrite=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+  """A folder on disk to fill, which becomes `path` if nothing fails."""
+  if scheme(path):
+    with local(path) as disk:
+      yield disk
+    return
+  tmp = f'{path}.tmp-{os.getpid()}'
+  shutil.rmtree(tmp, ignore_errors=True)
+  os.makedirs(tmp)
+  try:
+    yield tmp
+    os.rename(tmp, path)
+  finally:
+    shutil.rmtree(tmp, ignore_errors=True)
