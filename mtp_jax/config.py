@@ -328,7 +328,9 @@ class Processes:
 class Train:
   """The loop."""
 
-  workdir: str = _f('', 'directory of the run', result=False)
+  workdir: str = _f(
+    '', 'directory of the run; it may be gs://BUCKET/…', result=False
+  )
   steps: int = _f(1000, 'optimizer steps', result=False, **POSITIVE)
   init_from: str = _f(
     '',

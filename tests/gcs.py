@@ -34,7 +34,10 @@ class Object(NamedTuple):
 
 
 class Server:
-  """Buckets and their objects; `log` has (method, object) of each request."""
+  """Buckets and their objects; `log` has (method, object) of each request, and
+  `refuses` is a status for all of them."""
+
+  refuses = 0
 
   def __init__(self, *buckets: str):
     self.objects: dict[str, dict[str, Object]] = {b: {} for b in buckets}
@@ -176,6 +179,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _answer(self, path, query, body):
     server, method = self.server_, self.command
+    if server.refuses:
+      raise _Refused(server.refuses, 'refused')
     if match := UPLOAD.fullmatch(path):
       return self._upload(match[1], query, body)
     if match := REWRITE.fullmatch(path):

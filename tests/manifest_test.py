@@ -1,6 +1,7 @@
 """Whatever happens to a file of a checkpoint is found, and named."""
 
 import json
+import os
 
 import pytest
 from etils import epath
@@ -107,7 +108,7 @@ def test_it_is_written_whole_or_not_at_all(folder, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   with monkeypatch.context() as m:
-    m.setattr(type(folder), 'replace', fails)
+    m.setattr(os, 'replace', fails)
     with pytest.raises(OSError, match='No space'):
       manifest.write(folder)
   assert sorted(p.name for p in folder.iterdir()) == ['about', 'state']
