@@ -3,7 +3,7 @@
 #   launch/jobset.sh --name=N --context=C --image=IMAGE \
 #     --accelerator=tpu-v5-lite-podslice --topology=4x4 [--slices=2] [--chips=4] \
 #     [--spot] [--max-restarts=10] [--grace-s=300] [--service-account=default] \
-#     FLAGFILE --data.store=gs://… --train.workdir=gs://… [--section.field=VALUE …]
+#     FLAGFILE --data.store=/… --train.workdir=gs://… [--section.field=VALUE …]
 # C is a context of kubectl, IMAGE one of launch/Dockerfile; a slice has the chips
 # of its topology, --chips of them a machine. --dry-run prints what would run.
 # shellcheck disable=SC2154,SC2034  # `options` assigns; used by name

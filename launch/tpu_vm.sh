@@ -4,7 +4,7 @@
 #     --runtime=v2-alpha-tpuv5-lite [--slices=2] [--spot]
 #   launch/tpu_vm.sh status AT      ACTIVE: it is there
 #   launch/tpu_vm.sh setup AT       the commit that is checked out here, installed
-#   launch/tpu_vm.sh run AT FLAGFILE --data.store=gs://… --train.workdir=gs://… …
+#   launch/tpu_vm.sh run AT FLAGFILE --data.store=/… --train.workdir=gs://… …
 #   launch/tpu_vm.sh logs AT [--node=0] [--worker=0]
 #   launch/tpu_vm.sh stop AT        SIGTERM: saves; the same run goes on
 #   launch/tpu_vm.sh delete AT
@@ -51,7 +51,7 @@ case $action in
  curl -LsSf https://astral.sh/uv/install.sh | sh;\
  ~/.local/bin/uv python install 3.12;\
  python=\$(~/.local/bin/uv python find --managed-python 3.12);\
- source launch/venv.sh tpu"
+ source launch/venv.sh tpu,gcs"
     ;;
   run)
     training "${rest[@]}"

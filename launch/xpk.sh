@@ -2,7 +2,7 @@
 # A workload on the TPU slices of a GKE cluster, by xpk (pip install xpk):
 #   launch/xpk.sh --name=N --cluster=C --project=P --zone=Z --type=v5litepod-16 \
 #     --image=IMAGE [--slices=2] [--spot] [--max-restarts=100] [--grace-s=300] \
-#     FLAGFILE --data.store=gs://… --train.workdir=gs://… [--section.field=VALUE …]
+#     FLAGFILE --data.store=/… --train.workdir=gs://… [--section.field=VALUE …]
 # IMAGE is one of launch/Dockerfile; --dry-run prints what would run.
 # Looked at and taken down with `xpk workload list` and `xpk workload delete`.
 # shellcheck disable=SC2154  # `options` assigns

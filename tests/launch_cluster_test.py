@@ -160,7 +160,7 @@ SAYS = {
       ' curl -LsSf https://astral.sh/uv/install.sh | sh;'
       ' ~/.local/bin/uv python install 3.12;'
       ' python=$(~/.local/bin/uv python find --managed-python 3.12);'
-      " source launch/venv.sh tpu' --zone=z1 --project=p1",
+      " source launch/venv.sh tpu,gcs' --zone=z1 --project=p1",
     ],
   ),
   'run': (
@@ -860,7 +860,7 @@ def test_an_image(name, extra):
   of = {verb: [rest for v, rest in steps if v == verb] for verb in verbs}
   assert of['FROM'] == ['python:3.12-slim']  # nobody's own registry
   assert of['ENTRYPOINT'] == ['["mtp"]'] and of['WORKDIR'] == ['/mtp_jax']
-  assert f"--editable '.[{extra}]'" in of['RUN'][0]
+  assert f"--editable '.[{extra},gcs]'" in of['RUN'][0]
   copied = [source for copy in of['COPY'] for source in copy.split()[:-1]]
   assert {'mtp_jax', 'experiments', 'launch', 'setup.cfg'} <= set(copied)
   for source in copied:

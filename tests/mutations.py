@@ -421,7 +421,7 @@ FAULTS = (
   ),
   Fault(
     'writes-without-the-lock', 0, 'mtp_jax/train/lock.py',
-    "if not holder or holder['run'] != self._id:", 'if not holder:',
+    "return bool(holder) and holder['run'] == self._id", 'return bool(holder)',
     _in('train/loop', 'test_who_lost_the_lock_writes_nothing_more[cadence0]'),
   ),
   # Kernels, chunks, counts.

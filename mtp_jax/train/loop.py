@@ -4,8 +4,9 @@
   and at their cadence log line, evaluation, checkpoint -> last checkpoint.
 
 A run writes WORKDIR/{run.flags, config.json, tokenizer/, metrics.jsonl,
-tensorboard/, checkpoints/}. The position in the data is the step, so a run that
-was stopped and resumed is, bit for bit, the run that was not.
+tensorboard/, checkpoints/}, on a disk or on gs://. The position in the data is
+the step, so a run that was stopped and resumed is, bit for bit, the run that
+was not.
 """
 
 import collections
