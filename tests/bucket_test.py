@@ -191,8 +191,12 @@ def test_commands_read_it_and_write_there(
   )
 
   assert main.main(['report', finished]) == 0
-  assert f'curves: {finished}/curves.png' in capsys.readouterr().out
-  assert server.get('bucket', 'finished/curves.png').data[:4] == b'\x89PNG'
+  assert f'report: {finished}/report.html' in capsys.readouterr().out
+  page = server.get('bucket', 'finished/report.html').data.decode()
+  assert f'finished: {finished}' in page
+  names = [x['name'] for x in server.list('bucket', {})['items']]
+  png = next(name for name in names if name.endswith('.png'))
+  assert server.get('bucket', png).data[:4] == b'\x89PNG'
 
 
 def test_a_run_begins_with_one_there_by_its_flags(

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mtp_jax import config, params
+from mtp_jax import config, params, paths
 from mtp_jax.model import lm
 from mtp_jax.train import goodput, metrics
 
@@ -27,11 +27,11 @@ class Run(NamedTuple):
     return [r for r in self.records if r['kind'] == kind]
 
 
-def read(paths: list[str]) -> list[Run]:
+def read(workdirs: list[str]) -> list[Run]:
   """Runs in the order given, each once; ValueError if one is no workdir."""
-  paths = list(dict.fromkeys(os.path.normpath(p) for p in paths))
+  found = list(dict.fromkeys(map(_normal, workdirs)))
   runs = []
-  for path, name in zip(paths, _names(paths), strict=True):
+  for path, name in zip(found, _names(found), strict=True):
     records = metrics.read(path)
     if not records:
       raise ValueError(f'{path}: has no metrics.jsonl; report takes workdirs')
@@ -41,15 +41,18 @@ def read(paths: list[str]) -> list[Run]:
 
 def _config(path: str) -> config.Config | None:
   try:
-    with open(os.path.join(path, 'config.json'), encoding='utf-8') as file:
-      return config.from_json(file.read())
+    return config.from_json((paths.of(path) / 'config.json').read_text())
   except (OSError, ValueError, TypeError, KeyError, AttributeError):
     return None
 
 
-def _names(paths: list[str]) -> list[str]:
+def _normal(path: str) -> str:
+  return path.rstrip('/') if paths.scheme(path) else os.path.normpath(path)
+
+
+def _names(workdirs: list[str]) -> list[str]:
   """The last parts of the paths, as many as tell them apart."""
-  parts = [os.path.abspath(p).strip('/').split('/') for p in paths]
+  parts = [str(paths.of(path)).strip('/').split('/') for path in workdirs]
   n = 1
   while len({tuple(p[-n:]) for p in parts}) < len(parts):
     n += 1
