@@ -434,8 +434,8 @@ class Eval:
   )
   data: str = _f(
     '',
-    'what a suite asks of: its file of problems, or documents, as'
-    ' data.documents names them',
+    'what a suite asks of: its file of problems, a directory of further tasks'
+    ' (lm_eval), or documents as data.documents names them',
     result=False,
   )
   shots: int = _f(

@@ -74,6 +74,7 @@ LIBRARIES = {
   'matplotlib': ('run_report/figures',),
   'torch': ('interop/',),
   'safetensors': ('interop/',),
+  'lm_eval': ('evals/harness',),
 }
 LAZY = ('torch', 'safetensors', 'matplotlib')  # inside functions only
 

@@ -182,12 +182,22 @@ def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
 
   def stream():
     for name, path in files:
-      for number, line in _lines(path, fail):
-        texts = _fields(line, fields, f'{path}:{number}', fail)
+      for number, texts in records(path, fields, fail):
         cuts = (len(texts[0]),) if len(texts) == 2 else ()
         yield Document(f'{name}:{number}', ''.join(texts), cuts)
 
   return stream()
+
+
+def records(
+  path: str, fields: list[str], fail: Fail
+) -> Iterator[tuple[int, list[str]]]:
+  """(number of the line, texts of `fields`) of each object of a jsonl file.
+
+  Reads .gz and .zst as well. Raises fail(what is wrong, and where).
+  """
+  for number, line in _lines(path, fail):
+    yield number, _fields(line, fields, f'{path}:{number}', fail)
 
 
 def _parquet(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:

@@ -321,6 +321,18 @@ def load(folder: str) -> Tokenizer:
   return of_files(kind_of_files(files), files)
 
 
+def begins(tokenizer: Tokenizer) -> bool:
+  """Whether other tools, given its files, put BOS before a text: a
+  tokenizer.json says so itself, all others do (interop/tokens.py)."""
+  model = tokenizer.files.get('tokenizer.json')
+  if model is None:
+    return True
+  import tokenizers
+
+  fast = tokenizers.Tokenizer.from_buffer(model)
+  return fast.encode('').ids[:1] == [tokenizer.bos]
+
+
 def matches(tokenizer: Tokenizer, recorded: str) -> bool:
   """Whether it is the one that a run has recorded as its own."""
   return recorded in (tokenizer.name, recorded_name(tokenizer))

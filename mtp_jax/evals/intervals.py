@@ -1,25 +1,34 @@
-"""How sure a share is. Floor 4."""
+"""How far a measured rate may be from the true one. Floor 4."""
 
 import math
 
-Z = 1.959963984540054  # of a two-sided 95%
+Z95 = 1.959963984540054  # the normal distribution's 97.5% point
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-  """95% interval of a share (Wilson 1927): inside [0, 1], also near its ends.
+def wilson(successes: int, n: int) -> tuple[float, float]:
+  """95% interval of a rate, seen `successes` times in n independent trials.
 
-  NaN where nothing was asked.
+  Wilson's score interval (1927, doi:10.1080/01621459.1927.10502953): those p
+  that lie within Z95 standard deviations, p's own, of successes / n:
+  (p̂ + z²/2n ± z sqrt(p̂(1 - p̂)/n + z²/4n²)) / (1 + z²/n). Unlike the normal
+  one it stays in [0, 1], and is right near its ends. n = 0 gives (0, 1).
   """
   if not n:
-    return math.nan, math.nan
-  p, z2 = successes / n, Z * Z
-  middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-  half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-  return max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0, 1.0
+  rate, z2 = successes / n, Z95**2
+  middle = rate + z2 / (2 * n)
+  half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+  low, high = ((middle + side * half) / (1 + z2 / n) for side in (-1, 1))
+  # Rounding must not say that what was seen always may happen less than so.
+  return (
+    0.0 if successes == 0 else low,
+    1.0 if successes == n else high,
+  )
 
 
-def share(name: str, successes: float, n: int) -> dict[str, float]:
-  """The scalars NAME, NAME_low and NAME_high of `suites.Result`."""
+def share(name: str, successes: int, n: int) -> dict[str, float]:
+  """The scalars NAME, NAME_low and NAME_high of `suites.Result`; NaN where
+  nothing was asked."""
   low, high = wilson(successes, n)
   value = successes / n if n else math.nan
   return {name: value, f'{name}_low': low, f'{name}_high': high}

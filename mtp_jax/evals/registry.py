@@ -10,6 +10,8 @@ from mtp_jax import config
 from mtp_jax.evals import (
   acceptance,
   choice_points,
+  gsm8k,
+  harness,
   induction,
   suites,
   synthetic,
@@ -20,7 +22,9 @@ HELDOUT = 'heldout'  # the run's own store, window by window; see heldout.py
 SUITES = {
   'acceptance': suites.Suite(acceptance.check, acceptance.run),
   'choice_points': suites.Suite(choice_points.check, choice_points.run),
+  'gsm8k': suites.Suite(gsm8k.check, gsm8k.run),
   'induction': suites.Suite(induction.check, induction.run),
+  'lm_eval': suites.Suite(harness.check, harness.run),
   **{
     name: suites.Suite(
       functools.partial(synthetic.check, name),

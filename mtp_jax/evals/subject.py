@@ -30,6 +30,11 @@ class Subject(NamedTuple):
   say: Say = lambda line: None
 
 
+def context(cfg: config.Config) -> int:
+  """Tokens of a text that the model has learned to read at once."""
+  return max(cfg.data.seq_len, cfg.model.context)
+
+
 class Text(NamedTuple):
   """What a prompt was continued with."""
 
@@ -51,19 +56,23 @@ class Ask(NamedTuple):
 
 
 def continuations(
-  subject: Subject, prompts: Sequence[str], ask: Ask
+  subject: Subject, prompts: Sequence[str | np.ndarray], ask: Ask
 ) -> list[list[Text]]:
   """`ask.samples` continuations of each prompt, with the heads' drafts.
 
-  A prompt starts a document. What a row says depends on its prompt, the seed,
-  the place of its prompt and of the sample alone, not on the batch.
+  A text starts a document; ids are taken as they are. What a row says depends
+  on its prompt, the seed, the place of its prompt and of the sample alone, not
+  on the batch.
 
   Raises:
     ConfigError: a prompt has more tokens than --decode.cache has room for.
   """
   cfg, tokenizer = subject.cfg, subject.tokenizer
   ids = [
-    np.array([tokenizer.bos, *tokenizer.encode(p)], np.int64) for p in prompts
+    np.array([tokenizer.bos, *tokenizer.encode(p)], np.int64)
+    if isinstance(p, str)
+    else p
+    for p in prompts
   ]
   jobs = [(i, j) for i in range(len(ids)) for j in range(ask.samples)]
   jobs.sort(key=lambda job: len(ids[job[0]]))  # rows of a batch are padded

@@ -39,6 +39,13 @@ def test_greedy_texts_are_the_decoder_s(asked):
     assert text.finish == ('stop' if 257 in text.ids else 'length')
 
 
+def test_ids_are_taken_as_they_are(asked):
+  ids = [np.array([256, *prompt.encode()]) for prompt in PROMPTS]
+  ask = subject.Ask(max_new=9)
+  found = subject.continuations(asked, ids, ask)
+  assert _ids(found) == _ids(subject.continuations(asked, PROMPTS, ask))
+
+
 def test_samples_do_not_depend_on_the_batch(asked):
   ask = subject.Ask(max_new=6, samples=3, temperature=0.9, seed=5)
   found = subject.continuations(asked, PROMPTS, ask)

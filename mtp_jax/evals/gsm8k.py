@@ -1,0 +1,221 @@
+"""GSM8K: grade-school problems, answered by a chain of thought. Floor 4.
+
+Cobbe et al. 2021, arXiv 2110.14168; asked as by Wei et al. 2022, arXiv
+2201.11903: their eight worked examples (appendix G, table 20) before each
+problem, greedy, exact match of the number that follows "The answer is".
+"""
+
+import decimal
+import functools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mtp_jax import config
+from mtp_jax.data import documents
+from mtp_jax.evals import intervals, suites
+from mtp_jax.evals import subject as subject_lib
+
+STOP = ('Q:', 'Question:')  # of the next problem, which the model may invent
+
+
+class Example(NamedTuple):
+  """A problem with its solution in words."""
+
+  question: str
+  worked: str
+
+
+class Problem(NamedTuple):
+  """What is asked, and the number to be found."""
+
+  id: int  # place in the file, from 0
+  question: str
+  answer: decimal.Decimal
+
+
+def check(arg: str, cfg: config.Config) -> None:
+  """ConfigError unless there are problems to ask, and examples enough."""
+  if arg:
+    raise config.ConfigError('eval.suite', f'gsm8k:{arg}', 'gsm8k, no more')
+  if cfg.eval.shots > len(SHOTS):
+    raise config.ConfigError(
+      'eval.shots', cfg.eval.shots, f'gsm8k has {len(SHOTS)} worked examples'
+    )
+  problems(cfg.eval.data)
+
+
+def problems(path: str) -> list[Problem]:
+  """Of a file in the official form: question, and answer with `#### 42`."""
+  fail = functools.partial(config.ConfigError, 'eval.data', path)
+  if not path:
+    raise fail('gsm8k needs its problems, a .jsonl or .jsonl.gz')
+  found = []
+  for line, (question, worked) in documents.records(
+    path, ['question', 'answer'], fail
+  ):
+    answer = number(worked) if '####' in worked else None
+    if answer is None:
+      raise fail(f"{path}:{line}: there is no number after '####' in answer")
+    found.append(Problem(len(found), question, answer))
+  if not found:
+    raise fail('there is no problem in it')
+  return found
+
+
+SAYS = re.compile(r'The answer is|####')
+NUMBER = re.compile(r'(?:(?<![0-9])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)')
+
+
+def number(text: str) -> decimal.Decimal | None:
+  """The number that a solution ends with; None if it names none.
+
+  It is the last one of the sentence that goes on from the last "The answer is",
+  or from `####`; commas and dollars are no part of it.
+  """
+  *before, said = SAYS.split(text)
+  if not before:
+    return None
+  sentence = re.split(r'\.(?=\s|$)|\n', said.strip(), maxsplit=1)[0]
+  found = NUMBER.findall(re.sub('[,$]', '', sentence))
+  return decimal.Decimal(found[-1]) if found else None
+
+
+def prompt(question: str, examples: Sequence[Example]) -> str:
+  asked = [f'Q: {e.question}\nA: {e.worked}\n\n' for e in examples]
+  return ''.join([*asked, f'Q: {question}\nA:'])
+
+
+def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
+  """Asks all problems, or the first --eval.items.
+
+  A text has up to --decode.max_new tokens. Where prompt and text would be more
+  than the context, examples are left out, the first ones first, and this is
+  said; a question alone is asked however long it is.
+  """
+  del arg
+  cfg = subject.cfg
+  asked = problems(cfg.eval.data)[: cfg.eval.items or None]
+  n = len(SHOTS) if cfg.eval.shots < 0 else cfg.eval.shots
+  room = subject_lib.context(cfg) - cfg.decode.max_new
+  examples = [_that_fit(p, SHOTS[:n], subject, room) for p in asked]
+  found = subject_lib.continuations(
+    subject,
+    [prompt(p.question, e) for p, e in zip(asked, examples, strict=True)],
+    subject_lib.Ask(max_new=cfg.decode.max_new, stop=STOP),
+  )
+  items = []
+  for p, e, (text,) in zip(asked, examples, found, strict=True):
+    answer = number(text.text)
+    items.append(
+      dict(
+        id=p.id,
+        question=p.question,
+        shots=len(e),
+        text=text.text,
+        finish=text.finish,
+        answer=_shown(answer),
+        expected=_shown(p.answer),
+        correct=answer == p.answer,
+      )  # fmt: skip
+    )
+  return _result(items, n, cfg, [text for (text,) in found])
+
+
+def _that_fit(problem, examples, subject, room: int) -> Sequence[Example]:
+  for first in range(len(examples)):
+    text = prompt(problem.question, examples[first:])
+    if 1 + len(subject.tokenizer.encode(text)) <= room:
+      return examples[first:]
+  return ()
+
+
+def _shown(answer: decimal.Decimal | None) -> str | None:
+  return None if answer is None else str(answer)
+
+
+def _result(items, n: int, cfg, texts) -> suites.Result:
+  right = sum(item['correct'] for item in items)
+  low, high = intervals.wilson(right, len(items))
+  tokens = sum(len(text.ids) for text in texts)
+  scalars = dict(
+    accuracy=right / len(items), accuracy_low=low, accuracy_high=high,
+    shots=sum(item['shots'] for item in items) / len(items),
+    tokens_per_forward=tokens / max(sum(text.forwards for text in texts), 1),
+  )  # fmt: skip
+  lines = [
+    f'  {right:,} of {len(items):,} right: {scalars["accuracy"]:.2%}'
+    f' (95%: {low:.2%} to {high:.2%}), {n} worked examples,'
+    f' {scalars["tokens_per_forward"]:.2f} tokens a forward pass'
+  ]
+  fewer = sum(item['shots'] < n for item in items)
+  if fewer:
+    lines.append(
+      f'  {fewer:,} had fewer examples, {scalars["shots"]:.1f} on average over'
+      f' all: with --decode.max_new={cfg.decode.max_new} more do not fit the'
+      f' context of {subject_lib.context(cfg)} tokens'
+    )
+  cut = sum(item['finish'] == 'length' for item in items)
+  if cut:
+    lines.append(
+      f'  {cut:,} texts were cut off at --decode.max_new={cfg.decode.max_new}'
+    )
+  return suites.Result(lines, scalars, items)
+
+
+SHOTS = (
+  Example(
+    'There are 15 trees in the grove. Grove workers will plant trees in the '
+    'grove today. After they are done, there will be 21 trees. How many trees'
+    ' did the grove workers plant today?',
+    'There are 15 trees originally. Then there were 21 trees after some more '
+    'were planted. So there must have been 21 - 15 = 6. The answer is 6.',
+  ),
+  Example(
+    'If there are 3 cars in the parking lot and 2 more cars arrive, how many '
+    'cars are in the parking lot?',
+    'There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer '
+    'is 5.',
+  ),
+  Example(
+    'Leah had 32 chocolates and her sister had 42. If they ate 35, how many '
+    'pieces do they have left in total?',
+    'Originally, Leah had 32 chocolates. Her sister had 42. So in total they '
+    'had 32 + 42 = 74. After eating 35, they had 74 - 35 = 39. The answer is '
+    '39.',
+  ),
+  Example(
+    'Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 '
+    'lollipops. How many lollipops did Jason give to Denny?',
+    'Jason started with 20 lollipops. Then he had 12 after giving some to '
+    'Denny. So he gave Denny 20 - 12 = 8. The answer is 8.',
+  ),
+  Example(
+    'Shawn has five toys. For Christmas, he got two toys each from his mom '
+    'and dad. How many toys does he have now?',
+    'Shawn started with 5 toys. If he got 2 toys each from his mom and dad, '
+    'then that is 4 more toys. 5 + 4 = 9. The answer is 9.',
+  ),
+  Example(
+    'There were nine computers in the server room. Five more computers were '
+    'installed each day, from monday to thursday. How many computers are now '
+    'in the server room?',
+    'There were originally 9 computers. For each of 4 days, 5 more computers '
+    'were added. So 5 * 4 = 20 computers were added. 9 + 20 is 29. The answer'
+    ' is 29.',
+  ),
+  Example(
+    'Michael had 58 golf balls. On tuesday, he lost 23 golf balls. On '
+    'wednesday, he lost 2 more. How many golf balls did he have at the end of'
+    ' wednesday?',
+    'Michael started with 58 golf balls. After losing 23 on tuesday, he had '
+    '58 - 23 = 35. After losing 2 more, he had 35 - 2 = 33 golf balls. The '
+    'answer is 33.',
+  ),
+  Example(
+    'Olivia has $23. She bought five bagels for $3 each. How much money does '
+    'she have left?',
+    'Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 '
+    'dollars. So she has 23 - 15 dollars left. 23 - 15 is 8. The answer is 8.',
+  ),
+)

@@ -1,0 +1,254 @@
+"""Tasks of lm-evaluation-harness, written with the heads' drafts. Floor 4.
+
+Gao et al. 2024, https://github.com/EleutherAI/lm-evaluation-harness: its tasks,
+prompts and metrics. Texts are encoded, cut and scored as its own class for
+Hugging Face models does it: what `--eval.suite=lm_eval:TASK` finds is what
+`lm_eval --model hf --tasks TASK` finds of the exported checkpoint.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import numbers
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.data import tokenizers
+from mtp_jax.evals import intervals, scores, suites
+from mtp_jax.evals import subject as subject_lib
+from mtp_jax.model import heads
+
+MAX_NEW = 256  # tokens, where a task does not say; the harness's own number
+BOOTSTRAP = 1000  # draws, for the error of what is no mean
+GENERATION = 'do_sample', 'max_gen_toks', 'temperature', 'top_p', 'until'
+OF_SAMPLES = 'top_k', 'min_p', 'typical_p'  # without effect on greedy decoding
+NEUTRAL = dict(num_beams=1, repetition_penalty=1)
+Fail = Callable[[str], config.ConfigError]
+
+
+def check(arg: str, cfg: config.Config) -> None:
+  """ConfigError unless the harness is here and knows each of TASK+TASK…"""
+  fail, folder = _fail(arg), cfg.eval.data
+  if not arg:
+    raise fail('name its tasks, TASK+TASK…')
+  if importlib.util.find_spec('lm_eval') is None:
+    raise fail('needs lm_eval: pip install "mtp_jax[evals]"')
+  if folder and not os.path.isdir(folder):
+    raise config.ConfigError(
+      'eval.data', folder, 'lm_eval takes a directory of tasks, .yaml'
+    )
+  names = arg.split('+')
+  known = _tasks(tuple(names), folder).all_tasks
+  unknown = [name for name in names if name not in known]
+  if unknown:
+    there = f' nor in {folder}' if folder else ''
+    raise fail(f'no task {unknown[0]!r} in lm_eval{there}')
+
+
+def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
+  """Asks tasks of the harness, with --eval.shots examples (-1: as each task
+  says) the first --eval.items documents of each (0: all)."""
+  from lm_eval import evaluator
+
+  cfg, names = subject.cfg, arg.split('+')
+  model = _model(subject, _fail(arg))
+  with _contained():
+    try:
+      found = evaluator.simple_evaluate(
+        model, tasks=names, task_manager=_tasks(tuple(names), cfg.eval.data),
+        num_fewshot=None if cfg.eval.shots < 0 else cfg.eval.shots,
+        limit=cfg.eval.items or None, bootstrap_iters=BOOTSTRAP,
+      )  # fmt: skip
+    except Exception as error:
+      if model.asked or isinstance(error, config.ConfigError):
+        raise
+      # Nothing was computed: it is the task's data, template or code.
+      said = ' '.join(f'{type(error).__name__}: {error}'.split())
+      raise _fail(arg)(f'cannot be asked: {said}') from error
+  return _result(found)
+
+
+def _fail(arg: str) -> Fail:
+  return functools.partial(config.ConfigError, 'eval.suite', f'lm_eval:{arg}')
+
+
+@functools.cache
+def _tasks(names: tuple[str, ...], folder: str):
+  """The harness's index of tasks; to read all of its own takes long."""
+  from lm_eval.tasks import TaskManager
+
+  if folder:
+    found = TaskManager(include_path=folder, include_defaults=False)
+    if set(names) <= set(found.all_subtasks):
+      return found
+  return TaskManager(include_path=folder or None)
+
+
+@contextlib.contextmanager
+def _contained():
+  """stdout is for the report; and a pool of forks does not go with jax."""
+  before = os.environ.get('DISABLE_MULTIPROC')
+  os.environ['DISABLE_MULTIPROC'] = '1'
+  try:
+    with contextlib.redirect_stdout(sys.stderr):
+      yield
+  finally:
+    del os.environ['DISABLE_MULTIPROC']
+    if before is not None:
+      os.environ['DISABLE_MULTIPROC'] = before
+
+
+def _model(subject: subject_lib.Subject, fail: Fail):
+  """The subject as the harness's LM; `asked` says whether it was."""
+  from lm_eval import utils
+  from lm_eval.api.model import TemplateLM
+
+  tokenizer, context = subject.tokenizer, subject_lib.context(subject.cfg)
+  begin = [tokenizer.bos] if tokenizers.begins(tokenizer) else []
+
+  class Model(TemplateLM):
+    asked = False
+    eot_token_id = tokenizer.eos
+    prefix_token_id = tokenizer.bos
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+      before = [] if add_special_tokens is False else begin
+      return [*before, *tokenizer.encode(string).tolist()]
+
+    def loglikelihood(self, requests, disable_tqdm=True):
+      return super().loglikelihood(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, **kwargs):
+      self.asked = True
+      return _loglikelihoods(subject, [r[1:] for r in requests], context, fail)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=True):
+      windows = [
+        list(
+          map(
+            utils.make_disjoint_window,
+            utils.get_rolling_token_windows(
+              self.tok_encode(r.args[0]), self.prefix_token_id, context, 1
+            ),
+          )
+        )
+        for r in requests
+      ]
+      flat = [(None, *window) for of_text in windows for window in of_text]
+      nats = iter(self._loglikelihood_tokens(flat))
+      return [sum(next(nats)[0] for _ in of_text) for of_text in windows]
+
+    def generate_until(self, requests, disable_tqdm=True):
+      self.asked = True
+      texts, by_kwargs = [''] * len(requests), {}
+      for i, r in enumerate(requests):
+        key = json.dumps(r.args[1], sort_keys=True)
+        by_kwargs.setdefault(key, []).append(i)
+      for of_kwargs in by_kwargs.values():
+        ask = _ask(requests[of_kwargs[0]].args[1], subject.cfg, fail)
+        if ask.max_new >= context:
+          raise fail(
+            f'asks for {ask.max_new} new tokens in a context of {context}'
+          )
+        room = context - ask.max_new
+        ids = [self.tok_encode(requests[i].args[0])[-room:] for i in of_kwargs]
+        prompts = [np.array(x or [tokenizer.bos]) for x in ids]
+        found = subject_lib.continuations(subject, prompts, ask)
+        for i, (text,) in zip(of_kwargs, found, strict=True):
+          texts[i] = text.text
+      return texts
+
+  return Model()
+
+
+def _loglikelihoods(
+  subject: subject_lib.Subject, pairs: Sequence, context: int, fail: Fail
+) -> list[tuple[float, bool]]:
+  """(log-probability under head 1, whether it is what greedy decoding writes)
+  of the second of each (ids before, ids); what is too long loses its start."""
+  for _, ids in pairs:
+    if not 0 < len(ids) <= context:
+      text = subject.tokenizer.decode(ids)
+      raise fail(
+        f'has a continuation of {len(ids)} tokens, {text[:40]!r}; from 1 to'
+        f' {context}, the context'
+      )
+  cfg = subject.cfg
+  active = config.active_heads(cfg, max(subject.step - 1, 0))
+  n_active = active if heads.family(cfg).reverse else 1  # head 1 sits on them
+  B = cfg.decode.batch_size or subject_lib.ROWS
+  rows = [np.array([*a, *b], np.int32)[-(context + 1) :] for a, b in pairs]
+  order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+  found = [(0.0, False)] * len(rows)
+  at_once = 16 * B  # what is known of each token is kept no longer
+  for first in range(0, len(order), at_once):
+    of = order[first : first + at_once]
+    got = scores.of_rows(
+      subject.model, [rows[i] for i in of], subject.mesh, cfg, n_active, B
+    )
+    for i, row in zip(of, got, strict=True):
+      n = len(pairs[i][1])
+      nats, rank = row.nats[0, -n:], row.rank[0, -n:]
+      found[i] = -float(nats.sum(dtype=np.float64)), bool((rank == 0).all())
+    subject.say(f'{first + len(of):,} of {len(order):,} scored')
+  return found
+
+
+def _ask(kwargs: dict, cfg: config.Config, fail: Fail) -> subject_lib.Ask:
+  """A task's generation_kwargs, read as the harness does."""
+  from lm_eval.models import utils
+
+  said = utils.normalize_gen_kwargs(kwargs, MAX_NEW)
+  until = utils.handle_stop_sequences(said['until'], eos=None)
+  samples = said['do_sample']
+  known = GENERATION if samples else GENERATION + OF_SAMPLES
+  for name, value in said.items():
+    if name not in known and value != NEUTRAL.get(name):
+      raise fail(f'generation_kwargs with {name}={value}: not to be had here')
+  if samples and not said.get('temperature'):
+    raise fail('generation_kwargs with do_sample but no temperature')
+  return subject_lib.Ask(
+    said['max_gen_toks'], tuple(filter(None, until)), seed=cfg.decode.seed,
+    temperature=float(said['temperature']) if samples else 0.0,
+    top_p=said.get('top_p', 1.0),
+  )  # fmt: skip
+
+
+def _result(found: dict) -> suites.Result:
+  lines, scalars, items = [], {}, []
+  for task, values in found['results'].items():
+    shots = found['n-shot'].get(task, '')
+    for key, value in values.items():
+      metric, comma, of_filter = key.partition(',')
+      if not comma or metric.endswith('_stderr'):
+        continue
+      if not isinstance(value, numbers.Real):
+        continue  # a metric that the harness could not compute
+      name = f'{task}/{metric}'
+      name += '' if of_filter == 'none' else f'/{of_filter}'
+      scalars[name] = float(value)
+      line = f'  {name} {value:.4f}'
+      error = values.get(f'{metric}_stderr,{of_filter}')
+      if isinstance(error, numbers.Real):
+        low, high = (value + side * intervals.Z95 * error for side in (-1, 1))
+        scalars |= {f'{name}_low': float(low), f'{name}_high': float(high)}
+        line += f' (95%: {low:.4f} to {high:.4f})'
+      lines.append(line + (f', {shots} examples' if shots != '' else ''))
+  for task, samples in found.get('samples', {}).items():
+    items += [_item(task, sample) for sample in samples]
+  return suites.Result(lines, scalars, items)
+
+
+def _item(task: str, sample: dict) -> dict:
+  kept = dict(
+    task=task, id=sample['doc_id'], filter=sample['filter'],
+    target=sample['target'], responses=sample['resps'],
+    answers=sample['filtered_resps'],
+    **{name: sample[name] for name in sample['metrics']},
+  )  # fmt: skip
+  return json.loads(json.dumps(kept, default=str))
