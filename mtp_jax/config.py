@@ -442,6 +442,35 @@ class Eval:
     -1, 'worked examples before each problem; -1 = as the suite is used',
     result=False, min=-1,
   )  # fmt: skip
+  samples: int = _f(
+    1, 'answers to each problem that are run', result=False, **POSITIVE
+  )
+  temperatures: str = _f(
+    '',
+    'of the answers that are run, with commas, each scored by itself; empty = 0'
+    ' for one answer, 0.2,0.8 for several',
+    result=False,
+  )
+  k: str = _f(
+    '',
+    'of pass@k, with commas: the chance that one of k answers passes; empty ='
+    ' 1,10,100 up to --eval.samples',
+    result=False,
+  )
+  allow_code_execution: bool = _f(
+    False, 'programs that the model wrote may run on this machine', result=False
+  )
+  sandbox: str = _f(
+    'full',
+    'around a program. full: as nobody, in namespaces of its own: no other'
+    ' file, process or network; weak: limits and an empty folder, no protection'
+    ' from a program that means harm',
+    result=False,
+    choices=('full', 'weak'),
+  )
+  timeout_s: float = _f(
+    10.0, 'seconds that a program has, each time it runs', result=False, above=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -327,8 +327,8 @@ COMMANDS = {
     _train,
   ),
   'eval': Command(
-    'held-out loss, accuracy and acceptance by head',
-    ('eval', 'data', 'mesh', 'processes', 'out'),
+    'held-out loss, accuracy and acceptance by head; other suites',
+    ('eval', 'data', 'decode', 'mesh', 'processes', 'out'),
     _eval,
   ),
   'generate': Command(

@@ -34,7 +34,8 @@ FREE = """
   model.context train.keep_every train.profile_start train.profile_steps
   train.suite_every train.watchdog_s train.spike_sigma train.compilation_cache
   eval.checkpoint eval.split eval.stores eval.batches eval.suite eval.items
-  eval.data eval.shots
+  eval.data eval.shots eval.samples eval.temperatures eval.k
+  eval.allow_code_execution eval.sandbox eval.timeout_s
   inspect.step inspect.rows inspect.tokens bench.what bench.heads
   bench.schedules bench.chunks bench.documents bench.rounds bench.calls
   bench.drafts bench.batches bench.prompt

@@ -10,9 +10,11 @@ from mtp_jax import config
 from mtp_jax.evals import (
   acceptance,
   choice_points,
+  code,
   gsm8k,
   harness,
   induction,
+  problems,
   suites,
   synthetic,
 )
@@ -31,6 +33,12 @@ SUITES = {
       functools.partial(synthetic.run, name),
     )
     for name in ('star_graph', 'polynomial')
+  },
+  **{
+    name: suites.Suite(
+      functools.partial(code.check, name), functools.partial(code.run, name)
+    )
+    for name in problems.FORMATS
   },
 }
 

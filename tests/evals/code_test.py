@@ -1,0 +1,227 @@
+"""pass@k, and the suites on answers whose score is known."""
+
+import fractions
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mtp_jax import config, main
+from mtp_jax.evals import code, problems, registry, subject
+from tests.evals import problems_test
+
+
+@pytest.mark.parametrize('n', [1, 2, 5, 10, 200])
+def test_pass_at_k_is_the_closed_form(n):
+  for c, k in itertools.product({0, 1, n // 2, n - 1, n}, {1, n // 2, n}):
+    if 1 <= k <= n:
+      exact = 1 - fractions.Fraction(math.comb(n - c, k), math.comb(n, k))
+      assert code.pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-14)
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
+  for n in range(1, 7):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+      right = [i < c for i in range(n)]
+      draws = list(itertools.combinations(right, k))
+      share = sum(map(any, draws)) / len(draws)
+      assert code.pass_at_k(n, c, k) == pytest.approx(share, abs=1e-14)
+
+
+def _cfg(path, **changes):
+  return problems_test.cfg(path, allow_code_execution=True, **changes)
+
+
+@pytest.fixture
+def answering(monkeypatch):
+  """answering(cfg, f): a subject that answers prompt i, for the j-th time at
+  temperature t, with f(i, j, t)."""
+
+  def make(cfg, answer):
+    def continuations(who, prompts, ask):
+      return [
+        [
+          subject.Text(answer(i, j, ask.temperature), np.zeros(6), 2, 'stop')
+          for j in range(ask.samples)
+        ]
+        for i in range(len(prompts))
+      ]
+
+    monkeypatch.setattr(subject, 'continuations', continuations)
+    return subject.Subject('tiny', cfg, None, None, None, 1, None)
+
+  return make
+
+
+TWICE = 'def twice(x):\n  return 2 * x\n'
+READS = 'for x in open(0):\n  print(2 * int(x))\n'
+LEETCODE = 'class Solution:\n  def twice(self, x):\n    return (2 * x, 1)\n'
+SUITES = {
+  'humaneval': ([problems_test.HUMANEVAL] * 2, '  return 2\n', '  return 3\n'),
+  'mbpp': (
+    problems_test.MBPP,
+    'add = type("", (), dict(__call__=lambda *a: Any()))()\n'
+    'class Any:\n  __eq__ = lambda *a: True\n',
+    'def add(x):\n  return x',
+  ),
+  'apps': (
+    [
+      problems_test.apps(['1\n2\n', '3'], ['2\n4', ['6']]),
+      problems_test.apps(['7'], ['14.0']),
+    ],
+    READS, 'print(2)\nprint(4)',
+  ),
+  'code_contests': ([problems_test.CONTEST] * 2, READS, 'print(2)'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', problems.FORMATS)
+def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
+  rows, right, wrong = SUITES[name]
+  cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', rows))
+  registry.SUITES[name].check('', cfg)
+  for answer, score in ((right, 1), (wrong, 0)):
+    found = registry.SUITES[name].run(
+      answering(cfg, lambda *a, x=answer: x), ''
+    )
+    assert found.scalars['pass@1'] == found.scalars['passed'] == score
+    assert found.scalars[f'pass@1_{"high" if score else "low"}'] == score
+    assert found.scalars['failed'] == 1 - score
+    assert found.scalars['tokens_per_forward'] == 3
+    outcome = 'passed' if score else 'failed'
+    assert {x['outcome'] for x in found.items} == {outcome}
+    assert {x['completion'] for x in found.items} == {answer}
+    json.dumps(found.items)
+  assert f'{len(found.items)} problems, 1 answers each' in found.lines[0]
+
+
+@pytest.mark.parametrize(
+  'source, expected, passes',
+  [
+    (TWICE, 2, True), (TWICE, [2], True), (LEETCODE, [2, 1], True),
+    (TWICE, 3, False), ('', 2, False), ('def twice(x): exit()', 2, False),
+    ('def twice(x): return {1: 2}', {'1': 2}, True),
+    ('def twice(x): return [(1, 2)]', [[[1, 2]]], True),
+    ('print(1)\n' * 9 + TWICE, 2, True),
+    ('twice = lambda x: int(sqrt(4)) * len(Counter([x]))', 2, True),
+  ],
+)  # fmt: skip
+def test_calls_of_apps(source, expected, passes, tmp_path):
+  row = problems_test.apps([[1], [1]], [expected] * 2, fn_name='twice')
+  cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', [row]))
+  (problem,) = problems.read('apps', '', cfg)
+  ended = code.judged('apps', cfg.eval, problem, source)
+  assert (ended.outcome == 'passed') == passes, ended
+
+
+def test_a_mix_has_its_pass_at_k(answering, tmp_path):
+  """By temperature, with an oracle over them and shares of what happened."""
+  rows = [problems_test.HUMANEVAL] * 3
+  rows = [r | dict(task_id=str(i)) for i, r in enumerate(rows)]
+  right_TP = {0.2: (0, 1, 4), 0.8: (1, 1, 1)}  # of 4 answers each
+
+  def answer(i, j, temperature):
+    if j < right_TP[temperature][i]:
+      return '  return 2\n'
+    return '  while True: pass\n' if (i, j) == (0, 3) else '  return 3\n'
+
+  cfg = _cfg(
+    problems_test.write(tmp_path / 'p.jsonl', rows), samples=4, k='1,2',
+    temperatures='0.2,0.8', timeout_s=1.5,
+  )  # fmt: skip
+  found = code.run('humaneval', answering(cfg, answer), '').scalars
+  expected = {
+    'pass@1/t0.2': 5 / 12, 'pass@2/t0.2': (0 + 1 / 2 + 1) / 3,
+    'pass@1/t0.8': 1 / 4, 'pass@2/t0.8': 1 / 2,
+    'pass@1/oracle': 5 / 12, 'pass@2/oracle': 1 / 2,
+    'passed/t0.2': 5 / 12, 'timeout/t0.2': 1 / 12, 'failed/t0.2': 6 / 12,
+  }  # fmt: skip
+  for name, value in expected.items():
+    assert found[name] == pytest.approx(value), name
+    if 'pass@' in name:
+      assert found[f'{name}_low'] <= value <= found[f'{name}_high']
+  assert not {'pass@1', 'pass@2', 'passed'} & set(found)
+  lines = code.run('humaneval', answering(cfg, answer), '').lines
+  assert any('oracle over temperatures: pass@1 41.7% (' in x for x in lines)
+
+
+def test_an_interval_is_no_narrower_than_that_of_the_scores():
+  """Of 400 problems: equal where each is solved or not, wider for shares."""
+  rng, n = np.random.default_rng(0), 400
+  for samples, exact in ((1, True), (8, False)):
+    c_P = rng.binomial(samples, 0.25, size=n)
+    found = code._scores('', code.Sampling(samples, (1,), (0.0,)), [c_P])
+    spread = 1.96 * np.std(c_P / samples) / np.sqrt(n)
+    half = (found['pass@1_high'] - found['pass@1_low']) / 2
+    assert found['pass@1'] == pytest.approx(c_P.mean() / samples)
+    assert half == pytest.approx(spread, rel=0.01) if exact else half > spread
+
+
+@pytest.mark.parametrize(
+  'changes, ks, temperatures',
+  [
+    ({}, (1,), (0.0,)),
+    (dict(eval__samples=10), (1, 10), (0.2, 0.8)),
+    (dict(eval__samples=200), (1, 10, 100), (0.2, 0.8)),
+    (dict(eval__samples=5, eval__k='5,2', eval__temperatures='.1'),
+     (5, 2), (0.1,)),
+    (dict(eval__temperatures='0,1', eval__k='1'), (1,), (0, 1)),
+  ],
+)  # fmt: skip
+def test_what_flags_of_sampling_mean(changes, ks, temperatures):
+  cfg = config.replace(
+    config.Config(), **{k.replace('__', '.'): v for k, v in changes.items()}
+  )
+  assert code.sampling(cfg)[1:] == (ks, temperatures)
+
+
+@pytest.mark.parametrize(
+  'changes, flag, says',
+  [
+    ({'eval.allow_code_execution': False}, 'allow_code', 'a model wrote'),
+    ({'eval.k': '2'}, 'k', '1 to --eval.samples=1'),
+    ({'eval.k': '0'}, 'k', 'whole numbers'), ({'eval.k': 'x'}, 'k', 'whole'),
+    ({'eval.k': '1,1'}, 'k', 'different'),
+    ({'eval.temperatures': '-1'}, 'temperatures', '0 or more'),
+    ({'eval.temperatures': 'nan'}, 'temperatures', '0 or more'),
+    ({'eval.temperatures': '0', 'eval.samples': 2}, 'temperatures', 'above 0'),
+    ({'eval.data': ''}, 'data', 'give the file'),
+    ({'decode.tree': '2', 'eval.temperatures': '1'}, 'tree', 'temperatures=0'),
+  ],
+)  # fmt: skip
+def test_refused_before_anything_is_loaded(changes, flag, says, tmp_path):
+  cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', problems_test.MBPP))
+  cfg = config.replace(cfg, **{'eval.suite': 'mbpp'} | changes)
+  with pytest.raises(config.ConfigError) as e:
+    registry.asked(cfg)
+  assert flag in str(e.value).split('=')[0] and says in str(e.value)
+
+
+def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
+  path = problems_test.write(tmp_path / 'p.jsonl', problems_test.MBPP)
+  out = tmp_path / 'found.json'
+  args = [
+    'eval', f'--eval.checkpoint={undisturbed}', '--eval.suite=mbpp',
+    f'--eval.data={path}', '--eval.allow_code_execution', '--eval.samples=2',
+    '--eval.temperatures=0.5', '--eval.shots=0', '--eval.items=2',
+    '--decode.max_new=12', '--mesh.fsdp=-1', '--train.compilation_cache=',
+    f'--out={out}',
+  ]  # fmt: skip
+  assert main.main(args) == 0
+  text = capsys.readouterr().out
+  assert '2 problems, 2 answers each at temperature 0.5' in text
+  assert 'pass@1 0.0% (0.0% to ' in text and 'tokens a forward pass' in text
+  found = json.loads(out.read_text())['suites']['mbpp']
+  assert found['pass@1'] == 0 and found['failed'] == 1
+  assert [x['id'] for x in found['items']] == ['MBPP/11'] * 2 + ['MBPP/12'] * 2
+  assert all(len(x['completion']) <= 12 for x in found['items'])
+  assert found['items'][0]['completion'] != found['items'][1]['completion']
+
+  refused = [a for a in args if 'allow_code' not in a]
+  assert main.main(refused) == 2
+  assert capsys.readouterr().err == (
+    'mtp: --eval.allow_code_execution=False: mbpp runs programs that a model'
+    ' wrote; where this machine may, say --eval.allow_code_execution\n'
+  )
