@@ -10,7 +10,7 @@ import pytest
 
 from mtp_jax import config, main
 from mtp_jax.evals import code, problems, registry, subject
-from tests.evals import problems_test
+from tests.evals import problems_test, sandbox_test
 
 
 @pytest.mark.parametrize('n', [1, 2, 5, 10, 200])
@@ -31,7 +31,10 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
 
 
 def _cfg(path, **changes):
-  return problems_test.cfg(path, allow_code_execution=True, **changes)
+  kind = sandbox_test.KIND
+  return problems_test.cfg(
+    path, allow_code_execution=True, sandbox=kind, **changes
+  )
 
 
 @pytest.fixture
@@ -207,7 +210,7 @@ def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
     f'--eval.data={path}', '--eval.allow_code_execution', '--eval.samples=2',
     '--eval.temperatures=0.5', '--eval.shots=0', '--eval.items=2',
     '--decode.max_new=12', '--mesh.fsdp=-1', '--train.compilation_cache=',
-    f'--out={out}',
+    f'--out={out}', f'--eval.sandbox={sandbox_test.KIND}',
   ]  # fmt: skip
   assert main.main(args) == 0
   text = capsys.readouterr().out
