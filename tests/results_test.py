@@ -1,0 +1,132 @@
+"""docs/results.py: its runs are valid, its document says what was measured."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from mtp_jax import config, flags, params
+from mtp_jax.data import documents
+from mtp_jax.evals import registry
+from mtp_jax.model import lm
+from tests import runs
+
+PATH = pathlib.Path(runs.ROOT, 'docs', 'results.py')
+SPEC = importlib.util.spec_from_file_location('results', PATH)
+results = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(results)
+RUNS = [(r, label) for r in results.RESULTS for label in r.variants]
+
+
+def _config(result, label) -> config.Config:
+  name, *args = results.command(result, label, 0, 'STORE', 'RUN')
+  assert name == 'train'
+  return flags.parse(args).config()
+
+
+@pytest.mark.parametrize(
+  'result, label', RUNS, ids=lambda x: x if isinstance(x, str) else x.name
+)
+def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  cfg = _config(result, label)
+  asked = {name for name, _ in registry.asked(cfg)}
+  evaluated = {
+    name for flag in result.asks if flag.startswith('--eval.suite=')
+    for name in flag.split('=')[1].split(',')
+  }  # fmt: skip
+  for _, source, _, form in result.columns:
+    assert source == 'eval' or source in asked | evaluated
+    assert format(0.5, form)
+  if result.documents.startswith('task:'):
+    assert next(documents.read(result.documents)).text
+
+
+def test_families_are_equal_in_parameters(monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  (families,) = [r for r in results.RESULTS if r.name == 'families']
+  totals = {
+    label: params.count(lm.specs(_config(families, label)))
+    for label in families.variants
+  }
+  assert max(totals.values()) < 1.01 * totals['parallel'], totals
+  assert min(totals.values()) > 0.99 * totals['parallel'], totals
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+  """Rows of two results: several seeds, and one run with an interval."""
+  rows = [
+    dict(
+      key=f'code/n = 1/{seed}', cpu_s=1800,
+      values={'eval/loss_1': 2.0 + seed, 'eval/bits_per_byte': 3.0},
+    )
+    for seed in (0, 1)
+  ]  # fmt: skip
+  rows.append(
+    dict(
+      key='star_graph/n = 4/0', cpu_s=3600,
+      values={
+        'star_graph/accuracy': 0.5, 'star_graph/accuracy_low': 0.4,
+        'star_graph/accuracy_high': 0.6,
+      },
+    )
+  )  # fmt: skip
+  monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
+  monkeypatch.setattr(results, 'REPORT', tmp_path / 'RESULTS.md')
+  results.ROWS.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return tmp_path
+
+
+def test_the_document(there):
+  results.main(['--write'])
+  lines = results.REPORT.read_text().splitlines()
+  code = next(line for line in lines if line.startswith('| n = 1 `--heads.n=1`')
+              and '2.5' in line)  # fmt: skip
+  assert code.split(' | ')[1:3] == ['2.500 ± 0.707', '3.000 ± 0.000']
+  star = next(line for line in lines if '40.0%' in line)
+  assert star.split(' | ')[1] == '50.0% (40.0% to 60.0%)'
+  assert '3 runs, 2.0 CPU-hours in all.' in lines
+  assert 'Seeds 0, 1, 2; 2 of 12 runs, 1.00 CPU-hours.' in lines
+  n_open = sum('open' in line for line in lines if line.startswith('| '))
+  assert n_open == len(RUNS) - 2
+
+
+def test_what_is_there_is_not_run_again(there, monkeypatch):
+  ran = []
+
+  def measure(result, label, seed, folder, data):
+    ran.append((label, seed))
+    return dict(key=results.key_of(result, label, seed), cpu_s=0, values={})
+
+  monkeypatch.setattr(results, 'measure', measure)
+  main = ['--data=.', f'--runs={there}/runs', 'star_graph']
+  results.main(main)
+  assert ran == [('n = 1', 0), ('n = 2', 0)]
+  results.main(main)
+  assert len(ran) == 2
+  with pytest.raises(SystemExit):
+    results.main(['sudoku'])
+
+
+def test_a_small_run_is_measured(tmp_path, monkeypatch):
+  """Prepared, trained and evaluated by the commands that the document shows."""
+  monkeypatch.setenv('XLA_FLAGS', runs.environment(1)['XLA_FLAGS'])
+  shrunk = (
+    '--model.d_model=16', '--model.n_layers=3', '--model.n_attn_heads=2',
+    '--model.d_ff=32', '--data.batch_size=8', '--train.steps=2',
+    '--optim.warmup_steps=1', '--eval.items=6',
+  )  # fmt: skip
+  star = results.RESULTS[0]
+  star = star._replace(
+    documents='task:star_graph/d=2/length=4/nodes=20/items=200',
+    variants={'small': ('--heads.n=2', *shrunk)},
+    prepare=('--data.valid_fraction=0.2',),
+  )
+  row = results.measure(star, 'small', 0, tmp_path, '.')
+  assert row['key'] == 'star_graph/small/0' and row['cpu_s'] > 1
+  assert 0 <= row['values']['star_graph/first_step'] <= 1
+  assert row['values']['star_graph/accuracy_high'] <= 1
+  again = results.measure(star, 'small', 0, tmp_path, '.')
+  assert again['values'] == row['values'] and again['cpu_s'] > row['cpu_s']
