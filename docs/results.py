@@ -333,20 +333,25 @@ def main(args: list[str]) -> None:
   unknown = set(given.names) - {result.name for result in RESULTS}
   if unknown:
     parser.error(f'no result {unknown}')
+  if not given.data and not given.write:
+    parser.error('--data=DIR: where the texts are')
   folder = pathlib.Path(given.runs).resolve()
-  for result in RESULTS:
-    if given.write or (given.names and result.name not in given.names):
+  asked = [r for r in RESULTS if r.name in (given.names or [r.name])]
+  todo = [
+    (result, label, seed)
+    for seed in sorted({seed for r in asked for seed in r.seeds})
+    for result in asked if seed in result.seeds
+    for label in result.variants
+  ]  # fmt: skip
+  for result, label, seed in [] if given.write else todo:
+    if key_of(result, label, seed) in rows():
       continue
+    folder.mkdir(parents=True, exist_ok=True)
     data = str(pathlib.Path(given.data).resolve())
-    for seed in result.seeds:
-      for label in result.variants:
-        if key_of(result, label, seed) in rows():
-          continue
-        folder.mkdir(parents=True, exist_ok=True)
-        row = measure(result, label, seed, folder, data)
-        with open(ROWS, 'a') as f:
-          f.write(json.dumps(row) + '\n')
-        write()
+    row = measure(result, label, seed, folder, data)
+    with open(ROWS, 'a') as f:
+      f.write(json.dumps(row) + '\n')
+    write()
   write()
 
 
