@@ -36,6 +36,7 @@ class Fault(NamedTuple):
   tests: tuple[str, ...]  # node ids, as few as should notice
 
 
+SCORES = 'mtp_jax/evals/scores.py'
 LOSS, TARGETS = 'mtp_jax/loss.py', 'mtp_jax/targets.py'
 ENTROPY, STEP = 'mtp_jax/cross_entropy.py', 'mtp_jax/train/step.py'
 HEADS, LOOP = 'mtp_jax/model/heads.py', 'mtp_jax/train/loop.py'
@@ -645,5 +646,76 @@ FAULTS = (
     "trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr",
     'trunk = cfg.optim.trunk_lr',
     _in('train/begin', 'test_a_frozen_trunk_stays_bit_for_bit'),
+  ),
+  Fault(
+    'scores-of-what-is-no-target', 7, SCORES,
+    'Scores(*found, valid_KBT[:m])',
+    'Scores(*found, jnp.ones_like(valid_KBT[:m]))',
+    _in('evals/scores', 'test_sums_are_those_of_the_loss'),
+  ),
+  Fault(
+    'rank-of-equals', 0, SCORES,
+    'ids_11V < target_BC[:, :, None]', 'ids_11V > target_BC[:, :, None]',
+    _in('evals/scores', 'test_ranks_by_hand'),
+  ),
+  Fault(
+    'sure-of-the-target', 0, SCORES,
+    'jnp.exp(top_BC1[:, :, 0] - lse_BC)',
+    'jnp.exp(label_BC1[:, :, 0] - lse_BC)',
+    _in('evals/scores', 'test_ranks_by_hand'),
+  ),
+  Fault(
+    'calibration-of-top-5', 0, 'mtp_jax/evals/calibration.py',
+    'by_bin((s.rank == 0)', 'by_bin((s.rank < TOP)',
+    _in('evals/calibration', 'test_sums_are_those_of_single_scores'),
+  ),
+  Fault(
+    'induction-off-by-one', 1, 'mtp_jax/evals/induction.py',
+    'row.argmax[0, p] == item.ids[p + 1]', 'row.argmax[0, p] == item.ids[p]',
+    _in('evals/induction', 'test_a_token_is_scored_where_it_is_predicted'),
+  ),
+  Fault(
+    'choice-points-off-by-one', 1, 'mtp_jax/evals/choice_points.py',
+    'nats_KU[k, places_T + offset]', 'nats_KU[k, places_T + offset - 1]',
+    _in('evals/induction', 'test_nats_stand_at_the_token_they_are_of'),
+  ),
+  Fault(
+    'samples-share-seeds', 0, 'mtp_jax/evals/subject.py',
+    'ask.seed + i * ask.samples + j', 'ask.seed + i + j',
+    _in('evals/subject',
+        'test_each_sample_of_each_prompt_has_a_seed_of_its_own'),
+  ),
+  Fault(
+    'stop-kept', 0, 'mtp_jax/evals/subject.py',
+    'text[: min(found)], True', 'text[: max(found)], True',
+    _in('evals/subject', 'test_cut_at_the_first_of_the_stops'),
+  ),
+  Fault(
+    'answer-by-its-beginning', 0, 'mtp_jax/evals/synthetic.py',
+    'said == item.answer', 'item.answer.startswith(said)',
+    _in('evals/synthetic', 'test_an_answer_is_right_as_a_whole'),
+  ),
+  Fault(
+    'test-items-trained-on', 0, 'mtp_jax/data/tasks.py',
+    'if found.prompt not in held_out:', 'if found.prompt or held_out:',
+    _in('data/tasks', 'test_no_test_item_is_trained_on'),
+  ),
+  Fault(
+    'composition-the-other-way', 0, 'mtp_jax/data/tasks.py',
+    'value = _multiply(value, g, p)', 'value = _multiply(value, f, p)',
+    _in('data/tasks', 'test_polynomials_are_evaluated_anew'),
+  ),
+  Fault(
+    'acceptance-on-training-text', 0, 'mtp_jax/evals/acceptance.py',
+    '.split(cfg.eval.split)', ".split('train')",
+    _in('evals/acceptance',
+        'test_pieces_are_held_out_beginnings_then_what_follows'),
+  ),
+  Fault(
+    'pass-at-k-biased', 0, 'mtp_jax/evals/code.py',
+    'return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))',
+    'return 1.0 - (1.0 - c / n) ** k',
+    _in('evals/code',
+        'test_pass_at_k_is_the_share_of_draws_with_a_right_answer'),
   ),
 )  # fmt: skip

@@ -2,8 +2,10 @@
 
 import json
 
-from mtp_jax import main
+from mtp_jax import config, main
+from mtp_jax.data import store as store_lib
 from mtp_jax.decode import decoder
+from mtp_jax.evals import acceptance
 from tests import runs
 
 
@@ -32,6 +34,20 @@ def test_it_is_what_decoding_the_same_pieces_says(tmp_path, monkeypatch):
   rate = decoded.accepted_J[0] / decoded.asked_J[0]
   assert found['accepted_2'] == rate
   assert found['accepted_2_low'] <= rate <= found['accepted_2_high']
+
+
+def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
+  path = runs.make_store(str(tmp_path / 'store'))
+  cfg = config.replace(
+    config.Config(), **{'data.store': path, 'bench.prompt': 10}
+  )
+  split = store_lib.open_store(path).split('valid')
+  tokens, offsets = split.tokens[0], split.offsets[0]
+  n = len(offsets) - 1
+  found = acceptance.pieces(cfg, n + 2, 'eval.items')
+  starts = [*offsets[:-1], offsets[0] + 10, offsets[1] + 10]
+  for piece, start in zip(found, starts, strict=True):
+    assert piece.tolist() == tokens[start : start + 10].tolist()
 
 
 def test_too_few_pieces_are_said(tmp_path, capsys):

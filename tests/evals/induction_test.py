@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from mtp_jax import main
+from mtp_jax import config, main
 from mtp_jax.data import documents, tokenizers
-from mtp_jax.evals import induction, scores
+from mtp_jax.evals import induction, scores, subject
 from mtp_jax.train import metrics
 from tests import browser, runs
 
@@ -59,6 +59,25 @@ def test_a_perfect_and_a_random_model(monkeypatch):
   chance = induction.score((rng.random((400, 6)) < 1 / 26).tolist())
   for name in ('accuracy', 'first_occurrence', 'accuracy_1', 'accuracy_4'):
     assert chance[f'{name}_low'] < 1 / 26 < chance[f'{name}_high']
+
+
+def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
+  """A model that says at each place the token after it is always right."""
+
+  def of_rows(model, rows, mesh, cfg, n_active, batch_size):
+    after = [np.array([[*row[1:], 0]]) for row in rows]
+    return [scores.Scores(None, None, None, x, None) for x in after]
+
+  monkeypatch.setattr(scores, 'of_rows', of_rows)
+  monkeypatch.setattr(
+    induction, 'texts',
+    lambda *_: [documents.Document('a', STORY), documents.Document('b', STORY)],
+  )  # fmt: skip
+  cfg = config.replace(config.Config(), **{'data.seq_len': 300})
+  model = subject.Subject('knows', cfg, None, None, BYTES, 1, None)
+  found = induction.run(model, '')
+  assert found.scalars['accuracy'] == found.scalars['first_occurrence'] == 1
+  assert [item['right'] for item in found.items] == [[True] * 5] * 2
 
 
 def test_levels_by_hand():

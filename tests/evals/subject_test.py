@@ -56,6 +56,12 @@ def test_samples_do_not_depend_on_the_batch(asked):
   assert len({str(ids) for row in _ids(found) for ids in row}) > 6
 
 
+def test_each_sample_of_each_prompt_has_a_seed_of_its_own(asked):
+  ask = subject.Ask(max_new=8, samples=3, temperature=1.0)
+  found = subject.continuations(asked, ['x'] * 4, ask)
+  assert len({str(ids) for row in _ids(found) for ids in row}) == 12
+
+
 def test_a_stop_ends_a_text_and_saves_passes(asked):
   (plain,), *_ = subject.continuations(
     asked, PROMPTS[:1], subject.Ask(max_new=40)

@@ -63,6 +63,21 @@ def test_a_solver_and_the_shortcut_on_star_graphs(monkeypatch, d, length):
   assert len(solved.items) == 200
 
 
+def test_an_answer_is_right_as_a_whole(monkeypatch):
+  arg = 'd=2/length=4'
+  for change in (lambda path: path[:-1], lambda path: path[:2] + path[:-2]):
+    found = _asked(
+      monkeypatch, 'star_graph', arg,
+      lambda p, change=change: change(tasks_test._paths(p)[0]),
+    ).scalars  # fmt: skip
+    assert found['accuracy'] == 0 and found['first_step'] == 1
+  other = _asked(
+    monkeypatch, 'star_graph', arg,
+    lambda p: tasks_test._paths(p)[0][0] + '=' + tasks_test._paths(p)[0][2:],
+  ).scalars  # fmt: skip
+  assert other['accuracy'] == other['first_step'] == 0
+
+
 def test_polynomials_by_level(monkeypatch):
   arg = 'n=3/test=4'
 
