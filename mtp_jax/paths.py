@@ -148,7 +148,12 @@ class _Object:
     end = time.monotonic()
     self._next_s = end + max(EVERY_S, (end - begin) / SHARE)
 
-  close = sync
+  def close(self) -> None:
+    for pause in (0, 1, 4):
+      time.sleep(pause * self._changed)
+      self.sync()
+    if self._changed:
+      print(f'{self._path}: its last lines are lost', flush=True)
 
 
 @contextlib.contextmanager

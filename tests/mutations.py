@@ -681,7 +681,7 @@ FAULTS = (
   ),
   Fault(
     'samples-share-seeds', 0, 'mtp_jax/evals/subject.py',
-    'ask.seed + i * ask.samples + j', 'ask.seed + i + j',
+    "f'{of_run} {prompt} {sample}'", "f'{of_run} {prompt + sample}'",
     _in('evals/subject',
         'test_each_sample_of_each_prompt_has_a_seed_of_its_own'),
   ),

@@ -21,6 +21,7 @@ def check(arg: str, cfg: config.Config) -> None:
     )
   if not cfg.data.store:
     raise config.ConfigError('data.store', '', 'what acceptance goes on with')
+  pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:

@@ -91,6 +91,7 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   asked, how = problems.read(name, arg, cfg), sampling(cfg)
   scalars, items, lines = {}, [], [_asked(asked, how, cfg)]
+  lines += _beyond(subject, [p.prompt for p in asked])
   passed_TP = []  # right answers of each problem, by temperature
   for temperature in how.temperatures:
     of = f'/t{temperature:g}' if len(how.temperatures) > 1 else ''
@@ -111,7 +112,7 @@ def _answers(name, subject, asked, how: Sampling, temperature) -> list[dict]:
     subject, [p.prompt for p in asked],
     subject_lib.Ask(
       cfg.decode.max_new, asked[0].stop, how.samples, temperature,
-      cfg.decode.top_p, cfg.decode.seed,
+      cfg.decode.top_p, cfg.decode.seed, joined=True,
     ),
   )  # fmt: skip
   each = [(p, t) for p, row in zip(asked, texts, strict=True) for t in row]
@@ -180,6 +181,18 @@ def _asked(asked, how: Sampling, cfg) -> str:
     f' {temperatures} and top_p {cfg.decode.top_p:g}, of at most'
     f' {cfg.decode.max_new:,} tokens'
   )
+
+
+def _beyond(subject: subject_lib.Subject, prompts: list[str]) -> list[str]:
+  cfg = subject.cfg
+  room = subject_lib.context(cfg) - cfg.decode.max_new
+  n = sum(1 + len(subject.tokenizer.encode(p)) > room for p in prompts)
+  if not n:
+    return []
+  return [
+    f'  {n:,} of them are longer, with what is written, than the context of'
+    f' {subject_lib.context(cfg):,} tokens that it was trained on'
+  ]
 
 
 def _table(scalars: dict[str, float], how: Sampling) -> list[str]:

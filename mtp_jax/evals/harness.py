@@ -21,7 +21,6 @@ from mtp_jax import config
 from mtp_jax.data import tokenizers
 from mtp_jax.evals import intervals, scores, suites
 from mtp_jax.evals import subject as subject_lib
-from mtp_jax.model import heads
 
 MAX_NEW = 256  # tokens, where a task does not say; the harness's own number
 BOOTSTRAP = 1000  # draws, for the error of what is no mean
@@ -179,8 +178,7 @@ def _loglikelihoods(
         f' {context}, the context'
       )
   cfg = subject.cfg
-  active = config.active_heads(cfg, max(subject.step - 1, 0))
-  n_active = active if heads.family(cfg).reverse else 1  # head 1 sits on them
+  n_active = subject_lib.next_token_heads(subject)
   B = cfg.decode.batch_size or subject_lib.ROWS
   rows = [np.array([*a, *b], np.int32)[-(context + 1) :] for a, b in pairs]
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -212,6 +210,8 @@ def _ask(kwargs: dict, cfg: config.Config, fail: Fail) -> subject_lib.Ask:
       raise fail(f'generation_kwargs with {name}={value}: not to be had here')
   if samples and not said.get('temperature'):
     raise fail('generation_kwargs with do_sample but no temperature')
+  if samples and cfg.decode.tree:
+    raise fail('generation_kwargs with do_sample; --decode.tree is greedy')
   return subject_lib.Ask(
     said['max_gen_toks'], tuple(filter(None, until)), seed=cfg.decode.seed,
     temperature=float(said['temperature']) if samples else 0.0,

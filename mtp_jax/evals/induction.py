@@ -36,6 +36,7 @@ class Item(NamedTuple):
   name: str
   ids: np.ndarray  # the begin token first
   at: list[int]  # of the first of the two, in ids
+  before: list[int]  # occurrences before each, of whatever tokens
 
 
 def check(arg: str, cfg: config.Config) -> None:
@@ -71,18 +72,26 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     )  # fmt: skip
   batch = cfg.decode.batch_size or subject_lib.ROWS
   found = scores.of_rows(
-    subject.model, [item.ids for item in items], subject.mesh, cfg, 1, batch
-  )
+    subject.model, [item.ids for item in items], subject.mesh, cfg,
+    subject_lib.next_token_heads(subject), batch,
+  )  # fmt: skip
   # Position p of a row predicts ids[p + 1].
   right = [
     [bool(row.argmax[0, p] == item.ids[p + 1]) for p in item.at]
     for item, row in zip(items, found, strict=True)
   ]
-  scalars = score(right)
+  pairs = [
+    pair
+    for item, row in zip(items, right, strict=True)
+    for pair in zip(item.before, row, strict=True)
+  ]
+  scalars = score(pairs)
+  n_documents = len({item.document for item in items})
   lines = [
-    f'{len(items):,} passages, {sum(len(r) - 1 for r in right):,} later'
-    f' occurrences, second token right {intervals.shown(scalars, "accuracy")};'
-    f' of first ones {intervals.shown(scalars, "first_occurrence")}',
+    f'{len(items):,} passages of {n_documents:,} documents,'
+    f' {sum(n > 0 for n, _ in pairs):,} later occurrences, second'
+    f' token right {intervals.shown(scalars, "accuracy")}; of first'
+    f' ones {intervals.shown(scalars, "first_occurrence")}',
     *(
       f'  read {times} before: {intervals.shown(scalars, f"accuracy_{of}")}'
       for of, times in BEFORE.items()
@@ -97,12 +106,13 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   )  # fmt: skip
 
 
-def score(right: list[list[bool]]) -> dict[str, float]:
-  """Of each passage's occurrences in order. Those of one passage are taken as
-  independent: the intervals are a little narrow."""
+def score(pairs: list[tuple[int, bool]]) -> dict[str, float]:
+  """Of (occurrences read before, right or not). The intervals take occurrences
+  as independent, which those of one passage or document are not: they are too
+  narrow, the more so the fewer documents there are."""
 
   def of(first, last=None):
-    asked = [r for row in right for r in row[first:last]]
+    asked = [r for n, r in pairs if n >= first and (last is None or n < last)]
     return sum(asked), len(asked)
 
   scalars = intervals.share('accuracy', *of(1))
@@ -180,7 +190,10 @@ def _item(document, passage, names, pool, tokenizer, seq_len, rng):
   ]
   if len(at) < OCCURRENCES or passage.count(name):
     return None
-  return Item(document, name, ids, at)
+  before = [
+    len(re.findall(rf'\b{name}\b', tokenizer.decode(ids[:p]))) for p in at
+  ]
+  return Item(document, name, ids, at, before)
 
 
 def _pool(tokenizer: tokenizers.Tokenizer):

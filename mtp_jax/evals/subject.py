@@ -1,5 +1,6 @@
 """Who is evaluated, and how it is asked to write. Floor 4."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from mtp_jax import config
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.model import heads
 
 ROWS = 32  # decoded together, unless --decode.batch_size says otherwise
 Say = Callable[[str], None]
@@ -30,6 +32,14 @@ class Subject(NamedTuple):
   say: Say = lambda line: None
 
 
+def next_token_heads(subject: Subject) -> int:
+  """Heads that are computed for the next token: head 1 and those it sits on."""
+  cfg = subject.cfg
+  if not heads.family(cfg).reverse:
+    return 1
+  return config.active_heads(cfg, max(subject.step - 1, 0))
+
+
 def context(cfg: config.Config) -> int:
   """Tokens of a text that the model has learned to read at once."""
   return max(cfg.data.seq_len, cfg.model.context)
@@ -39,8 +49,8 @@ class Text(NamedTuple):
   """What a prompt was continued with."""
 
   text: str  # without the stop
-  ids: np.ndarray
-  forwards: int  # passes that it took
+  ids: np.ndarray  # all that was written: a stop ends a row a little later
+  forwards: int  # passes that they took
   finish: str  # stop | length
 
 
@@ -53,6 +63,7 @@ class Ask(NamedTuple):
   temperature: float = 0.0  # 0 = greedy
   top_p: float = 1.0
   seed: int = 0
+  joined: bool = False  # goes on with the prompt's text, its first space kept
 
 
 def continuations(
@@ -96,23 +107,39 @@ def continuations(
 def _batch(decoder, tokenizer, rows, jobs, B: int, ask: Ask) -> list[Text]:
   longest = -(-max(map(len, rows)) // decoder_lib.SLOTS) * decoder_lib.SLOTS
 
+  before = [tokenizer.decode(row) if ask.joined else '' for row in rows]
+
+  def text_of(b: int, ids) -> str:
+    if not ask.joined:
+      return tokenizer.decode(ids)
+    # A tokenizer may drop the space that begins a text.
+    return tokenizer.decode([*rows[b], *ids])[len(before[b]) :]
+
   def ended(tokens) -> np.ndarray:
     return np.array(
-      [_cut(tokenizer.decode(ids), ask.stop)[1] for ids in tokens]
+      [_cut(text_of(b, ids), ask.stop)[1] for b, ids in enumerate(tokens)]
     )
 
   decoded = decoder(
     rows, rows=B, cache=decoder.cfg.decode.cache or longest + ask.max_new,
-    seeds=[ask.seed + i * ask.samples + j for i, j in jobs],
+    seeds=[seed(ask.seed, i, j) for i, j in jobs],
     stop_ids=(tokenizer.eos,), each=ended if ask.stop else None,
   )  # fmt: skip
   texts = []
-  for ids, forwards in zip(decoded.tokens, decoded.forwards, strict=True):
-    text, stopped = _cut(tokenizer.decode(ids), ask.stop)
+  for b, (ids, forwards) in enumerate(
+    zip(decoded.tokens, decoded.forwards, strict=True)
+  ):
+    text, stopped = _cut(text_of(b, ids), ask.stop)
     stopped |= len(ids) > 0 and int(ids[-1]) == tokenizer.eos
     finish = 'stop' if stopped else 'length'
     texts.append(Text(text, ids, int(forwards), finish))
   return texts
+
+
+def seed(of_run: int, prompt: int, sample: int) -> int:
+  """A row's own: neither prompts nor samples nor runs share draws."""
+  digest = hashlib.sha256(f'{of_run} {prompt} {sample}'.encode()).digest()
+  return int.from_bytes(digest[:4], 'little') % 2**31
 
 
 def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:

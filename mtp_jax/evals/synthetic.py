@@ -24,6 +24,11 @@ def check(name: str, arg: str, cfg: config.Config) -> tasks.Named:
     entry = f'{name}:{arg}' if arg else name
     raise config.ConfigError('eval.suite', entry, str(error)) from error
   of.params.pop('items')
+  if cfg.eval.items > tasks.N_TESTS:
+    raise config.ConfigError(
+      'eval.items', cfg.eval.items,
+      f'at most {tasks.N_TESTS} of each level are kept out of training',
+    )  # fmt: skip
   return of
 
 
@@ -31,7 +36,11 @@ def _of_store(name: str, cfg: config.Config) -> str:
   """NAME/KEY=VALUE/… of a source of the run's store, or NAME alone."""
   for ref in config.parse_stores(cfg.data.store):
     if not os.path.isdir(ref.path):
-      continue
+      raise config.ConfigError(
+        'data.store', ref.path,
+        f'is not there to say which {name} it was made of; give'
+        f' --eval.suite={name}:KEY=VALUE/…',
+      )  # fmt: skip
     found = store_lib.open_store(ref.path, verify=False)
     for source in found.manifest['sources'].split(','):
       if source.strip().startswith(f'task:{name}'):

@@ -498,10 +498,15 @@ def _evaluate(run, done, state, evaluate, say):
 
 
 def _ask_suites(run, done, state, say):
+  def alive():
+    run.alive()
+    run.held.check(closely=False)  # one process: it is this one's
+
   for label, result in suites.evaluate(
-    state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, run.alive
+    state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, alive
   ):
-    _write(run, 'suite', done, result.scalars, label)
+    if result.scalars:
+      _write(run, 'suite', done, result.scalars, label)
     say(f'{label}, after step {done}:')
     for line in result.lines:
       say('  ' + line)

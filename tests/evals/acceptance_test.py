@@ -13,11 +13,12 @@ def test_it_is_what_decoding_the_same_pieces_says(tmp_path, monkeypatch):
   store = runs.make_store(str(tmp_path / 'store'))
   workdir = tmp_path / 'run'
   assert not runs.train(store, workdir, model__vocab_size=264)
-  counted, out = [], tmp_path / 'out.json'
+  counted, given, out = [], [], tmp_path / 'out.json'
   decode = decoder.Decoder.__call__
 
   def counting(*args, **kwargs):
     counted.append(decode(*args, **kwargs))
+    given.append(kwargs['stop_ids'])
     return counted[-1]
 
   monkeypatch.setattr(decoder.Decoder, '__call__', counting)
@@ -29,7 +30,7 @@ def test_it_is_what_decoding_the_same_pieces_says(tmp_path, monkeypatch):
   assert not main.main([*args, '--eval.items=5'])
   found = json.loads(out.read_text())['suites']['acceptance']
   (decoded,) = counted
-  assert len(decoded.tokens) == 5
+  assert len(decoded.tokens) == 5 and given == [(257,)]
   assert found['tokens_per_forward'] == decoded.tokens_per_forward
   rate = decoded.accepted_J[0] / decoded.asked_J[0]
   assert found['accepted_2'] == rate

@@ -33,6 +33,14 @@ def test_sums_are_those_of_single_scores(mesh):
     )
 
 
+def test_heads_that_trained_are_asked():
+  c = tiny.cfg(heads__n=2, loss__curriculum='0:1;20:2')
+  m = tiny.mesh(c)
+  run, rows = calibration.evaluator(c, m), [tiny.batch(c)]
+  for step, n in ((20, 1), (21, 2)):
+    assert run(tiny.model(c, m), rows, step)['count_K'].shape == (n,)
+
+
 def test_the_error_by_hand():
   """Ten sure of .9 of which 7 are right, ten of .3 of which 5 are."""
   total = dict(

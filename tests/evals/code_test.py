@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import config, main
+from mtp_jax.data import tokenizers
 from mtp_jax.evals import code, problems, registry, subject
 from tests.evals import problems_test, sandbox_test
 
@@ -53,7 +54,9 @@ def answering(monkeypatch):
       ]
 
     monkeypatch.setattr(subject, 'continuations', continuations)
-    return subject.Subject('tiny', cfg, None, None, None, 1, None)
+    return subject.Subject(
+      'tiny', cfg, None, None, tokenizers.get('bytes'), 1, None
+    )
 
   return make
 

@@ -1,6 +1,7 @@
 """Names that were not there, found where they are."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -29,12 +30,52 @@ def test_a_name_is_replaced_by_one_of_two_tokens_everywhere():
     text = BYTES.decode(item.ids)
     assert len(item.name) == 2 and item.name[0].isupper()
     assert text == STORY.replace('Tomkin', item.name) + '\n\n'
-    assert len(item.at) == 5
+    assert len(item.at) == 5 and item.before == [0, 1, 2, 3, 4]
     for p in item.at:
       assert BYTES.decode(item.ids[p : p + 2]) == item.name
   assert a.name != b.name  # of another document
   assert [x.name for x in _items()] == [a.name, b.name]
   assert len(_items(limit=1)) == 1
+
+
+def test_occurrences_of_other_tokens_count_as_read():
+  """A tokenizer whose first piece of a name needs a space before it."""
+  words = ' Ab', 'cd', ' x'
+  text = '"Tomkin said. An ant met Tomkin, then met Tomkin, met Tomkin.'
+  vocabulary = [chr(i) for i in range(128)] + list(words)
+
+  def encode(text):
+    ids = []
+    while text:
+      word = next((w for w in words if text.startswith(w)), text[0])
+      ids.append(vocabulary.index(word))
+      text = text[len(word) :]
+    return np.array(ids)
+
+  pieces = BYTES._replace(
+    vocab_size=len(vocabulary), bos=0, encode=encode,
+    decode=lambda ids: ''.join(vocabulary[i] for i in ids if i),
+  )  # fmt: skip
+  pool = ([(128, ' Ab')], [(129, 'cd')])
+  item = induction._item(
+    'a', text, {'Tomkin'}, pool, pieces, 99, random.Random(0)
+  )
+  assert item.name == 'Abcd' and item.before == [1, 2, 3]
+
+
+def test_what_a_passage_may_not_have():
+  """Another word that begins with the name stays; the made-up name is new; a
+  pair may end on the last token."""
+  (a, _) = _items(STORY + 'The Tomkins met Tomkin.')
+  text = BYTES.decode(a.ids)
+  assert 'The Tomkins met' in text and len(a.at) == 6
+  end = a.at[-1] + 1  # of the last pair, in ids
+  cut = _items(STORY + 'The Tomkins met Tomkin.', seq_len=end)[0]
+  assert cut.at == a.at and len(cut.ids) == end + 1
+  assert len(_items(STORY + 'The Tomkins met Tomkin.', end - 1)[0].at) == 5
+  there = ' '.join(x + y for x in map(chr, range(65, 91)) for y in 'abcdefghij'
+                   'klmnopqrstuvwxyz')  # fmt: skip
+  assert not _items(STORY + there, seq_len=9999)
 
 
 def test_no_name_no_item():
@@ -51,12 +92,16 @@ def test_a_perfect_and_a_random_model(monkeypatch):
     before = [q for q in item.at if q < p]
     return item.ids[before[-1] + 1] if before else 0
 
-  right = [[said(i, p) == i.ids[p + 1] for p in i.at] for i in items]
-  found = induction.score(right)
+  found = induction.score([
+    (n, said(i, p) == i.ids[p + 1])
+    for i in items for n, p in zip(i.before, i.at, strict=True)
+  ])  # fmt: skip
   assert found['accuracy'] == 1 and found['first_occurrence'] == 0
   assert found['accuracy_1'] == found['accuracy_2'] == found['accuracy_4'] == 1
   rng = np.random.default_rng(0)
-  chance = induction.score((rng.random((400, 6)) < 1 / 26).tolist())
+  chance = induction.score(
+    [(n, bool(rng.random() < 1 / 26)) for n in range(6) for _ in range(400)]
+  )
   for name in ('accuracy', 'first_occurrence', 'accuracy_1', 'accuracy_4'):
     assert chance[f'{name}_low'] < 1 / 26 < chance[f'{name}_high']
 
@@ -81,7 +126,8 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
 
 
 def test_levels_by_hand():
-  found = induction.score([[False, True, False, True, False, True, True]])
+  right = [False, True, False, True, False, True, True]
+  found = induction.score(list(enumerate(right)))
   assert found['accuracy'] == 4 / 6 and found['accuracy_1'] == 1
   assert found['accuracy_2'] == 0.5 and found['accuracy_4'] == 2 / 3
 
@@ -167,6 +213,9 @@ def test_nats_stand_at_the_token_they_are_of():
   np.testing.assert_array_equal(
     got, [[np.nan, 0, 1, 2, 3], [np.nan, np.nan, 4, 5, 6]]
   )
+  # A leaping head's place is as far before its token as its offset.
+  far = choice_points.by_token(found, 6, (1, 3))
+  np.testing.assert_array_equal(far[1], [np.nan] * 3 + [4, 5, 6])
   x = np.array([[0.1, 0.1, 3.0, np.nan], [5.0, 0.1, 5.0, np.nan]])
   assert choice_points.choices(x).tolist() == [True, False, False, False]
   assert not choice_points.choices(x[:1]).any()

@@ -62,6 +62,58 @@ def test_each_sample_of_each_prompt_has_a_seed_of_its_own(asked):
   assert len({str(ids) for row in _ids(found) for ids in row}) == 12
 
 
+def test_runs_of_other_seeds_share_no_draw(asked):
+  first, second = (
+    subject.continuations(
+      asked, ['x'], subject.Ask(max_new=8, samples=4, temperature=1.0, seed=s)
+    )
+    for s in (0, 1)
+  )
+  assert len({str(ids) for ids in _ids(first)[0] + _ids(second)[0]}) == 8
+
+
+def test_the_best_token_alone_is_greedy(asked):
+  ask = subject.Ask(max_new=8, temperature=1.0, top_p=1e-6)
+  greedy = subject.continuations(asked, PROMPTS, subject.Ask(max_new=8))
+  assert _ids(subject.continuations(asked, PROMPTS, ask)) == _ids(greedy)
+
+
+def test_the_end_token_ends_a_text(asked):
+  (plain,), *_ = subject.continuations(
+    asked, PROMPTS[:1], subject.Ask(max_new=9)
+  )
+  ends = asked._replace(
+    tokenizer=asked.tokenizer._replace(eos=int(plain.ids[4]))
+  )
+  at = plain.ids.tolist().index(plain.ids[4])
+  (text,), *_ = subject.continuations(ends, PROMPTS[:1], subject.Ask(max_new=9))
+  assert text.ids.tolist() == plain.ids[: at + 1].tolist()
+  assert text.finish == 'stop' and plain.finish == 'length'
+
+
+def test_a_joined_text_keeps_its_first_space(asked):
+  """Of a tokenizer that drops the space which begins a text."""
+  (plain,), *_ = subject.continuations(
+    asked, PROMPTS[:1], subject.Ask(max_new=9)
+  )
+  first = plain.text[0]
+  drops = asked.tokenizer._replace(
+    decode=lambda ids: asked.tokenizer.decode(ids).removeprefix(first)
+  )
+  for joined, text in ((True, plain.text), (False, plain.text[1:])):
+    (found,), *_ = subject.continuations(
+      asked._replace(tokenizer=drops), PROMPTS[:1],
+      subject.Ask(max_new=9, joined=joined),
+    )  # fmt: skip
+    assert found.text == text
+
+
+def test_heads_that_the_next_token_needs(asked):
+  for family, n in (('parallel', 1), ('causal', 1), ('anticausal', 2)):
+    cfg = config.replace(asked.cfg, **{'heads.family': family})
+    assert subject.next_token_heads(asked._replace(cfg=cfg)) == n
+
+
 def test_a_stop_ends_a_text_and_saves_passes(asked):
   (plain,), *_ = subject.continuations(
     asked, PROMPTS[:1], subject.Ask(max_new=40)

@@ -103,6 +103,22 @@ def test_polynomials_by_level(monkeypatch):
   assert found['accuracy_low'] < 1 / 343 < found['accuracy_high']
 
 
+def test_as_many_items_as_are_kept_out_of_training(monkeypatch):
+  arg = 'd=1/length=2/nodes=3'
+  found = _asked(monkeypatch, 'star_graph', arg, lambda p: '', n=0)
+  assert len(found.items) == tasks.N_TESTS
+  with pytest.raises(config.ConfigError, match='at most 2000 of each level'):
+    _asked(monkeypatch, 'star_graph', arg, lambda p: '', n=2001)
+
+
+def test_a_store_that_is_gone_does_not_say_which_task(tmp_path):
+  cfg = _cfg(data__store=str(tmp_path / 'gone'))
+  with pytest.raises(config.ConfigError, match='is not there to say which'):
+    synthetic.check('star_graph', '', cfg)
+  assert synthetic.check('star_graph', 'd=3', cfg).params['d'] == 3
+  assert synthetic.check('star_graph', '', _cfg()).params['d'] == 2
+
+
 def test_wilson_by_hand():
   # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
   for successes, n, low, high in (
