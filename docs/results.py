@@ -344,13 +344,23 @@ def write() -> None:
 
 
 def main(args: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog='python docs/results.py')
-  parser.add_argument(
-    'names', nargs='*', choices=[*(r.name for r in RESULTS), []]
+  parser = argparse.ArgumentParser(
+    prog='python docs/results.py',
+    description='Trains and measures what is not there yet, and writes'
+    ' docs/RESULTS.md.',
   )
-  parser.add_argument('--data')
-  parser.add_argument('--runs', default=str(ROOT / 'runs' / 'results'))
-  parser.add_argument('--write', action='store_true')
+  parser.add_argument(
+    'names', nargs='*',
+    help='results; all unless given: ' + ' '.join(r.name for r in RESULTS),
+  )  # fmt: skip
+  parser.add_argument('--data', metavar='DIR', help='where the texts are')
+  parser.add_argument(
+    '--runs', metavar='DIR', default=str(ROOT / 'runs' / 'results'),
+    help='where stores and runs go; runs/results',
+  )  # fmt: skip
+  parser.add_argument(
+    '--write', action='store_true', help='run nothing, write the document'
+  )
   given = parser.parse_args(args)
   unknown = set(given.names) - {result.name for result in RESULTS}
   if unknown:

@@ -9,6 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+source launch/options.sh
+helped "$@"
 python=${PYTHON:-python3}
 store=stores/python-stdlib-bytes
 name=smoke dry_run='' processes='' flags=() train=(mtp train)
@@ -21,7 +23,6 @@ for flag; do
 done
 run=runs/$(printf %s "$name" | tr -c 'A-Za-z0-9._=-' '_')
 
-source launch/options.sh
 if [ -n "$processes" ]; then
   [[ $processes =~ ^[1-9][0-9]*(x[1-9][0-9]*)?$ ]] ||
     die "--processes=$processes: give N or NxM"

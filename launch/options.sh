@@ -6,12 +6,25 @@ die() {
   exit 2
 }
 
+# helped ARGS…: if the first one asks for help, the head comment of the script.
+helped() {
+  local script
+  script="$(dirname "${BASH_SOURCE[0]}")/${0##*/}"
+  case ${1:-} in
+    -h | --help)
+      sed -n '2,/^[^#]/{/^# shellcheck/d;s/^#\( \|$\)//p}' "$script"
+      exit 0
+      ;;
+  esac
+}
+
 # options 'NEEDED …' 'OPTIONAL=DEFAULT …' ARGS…: reads --NAME=VALUE, up to the
 # first argument that is no option, into variables of these names; what follows
 # stays in $rest.
 options() {
   local _needed=$1 _optional="$2 dry_run=" _name _value _missing=
   shift 2
+  helped "$@"
   for _name in $_optional; do printf -v "${_name%%=*}" %s "${_name#*=}"; done
   for _name in $_needed; do printf -v "$_name" %s ''; done
   while [[ ${1:-} == --* ]]; do

@@ -6,6 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+source launch/options.sh
+helped "$@"
 python=${PYTHON:-python3}
 source launch/venv.sh test
 command -v chromedriver >/dev/null ||

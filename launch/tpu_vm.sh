@@ -13,6 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/options.sh
+helped "$@"
 
 action=${1:-} needed='name zone project' optional=
 case $action in

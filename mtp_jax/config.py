@@ -212,7 +212,7 @@ class Data:
   documents: str = _f(
     'python:stdlib',
     'sources for prepare, separated by commas: python:stdlib, python:PACKAGE,'
-    ' dir:PATH, text:PATH, jsonl:PATH#field, parquet:PATH#field;'
+    ' dir:PATH, text:PATH, jsonl:PATH#field, parquet:PATH#field, task:NAME;'
     ' jsonl:PATH#prompt+completion scores the completion only',
     result=False,
   )
@@ -430,8 +430,10 @@ class Eval:
     'heldout', 'evaluators, NAME or NAME:ARG,…; see README', result=False
   )
   items: int = _f(
-    0, 'items of a suite, its first ones; 0 = all', result=False, **UNSIGNED
-  )
+    0,
+    'items of a suite, its first ones, or of each of its levels; 0 = all',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
   data: str = _f(
     '',
     'what a suite asks of: its file of problems, a directory of further tasks'

@@ -328,7 +328,7 @@ COMMANDS = {
   ),
   'eval': Command(
     'held-out loss, accuracy and acceptance by head; other suites',
-    ('eval', 'data', 'decode', 'mesh', 'processes', 'out'),
+    ('eval', 'data', 'decode', 'bench.prompt', 'mesh', 'processes', 'out'),
     _eval,
   ),
   'generate': Command(

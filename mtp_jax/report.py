@@ -3,7 +3,6 @@
 Each function returns (lines to print, the same as a JSON-able dict).
 """
 
-import os
 import sys
 
 import jax
@@ -14,14 +13,13 @@ from mtp_jax import (
   config,
   flags,
   generate,
-  paths,
   processes,
   sharding,
   targets,
 )
 from mtp_jax.data import loader
 from mtp_jax.decode import decoder as decoder_lib
-from mtp_jax.evals import calibration, heldout, registry
+from mtp_jax.evals import calibration, heldout, registry, suites
 from mtp_jax.evals import subject as subject_lib
 from mtp_jax.train import loop, metrics
 
@@ -46,19 +44,10 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
     result = registry.SUITES[name].run(subject, arg)
     label = registry.label(name, arg)
     lines += [f'{workdir}, step {step}, {label}:', *result.lines]
-    lines += _write_pages(workdir, step, result.pages)
+    lines += suites.write_pages(workdir, step, result.pages)
     found = metrics.jsonable(result.scalars) | dict(items=result.items)
     values.setdefault('suites', {})[label] = found
   return lines, values
-
-
-def _write_pages(workdir: str, step: int, pages: dict[str, str]) -> list[str]:
-  folder = os.path.join(workdir, 'evals', str(step))
-  if pages:
-    paths.make_folder(folder)
-  for name, text in pages.items():
-    paths.write(os.path.join(folder, name), text.encode())
-  return [f'page: {os.path.join(folder, name)}' for name in pages]
 
 
 def _opened(path, parsed):

@@ -893,3 +893,20 @@ def test_a_local_run_in_processes_is_said_and_wrong_numbers_refused(path):
   done = _run(['bash', 'launch/local.sh', '--processes=two'], path)
   assert done.returncode == 2
   assert done.stderr == 'local.sh: --processes=two: give N or NxM\n'
+
+
+SCRIPTS = ('local.sh', 'test.sh', 'processes.sh', 'tpu_vm.sh', 'xpk.sh',
+           'jobset.sh', 'slurm.sbatch')  # fmt: skip
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_is_the_head_comment_and_does_nothing_else(script, tmp_path):
+  """From any folder."""
+  found = subprocess.run(
+    ['bash', str(LAUNCH / script), '--help'], cwd=tmp_path, text=True,
+    capture_output=True, env=dict(PATH='/usr/bin:/bin'), timeout=20,
+  )  # fmt: skip
+  assert (found.returncode, found.stderr) == (0, '')
+  head = (LAUNCH / script).read_text().splitlines()[1]
+  assert found.stdout.startswith(head.removeprefix('# ') + '\n')
+  assert f'launch/{script}' in found.stdout and 'set -e' not in found.stdout

@@ -20,7 +20,7 @@ SECTIONS = {
     'train', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes',
     'eval',
   ],
-  'eval': ['eval', 'data', 'decode', 'mesh', 'processes'],
+  'eval': ['eval', 'data', 'decode', 'bench.prompt', 'mesh', 'processes'],
   'bench': [
     'bench', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train',
   ],

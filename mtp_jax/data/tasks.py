@@ -144,8 +144,8 @@ def _polynomial(rng: random.Random, level: int, params: dict) -> Item:
 
 
 def _check_polynomial(params: dict) -> str:
-  if not 2 <= params['p'] <= 10 or params['n'] < 1:
-    return 'p from 2 to 10, one digit a coefficient, and n >= 1'
+  if params['p'] not in (2, 3, 5, 7) or params['n'] < 1:
+    return 'p a prime of one digit, as each coefficient is, and n >= 1'
   if not 1 <= params['train'] or not 1 <= params['test']:
     return 'operations, train and test, from 1'
   return ''

@@ -33,7 +33,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   for j, (n, stood) in enumerate(zip(asked_J, accepted_J, strict=True), 2):
     scalars |= intervals.share(f'accepted_{j}', int(stood), int(n))
   rates = ', '.join(
-    f't+{j} {scalars[f"accepted_{j}"]:.1%}' for j in range(2, len(asked_J) + 2)
+    f't+{j} {intervals.shown(scalars, f"accepted_{j}")} of {int(n):,}'
+    for j, n in enumerate(asked_J, 2)
   )
   line = (
     f'{len(prompts)} pieces of {cfg.bench.prompt} tokens, gone on with for'

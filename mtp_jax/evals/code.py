@@ -91,12 +91,19 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   asked, how = problems.read(name, arg, cfg), sampling(cfg)
   scalars, items, lines = {}, [], [_asked(asked, how, cfg)]
-  lines += _beyond(subject, [p.prompt for p in asked])
+  lines += subject_lib.beyond(
+    subject, [p.prompt for p in asked], cfg.decode.max_new
+  )
   passed_TP = []  # right answers of each problem, by temperature
   for temperature in how.temperatures:
     of = f'/t{temperature:g}' if len(how.temperatures) > 1 else ''
     found = _answers(name, subject, asked, how, temperature)
     items += found
+    cut = sum(x['finish'] == 'length' for x in found)
+    if cut:
+      lines.append(
+        f'  {cut:,} texts were cut off at --decode.max_new={cfg.decode.max_new}'
+      )
     passed = np.array([x['outcome'] == 'passed' for x in found])
     passed_TP.append(passed.reshape(len(asked), -1).sum(axis=1))
     scalars |= _scores(of, how, passed_TP[-1:]) | _shares(of, found)
@@ -179,20 +186,8 @@ def _asked(asked, how: Sampling, cfg) -> str:
   return (
     f'{len(asked):,} problems, {how.samples:,} answers each at temperature'
     f' {temperatures} and top_p {cfg.decode.top_p:g}, of at most'
-    f' {cfg.decode.max_new:,} tokens'
+    f' {cfg.decode.max_new:,} tokens; sandbox: {cfg.eval.sandbox}'
   )
-
-
-def _beyond(subject: subject_lib.Subject, prompts: list[str]) -> list[str]:
-  cfg = subject.cfg
-  room = subject_lib.context(cfg) - cfg.decode.max_new
-  n = sum(1 + len(subject.tokenizer.encode(p)) > room for p in prompts)
-  if not n:
-    return []
-  return [
-    f'  {n:,} of them are longer, with what is written, than the context of'
-    f' {subject_lib.context(cfg):,} tokens that it was trained on'
-  ]
 
 
 def _table(scalars: dict[str, float], how: Sampling) -> list[str]:

@@ -28,6 +28,7 @@ GENERATION = 'do_sample', 'max_gen_toks', 'temperature', 'top_p', 'until'
 OF_SAMPLES = 'top_k', 'min_p', 'typical_p'  # without effect on greedy decoding
 NEUTRAL = dict(num_beams=1, repetition_penalty=1)
 Fail = Callable[[str], config.ConfigError]
+SHARES = ('acc', 'acc_norm', 'exact_match')  # of items: 0 or 1 each
 
 
 def check(arg: str, cfg: config.Config) -> None:
@@ -234,11 +235,15 @@ def _result(found: dict) -> suites.Result:
       scalars[name] = float(value)
       line = f'  {name} {value:.4f}'
       error = values.get(f'{metric}_stderr,{of_filter}')
+      n = found['n-samples'].get(task, {}).get('effective', 0)
       if isinstance(error, numbers.Real):
         low, high = (value + side * intervals.Z95 * error for side in (-1, 1))
+        if metric in SHARES and n:  # the other has no width at 0 and 1
+          low, high = intervals.wilson(round(value * n), n)
         scalars |= {f'{name}_low': float(low), f'{name}_high': float(high)}
         line += f' (95%: {low:.4f} to {high:.4f})'
-      lines.append(line + (f', {shots} examples' if shots != '' else ''))
+      line += f', {n:,} items' if n else ''
+      lines.append(line + (f', {shots} worked examples' if shots != '' else ''))
   for task, samples in found.get('samples', {}).items():
     items += [_item(task, sample) for sample in samples]
   return suites.Result(lines, scalars, items)

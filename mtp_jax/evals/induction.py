@@ -51,7 +51,7 @@ def check_documents(name: str, arg: str, cfg: config.Config) -> None:
       'takes nothing after it; --eval.data names documents',
     )  # fmt: skip
   if cfg.eval.data:
-    documents.read(cfg.eval.data)
+    _named(cfg)
   elif not cfg.data.store:
     raise config.ConfigError(
       'eval.data', '', 'documents, as --data.documents names them, or a store'
@@ -122,10 +122,17 @@ def score(pairs: list[tuple[int, bool]]) -> dict[str, float]:
   return scalars
 
 
+def _named(cfg: config.Config) -> Iterator[documents.Document]:
+  try:
+    return documents.read(cfg.eval.data)
+  except config.ConfigError as error:
+    raise config.ConfigError('eval.data', *error.args[1:]) from error
+
+
 def texts(cfg: config.Config, tokenizer) -> Iterator[documents.Document]:
   """Those of --eval.data, or the held-out ones of the run's first store."""
   if cfg.eval.data:
-    yield from documents.read(cfg.eval.data)
+    yield from _named(cfg)
     return
   path = config.parse_stores(cfg.data.store)[0].path
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)

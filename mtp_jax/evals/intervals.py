@@ -35,6 +35,8 @@ def share(name: str, successes: int, n: int) -> dict[str, float]:
 
 
 def shown(scalars: dict[str, float], name: str) -> str:
-  """'52.0% (48.9% to 55.1%)'"""
+  """'52.0% (48.9% to 55.1%)'; 'none' where nothing was asked."""
+  if math.isnan(scalars[name]):
+    return 'none'
   low, high = scalars[f'{name}_low'], scalars[f'{name}_high']
   return f'{scalars[name]:.1%} ({low:.1%} to {high:.1%})'

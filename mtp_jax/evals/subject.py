@@ -45,6 +45,18 @@ def context(cfg: config.Config) -> int:
   return max(cfg.data.seq_len, cfg.model.context)
 
 
+def beyond(subject: Subject, prompts: Sequence[str], max_new: int) -> list[str]:
+  """A line, if some prompts are longer than it has learned to read."""
+  room = context(subject.cfg) - max_new
+  n = sum(1 + len(subject.tokenizer.encode(p)) > room for p in prompts)
+  if not n:
+    return []
+  return [
+    f'  {n:,} of them are longer, with {max_new:,} tokens that are written,'
+    f' than the {context(subject.cfg):,} that it was trained on'
+  ]
+
+
 class Text(NamedTuple):
   """What a prompt was continued with."""
 

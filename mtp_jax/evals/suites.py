@@ -1,9 +1,10 @@
 """What an evaluator is: the protocol of `--eval.suite`. Floor 4."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mtp_jax import config
+from mtp_jax import config, paths
 from mtp_jax.evals import subject as subject_lib
 
 
@@ -25,3 +26,13 @@ class Suite(NamedTuple):
 
   check: Callable[[str, config.Config], Any]
   run: Callable[[subject_lib.Subject, str], Result]
+
+
+def write_pages(workdir: str, step: int, pages: dict[str, str]) -> list[str]:
+  """Into WORKDIR/evals/STEP; lines that name the files."""
+  folder = os.path.join(workdir, 'evals', str(step))
+  if pages:
+    paths.make_folder(folder)
+  for name, text in pages.items():
+    paths.write(os.path.join(folder, name), text.encode())
+  return [f'page: {os.path.join(folder, name)}' for name in pages]

@@ -56,13 +56,16 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
     subject, [item.prompt for item in items],
     subject_lib.Ask(max_new=longest + 1),
   )  # fmt: skip
+  beyond = subject_lib.beyond(
+    subject, [item.prompt for item in items], longest + 1
+  )
   answers = [text.text for (text,) in texts]
   forwards = sum(text.forwards for (text,) in texts)
   scalars = score(name, items, answers)
   tokens = sum(len(text.ids) for (text,) in texts)
   scalars['tokens_per_forward'] = tokens / max(forwards, 1)
   return suites.Result(
-    [str(of), *_table(items, scalars)], scalars,
+    [str(of), *_table(items, scalars), *beyond], scalars,
     [
       dict(level=item.level, prompt=item.prompt, right=item.answer, said=said)
       for item, said in zip(items, answers, strict=True)

@@ -34,6 +34,7 @@ from mtp_jax import (
 )
 from mtp_jax.data import corpus, loader
 from mtp_jax.evals import heldout
+from mtp_jax.evals import suites as eval_suites
 from mtp_jax.model import heads, lm
 from mtp_jax.train import (
   begin,
@@ -508,7 +509,8 @@ def _ask_suites(run, done, state, say):
     if result.scalars:
       _write(run, 'suite', done, result.scalars, label)
     say(f'{label}, after step {done}:')
-    for line in result.lines:
+    pages = eval_suites.write_pages(run.cfg.train.workdir, done, result.pages)
+    for line in [*result.lines, *pages]:
       say('  ' + line)
 
 

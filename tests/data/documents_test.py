@@ -214,7 +214,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, problem):
 
 @pytest.mark.parametrize('source', ['', 'orc:x', 'dir', 'dir:', 'x.txt'])
 def test_unknown_kinds(source):
-  kinds = 'python, dir, text, jsonl, parquet'
+  kinds = 'python, dir, text, jsonl, parquet, task'
   assert _refused(source) == f'KIND:ARG with KIND one of: {kinds}'
 
 

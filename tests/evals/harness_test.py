@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from mtp_jax import checkpoint, config, main
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder
-from mtp_jax.evals import gsm8k, harness, subject
+from mtp_jax.evals import gsm8k, harness, intervals, subject
 from mtp_jax.interop import folder, tokens
 from tests import tiny
 
@@ -235,7 +235,11 @@ def test_scores_of_tasks_are_the_same(both, tasks):
       names.append(f'{task}/{metric}')
       assert got.scalars[names[-1]] == pytest.approx(value, rel=1e-3)
       error = values[f'{metric}_stderr,none']
-      if error != 'N/A':
+      low, high = intervals.wilson(round(value * 6), 6)
+      if metric in harness.SHARES:
+        assert got.scalars[names[-1] + '_low'] == low
+        assert got.scalars[names[-1] + '_high'] == high
+      elif error != 'N/A':
         assert got.scalars[names[-1] + '_high'] == pytest.approx(
           value + 1.959964 * error, rel=1e-3
         )
@@ -335,7 +339,9 @@ def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
   ) == 0  # fmt: skip
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith(f'step 0, {suite}:') and len(lines) == 6
-  assert lines[3].startswith('  tiny_mc/acc 0.') and '0 examples' in lines[3]
+  assert (
+    lines[3].startswith('  tiny_mc/acc 0.') and '3 items, 0 worked' in lines[3]
+  )
   found = json.loads(out.read_text())['suites'][suite]
   right = [x['acc'] for x in found['items'] if x['task'] == 'tiny_mc']
   assert len(right) == 3 and found['tiny_mc/acc'] == sum(right) / 3

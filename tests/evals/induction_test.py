@@ -167,6 +167,9 @@ def test_through_the_command_line(run, tmp_path, capsys):
     r for r in metrics.read(str(workdir)) if r.get('source') == 'induction'
   ]
   assert record['kind'] == 'suite'
+  page = workdir / 'evals' / '2' / 'choice_points.html'
+  assert page.exists()  # of the run itself
+  page.unlink()
   out = tmp_path / 'out.json'
   assert not _eval(workdir, '--eval.suite=induction', f'--out={out}')
   found = json.loads(out.read_text())['suites']['induction']

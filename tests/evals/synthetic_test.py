@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mtp_jax import config, main
-from mtp_jax.data import tasks
+from mtp_jax.data import tasks, tokenizers
 from mtp_jax.evals import intervals, subject, synthetic
 from mtp_jax.train import metrics
 from tests import runs
@@ -33,7 +33,7 @@ def _asked(monkeypatch, name, arg, answer, n=200):
 
   monkeypatch.setattr(subject, 'continuations', continuations)
   model = subject.Subject(
-    'solver', _cfg(eval__items=n), None, None, None, 1, None
+    'solver', _cfg(eval__items=n), None, None, tokenizers.get('bytes'), 1, None
   )
   return synthetic.run(name, model, arg)
 
