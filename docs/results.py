@@ -186,9 +186,14 @@ def made_of(result: Result, label: str) -> str:
   path = ROOT / 'experiments' / 'small' / f'{result.flags or result.name}.flags'
   said = [
     result.documents, result.tokenizer, result.prepare, result.asks,
-    result.variants[label], path.read_text(),
+    result.variants[label], _flags_of(path),
   ]  # fmt: skip
   return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+
+
+def _flags_of(path: pathlib.Path) -> list[str]:
+  lines = path.read_text().splitlines()
+  return [line for line in lines if line.startswith('--')]
 
 
 def rows() -> dict[str, dict]:
