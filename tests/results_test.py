@@ -34,12 +34,16 @@ def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
   if result.documents.startswith('task:'):  # a store would say which
     cfg = config.replace(cfg, **{'data.store': ''})
   asked = {name for name, _ in registry.asked(cfg)}
-  evaluated = {
-    name for flag in result.asks if flag.startswith('--eval.suite=')
-    for name in flag.split('=')[1].split(',')
-  }  # fmt: skip
+  for what, *given in result.asks:
+    args = [*results.asked_of(what, 'STORE', 'RUN'), *given]
+    more = flags.parse(args).config()
+    if what == 'bench':
+      assert more.bench.what == 'decode'
+    else:
+      assert what == 'eval' and more.eval.suite in registry.SUITES
+    asked.add(what if what == 'bench' else more.eval.suite)
   for _, source, _, form in result.columns:
-    assert source == 'eval' or source in asked | evaluated
+    assert source == 'eval' or source in asked
     assert format(0.5, form)
   if result.documents.startswith('task:'):
     assert next(documents.read(result.documents)).text
@@ -66,15 +70,14 @@ def there(tmp_path, monkeypatch):
   """Rows of two results: several seeds, and one run with an interval."""
   rows = [
     dict(
-      key=f'code/n = 1/{seed}', cpu_s=1800, made_of=_made_of('code', 'n = 1'),
+      name='', seed=seed, cpu_s=1800, made_of=_made_of('code', 'n = 1'),
       values={'eval/loss_1': 2.0 + seed, 'eval/bits_per_byte': 3.0},
     )
     for seed in (0, 1)
   ]  # fmt: skip
   rows.append(
     dict(
-      key='star_graph/n = 2/0', cpu_s=3600,
-      made_of=_made_of('star_graph', 'n = 2'),
+      name='', seed=0, cpu_s=3600, made_of=_made_of('star_graph', 'n = 2'),
       values={
         'star_graph/accuracy': 0.5, 'star_graph/accuracy_low': 0.4,
         'star_graph/accuracy_high': 0.6,
@@ -98,7 +101,7 @@ def test_the_document(there):
   assert '3 runs, 2.0 CPU-hours in all.' in lines
   assert 'Seeds 0, 1, 2; 2 of 12 runs, 1.00 CPU-hours.' in lines
   n_open = sum('open' in line for line in lines if line.startswith('| '))
-  assert n_open == len(RUNS) - 2
+  assert n_open == len(RUNS) - 3  # curricula have a run of n = 1 as well
 
 
 def test_what_is_there_is_not_run_again(there, monkeypatch):
@@ -107,7 +110,7 @@ def test_what_is_there_is_not_run_again(there, monkeypatch):
   def measure(result, label, seed, folder, data):
     ran.append((label, seed))
     return dict(
-      key=results.key_of(result, label, seed), cpu_s=0, values={},
+      name='', seed=seed, cpu_s=0, values={},
       made_of=results.made_of(result, label),
     )  # fmt: skip
 
@@ -126,7 +129,23 @@ def test_a_row_of_another_command_is_not_there(there, monkeypatch):
   star, *others = results.RESULTS
   other = star._replace(prepare=('--data.valid_fraction=0.5',))
   monkeypatch.setattr(results, 'RESULTS', (other, *others))
-  assert sorted(results.rows()) == ['code/n = 1/0', 'code/n = 1/1']
+  made = _made_of('code', 'n = 1')
+  assert sorted(results.rows()) == [(made, 0), (made, 1)]
+
+
+def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
+  ran = []
+
+  def measure(result, label, seed, folder, data):
+    ran.append((result.name, label))
+    made = results.made_of(result, label)
+    return dict(name='', seed=seed, cpu_s=0, values={}, made_of=made)
+
+  monkeypatch.setattr(results, 'measure', measure)
+  results.main(['--data=.', f'--runs={there}/runs', 'code', 'curriculum'])
+  assert {label for name, label in ran if name == 'curriculum'} == {
+    'forward', 'reverse',
+  }  # fmt: skip
 
 
 def test_a_small_run_is_measured(tmp_path, monkeypatch):
@@ -142,10 +161,26 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     documents='task:star_graph/d=2/length=3/nodes=20/items=200',
     variants={'small': ('--heads.n=2', *shrunk)},
     prepare=('--data.valid_fraction=0.2',),
-  )
+    asks=(
+      ('eval', '--eval.suite=acceptance', '--eval.split=train',
+       '--bench.prompt=4', '--decode.max_new=4'),
+      ('bench', '--bench.what=decode', '--bench.batches=1', '--bench.prompt=4',
+       '--decode.max_new=4', '--bench.rounds=1'),
+    ),
+    columns=(*results.RESULTS[0].columns, *results.DECODED),
+  )  # fmt: skip
   row = results.measure(star, 'small', 0, tmp_path, '.')
-  assert row['key'] == 'star_graph/small/0' and row['cpu_s'] > 1
+  assert row['name'] == 'star_graph_small_0' and row['cpu_s'] > 1
   assert 0 <= row['values']['star_graph/first_step'] <= 1
   assert row['values']['star_graph/accuracy_high'] <= 1
+  assert 1 <= row['values']['acceptance/tokens_per_forward'] <= 2
+  assert 1 <= row['values']['bench/tokens_per_forward'] <= 2
+  assert row['values']['bench/speed_up'] > 0
   again = results.measure(star, 'small', 0, tmp_path, '.')
-  assert again['values'] == row['values'] and again['cpu_s'] > row['cpu_s']
+  timed = 'bench/speed_up'
+  assert again['values'].keys() == row['values'].keys()
+  assert all(
+    again['values'][name] == row['values'][name]
+    for name in row['values'] if name != timed
+  )  # fmt: skip
+  assert again['cpu_s'] > row['cpu_s']
