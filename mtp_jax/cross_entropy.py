@@ -24,12 +24,20 @@ class Stats(NamedTuple):
   argmax_BT: Any
 
 
-def of_targets(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
-  """(sum of valid losses, Stats), for as many positions as are given.
+class Logits(NamedTuple):
+  """Those of a chunk in float32, and what is read off them."""
 
-  The label's logit is a masked sum, not a lookup: the vocabulary may be sharded
-  and is never gathered. Log-sum-exp and sums in float32.
-  """
+  logits_BCV: Any
+  ids_11V: Any
+  lse_BC: Any  # log-sum-exp
+  label_BC: Any  # the target's logit
+  top_BC: Any  # the largest, without a gradient
+  argmax_BC: Any  # the first of the largest
+
+
+def logits(h_BCD, unembed_DV, target_BC) -> Logits:
+  """The label's logit is a masked sum, not a lookup: the vocabulary may be
+  sharded and is never gathered."""
   logits_BCV = jnp.einsum(
     'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype),
     preferred_element_type=jnp.float32,
@@ -39,16 +47,22 @@ def of_targets(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
   label_BC = jnp.sum(
     jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1
   )
-  z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * lse_BC**2)
-  loss = jnp.sum(valid_BC * (lse_BC - label_BC)) + z_loss
-  # The first of the largest, as jnp.argmax says it, in half the time on a CPU.
+  # As jnp.argmax says it, in half the time on a CPU.
   top_BC = jnp.max(jax.lax.stop_gradient(logits_BCV), axis=-1)
   is_top_BCV = logits_BCV == top_BC[:, :, None]
   argmax_BC = jnp.min(
     jnp.where(is_top_BCV, ids_11V, logits_BCV.shape[-1] - 1), axis=-1
   )
-  correct = jnp.sum(valid_BC * (argmax_BC == target_BC), dtype=jnp.float32)
-  return loss, Stats(loss, z_loss, correct, argmax_BC)
+  return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
+
+
+def of_targets(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
+  """(sum of valid losses, Stats), for as many positions as are given."""
+  of = logits(h_BCD, unembed_DV, target_BC)
+  z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * of.lse_BC**2)
+  loss = jnp.sum(valid_BC * (of.lse_BC - of.label_BC)) + z_loss
+  correct = jnp.sum(valid_BC * (of.argmax_BC == target_BC), dtype=jnp.float32)
+  return loss, Stats(loss, z_loss, correct, of.argmax_BC)
 
 
 def log_sum_exp(h_BCD, order_VD, valid_BC, cfg):

@@ -17,6 +17,7 @@ from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.evals import acceptance
+from mtp_jax.evals import subject as subject_lib
 
 SHORT_S = 0.02  # of a turn; what is shorter is noise
 PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
@@ -52,15 +53,19 @@ class Prompt(NamedTuple):
   fields: dict | None = None
 
 
-def find(
-  parsed: flags.Parsed, only_ids: bool, flag: str = 'decode.checkpoint'
-) -> Found:
-  """The checkpoint that a flag names; ConfigError says what is wrong."""
+def find(parsed: flags.Parsed, only_ids: bool) -> Found:
+  """The one of --decode.checkpoint; ConfigError says what is wrong."""
+  flag = 'decode.checkpoint'
   path = parsed.given.get(flag, '')
   if not path:
     raise config.ConfigError(flag, '', 'give a workdir')
-  path = paths.absolute(path, flag)
-  workdir, step, saved, cfg = checkpoint.opened(path, flag, parsed)
+  opened = checkpoint.opened(paths.absolute(path, flag), flag, parsed)
+  return of_opened(parsed, opened, only_ids, flag)
+
+
+def of_opened(parsed: flags.Parsed, opened, only_ids: bool, flag: str) -> Found:
+  """Of what `checkpoint.opened` says of the checkpoint that a flag names."""
+  workdir, step, saved, cfg = opened
   active = config.active_heads(cfg, max(step - 1, 0))
   decoder_lib.widths(cfg, active)
   tokenizer = None
@@ -68,7 +73,7 @@ def find(
     tokenizer = tokenizer_of(parsed, saved, workdir)
     if tokenizer is None:
       raise config.ConfigError(
-        flag, path,
+        flag, workdir,
         'was imported without a tokenizer; give --prompt_ids, or'
         ' --data.tokenizer',
       )  # fmt: skip
@@ -325,7 +330,7 @@ def _acceptance(decoded) -> list[str]:
 def _beyond(cfg, prompts, cache: int) -> list[str]:
   longest = max(len(p.ids) for p in prompts) + cfg.decode.max_new
   longest = min(longest, cache)
-  if longest <= max(cfg.data.seq_len, cfg.model.context):
+  if longest <= subject_lib.context(cfg):
     return []
   return [
     f'up to {longest:,} tokens a row are more than the windows that it was'

@@ -31,7 +31,8 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
   what the parameters are.
   """
   with processes.together():
-    workdir, step, _, cfg = _opened(path, parsed)
+    opened = _opened(path, parsed)
+    workdir, step, _, cfg = opened
     wanted = registry.asked(cfg)
   lines, values, subject = [], dict(workdir=workdir, step=step), None
   for name, arg in wanted:
@@ -40,7 +41,7 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
       lines += more
       values |= found
       continue
-    subject = subject or _subject(parsed)
+    subject = subject or _subject(parsed, opened)
     result = registry.SUITES[name].run(subject, arg)
     label = registry.label(name, arg)
     lines += [f'{workdir}, step {step}, {label}:', *result.lines]
@@ -56,13 +57,13 @@ def _opened(path, parsed):
   return checkpoint.opened(path, 'eval.checkpoint', parsed, elsewhere)
 
 
-def _subject(parsed: flags.Parsed) -> subject_lib.Subject:
+def _subject(parsed: flags.Parsed, opened) -> subject_lib.Subject:
   if processes.several():
     raise config.ConfigError(
       'eval.suite', parsed.given.get('eval.suite', ''),
       f'one process; {registry.HELDOUT} alone runs on several',
     )  # fmt: skip
-  found = generate.find(parsed, False, 'eval.checkpoint')
+  found = generate.of_opened(parsed, opened, False, 'eval.checkpoint')
   cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)
   model = checkpoint.restore_model(
     found.workdir, found.step, cfg, mesh, 'eval.checkpoint'

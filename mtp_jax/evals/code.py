@@ -204,5 +204,5 @@ def _table(scalars: dict[str, float], how: Sampling) -> list[str]:
     if f'passed{of}' in scalars:
       shares = ', '.join(f'{o} {scalars[o + of]:.1%}' for o in sandbox.OUTCOMES)
       speed = scalars[f'tokens_per_forward{of}']
-      lines.append(f'    {shares}; {speed:.2f} tokens a forward pass')
+      lines.append(f'    {shares}; {speed:.2f} tokens a pass')
   return lines

@@ -136,17 +136,14 @@ def _shown(answer: decimal.Decimal | None) -> str | None:
 
 def _result(items, n: int, cfg, texts) -> suites.Result:
   right = sum(item['correct'] for item in items)
-  low, high = intervals.wilson(right, len(items))
   tokens = sum(len(text.ids) for text in texts)
-  scalars = dict(
-    accuracy=right / len(items), accuracy_low=low, accuracy_high=high,
+  scalars = intervals.share('accuracy', right, len(items)) | dict(
     shots=sum(item['shots'] for item in items) / len(items),
     tokens_per_forward=tokens / max(sum(text.forwards for text in texts), 1),
-  )  # fmt: skip
+  )
   lines = [
-    f'  {right:,} of {len(items):,} right: {scalars["accuracy"]:.2%}'
-    f' (95%: {low:.2%} to {high:.2%}), {n} worked examples,'
-    f' {scalars["tokens_per_forward"]:.2f} tokens a forward pass'
+    f'  {len(items):,} problems, right {intervals.shown(scalars, "accuracy")},'
+    f' {n} worked examples, {scalars["tokens_per_forward"]:.2f} tokens a pass'
   ]
   fewer = sum(item['shots'] < n for item in items)
   if fewer:

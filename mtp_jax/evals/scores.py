@@ -65,28 +65,16 @@ def scores(model: lm.LM, batch: dict, *, n_active: int, cfg) -> Scores:
 def _of_targets(h_BCD, unembed_DV, target_BC, cfg):
   """(0, Scores but for `valid`) of a chunk; the vocabulary may be sharded."""
   del cfg
-  logits_BCV = jnp.einsum(
-    'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype),
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
-  lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-  ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
-  is_it_BCV = ids_11V == target_BC[:, :, None]
-  label_BC1 = jnp.sum(
-    jnp.where(is_it_BCV, logits_BCV, 0), axis=-1, keepdims=True
-  )
-  before_BCV = (logits_BCV > label_BC1) | (
-    (logits_BCV == label_BC1) & (ids_11V < target_BC[:, :, None])
-  )
-  top_BC1 = jnp.max(logits_BCV, axis=-1, keepdims=True)
-  argmax_BC = jnp.min(
-    jnp.where(logits_BCV == top_BC1, ids_11V, ids_11V.size - 1), axis=-1
+  of = cross_entropy.logits(h_BCD, unembed_DV, target_BC)
+  label_BC1 = of.label_BC[:, :, None]
+  before_BCV = (of.logits_BCV > label_BC1) | (
+    (of.logits_BCV == label_BC1) & (of.ids_11V < target_BC[:, :, None])
   )
   return jnp.zeros(()), (
-    lse_BC - label_BC1[:, :, 0],
+    of.lse_BC - of.label_BC,
     jnp.sum(before_BCV, axis=-1),
-    jnp.exp(top_BC1[:, :, 0] - lse_BC),
-    argmax_BC,
+    jnp.exp(of.top_BC - of.lse_BC),
+    of.argmax_BC,
   )
 
 
@@ -135,8 +123,3 @@ def of_rows(
       end = len(rows[i]) - 1
       found[i] = Scores(*(x[:, b, :end] for x in of))
   return found
-
-
-def nats_of(found: Scores, k: int = 1) -> float:
-  """Sum over head k's targets of one row."""
-  return float(np.sum(found.nats[k - 1], where=found.valid[k - 1]))

@@ -12,7 +12,7 @@ from mtp_jax.plan import hlo
 from mtp_jax.train import state, step
 
 NO_LIBTPU = (
-  "the TPU compiler is not installed: pip install 'mtp_jax[tpu]' or libtpu;"
+  "the TPU compiler is not installed: pip install 'mtp_jax[tpu]';"
   ' below is what the shardings alone say, without activations'
 )
 GENERATIONS = {  # of --plan.topology -> as jax names the chip

@@ -218,7 +218,7 @@ def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
   assert main.main(args) == 0
   text = capsys.readouterr().out
   assert '2 problems, 2 answers each at temperature 0.5' in text
-  assert 'pass@1 0.0% (0.0% to ' in text and 'tokens a forward pass' in text
+  assert 'pass@1 0.0% (0.0% to ' in text and 'tokens a pass' in text
   found = json.loads(out.read_text())['suites']['mbpp']
   assert found['pass@1'] == 0 and found['failed'] == 1
   assert [x['id'] for x in found['items']] == ['MBPP/11'] * 2 + ['MBPP/12'] * 2

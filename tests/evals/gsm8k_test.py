@@ -160,8 +160,8 @@ def test_answers_are_counted(asked, data, monkeypatch):
     tokens_per_forward=2.0,
   )  # fmt: skip
   assert found.lines == [
-    '  1 of 3 right: 33.33% (95%: 6.15% to 79.23%), 0 worked examples,'
-    ' 2.00 tokens a forward pass'
+    '  3 problems, right 33.3% (6.1% to 79.2%), 0 worked examples,'
+    ' 2.00 tokens a pass'
   ]
   assert [(x['id'], x['answer'], x['expected'], x['correct'])
           for x in found.items] == [
@@ -225,7 +225,7 @@ def test_a_user_asks(workdir, data, tmp_path, capsys):
     '--eval.shots=1', '--decode.max_new=7', f'--out={out}',
   ) == 0  # fmt: skip
   lines = capsys.readouterr().out.splitlines()
-  assert lines[0].endswith('step 0, gsm8k:') and '0 of 2 right' in lines[1]
+  assert lines[0].endswith('step 0, gsm8k:') and '  2 problems, right 0.0%' in lines[1]
   found = json.loads(out.read_text())['suites']['gsm8k']
   assert found['accuracy'] == 0 and len(found['items']) == 2
 
