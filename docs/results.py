@@ -28,8 +28,11 @@ REPORT = ROOT / 'docs' / 'RESULTS.md'
 
 
 class Result(NamedTuple):
-  """One question. columns: (header, source, scalar, format), the source a suite,
-  'eval' or 'bench'; `asks`: commands after training, without the checkpoint."""
+  """One question.
+
+  columns: (header, source, scalar, format); the source is a suite, 'eval' or
+  'bench'. asks: commands after training, without the checkpoint.
+  """
 
   name: str
   title: str
@@ -143,8 +146,8 @@ RESULTS = (
     'python:stdlib',
     _heads(1, 2, 4, 8),
     SPED_UP,
-    '7B, n = 8 on bytes of code: 6.39 times as fast at 7.04 tokens a pass with 8'
-    ' heads, 3.67 at 3.84 with 4, 1.94 at 1.98 with 2.',
+    '7B, n = 8 on bytes of code: 6.39 times as fast at 7.04 tokens a pass with'
+    ' 8 heads, 3.67 at 3.84 with 4, 1.94 at 1.98 with 2.',
     flags='code', prepare=('--data.valid_fraction=0.05',), asks=TIMED,
     seeds=(0, 1, 2),
   ),
@@ -214,9 +217,7 @@ def made_of(result: Result, label: str) -> str:
 
 def trained_of(result: Result, label: str) -> str:
   path = ROOT / 'experiments' / 'small' / f'{result.flags or result.name}.flags'
-  return _hash(
-    stored_of(result), result.variants[label], _flags_of(path)
-  )
+  return _hash(stored_of(result), result.variants[label], _flags_of(path))
 
 
 def stored_of(result: Result) -> str:
@@ -383,9 +384,9 @@ models on two CPU cores: they show what the code measures and where an effect is
 large enough to be seen at this size; they are no reproduction of the paper.
 Below about 1.3B parameters the paper finds that further heads cost head 1
 something. One run: 95% Wilson interval over items where there is one; several
-seeds: mean ± standard deviation. `open`: not run. A run that several results ask
-for is run once, and its time said with each. The runs had one core each, two of
-them at once; what is timed (`decoding`) had both, and no other work beside.
+seeds: mean ± standard deviation. `open`: not run. A run that several results
+ask for is run once, and its time said with each. Most had one core to
+themselves; what is timed (`decoding`) had two, and no other work beside.
 
 """
 

@@ -8,6 +8,7 @@ https://arxiv.org/abs/2404.19737, section 4.1). Head 1, teacher-forced.
 
 import collections
 import itertools
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -85,7 +86,12 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     for item, row in zip(items, right, strict=True)
     for pair in zip(item.before, row, strict=True)
   ]
-  scalars = score(pairs)
+  nats = [
+    (n, float(row.nats[0, p]))
+    for item, row in zip(items, found, strict=True)
+    for n, p in zip(item.before, item.at, strict=True)
+  ]
+  scalars = score(pairs) | surprise(nats)
   n_documents = len({item.document for item in items})
   lines = [
     f'{len(items):,} passages of {n_documents:,} documents,'
@@ -96,6 +102,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
       f'  read {times} before: {intervals.shown(scalars, f"accuracy_{of}")}'
       for of, times in BEFORE.items()
     ),
+    f'  nats of it: {scalars["nats"]:.2f}, of first ones'
+    f' {scalars["first_nats"]:.2f}',
   ]
   return suites.Result(
     lines, scalars,
@@ -120,6 +128,17 @@ def score(pairs: list[tuple[int, bool]]) -> dict[str, float]:
   for level, after in itertools.pairwise((*BEFORE, None)):
     scalars |= intervals.share(f'accuracy_{level}', *of(level, after))
   return scalars
+
+
+def surprise(nats: list[tuple[int, float]]) -> dict[str, float]:
+  """Means of (occurrences read before, -log probability of the second token):
+  they part long before the token is the likeliest. NaN where there is none."""
+  later = [x for n, x in nats if n]
+  first = [x for n, x in nats if not n]
+  return dict(
+    nats=sum(later) / len(later) if later else math.nan,
+    first_nats=sum(first) / len(first) if first else math.nan,
+  )
 
 
 def _named(cfg: config.Config) -> Iterator[documents.Document]:

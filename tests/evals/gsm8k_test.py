@@ -225,7 +225,8 @@ def test_a_user_asks(workdir, data, tmp_path, capsys):
     '--eval.shots=1', '--decode.max_new=7', f'--out={out}',
   ) == 0  # fmt: skip
   lines = capsys.readouterr().out.splitlines()
-  assert lines[0].endswith('step 0, gsm8k:') and '  2 problems, right 0.0%' in lines[1]
+  assert lines[0].endswith('step 0, gsm8k:')
+  assert '2 problems, right 0.0%' in lines[1]
   found = json.loads(out.read_text())['suites']['gsm8k']
   assert found['accuracy'] == 0 and len(found['items']) == 2
 

@@ -1,6 +1,7 @@
 """Names that were not there, found where they are."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -111,7 +112,11 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
 
   def of_rows(model, rows, mesh, cfg, n_active, batch_size):
     after = [np.array([[*row[1:], 0]]) for row in rows]
-    return [scores.Scores(None, None, None, x, None) for x in after]
+    nats = [np.arange(1.0, len(row) + 1)[None] for row in rows]
+    return [
+      scores.Scores(y, None, None, x, None)
+      for x, y in zip(after, nats, strict=True)
+    ]
 
   monkeypatch.setattr(scores, 'of_rows', of_rows)
   monkeypatch.setattr(
@@ -123,6 +128,16 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
   found = induction.run(model, '')
   assert found.scalars['accuracy'] == found.scalars['first_occurrence'] == 1
   assert [item['right'] for item in found.items] == [[True] * 5] * 2
+  # Nats of position p were p + 1.
+  first, later = zip(*((i.at[0], i.at[1:]) for i in _items()), strict=True)
+  assert found.scalars['first_nats'] == np.mean(first) + 1
+  assert found.scalars['nats'] == np.mean(later) + 1
+
+
+def test_surprise_by_hand():
+  found = induction.surprise([(0, 4.0), (1, 2.0), (0, 6.0), (3, 1.0)])
+  assert found == dict(nats=1.5, first_nats=5.0)
+  assert all(math.isnan(x) for x in induction.surprise([]).values())
 
 
 def test_levels_by_hand():
