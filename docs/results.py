@@ -90,10 +90,10 @@ RESULTS = (
   Result(
     'polynomial', 'Polynomial arithmetic',
     'Does a longer reach help to learn an algorithm? Expressions over'
-    ' F_7[X]/(X^3) of 1 or 2 operations in training, 1 to 3 in the test, 200'
-    ' items each, greedy. 2,000 items a level are kept out of training: of the'
-    ' 343 polynomials, 254 are never seen negated.',
-    'task:polynomial/n=3/train=2/test=3/items=1500000',
+    ' F_3[X]/(X^3) of 1 or 2 operations in training, 1 to 3 in the test, 500'
+    ' items each, greedy. No item of the test is trained on: of the 2,214 of one'
+    ' operation 1,091 are, and no single negation.',
+    'task:polynomial/p=3/n=3/train=2/test=3/items=800000',
     _heads(1, 2, 4),
     (
       ('m = 1', 'polynomial', 'accuracy_1', '.1%'),
@@ -102,7 +102,8 @@ RESULTS = (
     ),
     'F_7[X]/(X^5), 1 to 5 operations, 100M parameters, m = 1, 2, 3: n = 1'
     ' 87/65/44, n = 2 93/73/53, n = 4 92/72/52%. Ours is a smaller ring and a'
-    ' model of 0.7M parameters.',
+    ' model of 0.7M parameters; over F_7[X]/(X^3) the same model, n = 1, was at'
+    ' 1.3% after 1,000 steps.',
     prepare=('--data.valid_fraction=0.002',),
   ),
   *(
