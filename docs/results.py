@@ -17,9 +17,11 @@ import hashlib
 import json
 import pathlib
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +33,8 @@ class Result(NamedTuple):
   """One question.
 
   columns: (header, source, scalar, format); the source is a suite, 'eval' or
-  'bench'. asks: commands after training, without the checkpoint.
+  'bench'. asks: commands after training, without the checkpoint. figure: of
+  the report of the first seed's runs.
   """
 
   name: str
@@ -46,6 +49,7 @@ class Result(NamedTuple):
   prepare: tuple[str, ...] = ()
   asks: tuple[tuple[str, ...], ...] = ()
   seeds: tuple[int, ...] = (0,)
+  figure: str = ''
 
 
 def _heads(*ns: int) -> dict[str, tuple[str, ...]]:
@@ -86,13 +90,14 @@ RESULTS = (
     'Section 4 has no figure of star graphs; Bachmann & Nagarajan (2024):'
     ' next-token training stays at 1 / d.',
     prepare=('--data.valid_fraction=0.01',), seeds=(0, 1, 2),
+    figure='suite-star-graph-accuracy',
   ),
   Result(
     'polynomial', 'Polynomial arithmetic',
     'Does a longer reach help to learn an algorithm? Expressions over'
     ' F_3[X]/(X^3) of 1 or 2 operations in training, 1 to 3 in the test, 500'
-    ' items each, greedy. No item of the test is trained on: of the 2,214 of one'
-    ' operation 1,091 are, and no single negation.',
+    ' items each, greedy. No item of the test is trained on: of the 2,214 of'
+    ' one operation 1,091 are, and no single negation.',
     'task:polynomial/p=3/n=3/train=2/test=3/items=800000',
     _heads(1, 2, 4),
     (
@@ -105,6 +110,7 @@ RESULTS = (
     ' model of 0.7M parameters; over F_7[X]/(X^3) the same model, n = 1, was at'
     ' 1.3% after 1,000 steps.',
     prepare=('--data.valid_fraction=0.002',),
+    figure='suite-polynomial-accuracy-2',
   ),
   *(
     Result(
@@ -301,6 +307,28 @@ def asked_of(what: str, store: str, run: str) -> list[str]:
   return [f'--decode.checkpoint={run}', f'--data.store={store}']
 
 
+def draw(result: Result, folder: pathlib.Path) -> None:
+  """The report's figure, beside the document, once its runs are there."""
+  there, seed = rows(), result.seeds[0]
+  found = {
+    label: folder / there[key]['run'] for label in result.variants
+    if (key := key_of(result, label, seed)) in there
+  }  # fmt: skip
+  here = all(run.is_dir() for run in found.values())
+  if not result.figure or not here or found.keys() != result.variants.keys():
+    return
+  with tempfile.TemporaryDirectory() as named:
+    runs = [pathlib.Path(named, label.replace(' ', '')) for label in found]
+    for named_so, run in zip(runs, found.values(), strict=True):
+      named_so.symlink_to(run)
+    _mtp(['report', *map(str, runs)])
+    shutil.copy(runs[0] / 'report' / f'{result.figure}.png', picture_of(result))
+
+
+def picture_of(result: Result) -> pathlib.Path:
+  return REPORT.parent / f'{result.name}.png'
+
+
 def values(result: Result, run: pathlib.Path) -> dict[str, float]:
   """The scalars of the columns, with their intervals, of the last step."""
   lines = (run / 'metrics.jsonl').read_text().splitlines()
@@ -363,6 +391,9 @@ def section(result: Result, there: dict) -> list[str]:
     cells = [cell(result, label, c, there) for c in result.columns]
     shown = f' `{" ".join(flags)}`' if flags and label not in flags[0] else ''
     lines.append(f'| {label}{shown} | ' + ' | '.join(cells) + ' |')
+  if picture_of(result).exists():
+    shown = f'![{result.title}, {result.figure}]({picture_of(result).name})'
+    lines += ['', shown, '', f'Seed {result.seeds[0]}, over training.']
   seeds = ', '.join(map(str, result.seeds))
   return [
     *lines, '',
@@ -441,6 +472,7 @@ def main(args: list[str]) -> None:
     row = measure(result, label, seed, folder, data)
     with open(ROWS, 'a') as f:
       f.write(json.dumps(row) + '\n')
+    draw(result, folder)
     write()
   write()
 

@@ -70,14 +70,14 @@ def there(tmp_path, monkeypatch):
   """Rows of two results: several seeds, and one run with an interval."""
   rows = [
     dict(
-      name='', seed=seed, cpu_s=1800, made_of=_made_of('code', 'n = 1'),
+      run=f'a_{seed}', seed=seed, cpu_s=1800, made_of=_made_of('code', 'n = 1'),
       values={'eval/loss_1': 2.0 + seed, 'eval/bits_per_byte': 3.0},
     )
     for seed in (0, 1)
   ]  # fmt: skip
   rows.append(
     dict(
-      name='', seed=0, cpu_s=3600, made_of=_made_of('star_graph', 'n = 2'),
+      run='b_0', seed=0, cpu_s=3600, made_of=_made_of('star_graph', 'n = 2'),
       values={
         'star_graph/accuracy': 0.5, 'star_graph/accuracy_low': 0.4,
         'star_graph/accuracy_high': 0.6,
@@ -110,7 +110,7 @@ def test_what_is_there_is_not_run_again(there, monkeypatch):
   def measure(result, label, seed, folder, data):
     ran.append((label, seed))
     return dict(
-      name='', seed=seed, cpu_s=0, values={},
+      run=f'{result.name}_{label}_{seed}', seed=seed, cpu_s=0, values={},
       made_of=results.made_of(result, label),
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
   def measure(result, label, seed, folder, data):
     ran.append((result.name, label))
     made = results.made_of(result, label)
-    return dict(name='', seed=seed, cpu_s=0, values={}, made_of=made)
+    return dict(run=made, seed=seed, cpu_s=0, values={}, made_of=made)
 
   monkeypatch.setattr(results, 'measure', measure)
   results.main(['--data=.', f'--runs={there}/runs', 'code', 'curriculum'])
@@ -156,6 +156,8 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     '--model.d_ff=32', '--data.batch_size=8', '--train.steps=2',
     '--optim.warmup_steps=1', '--eval.items=6',
   )  # fmt: skip
+  monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
+  monkeypatch.setattr(results, 'REPORT', tmp_path / 'RESULTS.md')
   star = results.RESULTS[0]
   star = star._replace(
     documents='task:star_graph/d=2/length=3/nodes=20/items=200',
@@ -184,3 +186,12 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     for name in row['values'] if name != timed
   )  # fmt: skip
   assert again['cpu_s'] > row['cpu_s']
+  # The picture of the report, where the document looks for it.
+  monkeypatch.setattr(results, 'RESULTS', (star,))
+  results.draw(star, tmp_path)
+  assert not results.picture_of(star).exists()
+  results.ROWS.write_text(json.dumps(row) + '\n')
+  results.draw(star, tmp_path)
+  assert results.picture_of(star).read_bytes()[:4] == b'\x89PNG'
+  results.write()
+  assert '](star_graph.png)' in results.REPORT.read_text()
