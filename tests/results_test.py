@@ -172,7 +172,7 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     columns=(*star.columns, *results.ACCEPTED, *results.SPED_UP),
   )  # fmt: skip
   row = results.measure(star, 'small', 0, tmp_path, '.')
-  assert row['name'] == 'star_graph_small_0' and row['cpu_s'] > 1
+  assert row['name'] == 'star_graph, small' and row['cpu_s'] > 1
   assert 0 <= row['values']['star_graph/first_step'] <= 1
   assert row['values']['star_graph/accuracy_high'] <= 1
   assert 1 <= row['values']['acceptance/tokens_per_forward'] <= 2
