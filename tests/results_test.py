@@ -154,14 +154,14 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   shrunk = (
     '--model.d_model=16', '--model.n_layers=3', '--model.n_attn_heads=2',
     '--model.d_ff=32', '--data.batch_size=8', '--train.steps=2',
-    '--optim.warmup_steps=1', '--eval.items=6',
+    '--optim.warmup_steps=1', '--eval.items=6', '--train.log_every=1',
   )  # fmt: skip
   monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
   monkeypatch.setattr(results, 'REPORT', tmp_path / 'RESULTS.md')
   star = results.RESULTS[0]
   star = star._replace(
     documents='task:star_graph/d=2/length=3/nodes=20/items=200',
-    variants={'small': ('--heads.n=2', *shrunk)},
+    variants={'small': ('--heads.n=2', *shrunk)}, figure='loss-small',
     prepare=('--data.valid_fraction=0.2',),
     asks=(
       ('eval', '--eval.suite=acceptance', '--eval.split=train',
