@@ -226,7 +226,7 @@ def made_of(result: Result, label: str) -> str:
 
 def trained_of(result: Result, label: str) -> str:
   path = ROOT / 'experiments' / 'small' / f'{result.flags or result.name}.flags'
-  return _hash(stored_of(result), result.variants[label], _flags_of(path))
+  return _hash(stored_of(result), result.variants[label], flags_of(path))
 
 
 def stored_of(result: Result) -> str:
@@ -237,9 +237,15 @@ def _hash(*said) -> str:
   return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 
-def _flags_of(path: pathlib.Path) -> list[str]:
-  lines = path.read_text().splitlines()
-  return [line for line in lines if line.startswith('--')]
+def flags_of(path: pathlib.Path) -> list[str]:
+  """A flag file's, those of the files that it includes in their places."""
+  found = []
+  for line in path.read_text().splitlines():
+    if line.startswith('--flagfile='):
+      found += flags_of(path.parent / line.partition('=')[2])
+    elif line.startswith('--'):
+      found.append(line)
+  return found
 
 
 def rows() -> dict[tuple[str, int], dict]:

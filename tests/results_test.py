@@ -133,6 +133,17 @@ def test_a_row_of_another_command_is_not_there(there, monkeypatch):
   assert sorted(results.rows()) == [(made, 0), (made, 1)]
 
 
+def test_flags_are_those_of_included_files_too(monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  for result in results.RESULTS:
+    name = f'experiments/small/{result.flags or result.name}.flags'
+    flat = results.flags_of(pathlib.Path(name))
+    assert not any(line.startswith('--flagfile') for line in flat)
+    assert (
+      flags.parse(flat).config() == flags.parse([f'--flagfile={name}']).config()
+    )
+
+
 def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
   ran = []
 
