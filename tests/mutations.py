@@ -230,18 +230,18 @@ FAULTS = (
   ),
   Fault(
     'z-loss-untrained', 11, ENTROPY,
-    '(lse_BC - label_BC)) + z_loss',
-    '(lse_BC - label_BC)) + jax.lax.stop_gradient(z_loss)',
+    '(of.lse_BC - of.label_BC)) + z_loss',
+    '(of.lse_BC - of.label_BC)) + jax.lax.stop_gradient(z_loss)',
     ORACLE,
   ),
   Fault(
     'z-loss-outside', 11, ENTROPY,
-    '(lse_BC - label_BC)) + z_loss', '(lse_BC - label_BC))',
+    '(of.lse_BC - of.label_BC)) + z_loss', '(of.lse_BC - of.label_BC))',
     _in('loss', 'test_z_loss_is_reported_apart_and_inside'),
   ),
   Fault(
     'z-loss-unsquared', 0, ENTROPY,
-    'jnp.sum(valid_BC * lse_BC**2)', 'jnp.sum(valid_BC * lse_BC)',
+    'jnp.sum(valid_BC * of.lse_BC**2)', 'jnp.sum(valid_BC * of.lse_BC)',
     ORACLE,
   ),
   Fault(
@@ -660,8 +660,7 @@ FAULTS = (
   ),
   Fault(
     'sure-of-the-target', 0, SCORES,
-    'jnp.exp(top_BC1[:, :, 0] - lse_BC)',
-    'jnp.exp(label_BC1[:, :, 0] - lse_BC)',
+    'jnp.exp(of.top_BC - of.lse_BC)', 'jnp.exp(of.label_BC - of.lse_BC)',
     _in('evals/scores', 'test_ranks_by_hand'),
   ),
   Fault(
