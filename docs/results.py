@@ -425,8 +425,8 @@ large enough to be seen at this size; they are no reproduction of the paper.
 Below about 1.3B parameters the paper finds that further heads cost head 1
 something. One run: 95% Wilson interval over items where there is one; several
 seeds: mean ± standard deviation. `open`: not run. A run that several results
-ask for is run once, and its time said with each. Most had one core to
-themselves; what is timed (`decoding`) had two, and no other work beside.
+ask for is run once, and its time said with each. `decoding` is timed: it is to
+be run on idle cores.
 
 """
 
@@ -480,7 +480,8 @@ def main(args: list[str]) -> None:
     row = measure(result, label, seed, folder, data)
     with open(ROWS, 'a') as f:
       f.write(json.dumps(row) + '\n')
-    draw(result, folder)
+    if seed == result.seeds[0]:
+      draw(result, folder)
     write()
   write()
 
