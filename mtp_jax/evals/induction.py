@@ -40,6 +40,14 @@ class Item(NamedTuple):
   before: list[int]  # occurrences before each, of whatever tokens
 
 
+class Second(NamedTuple):
+  """What a model makes of the second token of one occurrence."""
+
+  before: int  # occurrences read before it
+  right: bool  # the likeliest token
+  nats: float  # -log of its probability
+
+
 def check(arg: str, cfg: config.Config) -> None:
   check_documents('induction', arg, cfg)
 
@@ -77,25 +85,21 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     subject_lib.next_token_heads(subject), batch,
   )  # fmt: skip
   # Position p of a row predicts ids[p + 1].
-  right = [
-    [bool(row.argmax[0, p] == item.ids[p + 1]) for p in item.at]
+  seconds = [
+    [
+      Second(
+        n, bool(row.argmax[0, p] == item.ids[p + 1]), float(row.nats[0, p])
+      )
+      for n, p in zip(item.before, item.at, strict=True)
+    ]
     for item, row in zip(items, found, strict=True)
   ]
-  pairs = [
-    pair
-    for item, row in zip(items, right, strict=True)
-    for pair in zip(item.before, row, strict=True)
-  ]
-  nats = [
-    (n, float(row.nats[0, p]))
-    for item, row in zip(items, found, strict=True)
-    for n, p in zip(item.before, item.at, strict=True)
-  ]
-  scalars = score(pairs) | surprise(nats)
+  scalars = score(list(itertools.chain(*seconds)))
   n_documents = len({item.document for item in items})
   lines = [
     f'{len(items):,} passages of {n_documents:,} documents,'
-    f' {sum(n > 0 for n, _ in pairs):,} later occurrences, second'
+    f' {sum(n > 0 for item in items for n in item.before):,} later'
+    f' occurrences, second'
     f' token right {intervals.shown(scalars, "accuracy")}; of first'
     f' ones {intervals.shown(scalars, "first_occurrence")}',
     *(
@@ -108,37 +112,37 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   return suites.Result(
     lines, scalars,
     [
-      dict(document=item.document, name=item.name, right=r)
-      for item, r in zip(items, right, strict=True)
+      dict(
+        document=item.document, name=item.name, right=[s.right for s in of_item]
+      )
+      for item, of_item in zip(items, seconds, strict=True)
     ],
   )  # fmt: skip
 
 
-def score(pairs: list[tuple[int, bool]]) -> dict[str, float]:
-  """Of (occurrences read before, right or not). The intervals take occurrences
-  as independent, which those of one passage or document are not: they are too
+def score(seconds: list[Second]) -> dict[str, float]:
+  """Accuracy by occurrences read before, and mean nats (NaN of none), which
+  part long before the token is the likeliest. The intervals take occurrences as
+  independent, which those of one passage or document are not: they are too
   narrow, the more so the fewer documents there are."""
 
-  def of(first, last=None):
-    asked = [r for n, r in pairs if n >= first and (last is None or n < last)]
-    return sum(asked), len(asked)
+  def of(first, after=None):
+    return [
+      s for s in seconds
+      if s.before >= first and (after is None or s.before < after)
+    ]  # fmt: skip
 
-  scalars = intervals.share('accuracy', *of(1))
-  scalars |= intervals.share('first_occurrence', *of(0, 1))
+  def share(name, asked):
+    return intervals.share(name, sum(s.right for s in asked), len(asked))
+
+  def nats(asked):
+    return sum(s.nats for s in asked) / len(asked) if asked else math.nan
+
+  later, first = of(1), of(0, 1)
+  scalars = share('accuracy', later) | share('first_occurrence', first)
   for level, after in itertools.pairwise((*BEFORE, None)):
-    scalars |= intervals.share(f'accuracy_{level}', *of(level, after))
-  return scalars
-
-
-def surprise(nats: list[tuple[int, float]]) -> dict[str, float]:
-  """Means of (occurrences read before, -log probability of the second token):
-  they part long before the token is the likeliest. NaN where there is none."""
-  later = [x for n, x in nats if n]
-  first = [x for n, x in nats if not n]
-  return dict(
-    nats=sum(later) / len(later) if later else math.nan,
-    first_nats=sum(first) / len(first) if first else math.nan,
-  )
+    scalars |= share(f'accuracy_{level}', of(level, after))
+  return scalars | dict(nats=nats(later), first_nats=nats(first))
 
 
 def _named(cfg: config.Config) -> Iterator[documents.Document]:

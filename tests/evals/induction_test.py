@@ -94,15 +94,16 @@ def test_a_perfect_and_a_random_model(monkeypatch):
     return item.ids[before[-1] + 1] if before else 0
 
   found = induction.score([
-    (n, said(i, p) == i.ids[p + 1])
+    induction.Second(n, said(i, p) == i.ids[p + 1], 0.0)
     for i in items for n, p in zip(i.before, i.at, strict=True)
   ])  # fmt: skip
   assert found['accuracy'] == 1 and found['first_occurrence'] == 0
   assert found['accuracy_1'] == found['accuracy_2'] == found['accuracy_4'] == 1
   rng = np.random.default_rng(0)
-  chance = induction.score(
-    [(n, bool(rng.random() < 1 / 26)) for n in range(6) for _ in range(400)]
-  )
+  chance = induction.score([
+    induction.Second(n, bool(rng.random() < 1 / 26), 0.0)
+    for n in range(6) for _ in range(400)
+  ])  # fmt: skip
   for name in ('accuracy', 'first_occurrence', 'accuracy_1', 'accuracy_4'):
     assert chance[f'{name}_low'] < 1 / 26 < chance[f'{name}_high']
 
@@ -134,17 +135,17 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
   assert found.scalars['nats'] == np.mean(later) + 1
 
 
-def test_surprise_by_hand():
-  found = induction.surprise([(0, 4.0), (1, 2.0), (0, 6.0), (3, 1.0)])
-  assert found == dict(nats=1.5, first_nats=5.0)
-  assert all(math.isnan(x) for x in induction.surprise([]).values())
-
-
-def test_levels_by_hand():
+def test_scores_by_hand():
   right = [False, True, False, True, False, True, True]
-  found = induction.score(list(enumerate(right)))
+  nats = [4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 3.0]
+  found = induction.score([
+    induction.Second(n, right[n], nats[n]) for n in range(len(right))
+  ])  # fmt: skip
   assert found['accuracy'] == 4 / 6 and found['accuracy_1'] == 1
   assert found['accuracy_2'] == 0.5 and found['accuracy_4'] == 2 / 3
+  assert found['nats'] == 1.5 and found['first_nats'] == 4
+  none = induction.score([])
+  assert math.isnan(none['nats']) and math.isnan(none['first_nats'])
 
 
 @pytest.fixture(scope='module')
