@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import sys
+from importlib import metadata
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # see ahead._ledger
 
@@ -68,6 +69,12 @@ def fits_by_formula(size, n, generation, shape) -> bool:
   return estimate.total_bytes <= chip.hbm_bytes
 
 
+def compilers() -> str:
+  return ' and '.join(
+    f'{name} {metadata.version(name)}' for name in ('jaxlib', 'libtpu')
+  )
+
+
 class Compiled:
   """Rows by (size, n, topology); a new one is compiled and written."""
 
@@ -80,7 +87,7 @@ class Compiled:
     key = (size, n, topology)
     if key not in self.rows:
       cfg = configured(size, n, topology, chips_of(shape))
-      row = dict(key=key) | report.values_of(ahead.plan(cfg))
+      row = dict(key=key, by=compilers()) | report.values_of(ahead.plan(cfg))
       with open(ROWS, 'a') as f:
         f.write(json.dumps(row) + '\n')
       print(*key, 'fits' if row['fits'] else 'too large', flush=True)
@@ -159,7 +166,7 @@ that holds each size with one sequence of 4096 tokens a chip,
 bfloat16 compute, all chips along `--mesh.fsdp`. GiB a chip. The roofline is the
 time of a step that the busiest resource needs at its peak; more sequences a
 chip bring its MFU up (`mtp plan --plan.search_mesh`). *: by formula, where
-jaxlib 0.10.2 cannot read back what libtpu 0.0.52 compiled.
+jaxlib cannot read back what libtpu compiled.
 """
 
 
@@ -169,9 +176,10 @@ def main(sizes) -> None:
   lines = table(compiled, sizes)
   if list(sizes) == list(SIZES):
     seconds = [r['compile_s'] for r in compiled.rows.values()]
+    by = ', '.join(sorted({r['by'] for r in compiled.rows.values()}))
     tail = (
       f'\n{len(seconds)} programs; a compile took {min(seconds):.0f} to'
-      f' {max(seconds):.0f} s, with other work on the two cores.\n'
+      f' {max(seconds):.0f} s, with other work on the two cores; by {by}.\n'
     )
     REPORT.write_text('\n'.join([HEAD, *lines]) + '\n' + tail)
 
