@@ -423,7 +423,9 @@ class Eval:
     result=False,
   )
   batches: int = _f(
-    0, 'batches of data.batch_size windows a store; 0 = all', result=False,
+    0,
+    'batches of data.batch_size windows a store, spread over it; 0 = all',
+    result=False,
     **UNSIGNED,
   )  # fmt: skip
   suite: str = _f(

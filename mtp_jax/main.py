@@ -40,7 +40,7 @@ def _report(
   lines: list[str], values: dict, out: str, writes: bool = True
 ) -> None:
   for line in lines:
-    print(line)
+    print(line, flush=True)
   if out and writes:
     paths.write(out, json.dumps(values, indent=1).encode())
 
@@ -160,8 +160,8 @@ def _eval(parsed: flags.Parsed) -> int:
   path = paths.absolute(path, 'eval.checkpoint')
 
   def command():
-    lines, values = report.evaluate(path, parsed)
-    _report(lines, values, parsed.out, processes.first())
+    for lines, values in report.evaluate(path, parsed):
+      _report(lines, values, parsed.out, processes.first())
     return 0
 
   return processes.run(cfg, command)

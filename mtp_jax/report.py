@@ -1,9 +1,11 @@
 """What a user looks at: held-out results, real batches. Floor 5.
 
-Each function returns (lines to print, the same as a JSON-able dict).
+Each function returns, or yields, (lines to print, the same as a JSON-able
+dict).
 """
 
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -24,8 +26,9 @@ from mtp_jax.evals import subject as subject_lib
 from mtp_jax.train import loop, metrics
 
 
-def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
-  """What the suites of --eval.suite say of a checkpoint, under its own config.
+def evaluate(path: str, parsed: flags.Parsed) -> Iterator[tuple[list, dict]]:
+  """What each suite of --eval.suite says of a checkpoint, under its own config:
+  its lines, and the values so far; a later one may fail, after hours.
 
   Flags may say otherwise for how it is computed (data, mesh, loss), not for
   what the parameters are.
@@ -34,21 +37,21 @@ def evaluate(path: str, parsed: flags.Parsed) -> tuple[list[str], dict]:
     opened = _opened(path, parsed)
     workdir, step, _, cfg = opened
     wanted = registry.asked(cfg)
-  lines, values, subject = [], dict(workdir=workdir, step=step), None
+  values, subject = dict(workdir=workdir, step=step), None
   for name, arg in wanted:
     if name == registry.HELDOUT:
-      more, found = _held_out(workdir, step, cfg)
-      lines += more
+      lines, found = _held_out(workdir, step, cfg)
       values |= found
+      yield lines, values
       continue
     subject = subject or _subject(parsed, opened)
     result = registry.SUITES[name].run(subject, arg)
     label = registry.label(name, arg)
-    lines += [f'{workdir}, step {step}, {label}:', *result.lines]
+    lines = [f'{workdir}, step {step}, {label}:', *result.lines]
     lines += suites.write_pages(workdir, step, result.pages)
     found = metrics.jsonable(result.scalars) | dict(items=result.items)
     values.setdefault('suites', {})[label] = found
-  return lines, values
+    yield lines, values
 
 
 def _opened(path, parsed):

@@ -348,6 +348,22 @@ def test_eval_of_an_older_checkpoint_or_another_split(
   assert undefined == last | dict(acceptance_2=None)
 
 
+def test_what_a_suite_found_is_kept_when_a_later_one_fails(
+  undisturbed, tmp_path, capsys
+):
+  text = tmp_path / 'no_name.txt'
+  text.write_text('there is no name in this')
+  out = tmp_path / 'out.json'
+  assert main.main([
+    'eval', f'--eval.checkpoint={undisturbed}', NO_CACHE, f'--out={out}',
+    '--eval.suite=heldout,induction', f'--eval.data=text:{text}',
+  ]) == 2  # fmt: skip
+  shown = capsys.readouterr()
+  assert 'targets of head 1' in shown.out
+  assert shown.err.startswith('mtp: --eval.data=') and 'no name' in shown.err
+  assert json.loads(out.read_text())['loss_1'] > 0
+
+
 @pytest.mark.parametrize(
   'flag', ['heads.n=1', 'model.d_model=32', 'loss.order_weight=0.5']
 )

@@ -696,8 +696,34 @@ FAULTS = (
   ),
   Fault(
     'test-items-trained-on', 0, 'mtp_jax/data/tasks.py',
-    'if found.prompt not in held_out:', 'if found.prompt or held_out:',
+    'if question(found.prompt) not in held_out:', 'if found.prompt:',
     _in('data/tasks', 'test_no_test_item_is_trained_on'),
+  ),
+  Fault(
+    'test-graphs-in-another-order', 0, 'mtp_jax/data/tasks.py',
+    "'|'.join(sorted(edges.split('|')))", 'edges',
+    _in('data/tasks',
+        'test_no_graph_of_the_test_is_trained_on_in_another_order'),
+  ),
+  Fault(
+    'items-drawn-again-dropped', 0, 'mtp_jax/data/spool.py',
+    'if document.drawn:', 'if document.cuts and not document.text:',
+    _in('data/tasks', 'test_an_item_that_is_drawn_again_is_no_duplicate'),
+  ),
+  Fault(
+    'equal-items-in-both-splits', 0, 'mtp_jax/data/spool.py',
+    'named[:24] + found[24:]', 'named',
+    _in('data/tasks', 'test_an_item_that_is_drawn_again_is_no_duplicate'),
+  ),
+  Fault(
+    'last-document-left-out', 0, 'mtp_jax/data/windows.py',
+    '[*offset_M.tolist(), tokens.size]', 'offset_M.tolist()',
+    _in('data/windows', 'test_documents_are_all_there'),
+  ),
+  Fault(
+    'evaluation-of-the-beginning', 0, 'mtp_jax/data/loader.py',
+    'row_B * n // max(n_read, 1)', 'row_B',
+    _in('data/loader', 'test_eval_of_few_batches_is_spread_over_the_split'),
   ),
   Fault(
     'composition-the-other-way', 0, 'mtp_jax/data/tasks.py',

@@ -39,11 +39,13 @@ def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
     more = flags.parse(args).config()
     if what == 'bench':
       assert more.bench.what == 'decode'
+      asked.add('bench')
     else:
-      assert what == 'eval' and more.eval.suite in registry.SUITES
-    asked.add(what if what == 'bench' else more.eval.suite)
+      assert what == 'eval'
+      asked |= set(more.eval.suite.split(','))
+  assert asked <= {'bench', registry.HELDOUT, *registry.SUITES}
   for _, source, _, form in result.columns:
-    assert source == 'eval' or source in asked
+    assert (registry.HELDOUT if source == 'eval' else source) in asked
     assert format(0.5, form)
   if result.documents.startswith('task:'):
     assert next(documents.read(result.documents)).text
@@ -95,9 +97,11 @@ def test_the_document(there):
   lines = results.REPORT.read_text().splitlines()
   code = next(line for line in lines if line.startswith('| n = 1 `--heads.n=1`')
               and '2.5' in line)  # fmt: skip
-  assert code.split(' | ')[1:3] == ['2.500 ± 0.707', '3.000 ± 0.000']
+  assert code.split(' | ')[1:4] == [
+    '2.500 ± 0.707 [2 of 3]', '3.000 ± 0.000 [2 of 3]', '-',
+  ]  # fmt: skip
   star = next(line for line in lines if '40.0%' in line)
-  assert star.split(' | ')[1] == '50.0% (40.0% to 60.0%)'
+  assert star.split(' | ')[1] == '50.0% (40.0% to 60.0%) [1 of 3]'
   assert '3 runs, 2.0 CPU-hours in all.' in lines
   assert 'Seeds 0, 1, 2; 2 of 12 runs, 1.00 CPU-hours.' in lines
   n_open = sum('open' in line for line in lines if line.startswith('| '))
@@ -175,7 +179,7 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     variants={'small': ('--heads.n=2', *shrunk)}, figure='loss-small',
     prepare=('--data.valid_fraction=0.2',),
     asks=(
-      ('eval', '--eval.suite=acceptance', '--eval.split=train',
+      ('eval', '--eval.suite=heldout,acceptance', '--eval.split=train',
        '--bench.prompt=4', '--decode.max_new=4'),
       ('bench', '--bench.what=decode', '--bench.batches=1', '--bench.prompt=4',
        '--decode.max_new=4', '--bench.rounds=1'),
@@ -186,6 +190,8 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   assert row['name'] == 'star_graph, small' and row['cpu_s'] > 1
   assert 0 <= row['values']['star_graph/first_step'] <= 1
   assert row['values']['star_graph/accuracy_high'] <= 1
+  asked = json.loads((tmp_path / row['run'] / 'eval.json').read_text())
+  assert row['values']['eval/accepted_length'] == asked['accepted_length']
   assert 1 <= row['values']['acceptance/tokens_per_forward'] <= 2
   assert 1 <= row['values']['bench/tokens_per_forward'] <= 2
   assert row['values']['bench/speed_up'] > 0
@@ -194,6 +200,7 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   again = results.measure(plain, 'small', 0, tmp_path, '.')
   assert again['run'] == row['run'] and again['made_of'] != row['made_of']
   assert again['values'].items() < row['values'].items()
+  assert 'eval/accepted_length' not in again['values']
   assert again['cpu_s'] > row['cpu_s']
   # The picture of the report, where the document looks for it.
   monkeypatch.setattr(results, 'RESULTS', (star,))
@@ -204,3 +211,6 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   assert results.picture_of(star).read_bytes()[:4] == b'\x89PNG'
   results.write()
   assert '](star_graph.png)' in results.REPORT.read_text()
+  results.ROWS.write_text('')  # the rows are gone: it shows others
+  results.write()
+  assert 'star_graph.png' not in results.REPORT.read_text()

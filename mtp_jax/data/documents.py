@@ -28,11 +28,15 @@ from mtp_jax.data import tasks
 
 class Document(NamedTuple):
   """cuts: characters at which scoring goes on and off in turn, from off; each
-  piece between two is encoded by itself. () = the whole text is scored."""
+  piece between two is encoded by itself. () = the whole text is scored.
+
+  drawn: from a distribution, where how often a text comes is part of it: one
+  that was there before is no duplicate."""
 
   name: str  # relative and stable, e.g. stdlib/json/decoder.py, a.jsonl:17
   text: str
   cuts: tuple[int, ...] = ()
+  drawn: bool = False
 
 
 File = tuple[str, str]  # (document name, path)
@@ -339,8 +343,9 @@ def _task(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
   def stream():
     for index, found in tasks.train(of, items):
       yield Document(
-        f'{of}:{index}', found.prompt + found.answer, (len(found.prompt),)
-      )
+        f'{of}:{index}', found.prompt + found.answer, (len(found.prompt),),
+        drawn=True,
+      )  # fmt: skip
 
   return stream()
 

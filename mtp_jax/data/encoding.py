@@ -7,16 +7,13 @@ changes nothing. A few batches a process are under way at any time, hence memory
 is bounded. Letters: M documents, P tokens.
 """
 
-import collections
 import contextlib
 import functools
 import itertools
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator
-from concurrent import futures
+from multiprocessing import connection
 from typing import NamedTuple
 
 import numpy as np
@@ -118,52 +115,90 @@ def _batches(found) -> Iterator[list[documents.Document]]:
 
 
 def _in_processes(batches, tokenizer, workers) -> Iterator[Encoded]:
-  pool = futures.ProcessPoolExecutor(
-    workers, multiprocessing.get_context('spawn'), _start,
-    (tokenizer.name, tokenizer.files),
-  )  # fmt: skip
-  waiting = collections.deque()
+  """Each process at a pipe of its own, which ends where the process does: of a
+  queue that several write to (concurrent.futures), half a result of one that
+  was killed would be waited for in all eternity."""
+  started, free, under_way, done = [], [], {}, {}
+  turn = 0
   try:
-    for batch in batches:
-      with _interrupts_stay_here():
-        waiting.append(pool.submit(_encode_there, batch))
-      if len(waiting) > 2 * workers:
-        yield waiting.popleft().result()
-    while waiting:
-      yield waiting.popleft().result()
-  except futures.process.BrokenProcessPool as error:
+    for number, batch in enumerate(batches):
+      if not free and len(started) < workers:
+        started.append(_started(tokenizer))
+        free.append(started[-1][1])
+      elif not free:
+        free += _received(under_way, done, turn, workers)
+      pipe = free.pop()
+      with _said_if_killed(workers):
+        pipe.send(batch)
+      under_way[pipe] = number
+      while turn in done:
+        yield done.pop(turn)
+        turn += 1
+    while under_way:
+      _received(under_way, done, turn, workers)
+      while turn in done:
+        yield done.pop(turn)
+        turn += 1
+  finally:
+    for process, pipe in started:
+      pipe.close()
+      process.terminate()
+    for process, _ in started:
+      process.join()
+
+
+@contextlib.contextmanager
+def _said_if_killed(workers: int):
+  try:
+    yield
+  except (EOFError, OSError) as error:
     raise config.ConfigError(
       'data.workers', workers, 'a process that encodes was killed, perhaps for'
       ' want of memory; fewer of them need less',
     ) from error  # fmt: skip
-  finally:
-    pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _interrupts_stay_here():
-  """A process that is started now never sees Ctrl-C; this one will end it."""
+def _received(under_way: dict, done: dict, turn: int, workers: int) -> list:
+  """Puts results into `done`, by the numbers of their batches; the pipes that
+  they came from. Where too many are done before their turn, the next alone."""
+  pipes = list(under_way)
+  if len(done) >= 2 * workers:
+    pipes = [pipe for pipe in pipes if under_way[pipe] == turn]
+  ready = connection.wait(pipes)
+  for pipe in ready:
+    with _said_if_killed(workers):
+      result = pipe.recv()
+    if isinstance(result, Exception):
+      raise result
+    done[under_way.pop(pipe)] = result
+  return ready
+
+
+def _started(tokenizer: tokenizers.Tokenizer):
+  """(a process that encodes what comes through a pipe, our end of it)."""
+  context = multiprocessing.get_context('spawn')
+  ours, theirs = context.Pipe()
+  process = context.Process(
+    target=_work, args=(theirs, tokenizer.name, tokenizer.files), daemon=True
+  )
+  # One that is started now never sees Ctrl-C; this one will end it.
   old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
-    yield
+    process.start()
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    theirs.close()  # the only other end is the process's
+  return process, ours
 
 
-_tokenizer = None  # of a process of the pool
-
-
-def _start(name: str, files: tokenizers.Files) -> None:
-  global _tokenizer
-  _tokenizer = tokenizers.of_files(name, files)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """A parent that was killed could not say so: its queue stays open here."""
-  multiprocessing.parent_process().join()
-  os._exit(1)
-
-
-def _encode_there(batch: list[documents.Document]) -> Encoded:
-  return encode(batch, _tokenizer)
+def _work(pipe, name: str, files: tokenizers.Files) -> None:
+  """Ends with its pipe, as when the parent was killed."""
+  tokenizer = tokenizers.of_files(name, files)
+  with contextlib.suppress(EOFError, OSError):
+    while True:
+      batch = pipe.recv()
+      try:
+        result = encode(batch, tokenizer)
+      except Exception as error:  # noqa: BLE001 it is the parent's to raise
+        result = error
+      pipe.send(result)

@@ -153,18 +153,22 @@ def eval_batches(
   'scored' of a masked split.
 
   The last batch is filled up with rows of token 0 at position 0 throughout,
-  which hold no valid target. At most limit batches; of each the given rows,
-  None = all.
+  which hold no valid target. At most limit batches, of windows that are as far
+  apart as the split allows: its beginning may be one long document. Of each
+  batch the given rows, None = all.
   """
   _check_windows(split, seq_len, span)
   _check_divides(batch_size, 1)
   rows_B = np.arange(batch_size) if rows is None else rows
-  starts = range(0, split.n_windows(seq_len, span), batch_size)
+  n = split.n_windows(seq_len, span)
+  n_read = n if limit is None else min(limit * batch_size, n)
 
   def read(start: int) -> Batch:
-    return _read(split, start + rows_B[None], seq_len, span)
+    row_B = start + rows_B
+    window_B = np.where(row_B < n_read, row_B * n // max(n_read, 1), n)
+    return _read(split, window_B[None], seq_len, span)
 
-  return map(read, starts[:limit])
+  return map(read, range(0, n_read, batch_size))
 
 
 def _index_batches(sizes, weights, seed: int, batch_size: int):

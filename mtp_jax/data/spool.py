@@ -31,11 +31,17 @@ class Spool(NamedTuple):
 
 
 def digest(document: documents.Document) -> bytes:
-  """sha256 of the text and of what is scored of it: the document's identity."""
+  """sha256 of the text and of what is scored of it: the document's identity.
+  One that is drawn has its name's as well, but for the last word, so that equal
+  ones are of the same split."""
   data = document.text.encode()
   if document.cuts:  # after a byte that UTF-8 does not have
     data += b'\xff' + repr(document.cuts).encode()
-  return hashlib.sha256(data).digest()
+  found = hashlib.sha256(data).digest()
+  if document.drawn:
+    named = hashlib.sha256(found + document.name.encode()).digest()
+    return named[:24] + found[24:]
+  return found
 
 
 def held_out(digest_M4: np.ndarray, fraction: float) -> np.ndarray:

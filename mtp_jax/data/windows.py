@@ -5,6 +5,8 @@ and stay within a shard; span = K gives every query its K targets. The tail of
 a shard that fills no window is left out.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,12 @@ class Split(NamedTuple):
   def masked(self) -> bool:
     """Whether there are tokens that are not to be scored."""
     return bool(self.scored)
+
+  def documents(self) -> Iterator[np.ndarray]:
+    """The tokens of each document, in store order."""
+    for tokens, offset_M in zip(self.tokens, self.offsets, strict=True):
+      bounds = itertools.pairwise([*offset_M.tolist(), tokens.size])
+      yield from (tokens[begin:end] for begin, end in bounds)
 
   def n_windows(self, seq_len: int, span: int) -> int:
     """Windows of seq_len + span tokens, seq_len apart, within a shard."""

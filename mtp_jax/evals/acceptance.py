@@ -54,11 +54,10 @@ def pieces(cfg: config.Config, n: int, flag: str) -> list[np.ndarray]:
   for skip in range(n):
     if len(found) == n:
       break
-    for tokens, offsets in zip(split.tokens, split.offsets, strict=True):
-      for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
-        start = int(begin) + skip * P
-        if start + P < int(end) and len(found) < n:
-          found.append(np.array(tokens[start : start + P], np.int64))
+    for tokens in split.documents():
+      piece = tokens[skip * P : (skip + 1) * P + 1]  # and one to predict
+      if piece.size > P and len(found) < n:
+        found.append(np.array(piece[:P], np.int64))
   if len(found) < n:
     raise config.ConfigError(
       flag, config.get(cfg, flag),

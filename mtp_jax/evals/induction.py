@@ -159,34 +159,35 @@ def texts(cfg: config.Config, tokenizer) -> Iterator[documents.Document]:
     return
   path = config.parse_stores(cfg.data.store)[0].path
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
-  for s, (tokens, offsets) in enumerate(
-    zip(split.tokens, split.offsets, strict=True)
-  ):
-    for m, (begin, end) in enumerate(
-      zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    ):
-      yield documents.Document(
-        f'{cfg.eval.split} {s}:{m}', tokenizer.decode(tokens[begin:end])
-      )
+  for m, tokens in enumerate(split.documents()):
+    yield documents.Document(f'{cfg.eval.split} {m}', tokenizer.decode(tokens))
 
 
 def make(
   found: Iterator[documents.Document], tokenizer, seq_len: int, limit: int = 0
 ) -> list[Item]:
   """Passages of at most seq_len + 1 tokens, one name replaced in each; the same
-  from the same documents, `limit` of them unless it is 0."""
+  from the same documents, `limit` of them unless it is 0: the first of each
+  document, the second of each, and so on."""
   pool = _pool(tokenizer)
-  items = []
-  for document in found:
+
+  def of_one(document: documents.Document) -> Iterator[Item]:
     lower = set(WORD.findall(document.text))
     names = {n for n in NAME.findall(document.text) if n.lower() not in lower}
     for number, passage in enumerate(_passages(document.text, 4 * seq_len)):
       rng = random.Random(f'{document.name}:{number}')
       item = _item(document.name, passage, names, pool, tokenizer, seq_len, rng)
       if item:
-        items.append(item)
-      if limit and len(items) == limit:
-        return items
+        yield item
+
+  if not limit:
+    return [item for document in found for item in of_one(document)]
+  items = []
+  # No more texts in memory at a time than may be needed, one item of each.
+  while len(items) < limit and (some := list(itertools.islice(found, limit))):
+    rounds = itertools.zip_longest(*map(of_one, some))
+    here = (item for of_round in rounds for item in of_round if item)
+    items += itertools.islice(here, limit - len(items))
   return items
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -72,15 +73,36 @@ def test_an_error_while_encoding_is_one_line(
   assert sorted(os.listdir(tmp_path)) == ['d.jsonl', 'tokenizer.json']
 
 
-def test_a_killed_process_is_one_line(tmp_path, words):
+@pytest.mark.parametrize('wait_s', [0, 2])  # until it can write no more
+def test_a_killed_process_is_one_line(words, wait_s):
   tokenizer = tokenizers.get(words)
   found = (Document('x', 'a b ' * 2**17) for _ in range(9))
   running = encoding.run(found, tokenizer, 1 + 1)
   next(running)
+  time.sleep(wait_s)
   for child in encoding.multiprocessing.active_children():
     os.kill(child.pid, signal.SIGKILL)
   with pytest.raises(config.ConfigError, match='--data.workers=2: a process'):
     list(running)
+
+
+def test_a_slow_batch_holds_back_a_bounded_number(words, monkeypatch):
+  """Of others' results, and the order stays."""
+  tokenizer = tokenizers.get(words)
+  monkeypatch.setattr(encoding, 'BATCH_BYTES', 1)
+  held, received = [], encoding._received
+
+  def counting(under_way, done, turn, workers):
+    found = received(under_way, done, turn, workers)
+    held.append(len(done))
+    return found
+
+  monkeypatch.setattr(encoding, '_received', counting)
+  texts = ['a b ' * 2**17, *('a ' * i for i in range(1, 100))]
+  found = (Document('x', text) for text in texts)
+  lengths = [x.length_M.tolist() for x in encoding.run(found, tokenizer, 3)]
+  assert lengths == [[2**18 + 2], *([i + 2] for i in range(1, 100))]
+  assert 1 < max(held) <= 2 * 3 + 3
 
 
 INTERRUPTED = """

@@ -1,4 +1,5 @@
 import itertools
+import math
 import pathlib
 import subprocess
 import sys
@@ -326,12 +327,33 @@ def test_eval_reads_each_window_once_and_pads(batch_size):
 def test_eval_limit_and_processes():
   whole = _eval()
   assert len(whole) == 5
-  for limit, n in ((1, 1), (3, 3), (99, 5), (0, 0)):
-    _assert_equal(_eval(limit=limit), whole[:n])
+  for limit in (5, 99):
+    _assert_equal(_eval(limit=limit), whole)
+  assert not _eval(limit=0)
   for process_count in (2, 4, 8):
     rows = np.arange(8).reshape(process_count, -1)
     parts = [_eval(rows=mine) for mine in rows]
     _assert_equal(_concatenate(parts), whole)
+
+
+@pytest.mark.parametrize('limit, batch_size', [(1, 8), (3, 8), (4, 3), (16, 2)])
+def test_eval_of_few_batches_is_spread_over_the_split(limit, batch_size):
+  """As many windows, each another one, none of them far from its share."""
+  split = _split()
+  n = split.n_windows(T, SPAN)
+  batches = _eval(limit=limit, batch_size=batch_size)
+  assert len(batches) == limit
+  rows = np.concatenate([b['tokens'][0] for b in batches])
+  whole = np.concatenate([b['tokens'][0] for b in _eval(batch_size=1)])
+  m = limit * batch_size
+  wanted = [math.floor(i * n / m) for i in range(m)]
+  assert len(set(wanted)) == m < n
+  np.testing.assert_array_equal(rows, whole[wanted])
+  halves = [
+    _eval(limit=limit, batch_size=batch_size, rows=r)
+    for r in np.array_split(np.arange(batch_size), min(2, batch_size))
+  ]
+  _assert_equal(_concatenate(halves), batches)
 
 
 def test_no_flags_are_needed():

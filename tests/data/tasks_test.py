@@ -165,6 +165,20 @@ def test_no_test_item_is_trained_on(monkeypatch):
   assert len(trained | asked) == 14
 
 
+def test_no_graph_of_the_test_is_trained_on_in_another_order(monkeypatch):
+  of = tasks.named('star_graph/d=2/length=2/nodes=4')  # 48 questions, 2 orders
+  monkeypatch.setattr(tasks, 'N_TESTS', 12)
+
+  def asked(item):
+    edges, ends = item.prompt.split('/')
+    return frozenset(edges.split('|')), ends
+
+  held_out = {asked(item) for item in tasks.tests(of, 12)}
+  trained = {asked(item) for _, item in tasks.train(of, 900)}
+  assert 6 < len(held_out) and not trained & held_out
+  assert len(trained | held_out) == 4 * 3 * 2  # a centre, two of the rest, goal
+
+
 @pytest.mark.parametrize(
   'text, problem',
   [
@@ -203,3 +217,25 @@ def test_documents_score_the_answer_alone(tmp_path):
   assert {bytes(a.astype('uint8')).decode() for a in answers} == {
     d.text.split('=')[1] for d in found
   }
+
+
+def test_an_item_that_is_drawn_again_is_no_duplicate(tmp_path):
+  """Or the few short expressions would hardly be trained on; equal ones are of
+  the same split."""
+  source = 'task:polynomial/p=3/n=1/train=3/test=1/items=3000'
+  found = list(documents.read(source))
+  manifest = store.write(
+    str(tmp_path / 's'), iter(found), tokenizers.get('bytes'),
+    valid_fraction=0.3, sources=source,
+  )  # fmt: skip
+  assert manifest['duplicates'] == 0
+  opened, texts = store.open_store(str(tmp_path / 's')), {}
+  for name in ('train', 'valid'):
+    rows = [bytes(row[1:-1].astype('uint8')) for row in
+            opened.split(name).documents()]  # fmt: skip
+    texts[name] = collections.Counter(row.decode() for row in rows)
+  assert texts['train'] + texts['valid'] == collections.Counter(
+    d.text for d in found
+  )
+  assert not texts['train'].keys() & texts['valid'].keys()
+  assert max(texts['train'].values()) > 20

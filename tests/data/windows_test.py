@@ -18,6 +18,13 @@ def _split(lengths=LENGTHS) -> windows.Split:
   return windows.Split('train', tuple(tokens), tuple(offsets))
 
 
+def test_documents_are_all_there():
+  wanted = [length for shard in LENGTHS for length in shard]
+  found = list(_split().documents())
+  assert [tokens.size for tokens in found] == wanted
+  assert np.concatenate(found).tolist() == list(range(sum(wanted)))
+
+
 def _by_hand(lengths, seq_len: int, span: int):
   """(tokens, positions, documents) of all windows, by counting."""
   found, token, document = [], 0, 0

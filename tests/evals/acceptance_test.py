@@ -44,9 +44,8 @@ def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
   )
   split = store_lib.open_store(path).split('valid')
   tokens, offsets = split.tokens[0], split.offsets[0]
-  n = len(offsets) - 1
-  found = acceptance.pieces(cfg, n + 2, 'eval.items')
-  starts = [*offsets[:-1], offsets[0] + 10, offsets[1] + 10]
+  found = acceptance.pieces(cfg, len(offsets) + 2, 'eval.items')
+  starts = [*offsets, offsets[0] + 10, offsets[1] + 10]
   for piece, start in zip(found, starts, strict=True):
     assert piece.tolist() == tokens[start : start + 10].tolist()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import config, main
-from mtp_jax.data import documents, tokenizers
+from mtp_jax.data import documents, store, tokenizers
 from mtp_jax.evals import induction, scores, subject
 from mtp_jax.train import metrics
 from tests import browser, runs
@@ -37,6 +37,30 @@ def test_a_name_is_replaced_by_one_of_two_tokens_everywhere():
   assert a.name != b.name  # of another document
   assert [x.name for x in _items()] == [a.name, b.name]
   assert len(_items(limit=1)) == 1
+
+
+def test_the_first_items_are_of_as_many_documents_as_there_are():
+  """A long one does not use up --eval.items; one without a name gives none."""
+  texts = ['No name.', (STORY + '\n\n') * 40, STORY, 'No name.', STORY * 2]
+  found = [documents.Document(str(i), text) for i, text in enumerate(texts)]
+
+  def of(limit):
+    items = induction.make(iter(found), BYTES, 300, limit)
+    return [item.document for item in items]
+
+  assert of(2) == ['1', '1']  # no more than two texts in memory
+  assert of(6)[:4] == ['1', '2', '4', '1']
+  assert sorted(of(999)) == sorted(of(0)) and len(of(5)) == 5
+
+
+def test_held_out_texts_are_all_there(tmp_path):
+  path = runs.make_store(str(tmp_path / 'store'))
+  cfg = config.replace(config.Config(), **{'data.store': path})
+  opened = store.open_store(path)
+  found = list(induction.texts(cfg, BYTES))
+  assert len(found) == opened.manifest['splits']['valid']['documents'] > 3
+  whole = np.concatenate(opened.split('valid').tokens)
+  assert ''.join(d.text for d in found) == BYTES.decode(whole)
 
 
 def test_occurrences_of_other_tokens_count_as_read():
