@@ -234,7 +234,7 @@ def test_a_prompt_and_a_completion_are_one_document(tmp_path):
   rows = [dict(p='ask é', c='say'), dict(p='', c='x'), dict(p='y', c='')]
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   found = list(documents.read(f'jsonl:{path}#p+c'))
-  assert [tuple(d) for d in found] == [
+  assert [(d.name, d.text, d.cuts) for d in found] == [
     ('a.jsonl:1', 'ask ésay', (5,)),
     ('a.jsonl:2', 'x', (0,)),
     ('a.jsonl:3', 'y', (1,)),
