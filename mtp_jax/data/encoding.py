@@ -94,12 +94,12 @@ def run(
   if workers == 1 or not tokenizer.files:  # a byte is its own id
     yield from map(here, batches)
     return
-  first = list(itertools.islice(batches, 2))
-  batches = itertools.chain(first, batches)
+  first = list(itertools.islice(batches, workers))
   if len(first) < 2:  # not worth the start of a process
-    yield from map(here, batches)
-  else:
-    yield from _in_processes(batches, tokenizer, workers)
+    yield from map(here, first)
+    return
+  batches = itertools.chain(first, batches)
+  yield from _in_processes(batches, tokenizer, workers, len(first))
 
 
 def _batches(found) -> Iterator[list[documents.Document]]:
@@ -114,20 +114,19 @@ def _batches(found) -> Iterator[list[documents.Document]]:
     yield batch
 
 
-def _in_processes(batches, tokenizer, workers) -> Iterator[Encoded]:
+def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
   """Each process at a pipe of its own, which ends where the process does: of a
   queue that several write to (concurrent.futures), half a result of one that
   was killed would be waited for in all eternity."""
-  started, free, under_way, done = [], [], {}, {}
+  started, under_way, done = [], {}, {}
   turn = 0
   try:
+    started += (_started(tokenizer) for _ in range(n))
+    free = [pipe for _, pipe in started]
     for number, batch in enumerate(batches):
-      if not free and len(started) < workers:
-        started.append(_started(tokenizer))
-        free.append(started[-1][1])
-      elif not free:
+      if not free:
         free += _received(under_way, done, turn, workers)
-      pipe = free.pop()
+      pipe = free.pop(0)
       with _said_if_killed(workers):
         pipe.send(batch)
       under_way[pipe] = number
