@@ -172,8 +172,8 @@ RESULTS = (
     ' 8 heads, 3.67 at 3.84 with 4, 1.94 at 1.98 with 2.',
     'One text a seed: how often it repeats itself decides. What a pass takes'
     ' does not depend on it: eight heads are eight of ten layers, and head 1'
-    ' alone needs three, so that the eight pay where more than about 3.7 tokens'
-    ' a pass stand, which the beginnings of the result before do not reach; the'
+    ' alone needs three, so that the eight pay where more tokens than that stand'
+    ' a pass, which the beginnings of the result before do not reach; the'
     ' 7B model of the paper has 32 layers.',
     flags='code', prepare=('--data.valid_fraction=0.05',), asks=TIMED,
     seeds=(0, 1, 2),
