@@ -11,7 +11,9 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import queue
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from typing import NamedTuple
@@ -118,22 +120,22 @@ def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
   """Each process at a pipe of its own, which ends where the process does: of a
   queue that several write to (concurrent.futures), half a result of one that
   was killed would be waited for in all eternity."""
-  started, under_way, done = [], {}, {}
-  turn = 0
+  started, done, turn = [], {}, 0
   try:
     started += (_started(tokenizer) for _ in range(n))
-    free = [pipe for _, pipe in started]
+    under_way = {pipe: [] for _, pipe in started}
+    free = [*under_way, *under_way]  # one batch to encode, one to go on with
     for number, batch in enumerate(batches):
       if not free:
         free += _received(under_way, done, turn, workers)
       pipe = free.pop(0)
       with _said_if_killed(workers):
         pipe.send(batch)
-      under_way[pipe] = number
+      under_way[pipe].append(number)
       while turn in done:
         yield done.pop(turn)
         turn += 1
-    while under_way:
+    while any(under_way.values()):
       _received(under_way, done, turn, workers)
       while turn in done:
         yield done.pop(turn)
@@ -160,16 +162,16 @@ def _said_if_killed(workers: int):
 def _received(under_way: dict, done: dict, turn: int, workers: int) -> list:
   """Puts results into `done`, by the numbers of their batches; the pipes that
   they came from. Where too many are done before their turn, the next alone."""
-  pipes = list(under_way)
+  pipes = [pipe for pipe, numbers in under_way.items() if numbers]
   if len(done) >= 2 * workers:
-    pipes = [pipe for pipe in pipes if under_way[pipe] == turn]
+    pipes = [pipe for pipe in pipes if turn in under_way[pipe]]
   ready = connection.wait(pipes)
   for pipe in ready:
     with _said_if_killed(workers):
       result = pipe.recv()
     if isinstance(result, Exception):
       raise result
-    done[under_way.pop(pipe)] = result
+    done[under_way[pipe].pop(0)] = result
   return ready
 
 
@@ -191,11 +193,20 @@ def _started(tokenizer: tokenizers.Tokenizer):
 
 
 def _work(pipe, name: str, files: tokenizers.Files) -> None:
-  """Ends with its pipe, as when the parent was killed."""
+  """Ends with its pipe, as when the parent was killed. What comes is taken at
+  once: neither end waits for the other to read while it writes."""
+  batches = queue.SimpleQueue()
+
+  def receive():
+    with contextlib.suppress(EOFError, OSError):
+      while True:
+        batches.put(pipe.recv())
+    batches.put(None)
+
+  threading.Thread(target=receive, daemon=True).start()
   tokenizer = tokenizers.of_files(name, files)
-  with contextlib.suppress(EOFError, OSError):
-    while True:
-      batch = pipe.recv()
+  with contextlib.suppress(OSError):
+    while (batch := batches.get()) is not None:
       try:
         result = encode(batch, tokenizer)
       except Exception as error:  # noqa: BLE001 it is the parent's to raise
