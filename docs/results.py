@@ -346,11 +346,10 @@ def asked_of(what: str, store: str, run: str) -> list[str]:
 
 def draw(result: Result, folder: pathlib.Path) -> None:
   """The report's figure, beside the document, once its runs are there."""
-  there, seed = rows(), result.seeds[0]
   found = {
-    label: folder / there[key]['run'] for label in result.variants
-    if (key := key_of(result, label, seed)) in there
-  }  # fmt: skip
+    label: folder / row['run']
+    for label, row in of_first_seed(result, rows()).items()
+  }
   here = all(run.is_dir() for run in found.values())
   if not result.figure or not here or found.keys() != result.variants.keys():
     return
@@ -360,6 +359,12 @@ def draw(result: Result, folder: pathlib.Path) -> None:
       named_so.symlink_to(run)
     _mtp(['report', *map(str, runs)])
     shutil.copy(runs[0] / 'report' / f'{result.figure}.png', picture_of(result))
+
+
+def of_first_seed(result: Result, there: dict) -> dict[str, dict]:
+  """Rows by label, of those that the picture shows."""
+  keys = {v: key_of(result, v, result.seeds[0]) for v in result.variants}
+  return {label: there[key] for label, key in keys.items() if key in there}
 
 
 def picture_of(result: Result) -> pathlib.Path:
@@ -434,9 +439,7 @@ def section(result: Result, there: dict) -> list[str]:
     cells = [cell(result, label, c, there) for c in result.columns]
     shown = f' `{" ".join(flags)}`' if flags and label not in flags[0] else ''
     lines.append(f'| {label}{shown} | ' + ' | '.join(cells) + ' |')
-  drawn = all(
-    key_of(result, label, result.seeds[0]) in there for label in result.variants
-  )
+  drawn = of_first_seed(result, there).keys() == result.variants.keys()
   if drawn and picture_of(result).exists():
     shown = f'![{result.title}, {result.figure}]({picture_of(result).name})'
     lines += ['', shown, '', f'Seed {result.seeds[0]}, over training.']

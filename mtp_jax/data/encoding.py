@@ -121,6 +121,13 @@ def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
   queue that several write to (concurrent.futures), half a result of one that
   was killed would be waited for in all eternity."""
   started, done, turn = [], {}, 0
+
+  def in_turn():
+    nonlocal turn
+    while turn in done:
+      yield done.pop(turn)
+      turn += 1
+
   try:
     started += (_started(tokenizer) for _ in range(n))
     under_way = {pipe: [] for _, pipe in started}
@@ -132,14 +139,10 @@ def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
       with _said_if_killed(workers):
         pipe.send(batch)
       under_way[pipe].append(number)
-      while turn in done:
-        yield done.pop(turn)
-        turn += 1
+      yield from in_turn()
     while any(under_way.values()):
       _received(under_way, done, turn, workers)
-      while turn in done:
-        yield done.pop(turn)
-        turn += 1
+      yield from in_turn()
   finally:
     for process, pipe in started:
       pipe.close()

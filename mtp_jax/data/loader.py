@@ -165,7 +165,7 @@ def eval_batches(
 
   def read(start: int) -> Batch:
     row_B = start + rows_B
-    window_B = np.where(row_B < n_read, row_B * n // max(n_read, 1), n)
+    window_B = np.where(row_B < n_read, row_B * n // n_read, n)
     return _read(split, window_B[None], seq_len, span)
 
   return map(read, range(0, n_read, batch_size))

@@ -28,8 +28,10 @@ class Split(NamedTuple):
   def documents(self) -> Iterator[np.ndarray]:
     """The tokens of each document, in store order."""
     for tokens, offset_M in zip(self.tokens, self.offsets, strict=True):
-      bounds = itertools.pairwise([*offset_M.tolist(), tokens.size])
-      yield from (tokens[begin:end] for begin, end in bounds)
+      bounds = itertools.chain(map(int, offset_M), [tokens.size])
+      yield from (
+        tokens[begin:end] for begin, end in itertools.pairwise(bounds)
+      )
 
   def n_windows(self, seq_len: int, span: int) -> int:
     """Windows of seq_len + span tokens, seq_len apart, within a shard."""

@@ -52,15 +52,13 @@ def pieces(cfg: config.Config, n: int, flag: str) -> list[np.ndarray]:
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
   P, found = cfg.bench.prompt, []
   for skip in range(n):
-    if len(found) == n:
-      break
     for tokens in split.documents():
       piece = tokens[skip * P : (skip + 1) * P + 1]  # and one to predict
-      if piece.size > P and len(found) < n:
+      if piece.size > P:
         found.append(np.array(piece[:P], np.int64))
-  if len(found) < n:
-    raise config.ConfigError(
-      flag, config.get(cfg, flag),
-      f'{path} has {len(found)} pieces of --bench.prompt={P} tokens held out',
-    )  # fmt: skip
-  return found
+      if len(found) == n:
+        return found
+  raise config.ConfigError(
+    flag, config.get(cfg, flag),
+    f'{path} has {len(found)} pieces of --bench.prompt={P} tokens held out',
+  )  # fmt: skip

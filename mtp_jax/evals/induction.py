@@ -99,8 +99,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   lines = [
     f'{len(items):,} passages of {n_documents:,} documents,'
     f' {sum(n > 0 for item in items for n in item.before):,} later'
-    f' occurrences, second'
-    f' token right {intervals.shown(scalars, "accuracy")}; of first'
+    f' occurrences, second token right'
+    f' {intervals.shown(scalars, "accuracy")}; of first'
     f' ones {intervals.shown(scalars, "first_occurrence")}',
     *(
       f'  read {times} before: {intervals.shown(scalars, f"accuracy_{of}")}'

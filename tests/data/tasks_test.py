@@ -166,7 +166,7 @@ def test_no_test_item_is_trained_on(monkeypatch):
 
 
 def test_no_graph_of_the_test_is_trained_on_in_another_order(monkeypatch):
-  of = tasks.named('star_graph/d=2/length=2/nodes=4')  # 48 questions, 2 orders
+  of = tasks.named('star_graph/d=2/length=2/nodes=4')  # 24 questions
   monkeypatch.setattr(tasks, 'N_TESTS', 12)
 
   def asked(item):
