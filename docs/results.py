@@ -106,8 +106,8 @@ RESULTS = (
     'polynomial', 'Polynomial arithmetic',
     'Does a longer reach help to learn an algorithm? Expressions over'
     ' F_3[X]/(X^3) of 1 or 2 operations in training, 1 to 3 in the test, 500'
-    ' items each, greedy. No item of the test is trained on: of the 2,214 of one'
-    ' operation 1,091 are, which makes them 30% of the items, and no single'
+    ' items each, greedy. No item of the test is trained on: of the 2,214 of'
+    ' one operation 1,091 are, which makes them 30% of the items, and no single'
     ' negation. Of the 500 of one operation 370 differ, so that its interval is'
     ' too narrow.',
     'task:polynomial/p=3/n=3/train=2/test=3/items=800000',
