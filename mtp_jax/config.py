@@ -676,6 +676,10 @@ class Bench:
     '', 'numbers of heads that decode uses; empty = 1, 2 … all', result=False
   )
   batches: str = _f('1,8', 'rows that decode decodes at once', result=False)
+  pieces: int = _f(
+    8, 'held-out pieces, each a prompt of decode; the same for any number of'
+    ' rows, and as many as those at least', result=False, **POSITIVE,
+  )  # fmt: skip
   prompt: int = _f(
     128, 'tokens of a prompt of decode; --decode.max_new follow', result=False,
     **POSITIVE,

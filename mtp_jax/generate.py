@@ -280,16 +280,7 @@ def run(
         say(f'=== {len(rows)} of {len(prompts)}\n{_shown(row)}\n')
   if len(prompts) == 1:
     say('\n')
-  total = decoder_lib.Decoded(
-    sum((d.tokens for d in done), []),
-    np.concatenate([d.forwards for d in done]),
-    *(
-      sum(getattr(d, name) for d in done)
-      for name in (
-        'asked_J', 'accepted_J', 'prefill_s', 'decode_s', 'compile_s'
-      )
-    ),
-  )  # fmt: skip
+  total = decoder_lib.joined(done)
   _tell([
     f'{opened.name}: {total.n_tokens:,} tokens in'
     f' {int(total.forwards.sum()):,} forward passes of a row,'
@@ -457,13 +448,24 @@ def compare(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
 
 def _in_turn(opened: Opened, variants: list, ids, stop_ids, rows: int = 0):
   """Each variant's Decoded (of the last round, with the median times) and its
-  speed-ups over the first, by round."""
-  decode, rounds = opened.decoder, opened.cfg.bench.rounds
+  speed-ups over the first, by round; `rows` prompts at once, 0 = all."""
+  rows, rounds = rows or len(ids), opened.cfg.bench.rounds
+  seed = opened.cfg.decode.seed
+
+  def decode(widths):
+    return decoder_lib.joined([
+      opened.decoder(
+        ids[i : i + rows], widths=widths, rows=rows, stop_ids=stop_ids,
+        seeds=range(seed + i, seed + i + rows),
+      )
+      for i in range(0, len(ids), rows)
+    ])  # fmt: skip
+
   last, times = {}, {v: [] for v in variants}
   prefills = {v: [] for v in variants}
   for r in range(rounds + 1):
     for widths in variants if r % 2 else variants[::-1]:
-      last[widths] = decode(ids, widths=widths, stop_ids=stop_ids, rows=rows)
+      last[widths] = decode(widths)
       if r:  # the first is not kept
         times[widths].append(last[widths].decode_s)
         prefills[widths].append(last[widths].prefill_s)
@@ -503,8 +505,8 @@ def _partings(opened: Opened, ids, plain, drafted) -> list[dict]:
 
 
 def measure(opened: Opened) -> tuple[list[str], dict]:
-  """--bench.what=decode: heads in use by rows at once, in turn, on the
-  beginnings of held-out documents."""
+  """--bench.what=decode: heads in use by rows at once, in turn, on pieces of
+  held-out documents, the same for any number of rows."""
   cfg, decode = opened.cfg, opened.decoder
   b, n = cfg.bench, len(decode.widths) + 1
   drafts = config.parse_numbers(b.drafts) or tuple(range(1, n + 1))
@@ -516,15 +518,18 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
   bandwidth = _bandwidth(opened.mesh)
   table = []
   for B in config.parse_numbers(b.batches):
-    ids = acceptance.pieces(cfg, B, 'bench.batches')
+    ids = acceptance.pieces(cfg, max(B, b.pieces), 'bench.pieces')
     *found, ratios = _in_turn(opened, variants, ids, (), B)
     for widths, decoded, speed_up in zip(variants, found, ratios, strict=True):
-      # The loop ends with its slowest row.
-      passes = int(decoded.forwards.max())
+      # A batch ends with its slowest row.
+      each = [decoded.forwards[i : i + B] for i in range(0, len(ids), B)]
+      passes = sum(int(forwards.max()) for forwards in each)
+      held = sum(len(forwards) * int(forwards.max()) for forwards in each)
       read = decode.read_bytes(widths)
       table.append(dict(
-        batch=B, heads=len(widths) + 1, widths=widths, speed_up=speed_up,
-        efficiency=speed_up['median'] * B * passes / decoded.n_tokens,
+        batch=B, pieces=len(ids), heads=len(widths) + 1, widths=widths,
+        speed_up=speed_up,
+        efficiency=speed_up['median'] * held / decoded.n_tokens,
         bound=decode.read_bytes(()) / read,
         read_bytes=read, pass_s=decoded.decode_s / passes,
         over_floor=decoded.decode_s / passes * bandwidth / read,
@@ -545,8 +550,8 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
     'drafts stood': lambda r: ' '.join(f'{a:.2f}' for a in r['acceptance']),
   }
   return [
-    f'{opened.name}: prompts of {b.prompt} tokens, {cfg.decode.max_new} new'
-    + _sampled(cfg),
+    f'{opened.name}: {b.pieces} prompts of {b.prompt} tokens, or as many as'
+    f' rows, {cfg.decode.max_new} new' + _sampled(cfg),
     *bench.table(table, columns),
     f'memory reads {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
     ' bytes of weights that a pass reads with head 1 alone over those read;'

@@ -3,6 +3,7 @@
 jax is imported when a command needs it, so that a wrong flag fails at once.
 """
 
+import collections
 import contextlib
 import errno
 import json
@@ -95,11 +96,13 @@ def _prepare(parsed: flags.Parsed) -> int:
       'data.store', path, 'prepare writes one store; no comma, NAME= or :WEIGHT'
     )
   store.check_target(path, cfg.data.overwrite)
-  found = documents.read(cfg.data.documents)
+  skipped = collections.Counter()
+  found = documents.read(cfg.data.documents, skipped)
   if name.startswith('train:'):
     with progress.timed(f'tokenizer {name}'):
       tokenizer = vocabulary.train(name, found, cfg.data.valid_fraction)
-    found = documents.read(cfg.data.documents)
+    skipped.clear()
+    found = documents.read(cfg.data.documents, skipped)
   else:
     tokenizer = tokenizers.get(name)
   with progress.status() as show:
@@ -113,7 +116,11 @@ def _prepare(parsed: flags.Parsed) -> int:
       overwrite=cfg.data.overwrite,
       workers=cfg.data.workers or os.cpu_count(),
     )
-  _report(store.summary(manifest), manifest, parsed.out)
+  left_out = {what: n for what, n in sorted(skipped.items()) if n}
+  lines = [f'left out   {n:,} {what}' for what, n in left_out.items()]
+  if left_out:
+    manifest['skipped'] = left_out
+  _report(store.summary(manifest) + lines, manifest, parsed.out)
   return 0
 
 

@@ -279,9 +279,10 @@ def _check_decode(cfg):
     not d.temperature or d.temperature >= 1e-6, 'temperature',
     '0, or at least 1e-6',
   )  # fmt: skip
+  sampled = d.temperature or cfg.eval.samples > 1 or cfg.eval.temperatures
   for flag, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
     need(
-      d.temperature or getattr(d, flag) == unused, flag,
+      sampled or getattr(d, flag) == unused, flag,
       'a filter of samples: needs --decode.temperature above 0',
     )  # fmt: skip
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')

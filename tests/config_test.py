@@ -38,7 +38,7 @@ FREE = """
   eval.allow_code_execution eval.sandbox eval.timeout_s
   inspect.step inspect.rows inspect.tokens bench.what bench.heads
   bench.schedules bench.chunks bench.documents bench.rounds bench.calls
-  bench.drafts bench.batches bench.prompt
+  bench.drafts bench.batches bench.pieces bench.prompt
   decode.checkpoint decode.draft decode.tree decode.max_new decode.temperature
   decode.top_k decode.top_p decode.min_p decode.seed decode.stop_ids
   decode.prompts decode.batch_size decode.cache decode.cache_dtype

@@ -183,16 +183,20 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   out = tmp_path / 'decode.json'
   assert main.main([
     'bench', '--bench.what=decode', f'--decode.checkpoint={undisturbed}',
-    '--bench.batches=1,2', '--bench.prompt=8', '--decode.max_new=10',
-    '--bench.rounds=1', '--mesh.fsdp=-1', NO_CACHE, f'--out={out}',
+    '--bench.batches=1,2', '--bench.pieces=3', '--bench.prompt=8',
+    '--decode.max_new=10', '--bench.rounds=1', '--mesh.fsdp=-1', NO_CACHE,
+    f'--out={out}',
   ]) == 0  # fmt: skip
   found = json.loads(out.read_text())
   keys = [(r['batch'], r['heads']) for r in found['rows']]
   assert keys == [(1, 1), (1, 2), (2, 1), (2, 2)]
   for row in found['rows']:
-    assert row['tokens'] == 10 * row['batch']
+    assert row['tokens'] == 10 * row['pieces'] == 30
     assert 1 <= row['tokens_per_forward'] <= row['heads']
-  plain, drafted = found['rows'][:2]
+  plain, drafted, *two = found['rows']
+  for one, other in zip((plain, drafted), two, strict=True):
+    assert one['forwards'] == other['forwards']
+  assert plain['efficiency'] == two[0]['efficiency'] == 1
   assert plain['bound'] == 1 and plain['speed_up']['median'] == 1
   # 16 x 16 x 4 of attention and 3 x 16 x 32, two norms: of 2 + 1 layers, twice
   # the unembedding of 264 tokens.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -104,8 +105,50 @@ def test_the_document(there):
   assert star.split(' | ')[1] == '50.0% (40.0% to 60.0%) [1 of 3]'
   assert '3 runs, 2.0 CPU-hours in all.' in lines
   assert 'Seeds 0, 1, 2; 2 of 12 runs, 1.00 CPU-hours.' in lines
+  assert any(
+    '`--heads.family=sequential --model.n_layers=7' in x for x in lines
+  )
   n_open = sum('open' in line for line in lines if line.startswith('| '))
   assert n_open == len(RUNS) - 3  # curricula have a run of n = 1 as well
+
+
+def test_the_newest_row_counts_and_a_shared_run_once(there):
+  (row, *_) = results.rows().values()
+  with open(results.ROWS, 'a') as f:  # of the same run, asked again
+    f.write(json.dumps(row | dict(values={'eval/loss_1': 7.0})) + '\n')
+    forward = row | dict(made_of=_made_of('curriculum', 'forward'))
+    f.write(json.dumps(forward) + '\n')
+  assert results.rows()[row['made_of'], 0]['values'] == {'eval/loss_1': 7.0}
+  results.main(['--write'])
+  text = results.REPORT.read_text()
+  assert '3 runs, 2.0 CPU-hours in all.' in text
+
+
+def test_values_are_the_last_of_each_source(tmp_path):
+  records = [
+    dict(kind='eval', step=step, loss_1=loss)
+    | (dict(source=source) if source else {})
+    for step, loss in ((5, 3.0), (9, 2.0)) for source in ('', 'star_graph')
+  ]  # fmt: skip
+  lines = [json.dumps(record) for record in records]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+  rows = [
+    dict(heads=n, tokens_per_forward=n / 2, speed_up=dict(median=n / 4))
+    for n in (2, 6)
+  ]
+  (tmp_path / 'bench.json').write_text(json.dumps(dict(rows=rows)))
+  found = results.values(
+    results.RESULTS[0]._replace(
+      columns=(*results.HELD_OUT, *results.SPED_UP,
+               ('', 'star_graph', 'loss_1', '')),
+      asks=(('bench',),),
+    ),
+    tmp_path,
+  )  # fmt: skip
+  assert found == {
+    'eval/loss_1': 2.0, 'star_graph/loss_1': 2.0, 'bench/speed_up': 1.5,
+    'bench/tokens_per_forward': 3.0, 'bench/pass_cost': 2.0,
+  }  # fmt: skip
 
 
 def test_what_is_there_is_not_run_again(there, monkeypatch):
@@ -124,8 +167,24 @@ def test_what_is_there_is_not_run_again(there, monkeypatch):
   assert ran[:2] == [('n = 1', 0), ('n = 3', 0)] and len(ran) == 8
   results.main(main)
   assert len(ran) == 8
+
+
+@pytest.mark.parametrize(
+  'args, said',
+  [
+    (['sudoku'], 'sudoku: results are star_graph polynomial'),
+    (['books'], 'books needs --data=DIR'),
+    (['code', 'books', '--data={}'], 'books needs books.jsonl.gz there'),
+    (['star_graph'], ''),  # reads no texts
+  ],
+)
+def test_what_is_not_there_is_said_at_once(
+  there, monkeypatch, capsys, args, said
+):
+  monkeypatch.setattr(results, '_mtp', lambda _: sys.exit(2))
   with pytest.raises(SystemExit):
-    results.main(['sudoku'])
+    results.main([arg.format(there) for arg in args])
+  assert said in capsys.readouterr().err
 
 
 def test_a_row_of_another_command_is_not_there(there, monkeypatch):
@@ -202,8 +261,14 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   assert again['values'].items() < row['values'].items()
   assert 'eval/accepted_length' not in again['values']
   assert again['cpu_s'] > row['cpu_s']
+  # A command that fails has said why.
+  with pytest.raises(SystemExit, match='2'):
+    results.measure(
+      star._replace(documents='task:sudoku'), 'small', 0, tmp_path, '.'
+    )
   # The picture of the report, where the document looks for it.
   monkeypatch.setattr(results, 'RESULTS', (star,))
+  results.picture_of(star).write_text('of rows before')
   results.draw(star, tmp_path)
   assert not results.picture_of(star).exists()
   results.ROWS.write_text(json.dumps(row) + '\n')

@@ -351,6 +351,20 @@ def test_what_cannot_be_written_is_said(trained, tmp_path, capsys, monkeypatch):
   assert not (run / 'report.html').exists()
 
 
+def test_a_damaged_record_is_named(tmp_path, capsys):
+  run = tmp_path / 'run'
+  _written(run, dict(kind='train', step=1, loss_1=2.0))
+  path = run / 'metrics.jsonl'
+  for bad in ('{"kind": "train", "st', '[1]', '{"step": 2}'):
+    lines = path.read_text().splitlines()[:1]
+    path.write_text('\n'.join([*lines, bad, *lines, '']))
+    assert main.main(['report', str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error == f'mtp: {path}:2: is no record, damaged\n'
+    with pytest.raises(config.ConfigError, match='--train.workdir='):
+      metrics.Sinks(str(run), 1)
+
+
 def test_a_config_of_another_version_is_left_out(trained, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(trained[1], copy)

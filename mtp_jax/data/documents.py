@@ -60,7 +60,8 @@ def read(sources: str, skipped: Skipped | None = None) -> Iterator[Document]:
 
   Args:
     sources: what to read, in this order.
-    skipped: counts, by reason, the files of python: and dir: left out.
+    skipped: counts, by what they are, files of python: and dir: and items of
+      task: that are left out.
 
   Raises:
     ConfigError: at once for what can be known before reading (an unknown kind,
@@ -154,7 +155,7 @@ def _texts(files, fail, skipped) -> Iterator[Document]:
     data = _read_bytes(path, fail, open)  # a .gz is not text here
     text = None if b'\0' in data else _decode(data)
     if text is None:
-      skipped['not UTF-8 text'] += 1
+      skipped['files that are not UTF-8 text'] += 1
     else:
       yield Document(name, text)
 
@@ -341,11 +342,16 @@ def _task(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
   items = of.params.pop('items')
 
   def stream():
+    kept = 0
     for index, found in tasks.train(of, items):
+      kept += 1
       yield Document(
         f'{of}:{index}', found.prompt + found.answer, (len(found.prompt),),
         drawn=True,
       )  # fmt: skip
+    if not kept:
+      raise fail('a test asks all of its items: none is left to train on')
+    skipped['items that a test asks'] += items - kept
 
   return stream()
 

@@ -15,7 +15,7 @@ import queue
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import NamedTuple
 
 import numpy as np
@@ -125,7 +125,10 @@ def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
   def in_turn():
     nonlocal turn
     while turn in done:
-      yield done.pop(turn)
+      result = done.pop(turn)
+      if isinstance(result, Exception):
+        raise result  # in its turn, whichever came first
+      yield result
       turn += 1
 
   try:
@@ -171,10 +174,7 @@ def _received(under_way: dict, done: dict, turn: int, workers: int) -> list:
   ready = connection.wait(pipes)
   for pipe in ready:
     with _said_if_killed(workers):
-      result = pipe.recv()
-    if isinstance(result, Exception):
-      raise result
-    done[under_way[pipe].pop(0)] = result
+      done[under_way[pipe].pop(0)] = pipe.recv()
   return ready
 
 
@@ -185,7 +185,9 @@ def _started(tokenizer: tokenizers.Tokenizer):
   process = context.Process(
     target=_work, args=(theirs, tokenizer.name, tokenizer.files), daemon=True
   )
-  # One that is started now never sees Ctrl-C; this one will end it.
+  # One that is started now never sees Ctrl-C; this one will end it. The tracker
+  # that starts with the first process would let it through again.
+  resource_tracker.ensure_running()
   old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     process.start()

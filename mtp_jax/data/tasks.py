@@ -193,9 +193,12 @@ def named(text: str, more: dict[str, int] | None = None) -> Named:
   name, *given = text.split('/')
   if name not in TASKS:
     raise ValueError(f'a task is one of: {", ".join(TASKS)}')
-  params = TASKS[name].defaults | (more or {})
+  params, seen = TASKS[name].defaults | (more or {}), set()
   for entry in given:
     key, _, value = entry.partition('=')
+    if key in seen:
+      raise ValueError(f'{key} is there twice')
+    seen.add(key)
     if key not in params or not value.isdecimal():
       keys = ', '.join(f'{k}={v}' for k, v in params.items())
       raise ValueError(f'{entry!r} is none of: {keys}; whole numbers')
@@ -232,8 +235,13 @@ def train(of: Named, n: int) -> Iterator[tuple[int, Item]]:
   """(index, item) of the first n training items, without those that ask what a
   test item asks: short expressions are few, and so are small graphs, whose
   edges may be told in another order."""
-  question = of.task.question
-  held_out = {question(found.prompt) for found in tests(of, N_TESTS)}
+  question, levels = of.task.question, of.task.levels
+  # A test that names other levels than this task's may ask what is of these.
+  held_out = {
+    question(item(of, 'test', i, level).prompt)
+    for level in {*levels(of.params, 'test'), *levels(of.params, 'train')}
+    for i in range(N_TESTS)
+  }
   for index in range(n):
     found = item(of, 'train', index)
     if question(found.prompt) not in held_out:

@@ -43,6 +43,16 @@ class Decoded(NamedTuple):
     return [float(rate) for rate in rates]
 
 
+def joined(parts: Sequence[Decoded]) -> Decoded:
+  """Of prompts that were decoded one batch after another."""
+  sums = ('asked_J', 'accepted_J', 'prefill_s', 'decode_s', 'compile_s')
+  return Decoded(
+    [tokens for part in parts for tokens in part.tokens],
+    np.concatenate([part.forwards for part in parts]),
+    *(sum(getattr(part, name) for part in parts) for name in sums),
+  )
+
+
 class Decoder:
   """A model ready to decode: its weights in the dtype and place to be read."""
 

@@ -58,7 +58,9 @@ def pieces(cfg: config.Config, n: int, flag: str) -> list[np.ndarray]:
         found.append(np.array(piece[:P], np.int64))
       if len(found) == n:
         return found
+  held_out = f'{path} has {len(found)} held-out pieces of so many tokens'
+  if not found:
+    raise config.ConfigError('bench.prompt', P, held_out)
   raise config.ConfigError(
-    flag, config.get(cfg, flag),
-    f'{path} has {len(found)} pieces of --bench.prompt={P} tokens held out',
-  )  # fmt: skip
+    flag, config.get(cfg, flag), f'{held_out} (--bench.prompt={P})'
+  )

@@ -33,6 +33,9 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     np.array([tokenizer.bos, *tokenizer.encode(d.text)])[: cfg.data.seq_len]
     for d in documents
   ]
+  if not any(len(row) > 1 for row in rows):
+    flag = 'eval.data' if cfg.eval.data else 'data.store'
+    raise config.ConfigError(flag, config.get(cfg, flag), 'has no text in it')
   active = config.active_heads(cfg, max(subject.step - 1, 0))
   found = scores.of_rows(
     subject.model, rows, subject.mesh, cfg, active,
@@ -43,13 +46,21 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     for row, score in zip(rows, found, strict=True)
   ]
   asked = np.concatenate([choices(x_KU) for x_KU in nats])
-  mean_K = np.nanmean(np.concatenate(nats, axis=1), axis=1)
-  scalars = {f'nats_{k}': float(x) for k, x in enumerate(mean_K, 1)}
-  scalars['choice_points'] = float(asked.mean())
+  nats_KM = np.concatenate(nats, axis=1)
+  seen_KM = np.isfinite(nats_KM)
+  mean_K = np.nansum(nats_KM, axis=1) / np.maximum(seen_KM.sum(axis=1), 1)
+  scalars = {
+    f'nats_{k}': float(x)
+    for k, (x, seen_M) in enumerate(zip(mean_K, seen_KM, strict=True), 1)
+    if seen_M.any()
+  }
+  n_both = int((seen_KM[0] & seen_KM[-1]).sum())
+  share = float(asked.sum() / max(n_both, 1))
+  scalars['choice_points'] = share
   lines = [
-    f'{len(rows)} documents, {sum(map(len, rows)):,} tokens; choice points'
-    f' {asked.mean():.1%}: head 1 below {NEAR:.2f} nats, head {active} above'
-    f' {FAR:.2f}'
+    f'{len(rows)} documents, {sum(map(len, rows)):,} tokens; of {n_both:,} that'
+    f' heads 1 and {active} see coming choice points {share:.1%}: head 1 below'
+    f' {NEAR:.2f} nats, head {active} above {FAR:.2f}'
   ]
   page = render(
     subject.name,

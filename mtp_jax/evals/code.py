@@ -103,6 +103,7 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
     if cut:
       lines.append(
         f'  {cut:,} texts were cut off at --decode.max_new={cfg.decode.max_new}'
+        + f', of temperature {temperature:g}' * bool(of)
       )
     passed = np.array([x['outcome'] == 'passed' for x in found])
     passed_TP.append(passed.reshape(len(asked), -1).sum(axis=1))

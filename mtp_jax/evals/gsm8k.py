@@ -99,10 +99,11 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   n = len(SHOTS) if cfg.eval.shots < 0 else cfg.eval.shots
   room = subject_lib.context(cfg) - cfg.decode.max_new
   examples = [_that_fit(p, SHOTS[:n], subject, room) for p in asked]
+  prompts = [
+    prompt(p.question, e) for p, e in zip(asked, examples, strict=True)
+  ]
   found = subject_lib.continuations(
-    subject,
-    [prompt(p.question, e) for p, e in zip(asked, examples, strict=True)],
-    subject_lib.Ask(max_new=cfg.decode.max_new, stop=STOP),
+    subject, prompts, subject_lib.Ask(max_new=cfg.decode.max_new, stop=STOP)
   )
   items = []
   for p, e, (text,) in zip(asked, examples, found, strict=True):
@@ -119,7 +120,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
         correct=answer == p.answer,
       )  # fmt: skip
     )
-  return _result(items, n, cfg, [text for (text,) in found])
+  beyond = subject_lib.beyond(subject, prompts, cfg.decode.max_new)
+  return _result(items, n, cfg, [text for (text,) in found], beyond)
 
 
 def _that_fit(problem, examples, subject, room: int) -> Sequence[Example]:
@@ -134,18 +136,20 @@ def _shown(answer: decimal.Decimal | None) -> str | None:
   return None if answer is None else str(answer)
 
 
-def _result(items, n: int, cfg, texts) -> suites.Result:
+def _result(items, n: int, cfg, texts, beyond) -> suites.Result:
   right = sum(item['correct'] for item in items)
   tokens = sum(len(text.ids) for text in texts)
   scalars = intervals.share('accuracy', right, len(items)) | dict(
     shots=sum(item['shots'] for item in items) / len(items),
     tokens_per_forward=tokens / max(sum(text.forwards for text in texts), 1),
   )
+  fewer = sum(item['shots'] < n for item in items)
   lines = [
     f'  {len(items):,} problems, right {intervals.shown(scalars, "accuracy")},'
-    f' {n} worked examples, {scalars["tokens_per_forward"]:.2f} tokens a pass'
+    f' {"up to " * bool(fewer)}{n} worked examples,'
+    f' {scalars["tokens_per_forward"]:.2f} tokens a pass',
+    *beyond,
   ]
-  fewer = sum(item['shots'] < n for item in items)
   if fewer:
     lines.append(
       f'  {fewer:,} had fewer examples, {scalars["shots"]:.1f} on average over'

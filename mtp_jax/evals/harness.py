@@ -74,7 +74,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
 
 
 def _fail(arg: str) -> Fail:
-  return functools.partial(config.ConfigError, 'eval.suite', f'lm_eval:{arg}')
+  entry = 'lm_eval' + f':{arg}' * bool(arg)
+  return functools.partial(config.ConfigError, 'eval.suite', entry)
 
 
 @functools.cache

@@ -74,8 +74,9 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     cfg.eval.items,
   )  # fmt: skip
   if not items:
+    flag = 'eval.data' if cfg.eval.data else 'data.store'
     raise config.ConfigError(
-      'eval.data', cfg.eval.data or cfg.data.store,
+      flag, config.get(cfg, flag),
       f'has no name that occurs {OCCURRENCES} times in --data.seq_len='
       f'{cfg.data.seq_len} tokens',
     )  # fmt: skip

@@ -68,7 +68,10 @@ def read(name: str, arg: str, cfg: config.Config) -> list[Problem]:
     if problem and wanted:
       found.append(problem._replace(prompt=examples + problem.prompt))
   if not found:
-    raise config.ConfigError('eval.data', path, f'no problem of {name} in it')
+    which = f' (task_id {MBPP_TESTS[0]} to {MBPP_TESTS[-1]})' * (name == 'mbpp')
+    raise config.ConfigError(
+      'eval.data', path, f'no problem of {name}{which} in it'
+    )
   return found[: cfg.eval.items or None]
 
 
@@ -184,8 +187,9 @@ def _examples(rows: list, cfg: config.Config, path: str) -> str:
   for task in wanted:
     if task not in texts:
       raise config.ConfigError(
-        'eval.shots', shots, f'{path} has no task_id {task} to show'
-      )
+        'eval.data', path,
+        f'no task_id {task} of mbpp in it, which --eval.shots={shots} shows',
+      )  # fmt: skip
   return ''.join(texts[task] for task in wanted)
 
 

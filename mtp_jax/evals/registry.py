@@ -52,7 +52,9 @@ def asked(cfg: config.Config) -> list[tuple[str, str]]:
   found = []
   for entry in cfg.eval.suite.split(','):
     name, _, arg = entry.strip().partition(':')
-    if name not in SUITES and (name != HELDOUT or arg):
+    if name == HELDOUT and arg:
+      raise config.ConfigError('eval.suite', entry, f'{HELDOUT}, no more')
+    if name not in SUITES and name != HELDOUT:
       raise config.ConfigError(
         'eval.suite', entry,
         f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}',

@@ -28,13 +28,16 @@ class Run(NamedTuple):
 
 
 def read(workdirs: list[str]) -> list[Run]:
-  """Runs in the order given, each once; ValueError if one is no workdir."""
+  """Runs in the order given, each once; ValueError if one is no workdir, or its
+  metrics.jsonl damaged."""
   found = list(dict.fromkeys(map(_normal, workdirs)))
   runs = []
   for path, name in zip(found, _names(found), strict=True):
     records = metrics.read(path)
     if not records:
-      raise ValueError(f'{path}: has no metrics.jsonl; report takes workdirs')
+      raise ValueError(
+        f'{path}: has no metrics.jsonl with a record; report takes workdirs'
+      )
     runs.append(Run(path, name, _config(path), records, goodput.read(path)))
   return runs
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorboardX
 from tensorboardX import record_writer
 
-from mtp_jax import paths
+from mtp_jax import config, paths
 
 
 def acceptance(accepted_K) -> tuple[list[float], float]:
@@ -110,12 +110,23 @@ def jsonl_path(workdir: str) -> str:
 
 
 def read(workdir: str) -> list[dict]:
-  """Records of metrics.jsonl; a last line cut off by a crash is left out."""
+  """Records of metrics.jsonl; a last line cut off by a crash is left out.
+
+  Raises:
+    ValueError: another line is damaged.
+  """
+  path, records = jsonl_path(workdir), []
   try:
-    text = paths.of(jsonl_path(workdir)).read_text()
+    text = paths.of(path).read_text()
   except (FileNotFoundError, NotADirectoryError):
     return []
-  return [json.loads(line) for line in text.split('\n')[:-1]]
+  for number, line in enumerate(text.split('\n')[:-1], 1):
+    try:
+      records.append(json.loads(line))
+      records[-1]['kind'], records[-1]['step']
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(f'{path}:{number}: is no record, damaged') from error
+  return records
 
 
 def jsonable(values: dict[str, float]) -> dict[str, float | None]:
@@ -127,7 +138,10 @@ class Sinks:
   """metrics.jsonl and TensorBoard, cut back to the step a run starts at."""
 
   def __init__(self, workdir: str, start_step: int):
-    kept = [r for r in read(workdir) if r['step'] <= start_step]
+    try:
+      kept = [r for r in read(workdir) if r['step'] <= start_step]
+    except ValueError as error:
+      raise config.ConfigError('train.workdir', workdir, str(error)) from error
     lines = ''.join(json.dumps(record) + '\n' for record in kept)
     self._jsonl = paths.growing(jsonl_path(workdir), lines.encode())
     self._events = _Events()

@@ -107,7 +107,7 @@ def test_dir_skips_and_counts_what_is_no_text(tmp_path):
   skipped = collections.Counter()
   found = _read(f'dir:{root}', skipped)
   assert found == [('tree/b/a.md', 'a'), ('tree/z.txt', 'é\r\n')]
-  assert skipped == {'not UTF-8 text': 4}
+  assert skipped == {'files that are not UTF-8 text': 4}
   assert _read(f'dir:{root}/') == found
 
 

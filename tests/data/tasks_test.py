@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from mtp_jax import config
+from mtp_jax import config, main
 from mtp_jax.data import documents, store, tasks, tokenizers
 
 STAR = tasks.named('star_graph/d=3/length=4/nodes=30')
@@ -163,6 +163,13 @@ def test_no_test_item_is_trained_on(monkeypatch):
   trained = {item.prompt for _, item in tasks.train(of, 500)}
   assert trained and not trained & asked
   assert len(trained | asked) == 14
+  # Nor one of a level that another test than this task's own has.
+  of = tasks.named('polynomial/n=1/p=2/train=2/test=1')
+  asked = {
+    tasks.item(of, 'test', i, m).prompt for m in (1, 2) for i in range(3)
+  }
+  trained = {item.prompt for _, item in tasks.train(of, 500)}
+  assert trained and not trained & asked
 
 
 def test_no_graph_of_the_test_is_trained_on_in_another_order(monkeypatch):
@@ -185,6 +192,7 @@ def test_no_graph_of_the_test_is_trained_on_in_another_order(monkeypatch):
     ('sudoku', 'a task is one of: star_graph, polynomial'),
     ('star_graph/n=3', "'n=3' is none of: d=2, length=5, nodes=50"),
     ('star_graph/d', 'whole numbers'),
+    ('star_graph/d=2/d=3', 'd is there twice'),
     ('star_graph/d=-1', 'whole numbers'),
     ('star_graph/length=1', 'length >= 2'),
     ('star_graph/d=20/length=9', 'nodes from 161, which the graph has, to 87'),
@@ -219,9 +227,27 @@ def test_documents_score_the_answer_alone(tmp_path):
   }
 
 
-def test_an_item_that_is_drawn_again_is_no_duplicate(tmp_path):
+def test_what_a_test_asks_is_counted(capsys, tmp_path):
+  source = 'task:polynomial/p=3/n=2/train=2/test=1'
+  skipped = collections.Counter()
+  found = list(documents.read(f'{source}/items=500', skipped))
+  (n,) = skipped.values()
+  assert n and len(found) + n == 500
+  assert main.main([
+    'prepare', f'--data.documents={source}/items=500',
+    f'--data.store={tmp_path}/s', '--data.valid_fraction=0',
+  ]) == 0  # fmt: skip
+  out = capsys.readouterr().out
+  assert f'left out   {n} items that a test asks' in out
+  one = 'task:polynomial/p=2/n=1/train=1/test=1/items=50'
+  with pytest.raises(config.ConfigError, match='asks all of its items'):
+    list(documents.read(one))
+
+
+def test_an_item_that_is_drawn_again_is_no_duplicate(tmp_path, monkeypatch):
   """Or the few short expressions would hardly be trained on; equal ones are of
   the same split."""
+  monkeypatch.setattr(tasks, 'N_TESTS', 5)
   source = 'task:polynomial/p=3/n=1/train=3/test=1/items=3000'
   found = list(documents.read(source))
   manifest = store.write(

@@ -2,6 +2,9 @@
 
 import json
 
+import numpy as np
+import pytest
+
 from mtp_jax import config, main
 from mtp_jax.data import store as store_lib
 from mtp_jax.decode import decoder
@@ -48,6 +51,13 @@ def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
   starts = [*offsets, offsets[0] + 10, offsets[1] + 10]
   for piece, start in zip(found, starts, strict=True):
     assert piece.tolist() == tokens[start : start + 10].tolist()
+  # After each there is a token to predict.
+  longest = int(np.diff([*offsets, tokens.size]).max())
+  cfg = config.replace(cfg, **{'bench.prompt': longest - 1})
+  assert acceptance.pieces(cfg, 1, 'eval.items')
+  cfg = config.replace(cfg, **{'bench.prompt': longest})
+  with pytest.raises(config.ConfigError, match='--bench.prompt'):
+    acceptance.pieces(cfg, 1, 'eval.items')
 
 
 def test_too_few_pieces_are_said(tmp_path, capsys):
@@ -63,4 +73,5 @@ def test_too_few_pieces_are_said(tmp_path, capsys):
     '--eval.items=4000',
   ]) == 2  # fmt: skip
   line = capsys.readouterr().err
-  assert line.startswith('mtp: --eval.items=4000: ') and 'held out' in line
+  assert line.startswith('mtp: --eval.items=4000: ')
+  assert 'held-out pieces of so many tokens (--bench.prompt=150)' in line

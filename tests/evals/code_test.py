@@ -212,8 +212,9 @@ def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
     'eval', f'--eval.checkpoint={undisturbed}', '--eval.suite=mbpp',
     f'--eval.data={path}', '--eval.allow_code_execution', '--eval.samples=2',
     '--eval.temperatures=0.5', '--eval.shots=0', '--eval.items=2',
-    '--decode.max_new=12', '--mesh.fsdp=-1', '--train.compilation_cache=',
-    f'--out={out}', f'--eval.sandbox={sandbox_test.KIND}',
+    '--decode.max_new=12', '--decode.top_p=0.95', '--mesh.fsdp=-1',
+    '--train.compilation_cache=', f'--out={out}',
+    f'--eval.sandbox={sandbox_test.KIND}',
   ]  # fmt: skip
   assert main.main(args) == 0
   text = capsys.readouterr().out

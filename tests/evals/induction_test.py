@@ -51,6 +51,9 @@ def test_the_first_items_are_of_as_many_documents_as_there_are():
   assert of(2) == ['1', '1']  # no more than two texts in memory
   assert of(6)[:4] == ['1', '2', '4', '1']
   assert sorted(of(999)) == sorted(of(0)) and len(of(5)) == 5
+  texts[:] = ['No name.', STORY, 'No name.', STORY]
+  found[:] = [documents.Document(str(i), text) for i, text in enumerate(texts)]
+  assert of(2) == ['1', '3']  # the first two have one item alone
 
 
 def test_held_out_texts_are_all_there(tmp_path):
@@ -219,6 +222,11 @@ def test_through_the_command_line(run, tmp_path, capsys):
     '--eval.items=0', f'--out={out}',
   )  # fmt: skip
   found = json.loads(out.read_text())['suites']['induction']
+  both = '--eval.suite=choice_points,induction'
+  assert not _eval(workdir, both, f'--out={out}')
+  suites = json.loads(out.read_text())['suites']
+  assert [*suites] == ['choice_points', 'induction']
+  assert suites['induction']['accuracy'] == record['accuracy']
   assert 30 < len(found['items']) <= 40  # a new name may be there already
   capsys.readouterr()
   missing = f'--eval.data=jsonl:{tmp_path}/none.jsonl'
@@ -229,7 +237,15 @@ def test_through_the_command_line(run, tmp_path, capsys):
   assert _eval(
     workdir, '--eval.suite=induction', f'--eval.data=text:{few}'
   ) == 2  # fmt: skip
-  assert 'has no name that occurs 3 times' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert (
+    error.startswith('mtp: --eval.data=') and 'no name that occurs' in error
+  )
+  few.write_text('')
+  assert _eval(
+    workdir, '--eval.suite=choice_points', f'--eval.data=text:{few}'
+  ) == 2  # fmt: skip
+  assert 'has no text in it' in capsys.readouterr().err
 
 
 def test_the_page_of_choice_points(run, capsys):
@@ -259,9 +275,42 @@ def test_nats_stand_at_the_token_they_are_of():
   # A leaping head's place is as far before its token as its offset.
   far = choice_points.by_token(found, 6, (1, 3))
   np.testing.assert_array_equal(far[1], [np.nan] * 3 + [4, 5, 6])
-  x = np.array([[0.1, 0.1, 3.0, np.nan], [5.0, 0.1, 5.0, np.nan]])
+  x = np.array([[0.1, 0.1, 1.0, np.nan], [5.0, 0.1, 5.0, np.nan]])
   assert choice_points.choices(x).tolist() == [True, False, False, False]
   assert not choice_points.choices(x[:1]).any()
+
+
+def test_choice_points_by_hand(monkeypatch, tmp_path):
+  """Two heads, of which one leaps; a text that head 2 sees nothing of."""
+  from mtp_jax.evals import choice_points
+
+  text = tmp_path / 'text.jsonl'
+  text.write_text('{"text": "abcd"}\n{"text": "a"}\n')
+  nats = np.array([[0.1, 0.2, 0.3, 0.4, 9.0], [0.5, 5.0, 9.0, 9.0, 9.0]])
+  valid = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], bool)
+  long = scores.Scores(nats, None, None, None, valid)
+  one = np.zeros_like(valid)
+  one[0, 0] = True
+  short = long._replace(valid=one)
+  monkeypatch.setattr(scores, 'of_rows', lambda *_: [long, short])
+  cfg = config.replace(
+    config.Config(),
+    **{
+      'heads.n': 2, 'heads.stride': 2, 'eval.data': f'jsonl:{text}#text',
+      'data.seq_len': 16,
+    },
+  )  # fmt: skip
+  asked = subject.Subject('tiny', cfg, None, None, BYTES, 1, None)
+  found = choice_points.run(asked, '')
+  # Head 2 sees tokens 3 and 4 from 0 and 1; of these, 4 is a choice point.
+  assert found.scalars == pytest.approx(
+    dict(nats_1=1.1 / 5, nats_2=5.5 / 2, choice_points=1 / 2)
+  )
+  assert 'of 2 that heads 1 and 2 see' in found.lines[0]
+  monkeypatch.setattr(scores, 'of_rows', lambda *_: [short, short])
+  text.write_text('{"text": "b"}\n{"text": "a"}\n')
+  found = choice_points.run(asked, '')
+  assert found.scalars == dict(nats_1=0.1, choice_points=0.0)
 
 
 def test_the_page_in_a_browser(run):

@@ -192,12 +192,12 @@ def test_what_else_is_refused(tmp_path):
   write(cut, MBPP, gzip.open)
   cut.write_bytes(cut.read_bytes()[:-20])
   for name, arg, changes, says in (
-    ('mbpp', '', dict(path=path), 'has no task_id 2 to show'),
+    ('mbpp', '', dict(path=path), 'no task_id 2 of mbpp in it'),
     ('mbpp', '', dict(path=path, shots=4), 'at most 3 for mbpp'),
     ('apps', '', dict(path=path, shots=1), 'at most 0 for apps'),
     ('mbpp', 'x', dict(path=path), '--eval.suite=mbpp:x: mbpp'),
     ('apps', 'x', dict(path=path), 'introductory, interview, competition'),
-    ('mbpp', '', dict(path=empty, shots=0), 'no problem of mbpp'),
+    ('mbpp', '', dict(path=empty, shots=0), 'mbpp (task_id 11 to 510) in'),
     ('mbpp', '', dict(), 'give the file'),
     ('mbpp', '', dict(path='/nowhere'), 'No such file'),
     ('mbpp', '', dict(path=str(tmp_path)), 'Is a directory'),
