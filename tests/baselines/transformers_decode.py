@@ -17,6 +17,7 @@ import time
 import numpy as np
 
 from mtp_jax import bench, checkpoint, config, flags, generate
+from mtp_jax.decode import decoder
 from mtp_jax.evals import acceptance
 from mtp_jax.interop import folder
 
@@ -46,22 +47,27 @@ def main(args: list[str]) -> None:
     f' transformers {transformers.__version__}'
   )
   for B in config.parse_numbers(cfg.bench.batches):
-    ids = acceptance.pieces(cfg, B, 'bench.batches')
+    ids = acceptance.pieces(cfg, max(B, cfg.bench.pieces), 'bench.pieces')
+    batches = [ids[i : i + B] for i in range(0, len(ids), B)]
 
-    def ours(which, ids=ids):
-      decoded = opened.decoder(ids, widths=which)
+    def ours(which, batches=batches):
+      decoded = decoder.joined(
+        [opened.decoder(batch, widths=which) for batch in batches]
+      )
       return decoded.prefill_s + decoded.decode_s, decoded.tokens
 
-    def theirs(ids=ids, B=B):
-      begin = time.perf_counter()
-      with torch.inference_mode():
-        rows = llama.generate(
-          torch.tensor(np.stack(ids)), do_sample=False,
-          attention_mask=torch.ones((B, cfg.bench.prompt), dtype=torch.int64),
-          max_new_tokens=cfg.decode.max_new, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-      seconds = time.perf_counter() - begin
-      return seconds, list(rows[:, cfg.bench.prompt :].numpy())
+    def theirs(batches=batches):
+      begin, texts = time.perf_counter(), []
+      for batch in batches:
+        asked = torch.tensor(np.stack(batch))
+        with torch.inference_mode():
+          rows = llama.generate(
+            asked, do_sample=False, attention_mask=torch.ones_like(asked),
+            max_new_tokens=cfg.decode.max_new, eos_token_id=None,
+            pad_token_id=0,
+          )  # fmt: skip
+        texts += list(rows[:, cfg.bench.prompt :].numpy())
+      return time.perf_counter() - begin, texts
 
     contenders = {
       'transformers': theirs,
@@ -74,7 +80,7 @@ def main(args: list[str]) -> None:
         seconds, texts[name] = run()
         if r:
           times[name].append(seconds)
-    n = B * cfg.decode.max_new
+    n = len(ids) * cfg.decode.max_new
     for name in contenders:
       same = sum(
         a.tolist() == b.tolist()
@@ -84,7 +90,7 @@ def main(args: list[str]) -> None:
         f'batch {B}, {name}: {n / statistics.median(times[name]):,.0f}'
         ' tokens/s, time over transformers'
         f' {bench.shown(bench.ratio(times[name], times["transformers"]))},'
-        f' {same} of {B} texts the same'
+        f' {same} of {len(ids)} texts the same'
       )
 
 
