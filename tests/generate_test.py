@@ -196,6 +196,13 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   plain, drafted, *two = found['rows']
   for one, other in zip((plain, drafted), two, strict=True):
     assert one['forwards'] == other['forwards']
+    # A batch waits for its slowest row.
+    held = [
+      r['efficiency'] * r['tokens'] / r['speed_up']['median']
+      for r in (one, other)
+    ]
+    assert held[0] == pytest.approx(one['forwards'])
+    assert -1e-6 < held[1] - held[0] < 10
   assert plain['efficiency'] == two[0]['efficiency'] == 1
   assert plain['bound'] == 1 and plain['speed_up']['median'] == 1
   # 16 x 16 x 4 of attention and 3 x 16 x 32, two norms: of 2 + 1 layers, twice

@@ -743,4 +743,33 @@ FAULTS = (
     _in('evals/code',
         'test_pass_at_k_is_the_share_of_draws_with_a_right_answer'),
   ),
+  Fault(
+    'level-of-another-test-trained', 0, 'mtp_jax/data/tasks.py',
+    "{*levels(of.params, 'test'), *levels(of.params, 'train')}",
+    "levels(of.params, 'test')",
+    _in('data/tasks', 'test_no_test_item_is_trained_on'),
+  ),
+  Fault(
+    'piece-without-a-target', 0, 'mtp_jax/evals/acceptance.py',
+    'if piece.size > P', 'if piece.size >= P',
+    _in('evals/acceptance',
+        'test_pieces_are_held_out_beginnings_then_what_follows'),
+  ),
+  Fault(
+    'first-documents-alone', 0, 'mtp_jax/evals/induction.py',
+    'while len(items) < limit and', 'while not items and',
+    _in('evals/induction',
+        'test_the_first_items_are_of_as_many_documents_as_there_are'),
+  ),
+  Fault(
+    'choice-points-of-all-tokens', 0, 'mtp_jax/evals/choice_points.py',
+    'asked.sum() / max(n_both, 1)', 'asked.mean()',
+    _in('evals/induction', 'test_choice_points_by_hand'),
+  ),
+  Fault(
+    'one-suite-in-the-report', 0, 'mtp_jax/report.py',
+    "values.setdefault('suites', {})[label] = found",
+    "values['suites'] = {label: found}",
+    _in('evals/induction', 'test_through_the_command_line'),
+  ),
 )  # fmt: skip
