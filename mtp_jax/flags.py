@@ -7,6 +7,7 @@ flags are fatal.
 """
 
 import os
+import re
 from typing import NamedTuple
 
 from absl import flags
@@ -20,6 +21,8 @@ _DEFINE = {
   bool: flags.DEFINE_boolean,
   tuple: flags.DEFINE_multi_string,  # given several times
 }
+_ALLOWED = {int: 'a whole number', float: 'a number', bool: 'true or false'}
+_ILLEGAL = re.compile('flag --([^=]+)=(.*?): ', re.DOTALL)
 # Sections that say where a run is or what is asked of it, not what it is.
 _BESIDE = (
   'processes.', 'decode.', 'export.', 'import.', 'plan.', 'bench.',
@@ -105,11 +108,18 @@ def parse(args: list[str]) -> Parsed:
   """Reads flags and flag files.
 
   Raises:
-    ConfigError: a flag file is missing or no flag file.
-    absl.flags.Error: a flag is unknown, or its value of another type.
+    ConfigError: a flag file is missing or no flag file; a value is of another
+      type.
+    absl.flags.Error: a flag is unknown.
   """
   values = _define()
-  rest = values(['mtp', *expand(args)])[1:]
+  try:
+    rest = values(['mtp', *expand(args)])[1:]
+  except flags.IllegalFlagValueError as error:
+    # Its reasons are Python's, which do not say what is allowed.
+    name, value = _ILLEGAL.match(str(error)).groups()
+    allowed = _ALLOWED[config.fields()[name].type]
+    raise config.ConfigError(name, value, allowed) from error
   given = {
     name: field.type(values[name].value)
     for name, field in config.fields().items()

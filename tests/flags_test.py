@@ -150,11 +150,11 @@ def test_a_file_without_flags_is_refused(tmp_path):
   [
     ('--model.d_modle=3', 'model.d_modle'),
     ('--d_model=3', 'd_model'),
-    ('--model.d_model=many', 'model.d_model=many'),
+    ('--model.d_model=many', 'model.d_model=many: a whole number'),
     ('--model.d_model=1.5', 'model.d_model=1.5'),
     ('--model.d_model=', 'model.d_model='),
-    ('--data.verify=perhaps', 'data.verify=perhaps'),
-    ('--optim.lr=fast', 'optim.lr=fast'),
+    ('--data.verify=perhaps', 'data.verify=perhaps: true or false'),
+    ('--optim.lr=fast', 'optim.lr=fast: a number'),
     ('--model.d_model 3', 'model.d_model 3'),
   ],
 )
