@@ -107,8 +107,11 @@ def _fail(why: str, status: int = 1) -> None:
 
 def _heard() -> str | None:
   """What another process has failed of; None if none has said so."""
+  store = _store()
+  if not store:  # the run is over
+    return None
   try:
-    why = _store().key_value_try_get(FAILED)
+    why = store.key_value_try_get(FAILED)
   except jax.errors.JaxRuntimeError:
     return None
   # Process 0 stays after its own failure, until the others have heard of it.

@@ -262,15 +262,23 @@ def _before(store, workdir, n, name, rng) -> Row:
     if statuses != [2] * n or 'Traceback' in log:
       raise RuntimeError(f'{name}: {statuses}\n{log}')
   else:
-    time.sleep(rng.uniform(8, 14))
+    limit = time.monotonic() + LIMIT_S
+    while (
+      session.running() and time.monotonic() < limit and not _noticed(session)
+    ):
+      time.sleep(0.05)
+    time.sleep(rng.uniform(0, 6))
     for p in session.processes:
       p.kill()
     statuses, seconds = session.end()
-    log = session.log(0)
-    if 'goes on' not in log and 'damaged' not in log:
-      raise RuntimeError(f'{name}: not noticed\n{log}')
+    if not _noticed(session):
+      raise RuntimeError(f'{name}: not noticed\n{session.log(0)}')
   mend()
   return Row(name, n, tuple(statuses), seconds)
+
+
+def _noticed(session) -> bool:
+  return any(word in session.log(0) for word in ('goes on', 'damaged'))
 
 
 def disturbed(store, workdir, n, rng, names, say) -> list[Row]:

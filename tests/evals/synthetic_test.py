@@ -196,7 +196,7 @@ def test_mtp_eval_says_the_same(run, tmp_path, capsys):
   'suite, problem',
   [
     ('sudoku', 'NAME or NAME:ARG with NAME one of: heldout, '),
-    ('heldout:x', 'NAME or NAME:ARG'),
+    ('heldout:x', 'heldout, no more'),
     ('star_graph,star_graph', 'is there twice'),
     ('star_graph:d=0', 'd >= 1 arms'),
     ('polynomial:q=1', "'q=1' is none of"),
