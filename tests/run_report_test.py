@@ -224,6 +224,23 @@ def test_suites_have_bands_and_intervals(trained):
   ]  # fmt: skip
 
 
+def test_levels_of_several_runs_have_a_figure_each(tmp_path):
+  def record(step):
+    return dict(
+      kind='suite', source='s', step=step, right_1=0.1 * step, right_2=0.2
+    )
+
+  records = [record(step) for step in (1, 2)]
+  runs = [_written(tmp_path / name, *records) for name in 'ab']
+  one = learned.suites(history.read(runs[:1]))
+  assert [[s.label for s in p.series] for p in one.plots] == [
+    ['right_1', 'right_2']
+  ]
+  two = learned.suites(history.read(runs))
+  assert [p.name for p in two.plots] == ['suite-s-right-1']  # 2 never changes
+  assert [s.label for s in two.plots[0].series] == ['a', 'b']
+
+
 def test_memory_and_time_are_those_recorded(trained, store, tmp_path):
   found = history.read([str(run) for run in trained])
   for run in found:

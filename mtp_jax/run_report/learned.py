@@ -242,7 +242,12 @@ def _heads_table(run: history.Run) -> list[content.Table]:
 def suites(runs: list[history.Run]) -> content.Section:
   plots, tables = [], {}
   for (source, group), names in history.suites(runs).items():
-    plots += _suite_plot(runs, source, group, names)
+    several = sum(_has(run, source, names) for run in runs) > 1
+    # One run: its levels in a figure. Several: a figure a level, of the runs.
+    for title, shown in (
+      [(name, [name]) for name in names] if several else [(group, names)]
+    ):
+      plots += _suite_plot(runs, source, title, shown)
     rows = tables.setdefault(source, {})
     for name in names:
       rows[name] = [
@@ -257,6 +262,11 @@ def suites(runs: list[history.Run]) -> content.Section:
       for source, rows in tables.items()
     ],
   )  # fmt: skip
+
+
+def _has(run: history.Run, source: str, names: list[str]) -> bool:
+  records = history.suite_records(run, source)
+  return any(history.points(records, name) for name in names)
 
 
 def _suite_plot(runs, source, group, names) -> list[figures.Plot]:
