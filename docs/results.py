@@ -110,12 +110,12 @@ RESULTS = (
     'polynomial', 'Polynomial arithmetic',
     'Does a longer reach help to learn an algorithm? Expressions over'
     ' F_3[X]/(X^3) of 1 or 2 operations in training, 1 to 3 in the test, 2,000'
-    ' items each (500 in the picture), greedy. No item of the test is trained on: of the 2,214 of'
-    ' one operation 1,091 are, which makes them 30% of the items, and no single'
-    ' negation; of the 1,508 others of the test 455 are with the sides of + or'
-    ' * changed. Of the 2,000 of one operation 1,123 differ, so that their'
-    ' interval is too narrow. Who always says 000 is right in 7.0, 8.9, 11.9%'
-    ' by m.',
+    ' items each (500 in the picture), greedy. No item of the test is trained'
+    ' on: of the 2,214 of one operation 1,091 are, which makes them 30% of the'
+    ' items, and no single negation; of the 1,508 others of the test 455 are'
+    ' with the sides of + or * changed. Of the 2,000 of one operation 1,123'
+    ' differ, so that their interval is too narrow. Who always says 000 is'
+    ' right in 7.0, 8.9, 11.9% by m.',
     'task:polynomial/p=3/n=3/train=2/test=3/items=800000',
     _heads(1, 2, 4),
     (
