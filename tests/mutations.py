@@ -745,8 +745,7 @@ FAULTS = (
   ),
   Fault(
     'level-of-another-test-trained', 0, 'mtp_jax/data/tasks.py',
-    "{*levels(of.params, 'test'), *levels(of.params, 'train')}",
-    "levels(of.params, 'test')",
+    "tests(of, N_TESTS, ('test', 'train'))", 'tests(of, N_TESTS)',
     _in('data/tasks', 'test_no_test_item_is_trained_on'),
   ),
   Fault(

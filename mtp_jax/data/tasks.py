@@ -219,12 +219,11 @@ def item(of: Named, part: str, index: int, level: int | None = None) -> Item:
   return of.task.make(rng, level, of.params)
 
 
-def tests(of: Named, n: int) -> list[Item]:
-  """The first n test items of each level."""
+def tests(of: Named, n: int, parts: tuple[str, ...] = ('test',)) -> list[Item]:
+  """The first n test items of each level that one of `parts` may have."""
+  levels = {x for part in parts for x in of.task.levels(of.params, part)}
   return [
-    item(of, 'test', i, level)
-    for level in of.task.levels(of.params, 'test')
-    for i in range(n)
+    item(of, 'test', i, level) for level in sorted(levels) for i in range(n)
   ]
 
 
@@ -235,13 +234,10 @@ def train(of: Named, n: int) -> Iterator[tuple[int, Item]]:
   """(index, item) of the first n training items, without those that ask what a
   test item asks: short expressions are few, and so are small graphs, whose
   edges may be told in another order."""
-  question, levels = of.task.question, of.task.levels
-  # A test that names other levels than this task's may ask what is of these.
-  held_out = {
-    question(item(of, 'test', i, level).prompt)
-    for level in {*levels(of.params, 'test'), *levels(of.params, 'train')}
-    for i in range(N_TESTS)
-  }
+  question = of.task.question
+  # A test may name other levels than this task's own.
+  kept_out = tests(of, N_TESTS, ('test', 'train'))
+  held_out = {question(found.prompt) for found in kept_out}
   for index in range(n):
     found = item(of, 'train', index)
     if question(found.prompt) not in held_out:

@@ -34,8 +34,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     for d in documents
   ]
   if not any(len(row) > 1 for row in rows):
-    flag = 'eval.data' if cfg.eval.data else 'data.store'
-    raise config.ConfigError(flag, config.get(cfg, flag), 'has no text in it')
+    raise induction.refused(cfg, 'has no text in it')
   active = config.active_heads(cfg, max(subject.step - 1, 0))
   found = scores.of_rows(
     subject.model, rows, subject.mesh, cfg, active,

@@ -69,6 +69,12 @@ def sampling(cfg: config.Config) -> Sampling:
     raise config.ConfigError(
       'decode.tree', cfg.decode.tree, 'needs --eval.temperatures=0'
     )
+  for name, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
+    value = getattr(cfg.decode, name)
+    if value != unused and not max(cfg.decode.temperature, *temperatures):
+      raise config.ConfigError(
+        f'decode.{name}', value, 'needs --eval.temperatures above 0'
+      )
   return Sampling(n, ks, temperatures)
 
 

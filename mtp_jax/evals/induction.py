@@ -74,9 +74,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     cfg.eval.items,
   )  # fmt: skip
   if not items:
-    flag = 'eval.data' if cfg.eval.data else 'data.store'
-    raise config.ConfigError(
-      flag, config.get(cfg, flag),
+    raise refused(
+      cfg,
       f'has no name that occurs {OCCURRENCES} times in --data.seq_len='
       f'{cfg.data.seq_len} tokens',
     )  # fmt: skip
@@ -144,6 +143,12 @@ def score(seconds: list[Second]) -> dict[str, float]:
   for level, after in itertools.pairwise((*BEFORE, None)):
     scalars |= share(f'accuracy_{level}', of(level, after))
   return scalars | dict(nats=nats(later), first_nats=nats(first))
+
+
+def refused(cfg: config.Config, why: str) -> config.ConfigError:
+  """Of `texts`, by the flag that says where they are."""
+  flag = 'eval.data' if cfg.eval.data else 'data.store'
+  return config.ConfigError(flag, config.get(cfg, flag), why)
 
 
 def _named(cfg: config.Config) -> Iterator[documents.Document]:

@@ -195,6 +195,8 @@ def test_what_flags_of_sampling_mean(changes, ks, temperatures):
     ({'eval.temperatures': '0', 'eval.samples': 2}, 'temperatures', 'above 0'),
     ({'eval.data': ''}, 'data', 'give the file'),
     ({'decode.tree': '2', 'eval.temperatures': '1'}, 'tree', 'temperatures=0'),
+    ({'decode.top_p': 0.9, 'eval.temperatures': '0'}, 'top_p', 'above 0'),
+    ({'decode.min_p': 0.1}, 'min_p', 'needs --eval.temperatures above 0'),
   ],
 )  # fmt: skip
 def test_refused_before_anything_is_loaded(changes, flag, says, tmp_path):
