@@ -103,7 +103,7 @@ def of_program(jaxpr, seq_len: int, trips: int = 1) -> float:
       times = eqn.params['length'] if name == 'scan' else 1
       total += times * sum(
         of_program(inner, seq_len, times if name == 'scan' else trips)
-        for inner in jax.core.jaxprs_in_params(eqn.params)
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params)
       )
   return total
 

@@ -9,7 +9,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from mtp_jax import chips, config, sharding
+from mtp_jax import chips, config, sharding, versions
 from mtp_jax.train import step
 
 VARIABLES = dict(
@@ -32,7 +32,7 @@ def tpu_step(c: config.Config, topology: str = 'v5e:2x2') -> str:
 
 def cuda_step(c: config.Config, mesh) -> str:
   """The training step, lowered for as many GPUs as mesh has, as StableHLO."""
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), versions.lowering_for_h100():
     traced = step.trace(c, mesh, c.heads.n)
     return traced.lower(lowering_platforms=('cuda',)).as_text()
 

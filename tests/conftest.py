@@ -2,12 +2,16 @@
 
 import os
 
+from mtp_jax import versions
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '')
-  + ' --xla_force_host_platform_device_count=8'
-  # A fifth of the compile time; these programs run for milliseconds.
-  + ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    # A fifth of the compile time; these programs run for milliseconds.
+    *versions.FAST_COMPILE_FLAGS,
+  ]
 )
 
 import jax  # noqa: E402

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(mtp_jax.__file__).parent
 
 # A file imports lower floors, its own folder, and what is allowed below.
 FLOORS = {
+  'versions': 0,
   'config': 0,
   'chips': 0,
   'validate': 0,

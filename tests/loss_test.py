@@ -549,7 +549,7 @@ def _reshards(jaxpr, in_loop=False):
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'reshard':
       yield eqn.invars[0].aval, in_loop
-    for sub in jax.core.jaxprs_in_params(eqn.params):
+    for sub in jax.extend.core.jaxprs_in_params(eqn.params):
       yield from _reshards(sub, in_loop or eqn.primitive.name == 'scan')
 
 

@@ -164,7 +164,7 @@ def equations(jaxpr):
   """All equations of a jaxpr, those of nested ones too."""
   for eqn in jaxpr.eqns:
     yield eqn
-    for sub in jax.core.jaxprs_in_params(eqn.params):
+    for sub in jax.extend.core.jaxprs_in_params(eqn.params):
       yield from equations(sub)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config, sharding
+from mtp_jax import config, sharding, versions
 
 SPLASH_BLOCK = 512  # positions a step of the TPU kernel, at most
 FLASH_BLOCK = 128  # the same of the Triton kernel
@@ -129,7 +129,9 @@ def _cudnn(q_BTNH, k_BSGH, v_BSGH, segment_BT):
 
 def _triton(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret):
   from jax.experimental import pallas as pl
-  from jax.experimental.pallas.ops.gpu import attention as lib
+
+  with versions.pallas_triton():
+    from jax.experimental.pallas.ops.gpu import attention as lib
 
   _, _, N, H = q_BTNH.shape
   repeats = N // k_BSGH.shape[2]  # this kernel has a key head a query head

@@ -45,7 +45,7 @@ def train_step(
 
   with jax.named_scope('update'):
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     new = optim.update(
       state.params, state.opt_state, grads, state.step, n_active, cfg
