@@ -11,7 +11,6 @@ cd "$(dirname "$0")/.."
 
 source launch/options.sh
 helped "$@"
-python=${PYTHON:-python3}
 store=stores/python-stdlib-bytes
 name=smoke dry_run='' processes='' flags=() train=(mtp train)
 for flag; do

@@ -2,16 +2,30 @@
 # Installs what tests need into .venv and runs them:
 #   launch/test.sh            the test command: lint, and all tests but slow ones
 #   launch/test.sh --slow     the full products and the long runs as well
+#   launch/test.sh --parity   those that compare with PyTorch and transformers,
+#                             which it installs: several GB but on Python 3.11
 #   launch/test.sh ARGS …     pytest with these arguments
+# PYTHON=python3.13 launch/test.sh makes .venv of that interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source launch/options.sh
 helped "$@"
-python=${PYTHON:-python3}
-source launch/venv.sh test
-command -v chromedriver >/dev/null ||
-  echo 'a page needs a browser: apt-get install chromium-driver' >&2
+extras=test
+if [ "${1:-}" = --parity ]; then
+  extras=test,parity
+  shift
+  set -- -m 'parity and not slow' "$@"
+fi
+source launch/venv.sh "$extras"
+# The page of `mtp report` is looked at in a browser, where there is one.
+if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] &&
+  command -v apt-get >/dev/null; then
+  echo 'installing chromium-driver for the tests of the page'
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y \
+    -qq --no-install-recommends chromium-driver; } >/dev/null 2>&1 ||
+    echo 'it could not be installed: those tests are skipped'
+fi
 ruff check .
 ruff format --check .
 if [ "${1:-}" = --slow ]; then

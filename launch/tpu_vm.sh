@@ -51,7 +51,7 @@ case $action in
     everywhere "set -e; tar xzf mtp_jax.tar.gz; cd mtp_jax;\
  curl -LsSf https://astral.sh/uv/install.sh | sh;\
  ~/.local/bin/uv python install 3.12;\
- python=\$(~/.local/bin/uv python find --managed-python 3.12);\
+ PYTHON=\$(~/.local/bin/uv python find --managed-python 3.12);\
  source launch/venv.sh tpu,gcs"
     ;;
   run)

@@ -41,9 +41,9 @@ def export(parsed: flags.Parsed) -> list[str]:
   form = parsed.given.get('export.format', 'hf')
   if form not in mapping.FORMS:
     parsed.config()  # says which there are
-  library = 'torch' if form == 'meta' else 'safetensors'
-  files.need('export.format', form, library)
-  files.need('export.format', form, 'tokenizers')
+  library, extra = ('torch', 'meta') if form == 'meta' else ('safetensors', 'hf')
+  files.need('export.format', form, library, extra)
+  files.need('export.format', form, 'tokenizers', extra)
   path = paths.absolute(path, 'export.checkpoint')
   workdir, step, saved, cfg = checkpoint.opened(
     path, 'export.checkpoint', parsed
@@ -98,7 +98,7 @@ def import_(parsed: flags.Parsed) -> list[str]:
   if form not in folder.DESCRIPTIONS:
     parsed.config()  # says which there are
   if form == 'meta':
-    files.need('import.format', 'meta', 'torch')
+    files.need('import.format', 'meta', 'torch', 'meta')
   cfg, ours = folder.find(path, parsed.given)
   if ours:
     cfg = parsed.config(cfg)

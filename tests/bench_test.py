@@ -213,6 +213,7 @@ def test_n_logits_computes_ours():
   _same(tiny.flat(grads), wanted)
 
 
+@pytest.mark.parity
 def test_the_loop_in_torch_computes_ours():
   import torch
 

@@ -17,7 +17,16 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import parity  # noqa: E402
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_collection_modifyitems(items):
+  if parity.MISSING:
+    for item in items:
+      if item.get_closest_marker('parity'):
+        item.add_marker(pytest.mark.skip(reason=parity.REASON))
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -39,13 +39,13 @@ class Tensor(NamedTuple):
     return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
 
 
-def need(flag: str, value: str, module: str) -> None:
+def need(flag: str, value: str, module: str, extra: str) -> None:
   """ConfigError that says which extra to install, unless it is there."""
   try:
     importlib.import_module(module)
   except ImportError as error:
     raise config.ConfigError(
-      flag, value, f'needs {module}: pip install "mtp_jax[hf]"'
+      flag, value, f'needs {module}: pip install "mtp_jax[{extra}]"'
     ) from error
 
 

@@ -12,14 +12,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
-from safetensors.torch import load_file
+from safetensors.numpy import load_file, save_file
 
 from mtp_jax import config, main
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import folder, mapping, meta
-from tests import tiny
+from tests import parity, tiny
+
+torch = parity.library('torch')
+transformers = parity.library('transformers')
 
 # Every model that a form has a place for.
 FITS = [
@@ -31,6 +32,10 @@ FITS = [
   ('medusa', 'residual', 'replicated'),
 ]  # fmt: skip
 N = 3
+
+
+def _needs_torch(row):
+  return row[0] == 'meta'  # consolidated.pth is PyTorch's
 
 
 def _cfg(form, family, unembedding='shared', n=N, **changes):
@@ -63,7 +68,9 @@ def _same(a, b):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), b)
 
 
-@pytest.mark.parametrize('form, family, unembedding', FITS)
+@pytest.mark.parametrize(
+  'form, family, unembedding', parity.marked(FITS, _needs_torch)
+)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_there_and_back_is_the_same(form, family, unembedding, dtype, tmp_path):
   c = _cfg(
@@ -159,7 +166,9 @@ KEYS = {
 
 def _tensors(out):
   if (out / 'consolidated.pth').exists():
-    return torch.load(out / 'consolidated.pth')
+    return {
+      name: x.numpy() for name, x in torch.load(out / 'consolidated.pth').items()
+    }
   found = {}
   for path in sorted(out.glob('**/*.safetensors')):
     inside = path.relative_to(out).parent.as_posix()
@@ -168,7 +177,7 @@ def _tensors(out):
   return found
 
 
-@pytest.mark.parametrize('form, family', KEYS)
+@pytest.mark.parametrize('form, family', parity.marked([*KEYS], _needs_torch))
 def test_names_are_those_of_the_program(form, family, tmp_path):
   c = _cfg(form, family)
   _export(c, tmp_path / 'out')
@@ -341,6 +350,7 @@ RUN = {
 }  # fmt: skip
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
   'form, unembedding',
   [*((form, 'shared') for form in RUN), ('medusa', 'replicated')],
@@ -352,7 +362,10 @@ def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
   name = 'params.json' if form == 'meta' else 'config.json'
   about = json.loads((tmp_path / 'out' / name).read_text())
   ids = np.random.default_rng(0).integers(0, 264, (2, 40))
-  theirs = run(_tensors(tmp_path / 'out'), torch.tensor(ids), about)
+  tensors = {
+    name: torch.tensor(x) for name, x in _tensors(tmp_path / 'out').items()
+  }
+  theirs = run(tensors, torch.tensor(ids), about)
   position = np.tile(np.arange(40), (2, 1))
   with jax.set_mesh(tiny.mesh(c)):
     ours = jax.device_get(tiny.dense_logits(model, ids, position, c))
@@ -361,6 +374,7 @@ def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
   np.testing.assert_allclose(ours[:, :, :T], theirs[:, :, :T], atol=1e-5)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
   'form, family, kind',
   [
@@ -393,7 +407,9 @@ def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
 # What others wrote.
 
 
-@pytest.mark.parametrize('form', ['meta', 'mtp_llama'])
+@pytest.mark.parametrize(
+  'form', [pytest.param('meta', marks=pytest.mark.parity), 'mtp_llama']
+)
 def test_what_others_wrote_is_read(form, tmp_path):
   c = _cfg(form, 'parallel', model__norm_eps=1e-6, model__rope_theta=500_000.0)
   model = _export(c, tmp_path / 'in')
@@ -404,6 +420,7 @@ def test_what_others_wrote_is_read(form, tmp_path):
   _same(back, jax.device_get(model))
 
 
+@pytest.mark.parity
 def test_llama_2s_params_do_not_say_how_many_tokens(tmp_path):
   c = _cfg('meta', 'parallel', n=1, model__d_ff=0, model__n_kv_heads=0)
   model = _export(c, tmp_path / 'in')
@@ -482,8 +499,6 @@ def _import(path, tmp_path, *args):
   ],
 )
 def test_a_copy_that_differs_is_told(form, name, said, tmp_path, capsys):
-  from safetensors.torch import save_file
-
   _export(_cfg(form, RUN[form][0]), tmp_path / 'in')
   path = tmp_path / 'in' / os.path.dirname(name) / 'model.safetensors'
   tensors = load_file(path)
@@ -502,6 +517,7 @@ def _meta_folder(path, **changes):
   (path / 'params.json').write_text(json.dumps(about))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
   'changes, said',
   [
@@ -520,6 +536,7 @@ def test_metas_params_that_do_not_fit_are_told(changes, said, tmp_path, capsys):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parity
 def test_a_pth_cut_off_is_told(tmp_path, capsys):
   _meta_folder(tmp_path / 'in')
   path = tmp_path / 'in' / 'consolidated.pth'
@@ -535,6 +552,7 @@ def test_a_pth_cut_off_is_told(tmp_path, capsys):
   assert 'there is no such file' in capsys.readouterr().err
 
 
+@pytest.mark.parity
 def test_the_first_of_one_file_is_read_and_of_several_refused(tmp_path, capsys):
   _meta_folder(tmp_path / 'in')
   os.rename(tmp_path / 'in/consolidated.pth', tmp_path / 'in' / meta.FIRST)
@@ -544,10 +562,11 @@ def test_the_first_of_one_file_is_read_and_of_several_refused(tmp_path, capsys):
   assert 'is cut over 2 files by heads' in capsys.readouterr().err
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
   'what, said',
   [
-    (lambda w: w | {'norm.weight': w['norm.weight'].to(torch.int8)}, 'int8'),
+    (lambda w: w | {'norm.weight': w['norm.weight'].char()}, 'int8'),
     (lambda w: {'model': w}, 'model is dict'),
   ],
 )
@@ -560,6 +579,7 @@ def test_what_is_no_table_of_floats_is_told(what, said, tmp_path, capsys):
   assert said in error and 'only tensors of floats' in error
 
 
+@pytest.mark.parity
 def test_the_other_format_is_named(tmp_path, capsys):
   _meta_folder(tmp_path / 'in')
   assert _import(tmp_path / 'in', tmp_path) == 2
@@ -571,14 +591,15 @@ def test_the_other_format_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  'command, form, missing',
+  'command, form, missing, extra',
   [
-    ('export', 'hf', 'safetensors'), ('export', 'meta', 'torch'),
-    ('export', 'mimo', 'tokenizers'), ('import', 'meta', 'torch'),
+    ('export', 'hf', 'safetensors', 'hf'), ('export', 'meta', 'torch', 'meta'),
+    ('export', 'mimo', 'tokenizers', 'hf'),
+    ('import', 'meta', 'torch', 'meta'),
   ],
 )  # fmt: skip
 def test_a_missing_extra_is_named(
-  command, form, missing, tmp_path, monkeypatch, capsys
+  command, form, missing, extra, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.setitem(sys.modules, missing, None)  # an import of it raises
   (tmp_path / 'in').mkdir()
@@ -590,6 +611,6 @@ def test_a_missing_extra_is_named(
   ]) == 2  # fmt: skip
   assert capsys.readouterr().err == (
     f'mtp: --{command}.format={form}: needs {missing}: pip install'
-    ' "mtp_jax[hf]"\n'
+    f' "mtp_jax[{extra}]"\n'
   )
   assert not (tmp_path / 'out').exists()

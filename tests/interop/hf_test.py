@@ -9,15 +9,16 @@ import time
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from mtp_jax import checkpoint, config, main, params
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import files, folder, mapping
 from mtp_jax.model import lm
-from tests import faults, runs, tiny
+from tests import faults, parity, runs, tiny
 from tests.decode.decoding import FAMILIES
+
+torch = parity.library('torch')
+transformers = parity.library('transformers')
 
 STORIES = os.path.join(os.path.dirname(runs.ROOT), 'shared/data/stories260k')
 BASE = dict(
@@ -98,6 +99,7 @@ def test_every_parameter_has_a_place():
           assert sorted(found) == list(range(leaves[path].shape[0])), path
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
   'changes',
   [
@@ -350,6 +352,7 @@ def _greedy(path):
     )[0].tolist()  # fmt: skip
 
 
+@pytest.mark.parity
 def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
   """20 steps of two heads on a trunk that is frozen: transformers writes the
   same text as before, and so does `mtp generate` with the heads."""

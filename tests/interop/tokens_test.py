@@ -7,10 +7,12 @@ import json
 import pytest
 import sentencepiece
 import tokenizers as hf
-import transformers
 
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import tokens
+from tests import parity
+
+transformers = parity.library('transformers')
 
 CODE = open(argparse.__file__, encoding='utf-8').read()
 TEXTS = (
@@ -27,13 +29,12 @@ TEXTS = (
 KEEPS = dict(normalization_rule_name='identity', remove_extra_whitespaces=False)
 
 
-def _loaded(ours, path):
-  """What transformers makes of the files of an export."""
+def _write(ours, path):
+  """The files of an export."""
   for name, data in tokens.files_of(ours).items():
     (path / name).parent.mkdir(exist_ok=True)
     (path / name).write_bytes(data)
   (path / 'config.json').write_text('{"model_type": "llama"}')
-  return transformers.AutoTokenizer.from_pretrained(path)
 
 
 def _pieces(path, kind, **settings):
@@ -110,12 +111,14 @@ MADE = {
 }
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize('kind', MADE)
 def test_transformers_gives_the_same_ids(kind, tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'out').mkdir()
   ours = MADE[kind](tmp_path / 'in')
-  theirs = _loaded(ours, tmp_path / 'out')
+  _write(ours, tmp_path / 'out')
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
   assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
   for text in TEXTS:
     ids = ours.encode(text).tolist()
@@ -129,7 +132,7 @@ def test_an_import_takes_the_same_tokenizer(kind, tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'out').mkdir()
   ours = MADE[kind](tmp_path / 'in')
-  _loaded(ours, tmp_path / 'out')
+  _write(ours, tmp_path / 'out')
   back = tokens.read(str(tmp_path / 'out'), tokenizers.recorded_name(ours))
   assert back.fingerprint == ours.fingerprint
   assert (back.bos, back.eos) == (ours.bos, ours.eos)
