@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,9 @@ from mtp_jax import params as params_lib
 from mtp_jax.model import lm
 
 MARK = 'commit_success.txt'  # in a bucket, of a complete one
+# The newest may hold the spike, one more the interruption of a run; the one
+# before them is where a rollback goes.
+KEEP_FOR_ROLLBACK = 3
 FORMAT = 1  # raised when a saved state can no longer be read as it is
 
 
@@ -38,6 +42,9 @@ class Saver:
   """Saves while a run goes on, in threads; keeps the last --train.keep_last and
   each keep_every-th.
 
+  A checkpoint counts as saved once it was opened again where it lies: a library
+  may write what it then cannot find, e.g. below a folder whose name it takes
+  for a pattern.
   A save that fails, say on a full disk, is told in one line. It leaves nothing
   behind, what was saved before stays, and the next one is tried at its turn.
   """
@@ -48,7 +55,9 @@ class Saver:
     self._saving: int | None = None  # the step
     self._following: threading.Thread | None = None
     self._options = ocp.CheckpointManagerOptions(
-      max_to_keep=cfg.train.keep_last,
+      max_to_keep=max(
+        cfg.train.keep_last, KEEP_FOR_ROLLBACK if cfg.train.skip_batches else 1
+      ),
       keep_period=cfg.train.keep_every or None,
       enable_async_checkpointing=True,
       cleanup_tmp_directories=True,  # what a killed save left behind
@@ -91,9 +100,15 @@ class Saver:
     except Exception as error:  # of tensorstore: of any class
       self._tell(step, error)
       return
-    # It is complete, since orbax has renamed it: if a kill leaves it without a
-    # manifest it is used all the same, only that damage is not noticed.
+    # If a kill leaves it without a manifest it is used all the same where it can
+    # be opened, only that damage within arrays is not noticed.
     if processes.first():
+      why = unreadable(self._folder / str(step))
+      if why:
+        self._tell(step, OSError(f'{why} after it was written'))
+        with contextlib.suppress(OSError):
+          (self._folder / str(step)).rmtree()
+        return
       try:
         manifest.write(self._folder / str(step))
       except Exception as error:  # of a bucket: of any class
@@ -233,7 +248,7 @@ def _folder(workdir: str) -> epath.Path:
 
 def save(
   to: Saver, step: int, state: Any, cfg: config.Config, store: str,
-  left_out=(),
+  left_out=(), spikes: dict | None = None,
 ) -> float:  # fmt: skip
   """Starts to save the state; returns before it is done.
 
@@ -248,18 +263,32 @@ def save(
     store: fingerprint of the token store. The position in it is step x
       batch_size, hence not saved,
     left_out: but for the batches that no step reads.
+    spikes: what the detector of loss spikes remembers, as JSON has it.
 
   Returns:
     Seconds for which it held up the caller.
   """
   about = dict(
     format=FORMAT, config=json.loads(config.to_json(cfg)), store=store,
-    left_out=left_out,
+    left_out=left_out, spikes=spikes or {},
   )  # fmt: skip
   args = ocp.args.Composite(
     state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
   )
   return to.save(step, args)
+
+
+def check_workdir(workdir: str) -> None:
+  """Raises ConfigError if checkpoints could be written there but not merged:
+  orbax finds the parts of one by a pattern into which it puts the path as it
+  is, so that [1] is looked for as 1, and * also finds those of other runs."""
+  found = sorted({*'*?[]'} & {*str(workdir)})
+  if found:
+    raise config.ConfigError(
+      'train.workdir', workdir,
+      f'no path of checkpoints may have {" ".join(found)} in it, which their'
+      ' library reads as a pattern',
+    )  # fmt: skip
 
 
 def write_definition(cfg, tokenizer, workdir: str) -> None:
@@ -289,6 +318,36 @@ def save_params(
     to.check()
 
 
+def unreadable(path: epath.Path) -> str:
+  """What of a checkpoint cannot be opened, its metadata or the headers of its
+  arrays; empty if it can. Cheap: no array is read."""
+  try:
+    _read_about(path)
+    with ocp.Checkpointer(
+      ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()
+    ) as reader:
+      found = reader.metadata(path / 'state').item_metadata
+  except Exception as error:  # of orbax and tensorstore: of any class
+    return f'it cannot be opened: {paths.first_line(error)}'
+  return '' if found is not None else 'its arrays cannot be opened'
+
+
+def _alone():
+  """For a reader of this process alone; orbax would wait for the others."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}
+  )
+
+
+def _damage(path: epath.Path) -> str:
+  """What is wrong with it. Without a manifest, as a kill between save and
+  manifest leaves it, or a copy that broke off, it must at least open."""
+  if (path / manifest.NAME).exists():
+    return manifest.damage(path)
+  return unreadable(path)
+
+
 def steps(workdir: str) -> list[int]:
   """Steps of the complete checkpoints, oldest first."""
   try:
@@ -307,11 +366,11 @@ def find(path: str, flag: str = 'eval.checkpoint') -> tuple[str, int]:
     (workdir, step), or raises ConfigError that names the flag.
   """
   asked = paths.of(path)
-  if asked.parent.name == 'checkpoints' and asked.name.isdigit():
+  workdir, wanted, there = path, None, steps(path)
+  # A workdir may be called so as well.
+  if not there and asked.parent.name == 'checkpoints' and asked.name.isdigit():
     workdir, wanted = str(asked.parent.parent), int(asked.name)
-  else:
-    workdir, wanted = path, None
-  there = steps(workdir)
+    there = steps(workdir)
   if not there or (wanted is not None and wanted not in there):
     why = ''
     if there:
@@ -329,13 +388,17 @@ def verify(workdir: str, step: int, flag: str) -> None:
   only the first one calls it.
   """
   path = _folder(workdir) / str(step)
-  why = manifest.damage(path)
+  why = _damage(path)
   if why:
     raise config.ConfigError(flag, str(path), f'is damaged: {why}')
 
 
-def newest_good(workdir: str) -> tuple[int | None, list[tuple[int, str]]]:
+def newest_good(
+  workdir: str, suits: Callable[[int], bool] = lambda step: True
+) -> tuple[int | None, list[tuple[int, str]]]:
   """What a run goes on from; reads files as `verify` does.
+
+  suits: steps that are looked at.
 
   Returns:
     (step of the newest checkpoint that is not damaged, None if there is no
@@ -345,8 +408,8 @@ def newest_good(workdir: str) -> tuple[int | None, list[tuple[int, str]]]:
     ConfigError: there are some, all of them damaged.
   """
   damaged = []
-  for step in reversed(steps(workdir)):
-    why = manifest.damage(_folder(workdir) / str(step))
+  for step in reversed([s for s in steps(workdir) if suits(s)]):
+    why = _damage(_folder(workdir) / str(step))
     if not why:
       return step, damaged
     damaged.append((step, why))
@@ -405,17 +468,22 @@ def left_out(workdir: str, step: int) -> tuple[tuple[int, int], ...]:
   return tuple((first, count) for first, count in saved)
 
 
+def spikes(workdir: str, step: int) -> dict:
+  """What the detector of loss spikes remembered, as it was given to `save`."""
+  return _about(workdir, step, 'train.workdir').get('spikes', {})
+
+
+def _read_about(path: epath.Path) -> dict:
+  with ocp.Checkpointer(
+    ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()
+  ) as reader:
+    return reader.restore(path / 'about')
+
+
 def _about(workdir: str, step: int, flag: str) -> dict:
   path = _folder(workdir) / str(step)
-  me = jax.process_index()
-  alone = ocp.options.MultiprocessingOptions(
-    primary_host=me, active_processes={me}
-  )
   with _reading(path, flag):
-    with ocp.Checkpointer(
-      ocp.JsonCheckpointHandler(), multiprocessing_options=alone
-    ) as reader:
-      saved = reader.restore(path / 'about')
+    saved = _read_about(path)
   if saved['format'] != FORMAT:
     raise config.ConfigError(
       'train.workdir', workdir,

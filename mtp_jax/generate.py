@@ -313,7 +313,8 @@ def _acceptance(decoded) -> list[str]:
   if not len(decoded.asked_J):
     return []
   rates = ', '.join(
-    f't+{j}: {rate:.2f}' for j, rate in enumerate(decoded.acceptance_J, 2)
+    f't+{j}: {"-" if rate is None else f"{rate:.2f}"}'
+    for j, rate in enumerate(decoded.acceptance_J, 2)
   )
   return [f'drafts that stood, given those before: {rates}']
 

@@ -79,17 +79,18 @@ def mtp_loss(
     batch: tokens_BU and position_BU, int32, U = T + span; scored_BU, bool,
       where there is a mask.
     count_K: each head's valid targets in the whole step, over all micro-batches
-      and devices; ones to get plain sums.
+      and devices.
     weight_K: the heads' weights.
     n_active: heads 1..n_active are computed at all.
     cfg: its schedule and chunk change memory and time, not the value.
 
   Returns:
     (total, sums). Totals and sums of micro-batches add up to those of the step;
-    sums carry no gradient: loss_K (with z-loss, unweighted), z_loss_K and
-    accuracy_K, each over count_K, order_loss over head 1's count, and
-    accepted_K, see `targets.acceptance`. A head without a valid target has loss
-    0.
+    sums carry no gradient: loss_sum_K (nats with z-loss, unweighted),
+    z_loss_sum_K and correct_K over each head's valid targets, order_loss_sum
+    over head 1's, and accepted_K, see `targets.acceptance`. A head without a
+    valid target adds 0 to the total; its mean is formed by nobody here, since a
+    mean over nothing is not 0.
   """
   model = _wide_where_shared(model, cfg)
   tokens_BU, position_BU = batch['tokens'], batch['position']
@@ -123,15 +124,15 @@ def mtp_loss(
   with jax.named_scope('heads'):
     total, (stats, order) = SCHEDULES[cfg.loss.schedule](weights, rows, cfg)
   sums = dict(
-    loss_K=stats.loss * over_K,
-    z_loss_K=stats.z_loss * over_K,
-    accuracy_K=stats.correct * over_K,
+    loss_sum_K=stats.loss,
+    z_loss_sum_K=stats.z_loss,
+    correct_K=stats.correct,
     accepted_K=targets.acceptance(
       stats.argmax_BT, jnp.all(valid_KBT, axis=0), cfg.heads.stride
     ),
   )
   if ordered:
-    sums['order_loss'] = order * over_K[0]
+    sums['order_loss_sum'] = order
   return total, jax.lax.stop_gradient(sums)
 
 

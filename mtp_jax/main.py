@@ -5,7 +5,6 @@ jax is imported when a command needs it, so that a wrong flag fails at once.
 
 import collections
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -428,9 +427,10 @@ def main(argv: list[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
   except OSError as error:
-    if error.errno != errno.ENOSPC:
+    why = paths.of_a_disk(error)
+    if not why:
       raise
-    print(f'mtp: no space left: {error.filename or "output"}', file=sys.stderr)
+    print(f'mtp: {why}', file=sys.stderr)
     # Python would try to write it once more at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2

@@ -18,17 +18,22 @@ from mtp_jax.model import heads, lm
 
 
 def learning_rate(cfg: config.Config) -> optax.Schedule:
-  """Linear from 0 over warmup_steps to lr, then --optim.schedule."""
+  """Linear from 0 over warmup_steps to lr, then --optim.schedule, at whose end
+  the last step is: it takes end_ratio x lr."""
   o, steps = cfg.optim, cfg.train.steps
-  left = steps - o.warmup_steps
+  end, last = o.lr * o.end_ratio, steps - o.warmup_steps - 1
   after = {
-    'cosine': lambda: optax.cosine_decay_schedule(o.lr, left, o.end_ratio),
+    'cosine': lambda: (
+      optax.cosine_decay_schedule(o.lr, last, o.end_ratio)
+      if last
+      else optax.constant_schedule(end)
+    ),
     'wsd': lambda: optax.join_schedules(
       [
         optax.constant_schedule(o.lr),
-        optax.linear_schedule(o.lr, o.lr * o.end_ratio, o.decay_steps),
+        optax.linear_schedule(o.lr, end, o.decay_steps),
       ],
-      [left - o.decay_steps],
+      [last - o.decay_steps],
     ),
     'constant': lambda: optax.constant_schedule(o.lr),
   }[o.schedule]()

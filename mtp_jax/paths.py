@@ -25,6 +25,32 @@ EVERY_S = 30.0  # between two uploads of what grows,
 SHARE = 0.01  # or longer, so that they take this part of the time at most
 
 
+# What a device answers that has no room, or no life, left.
+OF_A_DISK = {
+  getattr(errno, name)
+  for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EIO', 'EROFS')
+  if hasattr(errno, name)
+}
+
+
+@contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+  """Errors of an open file, which does not say its name, say this one."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = error.filename or str(path)
+    raise
+
+
+def of_a_disk(error: OSError) -> str | None:
+  """'FILE: no space left on device', if it is an error of that kind."""
+  if error.errno not in OF_A_DISK:
+    return None
+  why = os.strerror(error.errno)
+  return f'{error.filename or "output"}: {why[0].lower()}{why[1:]}'
+
+
 def scheme(path) -> str:
   """'gs' of gs://BUCKET/…, '' of a path of this machine."""
   return str(path).partition('://')[0] if '://' in str(path) else ''
@@ -84,14 +110,15 @@ def write(path, data: bytes) -> None:
     return
   path = os.path.realpath(path)  # of a link, what it points to
   if os.path.exists(path) and not os.path.isfile(path):
-    with open(path, 'wb') as file:  # a device or a pipe
+    with naming(path), open(path, 'wb') as file:  # a device or a pipe
       file.write(data)
     return
   part = f'{path}.{uuid.uuid4().hex[:8]}.tmp'  # of two that write at once
   try:
-    with open(part, 'wb') as file:
-      file.write(data)
-    os.replace(part, path)
+    with naming(path):
+      with open(part, 'wb') as file:
+        file.write(data)
+      os.replace(part, path)
   except OSError:
     with contextlib.suppress(OSError):
       os.remove(part)
@@ -113,9 +140,21 @@ def growing(path, start: bytes = b''):
 class _File:
   def __init__(self, path, start):
     write(path, start)
-    self._file = open(path, 'ab')
-    self.write, self.close = self._file.write, self._file.close
-    self.flush = self.sync = self._file.flush
+    self._path, self._file = path, open(path, 'ab')
+
+  def write(self, data: bytes) -> None:
+    with naming(self._path):
+      self._file.write(data)
+
+  def flush(self) -> None:
+    with naming(self._path):
+      self._file.flush()
+
+  sync = flush
+
+  def close(self) -> None:
+    with naming(self._path):
+      self._file.close()
 
 
 class _Object:

@@ -11,7 +11,6 @@ ends without a word is missed after --processes.timeout_s.
 
 import collections
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -29,7 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax import config
+from mtp_jax import config, paths
 
 # What may differ from one process to another: where it is, what its machine
 # calls things.
@@ -73,9 +72,10 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
     print('mtp: interrupted', file=sys.stderr)
     _leave(130)
   except OSError as error:
-    if error.errno != errno.ENOSPC:
+    why = paths.of_a_disk(error)
+    if not why:
       _fail(traceback.format_exc())
-    _fail(f'no space left: {error.filename or "output"}', 2)
+    _fail(why, 2)
   except BaseException:
     _fail(traceback.format_exc())
 
@@ -259,10 +259,19 @@ def _check_same_flags(cfg: config.Config) -> None:
         )  # fmt: skip
 
 
+class Interrupted(Exception):
+  """A signal came while `Stop.interrupting` was on."""
+
+
+# SIGHUP comes from a terminal that closes, and from some schedulers.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class Stop:
   """Has any process been asked to stop? All get the same answer at a step.
 
-  SIGTERM or the first SIGINT asks; a second SIGINT raises KeyboardInterrupt.
+  SIGTERM, SIGHUP or the first SIGINT asks; a second SIGINT raises
+  KeyboardInterrupt.
   Between several processes the question is a maximum over all devices, put at
   each step and read `LAG` steps later, when it has been answered: it costs one
   small program a step and no wait. (JAX's own notifier agrees on a step as
@@ -273,6 +282,7 @@ class Stop:
 
   def __init__(self, mesh: Mesh):
     self.asked = threading.Event()
+    self._interrupts = False
     self._answers = collections.deque()
     self._sharding = NamedSharding(mesh, P(mesh.axis_names))
     self._any = jax.jit(jnp.max)
@@ -299,14 +309,43 @@ class Stop:
       if self.asked.is_set() and number == signal.SIGINT:
         raise KeyboardInterrupt
       self.asked.set()
+      if self._interrupts:
+        self._interrupts = False
+        raise Interrupted
 
     if threading.current_thread() is not threading.main_thread():
       yield self  # signals belong to the main thread's owner
       return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    old = {number: signal.signal(number, handle) for number in numbers}
+    old = {}
+    for number in SIGNALS:
+      if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+        old[number] = signal.signal(number, handle)
     try:
       yield self
     finally:
       for number, handler in old.items():
         signal.signal(number, handler)
+
+  @contextlib.contextmanager
+  def interrupting(self):
+    """Work that may be broken off and done again: in here a signal raises
+    Interrupted at once, wherever Python is, rather than at the next step.
+
+    Of several processes none may leave alone: there a loop which all of them
+    make equally often calls `check` instead.
+    """
+    if several():
+      yield
+      return
+    self.check()
+    self._interrupts = True
+    try:
+      yield
+    finally:
+      self._interrupts = False
+
+  def check(self) -> None:
+    """Raises Interrupted if any process has been asked; calls as of `self()`.
+    """
+    if self():
+      raise Interrupted

@@ -94,6 +94,7 @@ def import_(parsed: flags.Parsed) -> list[str]:
         name, value, 'an import takes that from what it reads'
       )
   workdir = _absent('train.workdir', parsed.given.get('train.workdir', ''))
+  checkpoint.check_workdir(workdir)
   form = parsed.given.get('import.format', 'hf')
   if form not in folder.DESCRIPTIONS:
     parsed.config()  # says which there are

@@ -50,6 +50,7 @@ ALLOWED = {
   ('validate', 'config'),
   ('params', 'sharding'),
   ('flags', 'paths'),
+  ('processes', 'paths'),
   ('loss', 'targets'),
   ('loss', 'cross_entropy'),
   ('report', 'train/loop'),

@@ -284,9 +284,9 @@ def test_process_0_stays_until_the_other_has_heard(store, tmp_path):
   full = _happens('raise OSError(errno.ENOSPC, "", "metrics.jsonl")')
   ends = _ends(_pair(store, tmp_path, of_0=full))
   assert [e[0] for e in ends] == [2, 1], ends
-  assert '[0/2] no space left: metrics.jsonl' in ends[0][2]
+  assert '[0/2] metrics.jsonl: no space left on device' in ends[0][2]
   assert (
-    '[1/2] ends, since another process failed:\n[0] no space left' in ends[1][2]
+    '[1/2] ends, since another process failed:\n[0] metrics.jsonl: no space' in ends[1][2]
   )
   assert 'Traceback' not in ends[0][2] + ends[1][2]
 

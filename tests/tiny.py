@@ -149,15 +149,33 @@ def _value_and_grad(w, rows, *, c, n_active):
   return jax.tree.map(lambda x: jnp.sum(x, axis=0), out)
 
 
+def means(sums: dict, count_K) -> dict:
+  """Sums of `mtp_loss` as means over valid targets; 0 where there is none."""
+  over_K = 1 / np.maximum(count_K, 1)[: len(sums['loss_sum_K'])]
+  out = dict(
+    loss_K=sums['loss_sum_K'] * over_K, z_loss_K=sums['z_loss_sum_K'] * over_K,
+    accuracy_K=sums['correct_K'] * over_K,
+  )  # fmt: skip
+  if 'order_loss_sum' in sums:
+    out['order_loss'] = sums['order_loss_sum'] * over_K[0]
+  return sums | out
+
+
 def value_and_grad(c: config.Config, rows, w=None, n_active=None):
-  """((total, sums), (parameter gradients, |dL/dz|^2 by head)), on the host."""
+  """((total, sums and means), (parameter gradients, |dL/dz|^2 by head)), on the
+  host."""
   m = mesh(c)
   w = model(c, m) if w is None else w
   with jax.set_mesh(m):
     out = _value_and_grad(
       w, sharding.put_batch(m, rows), c=c, n_active=n_active or c.heads.n
     )
-  return jax.device_get(out)
+  (total, sums), grads = jax.device_get(out)
+  valid_AKBT = [
+    targets.targets(jax.tree.map(lambda x: x[a], rows), c)[1]
+    for a in range(rows['tokens'].shape[0])
+  ]
+  return (total, means(sums, np.sum(valid_AKBT, axis=(0, 2, 3)))), grads
 
 
 def equations(jaxpr):

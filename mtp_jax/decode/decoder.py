@@ -37,10 +37,11 @@ class Decoded(NamedTuple):
     return self.n_tokens / max(int(self.forwards.sum()), 1)
 
   @property
-  def acceptance_J(self) -> list[float]:
-    """Of each draft, given that those before it stood."""
-    rates = self.accepted_J / np.maximum(self.asked_J, 1)
-    return [float(rate) for rate in rates]
+  def acceptance_J(self) -> list[float | None]:
+    """Of each draft, given that those before it were accepted; None where none
+    was compared."""
+    pairs = zip(self.accepted_J, self.asked_J, strict=True)
+    return [float(accepted / n) if n else None for accepted, n in pairs]
 
 
 def joined(parts: Sequence[Decoded]) -> Decoded:

@@ -63,25 +63,32 @@ def error(total: dict) -> np.ndarray:
   of a bin's accuracy from its mean probability (Guo et al. 2017,
   https://arxiv.org/abs/1706.04599)."""
   off_KX = np.abs(total['right_KX'] - total['sure_KX'])
-  return off_KX.sum(axis=1) / np.maximum(total['count_K'], 1)
+  with np.errstate(invalid='ignore'):
+    return off_KX.sum(axis=1) / total['count_K']
 
 
 def scalars(total: dict) -> dict[str, float]:
+  """NaN of a head without a valid target."""
   out = {}
-  top_K = total['top_K'] / np.maximum(total['count_K'], 1)
+  with np.errstate(invalid='ignore'):
+    top_K = total['top_K'] / total['count_K']
   for k, (top, off) in enumerate(zip(top_K, error(total), strict=True), 1):
     out |= {f'top{TOP}_{k}': float(top), f'calibration_error_{k}': float(off)}
   return out
 
 
 def table(found: dict[str, float]) -> list[str]:
-  """By head, as lines."""
+  """By head, as lines; `-` for NaN."""
+
+  def shown(value, width):
+    return f'{"-" if np.isnan(value) else f"{value:.2%}":>{width}}'
+
   n = sum(name.startswith('calibration_error_') for name in found)
   return [
     f'head   top-{TOP}  calibration error',
     *(
-      f'{k:4d}  {found[f"top{TOP}_{k}"]:6.2%}'
-      f'  {found[f"calibration_error_{k}"]:17.2%}'
+      f'{k:4d}  {shown(found[f"top{TOP}_{k}"], 6)}'
+      f'  {shown(found[f"calibration_error_{k}"], 17)}'
       for k in range(1, n + 1)
     ),
   ]

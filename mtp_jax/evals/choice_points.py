@@ -54,11 +54,12 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     if seen_M.any()
   }
   n_both = int((seen_KM[0] & seen_KM[-1]).sum())
-  share = float(asked.sum() / max(n_both, 1))
+  share = float(asked.sum() / n_both) if n_both else math.nan
   scalars['choice_points'] = share
   lines = [
     f'{len(rows)} documents, {sum(map(len, rows)):,} tokens; of {n_both:,} that'
-    f' heads 1 and {active} see coming choice points {share:.1%}: head 1 below'
+    f' heads 1 and {active} see coming choice points'
+    f' {f"{share:.1%}" if n_both else "-"}: head 1 below'
     f' {NEAR:.2f} nats, head {active} above {FAR:.2f}'
   ]
   page = render(

@@ -1,7 +1,7 @@
 """Per-head loss, accuracy and acceptance on held-out windows. Floor 4.
 
-The loss is the training loss itself, in plain sums: each head's nats over its
-own valid targets, over the whole split.
+The loss is the training loss itself, in sums and counts: each head's nats over
+its own valid targets, over the whole split.
 """
 
 import functools
@@ -24,12 +24,12 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
   (`sharding.local_rows`); every process needs as many.
   """
   n = cfg.heads.n
+  one_K = jnp.ones(n)  # the total is made of all batches' sums, at the end
 
   @functools.partial(jax.jit, static_argnames='n_active')
   def sums(params, batch, bytes_V, *, n_active):
     count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
     rows = jax.tree.map(lambda x: x[0], batch)
-    one_K = jnp.ones(n)
     _, sums = loss.mtp_loss(
       params, jnp.zeros(n), rows,
       count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg,
@@ -52,19 +52,8 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
 
 
 def _finish(total: dict, weight_K, order_weight: float) -> dict:
+  """The sums with the loss that they make: of heads that have a target."""
   over_K = 1 / np.maximum(total['count_K'], 1)
-  loss_K = total['loss_K'] * over_K
-  ordered = {}
-  if 'order_loss' in total:
-    ordered['order_loss'] = total['order_loss'] * over_K[0]
-  return ordered | dict(
-    total=np.sum(weight_K * loss_K)
-    + order_weight * ordered.get('order_loss', 0),
-    loss_K=loss_K,
-    z_loss_K=total['z_loss_K'] * over_K,
-    accuracy_K=total['accuracy_K'] * over_K,
-    accepted_K=total['accepted_K'],
-    nats=total['loss_K'][0] - total['z_loss_K'][0],
-    count_K=total['count_K'],
-    bytes=total['bytes'],
-  )
+  loss = np.sum(weight_K * total['loss_sum_K'] * over_K)
+  loss += order_weight * total.get('order_loss_sum', 0) * over_K[0]
+  return total | dict(total=loss)

@@ -127,7 +127,11 @@ def _batch(decoder, tokenizer, rows, jobs, B: int, ask: Ask) -> list[Text]:
     # A tokenizer may drop the space that begins a text.
     return tokenizer.decode([*rows[b], *ids])[len(before[b]) :]
 
-  def ended(tokens) -> np.ndarray:
+  def ended(tokens) -> np.ndarray | None:
+    # Called between segments even if nothing stops a text: a signal is heard
+    # there, where all of it at once would be one call of minutes.
+    if not ask.stop:
+      return None
     return np.array(
       [_cut(text_of(b, ids), ask.stop)[1] for b, ids in enumerate(tokens)]
     )
@@ -135,7 +139,7 @@ def _batch(decoder, tokenizer, rows, jobs, B: int, ask: Ask) -> list[Text]:
   decoded = decoder(
     rows, rows=B, cache=decoder.cfg.decode.cache or longest + ask.max_new,
     seeds=[seed(ask.seed, i, j) for i, j in jobs],
-    stop_ids=(tokenizer.eos,), each=ended if ask.stop else None,
+    stop_ids=(tokenizer.eos,), each=ended,
   )  # fmt: skip
   texts = []
   for b, (ids, forwards) in enumerate(

@@ -1,10 +1,11 @@
 """RUN/report.html and RUN/report/*.png, and what the command prints."""
 
+import json
 import os
 
 from mtp_jax import paths
 from mtp_jax.run_report import content, figures, history, learned, page, spent
-from mtp_jax.train import goodput
+from mtp_jax.train import goodput, metrics
 
 SECTIONS = (
   learned.compared, learned.losses, learned.acceptance, learned.suites,
@@ -61,13 +62,25 @@ def _apart(sections: list[content.Section]) -> list[content.Section]:
   return found
 
 
+DRAWN = 'drawn.json'  # names of the figures of the last report
+
+
 def _write_figures(folder: str, pngs: dict[str, bytes]) -> None:
+  """Those of an earlier report that are no longer drawn go; what others put
+  into the folder is theirs."""
   paths.make_folder(folder)
+  of = paths.of(folder)
+  try:
+    before = json.loads((of / DRAWN).read_text())
+    before = [name for name in before if name.endswith('.png')]
+  except (OSError, ValueError, TypeError, AttributeError):
+    before = []  # the first one, or by who knows whom
   for name, data in pngs.items():
     paths.write(os.path.join(folder, name), data)
-  for path in paths.of(folder).iterdir():
-    if path.suffix == '.png' and path.name not in pngs:  # of another report
-      path.unlink()
+  paths.write(os.path.join(folder, DRAWN), json.dumps(sorted(pngs)).encode())
+  for name in {*before} - {*pngs}:
+    if os.path.basename(name) == name:
+      (of / name).unlink(missing_ok=True)
 
 
 def _said(runs, html: str, drawn: list[str]) -> tuple[list[str], dict]:
@@ -78,7 +91,7 @@ def _said(runs, html: str, drawn: list[str]) -> tuple[list[str], dict]:
     for r in records:
       of = f'{r["source"]}: ' if 'source' in r else ''
       losses = ', '.join(
-        f'head {k} ' + ('nan' if r[name] is None else f'{r[name]:.4f}')
+        f'head {k} {metrics.shown(r[name], ".4f")}'
         for k, name in history.by_head([r], 'loss').items()
       )
       lines.append(f'{run.path}: step {r["step"]}, {of}{losses}')

@@ -13,6 +13,7 @@ that; what says that a run lives is a time in the file, written again.
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -28,7 +29,7 @@ SETTLE_S = 3.0  # there, from one's look to the write of one who looked as well
 
 
 class Lost(RuntimeError):
-  """Another run has taken the workdir."""
+  """Another run has taken the workdir, or may have."""
 
   status = 77  # with which a process then ends
 
@@ -36,26 +37,35 @@ class Lost(RuntimeError):
 class Lock:
   """Taken on construction; ConfigError if a living run holds the workdir.
 
-  Whether a process of another machine lives is seen by its lock alone: either
-  it touches it, or it is silent for STALE_S. That is waited for, since a run
-  whose machine has died is started on another one at once.
+  Whether a process of another machine, or of another container of this one,
+  lives is seen by its lock alone: either it touches it, or it is silent for
+  STALE_S. That is waited for, since a run whose machine has died is started on
+  another one at once. What is waited for is a change: clocks of machines differ,
+  and one may have been set back.
   """
 
   def __init__(self, workdir: str):
+    self._workdir = workdir
     self._path = os.path.join(workdir, 'lock.json')
     self._id = uuid.uuid4().hex
     self._seen = 0.0  # when this run last saw that it is the holder
-    touched = None
+    touched = patience_s = None
     while True:
       with _one_at_a_time(workdir):
         holder, now = _read(self._path), None
         with contextlib.suppress(FileNotFoundError):  # released just now
           now = holder and (holder['run'], _touched(holder, self._path))
-        if not now or not _alive(holder, self._path):
+        waited = patience_s is not None and time.monotonic() > patience_s
+        if not now or (_dead(holder) if _here(holder) else waited):
           self._write()
           if self._settled():
             return
           continue
+        if patience_s is None and not _here(holder):
+          silent_s = time.time() - now[1]  # below 0 by a clock ahead of ours
+          patience_s = time.monotonic() + STALE_S - max(silent_s, 0)
+          if silent_s >= STALE_S:
+            continue
       if _here(holder) or touched not in (None, now):
         raise config.ConfigError(
           'train.workdir', workdir,
@@ -79,6 +89,7 @@ class Lock:
         dict(
           run=self._id,
           host=socket.gethostname(),
+          machine=_machine(),
           pid=os.getpid(),
           started=_started(os.getpid()),
           time=self._seen,
@@ -105,13 +116,25 @@ class Lock:
     if not paths.scheme(self._path):
       mine = self._mine()
       if mine:
-        os.utime(self._path)
+        with contextlib.suppress(FileNotFoundError):  # seen at the next look
+          os.utime(self._path)
     elif not closely and time.time() - self._seen < AGAIN_S:
       return
     else:
       mine = self._look_there()
     if not mine:
-      raise Lost(f'{self._path} was taken by another run; nothing was written')
+      self._tell()
+
+  def _tell(self):
+    """Raises what has become of it."""
+    if not paths.of(self._workdir).exists():
+      raise config.ConfigError(
+        'train.workdir', self._workdir,
+        'is gone: it was deleted, or has another name now; nothing was written',
+      )  # fmt: skip
+    there = paths.of(self._path).exists()
+    how = 'taken by another run' if there else 'deleted'
+    raise Lost(f'{self._path} was {how}; nothing was written')
 
   def _look_there(self) -> bool:
     try:
@@ -152,11 +175,20 @@ def _one_at_a_time(workdir):
     os.close(folder)
 
 
-def _read(path):
+def _read(path) -> dict | None:
+  """What names the holder; None without one, or of what no run has written."""
   try:
-    return json.loads(paths.of(path).read_text())
-  except (FileNotFoundError, json.JSONDecodeError):
-    return None
+    holder = json.loads(paths.of(path).read_text())
+    kinds = dict(run=str, host=str, pid=int, started=str)
+    if paths.scheme(path):
+      kinds['time'] = float
+    if all(isinstance(holder[key], kind) for key, kind in kinds.items()):
+      return holder
+  except (FileNotFoundError, NotADirectoryError, ValueError):
+    pass
+  except (KeyError, TypeError):  # JSON of something else
+    pass
+  return None
 
 
 def _started(pid: int) -> str:
@@ -171,23 +203,37 @@ def _started(pid: int) -> str:
     return ''
 
 
+@functools.cache
+def _machine() -> str:
+  """The machine since it was started, and the namespace in which a pid of this
+  process means something: containers share names of hosts, and pids."""
+  parts = []
+  with contextlib.suppress(OSError):
+    with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as f:
+      parts.append(f.read().strip())
+    parts.append(os.readlink('/proc/self/ns/pid'))
+  return ' '.join(parts)
+
+
 def _touched(holder, path) -> float:
   return holder['time'] if paths.scheme(path) else os.path.getmtime(path)
 
 
 def _here(holder) -> bool:
-  return holder['host'] == socket.gethostname()
+  """Whether its process can be looked for in here."""
+  return (
+    holder['host'] == socket.gethostname()
+    and holder.get('machine', _machine()) == _machine()
+    and holder['pid'] > 0  # others are names of groups to the system
+  )
 
 
-def _alive(holder, path) -> bool:
-  if not _here(holder):
-    with contextlib.suppress(FileNotFoundError):
-      return time.time() - _touched(holder, path) < STALE_S
-    return False
+def _dead(holder) -> bool:
+  """Of a process in here."""
   try:
     os.kill(holder['pid'], 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
+  except (ProcessLookupError, OverflowError):
     return True
-  return _started(holder['pid']) == holder['started']
+  except PermissionError:
+    return False
+  return _started(holder['pid']) != holder['started']

@@ -1,7 +1,8 @@
 """The training run: everything that has an effect. Floor 5.
 
-  take the workdir -> restore or make the state -> for each step: batch, step,
-  and at their cadence log line, evaluation, checkpoint -> last checkpoint.
+  take the workdir -> restore or make the state -> evaluate what is due there
+  and not recorded -> for each step: batch, step, and at their cadence log line,
+  checkpoint, evaluation.
 
 A run writes WORKDIR/{run.flags, config.json, tokenizer/, metrics.jsonl,
 tensorboard/, checkpoints/}, on a disk or on gs://. The position in the data is
@@ -11,6 +12,8 @@ was not.
 
 import collections
 import contextlib
+import json
+import math
 import os
 import statistics
 import sys
@@ -33,7 +36,7 @@ from mtp_jax import (
   sharding,
 )
 from mtp_jax.data import corpus, loader
-from mtp_jax.evals import heldout
+from mtp_jax.evals import heldout, registry
 from mtp_jax.evals import suites as eval_suites
 from mtp_jax.model import heads, lm
 from mtp_jax.train import (
@@ -52,7 +55,7 @@ from mtp_jax.train import step as step_lib
 EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
 EXIT_REPLACED = lock.Lost.status  # another run has taken the workdir
 EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
-MAX_BACK = 8  # times that a start of the program goes back from a spike
+MAX_BACK = 8  # times that a run goes back to one checkpoint
 HELD_UP = 0.3  # of the time, by one process, is worth a line
 
 
@@ -131,6 +134,7 @@ def train(cfg: config.Config) -> int:
   is one. Returns the exit status."""
   clock = goodput.Clock()
   with processes.together():
+    checkpoint.check_workdir(cfg.train.workdir)
     tokens = open_tokens(cfg)
     mesh = sharding.make_mesh(cfg)
     train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide,
@@ -151,7 +155,7 @@ def train(cfg: config.Config) -> int:
     start = newest or 0
     if newest == 0 and not source:  # all that came after an import is damaged
       source = origin.source(cfg)
-    if start >= cfg.train.steps:
+    if start >= cfg.train.steps and not _open_evaluations(cfg, tokens, start):
       print(f'{workdir} is trained already, to step {start}')
       return 0
     if held:
@@ -170,15 +174,18 @@ def train(cfg: config.Config) -> int:
       stack.enter_context(watchdog.watchdog(cfg.train.watchdog_s)),
     )  # fmt: skip
     left_out = checkpoint.left_out(workdir, start) if start else ()
+    back_to = collections.Counter()
     try:
-      for _ in range(1 + MAX_BACK):
+      while True:
         batches = train_batches(tokens, cfg, start, mesh, left_out)
         ended = _loop(run, start, source, batches, left_out)
         if not isinstance(ended, _Spike):
           return ended
         run, start, left_out = _go_back(run, ended, left_out, stack)
-      print(f'went back {MAX_BACK} times; stopped at step {start}')
-      return EXIT_DIVERGED
+        back_to[start] += 1
+        if back_to[start] > MAX_BACK:
+          print(f'went back {MAX_BACK} times; stopped at step {start}')
+          return EXIT_DIVERGED
     except lock.Lost as error:
       print(f'mtp: {error}', file=sys.stderr)
       return EXIT_REPLACED
@@ -221,18 +228,25 @@ class _Spike(NamedTuple):
 
 def _go_back(run: _Run, spike: _Spike, left_out, stack):
   """(run, step, left_out) with which to go on after a spike: from the newest
-  checkpoint before it, without the batches that led there."""
+  checkpoint before it, without the batches that led there.
+
+  Of those at the run's cadence: a checkpoint of an interruption would make what
+  follows depend on when a signal came.
+  """
   cfg, workdir = run.cfg, run.cfg.train.workdir
   batch = loader.index_of(spike.step - 1, left_out)
   first = max(0, batch + 1 - cfg.train.skip_batches)
   left_out = loader.leave_out(left_out, first, batch)
   run.saver.wait_until_finished()
   _check_held(run)
+  every = cfg.train.checkpoint_every or cfg.train.steps
+  start = origin.newest_good(
+    workdir, lambda step: step < spike.step and step % every == 0
+  )
   with processes.together():
     for step in checkpoint.steps(workdir) if processes.first() else ():
-      if step >= spike.step:
+      if step > start:
         checkpoint.set_aside(workdir, step, 'spike')
-  start = origin.newest_good(workdir)[0] or 0
   spike.say(
     f'goes back to step {start}; batches {first} to {batch} of the order are'
     ' left out'
@@ -266,13 +280,17 @@ def _loop(
     state = _first_state(cfg, run.mesh, source)
   _say_what(run, abstract, start)
   step_of = _compiler(run, abstract)
-  evaluate = heldout.evaluator(cfg, run.mesh, run.bytes_V)
-  clock, spikes = run.clock, _Spikes(run)
+  evaluate = _evaluations(run)
+  clock = run.clock
+  spikes = _Spikes(run, checkpoint.spikes(t.workdir, start) if start else {})
   with (
     _progress(start, t.steps) as say,
     _profile(cfg) as profile,
     _transfers_are_explicit(),
   ):
+    clock.at('eval')
+    if not evaluate(start, state, say):
+      return _interrupted(run, start, say)
     for done in range(start + 1, t.steps + 1):
       n_active = config.active_heads(cfg, done - 1)
       step = step_of(n_active, done - 1, say)
@@ -302,39 +320,48 @@ def _loop(
           )
           _end(run, done, 'diverged')
           return EXIT_DIVERGED
-      evaluates = last or (t.eval_every and done % t.eval_every == 0)
-      asks = last or (t.suite_every and done % t.suite_every == 0)
-      due = t.checkpoint_every and done % t.checkpoint_every == 0
-      saves = last or stop or due
-      if evaluates or asks or saves:
+      due = last or (t.checkpoint_every and done % t.checkpoint_every == 0)
+      evaluates = any(_due(cfg, done))
+      if due or stop or evaluates:
         clock.at('device')
         jax.block_until_ready(state)  # else others would get its seconds
-      if evaluates:
-        clock.at('eval')
-        _evaluate(run, done, state, evaluate, say)
-      if asks:
-        clock.at('eval')
-        _ask_suites(run, done, state, say)
-      if saves:
+
+      def save():
         clock.at('checkpoint')
         _check_held(run)
         if run.sinks:
           run.sinks.sync()
           run.ledger.sync()
         checkpoint.save(
-          run.saver, done, state, cfg, run.tokens.fingerprint, left_out
-        )
+          run.saver, done, state, cfg, run.tokens.fingerprint, left_out,
+          spikes.state(),
+        )  # fmt: skip
+
+      # First what would be lost: evaluating may take longer than the machine
+      # has left, and is done again where it was broken off.
+      if due or stop:
+        save()
+      if stop:
+        return _interrupted(run, done, say)
+      if evaluates:
+        clock.at('eval')
+        if not evaluate(done, state, say):
+          if not due:
+            save()
+          return _interrupted(run, done, say)
       clock.at('host')
-      if stop and not last:
-        clock.at('checkpoint')
-        _wait_for_save(run)
-        say(f'interrupted: saved step {done}; run the same command to go on')
-        _end(run, done, 'interrupted')
-        return EXIT_INTERRUPTED
     clock.at('checkpoint')
     _wait_for_save(run)
     _end(run, t.steps, 'finished')
   return 0
+
+
+def _interrupted(run: _Run, done: int, say) -> int:
+  run.clock.at('checkpoint')
+  _wait_for_save(run)
+  say(f'interrupted: saved step {done}; run the same command to go on')
+  _end(run, done, 'interrupted')
+  return EXIT_INTERRUPTED
 
 
 def _wait_for_save(run: _Run) -> None:
@@ -408,27 +435,56 @@ def _compiler(run: _Run, abstract):
 
 class _Spikes:
   """Says and counts loss spikes: each step's loss is read when the next but one
-  has been dispatched, so that nothing waits for it. Returns a spike's step."""
+  has been dispatched, so that nothing waits for it. Returns a spike's step.
+
+  saved: what `state` of an earlier one returned; a run that was interrupted, or
+  went back, sees what it would have seen.
+  """
 
   LAG = 2
 
-  def __init__(self, run: _Run):
+  def __init__(self, run: _Run, saved: dict):
     self._run = run
-    self._spike = spikes.Detector(run.cfg.train.spike_sigma)
-    self._losses = collections.deque()
+    self._spike = spikes.Detector(
+      run.cfg.train.spike_sigma, saved.get('losses', ())
+    )
+    self._pending = collections.deque(map(tuple, saved.get('pending', ())))
 
   def __call__(self, done: int, values: dict, say) -> int | None:
-    self._losses.append((done, values['loss_K']))
-    if len(self._losses) <= self.LAG:
+    of_head_1 = values['loss_sum_K'], values['count_K']
+    self._pending.append((done, of_head_1))
+    if len(self._pending) <= self.LAG:
       return None
-    step, loss_K = self._losses.popleft()
-    loss = float(jax.device_get(loss_K)[0])
+    step, loss = self._pending.popleft()
+    loss = self._read(loss)
     if not self._spike(loss):
       return None
     say(f'step {step}: head 1 {loss:.4f} is a loss spike')
     if self._run.ledger:
       self._run.ledger.write(done, self._run.clock, spike=step, loss=loss)
     return step
+
+  @staticmethod
+  def _read(loss) -> float | None:
+    """Of a step's sums on the devices, or as it was saved."""
+    if not isinstance(loss, tuple):
+      return loss
+    sum_K, count_K = jax.device_get(loss)
+    return metrics.mean(sum_K[0], count_K[0])
+
+  def state(self) -> dict:
+    """All of it as JSON has it; waits for the steps that are under way."""
+    self._pending = collections.deque(
+      (step, self._read(loss)) for step, loss in self._pending
+    )
+    # JSON has neither NaN nor infinity; a step of either is no spike.
+    return dict(
+      losses=list(self._spike.losses),
+      pending=[
+        [step, loss if loss is not None and math.isfinite(loss) else None]
+        for step, loss in self._pending
+      ],
+    )
 
 
 def _held_up(run: _Run, waited: float, worked: float, say) -> None:
@@ -486,37 +542,99 @@ def _write(run, kind, done, values, source=None):
     run.sinks.write(kind, done, values, source)
 
 
-def _evaluate(run, done, state, evaluate, say):
+def _due(cfg: config.Config, done: int) -> tuple[bool, bool]:
+  """Whether held-out data, and the suites, are to be evaluated after `done`
+  steps. Held-out data is a suite as well, if it is named as one."""
+  t = cfg.train
+
+  def at(every):
+    return bool(done and every and done % every == 0) or done == t.steps
+
+  suites_too = at(t.suite_every)
+  names = {name for name, _ in registry.asked(cfg)}
+  return (
+    at(t.eval_every) or (suites_too and registry.HELDOUT in names),
+    suites_too,
+  )
+
+
+def _open_evaluations(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
+  """(kind, source) of the records that are due after `done` steps and not in
+  metrics.jsonl: a signal or a kill came between checkpoint and evaluation."""
+  held_out, suites_too = _due(cfg, done)
+  sets = tokens.held_out(cfg.eval.split)
+  alone = tokens.evaluates_itself_only(sets)
+  wanted = [('eval', None if alone else name) for name in sets if held_out]
+  if suites_too:
+    wanted += [('suite', registry.label(*s)) for s in suites.wanted(cfg)]
+  found = ''
+  with processes.together():
+    if processes.first():
+      found = json.dumps(metrics.recorded(cfg.train.workdir, done))
+  found = {tuple(of) for of in json.loads(processes.of_first(found))}
+  return [of for of in wanted if of not in found]
+
+
+def _evaluations(run: _Run):
+  """evaluate(done, state, say): all that is due after so many steps and not
+  recorded yet. False if a signal broke it off; what is complete is recorded."""
+  held_out = heldout.evaluator(run.cfg, run.mesh, run.bytes_V)
+
+  def evaluate(done, state, say) -> bool:
+    wanted = _open_evaluations(run.cfg, run.tokens, done)
+    try:
+      _evaluate(run, done, state, held_out, wanted, say)
+      _ask_suites(run, done, state, wanted, say)
+    except processes.Interrupted:
+      return False
+    return True
+
+  return evaluate
+
+
+def _evaluate(run, done, state, evaluate, wanted, say):
   sets = eval_batches(run.tokens, run.cfg, run.mesh)
   for name, batches in sets.items():
-    fed = _fed(batches, run.alive)
-    values = metrics.scalars(evaluate(state.params, fed, done))
     source = None if run.tokens.evaluates_itself_only(sets) else name
+    if ('eval', source) not in wanted:
+      continue
+    with run.stop.interrupting():
+      values = metrics.scalars(
+        evaluate(state.params, _fed(run, batches), done)
+      )
     _write(run, 'eval', done, values, source)
     say(f'held out{f" of {source}" if source else ""}, after step {done}:')
     for line in metrics.table(values):
       say('  ' + line)
 
 
-def _ask_suites(run, done, state, say):
+def _ask_suites(run, done, state, wanted, say):
   def alive():
     run.alive()
     run.held.check(closely=False)  # one process: it is this one's
 
-  for label, result in suites.evaluate(
-    state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, alive
-  ):
-    if result.scalars:
-      _write(run, 'suite', done, result.scalars, label)
+  open_ = [s for s in suites.wanted(run.cfg)
+           if ('suite', registry.label(*s)) in wanted]
+  for name, arg in open_:
+    label = registry.label(name, arg)
+    with run.stop.interrupting():
+      result = suites.evaluate(
+        name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer, done,
+        alive,
+      )  # fmt: skip
+    # Also without a number: it was evaluated.
+    _write(run, 'suite', done, result.scalars, label)
     say(f'{label}, after step {done}:')
     pages = eval_suites.write_pages(run.cfg.train.workdir, done, result.pages)
     for line in [*result.lines, *pages]:
       say('  ' + line)
 
 
-def _fed(batches, alive):
+def _fed(run, batches):
   for batch in batches:
-    alive()
+    run.alive()
+    if processes.several():
+      run.stop.check()  # all processes have as many batches
     yield batch
 
 

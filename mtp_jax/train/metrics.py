@@ -8,61 +8,82 @@ import contextlib
 import json
 import math
 import os
+import time
 
 import numpy as np
-import tensorboardX
-from tensorboardX import record_writer
+from tensorboardX import event_file_writer, record_writer
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from mtp_jax import config, paths
 
 
-def acceptance(accepted_K) -> tuple[list[float], float]:
+def mean(total, count) -> float | None:
+  """None where there is nothing to average: that is null in JSON and `-` on a
+  line, and no 0."""
+  return float(total / count) if count else None
+
+
+def acceptance(accepted_K) -> tuple[list[float | None], float | None]:
   """`targets.acceptance` sums -> (rate of drafts 2, 3, …, expected length).
 
   A rate is conditional on the drafts before it; the length is the head-1 token
-  plus the drafts accepted in a row, in tokens a forward pass. NaN where nothing
-  was asked.
+  plus the drafts accepted in a row, in tokens per forward pass. None where
+  nothing was proposed.
   """
   rates, alive = [], 1.0
-  length = 1.0 if accepted_K[0] else math.nan
+  length = 1.0
   for before, after in zip(accepted_K[:-1], accepted_K[1:], strict=True):
-    rates.append(float(after / before) if before else math.nan)
-    alive *= rates[-1] if before else 0.0
+    rates.append(mean(after, before))
+    alive *= rates[-1] or 0.0
     length += alive
-  return rates, length
+  return rates, length if accepted_K[0] else None
 
 
-def scalars(metrics: dict) -> dict[str, float]:
-  """A step's metrics, on the host, as flat names in reading order."""
-  out = dict(loss=float(metrics['total']))
-  for name in ('loss', 'z_loss', 'accuracy', 'head_grad_norm', 'weight'):
-    values_K = metrics.get(f'{name}_K')
-    if values_K is not None and (name != 'z_loss' or np.any(values_K)):
-      out |= {f'{name}_{k}': float(v) for k, v in enumerate(values_K, 1)}
-  if 'order_loss' in metrics:
-    out['order_loss'] = float(metrics['order_loss'])
+def scalars(metrics: dict) -> dict[str, float | None]:
+  """A step's metrics, on the host, as flat names in reading order: sums over
+  their counts. Means of nothing are None."""
+  count_K = metrics['count_K']
+  out = dict(loss=float(metrics['total']) if np.any(count_K) else None)
+  for name, total in dict(
+    loss='loss_sum_K', z_loss='z_loss_sum_K', accuracy='correct_K'
+  ).items():
+    sum_K = metrics[total]
+    if name != 'z_loss' or np.any(sum_K):
+      out |= {
+        f'{name}_{k}': mean(*of)
+        for k, of in enumerate(zip(sum_K, count_K, strict=True), 1)
+      }
+  for name in ('head_grad_norm', 'weight'):
+    for k, value in enumerate(metrics.get(f'{name}_K', ()), 1):
+      out[f'{name}_{k}'] = float(value)
+  if 'order_loss_sum' in metrics:
+    out['order_loss'] = mean(metrics['order_loss_sum'], count_K[0])
   rates, length = acceptance(metrics['accepted_K'])
   out |= {f'acceptance_{k}': rate for k, rate in enumerate(rates, 2)}
   out['accepted_length'] = length
-  n_bytes = metrics['bytes']
-  out['bits_per_byte'] = (
-    float(metrics['nats'] / math.log(2) / n_bytes) if n_bytes else math.nan
-  )
+  nats = metrics['loss_sum_K'][0] - metrics['z_loss_sum_K'][0]
+  out['bits_per_byte'] = mean(nats / math.log(2), metrics['bytes'])
   for name in ('lr', 'grad_norm', 'skipped', 'skipped_in_a_row'):
     if name in metrics:
       out[name] = float(metrics[name])
   return out
 
 
-def line(step: int, steps: int, values: dict[str, float]) -> str:
+def shown(value: float | None, form: str) -> str:
+  """A number in a format, `-` for one that is not there."""
+  return '-' if value is None else format(value, form)
+
+
+def line(step: int, steps: int, values: dict[str, float | None]) -> str:
   """One log line."""
   mfu = values.get('mfu')
   return (
-    f'step {step}/{steps}  loss {values["loss"]:.4f}'
-    f'  head 1 {values["loss_1"]:.4f}'
-    f'  bits/byte {values["bits_per_byte"]:.3f}  lr {values["lr"]:.2e}'
+    f'step {step}/{steps}  loss {shown(values["loss"], ".4f")}'
+    f'  head 1 {shown(values["loss_1"], ".4f")}'
+    f'  bits/byte {shown(values["bits_per_byte"], ".3f")}'
+    f'  lr {values["lr"]:.2e}'
     f'  |grad| {values["grad_norm"]:.3f}'
-    f'  E[accepted] {values["accepted_length"]:.2f}'
+    f'  E[accepted] {shown(values["accepted_length"], ".2f")}'
     f'  {values["tokens_per_s"]:,.0f} tokens/s'
     f'  {values["model_flops_per_s"] / 1e12:.3g} TFLOP/s'
     f'  MFU {"n/a" if mfu is None else f"{mfu:.1%}"}'
@@ -77,7 +98,7 @@ def duration(seconds: float) -> str:
   return f'{hours}:{minutes:02}:{seconds:02}'
 
 
-def table(values: dict[str, float]) -> list[str]:
+def table(values: dict[str, float | None]) -> list[str]:
   """Held-out results by head, as lines."""
   lines = ['head    loss  accuracy  acceptance']
   n = sum(name.startswith('accuracy_') for name in values)
@@ -88,20 +109,22 @@ def table(values: dict[str, float]) -> list[str]:
   }
   leaps = len(rates) > n - 1  # several drafts a head
   for k in range(1, n + 1):
-    rate = None if leaps else rates.get(k)
+    rate = '' if leaps or k not in rates else shown(rates[k], '.2%')
     lines.append(
-      f'{k:4d}  {values[f"loss_{k}"]:6.4f}  {values[f"accuracy_{k}"]:8.2%}'
-      f'  {"" if rate is None else f"{rate:10.2%}"}'
+      f'{k:4d}  {shown(values[f"loss_{k}"], ".4f"):>6}'
+      f'  {shown(values[f"accuracy_{k}"], ".2%"):>8}  {rate:>10}'
     )
   if leaps:
-    drafts = (f't+{j} {rate:.2%}' for j, rate in rates.items())
+    drafts = (f't+{j} {shown(rate, ".2%")}' for j, rate in rates.items())
     lines.append('draft accepted, given those before: ' + ', '.join(drafts))
   if 'order_loss' in values:
-    lines.append(f'order of the tokens to come {values["order_loss"]:.4f}')
+    loss = shown(values['order_loss'], '.4f')
+    lines.append(f'order of the tokens to come {loss}')
   return [
     *lines,
-    f'bits per byte {values["bits_per_byte"]:.4f}, expected accepted length'
-    f' {values["accepted_length"]:.3f} tokens (teacher-forced estimate)',
+    f'bits per byte {shown(values["bits_per_byte"], ".4f")}, expected accepted'
+    f' length {shown(values["accepted_length"], ".3f")} tokens (teacher-forced'
+    ' estimate)',
   ]
 
 
@@ -129,42 +152,80 @@ def read(workdir: str) -> list[dict]:
   return records
 
 
-def jsonable(values: dict[str, float]) -> dict[str, float | None]:
+def recorded(workdir: str, step: int) -> list[tuple[str, str | None]]:
+  """(kind, source) of each record of a step.
+
+  Raises:
+    ConfigError: a line of metrics.jsonl is damaged.
+  """
+  return [
+    (record['kind'], record.get('source'))
+    for record in _read(workdir)
+    if record['step'] == step
+  ]
+
+
+def _read(workdir: str) -> list[dict]:
+  try:
+    return read(workdir)
+  except ValueError as error:
+    raise config.ConfigError('train.workdir', workdir, str(error)) from error
+
+
+def jsonable(values: dict[str, float | None]) -> dict[str, float | None]:
   """NaN and infinities as None, i.e. null: JSON has no other word for them."""
-  return {k: v if math.isfinite(v) else None for k, v in values.items()}
+  return {
+    k: v if v is not None and math.isfinite(v) else None
+    for k, v in values.items()
+  }
 
 
 class Sinks:
-  """metrics.jsonl and TensorBoard, cut back to the step a run starts at."""
+  """metrics.jsonl and TensorBoard, cut back to the step a run starts at.
+
+  TensorBoard's file is written here and now: the thread in which tensorboardX's
+  own writer does it dies of a full disk, and whoever then writes waits for ever;
+  it also sleeps for as long as the clock is set back.
+  """
 
   def __init__(self, workdir: str, start_step: int):
-    try:
-      kept = [r for r in read(workdir) if r['step'] <= start_step]
-    except ValueError as error:
-      raise config.ConfigError('train.workdir', workdir, str(error)) from error
+    kept = [r for r in _read(workdir) if r['step'] <= start_step]
     lines = ''.join(json.dumps(record) + '\n' for record in kept)
     self._jsonl = paths.growing(jsonl_path(workdir), lines.encode())
     self._events = _Events()
     if paths.scheme(workdir):  # its own writer uploads all at each flush
       record_writer.register_writer_factory(paths.scheme(workdir), self._events)
-    self._board = tensorboardX.SummaryWriter(
-      os.path.join(workdir, 'tensorboard'), purge_step=start_step + 1
-    )
+    self._folder = os.path.join(workdir, 'tensorboard')
+    paths.make_folder(self._folder)
+    with paths.naming(self._folder):
+      self._board = event_file_writer.EventsWriter(
+        os.path.join(self._folder, 'events')
+      )
+    forget = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._event(start_step + 1, session_log=forget)
+
+  def _event(self, step: int, **what) -> None:
+    event = event_pb2.Event(wall_time=time.time(), step=step, **what)
+    with paths.naming(self._folder):
+      self._board.write_event(event)
+      self._board.flush()
 
   def write(
-    self, kind: str, step: int, values: dict[str, float], source=None
+    self, kind: str, step: int, values: dict[str, float | None], source=None
   ) -> None:
     """A record; `source` says of which of several validation sets it is."""
     of = dict(source=source) if source else {}
-    record = dict(kind=kind, step=step) | of | jsonable(values)
+    values = jsonable(values)
+    record = dict(kind=kind, step=step) | of | values
     self._jsonl.write(f'{json.dumps(record)}\n'.encode())
     self._jsonl.flush()
     folder = '/'.join([kind, *of.values()])
-    for name, value in values.items():
-      if not math.isfinite(value):
-        continue  # e.g. a rate of drafts that were never asked for
-      self._board.add_scalar(f'{folder}/{name}', value, step)
-    self._board.flush()
+    scalars = [
+      summary_pb2.Summary.Value(tag=f'{folder}/{name}', simple_value=value)
+      for name, value in values.items()
+      if value is not None
+    ]
+    self._event(step, summary=summary_pb2.Summary(value=scalars))
 
   def sync(self) -> None:
     """Before a checkpoint: what was said so far is not lost."""
@@ -172,9 +233,9 @@ class Sinks:
       file.sync()
 
   def close(self) -> None:
-    with contextlib.suppress(OSError):  # a full disk was told when it was met
-      self._jsonl.close()
-    self._board.close()
+    for file in (self._jsonl, self._board):
+      with contextlib.suppress(OSError):  # a full disk was told when it was met
+        file.close()
 
 
 class _Events:

@@ -66,12 +66,17 @@ def source(cfg) -> Source | None:
   return Source(workdir, step, saved, was)
 
 
-def newest_good(workdir: str) -> tuple[int | None, list]:
-  """`checkpoint.newest_good`, as process 0 sees it."""
+def newest_good(workdir: str, suits=lambda step: True) -> int:
+  """The newest good checkpoint of those steps that suit, as process 0 sees it;
+  0, the start, if there is none."""
+  return _newest_good(workdir, suits)[0] or 0
+
+
+def _newest_good(workdir, suits=lambda step: True) -> tuple[int | None, list]:
   answer = ''
   with processes.together():
     if processes.first():
-      answer = json.dumps(checkpoint.newest_good(workdir))
+      answer = json.dumps(checkpoint.newest_good(workdir, suits))
   return json.loads(processes.of_first(answer))
 
 
@@ -79,7 +84,7 @@ def start_step(cfg, tokens) -> int | None:
   """Step of the newest checkpoint that is good, None without one; refused if
   the run there is another one."""
   workdir = cfg.train.workdir
-  step, damaged = newest_good(workdir)
+  step, damaged = _newest_good(workdir)
   with processes.together():
     if not lock.held(workdir):
       raise config.ConfigError(

@@ -24,8 +24,9 @@ def train_step(
     cfg: static.
 
   Returns:
-    (new state, metrics): scalars and (n_active,) arrays of this very step. A
-    step whose loss or gradient is not finite changes no parameter.
+    (new state, metrics): scalars and (n_active,) arrays of this very step, sums
+    with their counts; `metrics.scalars` forms the means. A step whose loss or
+    gradient is not finite changes no parameter.
   """
   count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
   weight_K = targets.weights(state.step, cfg)
@@ -59,9 +60,13 @@ def train_step(
     total=total, head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]),
     lr=optim.learning_rate(cfg)(state.step),
     grad_norm=grad_norm, weight_K=weight_K[:n_active],
-    nats=(sums['loss_K'] - sums['z_loss_K'])[0] * count_K[0],
-    count_K=count_K, bytes=n_bytes, skipped=state.skipped + bad,
-    skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
+    count_K=count_K[:n_active], bytes=n_bytes, skipped=state.skipped + bad,
+    # Steps without a target say nothing of the run's health.
+    skipped_in_a_row=jnp.where(
+      jnp.any(count_K[:n_active] > 0),
+      (state.skipped_in_a_row + bad) * bad,
+      state.skipped_in_a_row,
+    ),
   )  # fmt: skip
   return state_lib.State(
     *new,

@@ -1,6 +1,6 @@
 """The suites of --eval.suite while a run goes on. Floor 5."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 
@@ -27,23 +27,19 @@ def wanted(cfg: config.Config) -> list[tuple[str, str]]:
 
 
 def evaluate(
-  model, cfg: config.Config, mesh, tokenizer: tokenizers.Tokenizer, step: int,
-  alive: Callable[[], None],
-) -> Iterator[tuple[str, suites.Result]]:  # fmt: skip
-  """(label, Result) of each suite for the parameters after `step` steps, as it
-  is done; alive() is called while they run. What cannot be asked after all is
-  said, and left out: it is not worth a run."""
+  name: str, arg: str, model, cfg: config.Config, mesh,
+  tokenizer: tokenizers.Tokenizer, step: int, alive: Callable[[], None],
+) -> suites.Result:  # fmt: skip
+  """What a suite finds of the parameters after `step` steps; alive() is called
+  while it runs. One that cannot be evaluated after all is a line, and no result:
+  it is not worth a run."""
   active = config.active_heads(cfg, max(step - 1, 0))
-  for name, arg in wanted(cfg):
-    label = registry.label(name, arg)
-    try:
-      with jax.transfer_guard('allow'):  # prompts come from the host
-        subject = subject_lib.Subject(
-          f'{cfg.train.workdir}, step {step}', cfg, model, mesh, tokenizer,
-          step, decoder_lib.Decoder(model, cfg, mesh, active),
-          lambda line: alive(),
-        )  # fmt: skip
-        found = registry.SUITES[name].run(subject, arg)
-    except config.ConfigError as error:
-      found = suites.Result([f'could not be asked: {error}'], {})
-    yield label, found
+  try:
+    with jax.transfer_guard('allow'):  # prompts come from the host
+      subject = subject_lib.Subject(
+        f'{cfg.train.workdir}, step {step}', cfg, model, mesh, tokenizer, step,
+        decoder_lib.Decoder(model, cfg, mesh, active), lambda line: alive(),
+      )  # fmt: skip
+      return registry.SUITES[name].run(subject, arg)
+  except config.ConfigError as error:
+    return suites.Result([f'skipped: {error}'], {})

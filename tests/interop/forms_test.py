@@ -184,6 +184,7 @@ def test_names_are_those_of_the_program(form, family, tmp_path):
   assert set(_tensors(tmp_path / 'out')) == KEYS[form, family]
 
 
+@pytest.mark.parity
 def test_descriptions_say_what_the_programs_read(tmp_path):
   found = {}
   for form, family, _ in FITS:

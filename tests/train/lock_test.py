@@ -148,3 +148,73 @@ def test_of_many_that_start_together_one_gets_it(tmp_path):
     assert len(got) == 1
     got[0].check()
     assert os.listdir(workdir) == ['lock.json']
+
+
+def _foreign(path, pid=None):
+  """The lock of a process of another container of this machine: its host name,
+  but another namespace of pids. This one's parent has its pid, unless given."""
+  pid = pid or os.getppid()
+  _other(path, pid=pid, started=lock._started(pid), machine='boot pid:[1]')
+
+
+def test_another_container_of_the_same_host_name_is_waited_for(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / 'lock.json'
+  _foreign(path)
+  monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e9, 1e9)))
+  with pytest.raises(config.ConfigError, match='is being written by'):
+    lock.Lock(str(tmp_path))
+  _foreign(path, pid=2**22 + 1)  # nobody has this pid here: that says nothing
+  with pytest.raises(config.ConfigError, match='is being written by'):
+    lock.Lock(str(tmp_path))
+
+
+@pytest.mark.parametrize('ahead_s', [1e9, 0.0])
+def test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long(
+  ahead_s, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(lock, 'STALE_S', 1.0)
+  monkeypatch.setattr(lock, 'LOOK_S', 0.1)
+  _foreign(tmp_path / 'lock.json')
+  os.utime(tmp_path / 'lock.json', (time.time() + ahead_s,) * 2)
+  slept = []
+  real = time.sleep
+  monkeypatch.setattr(time, 'sleep', lambda s: (slept.append(s), real(s)))
+  lock.Lock(str(tmp_path)).check()
+  assert 1 <= len(slept) <= 12
+
+
+@pytest.mark.parametrize('pid', [0, -1, -(10**30), 10**30])
+def test_no_process_has_such_a_pid(pid, tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, 'STALE_S', 0.2)
+  monkeypatch.setattr(lock, 'LOOK_S', 0.05)
+  _other(tmp_path / 'lock.json', pid=pid)
+  lock.Lock(str(tmp_path)).check()
+
+
+@pytest.mark.parametrize(
+  'text', ['null', '[]', '3', '{"run": 1}', '{"run": "x", "pid": "1"}', '']
+)
+def test_a_lock_of_another_type_is_nobodys(text, tmp_path):
+  (tmp_path / 'lock.json').write_text(text)
+  lock.Lock(str(tmp_path)).check()
+
+
+@pytest.mark.parametrize('how', ['renamed', 'deleted'])
+def test_a_workdir_that_is_gone_was_not_taken(how, tmp_path):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  held = lock.Lock(str(workdir))
+  if how == 'renamed':
+    workdir.rename(tmp_path / 'other')
+  else:
+    (workdir / 'lock.json').unlink()
+    workdir.rmdir()
+  with pytest.raises(config.ConfigError, match='is gone: it was deleted, or'):
+    held.check()
+  held.release()
+
+
+def test_the_schedulers_container_is_told_apart():
+  assert 'pid:[' in lock._machine()

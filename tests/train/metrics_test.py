@@ -1,8 +1,11 @@
 """What a run says of itself."""
 
+import errno
 import json
 import math
+import os
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from tensorboardX.proto import event_pb2
 from mtp_jax.train import metrics
 
 NAN, INF = math.nan, math.inf
+NONE = None  # a mean over nothing
 
 
 @pytest.mark.parametrize(
@@ -20,27 +24,31 @@ NAN, INF = math.nan, math.inf
     ([40, 20], [0.5], 1.5),
     ([40, 20, 5], [0.5, 0.25], 1 + 0.5 + 0.125),
     ([40, 40, 40, 40], [1, 1, 1], 4),
-    ([40, 0, 0], [0, NAN], 1),
-    ([40, 10, 0, 0], [0.25, 0, NAN], 1.25),
-    ([0, 0, 0], [NAN, NAN], NAN),
+    ([40, 0, 0], [0, NONE], 1),
+    ([40, 10, 0, 0], [0.25, 0, NONE], 1.25),
+    ([0, 0, 0], [NONE, NONE], NONE),
   ],
 )
 def test_acceptance(accepted_K, rates, length):
   found, found_length = metrics.acceptance(np.array(accepted_K, np.float32))
-  np.testing.assert_array_equal(found, rates)
-  np.testing.assert_equal(found_length, length)
+  assert (found, found_length) == (rates, length)
+
+
+STEP = dict(
+  lr=1e-3, grad_norm=2.0, skipped=0.0, tokens_per_s=12_345.6,
+  model_flops_per_s=2.5e12, time_left_s=3_725.4,
+)  # fmt: skip
 
 
 def _raw(**changes):
   step = dict(
     total=np.float32(3),
-    loss_K=np.array([2, 4], np.float32),
-    z_loss_K=np.zeros(2, np.float32),
-    accuracy_K=np.array([0.5, 0.25], np.float32),
+    loss_sum_K=np.array([80, 160], np.float32),
+    z_loss_sum_K=np.zeros(2, np.float32),
+    correct_K=np.array([20, 10], np.float32),
     accepted_K=np.array([8, 2], np.float32),
-    nats=np.float32(80 * math.log(2)),
-    count_K=np.array([40, 39], np.float32),
-    bytes=np.float32(20),
+    count_K=np.array([40, 40], np.float32),
+    bytes=np.float32(20 / math.log(2)),
   )
   return step | changes
 
@@ -57,7 +65,7 @@ def test_scalars_of_a_step():
   step = dict(
     lr=np.float32(0.5), grad_norm=np.float32(7), skipped=np.int32(3),
     skipped_in_a_row=np.int32(1), head_grad_norm_K=np.array([5, 6.0]),
-    weight_K=np.array([1, 0.5]), z_loss_K=np.array([0, 0.125]),
+    weight_K=np.array([1, 0.5]), z_loss_sum_K=np.array([0, 5]),
   )  # fmt: skip
   values = metrics.scalars(_raw(**step))
   assert list(values) == [
@@ -73,14 +81,39 @@ def test_scalars_of_a_step():
 
 def test_bits_of_no_bytes_are_no_number():
   values = metrics.scalars(_raw(bytes=np.float32(0)))
-  assert math.isnan(values['bits_per_byte'])
+  assert values['bits_per_byte'] is None
+
+
+def test_a_mean_over_nothing_is_no_number():
+  """Head 2 has no target: neither loss 0 nor accuracy 0."""
+  raw = _raw(
+    count_K=np.array([40, 0], np.float32), order_loss_sum=np.float32(60),
+    loss_sum_K=np.array([80, 0], np.float32),
+    correct_K=np.array([20, 0], np.float32),
+    accepted_K=np.array([8, 0], np.float32),
+  )  # fmt: skip
+  values = metrics.scalars(raw)
+  assert (values['loss_1'], values['loss_2'], values['accuracy_2']) == (
+    2, None, None
+  )  # fmt: skip
+  assert (values['loss'], values['order_loss']) == (3, 1.5)
+  assert metrics.table(values)[2].split() == ['2', '-', '-', '0.00%']
+  none = raw | dict.fromkeys(
+    ('count_K', 'loss_sum_K', 'correct_K', 'accepted_K'), np.zeros(2)
+  ) | dict(total=np.float32(0), bytes=np.float32(0))
+  values = metrics.scalars(none)
+  assert set(values.values()) == {None}
+  line = metrics.line(7, 90, values | STEP)
+  assert line.startswith(
+    'step 7/90  loss -  head 1 -  bits/byte -  lr 1.00e-03  |grad| 2.000'
+    '  E[accepted] -  '
+  )
+  assert metrics.table(values)[1].split() == ['1', '-', '-']
+  assert metrics.table(values)[-1].startswith('bits per byte -, expected')
 
 
 def test_the_log_line():
-  values = metrics.scalars(_raw()) | dict(
-    lr=1e-3, grad_norm=2.0, skipped=0.0, tokens_per_s=12_345.6,
-    model_flops_per_s=2.5e12, time_left_s=3_725.4,
-  )  # fmt: skip
+  values = metrics.scalars(_raw()) | STEP
   line = metrics.line(7, 90, values)
   assert line == (
     'step 7/90  loss 3.0000  head 1 2.0000  bits/byte 4.000  lr 1.00e-03'
@@ -156,3 +189,30 @@ def test_no_run_has_no_records(tmp_path):
   assert metrics.read(str(tmp_path / 'none')) == []
   (tmp_path / 'file').write_text('')
   assert metrics.read(str(tmp_path / 'file')) == []
+
+
+def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch):
+  """Two hundred scalars a step, as 36 heads have: tensorboardX's own thread dies
+  of the first error, and the eleventh scalar after it waits for ever."""
+  sinks = metrics.Sinks(str(tmp_path), 0)
+  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def write(data):
+    raise full
+
+  monkeypatch.setattr(sinks._board._py_recordio_writer, 'write', write)
+  for step in range(1, 4):
+    with pytest.raises(OSError, match='No space left'):
+      sinks.write('train', step, {f'loss_{k}': 1.0 for k in range(200)})
+  sinks.close()
+
+
+def test_a_clock_that_is_set_back_holds_nothing_up(tmp_path, monkeypatch):
+  sinks = metrics.Sinks(str(tmp_path), 0)
+  sinks.write('train', 1, dict(loss=1.0))
+  now = time.time()
+  monkeypatch.setattr(time, 'time', lambda: now - 30 * 86_400)
+  sinks.write('train', 2, dict(loss=2.0))
+  (file,) = (tmp_path / 'tensorboard').iterdir()
+  assert [e.step for e in _events(file) if e.summary.value] == [1, 2]
+  sinks.close()
