@@ -345,7 +345,6 @@ class Stop:
       self._interrupts = False
 
   def check(self) -> None:
-    """Raises Interrupted if any process has been asked; calls as of `self()`.
-    """
+    """Raises Interrupted if any process has been asked; calls as of `self()`."""
     if self():
       raise Interrupted

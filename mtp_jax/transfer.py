@@ -41,7 +41,9 @@ def export(parsed: flags.Parsed) -> list[str]:
   form = parsed.given.get('export.format', 'hf')
   if form not in mapping.FORMS:
     parsed.config()  # says which there are
-  library, extra = ('torch', 'meta') if form == 'meta' else ('safetensors', 'hf')
+  library, extra = (
+    ('torch', 'meta') if form == 'meta' else ('safetensors', 'hf')
+  )
   files.need('export.format', form, library, extra)
   files.need('export.format', form, 'tokenizers', extra)
   path = paths.absolute(path, 'export.checkpoint')

@@ -252,7 +252,7 @@ def test_its_sibling_trains(small, names):
     step = step_lib.compiled(small, small.heads.n)
     for _ in range(3):  # the first of them has a learning rate of 0
       state, values = step(state, rows, bytes_V)
-      losses.append(jax.device_get(values['loss_K']))
+      losses.append(jax.device_get(values['loss_sum_K']))
   losses = np.array(losses)
   assert np.isfinite(losses).all() and losses.shape == (3, small.heads.n)
   np.testing.assert_array_equal(losses[0], losses[1])

@@ -1,5 +1,7 @@
 """The update by hand, the schedules at their corners, groups, rounding."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +19,11 @@ from tests import pairwise, tiny
   [
     (
       dict(optim__schedule='cosine', optim__end_ratio=0.1),
-      {0: 0, 5: 0.5, 10: 1, 55: 0.55, 100: 0.1},
+      {0: 0, 5: 0.5, 10: 1, 54: 0.55 + 0.45 * math.sin(math.pi / 178), 99: 0.1},
     ),
     (
       dict(optim__schedule='wsd', optim__end_ratio=0.1, optim__decay_steps=20),
-      {0: 0, 5: 0.5, 10: 1, 80: 1, 90: 0.55, 100: 0.1},
+      {0: 0, 5: 0.5, 10: 1, 79: 1, 89: 0.55, 99: 0.1},
     ),
     (dict(optim__schedule='constant'), {0: 0, 5: 0.5, 10: 1, 99: 1}),
   ],
@@ -33,6 +35,19 @@ def test_learning_rate(changes, values):
   for step, want in values.items():
     got = optim.learning_rate(c)(jnp.int32(step))
     np.testing.assert_allclose(got, 2 * want, rtol=1e-5, err_msg=str(step))
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
+@pytest.mark.parametrize('steps, warmup', [(10, 2), (10, 0), (3, 2), (1, 0)])
+def test_the_last_step_is_at_the_end_of_the_schedule(schedule, steps, warmup):
+  c = tiny.cfg(
+    optim__lr=2.0, optim__warmup_steps=warmup, train__steps=steps,
+    optim__schedule=schedule, optim__end_ratio=0.1, optim__decay_steps=1,
+  )  # fmt: skip
+  rate = optim.learning_rate(c)
+  np.testing.assert_allclose(rate(steps - 1), 0.2, rtol=1e-6)
+  if schedule == 'wsd' and steps - warmup > 1:  # a decay of one step
+    np.testing.assert_allclose(rate(steps - 2), 2.0, rtol=1e-6)
 
 
 def _steps(c, n_steps, n_active=None):
@@ -137,7 +152,13 @@ def test_a_step_does_not_depend_on_how_it_is_cut(changes):
       rows[name].reshape(cut[name].shape), cut[name]
     )
   got, got_values = _steps(c, 2)
-  for name in ('total', 'loss_K', 'grad_norm', 'head_grad_norm_K', 'count_K'):
+  for name in (
+    'total',
+    'loss_sum_K',
+    'grad_norm',
+    'head_grad_norm_K',
+    'count_K',
+  ):
     np.testing.assert_allclose(got_values[name], want_values[name], rtol=1e-4)
   np.testing.assert_allclose(
     got_values['accepted_K'], want_values['accepted_K']
@@ -153,7 +174,7 @@ def test_inactive_heads_move_in_nothing():
   c = tiny.cfg(heads__n=3, optim__weight_decay=0.5, optim__warmup_steps=0)
   start = jax.device_get(state_lib.init(c, tiny.mesh(c)))
   after, values = _steps(c, 2, n_active=1)
-  assert values['loss_K'].shape == (1,)
+  assert values['loss_sum_K'].shape == (1,)
   adam = after.opt_state[1]
   for new, old, mu, nu in zip(
     *map(jax.tree.leaves, (
@@ -192,7 +213,7 @@ def test_four_dtypes(row):
     assert _of(s.opt_state[1].mu) == {row['moment_dtype']}
     # In bfloat16 a second moment under b2 = .999 never decays.
     assert _of(s.opt_state[1].nu) == {'float32'}
-  assert _of([values[k] for k in ('total', 'loss_K', 'grad_norm')]) == {
+  assert _of([values[k] for k in ('total', 'loss_sum_K', 'grad_norm')]) == {
     'float32'
   }
   reduced = tiny.reductions(traced.jaxpr.jaxpr)

@@ -286,7 +286,8 @@ def test_process_0_stays_until_the_other_has_heard(store, tmp_path):
   assert [e[0] for e in ends] == [2, 1], ends
   assert '[0/2] metrics.jsonl: no space left on device' in ends[0][2]
   assert (
-    '[1/2] ends, since another process failed:\n[0] metrics.jsonl: no space' in ends[1][2]
+    '[1/2] ends, since another process failed:\n[0] metrics.jsonl: no space'
+    in ends[1][2]
   )
   assert 'Traceback' not in ends[0][2] + ends[1][2]
 

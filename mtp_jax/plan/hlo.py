@@ -14,6 +14,7 @@ memory space S(1), the on-chip VMEM, cost no memory traffic.
 """
 
 import functools
+import math
 import re
 from typing import NamedTuple
 
@@ -37,6 +38,11 @@ NOTHING = 0.05  # of what another choice of a branch moves
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
+# Axes of a mesh; its devices may be in another order than 0, 1, 2, …
+MESH_GROUPS = re.compile(
+  r'replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(.*?\)\s*(?=\{))?'
+  r'\s*\{([^}]*)\}'
+)
 OPERAND = re.compile(r'%([\w.\-]+)')
 
 
@@ -284,11 +290,12 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
 
 def _group_size(i: Instruction) -> int:
   """Devices of one replica group, in any of the three notations; 0 unknown."""
-  mesh = re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', i.rest)
+  mesh = MESH_GROUPS.search(i.rest)
   if mesh:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    named = re.findall(r"'(\w+)'", mesh[2])
-    return functools.reduce(lambda n, a: n * int(sizes[a]), named, 1)
+    # Of an axis, all or the part that lies behind others: 'a':(2)4.
+    named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in named)
   iota = i.attribute(r'replica_groups=\[(\d+(?:,\d+)*)\]<=')
   if iota:
     return int(iota.split(',')[-1])

@@ -599,9 +599,7 @@ def _evaluate(run, done, state, evaluate, wanted, say):
     if ('eval', source) not in wanted:
       continue
     with run.stop.interrupting():
-      values = metrics.scalars(
-        evaluate(state.params, _fed(run, batches), done)
-      )
+      values = metrics.scalars(evaluate(state.params, _fed(run, batches), done))
     _write(run, 'eval', done, values, source)
     say(f'held out{f" of {source}" if source else ""}, after step {done}:')
     for line in metrics.table(values):
@@ -613,8 +611,9 @@ def _ask_suites(run, done, state, wanted, say):
     run.alive()
     run.held.check(closely=False)  # one process: it is this one's
 
-  open_ = [s for s in suites.wanted(run.cfg)
-           if ('suite', registry.label(*s)) in wanted]
+  open_ = [
+    s for s in suites.wanted(run.cfg) if ('suite', registry.label(*s)) in wanted
+  ]
   for name, arg in open_:
     label = registry.label(name, arg)
     with run.stop.interrupting():

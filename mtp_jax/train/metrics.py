@@ -234,7 +234,8 @@ class Sinks:
 
   def close(self) -> None:
     for file in (self._jsonl, self._board):
-      with contextlib.suppress(OSError):  # a full disk was told when it was met
+      # A full disk was told when it was met; ValueError: it is closed already.
+      with contextlib.suppress(OSError, ValueError):
         file.close()
 
 

@@ -59,4 +59,7 @@ def test_a_perfectly_calibrated_model_and_one_that_asks_nothing():
     right_KX=np.array([[1.0, 2.0], [0, 0]]),
     sure_KX=np.array([[1.0, 2.0], [0, 0]]),
   )  # fmt: skip
-  assert calibration.error(total).tolist() == [0, 0]
+  np.testing.assert_array_equal(calibration.error(total), [0, np.nan])
+  found = calibration.scalars(total)
+  assert (found['top5_1'], np.isnan(found['top5_2'])) == (1, True)
+  assert calibration.table(found)[2].split() == ['2', '-', '-']

@@ -1,7 +1,6 @@
 """Held-out values are the training loss's own."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,6 +26,7 @@ def test_several_batches_are_one_and_equal_the_training_loss():
   for batches in ([rows], halves):
     got = _evaluate(c, 10, batches)
     np.testing.assert_allclose(got['total'], total, rtol=1e-5)
+    got = tiny.means(got, got['count_K'])
     for name in ('loss_K', 'z_loss_K', 'accuracy_K', 'accepted_K'):
       np.testing.assert_allclose(got[name], sums[name], rtol=1e-5)
 
@@ -41,6 +41,7 @@ def test_heads_and_weights_in_force_at_the_last_step(family):
   for step, m, weights in ((20, 1, [1]), (21, 3, [1, 0.1, 0.1])):
     got = _evaluate(c, step, [rows])
     _, sums = tiny.value_and_grad(c, rows, n_active=m)[0]
+    got = tiny.means(got, got['count_K'])
     assert got['loss_K'].shape == (m,)
     np.testing.assert_allclose(got['loss_K'], sums['loss_K'], rtol=1e-5)
     np.testing.assert_allclose(got['total'], weights @ got['loss_K'], rtol=1e-6)
@@ -53,6 +54,4 @@ def test_nothing_to_score_is_said():
   from mtp_jax.train import metrics
 
   values = metrics.scalars(_evaluate(c, 1, [rows]))
-  assert values['loss_1'] == 0 and np.isnan(values['accepted_length'])
-  assert np.isnan(values['bits_per_byte'])
-  assert jnp.isnan(values['acceptance_2'])
+  assert set(values.values()) == {None}

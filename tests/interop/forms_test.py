@@ -167,7 +167,8 @@ KEYS = {
 def _tensors(out):
   if (out / 'consolidated.pth').exists():
     return {
-      name: x.numpy() for name, x in torch.load(out / 'consolidated.pth').items()
+      name: x.numpy()
+      for name, x in torch.load(out / 'consolidated.pth').items()
     }
   found = {}
   for path in sorted(out.glob('**/*.safetensors')):

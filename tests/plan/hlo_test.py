@@ -1,6 +1,8 @@
 """The ledger against programs whose traffic is known by hand."""
 
 import functools
+import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax import sharding
 from mtp_jax.plan import hlo
 from mtp_jax.train import step
-from tests import tiny
+from tests import ahead, runs, tiny
 
 # As XLA:TPU writes it: an async all-gather in three fusions of one chain, a
 # reduce-scatter as a named computation, a condition that counts to a constant,
@@ -221,6 +223,87 @@ def test_the_unembedding_moves_once_a_micro_batch(n, accumulate, schedule):
   assert gathers == [(1, 0)] * 2
   # In no loop but that over micro-batches.
   assert reductions == [(accumulate, int(accumulate > 1))] * 2
+
+
+def test_gradients_are_scattered_over_fsdp_and_only_shards_added_over_data():
+  """In no step over both: XLA would reduce whole arrays over all devices."""
+  cfg = tiny.cfg(heads__n=2, mesh__data=2, mesh__fsdp=4)
+  mesh = tiny.mesh(cfg)
+  with jax.set_mesh(mesh):
+    traced = step.trace(cfg, mesh, 2)
+  found = {
+    tuple(v.aval.sharding.spec.unreduced for v in (e.invars[0], e.outvars[0]))
+    for e in tiny.equations(traced.jaxpr.jaxpr)
+    if e.primitive.name == 'reshard'
+    and e.invars[0].aval.sharding.spec.unreduced
+  }
+  both, data, none = (
+    frozenset({'data', 'fsdp'}),
+    frozenset({'data'}),
+    frozenset(),
+  )
+  assert found == {(both, data), (data, none)}
+
+
+SENT = """
+import json, sys
+from mtp_jax.plan import hlo
+from tests import ahead, tiny
+text = ahead.tpu_step(tiny.cfg(
+  heads__n=2, model__d_model=1024, model__vocab_size=2048, model__n_layers=3,
+  data__batch_size=32, mesh__data=2, mesh__fsdp=8), 'v5e:4x4')
+print(json.dumps([
+  (c.kind, c.group, a.dims, c._replace(arrays=(a,)).sent_bytes)
+  for c in hlo.ledger(text).collectives for a in c.arrays]))
+"""
+
+
+@pytest.mark.slow
+def test_bytes_sent_of_gradients_at_2_x_8():
+  """Of the D x V gradients of embedding and unembedding: within a tenth of 7/8
+  of an array by fsdp and 2 x 1/2 of a shard by data, each."""
+  pytest.importorskip('libtpu')
+  process = runs.process(['-c', SENT], variables=ahead.VARIABLES)
+  out, error = process.communicate()
+  assert process.returncode == 0, error
+  bytes_DV, sent = 4 * 1024 * 2048, 0.0
+  for kind, _, dims, n in json.loads(out):
+    if kind != 'all-gather' and math.prod(dims) in (2**21, 2**18):
+      sent += n
+  assert sent <= 1.1 * 2 * (7 / 8 + 1 / 8) * bytes_DV
+
+
+# As XLA writes the groups of a mesh: of a TPU (v5e:4x4, data=2, fsdp=8) and of
+# NVIDIA GPUs (two nodes of eight).
+@pytest.mark.parametrize(
+  'written, size',
+  [
+    ("mesh['data'=2,'fsdp'=8,'tensor'=1] {'data','fsdp'}", 16),
+    ("mesh['data'=2,'fsdp'=8,'tensor'=1] {'fsdp'}, dimensions={0}", 8),
+    ("mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0))"
+     " {'axis_0'}, use_global_device_ids=true", 8),
+    ("mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0))"
+     " {'axis_0','axis_2'}", 16),
+    ("mesh['a'=4,'b'=4], device_ids=([16]) {'a':(2)2,'b'}", 8),
+    ("mesh['a'=4] {}, dimensions={0}", 1),
+    ('[2,8]<=[16], dimensions={0}', 8),
+    ('[8,2]<=[2,8]T(1,0), use_global_device_ids=true', 2),
+    ('{{0,1,2,3},{4,5,6,7}}, to_apply=%add', 4),
+  ],
+)  # fmt: skip
+def test_groups_are_read_in_every_form(written, size):
+  text = f"""\
+HloModule jit_f
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  ROOT %r = f32[4,8]{{1,0}} all-reduce(%x), channel_id=1, replica_groups={written}
+}}
+"""
+  (found,) = hlo.ledger(text).collectives
+  assert (found.group, found.sent_bytes) == (
+    size, 2 * (size - 1) / size * 4 * 8 * 4
+  )  # fmt: skip
 
 
 def test_logits_are_never_gathered_over_a_sharded_vocabulary():

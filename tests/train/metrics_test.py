@@ -98,9 +98,13 @@ def test_a_mean_over_nothing_is_no_number():
   )  # fmt: skip
   assert (values['loss'], values['order_loss']) == (3, 1.5)
   assert metrics.table(values)[2].split() == ['2', '-', '-', '0.00%']
-  none = raw | dict.fromkeys(
-    ('count_K', 'loss_sum_K', 'correct_K', 'accepted_K'), np.zeros(2)
-  ) | dict(total=np.float32(0), bytes=np.float32(0))
+  none = (
+    raw
+    | dict.fromkeys(
+      ('count_K', 'loss_sum_K', 'correct_K', 'accepted_K'), np.zeros(2)
+    )
+    | dict(total=np.float32(0), bytes=np.float32(0))
+  )
   values = metrics.scalars(none)
   assert set(values.values()) == {None}
   line = metrics.line(7, 90, values | STEP)
