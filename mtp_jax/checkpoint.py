@@ -26,12 +26,24 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mtp_jax import config, flags, manifest, paths, processes
+from mtp_jax import (
+  config,
+  flags,
+  jsonl,
+  manifest,
+  paths,
+  processes,
+  validate,
+)
 from mtp_jax import params as params_lib
 from mtp_jax.model import lm
 
 MARK = 'commit_success.txt'  # in a bucket, of a complete one
 FORMAT = 1  # raised when a saved state can no longer be read as it is
+ABOUT = {
+  'format': int, 'config': {...: object}, 'store': str,
+  'left_out?': [[jsonl.NATURAL]],
+}  # fmt: skip
 
 
 class Saver:
@@ -396,7 +408,18 @@ def about(
 ) -> tuple[config.Config, str]:
   """(Config, store fingerprint) of a checkpoint; waits for no other process."""
   saved = _about(workdir, step, flag)
-  return config.from_json(json.dumps(saved['config'])), saved['store']
+  try:
+    cfg = validate.validate(config.from_json(json.dumps(saved['config'])))
+  except ValueError as error:
+    raise _unreadable(workdir, step, flag, error) from error
+  return cfg, saved['store']
+
+
+def _unreadable(workdir, step, flag, why) -> config.ConfigError:
+  path = _folder(workdir) / str(step)
+  return config.ConfigError(
+    flag, str(path), f'cannot be read as a checkpoint: about: {why}'
+  )
 
 
 def left_out(workdir: str, step: int) -> tuple[tuple[int, int], ...]:
@@ -416,13 +439,16 @@ def _about(workdir: str, step: int, flag: str) -> dict:
       ocp.JsonCheckpointHandler(), multiprocessing_options=alone
     ) as reader:
       saved = reader.restore(path / 'about')
-  if saved['format'] != FORMAT:
-    raise config.ConfigError(
-      'train.workdir', workdir,
-      f'checkpoint {step} has format {saved["format"]}, this program reads'
-      f' {FORMAT}',
-    )  # fmt: skip
-  return saved
+  try:
+    jsonl.check(saved, {'format': int, ...: object})
+    if saved['format'] != FORMAT:
+      raise ValueError(f'format {saved["format"]}, this program reads {FORMAT}')
+    jsonl.check(saved, ABOUT)
+    if any(len(pair) != 2 for pair in saved.get('left_out', ())):
+      raise ValueError('left_out must be pairs: first batch, count')
+    return saved
+  except ValueError as error:
+    raise _unreadable(workdir, step, flag, error) from error
 
 
 def opened(

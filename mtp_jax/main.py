@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
-from mtp_jax import chips, config, flags, paths, validate
+from mtp_jax import chips, config, flags, jsonl, paths, validate
 
 
 class Command(NamedTuple):
@@ -58,8 +58,16 @@ def _start_jax(cfg: config.Config) -> None:
     )
 
 
-def _parse(args: list[str]) -> flags.Parsed:
+def _parse(args: list[str], name: str) -> flags.Parsed:
   parsed = flags.parse(args)
+  for text in flags.TEXTS:
+    given = getattr(parsed, text)
+    if given and text not in COMMANDS[name].sections:
+      raise config.ConfigError(
+        text,
+        given,
+        f'{name} does not use it; mtp {name} --help lists its flags',
+      )
   out = paths.absolute(parsed.out, 'out')
   if parsed.out and paths.of(out).is_dir():
     raise config.ConfigError('out', parsed.out, 'is a directory; give a file')
@@ -129,10 +137,6 @@ def _train(parsed: flags.Parsed) -> int:
   cfg = parsed.config()
   _need(cfg, 'train.workdir', 'the directory of the run')
   _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
-  if parsed.out:
-    raise config.ConfigError(
-      'out', parsed.out, 'train writes metrics.jsonl in --train.workdir instead'
-    )
   # A run repeats from any working directory.
   cfg = config.replace(
     cfg,
@@ -418,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
       print(f'mtp {name}: {command.help}\n\n{flags.usage(command.sections)}')
       sys.stdout.flush()
       return 0
-    status = command.run(_parse(args))
+    status = command.run(_parse(args, name))
     sys.stdout.flush()
     return status
   except KeyboardInterrupt:
@@ -428,12 +432,16 @@ def main(argv: list[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
   except OSError as error:
+    if error.errno != errno.ENOSPC and not error.filename:
+      raise  # no file is to blame
+    file = jsonl.one_line(error.filename or 'output')
     if error.errno != errno.ENOSPC:
-      raise
-    print(f'mtp: no space left: {error.filename or "output"}', file=sys.stderr)
+      print(f'mtp: {file}: {error.strerror}', file=sys.stderr)
+      return 2
+    print(f'mtp: no space left: {file}', file=sys.stderr)
     # Python would try to write it once more at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2
   except (config.ConfigError, absl_flags.Error) as error:
-    print(f'mtp: {str(error).splitlines()[0]}', file=sys.stderr)
+    print(f'mtp: {jsonl.one_line(error, 1500)}', file=sys.stderr)
     return 2

@@ -9,13 +9,15 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Iterator
 
 from etils import epath
 
-from mtp_jax import paths
+from mtp_jax import jsonl, paths
 
 NAME = 'manifest.json'
+FORM = {'files': {...: {'size': jsonl.NATURAL, 'sha256': str}}}
 BLOCK = 2**22  # bytes read at once, a thread
 THREADS = min(8, os.cpu_count() or 1)  # hashlib and reads let go of the GIL
 
@@ -43,12 +45,15 @@ def damage(folder: epath.Path) -> str:
   if not path.exists():
     return ''
   try:
-    wanted = {
-      name: (int(file['size']), str(file['sha256']))
-      for name, file in json.loads(path.read_text())['files'].items()
-    }
-  except (OSError, ValueError, LookupError, TypeError, AttributeError):
-    return f'{NAME} cannot be read'
+    files = jsonl.loads(path.read_bytes(), FORM)['files']
+  except OSError as error:
+    return f'{NAME} cannot be read: {error.strerror or error}'
+  except ValueError as error:
+    return f'{NAME} cannot be read: {error}'
+  for name in files:
+    if not _within(name):
+      return f'{NAME} names {jsonl.one_line(name)!r}, which lies elsewhere'
+  wanted = {name: (f['size'], f['sha256']) for name, f in files.items()}
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     # Sizes first: they cost nothing.
     for check in (_wrong_size, _wrong_bytes):
@@ -60,6 +65,18 @@ def damage(folder: epath.Path) -> str:
           pool.shutdown(cancel_futures=True)
           return future.result()
   return ''
+
+
+def _within(name: str) -> bool:
+  """Whether the name is that of a file under the folder, as `write` gives it:
+  the manifest of a stranger must not have other files read."""
+  path = pathlib.PurePosixPath(name)
+  return (
+    not path.is_absolute()
+    and '..' not in path.parts
+    and '\0' not in name
+    and str(path) == name != '.'
+  )
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -82,7 +99,10 @@ def _digest(path: epath.Path) -> tuple[int, str]:
 
 def _wrong_size(folder, name, wanted) -> str:
   try:
-    size = (folder / name).stat().length
+    path = folder / name
+    size = path.stat().length
+    if not path.is_file():  # a link to a device would never end
+      return f'{name} is no file'
   except FileNotFoundError:
     return f'{name} is missing'
   except OSError as error:

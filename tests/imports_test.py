@@ -47,6 +47,7 @@ FLOORS = {
   '__main__': 7,
 }
 ALLOWED = {
+  ('config', 'jsonl'),
   ('validate', 'config'),
   ('params', 'sharding'),
   ('flags', 'paths'),

@@ -19,7 +19,7 @@ import socket
 import time
 import uuid
 
-from mtp_jax import config, paths
+from mtp_jax import config, jsonl, paths
 
 STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
 LOOK_S = 1.0  # between two looks at one that may be
@@ -152,10 +152,17 @@ def _one_at_a_time(workdir):
     os.close(folder)
 
 
+FORM = {
+  'run': str, 'host': str, 'pid': range(1, 2**31), 'started': str,
+  'time': float, ...: object,
+}  # fmt: skip
+
+
 def _read(path):
+  """What the lock holds; None if there is none, or it is that of no run."""
   try:
-    return json.loads(paths.of(path).read_text())
-  except (FileNotFoundError, json.JSONDecodeError):
+    return jsonl.loads(paths.of(path).read_bytes(), FORM)
+  except (FileNotFoundError, ValueError):
     return None
 
 

@@ -13,7 +13,12 @@ import numpy as np
 import tensorboardX
 from tensorboardX import record_writer
 
-from mtp_jax import config, paths
+from mtp_jax import config, jsonl, paths
+
+# Of metrics.jsonl; all other fields are scalars.
+RECORD = {
+  'kind': str, 'step': jsonl.STEP, 'source?': str, ...: jsonl.NUMBER,
+}  # fmt: skip
 
 
 def acceptance(accepted_K) -> tuple[list[float], float]:
@@ -117,15 +122,16 @@ def read(workdir: str) -> list[dict]:
   """
   path, records = jsonl_path(workdir), []
   try:
-    text = paths.of(path).read_text()
+    text = paths.of(path).read_bytes().decode(errors='replace')
   except (FileNotFoundError, NotADirectoryError):
     return []
   for number, line in enumerate(text.split('\n')[:-1], 1):
     try:
-      records.append(json.loads(line))
-      records[-1]['kind'], records[-1]['step']
-    except (ValueError, TypeError, KeyError) as error:
-      raise ValueError(f'{path}:{number}: is no record, damaged') from error
+      records.append(jsonl.loads(line, RECORD))
+    except ValueError as error:
+      raise ValueError(
+        f'{path}:{number}: is no record, damaged: {error}'
+      ) from error
   return records
 
 
