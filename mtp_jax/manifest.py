@@ -101,7 +101,8 @@ def _wrong_size(folder, name, wanted) -> str:
   try:
     path = folder / name
     size = path.stat().length
-    if not path.is_file():  # a link to a device would never end
+    # A link to a device would never end. (epath takes one for a file.)
+    if not paths.scheme(path) and not os.path.isfile(path):
       return f'{name} is no file'
   except FileNotFoundError:
     return f'{name} is missing'

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(mtp_jax.__file__).parent
 
 # A file imports lower floors, its own folder, and what is allowed below.
 FLOORS = {
+  'jsonl': 0,
   'versions': 0,
   'config': 0,
   'chips': 0,
