@@ -105,12 +105,14 @@ def _prepare(parsed: flags.Parsed) -> int:
     found = documents.read(cfg.data.documents, skipped)
   else:
     tokenizer = tokenizers.get(name)
+  shard_bytes = cfg.data.max_shard_gib * 2**30
   with progress.status() as show:
     manifest = store.write(
       path,
       found,
       tokenizer,
       valid_fraction=cfg.data.valid_fraction,
+      shard_tokens=shard_bytes // store.token_bytes(tokenizer),
       sources=cfg.data.documents,
       progress=show,
       overwrite=cfg.data.overwrite,
