@@ -43,6 +43,10 @@ class ConfigError(ValueError):
     return line + jsonl.one_line(allowed, 1000)
 
 
+class FileChanged(ConfigError):
+  """An input that changed during a run; one process of several may find it."""
+
+
 def _f(default, help, *, result=True, **limits):
   metadata = dict(help=help, result=result, **limits)
   return dataclasses.field(default=default, metadata=metadata)
@@ -259,6 +263,17 @@ class Data:
   overwrite: bool = _f(
     False, 'prepare replaces the store that is there', result=False
   )
+  max_shard_gib: int = _f(
+    0,
+    'size limit of a file of tokens that prepare writes; 0 = 2**27 tokens, more'
+    ' in a store of more than 512 such shards',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
+  max_document_mib: int = _f(
+    1024,
+    'prepare skips larger documents (of jsonl: larger lines), by name',
+    result=False, **POSITIVE,
+  )  # fmt: skip
   verify: bool = _f(
     True, 'check the checksums of a store when it is opened', result=False
   )

@@ -105,20 +105,32 @@ def _prepare(parsed: flags.Parsed) -> int:
     )
   store.check_target(path, cfg.data.overwrite)
   skipped = collections.Counter()
-  found = documents.read(cfg.data.documents, skipped)
+
+  def found(report):
+    skipped.clear()
+    return documents.read(
+      cfg.data.documents, skipped, report=report, whole=False,
+      max_bytes=cfg.data.max_document_mib * 2**20,
+    )  # fmt: skip
+
+  def report(line):
+    print(f'mtp: {line}', file=sys.stderr, flush=True)
+
   if name.startswith('train:'):
     with progress.timed(f'tokenizer {name}'):
-      tokenizer = vocabulary.train(name, found, cfg.data.valid_fraction)
-    skipped.clear()
-    found = documents.read(cfg.data.documents, skipped)
+      tokenizer = vocabulary.train(
+        name, found(lambda line: None), cfg.data.valid_fraction
+      )
   else:
     tokenizer = tokenizers.get(name)
+  shard_bytes = cfg.data.max_shard_gib * 2**30
   with progress.status() as show:
     manifest = store.write(
       path,
-      found,
+      found(report),
       tokenizer,
       valid_fraction=cfg.data.valid_fraction,
+      shard_tokens=shard_bytes // store.token_bytes(tokenizer),
       sources=cfg.data.documents,
       progress=show,
       overwrite=cfg.data.overwrite,

@@ -28,10 +28,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from mtp_jax import config
-from mtp_jax.data import shards, tokenizers, windows
+from mtp_jax.data import encoding, shards, tokenizers, windows
 from mtp_jax.data import spool as spool_lib
 
 FORMAT = 2  # raised when an older program would misread the store
+MIN_SHARD_TOKENS = 2**27  # of all shards but the last, however many there are,
+MAX_SHARDS = 512  # or more tokens: of 10**12, 4,096 files hold a store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def write(
   tokenizer: tokenizers.Tokenizer,
   *,
   valid_fraction: float,
-  shard_tokens: int = 2**27,
+  shard_tokens: int = 0,
   sources: str = '',
   progress: spool_lib.Progress | None = None,
   overwrite: bool = False,
@@ -77,7 +79,8 @@ def write(
     tokenizer: how texts become ids.
     valid_fraction: probability of a document to be held out, by a part of its
       hash that does not order it; 0 = no valid split.
-    shard_tokens: most tokens of a shard, unless one document is longer.
+    shard_tokens: most tokens of a shard, unless one document is longer; 0 =
+      MIN_SHARD_TOKENS, or more in a store of more than MAX_SHARDS.
     sources: kept in the manifest for the reader.
     progress: called now and then with documents, tokens and text bytes so far.
     overwrite: replace the store that is there.
@@ -105,6 +108,9 @@ def write(
     )
     manifest = _describe(tokenizer, sources, valid_fraction, spool)
     manifest['tokenizer']['files'] = _write_tokenizer(tmp, tokenizer)
+    shard_tokens = shard_tokens or max(
+      MIN_SHARD_TOKENS, -(-int(spool.length_M.sum()) // MAX_SHARDS)
+    )
     for name, rows_M in _split_rows(spool, valid_fraction, sources).items():
       manifest['splits'][name] = shards.write_split(
         tmp / name, spool, rows_M, shard_tokens
@@ -117,6 +123,11 @@ def write(
   finally:
     shutil.rmtree(tmp, ignore_errors=True)
   return manifest
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> int:
+  """Bytes on disk per token of a store."""
+  return np.dtype(encoding.dtype(tokenizer.vocab_size)).itemsize
 
 
 def check_target(shown, overwrite: bool) -> pathlib.Path:
@@ -266,7 +277,7 @@ def tokenizer_of(store: Store) -> tokenizers.Tokenizer:
   made = store.manifest['tokenizer']
   files = {}
   for record in made['files']:
-    path = shards.checked(store.path, record, verify=True)
+    path, _ = shards.checked(store.path, record, verify=True)
     files[path.name] = path.read_bytes()
   tokenizer = tokenizers.of_files(made['name'], files)
   if tokenizer.fingerprint != made['fingerprint']:

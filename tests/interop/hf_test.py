@@ -120,7 +120,7 @@ def test_transformers_computes_the_same(changes, tmp_path):
     f'--export.checkpoint={tmp_path / "run"}',
     f'--export.out={out}', f'--export.shard_gib={c.export.shard_gib}',
   ]) == 0  # fmt: skip
-  assert (out / folder.INDEX).exists() == (c.export.shard_gib < 1)
+  assert (out / files.INDEX).exists() == (c.export.shard_gib < 1)
   llama = transformers.AutoModelForCausalLM.from_pretrained(
     out, dtype=torch.float32
   )
@@ -434,7 +434,7 @@ def test_a_file_of_the_index_that_is_missing_is_told(tmp_path):
   os.remove(tmp_path / 'in' / name)
   with pytest.raises(config.ConfigError, match=f'{name} is missing'):
     folder.read(str(tmp_path / 'in'), c, tiny.mesh(c))
-  index = json.loads((tmp_path / 'in' / folder.INDEX).read_text())
+  index = json.loads((tmp_path / 'in' / files.INDEX).read_text())
   size = sum(
     np.prod(x.shape) * 4 for x in jax.tree.leaves(tiny.model(c, tiny.mesh(c)))
   )
