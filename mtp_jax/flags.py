@@ -146,7 +146,9 @@ def parse(args: list[str]) -> Parsed:
   """
   values, args = _define(), expand(args)
   for arg in args:
-    if arg.lstrip('-').partition('=')[0] == 'undefok':  # absl's own
+    name = arg.lstrip('-').partition('=')[0] if arg.startswith('-') else ''
+    # absl's own, and what it would compare with all names, recursively.
+    if name == 'undefok' or len(name) > 100:
       raise flags.Error(f'{arg!r} is not a flag')
   try:
     rest = values(['mtp', *args])[1:]

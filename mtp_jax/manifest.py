@@ -9,7 +9,6 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 
 from etils import epath
@@ -51,7 +50,7 @@ def damage(folder: epath.Path) -> str:
   except ValueError as error:
     return f'{NAME} cannot be read: {error}'
   for name in files:
-    if not _within(name):
+    if not paths.is_within(name):
       return f'{NAME} names {jsonl.one_line(name)!r}, which lies elsewhere'
   wanted = {name: (f['size'], f['sha256']) for name, f in files.items()}
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -65,18 +64,6 @@ def damage(folder: epath.Path) -> str:
           pool.shutdown(cancel_futures=True)
           return future.result()
   return ''
-
-
-def _within(name: str) -> bool:
-  """Whether the name is that of a file under the folder, as `write` gives it:
-  the manifest of a stranger must not have other files read."""
-  path = pathlib.PurePosixPath(name)
-  return (
-    not path.is_absolute()
-    and '..' not in path.parts
-    and '\0' not in name
-    and str(path) == name != '.'
-  )
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:

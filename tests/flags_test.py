@@ -176,6 +176,7 @@ def test_a_file_without_flags_is_refused(tmp_path):
     ('--optim.lr=fast', 'optim.lr=fast: a number'),
     ('--model.d_model 3', 'model.d_model 3'),
     ('--nodata.overwrite=1', '--nodata.overwrite=1 does not take an argument'),
+    ('--' + 'x' * 5000 + '=3', 'is not a flag'),
     ('--undefok=heads.m', "'--undefok=heads.m' is not a flag"),
     ('--flagfile=a\0', r'--flagfile=a\x00: must not contain a NUL character'),
     ('--out=a\0', 'must not contain a NUL character'),

@@ -228,7 +228,7 @@ def test_paths_that_are_not_there_are_refused(
     assert line.startswith(f'--train.workdir={tmp_path}/{workdir}: cannot')
   for path in ('file', 'none'):
     line = _fails(capsys, 'report', tmp_path / path)
-    assert line.startswith(f'{tmp_path}/{path}: has no metrics.jsonl')
+    assert line.startswith(f'{tmp_path}/{path}/metrics.jsonl: has no record')
     line = _fails(
       capsys, 'eval', f'--eval.checkpoint={tmp_path}/{path}', NO_CACHE
     )

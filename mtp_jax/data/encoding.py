@@ -48,8 +48,11 @@ class Encoded(NamedTuple):
   goes_on: bool = False  # it is one part of a document, and not the last
 
 
+DTYPES = '<u2', '<u4'  # of tokens in a store
+
+
 def dtype(vocab_size: int) -> str:
-  return '<u2' if vocab_size <= 2**16 else '<u4'
+  return DTYPES[vocab_size > 2**16]
 
 
 def encode(

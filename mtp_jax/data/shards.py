@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax import config, paths
 from mtp_jax.data import spool as spool_lib
 from mtp_jax.data import windows
 
@@ -224,9 +224,10 @@ def checked(
   """Path and stamp of a file that is as write_file left it, or raises
   ConfigError."""
   path = root / record['file']
+  problem = '' if paths.is_within(record['file']) else 'it lies elsewhere'
   try:
     stamp = _stamp(path.stat())
-    problem = _problem(path, record, stamp[0], verify)
+    problem = problem or _problem(path, record, stamp[0], verify)
   except OSError as error:
     problem = error.strerror
   if problem:

@@ -27,13 +27,32 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax import config, jsonl
 from mtp_jax.data import encoding, shards, tokenizers, windows
 from mtp_jax.data import spool as spool_lib
 
 FORMAT = 2  # raised when an older program would misread the store
 MIN_SHARD_TOKENS = 2**27  # of all shards but the last, however many there are,
 MAX_SHARDS = 512  # or more tokens: of 10**12, 4,096 files hold a store
+
+# Of manifest.json; a field of a newer version does not change what these mean.
+RECORD = {'file': str, 'size': jsonl.NATURAL, 'sha256': str}
+SHARD = {
+  'tokens_file': RECORD, 'offsets_file': RECORD, 'scored_file?': RECORD,
+  ...: object,
+}  # fmt: skip
+SPLIT = {
+  **dict.fromkeys(('documents', 'tokens', 'bytes'), jsonl.NATURAL),
+  'scored?': jsonl.NATURAL, 'shards': [SHARD], ...: object,
+}  # fmt: skip
+TOKENIZER = {
+  **dict.fromkeys(('vocab_size', 'bos', 'eos'), jsonl.NATURAL),
+  'name': str, 'fingerprint': str, 'files': [RECORD], ...: object,
+}  # fmt: skip
+MANIFEST = {
+  'sources': str, 'dtype': str, 'tokenizer': TOKENIZER, 'splits': {...: SPLIT},
+  **dict.fromkeys(('duplicates', 'empty'), jsonl.NATURAL), ...: object,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +271,7 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
     hint = f'; the one before it is {moved[0]}' if moved else ''
     raise _error(path, f'no such directory; mtp prepare makes a store{hint}')
   try:
-    manifest = json.loads((root / 'manifest.json').read_bytes())
+    manifest = jsonl.loads((root / 'manifest.json').read_bytes())
   except FileNotFoundError as error:
     raise _error(path, 'is no token store: no manifest.json') from error
   except OSError as error:
@@ -269,6 +288,16 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
     )
   if manifest.get('sha256') != _manifest_sha256(manifest):
     raise _error(path, 'manifest.json is damaged: its checksum is wrong')
+  try:
+    jsonl.check(manifest, MANIFEST)
+  except ValueError as error:
+    raise _error(path, f'manifest.json is damaged: {error}') from error
+  if manifest['dtype'] not in encoding.DTYPES:
+    raise _error(
+      path,
+      f'manifest.json: dtype={manifest["dtype"]}: must be one of'
+      f' {", ".join(encoding.DTYPES)}',
+    )
   return manifest
 
 

@@ -9,7 +9,6 @@ length, a JSON header and the tensors' bytes
 import hashlib
 import importlib
 import itertools
-import json
 import math
 import os
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax import config, jsonl
 
 DTYPES = {
   'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
@@ -25,6 +24,13 @@ DTYPES = {
 }  # fmt: skip
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 HEADER_BYTES = 100 * 2**20  # at most, as the library has it
+
+HEADER = {
+  '__metadata__?': object,
+  ...: {'dtype': str, 'shape': [jsonl.NATURAL], 'data_offsets': [int],
+        ...: object},
+}  # fmt: skip
+WEIGHT_MAP = {'weight_map': {...: str}, ...: object}
 
 
 class Tensor(NamedTuple):
@@ -90,22 +96,16 @@ def read(path: str, flag: str) -> dict[str, Tensor]:
   if not 0 < length <= min(size - 8, HEADER_BYTES):
     raise wrong('is no safetensors file, or it is cut off')
   try:
-    header = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise wrong('is no safetensors file: its header is damaged') from error
-  if not isinstance(header, dict):
-    raise wrong('is no safetensors file: its header is no JSON object')
+    header = jsonl.loads(text, HEADER)
+  except ValueError as error:
+    raise wrong(f'is no safetensors file: its header: {error}') from error
   header.pop('__metadata__', None)
   found, ends = {}, []
   for name, about in header.items():
-    try:
-      kind, shape = about['dtype'], tuple(about['shape'])
-      begin, end = about['data_offsets']
-      whole = all(type(x) is int for x in (begin, end, *shape))
-    except (TypeError, KeyError, ValueError):
-      whole = False
-    if not whole or min(shape, default=0) < 0 or not isinstance(kind, str):
+    if len(about.get('data_offsets', ())) != 2:
       raise wrong(f'{name} has a damaged description in the header')
+    kind, shape = about['dtype'], tuple(about['shape'])
+    begin, end = about['data_offsets']
     if kind not in DTYPES:
       raise wrong(f'{name} is {kind}; only {", ".join(DTYPES)} can be read')
     dtype = np.dtype(DTYPES[kind])
@@ -159,17 +159,13 @@ def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
 def _weight_map(path: str, wrong) -> dict[str, str]:
   """Of an index: tensor -> file beside it."""
   try:
-    with open(path, encoding='utf-8') as file:
-      found = json.load(file)['weight_map']
-    plain = all(
-      isinstance(name, str) and os.path.basename(name) == name
-      for name in found.values()
-    )
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-    plain = False
+    with open(path, 'rb') as file:
+      found = jsonl.loads(file.read(), WEIGHT_MAP)['weight_map']
   except OSError as error:
     raise wrong(f'{INDEX} cannot be read: {error.strerror}') from error
-  if not plain or not found:
+  except ValueError as error:
+    raise wrong(f'{INDEX}: {error}') from error
+  if not found or any(os.path.basename(x) != x for x in found.values()):
     raise wrong(f'{INDEX} has no weight_map of tensors to files beside it')
   return found
 

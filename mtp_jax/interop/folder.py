@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtp_jax import config, params, paths
+from mtp_jax import config, jsonl, params, paths, validate
 from mtp_jax.interop import files, hf, mapping, meta, tokens
 from mtp_jax.model import lm
 
@@ -204,8 +204,8 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
 
   def load(name):
     try:
-      with open(os.path.join(folder, name), encoding='utf-8') as file:
-        return json.load(file)
+      with open(os.path.join(folder, name), 'rb') as file:
+        return jsonl.loads(file.read(), {...: object})
     except OSError as error:
       other = 'hf' if wanted == 'meta' else 'meta'
       there = os.path.exists(os.path.join(folder, DESCRIPTIONS[other]))
@@ -214,15 +214,13 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
         + (f'; --import.format={other} reads what is there' if there else '')
       ) from error  # fmt: skip
     except ValueError as error:
-      raise _error(folder, f'{name} is no JSON') from error
+      raise _error(folder, f'{name}: {error}') from error
 
   about = load(DESCRIPTIONS[wanted])
-  if not isinstance(about, dict):
-    raise _error(folder, f'{DESCRIPTIONS[wanted]} is no JSON object')
   if os.path.exists(os.path.join(folder, OURS)):
     try:
-      ours = config.from_json(json.dumps(load(OURS)))
-    except (ValueError, TypeError) as error:
+      ours = validate.validate(config.from_json(json.dumps(load(OURS))))
+    except ValueError as error:
       raise _error(folder, f'{OURS}: {error}') from error
     family = given.get('heads.family', ours.heads.family)
     if ours.heads.n > 1 and family != ours.heads.family:

@@ -36,7 +36,7 @@ def read(workdirs: list[str]) -> list[Run]:
     records = metrics.read(path)
     if not records:
       raise ValueError(
-        f'{path}: has no metrics.jsonl with a record; report takes workdirs'
+        f'{metrics.jsonl_path(path)}: has no record; report takes workdirs'
       )
     runs.append(Run(path, name, _config(path), records, goodput.read(path)))
   return runs

@@ -95,7 +95,8 @@ def test_without_an_index_model_safetensors_alone_is_read(llama):
 def test_an_index_that_says_nothing_is_refused(llama, weight_map):
   path, *_ = llama
   (path / files.INDEX).write_text(json.dumps(dict(weight_map=weight_map)))
-  assert 'has no weight_map' in _refused(_read, path)
+  line = _refused(_read, path)
+  assert 'index.json' in line and 'weight_map' in line
 
 
 def test_a_tensor_that_its_file_does_not_have_is_named(llama):
@@ -139,7 +140,7 @@ def test_weights_that_are_no_numbers_are_refused(llama, value, dtype):
     ([[0, 8], [16, 8]], 'b lies at bytes 16 to 8'),
     ([[0, 8], [8, 24]], 'b has 16 bytes'),
     ([[0, 8], [16, 24]], 'is cut off: b ends'),
-    ([[0, 8], [8.0, 16]], 'b has a damaged description'),
+    ([[0, 8], [8.0, 16]], 'b.data_offsets[0]=8.0: must be an integer'),
     ([[0, 8], [8]], 'b has a damaged description'),
   ],
 )

@@ -197,7 +197,7 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
     (dict(hidden_act='gelu'), "hidden_act='gelu'"),
     (dict(quantization_config={'bits': 4}), 'quantization_config={'),
     (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
-    (dict(hidden_size='x'), "hidden_size='x' in config.json is no number"),
+    (dict(hidden_size='x'), 'hidden_size="x": must be an integer from 1'),
     (dict(attention_bias=True), 'attention_bias=True'),
     (
       dict(rope_parameters=dict(rope_type='yarn', factor=2)),
