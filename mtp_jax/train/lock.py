@@ -154,7 +154,7 @@ def _one_at_a_time(workdir):
 
 FORM = {
   'run': str, 'host': str, 'pid': range(1, 2**31), 'started': str,
-  'time': float, ...: object,
+  'time?': float, ...: object,
 }  # fmt: skip
 
 
@@ -179,7 +179,9 @@ def _started(pid: int) -> str:
 
 
 def _touched(holder, path) -> float:
-  return holder['time'] if paths.scheme(path) else os.path.getmtime(path)
+  if paths.scheme(path):
+    return holder.get('time', 0.0)
+  return os.path.getmtime(path)
 
 
 def _here(holder) -> bool:
