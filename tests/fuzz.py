@@ -35,6 +35,8 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from mtp_jax import config, jsonl, main
 from tests import runs
 
@@ -168,20 +170,20 @@ def damage(path: pathlib.Path, rng: random.Random) -> None:
   elif how < 0.08:
     path.unlink()
     path.mkdir()
-  elif path.suffix in ('.json', '') and how < 0.7:
-    try:
-      value = json.loads(path.read_bytes())
-    except ValueError:
-      path.write_bytes(mutate_bytes(path.read_bytes(), rng))
-    else:
-      path.write_text(json.dumps(mutate_json(value, rng)))
-  elif path.suffix == '.jsonl' and how < 0.7:
-    lines = path.read_text().splitlines()
-    i = rng.randrange(len(lines))
-    lines[i] = json.dumps(mutate_json(json.loads(lines[i]), rng))
-    path.write_text('\n'.join(lines) + '\n')
   else:
-    path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+    data = path.read_bytes()
+    lines = data.splitlines(True) if path.suffix == '.jsonl' else [data]
+    i = rng.randrange(len(lines)) if lines else 0
+    try:
+      value = mutate_json(json.loads(lines[i]), rng)
+    except (ValueError, IndexError):  # no JSON
+      how = 1
+    if how < 0.7:
+      path.write_bytes(
+        data.replace(lines[i], json.dumps(value).encode() + b'\n')
+      )
+    else:
+      path.write_bytes(mutate_bytes(data, rng))
 
 
 def _copy(world: World, name: str) -> pathlib.Path:
@@ -542,7 +544,9 @@ def _hooked(kind: str):
   ]  # fmt: skip
   if kind in ('flags', 'small-languages'):  # of workers, of every document
     changes.append((store, 'write', accepted))
+  cache = jax.config.jax_compilation_cache_dir
   with contextlib.ExitStack() as stack:
+    stack.callback(jax.config.update, 'jax_compilation_cache_dir', cache)
     for owner, name, value in changes:
       stack.callback(setattr, owner, name, getattr(owner, name))
       setattr(owner, name, value)
@@ -676,7 +680,9 @@ def build(base: pathlib.Path, run_of: Callable[[str, str], object]) -> None:
     f'--data.store={base}/store_hf', '--data.valid_fraction=0',
     f'--data.tokenizer=hf:{tokenizer}/tokenizer.json',
   ]  # fmt: skip
-  export = ['export', f'--export.checkpoint={base}/run']
+  export = [
+    'export', f'--export.checkpoint={base}/run', '--train.compilation_cache=',
+  ]  # fmt: skip
   meta = [*export, f'--export.out={base}/meta', '--export.format=meta']
   for args in (
     prepared, [*export, f'--export.out={base}/hf'],
@@ -725,17 +731,18 @@ def campaign(
   out: pathlib.Path, say: Callable[[Outcome], None],
 ) -> list[Outcome]:  # fmt: skip
   """Runs what `out` has no outcome of, and adds it; returns all there is."""
-  found = read(out)
-  done = {(o.kind, o.number) for o in found}
-  current = out.with_suffix('.current')
-  if current.exists():  # that case took the whole process down
-    kind, number = json.loads(current.read_text())
-    if (kind, number) not in done:
-      found.append(Outcome(kind, number, 'died', 0.0, 'no end of it', []))
-      done.add((kind, number))
+  found, current = read(out), out.with_suffix('.current')
   with open(out, 'a', encoding='utf-8') as file:
-    for o in found[len(done) - 1 :] if current.exists() else ():
+
+    def add(o: Outcome):
       print(json.dumps(o._asdict()), file=file, flush=True)
+      current.unlink()
+      found.append(o)
+      say(o)
+
+    if current.exists():  # that case took the whole process down
+      add(Outcome(*json.loads(current.read_text()), 'died', 0.0, '', []))
+    done = {(o.kind, o.number) for o in found}
     for number, kind in itertools.product(range(cases), kinds):
       if (kind, number) in done:
         continue
@@ -748,10 +755,7 @@ def campaign(
         raise
       finally:
         faulthandler.cancel_dump_traceback_later()
-      print(json.dumps(o._asdict()), file=file, flush=True)
-      current.unlink()
-      found.append(o)
-      say(o)
+      add(o)
   return found
 
 
@@ -795,7 +799,6 @@ def main_(args: list[str]) -> int:
 if __name__ == '__main__':
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = ''
   from mtp_jax import chips
 
   chips.answer_libtpu()

@@ -224,10 +224,11 @@ def checked(
   """Path and stamp of a file that is as write_file left it, or raises
   ConfigError."""
   path = root / record['file']
-  problem = '' if paths.is_within(record['file']) else 'it lies elsewhere'
   try:
+    if not paths.is_within(record['file']):
+      raise OSError(0, 'it lies elsewhere')
     stamp = _stamp(path.stat())
-    problem = problem or _problem(path, record, stamp[0], verify)
+    problem = _problem(path, record, stamp[0], verify)
   except OSError as error:
     problem = error.strerror
   if problem:

@@ -292,6 +292,12 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
     jsonl.check(manifest, MANIFEST)
   except ValueError as error:
     raise _error(path, f'manifest.json is damaged: {error}') from error
+  for name, split in manifest['splits'].items():
+    masked = {'scored_file' in shard for shard in split['shards']}
+    if len(masked) != 1:
+      raise _error(
+        path, f'manifest.json: {name} has no shards, or of two kinds'
+      )
   if manifest['dtype'] not in encoding.DTYPES:
     raise _error(
       path,

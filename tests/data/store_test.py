@@ -322,6 +322,41 @@ def test_damaged_manifests_are_refused(tmp_path):
   assert 'manifest.json: Is a directory' in _refused(store.open_store, path)
 
 
+@pytest.mark.parametrize(
+  'place, value, said',
+  [
+    (('splits',), [], 'splits=[]: must be an object'),
+    (('splits', 'train', 'shards'), None,
+     'splits.train.shards=null: must be a list'),
+    (('splits', 'train', 'tokens'), '9', 'splits.train.tokens="9": must be'),
+    (('splits', 'valid', 'shards', 0, 'tokens_file', 'size'), 1.5,
+     'splits.valid.shards[0].tokens_file.size=1.5: must be an integer from 0'),
+    (('splits', 'train', 'shards'), [], 'train has no shards'),
+    (('tokenizer', 'bos'), None, 'tokenizer.bos=null: must be an integer'),
+    (('dtype',), 'O', 'dtype=O: must be one of <u2, <u4'),
+    (('splits', 'valid', 'shards', 0, 'tokens_file', 'file'), '../../x',
+     '../../x: it lies elsewhere'),
+    (('splits', 'valid', 'shards', 0, 'tokens_file', 'file'), '/dev/zero',
+     '/dev/zero: it lies elsewhere'),
+  ],
+)  # fmt: skip
+def test_a_manifest_of_a_wrong_type_names_the_field(
+  tmp_path, place, value, said
+):
+  """Though its checksum is right."""
+  path = tmp_path / 's'
+  _write(path)
+  manifest = json.loads((path / 'manifest.json').read_bytes())
+  at = manifest
+  for key in place[:-1]:
+    at = at[key]
+  at[place[-1]] = value
+  manifest['sha256'] = store._manifest_sha256(manifest)
+  (path / 'manifest.json').write_text(json.dumps(manifest))
+  line = _refused(store.open_store, path)
+  assert line.startswith(f'--data.store={path}: ') and said in line
+
+
 def test_missing_stores(tmp_path):
   for path in ('', tmp_path / 'none', __file__):
     line = _refused(store.open_store, path)
