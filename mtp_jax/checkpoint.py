@@ -27,7 +27,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mtp_jax import config, flags, manifest, paths, processes
+from mtp_jax import (
+  config,
+  flags,
+  jsonl,
+  manifest,
+  paths,
+  processes,
+  validate,
+)
 from mtp_jax import params as params_lib
 from mtp_jax.model import lm
 
@@ -36,6 +44,11 @@ MARK = 'commit_success.txt'  # in a bucket, of a complete one
 # before them is where a rollback goes.
 KEEP_FOR_ROLLBACK = 3
 FORMAT = 1  # raised when a saved state can no longer be read as it is
+ABOUT = {
+  'format': int, 'config': {...: object}, 'store': str,
+  'left_out?': [[jsonl.NATURAL]],
+  'spikes?': {'losses?': [float], 'pending?': [[jsonl.NUMBER]]},
+}  # fmt: skip
 
 
 class Saver:
@@ -459,7 +472,18 @@ def about(
 ) -> tuple[config.Config, str]:
   """(Config, store fingerprint) of a checkpoint; waits for no other process."""
   saved = _about(workdir, step, flag)
-  return config.from_json(json.dumps(saved['config'])), saved['store']
+  try:
+    cfg = validate.validate(config.from_json(json.dumps(saved['config'])))
+  except ValueError as error:
+    raise _unreadable(workdir, step, flag, error) from error
+  return cfg, saved['store']
+
+
+def _unreadable(workdir, step, flag, why) -> config.ConfigError:
+  path = _folder(workdir) / str(step)
+  return config.ConfigError(
+    flag, str(path), f'cannot be read as a checkpoint: about: {why}'
+  )
 
 
 def left_out(workdir: str, step: int) -> tuple[tuple[int, int], ...]:
@@ -484,13 +508,16 @@ def _about(workdir: str, step: int, flag: str) -> dict:
   path = _folder(workdir) / str(step)
   with _reading(path, flag):
     saved = _read_about(path)
-  if saved['format'] != FORMAT:
-    raise config.ConfigError(
-      'train.workdir', workdir,
-      f'checkpoint {step} has format {saved["format"]}, this program reads'
-      f' {FORMAT}',
-    )  # fmt: skip
-  return saved
+  try:
+    jsonl.check(saved, {'format': int, ...: object})
+    if saved['format'] != FORMAT:
+      raise ValueError(f'format {saved["format"]}, this program reads {FORMAT}')
+    jsonl.check(saved, ABOUT)
+    if any(len(pair) != 2 for pair in saved.get('left_out', ())):
+      raise ValueError('left_out must be pairs: first batch, count')
+    return saved
+  except ValueError as error:
+    raise _unreadable(workdir, step, flag, error) from error
 
 
 def opened(

@@ -12,13 +12,21 @@ import os
 import re
 import typing
 
+from mtp_jax import jsonl
+
 VERSION = 1  # of the JSON form; raised when a field changes its meaning
 DTYPES = ('float32', 'bfloat16')
 BLOCK_FIRST = ('parallel', 'causal', 'anticausal')
 KERNELS = {'splash': 'tpu', 'flash': 'gpu'}  # of attention -> its platform
 TILE = 128  # positions, that every kernel cuts a row into multiples of
-UNSIGNED = dict(min=0)
-POSITIVE = dict(min=1)
+INT32 = 2**31 - 1
+UNSIGNED = dict(min=0, max=INT32)
+POSITIVE = dict(min=1, max=INT32)
+
+
+def _to(most, least=1):
+  """Limits of a number; the upper one is far beyond any use."""
+  return dict(min=least, max=most)
 
 
 class ConfigError(ValueError):
@@ -30,7 +38,13 @@ class ConfigError(ValueError):
     super().__init__(flag, value, allowed)  # as pickle hands them on
 
   def __str__(self):
-    return '--{}={}: {}'.format(*self.args)
+    flag, value, allowed = self.args
+    line = f'--{flag}={jsonl.one_line(value)}: '
+    return line + jsonl.one_line(allowed, 1000)
+
+
+class FileChanged(ConfigError):
+  """An input that changed during a run; one process of several may find it."""
 
 
 def _f(default, help, *, result=True, **limits):
@@ -42,35 +56,39 @@ def _f(default, help, *, result=True, **limits):
 class Model:
   """The shared trunk, and the shape that every block-like head repeats."""
 
-  d_model: int = _f(128, 'width of the residual stream', **POSITIVE)
+  d_model: int = _f(128, 'width of the residual stream', **_to(2**20))
   n_layers: int = _f(
-    5, 'layers in all; block-like heads are counted in', **POSITIVE
+    5, 'layers in all; block-like heads are counted in', **_to(10_000)
   )
-  n_attn_heads: int = _f(4, 'query heads of an attention', **POSITIVE)
-  n_kv_heads: int = _f(0, 'key/value heads; 0 = n_attn_heads', **UNSIGNED)
+  n_attn_heads: int = _f(4, 'query heads of an attention', **_to(2**16))
+  n_kv_heads: int = _f(0, 'key/value heads; 0 = n_attn_heads', **_to(2**16, 0))
   d_head: int = _f(
-    0, 'width of a query head; 0 = d_model / n_attn_heads', **UNSIGNED
+    0, 'width of a query head; 0 = d_model / n_attn_heads', **_to(2**16, 0)
   )
   d_ff: int = _f(
     0, 'width of the SwiGLU; 0 = 8/3 d_model, up to a multiple of 256',
-    **UNSIGNED,
+    **_to(2**24, 0),
   )  # fmt: skip
-  vocab_size: int = _f(264, 'rows of the embedding, in tokens', min=2)
-  rope_theta: float = _f(10_000.0, 'base wavelength of RoPE', above=0)
+  vocab_size: int = _f(
+    264, 'rows of the embedding, in tokens', min=2, max=2**24
+  )
+  rope_theta: float = _f(10_000.0, 'base wavelength of RoPE', above=0, max=1e12)
   rope_factor: float = _f(
     1.0,
     'how far Llama 3.1 stretches the long wavelengths of RoPE (Grattafiori et'
     ' al. 2024, arXiv 2407.21783); 1 = not at all',
     min=1,
+    max=1e6,
   )
   rope_low_freq: float = _f(
     1.0,
     'wavelengths above rope_context over this are stretched by rope_factor',
     above=0,
+    max=1e6,
   )
   rope_high_freq: float = _f(
     4.0, 'wavelengths below rope_context over this are left as they are',
-    above=0,
+    above=0, max=1e6,
   )  # fmt: skip
   context: int = _f(
     0,
@@ -81,7 +99,7 @@ class Model:
   rope_context: int = _f(
     8192, 'context, in tokens, that the wavelengths were made for', **POSITIVE
   )
-  norm_eps: float = _f(1e-5, 'epsilon of RMSNorm', above=0)
+  norm_eps: float = _f(1e-5, 'epsilon of RMSNorm', above=0, max=1)
   param_dtype: str = _f(
     'float32',
     'of parameters at rest. bfloat16 keeps no float32 copy: an update is added'
@@ -123,7 +141,7 @@ class Model:
 class Heads:
   """The prediction heads: head k predicts token t + k, unless they leap."""
 
-  n: int = _f(4, 'prediction heads, i.e. future tokens predicted', **POSITIVE)
+  n: int = _f(4, 'prediction heads, i.e. future tokens predicted', **_to(1024))
   family: str = _f(
     'parallel',
     'how head k is computed from the trunk',
@@ -138,7 +156,7 @@ class Heads:
     1,
     'head k predicts token t + 1 + stride (k - 1); above 1 the heads leap'
     ' (Liu et al. 2025, arXiv 2505.17505)',
-    **POSITIVE,
+    **_to(2**24),
   )
 
   @property
@@ -177,7 +195,10 @@ class Loss:
     '', 'active heads from a step on, e.g. 0:1;1000:2; empty = all of them'
   )
   z_loss: float = _f(
-    0.0, 'weight of the squared log-sum-exp inside each head loss', min=0
+    0.0,
+    'weight of the squared log-sum-exp inside each head loss',
+    min=0,
+    max=1e6,
   )
   order_weight: float = _f(
     0.0,
@@ -185,6 +206,7 @@ class Loss:
     ' the tokens to come by how soon (Zuhri et al. 2025, arXiv 2508.19228);'
     ' 0 = without',
     min=0,
+    max=1e6,
   )
   order_window: int = _f(
     32,
@@ -224,23 +246,38 @@ class Data:
     ' refused if it is another',
   )
   workers: int = _f(
-    0, 'processes that encode documents; 0 = as many as cores', result=False,
-    **UNSIGNED,
+    0, 'processes that encode documents; 0 = as many as cores',
+    result=False, **_to(4096, 0),
   )  # fmt: skip
-  seq_len: int = _f(256, 'queries of a window, in tokens', **POSITIVE)
+  seq_len: int = _f(256, 'queries of a window, in tokens', **_to(2**24))
   batch_size: int = _f(
-    8, 'windows of one optimizer step, over all devices', **POSITIVE
+    8, 'windows of one optimizer step, over all devices', **_to(2**24)
   )
   valid_fraction: float = _f(
-    0.02, 'share of documents that prepare holds out', result=False, min=0
+    0.02,
+    'share of documents that prepare holds out',
+    result=False,
+    min=0,
+    below=1,
   )
   overwrite: bool = _f(
     False, 'prepare replaces the store that is there', result=False
   )
+  max_shard_gib: int = _f(
+    0,
+    'size limit of a file of tokens that prepare writes; 0 = 2**27 tokens, more'
+    ' in a store of more than 512 such shards',
+    result=False, **UNSIGNED,
+  )  # fmt: skip
+  max_document_mib: int = _f(
+    1024,
+    'prepare skips larger documents (of jsonl: larger lines), by name',
+    result=False, **POSITIVE,
+  )  # fmt: skip
   verify: bool = _f(
     True, 'check the checksums of a store when it is opened', result=False
   )
-  read_threads: int = _f(2, 'threads that read rows', result=False, **POSITIVE)
+  read_threads: int = _f(2, 'threads that read rows', result=False, **_to(4096))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,17 +295,20 @@ class Optim:
     'peak learning rate; an update of muon is as large as one of AdamW, so that'
     ' one rate serves both',
     above=0,
+    max=1e3,
   )
   trunk_lr: float = _f(
     1.0,
     'learning rate over lr of the trunk: embedding, layers, final norm, and an'
     ' unembedding that heads share',
     above=0,
+    max=1e6,
   )
   heads_lr: float = _f(
     1.0,
     'learning rate over lr of the heads, and of unembeddings of their own',
     above=0,
+    max=1e6,
   )
   warmup_steps: int = _f(100, 'steps of linear warm-up from 0', **UNSIGNED)
   schedule: str = _f(
@@ -284,9 +324,13 @@ class Optim:
   momentum: float = _f(
     0.95, 'decay of the (Nesterov) momentum of muon', min=0, below=1
   )
-  eps: float = _f(1e-8, 'added to the root of the second moment', above=0)
-  weight_decay: float = _f(0.1, 'decoupled decay of matrices', min=0)
-  clip_norm: float = _f(1.0, 'global gradient norm; 0 = no clipping', min=0)
+  eps: float = _f(
+    1e-8, 'added to the root of the second moment', above=0, max=1
+  )
+  weight_decay: float = _f(0.1, 'decoupled decay of matrices', min=0, max=1e3)
+  clip_norm: float = _f(
+    1.0, 'global gradient norm; 0 = no clipping', min=0, max=1e30
+  )
   moment_dtype: str = _f(
     'float32', 'of the first moment, or momentum; the second is float32',
     choices=DTYPES,
@@ -297,9 +341,15 @@ class Optim:
 class Mesh:
   """Devices along each mesh axis; one of them may be -1 = what is left."""
 
-  data: int = _f(1, 'replicas of the parameters', result=False)
-  fsdp: int = _f(-1, 'shards of parameters and of the batch', result=False)
-  tensor: int = _f(1, 'shards of a layer and of the vocabulary', result=False)
+  data: int = _f(
+    1, 'replicas of the parameters', result=False, **_to(2**20, -1)
+  )
+  fsdp: int = _f(
+    -1, 'shards of parameters and of the batch', result=False, **_to(2**20, -1)
+  )
+  tensor: int = _f(
+    1, 'shards of a layer and of the vocabulary', result=False, **_to(2**20, -1)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,14 +363,14 @@ class Processes:
     result=False,
   )
   count: int = _f(
-    1, 'processes of the run, with a HOST:PORT', result=False, **POSITIVE
+    1, 'processes of the run, with a HOST:PORT', result=False, **_to(2**20)
   )
   index: int = _f(
     0, 'of this process, with a HOST:PORT', result=False, **UNSIGNED
   )
   timeout_s: int = _f(
     30, 'seconds after which a silent process is given up, and the run with it',
-    result=False, **POSITIVE,
+    result=False, **_to(10**6),
   )  # fmt: skip
 
 
@@ -347,7 +397,7 @@ class Train:
     ' that heads share), or heads',
     choices=('none', 'trunk', 'heads'),
   )
-  accumulate: int = _f(1, 'micro-batches of one optimizer step', **POSITIVE)
+  accumulate: int = _f(1, 'micro-batches of one optimizer step', **_to(2**24))
   seed: int = _f(
     0, 'of initial parameters, the order of data, and random rounding', min=0,
     max=2**32 - 1,
@@ -380,13 +430,13 @@ class Train:
     1800.0,
     'seconds without a step, a compiled program or a batch of an evaluation'
     ' after which a process ends, with its stacks; 0 = never',
-    result=False, min=0,
+    result=False, min=0, max=1e8,
   )  # fmt: skip
   spike_sigma: float = _f(
     10.0,
     'deviations above the median of the last 128 losses of head 1 that make a'
     ' spike, which is said and counted; 0 = none is',
-    result=False, min=0,
+    result=False, min=0, max=1e6,
   )  # fmt: skip
   skip_batches: int = _f(
     0,
@@ -444,10 +494,10 @@ class Eval:
   )
   shots: int = _f(
     -1, 'worked examples before each problem; -1 = as the suite is used',
-    result=False, min=-1,
+    result=False, min=-1, max=10_000,
   )  # fmt: skip
   samples: int = _f(
-    1, 'answers to each problem that are run', result=False, **POSITIVE
+    1, 'answers to each problem that are run', result=False, **_to(10**6)
   )
   temperatures: str = _f(
     '',
@@ -473,7 +523,11 @@ class Eval:
     choices=('full', 'weak'),
   )
   timeout_s: float = _f(
-    10.0, 'seconds that a program has, each time it runs', result=False, above=0
+    10.0,
+    'seconds that a program has, each time it runs',
+    result=False,
+    above=0,
+    max=1e6,
   )
 
 
@@ -488,7 +542,7 @@ class Decode:
     0,
     'heads used: W - 1 drafts are verified by each forward pass; 1 = plain'
     ' decoding; 0 = all heads that trained',
-    result=False, **UNSIGNED,
+    result=False, **_to(1024, 0),
   )  # fmt: skip
   tree: str = _f(
     '',
@@ -498,10 +552,10 @@ class Decode:
     result=False,
   )
   max_new: int = _f(
-    256, 'new tokens of a row, at most', result=False, **POSITIVE
+    256, 'new tokens of a row, at most', result=False, **_to(2**24)
   )
   temperature: float = _f(
-    0.0, 'logits are divided by it; 0 = greedy', result=False, min=0
+    0.0, 'logits are divided by it; 0 = greedy', result=False, min=0, max=1e6
   )
   top_k: int = _f(
     0, 'most likely tokens that sampling keeps; 0 = all', result=False,
@@ -533,25 +587,25 @@ class Decode:
     result=False,
   )
   batch_size: int = _f(
-    0, 'rows decoded at once; 0 = all prompts', result=False, **UNSIGNED
+    0, 'rows decoded at once; 0 = all prompts', result=False, **_to(2**20, 0)
   )
   cache: int = _f(
     0,
     'tokens that a row has room for, prompt and new ones; 0 = as many as are'
     ' asked for',
-    result=False, **UNSIGNED,
+    result=False, **_to(2**24, 0),
   )  # fmt: skip
   cache_dtype: str = _f(
     'compute', 'of cached keys and values; compute = --model.compute_dtype',
     result=False, choices=('compute', *DTYPES),
   )  # fmt: skip
   prefill: int = _f(
-    512, 'positions of a prompt that are read at once', result=False,
-    **POSITIVE,
+    512, 'positions of a prompt that are read at once',
+    result=False, **_to(2**24),
   )  # fmt: skip
   segment: int = _f(
     16, 'forward passes from one piece of streamed text to the next',
-    result=False, **POSITIVE,
+    result=False, **_to(2**24),
   )  # fmt: skip
   compare: bool = _f(
     False,
@@ -582,7 +636,9 @@ class Export:
     'param', 'of the tensors written; param = --model.param_dtype',
     result=False, choices=('param', *DTYPES),
   )  # fmt: skip
-  shard_gib: float = _f(4.0, 'GiB of a file, at most', result=False, above=0)
+  shard_gib: float = _f(
+    4.0, 'GiB of a file, at most', result=False, above=0, max=1e6
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -602,9 +658,11 @@ class Import:
 class Inspect:
   """What `mtp inspect` prints."""
 
-  step: int = _f(0, 'training step whose batch is shown', result=False, min=0)
-  rows: int = _f(1, 'windows shown', result=False, **POSITIVE)
-  tokens: int = _f(40, 'positions shown of each', result=False, **POSITIVE)
+  step: int = _f(
+    0, 'training step whose batch is shown', result=False, **UNSIGNED
+  )
+  rows: int = _f(1, 'windows shown', result=False, **_to(2**24))
+  tokens: int = _f(40, 'positions shown of each', result=False, **_to(2**24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -618,8 +676,8 @@ class Plan:
     result=False,
   )
   slices: int = _f(
-    1, 'such slices, joined by the network along --mesh.data', result=False,
-    **POSITIVE,
+    1, 'such slices, joined by the network along --mesh.data',
+    result=False, **_to(2**16),
   )  # fmt: skip
   sweep: tuple = _f(
     (),
@@ -663,14 +721,14 @@ class Bench:
   )
   documents: int = _f(
     1, 'documents in a row of loss and step; several make packed rows',
-    result=False, **POSITIVE,
+    result=False, **_to(2**24),
   )  # fmt: skip
   rounds: int = _f(
-    5, 'rounds, in each of which every program has its turn', result=False,
-    **POSITIVE,
+    5, 'rounds, in each of which every program has its turn',
+    result=False, **_to(10**6),
   )  # fmt: skip
   calls: int = _f(
-    1, 'calls in a row that make a turn', result=False, **POSITIVE
+    1, 'calls in a row that make a turn', result=False, **_to(10**6)
   )
   drafts: str = _f(
     '', 'numbers of heads that decode uses; empty = 1, 2 … all', result=False
@@ -678,11 +736,11 @@ class Bench:
   batches: str = _f('1,8', 'rows that decode decodes at once', result=False)
   pieces: int = _f(
     8, 'held-out pieces, each a prompt of decode; the same for any number of'
-    ' rows, and as many as those at least', result=False, **POSITIVE,
+    ' rows, and as many as those at least', result=False, **_to(10**6),
   )  # fmt: skip
   prompt: int = _f(
-    128, 'tokens of a prompt of decode; --decode.max_new follow', result=False,
-    **POSITIVE,
+    128, 'tokens of a prompt of decode; --decode.max_new follow',
+    result=False, **_to(2**24),
   )  # fmt: skip
 
 
@@ -753,26 +811,42 @@ def to_json(cfg: Config) -> str:
   return json.dumps(dict(version=VERSION) | dataclasses.asdict(cfg), indent=1)
 
 
-def from_json(text: str) -> Config:
-  """The Config that to_json wrote; an unknown field is an error."""
-  sections = json.loads(text)
-  optim, train = sections.get('optim', {}), sections.get('train', {})
-  for group in 'trunk', 'heads':  # before --train.freeze, a rate of 0 froze
-    if optim.get(f'{group}_lr') == 0:
-      optim[f'{group}_lr'], train['freeze'] = 1.0, group
+class OtherVersion(ValueError):
+  """A Config that another version of this program wrote."""
+
+
+def from_json(text: str | bytes) -> Config:
+  """Returns the Config that to_json wrote, its limits not yet checked.
+
+  Raises:
+    OtherVersion: another version wrote it, or it has a field that is unknown.
+    ValueError: it is no JSON, or a field is of another type; in one line.
+  """
+  sections = jsonl.loads(text, {...: object})
   version = sections.pop('version', None)
   if version != VERSION:
-    raise ValueError(f'config version {version}, this program reads {VERSION}')
-  return replace(
-    Config(),
-    **{
-      f'{section.rstrip("_")}.{name}': tuple(value)
-      if isinstance(value, list)
-      else value
-      for section, values in sections.items()
-      for name, value in values.items()
-    },
-  )
+    raise OtherVersion(
+      f'config version {jsonl.one_line(version)}, this program reads {VERSION}'
+    )
+  jsonl.check(sections, {...: {...: object}})
+  values = {
+    f'{section.rstrip("_")}.{name}': value
+    for section, of in sections.items()
+    for name, value in of.items()
+  }
+  for group in 'trunk', 'heads':  # before --train.freeze, a rate of 0 froze
+    if values.get(f'optim.{group}_lr') == 0:
+      values |= {f'optim.{group}_lr': 1.0, 'train.freeze': group}
+  known = fields()
+  for name, value in values.items():
+    if name not in known:
+      raise OtherVersion(
+        f'{jsonl.one_line(name)}: no such field; it is of another version'
+      )
+    wanted = [str] if known[name].type is tuple else known[name].type
+    jsonl.check(value, wanted, name)
+    values[name] = tuple(value) if isinstance(value, list) else value
+  return replace(Config(), **values)
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -816,8 +890,8 @@ def parse_stores(text: str) -> tuple[StoreRef, ...]:
     name, path, weight = match.groups()
     name = name or os.path.basename(os.path.normpath(path))
     refs.append(StoreRef(name, path, weight or '1'))
-    if not refs[-1].share:
-      raise ValueError('a weight of 0')
+    if not 1e-9 <= refs[-1].share <= 1e9:
+      raise ValueError('a weight of 0, or of another size')
   return tuple(refs)
 
 
@@ -857,8 +931,8 @@ def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:
     step, values = phase.split(':')
     phases.append((int(step), tuple(float(v) for v in values.split(','))))
   starts = [step for step, _ in phases]
-  if starts[0] != 0 or starts != sorted(set(starts)):
-    raise ValueError('steps must start at 0 and rise')
+  if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] > INT32:
+    raise ValueError(f'steps must start at 0 and rise, to at most {INT32:,}')
   return tuple(phases)
 
 

@@ -6,6 +6,7 @@ includes them and then from the working directory. Later lines win. Unknown
 flags are fatal.
 """
 
+import collections
 import os
 import re
 from typing import NamedTuple
@@ -23,27 +24,55 @@ _DEFINE = {
 }
 _ALLOWED = {int: 'a whole number', float: 'a number', bool: 'true or false'}
 _ILLEGAL = re.compile('flag --([^=]+)=(.*?): ', re.DOTALL)
+# Of all flag files of a command; absl's own time grows with flags squared.
+MOST_FILES, MOST_FLAGS, MOST_BYTES = 1000, 10_000, 2**20
 # Sections that say where a run is or what is asked of it, not what it is.
 _BESIDE = (
   'processes.', 'decode.', 'export.', 'import.', 'plan.', 'bench.',
 )  # fmt: skip
 
 
-def expand(args: list[str], beside: str = '', seen: tuple = ()) -> list[str]:
-  """Replaces each --flagfile by the flags in it, recursively."""
-  out, args = [], list(args)
-  while args:
-    arg = args.pop(0)
+def expand(args: list[str]) -> list[str]:
+  """Replaces each --flagfile by the flags in it, recursively.
+
+  Raises:
+    ConfigError: a file is missing, no flag file, or includes itself; all files
+      together are more than MOST_FILES or have more than MOST_FLAGS.
+  """
+  return _expanded(args, '', (), collections.Counter())
+
+
+def _expanded(args, beside: str, seen: tuple, total) -> list[str]:
+  """seen: real paths of the files that led here; total: counts of all."""
+  out, rest = [], iter(args)
+  for arg in rest:
     name, _, path = arg.partition('=')
     if name not in ('--flagfile', '-flagfile'):
       out.append(arg)
       continue
-    path = path or (args.pop(0) if args else '')
-    out += _read_flag_file(path, beside, seen)
+    path = path or next(rest, '')
+    lines, real = _read_flag_file(path, beside)
+    if real in seen:
+      cycle = ' > '.join([*seen[seen.index(real) :], real])
+      raise config.ConfigError('flagfile', path, f'includes itself: {cycle}')
+    total.update(files=1, flags=len(lines))
+    for what, most in (('files', MOST_FILES), ('flags', MOST_FLAGS)):
+      if total[what] > most:
+        raise config.ConfigError(
+          'flagfile', path, f'with it there are more than {most:,} {what}'
+        )
+    out += _expanded(lines, os.path.dirname(real), (*seen, real), total)
   return out
 
 
-def _read_flag_file(path, beside, seen):
+def _read_flag_file(path: str, beside: str) -> tuple[list[str], str]:
+  """(its lines but for comments, its real path)."""
+
+  def wrong(problem):
+    return config.ConfigError('flagfile', path, problem)
+
+  if '\0' in path:
+    raise wrong('must not contain a NUL character')
   if paths.scheme(path):
     real = paths.absolute(path, 'flagfile')
     found = paths.of(real).exists()
@@ -52,19 +81,22 @@ def _read_flag_file(path, beside, seen):
     found = [p for p in both if os.path.isfile(p)]
     real = os.path.realpath(found[0]) if found else ''
   if not found:
-    raise config.ConfigError('flagfile', path, 'no such file')
-  if real in seen:
-    raise config.ConfigError('flagfile', path, 'includes itself')
+    raise wrong('no such file')
   try:
-    text = paths.of(real).read_bytes().decode()
-    lines = [line.strip() for line in text.split('\n')]
+    with paths.of(real).open('rb') as file:
+      data = file.read(MOST_BYTES + 1)
+    lines = [line.strip() for line in data.decode().split('\n')]
   except UnicodeDecodeError:
-    raise config.ConfigError('flagfile', path, 'is not text') from None
+    raise wrong('is not text') from None
+  except OSError as error:
+    raise wrong(f'cannot be read: {error.strerror or error}') from error
+  if len(data) > MOST_BYTES:
+    raise wrong(f'has more than {MOST_BYTES:,} bytes')
   args = [line for line in lines if line and not line.startswith('#')]
   for arg in args:
     if not arg.startswith('-'):
-      raise config.ConfigError('flagfile', path, f'{arg!r} is not a flag')
-  return expand(args, os.path.dirname(real), (*seen, real))
+      raise wrong(f'{arg!r} is not a flag')
+  return args, real
 
 
 def _define() -> flags.FlagValues:
@@ -112,14 +144,24 @@ def parse(args: list[str]) -> Parsed:
       type.
     absl.flags.Error: a flag is unknown.
   """
-  values = _define()
+  values, args = _define(), expand(args)
+  for arg in args:
+    name = arg.lstrip('-').partition('=')[0] if arg.startswith('-') else ''
+    # absl's own, and what it would compare with all names, recursively.
+    if name == 'undefok' or len(name) > 100:
+      raise flags.Error(f'{arg!r} is not a flag')
   try:
-    rest = values(['mtp', *expand(args)])[1:]
+    rest = values(['mtp', *args])[1:]
+  except ValueError as error:  # of --noFLAG=VALUE
+    raise flags.Error(str(error)) from error
   except flags.IllegalFlagValueError as error:
     # Its reasons are Python's, which do not say what is allowed.
     name, value = _ILLEGAL.match(str(error)).groups()
     allowed = _ALLOWED[config.fields()[name].type]
     raise config.ConfigError(name, value, allowed) from error
+  for text in (values['out'].value or '', *rest):
+    if '\0' in text:
+      raise flags.Error(f'{text!r} must not contain a NUL character')
   given = {
     name: field.type(values[name].value)
     for name, field in config.fields().items()

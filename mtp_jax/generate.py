@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import bench, checkpoint, config, flags, paths, sharding
+from mtp_jax import (
+  bench,
+  checkpoint,
+  config,
+  flags,
+  jsonl,
+  paths,
+  sharding,
+)
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
@@ -180,6 +188,7 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
   def wrong(problem):
     return config.ConfigError('decode.prompts', path, problem)
 
+  path = paths.absolute(path, 'decode.prompts')
   try:
     text = paths.of(path).read_bytes().decode('utf-8-sig')
     lines = [line.rstrip('\n') for line in io.StringIO(text, newline=None)]
@@ -209,10 +218,7 @@ FORM = 'is no object with prompt, a text, or prompt_ids, a list of token ids'
 
 def _of_record(line: str, tokenizer) -> Prompt:
   """A line of .jsonl; ValueError says what is wrong with it."""
-  try:
-    record = json.loads(line)
-  except ValueError as error:
-    raise ValueError(f'is no JSON: {error}') from error
+  record = jsonl.loads(line)
   if not isinstance(record, dict):
     raise ValueError(FORM)
   known = ('prompt', 'prompt_ids')

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
-from mtp_jax import chips, config, flags, paths, validate
+from mtp_jax import chips, config, flags, jsonl, paths, validate
 
 
 class Command(NamedTuple):
@@ -57,8 +57,16 @@ def _start_jax(cfg: config.Config) -> None:
     )
 
 
-def _parse(args: list[str]) -> flags.Parsed:
+def _parse(args: list[str], name: str) -> flags.Parsed:
   parsed = flags.parse(args)
+  for text in flags.TEXTS:
+    given = getattr(parsed, text)
+    if given and text not in COMMANDS[name].sections:
+      raise config.ConfigError(
+        text,
+        given,
+        f'{name} does not use it; mtp {name} --help lists its flags',
+      )
   out = paths.absolute(parsed.out, 'out')
   if parsed.out and paths.of(out).is_dir():
     raise config.ConfigError('out', parsed.out, 'is a directory; give a file')
@@ -96,20 +104,32 @@ def _prepare(parsed: flags.Parsed) -> int:
     )
   store.check_target(path, cfg.data.overwrite)
   skipped = collections.Counter()
-  found = documents.read(cfg.data.documents, skipped)
+
+  def found(report):
+    skipped.clear()
+    return documents.read(
+      cfg.data.documents, skipped, report=report, whole=False,
+      max_bytes=cfg.data.max_document_mib * 2**20,
+    )  # fmt: skip
+
+  def report(line):
+    print(f'mtp: {line}', file=sys.stderr, flush=True)
+
   if name.startswith('train:'):
     with progress.timed(f'tokenizer {name}'):
-      tokenizer = vocabulary.train(name, found, cfg.data.valid_fraction)
-    skipped.clear()
-    found = documents.read(cfg.data.documents, skipped)
+      tokenizer = vocabulary.train(
+        name, found(lambda line: None), cfg.data.valid_fraction
+      )
   else:
     tokenizer = tokenizers.get(name)
+  shard_bytes = cfg.data.max_shard_gib * 2**30
   with progress.status() as show:
     manifest = store.write(
       path,
-      found,
+      found(report),
       tokenizer,
       valid_fraction=cfg.data.valid_fraction,
+      shard_tokens=shard_bytes // store.token_bytes(tokenizer),
       sources=cfg.data.documents,
       progress=show,
       overwrite=cfg.data.overwrite,
@@ -128,10 +148,6 @@ def _train(parsed: flags.Parsed) -> int:
   cfg = parsed.config()
   _need(cfg, 'train.workdir', 'the directory of the run')
   _need(cfg, 'data.store', 'the store that `mtp prepare` wrote')
-  if parsed.out:
-    raise config.ConfigError(
-      'out', parsed.out, 'train writes metrics.jsonl in --train.workdir instead'
-    )
   # A run repeats from any working directory.
   cfg = config.replace(
     cfg,
@@ -417,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
       print(f'mtp {name}: {command.help}\n\n{flags.usage(command.sections)}')
       sys.stdout.flush()
       return 0
-    status = command.run(_parse(args))
+    status = command.run(_parse(args, name))
     sys.stdout.flush()
     return status
   except KeyboardInterrupt:
@@ -428,12 +444,15 @@ def main(argv: list[str] | None = None) -> int:
     return 141
   except OSError as error:
     why = paths.of_a_disk(error)
-    if not why:
-      raise
-    print(f'mtp: {why}', file=sys.stderr)
+    if not why and not error.filename:
+      raise  # no file is to blame
+    why = why or f'{error.filename}: {error.strerror}'
+    print(f'mtp: {jsonl.one_line(why)}', file=sys.stderr)
+    if error.errno not in paths.OF_A_DISK:
+      return 2
     # Python would try to write it once more at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2
   except (config.ConfigError, absl_flags.Error) as error:
-    print(f'mtp: {str(error).splitlines()[0]}', file=sys.stderr)
+    print(f'mtp: {jsonl.one_line(error, 1500)}', file=sys.stderr)
     return 2

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mtp_jax import paths
+from mtp_jax import jsonl, paths
 
 NAME = 'manifest.json'
+FORM = {'files': {...: {'size': jsonl.NATURAL, 'sha256': str}}}
 BLOCK = 2**22  # bytes read at once, a thread
 THREADS = min(8, os.cpu_count() or 1)  # hashlib and reads let go of the GIL
 
@@ -43,12 +44,15 @@ def damage(folder: epath.Path) -> str:
   if not path.exists():
     return ''
   try:
-    wanted = {
-      name: (int(file['size']), str(file['sha256']))
-      for name, file in json.loads(path.read_text())['files'].items()
-    }
-  except (OSError, ValueError, LookupError, TypeError, AttributeError):
-    return f'{NAME} cannot be read'
+    files = jsonl.loads(path.read_bytes(), FORM)['files']
+  except OSError as error:
+    return f'{NAME} cannot be read: {error.strerror or error}'
+  except ValueError as error:
+    return f'{NAME} cannot be read: {error}'
+  for name in files:
+    if not paths.is_within(name):
+      return f'{NAME} names {jsonl.one_line(name)!r}, which lies elsewhere'
+  wanted = {name: (f['size'], f['sha256']) for name, f in files.items()}
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     # Sizes first: they cost nothing.
     for check in (_wrong_size, _wrong_bytes):
@@ -82,7 +86,11 @@ def _digest(path: epath.Path) -> tuple[int, str]:
 
 def _wrong_size(folder, name, wanted) -> str:
   try:
-    size = (folder / name).stat().length
+    path = folder / name
+    size = path.stat().length
+    # A link to a device would never end. (epath takes one for a file.)
+    if not paths.scheme(path) and not os.path.isfile(path):
+      return f'{name} is no file'
   except FileNotFoundError:
     return f'{name} is missing'
   except OSError as error:

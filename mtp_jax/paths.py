@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib.util
 import os
+import pathlib
 import shutil
 import tempfile
 import time
@@ -76,6 +77,18 @@ def absolute(path: str, flag: str) -> str:
       flag, path, f'cannot be reached: {first_line(error)}'
     ) from error
   return path.rstrip('/')
+
+
+def is_within(name: str) -> bool:
+  """Whether a name that a file gives is that of one below its own folder; a
+  stranger's file must not have others read."""
+  path = pathlib.PurePosixPath(name)
+  return (
+    not path.is_absolute()
+    and '..' not in path.parts
+    and '\0' not in name
+    and str(path) == name != '.'
+  )
 
 
 def first_line(error: Exception) -> str:

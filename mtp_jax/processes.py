@@ -66,6 +66,8 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
     return command()
   except Ended as end:
     return end.status
+  except config.FileChanged as error:
+    _fail(str(error), error.status)
   except config.ConfigError:
     raise
   except KeyboardInterrupt:

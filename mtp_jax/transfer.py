@@ -91,7 +91,7 @@ def import_(parsed: flags.Parsed) -> list[str]:
   if not os.path.isdir(path):
     raise config.ConfigError('import.path', path, 'is no directory')
   for name, value in parsed.given.items():
-    if not name.startswith(GIVEN):
+    if not name.startswith(GIVEN) or name == 'train.init_from':
       raise config.ConfigError(
         name, value, 'an import takes that from what it reads'
       )

@@ -62,6 +62,8 @@ def variants(cfg: config.Config) -> tuple[config.Config, ...]:
 
 
 def _check_limits(name, value, limits):
+  """Numbers within their limits, one of the choices, text without NUL."""
+
   def need(ok, allowed):
     if not ok:
       raise config.ConfigError(name, value, allowed)
@@ -72,12 +74,14 @@ def _check_limits(name, value, limits):
     need(value >= limits['min'], f'must be at least {limits["min"]}')
   if 'above' in limits:
     need(value > limits['above'], f'must be above {limits["above"]}')
+  if isinstance(value, float):
+    need(abs(value) < float('inf'), 'must be a finite number')
   if 'max' in limits:
     need(value <= limits['max'], f'must be at most {limits["max"]}')
   if 'below' in limits:
     need(value < limits['below'], f'must be below {limits["below"]}')
-  if isinstance(value, float):  # also what passed as a limit, e.g. inf
-    need(abs(value) < float('inf'), 'must be a finite number')
+  texts = value if isinstance(value, tuple) else (str(value),)
+  need('\0' not in ''.join(texts), 'must not contain a NUL character')
 
 
 def _check_model(cfg):
@@ -133,9 +137,9 @@ def _check_loss(cfg):
   for name, ok, allowed in (
     (
       'weights',
-      lambda v: len(v) <= n and all(0 <= w < float('inf') for w in v),
-      f'STEP:W,W,…;STEP:… with at most --heads.n={n} weights >= 0 and steps'
-      ' that start at 0 and rise',
+      lambda v: len(v) <= n and all(0 <= w <= 1e6 for w in v),
+      f'STEP:W,W,…;STEP:… with at most --heads.n={n} weights >= 0, at most 1e6,'
+      ' and steps that start at 0 and rise',
     ),
     (
       'curriculum',
@@ -153,6 +157,18 @@ def _check_loss(cfg):
       good = False
     if not good:
       raise config.ConfigError(f'loss.{name}', text, allowed)
+  weights = config.head_weights(cfg)
+  phases = [*weights, *config.parse_steps(cfg.loss.curriculum or '0:1')]
+  if not cfg.loss.order_weight and not any(
+    any(config.in_force(weights, step)[: config.active_heads(cfg, step)])
+    for step, _ in phases
+    if step < cfg.train.steps
+  ):
+    raise config.ConfigError(
+      'loss.weights',
+      cfg.loss.weights,
+      'no head that is active at any step has a weight above 0',
+    )
 
 
 def _check_groups(cfg):
@@ -190,16 +206,18 @@ def _check_steps(cfg):
       'wsd needs 1 to steps - warmup_steps ='
       f' {t.steps - o.warmup_steps} of them',
     )  # fmt: skip
-  if cfg.data.valid_fraction >= 1:
-    raise config.ConfigError(
-      'data.valid_fraction', cfg.data.valid_fraction, 'must be below 1'
-    )
   sizes = dataclasses.asdict(cfg.mesh)
+  rest = [axis for axis, size in sizes.items() if size == -1]
   for axis, size in sizes.items():
-    if size < 1 and (size != -1 or list(sizes.values()).count(-1) > 1):
-      raise config.ConfigError(
-        f'mesh.{axis}', size, 'at least 1, or -1 on a single axis'
-      )
+    if size == 0:
+      raise config.ConfigError(f'mesh.{axis}', size, 'at least 1, or -1')
+  if len(rest) > 1:
+    default = config.Mesh()
+    rest.sort(key=lambda axis: getattr(default, axis) == -1)  # not given: last
+    raise config.ConfigError(
+      f'mesh.{rest[0]}', -1,
+      f'at least 1, or -1 on a single axis, and --mesh.{rest[-1]} is -1',
+    )  # fmt: skip
 
 
 def _check_processes(p):
@@ -264,12 +282,14 @@ def _check_decode(cfg):
     widths = (0,)
   slots, level = 1, 1
   for width in widths:
-    level *= width
-    slots += level
+    level = min(
+      level * width, 2 * TREE
+    )  # so that no number has a million digits
+    slots = min(slots + level, 2 * TREE)
   need(
     all(width >= 1 for width in widths) and slots <= TREE, 'tree',
-    f'candidates of heads 2, 3 …, above 0, with commas; they make a window of'
-    f' {slots} tokens, at most {TREE}',
+    'candidates of heads 2, 3 …, above 0, with commas, that make a window of at'
+    f' most {TREE} tokens',
   )  # fmt: skip
   need(
     len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size, 'tree',
@@ -312,7 +332,12 @@ def _check_bench(cfg):
   for flag, parse, ok, allowed in (
     ('heads', config.parse_numbers, lambda n: n >= 1, 'numbers above 0'),
     ('chunks', config.parse_numbers, lambda c: c >= 0, 'numbers of positions'),
-    ('batches', config.parse_numbers, lambda b: b >= 1, 'numbers above 0'),
+    (
+      'batches',
+      config.parse_numbers,
+      lambda b: 1 <= b <= 2**20,
+      f'numbers from 1 to {2**20:,}',
+    ),
     (
       'drafts',
       config.parse_numbers,

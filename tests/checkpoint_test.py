@@ -137,16 +137,41 @@ def test_no_checkpoint_to_find(tmp_path, path):
     checkpoint.find(str(tmp_path / path))
 
 
-def test_another_format_is_refused(tmp_path):
-  _save(tmp_path, tiny.cfg(), {7: dict(x=jnp.ones(2))})
-  path = tmp_path / 'checkpoints' / '7' / 'about' / 'metadata'
-  about = json.loads(path.read_text())
-  path.write_text(json.dumps(about | dict(format=checkpoint.FORMAT + 1)))
+@pytest.mark.parametrize(
+  'changes, said',
+  [
+    (dict(format=checkpoint.FORMAT + 1), 'format 2, this program reads 1'),
+    (dict(format=checkpoint.FORMAT + 1, more=1), 'format 2, this program'),
+    (dict(format=None), 'format=null: must be an integer'),
+    (dict(store=None), 'store=null: must be text'),
+    (dict(config=[]), 'config=[]: must be an object'),
+    (dict(config={'version': 2}), 'config version 2, this program reads 1'),
+    (dict(config={'version': 1, 'model': {'d_modle': 1}}),
+     'model.d_modle: no such field'),
+    (dict(config={'version': 1, 'model': {'d_model': '16'}}),
+     'model.d_model="16": must be an integer'),
+    (dict(config={'version': 1, 'model': {'d_model': 0}}),
+     '--model.d_model=0: must be at least 1'),
+    (dict(left_out=[[1]]), 'left_out must be pairs'),
+    (dict(left_out=[[1, 'x']]), 'left_out[0][1]="x": must be an integer'),
+    (dict(of_a_newer_program=1), 'of_a_newer_program: no such field'),
+  ],
+)  # fmt: skip
+def test_about_of_another_program_or_type_is_one_line(tmp_path, changes, said):
+  folder = tmp_path / 'checkpoints' / '7'
+  path = folder / 'about' / 'metadata'
+  path.parent.mkdir(parents=True)
+  about = dict(
+    format=checkpoint.FORMAT, store='', left_out=[],
+    config=json.loads(config.to_json(tiny.cfg())),
+  )  # fmt: skip
+  path.write_text(json.dumps(about))
+  assert checkpoint.about(str(tmp_path), 7) == (tiny.cfg(), '')
+  path.write_text(json.dumps(about | changes))
   with pytest.raises(config.ConfigError) as error:
-    checkpoint.about(str(tmp_path), 7)
-  assert str(error.value) == (
-    f'--train.workdir={tmp_path}: checkpoint 7 has format 2, this program reads'
-    ' 1'
+    checkpoint.about(str(tmp_path), 7, 'eval.checkpoint')
+  assert str(error.value).startswith(
+    f'--eval.checkpoint={folder}: cannot be read as a checkpoint: about: {said}'
   )
 
 

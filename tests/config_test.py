@@ -79,13 +79,118 @@ def test_a_rate_of_0_of_an_older_program_is_a_frozen_group():
 
 def test_json_of_another_program_is_refused():
   sections = json.loads(config.to_json(_cfg()))
-  with pytest.raises(TypeError, match='d_modle'):
-    config.from_json(
-      json.dumps(sections | dict(model=dict(d_modle=3)))
-    )  # fmt: skip
-  for version in (config.VERSION + 1, None):
-    with pytest.raises(ValueError, match=f'config version {version}'):
-      config.from_json(json.dumps(sections | dict(version=version)))
+  for more, said in (
+    (dict(model=dict(d_modle=3)), 'model.d_modle: no such field'),
+    (dict(modle=dict(n=3)), 'modle.n: no such field'),
+    *(
+      (dict(version=version), f'config version {version}, this program reads 1')
+      for version in (config.VERSION + 1, None, 'x', [1])
+    ),
+  ):
+    with pytest.raises(config.OtherVersion) as error:
+      config.from_json(json.dumps(sections | more))
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+  'text, said',
+  [
+    ('', 'is not JSON: '),
+    ('[' * 10**5, 'is not JSON: nested too deep'),
+    (b'\xff', 'is not JSON: it is not UTF-8'),
+    ('[]', 'it=[]: must be an object'),
+    ('{"version": 1, "model": []}', 'model=[]: must be an object'),
+    ('{"version": 1, "model": {"d_model": null}}',
+     'model.d_model=null: must be an integer'),
+    ('{"version": 1, "model": {"d_model": true}}',
+     'model.d_model=true: must be an integer'),
+    ('{"version": 1, "model": {"d_model": 1e2}}',
+     'model.d_model=100.0: must be an integer'),
+    (f'{{"version": 1, "model": {{"d_model": {2**63}}}}}',
+     'model.d_model=9223372036854775808: must be an integer'),
+    ('{"version": 1, "optim": {"lr": "fast"}}',
+     'optim.lr="fast": must be a number, at most 1e100'),
+    ('{"version": 1, "optim": {"lr": NaN}}',
+     'optim.lr=null: must be a number, at most 1e100'),
+    ('{"version": 1, "optim": {"lr": 1e999}}',
+     'optim.lr=Infinity: must be a number, at most 1e100'),
+    ('{"version": 1, "plan": {"sweep": [3]}}',
+     'plan.sweep[0]=3: must be text'),
+    ('{"version": 1, "plan": {"sweep": "a"}}',
+     'plan.sweep="a": must be a list'),
+    ('{"version": 1, "data": {"verify": 0}}',
+     'data.verify=0: must be true or false'),
+  ],
+)  # fmt: skip
+def test_json_of_a_wrong_type_names_the_field(text, said):
+  with pytest.raises(ValueError) as error:
+    config.from_json(text)
+  assert str(error.value).startswith(said) and '\n' not in str(error.value)
+  assert not isinstance(error.value, config.OtherVersion)
+
+
+def test_every_number_has_limits():
+  """Far beyond any use, and far below what overflows."""
+  for name, field in config.fields().items():
+    if field.type in (int, float):
+      limits = field.metadata
+      assert {'min', 'above'} & limits.keys(), name
+      assert {'max', 'below'} & limits.keys(), name
+      assert limits.get('max', 1) < (2**32 if field.type is int else 1e31), name
+
+
+@pytest.mark.parametrize(
+  'given, blamed, said',
+  [
+    (dict(mesh__tensor=-1), 'mesh.tensor', '--mesh.fsdp is -1'),
+    (dict(mesh__data=-1), 'mesh.data', '--mesh.fsdp is -1'),
+    (dict(mesh__data=-1, mesh__tensor=-1, mesh__fsdp=1), 'mesh.data',
+     '--mesh.tensor is -1'),
+    (dict(mesh__fsdp=0), 'mesh.fsdp', 'at least 1, or -1'),
+    (dict(mesh__fsdp=-2), 'mesh.fsdp', 'must be at least -1'),
+    (dict(optim__eps=1e300), 'optim.eps', 'must be at most 1'),
+    (dict(train__watchdog_s=1e300), 'train.watchdog_s', 'must be at most'),
+    (dict(data__workers=10**20), 'data.workers', 'must be at most 4096'),
+    (dict(data__seq_len=10**23), 'data.seq_len', 'must be at most'),
+    (dict(inspect__step=10**23), 'inspect.step', 'must be at most'),
+    (dict(loss__weights='0:0'), 'loss.weights', 'no head that is active'),
+    (dict(loss__weights='0:0;2000:1'), 'loss.weights', 'no head that is'),
+    (dict(loss__weights='0:0,1', loss__curriculum='0:1'), 'loss.weights',
+     'no head that is active'),
+    (dict(loss__weights=f'0:1;{10**23}:0'), 'loss.weights', 'steps that'),
+    (dict(loss__weights='0:1e7'), 'loss.weights', 'at most 1e6'),
+    (dict(decode__tree=','.join(['9' * 4000] * 2)), 'decode.tree', 'at most'),
+    (dict(bench__batches=f'1,{10**23}'), 'bench.batches', 'from 1 to'),
+    (dict(data__store='a:' + '9' * 5000), 'data.store', 'weights above 0'),
+    (dict(data__store='a:1,b:1' + '0' * 99), 'data.store', 'weights above 0'),
+    (dict(data__store='a\0b'), 'data.store', 'NUL'),
+    (dict(plan__sweep=('a\0',)), 'plan.sweep', 'NUL'),
+  ],
+)  # fmt: skip
+def test_what_is_refused_names_the_flag_that_was_given(given, blamed, said):
+  with pytest.raises(config.ConfigError) as error:
+    validate.validate(_cfg(**given))
+  assert error.value.args[0] == blamed and said in str(error.value)
+  assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    dict(loss__weights='0:0;5:1'), dict(loss__weights='0:0,1'),
+    dict(loss__weights='0:0,1', loss__curriculum='0:1;9:2'),
+    dict(loss__weights='0:0', loss__order_weight=0.5),
+  ],
+)  # fmt: skip
+def test_weights_of_which_one_is_ever_above_0(given):
+  validate.validate(_cfg(**given))
+
+
+def test_a_refusal_is_one_line_of_bounded_length():
+  error = config.ConfigError('out', 'a\nb\x00\udcff\u2028', 'x\ny')
+  assert str(error) == r'--out=a\nb\x00\udcff\u2028: x\ny'
+  long = str(config.ConfigError('prompt', 'y' * 3_000_000, 'too long'))
+  assert len(long) < 300 and '(3,000,000 characters)' in long
 
 
 def test_the_defaults_are_valid():

@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 from tests import runs
 
-REPORT = pathlib.Path(runs.ROOT) / 'docs' / 'RELIABILITY.md'
 TIMEOUT_S = 10  # --processes.timeout_s
 LIMIT_S = 90.0  # of any session to end by itself after a fault
 STEPS, EVERY, STEP_S = 24, 3, 0.12
@@ -372,7 +371,7 @@ def campaign(n_faults: int, seed: int, folder: pathlib.Path, say) -> list[Row]:
 def report(rows: list[Row], seed: int, seconds: float) -> str:
   kills = sum(row.fault.startswith(KILLS) for row in rows)
   lines = [
-    '# Reliability', '',
+    '## Faults', '',
     'Written by `python -m tests.faults`: runs of 2 and 4 processes, disturbed,'
     ' started again with the same command until they are done, and compared bit'
     ' for bit (parameters, moments, counters, every record of metrics.jsonl)'
@@ -409,7 +408,8 @@ def main(args: list[str]) -> int:
   with tempfile.TemporaryDirectory() as folder:
     rows = campaign(given.faults, given.seed, pathlib.Path(folder), say)
   if given.faults >= 50:
-    REPORT.write_text(report(rows, given.seed, time.monotonic() - begin))
+    text = report(rows, given.seed, time.monotonic() - begin)
+    runs.write_section('faults', text)
   return 0
 
 

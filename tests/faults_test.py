@@ -35,6 +35,18 @@ def test_the_report_counts(tmp_path):
   assert '| SIGKILL to one process | 2 | 2 | 1.2 s |' in text
 
 
+def test_a_section_of_a_page_is_replaced_alone(tmp_path):
+  page = tmp_path / 'page.md'
+  page.write_text('# Page\n')
+  runs.write_section('a', 'one\n', page)
+  runs.write_section('b', 'two\n', page)
+  runs.write_section('a', 'three\n', page)
+  assert page.read_text() == (
+    '# Page\n\n<!-- a -->\nthree\n<!-- end of a -->\n'
+    '\n<!-- b -->\ntwo\n<!-- end of b -->\n'
+  )
+
+
 def test_a_hang_is_a_failure(tmp_path):
   process = runs.process(['-c', 'import time; time.sleep(60)'])
   session = faults.Session(tmp_path / 'run', [process], 0.0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 
 import pytest
 from absl import flags as absl_flags
@@ -127,7 +128,25 @@ def test_a_file_may_be_included_twice_but_not_by_itself(tmp_path):
   a = _file(tmp_path / 'a', '--flagfile=b')
   _file(tmp_path / 'b', '--flagfile=c')
   os.symlink(tmp_path / 'a', tmp_path / 'c')
-  assert _refused(a) == '--flagfile=c: includes itself'
+  cycle = f'{tmp_path}/a > {tmp_path}/b > {tmp_path}/a'
+  assert _refused(a) == f'--flagfile=c: includes itself: {cycle}'
+
+
+def test_flag_files_are_read_in_linear_time_up_to_a_bound(tmp_path):
+  """Two includes a level: 2^40 files, which no one waits for."""
+  for i in range(40):
+    _file(tmp_path / f'{i}', *[f'--flagfile={i + 1}'] * 2)
+  _file(tmp_path / '40', '--heads.n=2')
+  begin = time.perf_counter()
+  said = f'more than {flags.MOST_FILES:,} files'
+  assert said in _refused(f'--flagfile={tmp_path}/0')
+  many = [*['--heads.n=1'] * (flags.MOST_FLAGS - 1), '--heads.n=2']
+  assert _config(_file(tmp_path / 'many', *many)).heads.n == 2
+  said = f'more than {flags.MOST_FLAGS:,} flags'
+  assert said in _refused(_file(tmp_path / 'many', *many, '--heads.n=2'))
+  large = '#' * (flags.MOST_BYTES + 1)
+  assert 'more than 1,048,576 bytes' in _refused(_file(tmp_path / 'x', large))
+  assert time.perf_counter() - begin < 20
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -156,6 +175,11 @@ def test_a_file_without_flags_is_refused(tmp_path):
     ('--data.verify=perhaps', 'data.verify=perhaps: true or false'),
     ('--optim.lr=fast', 'optim.lr=fast: a number'),
     ('--model.d_model 3', 'model.d_model 3'),
+    ('--nodata.overwrite=1', '--nodata.overwrite=1 does not take an argument'),
+    ('--' + 'x' * 5000 + '=3', 'is not a flag'),
+    ('--undefok=heads.m', "'--undefok=heads.m' is not a flag"),
+    ('--flagfile=a\0', r'--flagfile=a\x00: must not contain a NUL character'),
+    ('--out=a\0', 'must not contain a NUL character'),
   ],
 )
 def test_an_unknown_flag_or_type_is_fatal(tmp_path, arg, said):

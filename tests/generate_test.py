@@ -331,7 +331,7 @@ def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
   for text, problem in (
     ('{"prompt": "a"}\n{"text": 1}\n', 'line 2 is no object with prompt'),
     ('[1]\n', 'line 1 is no object'),
-    ('{"prompt"\n', 'line 1 is no JSON'),
+    ('{"prompt"\n', 'line 1 is not JSON'),
     ('{"prompt": "a", "prompt_ids": [1]}\n', 'line 1 has both'),
     ('{"prompt": "\\ud800"}\n', 'line 1 is not text'),
     ('{"prompt": null}\n', 'line 1 is no object'),

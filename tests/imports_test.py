@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(mtp_jax.__file__).parent
 
 # A file imports lower floors, its own folder, and what is allowed below.
 FLOORS = {
+  'jsonl': 0,
   'versions': 0,
   'config': 0,
   'chips': 0,
@@ -47,6 +48,7 @@ FLOORS = {
   '__main__': 7,
 }
 ALLOWED = {
+  ('config', 'jsonl'),
   ('validate', 'config'),
   ('params', 'sharding'),
   ('flags', 'paths'),

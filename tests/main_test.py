@@ -160,8 +160,9 @@ IMPOSSIBLE = [
   ('mesh.fsdp', 4, {}, 'does not fit 8 devices'),
   ('mesh.data', 16, {}, 'does not fit 8 devices'),
   ('mesh.data', -1, {}, 'at least 1, or -1 on a single axis'),  # so is fsdp
-  ('mesh.tensor', 0, {}, 'at least 1, or -1 on a single axis'),
-  ('mesh.data', -2, {}, 'at least 1, or -1 on a single axis'),
+  ('mesh.tensor', 0, {}, 'at least 1, or -1'),
+  ('mesh.tensor', -1, {}, 'a single axis, and --mesh.fsdp is -1'),
+  ('mesh.data', -2, {}, 'must be at least -1'),
   ('processes.coordinator', 'here', {}, 'HOST:PORT, auto or empty'),
   ('processes.coordinator', ':1234', {}, 'HOST:PORT, auto or empty'),
   ('processes.coordinator', 'here:99999', {}, 'HOST:PORT, auto or empty'),
@@ -215,6 +216,47 @@ def test_what_is_no_command_or_flag_is_refused(capsys, tmp_path):
   assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+  'command, given',
+  [
+    ('import', '--out=x'), ('import', '--prompt=x'), ('export', '--out=x'),
+    ('train', '--out=x'), ('train', '--prompt=x'), ('eval', '--prompt_ids=1'),
+    ('report', '--prompt=x'), ('prepare', '--prompt=x'),
+  ],
+)  # fmt: skip
+def test_a_flag_without_a_use_is_refused(capsys, command, given):
+  line = _fails(capsys, command, given)
+  assert line.startswith(f'{given}: {command} does not use it')
+
+
+def test_import_refuses_what_only_training_reads(capsys, tmp_path):
+  line = _fails(
+    capsys, 'import', f'--import.path={tmp_path}', NO_CACHE,
+    f'--train.workdir={tmp_path}/new', '--train.init_from=x',
+  )  # fmt: skip
+  assert line.startswith('--train.init_from=x: an import takes that from')
+
+
+def test_a_refusal_is_one_line_whatever_the_value(capsys, tmp_path, store):
+  assert _fails(capsys, 'train', '--heads.n=1\n2') == (
+    r'--heads.n=1\n2: a whole number'
+  )
+  assert _fails(capsys, 'report', 'a\nb').startswith(r'a\nb/metrics.jsonl: ')
+  long = 'x' * 300
+  for command, flag in (
+    ('prepare', f'--data.store={tmp_path}/{long}'),
+    ('train', f'--data.store={store}/{long}'),
+    ('report', f'{tmp_path}/{long}'),
+    ('report', f'--out={tmp_path}/{long}'),
+    ('train', '--data.store=a\0b'),
+    ('report', 'a\0b'),
+  ):
+    args = [] if command == 'report' else [f'--train.workdir={tmp_path}/w']
+    line = _fails(capsys, command, flag, NO_CACHE, *args)
+    assert len(line) < 1500 and ('--' in line or 'x' in line or 'NUL' in line)
+  assert not os.listdir(tmp_path)
+
+
 def test_paths_that_are_not_there_are_refused(
   capsys, tmp_path, store, undisturbed
 ):
@@ -228,7 +270,7 @@ def test_paths_that_are_not_there_are_refused(
     assert line.startswith(f'--train.workdir={tmp_path}/{workdir}: cannot')
   for path in ('file', 'none'):
     line = _fails(capsys, 'report', tmp_path / path)
-    assert line.startswith(f'{tmp_path}/{path}: has no metrics.jsonl')
+    assert line.startswith(f'{tmp_path}/{path}/metrics.jsonl: has no record')
     line = _fails(
       capsys, 'eval', f'--eval.checkpoint={tmp_path}/{path}', NO_CACHE
     )

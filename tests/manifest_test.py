@@ -87,12 +87,42 @@ def test_without_a_manifest_nothing_is_known(folder):
 
 
 @pytest.mark.parametrize(
-  'text', ['', '{"files": ', '[]', '{"files": []}', '{"files": {"about": 1}}',
-           '{"files": {"about": {"size": 2}}}'],
+  'text, said',
+  [
+    ('', 'is not JSON'), ('{"files": ', 'is not JSON'),
+    ('[]', 'it=[]: must be an object'),
+    ('{"files": []}', 'files=[]: must be an object'),
+    ('{"files": {"about": 1}}', 'files.about=1: must be an object'),
+    ('{"files": {"about": {"size": 2}}}', 'has no field files.about.sha256'),
+    ('{"files": {"about": {"size": null, "sha256": ""}}}',
+     'files.about.size=null: must be an integer from 0'),
+    ('{"files": {"about": {"size": -1, "sha256": ""}}}',
+     'files.about.size=-1: must be an integer from 0'),
+    ('{"files": {}, "x": 1}', 'x: no such field'),
+  ],
 )  # fmt: skip
-def test_a_damaged_manifest(folder, text):
+def test_a_damaged_manifest(folder, text, said):
   (folder / manifest.NAME).write_text(text)
-  assert manifest.damage(folder) == 'manifest.json cannot be read'
+  found = manifest.damage(folder)
+  assert found.startswith(f'manifest.json cannot be read: {said}')
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['../8/about', '../..', '..', '.', '', '/dev/zero', 'state/../../x', 'a\0',
+   './about', 'state//d'],
+)  # fmt: skip
+def test_a_manifest_names_files_of_its_folder_only(folder, name):
+  """Another file must not be read: /dev/zero never ends."""
+  file = dict(size=0, sha256='')
+  (folder / manifest.NAME).write_text(json.dumps(dict(files={name: file})))
+  assert manifest.damage(folder).endswith('which lies elsewhere')
+
+
+def test_a_link_to_a_device_is_not_read(folder):
+  (folder / 'state' / 'empty').unlink()
+  os.symlink('/dev/zero', folder / 'state' / 'empty')
+  assert manifest.damage(folder) == 'state/empty is no file'
 
 
 def test_a_manifest_that_was_altered(folder):

@@ -372,14 +372,53 @@ def test_a_damaged_record_is_named(tmp_path, capsys):
   run = tmp_path / 'run'
   _written(run, dict(kind='train', step=1, loss_1=2.0))
   path = run / 'metrics.jsonl'
-  for bad in ('{"kind": "train", "st', '[1]', '{"step": 2}'):
+  for bad, said in (
+    ('{"kind": "train", "st', 'is not JSON: '),
+    ('[1]', 'it=[1]: must be an object\n'),
+    ('{"step": 2}', 'has no field kind\n'),
+    ('{"kind": "train", "step": null}',
+     'step=null: must be an integer from 0 to 2,147,483,647\n'),
+    ('{"kind": "train", "step": 2, "loss_1": "low"}',
+     'loss_1="low": must be a number, at most 1e100 or null\n'),
+    ('{"kind": "train", "step": 2, "loss_1": [2.0]}',
+     'loss_1=[2.0]: must be a number, at most 1e100 or null\n'),
+  ):  # fmt: skip
     lines = path.read_text().splitlines()[:1]
     path.write_text('\n'.join([*lines, bad, *lines, '']))
     assert main.main(['report', str(run)]) == 2
     error = capsys.readouterr().err
-    assert error == f'mtp: {path}:2: is no record, damaged\n'
+    assert error.startswith(f'mtp: {path}:2: is no record, damaged: {said}')
+    assert error.count('\n') == 1
     with pytest.raises(config.ConfigError, match='--train.workdir='):
       metrics.Sinks(str(run), 1)
+
+
+def test_other_files_of_a_wrong_type_are_named(tmp_path, capsys):
+  run = tmp_path / 'run'
+  _written(run, dict(kind='train', step=1, loss_1=2.0))
+  good = dict(
+    session=0, start=0, began=1.0, step=1, time=2.0, end='finished',
+    seconds=dict.fromkeys(goodput.CAUSES, 1.0),
+  )  # fmt: skip
+  for name, record, said in (
+    ('goodput.jsonl', good | dict(step='x'), ':1: step="x": must be an int'),
+    ('goodput.jsonl', good | dict(seconds=dict(good['seconds'], data=None)),
+     ':1: seconds.data=null: must be a number'),
+    ('goodput.jsonl', [good], ':1: it=[{'),
+    ('config.json', dict(version=1, heads=dict(n='4')),
+     ': heads.n="4": must be an integer'),
+    ('config.json', 3, ': it=3: must be an object'),
+  ):  # fmt: skip
+    (run / name).write_text(json.dumps(record) + '\n')
+    assert main.main(['report', str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'mtp: {run}/{name}{said}'), error
+    if name == 'goodput.jsonl':
+      with pytest.raises(config.ConfigError, match='--train.workdir='):
+        goodput.Ledger(str(run), 1)
+    (run / name).unlink()
+  (run / 'goodput.jsonl').write_text('{"cut of\n' + json.dumps(good) + '\n')
+  assert goodput.read(str(run)) == [good]
 
 
 def test_a_config_of_another_version_is_left_out(trained, tmp_path):

@@ -1,6 +1,7 @@
 """Tiny runs that the tests of the loop and of the command line share."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -109,3 +110,17 @@ def records(workdir) -> list[dict]:
 def assert_same(a, b) -> None:
   """Two States, bit for bit."""
   jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+RELIABILITY = pathlib.Path(ROOT, 'docs', 'RELIABILITY.md')
+
+
+def write_section(name: str, text: str, path=RELIABILITY) -> None:
+  """Replaces the part of a page that one tool writes, or adds it at the end;
+  the parts of others stay."""
+  begin, end = f'<!-- {name} -->\n', f'<!-- end of {name} -->\n'
+  page = path.read_text() if path.exists() else ''
+  before, _, rest = page.partition(begin)
+  after = rest.partition(end)[2] if rest else ''
+  between = '\n' if before and not before.endswith('\n\n') else ''
+  path.write_text(f'{before}{between}{begin}{text}{end}{after}')

@@ -1,10 +1,12 @@
 """Readers of documents: a list of sources becomes a stream of texts.
 
 Floor 2: standard library; pyarrow inside the functions that need it. The order
-is fixed (sorted by name), texts are read one at a time, and symbolic links
-below a directory are not followed.
+is fixed (sorted by name), texts are read one at a time, large files in blocks, and
+symbolic links below a directory are not followed. A byte order mark at the
+start of a file is no part of it.
 """
 
+import codecs
 import collections
 import functools
 import glob
@@ -31,17 +33,48 @@ class Document(NamedTuple):
   piece between two is encoded by itself. () = the whole text is scored.
 
   drawn: from a distribution, where how often a text comes is part of it: one
-  that was there before is no duplicate."""
+  that was there before is no duplicate.
+
+  read: reads the text block by block, anew each time, where it is too large to
+  be held in `text`, which is '' then."""
 
   name: str  # relative and stable, e.g. stdlib/json/decoder.py, a.jsonl:17
   text: str
   cuts: tuple[int, ...] = ()
   drawn: bool = False
+  read: Callable[[], Iterator[str]] | None = None
+
+  def blocks(self) -> Iterator[str]:
+    """Yields the text, part by part."""
+    if self.read:
+      yield from self.read()
+    for start in range(0, len(self.text), BLOCK):
+      yield self.text[start : start + BLOCK]
 
 
+BLOCK = 2**20  # bytes or characters that are read at once
+HELD = 2**23  # bytes of the largest file whose text is held, unless all are
 File = tuple[str, str]  # (document name, path)
 Fail = Callable[[str], config.ConfigError]
 Skipped = collections.Counter  # reason -> files
+
+
+class How(NamedTuple):
+  """What readers are to do with what they come upon."""
+
+  skipped: Skipped
+  max_bytes: int | None  # of a document; None = any
+  whole: bool  # whether every text is held
+  report: Callable[[str], None]  # a line per document that is too large
+
+  def fits(self, name: str, n_bytes: int) -> bool:
+    if self.max_bytes is None or n_bytes <= self.max_bytes:
+      return True
+    limit = f'--data.max_document_mib={self.max_bytes / 2**20:g}'
+    self.skipped[f'documents over {limit}'] += 1
+    self.report(f'skipped {name}: {n_bytes:,} bytes or more, over {limit}')
+    return False
+
 
 NOT_STDLIB = frozenset(
   'site-packages dist-packages test tests idle_test __pycache__'.split()
@@ -49,7 +82,10 @@ NOT_STDLIB = frozenset(
 LONE_SURROGATE = re.compile('[\ud800-\udfff]')
 
 
-def read(sources: str, skipped: Skipped | None = None) -> Iterator[Document]:
+def read(
+  sources: str, skipped: Skipped | None = None, *, max_bytes: int | None = None,
+  whole: bool = True, report: Callable[[str], None] = lambda line: None,
+) -> Iterator[Document]:  # fmt: skip
   """Streams the documents of `KIND:ARG,KIND:ARG…`.
 
   Kinds: python:stdlib, python:PACKAGE, dir:PATH, text:PATH, jsonl:PATH#FIELD,
@@ -60,8 +96,11 @@ def read(sources: str, skipped: Skipped | None = None) -> Iterator[Document]:
 
   Args:
     sources: what to read, in this order.
-    skipped: counts, by what they are, files of python: and dir: and items of
-      task: that are left out.
+    skipped: counts, by what they are, files of python: and dir:, items of
+      task: and documents over max_bytes that are skipped.
+    max_bytes: of the largest document that is read; of jsonl, of its line.
+    whole: False = large files are not held: see Document.read.
+    report: called with a line for each document over max_bytes.
 
   Raises:
     ConfigError: at once for what can be known before reading (an unknown kind,
@@ -69,30 +108,31 @@ def read(sources: str, skipped: Skipped | None = None) -> Iterator[Document]:
       hours of the first; from the iterator for what is in the files.
   """
   skipped = collections.Counter() if skipped is None else skipped
-  opened = [_open(source.strip(), skipped) for source in sources.split(',')]
+  how = How(skipped, max_bytes, whole, report)
+  opened = [_open(source.strip(), how) for source in sources.split(',')]
   return itertools.chain.from_iterable(opened)
 
 
-def _open(source: str, skipped: Skipped) -> Iterator[Document]:
+def _open(source: str, how: How) -> Iterator[Document]:
   fail = functools.partial(config.ConfigError, 'data.documents', source)
   kind, _, arg = source.partition(':')
   if kind not in READERS or not arg:
     raise fail(f'KIND:ARG with KIND one of: {", ".join(READERS)}')
-  return READERS[kind](arg, fail, skipped)
+  return READERS[kind](arg, fail, how)
 
 
-def _python(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+def _python(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   if arg == 'stdlib':
     root = sysconfig.get_path('stdlib')
-    files = _walk(root, 'stdlib', fail, suffix='.py', without=NOT_STDLIB)
+    files = _walk(root, 'stdlib', fail, how, suffix='.py', without=NOT_STDLIB)
   else:
-    files = _package(arg, fail)
+    files = _package(arg, fail, how)
   if not files:
     raise fail('there is no .py file in it')
-  return _texts(files, fail, skipped)
+  return _texts(files, fail, how)
 
 
-def _package(module: str, fail: Fail) -> list[File]:
+def _package(module: str, fail: Fail, how: How) -> list[File]:
   """The .py files of a module, found without importing it or its parents."""
   spec = _find_spec(module)
   if spec is None:
@@ -102,7 +142,7 @@ def _package(module: str, fail: Fail) -> list[File]:
     is_source = spec.has_location and spec.origin.endswith('.py')
     return [(f'{name}.py', spec.origin)] if is_source else []
   roots = sorted(spec.submodule_search_locations)  # a namespace has several
-  walks = (_walk(root, name, fail, suffix='.py') for root in roots)
+  walks = (_walk(root, name, fail, how, suffix='.py') for root in roots)
   return sorted(itertools.chain.from_iterable(walks))
 
 
@@ -123,54 +163,128 @@ def _find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
   return spec
 
 
-def _dir(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+def _dir(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   root = os.path.abspath(os.path.expanduser(arg))
   if not os.path.isdir(root):
     raise fail('no such directory')
-  files = _walk(root, os.path.basename(root), fail)
+  files = _walk(root, os.path.basename(root), fail, how)
   if not files:
     raise fail('there is no regular file in it')
-  return _texts(files, fail, skipped)
+  return _texts(files, fail, how)
 
 
-def _walk(root, label, fail, *, suffix='', without=frozenset()) -> list[File]:
+VANISHED = 'files that vanished'
+
+
+def _walk(
+  root, label, fail, how, *, suffix='', without=frozenset()
+) -> list[File]:
   """Regular files under root, sorted by name."""
 
   def unreadable(error):  # os.walk would pass over it in silence
+    if isinstance(error, FileNotFoundError) and error.filename != root:
+      how.skipped[VANISHED] += 1
+      return
     raise fail(f'cannot read {error.filename}: {error.strerror}')
 
   found = []
   for folder, folders, files in os.walk(root, onerror=unreadable):
     folders[:] = [name for name in folders if name not in without]
-    for file in files:
-      path = os.path.join(folder, file)
-      if file.endswith(suffix) and stat.S_ISREG(os.lstat(path).st_mode):
+    for name in [*folders, *(x for x in files if x.endswith(suffix))]:
+      path = os.path.join(folder, name)
+      try:
+        mode = os.lstat(path).st_mode
+      except FileNotFoundError:
+        how.skipped[VANISHED] += 1
+        continue
+      if stat.S_ISLNK(mode):
+        how.skipped['symbolic links'] += 1
+      elif stat.S_ISREG(mode):
         relative = os.path.relpath(path, root).replace(os.sep, '/')
         found.append((f'{label}/{relative}', path))
   return sorted(found)
 
 
-def _texts(files, fail, skipped) -> Iterator[Document]:
+def _texts(files, fail, how) -> Iterator[Document]:
   for name, path in files:
-    data = _read_bytes(path, fail, open)  # a .gz is not text here
-    text = None if b'\0' in data else _decode(data)
-    if text is None:
-      skipped['files that are not UTF-8 text'] += 1
+    try:
+      found = _document(name, path, fail, how, open)  # a .gz is not text here
+    except FileNotFoundError:
+      how.skipped[VANISHED] += 1
+    except ValueError as error:
+      if isinstance(error, config.ConfigError):
+        raise
+      how.skipped['files that are not UTF-8 text'] += 1
     else:
-      yield Document(name, text)
+      yield from found
 
 
-def _text(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+def _text(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   files = _match(arg, fail)
 
   def stream():
     for name, path in files:
-      text = _decode(_read_bytes(path, fail))
-      if text is None:
-        raise fail(f'{path} is not UTF-8 text')
-      yield Document(name, text)
+      try:
+        found = _document(name, path, fail, how)
+      except FileNotFoundError as error:
+        raise _unreadable(path, error, fail) from error
+      except UnicodeDecodeError as error:
+        raise fail(f'{path} is not UTF-8 text') from error
+      yield from found
 
   return stream()
+
+
+def _document(name, path, fail, how, open_bytes=None) -> list[Document]:
+  """One, or none if it is too large. What is not held has been read once: it is
+  text. ValueError if it is not, or has a NUL where open_bytes is given."""
+
+  def blocks(before=None):
+    decode = codecs.getincrementaldecoder('utf-8-sig')().decode
+    try:
+      with (open_bytes or _open_unpacked)(path, 'rb') as file:
+        now = os.stat(path)
+        while data := file.read(BLOCK):
+          yield decode(data)
+      yield decode(b'', True)
+    except FileNotFoundError:
+      if before is None:
+        raise
+      raise fail(f'{path} was removed while it was read') from None
+    except BROKEN as error:
+      raise _unreadable(path, error, fail) from error
+    if before and (now.st_size, now.st_mtime_ns) != before:
+      raise fail(f'{path} was changed while it was read')
+
+  def text_blocks():
+    for block in blocks():
+      if open_bytes and '\0' in block:
+        raise ValueError(f'{path} is binary')
+      yield block
+
+  try:
+    status = os.stat(path)
+  except FileNotFoundError:
+    raise
+  except OSError as error:
+    raise _unreadable(path, error, fail) from error
+  packed = open_bytes is None and path.endswith(PACKED)
+  if not packed and not how.fits(name, status.st_size):
+    return []
+  if how.whole or (not packed and status.st_size <= HELD):
+    return [Document(name, ''.join(text_blocks()))]
+  held, n_bytes = [], 0
+  for block in text_blocks():
+    n_bytes += len(block.encode())
+    if n_bytes <= HELD:
+      held.append(block)
+    if how.max_bytes is not None and n_bytes > how.max_bytes:
+      how.fits(name, n_bytes)
+      return []
+  if n_bytes <= HELD:
+    return [Document(name, ''.join(held))]
+  stamp = status.st_size, status.st_mtime_ns
+  return [Document(name, '', read=functools.partial(blocks, stamp))]
 
 
 def _path_and_field(arg: str) -> tuple[str, str]:
@@ -178,7 +292,7 @@ def _path_and_field(arg: str) -> tuple[str, str]:
   return (path, field) if mark else (arg, 'text')
 
 
-def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+def _jsonl(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   path, field = _path_and_field(arg)
   fields = field.split('+')
   if len(fields) > 2 or not all(fields):
@@ -187,7 +301,7 @@ def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
 
   def stream():
     for name, path in files:
-      for number, texts in records(path, fields, fail):
+      for number, texts in records(path, fields, fail, how, name):
         cuts = (len(texts[0]),) if len(texts) == 2 else ()
         yield Document(f'{name}:{number}', ''.join(texts), cuts)
 
@@ -195,17 +309,38 @@ def _jsonl(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
 
 
 def records(
-  path: str, fields: list[str], fail: Fail
+  path: str, fields: list[str], fail: Fail, how: How | None = None, name=''
 ) -> Iterator[tuple[int, list[str]]]:
   """(number of the line, texts of `fields`) of each object of a jsonl file.
 
-  Reads .gz and .zst as well. Raises fail(what is wrong, and where).
+  Reads .gz and .zst as well; null is ''. Raises fail(what is wrong, and where).
   """
-  for number, line in _lines(path, fail):
-    yield number, _fields(line, fields, f'{path}:{number}', fail)
+  limited = how is not None and how.max_bytes is not None
+  limit = how.max_bytes + 1 if limited else -1  # with the end of the line
+  number = 0
+  try:
+    with _open_unpacked(path, 'rb') as file:
+      while line := file.readline(limit):
+        number += 1
+        if number == 1:
+          line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) == limit and not line.endswith(b'\n'):
+          while (line := file.readline(BLOCK)) and not line.endswith(b'\n'):
+            pass
+          how.fits(f'{name}:{number}', limit)
+          continue
+        if line.isspace() or not line:
+          continue
+        if len(line) < BLOCK:  # a copy; errors then name a column of this line
+          line = line.rstrip()
+        texts = _fields(line, fields, f'{path}:{number}', fail)
+        line = b''  # it may be large, and so may be what is made of its text
+        yield number, texts
+  except BROKEN as error:
+    raise _unreadable(path, error, fail) from error
 
 
-def _parquet(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   try:
     pyarrow = _pyarrow()
   except OSError as error:
@@ -232,13 +367,28 @@ def _parquet(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
       pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
     ):
       raise fail(f'{path}: field {field!r} is {kind}, not a string')
+    # As many rows as a block holds, going by the mean of the file.
+    groups = table.metadata
+    n_bytes = sum(
+      groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)
+    )
+    rows = max(1, BLOCK * groups.num_rows // max(n_bytes, 1))
     number = 0
-    for batch in table.iter_batches(columns=[field]):
-      for text in batch.column(0).to_pylist():
+    for batch in table.iter_batches(min(rows, 2**16), columns=[field]):
+      for text in batch.column(0):
         number += 1  # a missing value is an empty document
-        yield Document(f'{name}:{number}', text or '')
+        text = text.as_py() or ''
+        if how.fits(f'{name}:{number}', _n_bytes(text, how)):
+          yield Document(f'{name}:{number}', text)
 
   return stream()
+
+
+def _n_bytes(text: str, how: How) -> int:
+  """Of a text in UTF-8; a text that surely fits is not encoded."""
+  if how.max_bytes is None or 4 * len(text) <= how.max_bytes:
+    return len(text)
+  return sum(len(block.encode()) for block in Document('', text).blocks())
 
 
 def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
@@ -250,6 +400,8 @@ def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
   except json.JSONDecodeError as error:
     message = f'{place}: bad JSON: {error.msg} at column {error.colno}'
     raise fail(message) from error
+  except ValueError as error:  # of int: it limits their digits
+    raise fail(f'{place}: bad JSON: a number has too many digits') from error
   except RecursionError as error:
     raise fail(f'{place}: bad JSON: nested too deeply') from error
   if not isinstance(record, dict):
@@ -258,11 +410,15 @@ def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
     if field not in record:
       has = ', '.join(sorted(record)) or 'none'
       raise fail(f'{place}: no field {field!r}, its fields are: {has}')
-    if not isinstance(record[field], str):
+    if not isinstance(record[field], str | None):
       kind = type(record[field]).__name__
       raise fail(f'{place}: field {field!r} is {kind}, not a string')
   # JSON can spell half a character, which UTF-8 (and a byte count) cannot.
-  return [LONE_SURROGATE.sub('\ufffd', record[field]) for field in fields]
+  texts = [record[field] or '' for field in fields]
+  return [
+    LONE_SURROGATE.sub('\ufffd', text) if LONE_SURROGATE.search(text) else text
+    for text in texts
+  ]
 
 
 def _match(pattern: str, fail: Fail) -> list[File]:
@@ -293,6 +449,9 @@ def _pyarrow():
   return pyarrow
 
 
+PACKED = '.gz', '.zst'
+
+
 def _open_unpacked(path: str, mode: str):
   if path.endswith('.gz'):
     return gzip.open(path, mode)
@@ -308,25 +467,6 @@ def _unreadable(path: str, error: Exception, fail: Fail):
 BROKEN = (OSError, EOFError, zlib.error)  # the last two: a damaged .gz
 
 
-def _read_bytes(path: str, fail: Fail, open_bytes=_open_unpacked) -> bytes:
-  try:
-    with open_bytes(path, 'rb') as file:
-      return file.read()
-  except BROKEN as error:
-    raise _unreadable(path, error, fail) from error
-
-
-def _lines(path: str, fail: Fail) -> Iterator[tuple[int, bytes]]:
-  """(number from 1, line) of the lines that are not blank."""
-  try:
-    with _open_unpacked(path, 'rb') as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          yield number, line.rstrip()
-  except BROKEN as error:
-    raise _unreadable(path, error, fail) from error
-
-
 def _decode(data: bytes) -> str | None:
   try:
     return data.decode()
@@ -334,7 +474,7 @@ def _decode(data: bytes) -> str | None:
     return None
 
 
-def _task(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
+def _task(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   try:
     of = tasks.named(arg, dict(items=100_000))
   except ValueError as error:
@@ -351,12 +491,12 @@ def _task(arg: str, fail: Fail, skipped: Skipped) -> Iterator[Document]:
       )  # fmt: skip
     if not kept:
       raise fail('a test asks all of its items: none is left to train on')
-    skipped['items that a test asks'] += items - kept
+    how.skipped['items that a test asks'] += items - kept
 
   return stream()
 
 
-READERS: dict[str, Callable[[str, Fail, Skipped], Iterator[Document]]] = {
+READERS: dict[str, Callable[[str, Fail, How], Iterator[Document]]] = {
   'python': _python,
   'dir': _dir,
   'text': _text,

@@ -21,9 +21,21 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax import config
-from mtp_jax.data import documents, tokenizers
+from mtp_jax.data import documents, splitting, tokenizers
 
 BATCH_BYTES = 2**18  # of text that goes to a process at once
+
+
+class Part(NamedTuple):
+  """Some of the text of a document that is too large to be encoded at once."""
+
+  name: str
+  text: str
+  before: str  # the character before it; '' at a beginning or a cut
+  follows: bool  # whether there is text before it
+  begins: bool
+  is_cut: bool  # whether there is a cut before it
+  ends: bool
 
 
 class Encoded(NamedTuple):
@@ -33,53 +45,90 @@ class Encoded(NamedTuple):
   length_M: np.ndarray
   cuts: list[tuple[int, ...]]  # as in Document, but in tokens of the document
   n_bytes: int  # of text
+  goes_on: bool = False  # it is one part of a document, and not the last
+
+
+DTYPES = '<u2', '<u4'  # of tokens in a store
 
 
 def dtype(vocab_size: int) -> str:
-  return '<u2' if vocab_size <= 2**16 else '<u4'
+  return DTYPES[vocab_size > 2**16]
 
 
 def encode(
-  batch: list[documents.Document], tokenizer: tokenizers.Tokenizer
+  batch: list[documents.Document] | list[Part], tokenizer: tokenizers.Tokenizer
 ) -> Encoded:
-  framed = [_frame(document, tokenizer) for document in batch]
+  """Encodes documents, or one part of one."""
+  if isinstance(batch[0], Part):
+    (part,) = batch
+    framed = [_frame_part(part, tokenizer)]
+    goes_on = not part.ends
+  else:
+    framed = [_frame(document, tokenizer) for document in batch]
+    goes_on = False
   return Encoded(
     np.concatenate([tokens_T for tokens_T, _ in framed]),
     np.array([tokens_T.size for tokens_T, _ in framed], np.int64),
     [cuts for _, cuts in framed],
     sum(len(document.text.encode()) for document in batch),
+    goes_on,
   )
 
 
 def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
   bounds = [0, *document.cuts, len(document.text)]
-  parts = [
-    np.asarray(_part(document.text, first, last, tokenizer))
-    for first, last in itertools.pairwise(bounds)
-  ]
+  parts = []
+  for first, last in itertools.pairwise(bounds):
+    text = document.text[first:last]
+    parts.append(
+      np.asarray((_after_cut if first else _encode)(text, tokenizer))
+    )
   cuts = 1 + np.cumsum([ids_T.size for ids_T in parts])[:-1]
-  ids_T = np.concatenate(parts)
-  if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
-    raise config.ConfigError(  # it would wrap around in silence
-      'data.tokenizer', tokenizer.name,
-      f'gave an id from {ids_T.min()} to {ids_T.max()} in {document.name}, its'
-      f' vocab_size is {tokenizer.vocab_size}',
-    )  # fmt: skip
-  tokens_T = np.empty(ids_T.size + 2, dtype(tokenizer.vocab_size))
-  tokens_T[0], tokens_T[-1] = tokenizer.bos, tokenizer.eos
-  tokens_T[1:-1] = ids_T
+  tokens_T = _checked(document.name, np.concatenate(parts), tokenizer, 1, 1)
   return tokens_T, tuple(cuts.tolist())
 
 
-def _part(text: str, first: int, last: int, tokenizer):
-  """Ids of a part of a text. One that stands after another begins without the
-  space that many models put before what they are given."""
-  ids_T = np.asarray(tokenizer.encode(text[first:last]))
-  if not first or tokenizer.token_bytes_V[tokenizer.encode('a')].sum() == 1:
+def _frame_part(part, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
+  if part.before:  # no token reaches over the place after it
+    n = np.asarray(tokenizer.encode(part.before)).size
+    ids_T = np.asarray(tokenizer.encode(part.before + part.text))[n:]
+  else:
+    encode = _after_cut if part.follows else _encode
+    ids_T = np.asarray(encode(part.text, tokenizer))
+  tokens_T = _checked(part.name, ids_T, tokenizer, part.begins, part.ends)
+  return tokens_T, (0,) * part.is_cut
+
+
+def _checked(name, ids_T, tokenizer, begins, ends) -> np.ndarray:
+  """The ids as they are stored, framed where a document begins or ends."""
+  if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
+    raise config.ConfigError(  # it would wrap around in silence
+      'data.tokenizer', tokenizer.name,
+      f'gave an id from {ids_T.min()} to {ids_T.max()} in {name}, its'
+      f' vocab_size is {tokenizer.vocab_size}',
+    )  # fmt: skip
+  tokens_T = np.empty(begins + ids_T.size + ends, dtype(tokenizer.vocab_size))
+  tokens_T[begins : begins + ids_T.size] = ids_T
+  if begins:
+    tokens_T[0] = tokenizer.bos
+  if ends:
+    tokens_T[-1] = tokenizer.eos
+  return tokens_T
+
+
+def _encode(text: str, tokenizer):
+  return tokenizer.encode(text)
+
+
+def _after_cut(text: str, tokenizer):
+  """Ids of a text that stands after another: without the space that many
+  models put before what they are given."""
+  ids_T = np.asarray(tokenizer.encode(text))
+  if tokenizer.token_bytes_V[tokenizer.encode('a')].sum() == 1:
     return ids_T
   for before in ('\n', '\ue000'):  # neither merges with what follows
     head_T = np.asarray(tokenizer.encode(before))
-    both_T = np.asarray(tokenizer.encode(before + text[first:last]))
+    both_T = np.asarray(tokenizer.encode(before + text))
     if head_T.size and np.array_equal(both_T[: head_T.size], head_T):
       return both_T[head_T.size :]
   return ids_T
@@ -90,8 +139,9 @@ def run(
   tokenizer: tokenizers.Tokenizer,
   workers: int,
 ) -> Iterator[Encoded]:
-  """Encodes documents batch by batch, in their order."""
-  batches = _batches(found)
+  """Encodes documents batch by batch, in their order; a large one in parts,
+  where it is known that this gives the same tokens."""
+  batches = _batches(found, tokenizer)
   here = functools.partial(encode, tokenizer=tokenizer)
   if workers == 1 or not tokenizer.files:  # a byte is its own id
     yield from map(here, batches)
@@ -104,9 +154,20 @@ def run(
   yield from _in_processes(batches, tokenizer, workers, len(first))
 
 
-def _batches(found) -> Iterator[list[documents.Document]]:
+def _batches(
+  found, tokenizer
+) -> Iterator[list[documents.Document] | list[Part]]:
+  is_safe = functools.cache(lambda: splitting.rule(tokenizer))
   batch, size = [], 0
   for document in found:
+    if document.read or len(document.text) > BATCH_BYTES:
+      if is_safe():
+        if batch:
+          yield batch
+          batch, size = [], 0
+        yield from ([part] for part in _parts(document, is_safe()))
+        continue
+      document = document._replace(text=''.join(document.blocks()), read=None)
     batch.append(document)
     size += len(document.text)
     if size >= BATCH_BYTES:
@@ -114,6 +175,33 @@ def _batches(found) -> Iterator[list[documents.Document]]:
       batch, size = [], 0
   if batch:
     yield batch
+
+
+def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
+  """The parts of a document: of what is between two cuts, of safe size."""
+  part = None
+  for first, last in itertools.pairwise(
+    [0, *document.cuts, None if document.read else len(document.text)]
+  ):
+    if document.read:
+      blocks = document.blocks()
+    else:
+      starts = range(first, last, BATCH_BYTES)
+      blocks = (
+        document.text[start : min(start + BATCH_BYTES, last)]
+        for start in starts
+      )
+    before = ''
+    for text in splitting.pieces(blocks, is_safe, BATCH_BYTES):
+      if part:
+        yield part
+      at_start = not before
+      part = Part(
+        document.name, text, before, first > 0, part is None,
+        at_start and part is not None, False,
+      )  # fmt: skip
+      before = text[-1:]
+  yield part._replace(ends=True)
 
 
 def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:

@@ -1,9 +1,12 @@
-"""Files of one split: written in order, checked when they are opened.
+"""Files of one split: written in order, checked when they are opened and read.
 
 Floor 2: standard library and NumPy. Each file goes to disk with a record of its
-size and sha256. Letters: M documents, P tokens of the spool.
+size and sha256. A file that changes while a run reads it ends the run: a memory
+map would give SIGBUS, or zeros, and holds a descriptor per file. Letters: M
+documents, P tokens of the spool.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -11,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax import config, paths
 from mtp_jax.data import spool as spool_lib
 from mtp_jax.data import windows
 
@@ -65,10 +68,16 @@ def _write_shard(
     ),
   }
   if cuts:
-    masks = [mask(*x) for x in zip(length_M.tolist(), cuts, strict=True)]
-    entry['scored'] = sum(int(scored_T.sum()) for scored_T in masks)
+    entry['scored'] = 0
+
+    def masks():
+      for length, cuts_of_one in zip(length_M.tolist(), cuts, strict=True):
+        scored_T = mask(length, cuts_of_one)
+        entry['scored'] += int(scored_T.sum())
+        yield scored_T
+
     entry['scored_file'] = write_file(
-      folder / f'scored-{number:05d}.bin', masks
+      folder / f'scored-{number:05d}.bin', masks()
     )
   return entry
 
@@ -84,6 +93,7 @@ def mask(length: int, cuts: tuple[int, ...]) -> np.ndarray:
 def _bounds(length_M, shard_tokens: int) -> Iterator[tuple[int, int]]:
   """Fills shards in order with as many documents as fit, at least one."""
   end_M, first = np.cumsum(length_M), 0
+  shard_tokens = min(shard_tokens, 2**62)  # as an int64 below
   while first < len(end_M):
     before = end_M[first - 1] if first else 0
     last = int(np.searchsorted(end_M, before + shard_tokens, 'right'))
@@ -113,42 +123,120 @@ def sync_folder(path: pathlib.Path):
     os.close(handle)
 
 
+OPEN_FILES = 64  # descriptors of shards that a process holds
+READ_BYTES = 2**30  # at most, by one system call
+
+
+class File:
+  """A file of numbers, as an array that is read by slices.
+
+  Raises FileChanged when the file no longer has the size and time of change
+  that it had when the store was opened. (Its inode is not compared: some
+  network file systems number anew what they forgot.)
+  """
+
+  def __init__(self, root: pathlib.Path, record: dict, dtype: str, verify):
+    self.root, self.name, self.dtype = root, record['file'], np.dtype(dtype)
+    path, self._stamp = checked(root, record, verify)
+    self._path = os.fspath(path)
+    self.size = record['size'] // self.dtype.itemsize
+
+  def __len__(self) -> int:
+    return self.size
+
+  def __getitem__(self, at: slice) -> np.ndarray:
+    width = self.dtype.itemsize
+    first, last, _ = at.indices(self.size)
+    try:
+      handle = _descriptor(self)
+      data = _read(handle.number, width * max(last - first, 0), width * first)
+      # Afterwards, so that what was read is from before any change.
+      now = _stamp(os.fstat(handle.number))
+    except OSError as error:
+      raise self._changed(error.strerror) from error
+    if now != self._stamp or len(data) != width * max(last - first, 0):
+      raise self._changed(f'{now[0]:,} bytes, {self._stamp[0]:,} before')
+    return np.frombuffer(data, self.dtype)
+
+  def _changed(self, how: str) -> config.FileChanged:
+    return config.FileChanged(
+      'data.store', self.root,
+      f'{self.name} was changed after the store was opened ({how})',
+    )  # fmt: skip
+
+  def open(self) -> int:
+    return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+class _Descriptor:
+  """Closed when nobody reads from it any more, in whichever thread."""
+
+  def __init__(self, number: int):
+    self.number = number
+
+  def __del__(self, close=os.close):
+    close(self.number)
+
+
+@functools.lru_cache(OPEN_FILES)
+def _descriptor(file: File) -> _Descriptor:
+  return _Descriptor(file.open())
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+  data = os.pread(descriptor, min(size, READ_BYTES), offset)
+  if len(data) == size:
+    return data
+  parts = [data]
+  while parts[-1] and size > (got := sum(map(len, parts))):
+    parts.append(
+      os.pread(descriptor, min(size - got, READ_BYTES), offset + got)
+    )
+  return b''.join(parts)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+  return stat.st_size, stat.st_mtime_ns
+
+
 def open_split(
   root: pathlib.Path, name: str, entry: dict, dtype: str, verify: bool
 ) -> windows.Split:
-  """Maps the files of the manifest's entry, once they are known to be whole."""
-  files = {}
-  for key, of_file in (
-    ('tokens_file', dtype),
-    ('offsets_file', OFFSET_DTYPE),
-    ('scored_file', '?'),
-  ):
-    paths = [
-      checked(root, shard[key], verify)
+  """The files of the manifest's entry, once they are known to be whole."""
+  files = [
+    tuple(
+      File(root, shard[key], of_file, verify)
       for shard in entry['shards']
       if key in shard
-    ]
-    # A plain view: slicing the memmap subclass costs more than the read.
-    files[key] = tuple(
-      np.memmap(path, of_file, 'r').view(np.ndarray) for path in paths
     )
-  return windows.Split(name, *files.values())
+    for key, of_file in (
+      ('tokens_file', dtype),
+      ('offsets_file', OFFSET_DTYPE),
+      ('scored_file', '?'),
+    )
+  ]
+  return windows.Split(name, *files)
 
 
-def checked(root: pathlib.Path, record: dict, verify: bool) -> pathlib.Path:
-  """Path of a file that is as write_file left it, or raises ConfigError."""
+def checked(
+  root: pathlib.Path, record: dict, verify: bool
+) -> tuple[pathlib.Path, tuple[int, int]]:
+  """Path and stamp of a file that is as write_file left it, or raises
+  ConfigError."""
   path = root / record['file']
   try:
-    problem = _problem(path, record, verify)
+    if not paths.is_within(record['file']):
+      raise OSError(0, 'it lies elsewhere')
+    stamp = _stamp(path.stat())
+    problem = _problem(path, record, stamp[0], verify)
   except OSError as error:
     problem = error.strerror
   if problem:
     raise config.ConfigError('data.store', root, f'{record["file"]}: {problem}')
-  return path
+  return path, stamp
 
 
-def _problem(path: pathlib.Path, record: dict, verify: bool) -> str:
-  size = path.stat().st_size
+def _problem(path, record: dict, size: int, verify: bool) -> str:
   if size != record['size']:
     return f'it has {size} bytes instead of {record["size"]}'
   if verify:

@@ -34,14 +34,23 @@ def digest(document: documents.Document) -> bytes:
   """sha256 of the text and of what is scored of it: the document's identity.
   One that is drawn has its name's as well, but for the last word, so that equal
   ones are of the same split."""
-  data = document.text.encode()
+  return _digest(document)[0]
+
+
+def _digest(document: documents.Document) -> tuple[bytes, int]:
+  """(digest, bytes of the text)."""
+  sha256, n_bytes = hashlib.sha256(), 0
+  for block in document.blocks():
+    data = block.encode()
+    n_bytes += len(data)
+    sha256.update(data)
   if document.cuts:  # after a byte that UTF-8 does not have
-    data += b'\xff' + repr(document.cuts).encode()
-  found = hashlib.sha256(data).digest()
+    sha256.update(b'\xff' + repr(document.cuts).encode())
+  found = sha256.digest()
   if document.drawn:
     named = hashlib.sha256(found + document.name.encode()).digest()
-    return named[:24] + found[24:]
-  return found
+    return named[:24] + found[24:], n_bytes
+  return found, n_bytes
 
 
 def held_out(digest_M4: np.ndarray, fraction: float) -> np.ndarray:
@@ -67,11 +76,20 @@ def fill(
   cuts, left_out = [], dict(duplicates=0, empty=0)
   n_tokens = n_bytes = 0
   new = _new(found, digests, sizes, left_out)
+  begun, begun_cuts = 0, ()  # tokens and cuts of a document that goes on
   with open(path, 'wb', buffering=2**20) as file:
     for batch in encoding.run(new, tokenizer, workers):
       file.write(batch.tokens_P)
-      lengths.extend(batch.length_M.tolist())
-      cuts += batch.cuts
+      length_M, batch_cuts = batch.length_M.tolist(), batch.cuts
+      if begun:
+        batch_cuts = [begun_cuts + tuple(begun + at for at in batch_cuts[0])]
+        length_M = [begun + length_M[0]]
+      if batch.goes_on:
+        (begun,), (begun_cuts,) = length_M, batch_cuts
+      else:
+        begun, begun_cuts = 0, ()
+        lengths.extend(length_M)
+        cuts += batch_cuts
       n_tokens += batch.tokens_P.size
       n_bytes += batch.n_bytes
       if progress:
@@ -87,11 +105,11 @@ def _new(found, digests, sizes, left_out) -> Iterator[documents.Document]:
   """Documents with a text that was not there yet; notes what it passes on."""
   seen = set()
   for document in found:
-    key = digest(document)
-    if not document.text or key in seen:
-      left_out['duplicates' if document.text else 'empty'] += 1
+    key, n_bytes = _digest(document)
+    if not n_bytes or key in seen:
+      left_out['duplicates' if n_bytes else 'empty'] += 1
       continue
     seen.add(key)
     digests += key
-    sizes.append(len(document.text.encode()))
+    sizes.append(n_bytes)
     yield document

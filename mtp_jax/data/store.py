@@ -27,11 +27,32 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mtp_jax import config
-from mtp_jax.data import shards, tokenizers, windows
+from mtp_jax import config, jsonl
+from mtp_jax.data import encoding, shards, tokenizers, windows
 from mtp_jax.data import spool as spool_lib
 
 FORMAT = 2  # raised when an older program would misread the store
+MIN_SHARD_TOKENS = 2**27  # of all shards but the last, however many there are,
+MAX_SHARDS = 512  # or more tokens: of 10**12, 4,096 files hold a store
+
+# Of manifest.json; a field of a newer version does not change what these mean.
+RECORD = {'file': str, 'size': jsonl.NATURAL, 'sha256': str}
+SHARD = {
+  'tokens_file': RECORD, 'offsets_file': RECORD, 'scored_file?': RECORD,
+  ...: object,
+}  # fmt: skip
+SPLIT = {
+  **dict.fromkeys(('documents', 'tokens', 'bytes'), jsonl.NATURAL),
+  'scored?': jsonl.NATURAL, 'shards': [SHARD], ...: object,
+}  # fmt: skip
+TOKENIZER = {
+  **dict.fromkeys(('vocab_size', 'bos', 'eos'), jsonl.NATURAL),
+  'name': str, 'fingerprint': str, 'files': [RECORD], ...: object,
+}  # fmt: skip
+MANIFEST = {
+  'sources': str, 'dtype': str, 'tokenizer': TOKENIZER, 'splits': {...: SPLIT},
+  **dict.fromkeys(('duplicates', 'empty'), jsonl.NATURAL), ...: object,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +81,7 @@ def write(
   tokenizer: tokenizers.Tokenizer,
   *,
   valid_fraction: float,
-  shard_tokens: int = 2**27,
+  shard_tokens: int = 0,
   sources: str = '',
   progress: spool_lib.Progress | None = None,
   overwrite: bool = False,
@@ -77,7 +98,8 @@ def write(
     tokenizer: how texts become ids.
     valid_fraction: probability of a document to be held out, by a part of its
       hash that does not order it; 0 = no valid split.
-    shard_tokens: most tokens of a shard, unless one document is longer.
+    shard_tokens: most tokens of a shard, unless one document is longer; 0 =
+      MIN_SHARD_TOKENS, or more in a store of more than MAX_SHARDS.
     sources: kept in the manifest for the reader.
     progress: called now and then with documents, tokens and text bytes so far.
     overwrite: replace the store that is there.
@@ -105,6 +127,9 @@ def write(
     )
     manifest = _describe(tokenizer, sources, valid_fraction, spool)
     manifest['tokenizer']['files'] = _write_tokenizer(tmp, tokenizer)
+    shard_tokens = shard_tokens or max(
+      MIN_SHARD_TOKENS, -(-int(spool.length_M.sum()) // MAX_SHARDS)
+    )
     for name, rows_M in _split_rows(spool, valid_fraction, sources).items():
       manifest['splits'][name] = shards.write_split(
         tmp / name, spool, rows_M, shard_tokens
@@ -117,6 +142,11 @@ def write(
   finally:
     shutil.rmtree(tmp, ignore_errors=True)
   return manifest
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> int:
+  """Bytes on disk per token of a store."""
+  return np.dtype(encoding.dtype(tokenizer.vocab_size)).itemsize
 
 
 def check_target(shown, overwrite: bool) -> pathlib.Path:
@@ -241,7 +271,7 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
     hint = f'; the one before it is {moved[0]}' if moved else ''
     raise _error(path, f'no such directory; mtp prepare makes a store{hint}')
   try:
-    manifest = json.loads((root / 'manifest.json').read_bytes())
+    manifest = jsonl.loads((root / 'manifest.json').read_bytes())
   except FileNotFoundError as error:
     raise _error(path, 'is no token store: no manifest.json') from error
   except OSError as error:
@@ -258,6 +288,22 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
     )
   if manifest.get('sha256') != _manifest_sha256(manifest):
     raise _error(path, 'manifest.json is damaged: its checksum is wrong')
+  try:
+    jsonl.check(manifest, MANIFEST)
+  except ValueError as error:
+    raise _error(path, f'manifest.json is damaged: {error}') from error
+  for name, split in manifest['splits'].items():
+    masked = {'scored_file' in shard for shard in split['shards']}
+    if len(masked) != 1:
+      raise _error(
+        path, f'manifest.json: {name} has no shards, or of two kinds'
+      )
+  if manifest['dtype'] not in encoding.DTYPES:
+    raise _error(
+      path,
+      f'manifest.json: dtype={manifest["dtype"]}: must be one of'
+      f' {", ".join(encoding.DTYPES)}',
+    )
   return manifest
 
 
@@ -266,7 +312,7 @@ def tokenizer_of(store: Store) -> tokenizers.Tokenizer:
   made = store.manifest['tokenizer']
   files = {}
   for record in made['files']:
-    path = shards.checked(store.path, record, verify=True)
+    path, _ = shards.checked(store.path, record, verify=True)
     files[path.name] = path.read_bytes()
   tokenizer = tokenizers.of_files(made['name'], files)
   if tokenizer.fingerprint != made['fingerprint']:

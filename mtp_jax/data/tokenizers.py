@@ -6,7 +6,6 @@ keeps the files, so that nobody needs the originals any more.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax import config, paths
+from mtp_jax import config, jsonl, paths
 
 
 class Tokenizer(NamedTuple):
@@ -188,6 +187,13 @@ def _piece_encoder(pieces) -> Callable[[str], np.ndarray]:
 
 
 ENDS = 'tokenizer_config.json'
+ENDS_FORM = {
+  **dict.fromkeys(
+    ('bos_token?', 'eos_token?'),
+    (str, {'content': str, ...: object}, None),
+  ),
+  ...: object,
+}  # fmt: skip
 # What lies beside a tokenizer.json, and leaves with it as it came.
 BESIDE = (
   ENDS, 'special_tokens_map.json', 'chat_template.jinja',
@@ -261,9 +267,9 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
 
 def _hugging_face_ends(name, files, fast) -> tuple[int, int]:
   try:
-    about = json.loads(files.get(ENDS, b'{}'))
+    about = jsonl.loads(files.get(ENDS, b'{}'), ENDS_FORM)
   except ValueError as error:
-    raise _error(name, f'{ENDS} beside it is not JSON') from error
+    raise _error(name, f'{ENDS} beside it: {error}') from error
 
   def find(kind, usual):
     said = about.get(f'{kind}_token')

@@ -83,11 +83,11 @@ def sample(
   heap, seen, total = [], set(), 0
   for document in found:
     digest = spool.digest(document)
-    if not document.text or digest in seen:
+    text = _start(document, limit)
+    if not text or digest in seen:
       continue
     if spool.held_out(spool.words(digest)[0], valid_fraction):
       continue
-    text = document.text[:limit]
     seen.add(digest)
     heapq.heappush(heap, (-int.from_bytes(digest), digest, text))
     total += len(text)
@@ -96,6 +96,16 @@ def sample(
       seen.remove(digest)
       total -= len(text)
   return [text for _, _, text in sorted(heap, reverse=True)]
+
+
+def _start(document: documents.Document, limit: int) -> str:
+  """At most `limit` characters of its text."""
+  found = ''
+  for block in document.blocks():
+    if len(found) >= limit:
+      break
+    found += block
+  return found[:limit]
 
 
 def _chunks(texts: list[str]) -> Iterator[str]:

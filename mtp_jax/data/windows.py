@@ -5,20 +5,25 @@ and stay within a shard; span = K gives every query its K targets. The tail of
 a shard that fills no window is left out.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+BLOCK = 512  # offsets that are read at once
 
-class Split(NamedTuple):
-  """Memory-mapped shards; the reads of windows are pure."""
 
+class _Shards(NamedTuple):
   name: str
-  tokens: tuple[np.ndarray, ...]  # one array a shard
+  tokens: tuple[np.ndarray, ...]  # one per shard, or what slices to one
   offsets: tuple[np.ndarray, ...]
   scored: tuple[np.ndarray, ...] = ()  # bool; () = every token is
+
+
+class Split(_Shards):
+  """The shards of a split (arrays, or shards.File); window reads are pure."""
 
   @property
   def masked(self) -> bool:
@@ -28,24 +33,24 @@ class Split(NamedTuple):
   def documents(self) -> Iterator[np.ndarray]:
     """The tokens of each document, in store order."""
     for tokens, offset_M in zip(self.tokens, self.offsets, strict=True):
-      bounds = itertools.chain(map(int, offset_M), [tokens.size])
+      bounds = itertools.chain(offset_M[:].tolist(), [tokens.size])
       yield from (
         tokens[begin:end] for begin, end in itertools.pairwise(bounds)
       )
 
   def n_windows(self, seq_len: int, span: int) -> int:
     """Windows of seq_len + span tokens, seq_len apart, within a shard."""
-    return int(self._windows_S(seq_len, span).sum())
+    return int(self._ends_S(seq_len, span)[-1])
 
   def window(self, index: int, seq_len: int, span: int):
     """(tokens_U, position_U), int32; position 0 starts window or document."""
     s, start = self._find(index, seq_len, span)
     length = seq_len + span
     tokens_U = self.tokens[s][start : start + length].astype(np.int32)
-    # With a Python int NumPy would turn all offsets into float64 first.
-    bounds = np.array([start, start + length], np.uint64)
-    lo, hi = np.searchsorted(self.offsets[s], bounds)
-    at_M = (self.offsets[s][lo:hi] - bounds[0]).astype(np.int32)
+    offset_M = between(
+      self.offsets[s], start, start + length, self.tokens[s].size
+    )
+    at_M = (offset_M - np.uint64(start)).astype(np.int32)
     begin_U = np.zeros(length, np.int32)
     begin_U[at_M] = at_M
     position_U = np.arange(length, dtype=np.int32)
@@ -60,18 +65,55 @@ class Split(NamedTuple):
 
   def _find(self, index: int, seq_len: int, span: int) -> tuple[int, int]:
     """(shard, first token in it) of a window."""
-    end_S = np.cumsum(self._windows_S(seq_len, span))
+    end_S = self._ends_S(seq_len, span)
     if not 0 <= index < end_S[-1]:
       raise IndexError(f'window {index} of {end_S[-1]} in {self.name}')
     s = int(np.searchsorted(end_S, index, 'right'))
     first = int(end_S[s - 1]) if s else 0
     return s, (int(index) - first) * seq_len
 
-  def _windows_S(self, seq_len: int, span: int) -> np.ndarray:
+  def _ends_S(self, seq_len: int, span: int) -> np.ndarray:
+    """Windows up to the end of each shard; computed once."""
     if seq_len < 1 or span < 1:
       raise ValueError(f'{seq_len=} and {span=} must be at least 1')
-    size_S = np.array([tokens.size for tokens in self.tokens], np.int64)
-    return np.maximum(size_S - span, 0) // seq_len
+    if (seq_len, span) not in self._ends:
+      size_S = np.array([tokens.size for tokens in self.tokens], np.int64)
+      windows_S = np.maximum(size_S - span, 0) // seq_len
+      self._ends[seq_len, span] = np.cumsum(windows_S)
+    return self._ends[seq_len, span]
+
+  @functools.cached_property
+  def _ends(self) -> dict[tuple[int, int], np.ndarray]:
+    return {}
+
+
+def between(offset_M, first: int, end: int, size: int) -> np.ndarray:
+  """Returns the offsets from `first` to below `end`, uint64.
+
+  Reads a few blocks of the sorted offsets of a shard of `size` tokens: documents
+  are about as long everywhere, so that the first guess is near.
+  """
+  low, high = 0, offset_M.size  # the first one wanted lies within
+  at = max(0, first * high // max(size, 1) - BLOCK // 2)
+  bounds = np.array([first, end], np.uint64)  # a Python int would give float64
+  while True:
+    at = max(low, min(at, high - BLOCK))
+    block_M = offset_M[at : at + BLOCK]
+    if at > low and block_M[0] >= bounds[0]:
+      high = at
+    elif at + BLOCK < high and block_M[-1] < bounds[0]:
+      low = at + BLOCK
+    else:
+      break
+    at = (low + high) // 2
+  begin, stop = np.searchsorted(block_M, bounds)
+  found = [block_M[begin:stop]]
+  while stop == BLOCK and at + BLOCK < offset_M.size:
+    at += BLOCK
+    block_M = offset_M[at : at + BLOCK]
+    stop = np.searchsorted(block_M, bounds[1])
+    found.append(block_M[:stop])
+  return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 class Mixture(NamedTuple):

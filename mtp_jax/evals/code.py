@@ -147,7 +147,8 @@ def _answers(name, subject, asked, how: Sampling, temperature) -> list[dict]:
 def judged(
   name: str, flags: config.Eval, problem: problems.Problem, answer: str
 ) -> sandbox.Ended:
-  """Runs an answer: its tests once, or its cases until one is not passed."""
+  """Runs an answer: its tests once, or its cases until one is not passed; what
+  it printed is not kept."""
   source = f'{problem.before}{answer}\n'
   seconds, ended = max(flags.timeout_s, problem.seconds), None
   for given, expected in problem.cases or (('', None),):
@@ -159,7 +160,7 @@ def judged(
         ended = ended._replace(outcome='failed', err='another output')
     if ended.outcome != 'passed':
       break
-  return ended
+  return ended._replace(out='')  # of 200 samples it would be GiB
 
 
 def _scores(of: str, how: Sampling, passed_TP) -> dict[str, float]:

@@ -6,7 +6,9 @@ holds Python and nothing else, gives up its privileges, starts the third, the
 program, and watches it. When process 1 ends, the kernel ends all the others.
 """
 
+import _socket
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -19,7 +21,13 @@ import sys
 import time
 
 NOBODY = 65534
-HANDED = ('stdin', 'source', 'tests')  # and a token; see driver.py
+HANDED = ('stdin', 'source', 'tests')
+ASKS = b'tests'  # what driver.py sends when the source has run
+TOKEN = 32  # bytes
+SEALS = (
+  fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+  | fcntl.F_SEAL_WRITE
+)  # fmt: skip
 TICK = 0.02  # seconds from one look at clock and memory to the next
 MIB = 2**20
 # linux/sched.h, linux/mount.h, linux/prctl.h
@@ -164,11 +172,13 @@ def _filter(packed: bytes) -> None:
 
 
 def _handed(data: bytes) -> int:
-  """A file without a name that holds it, at its beginning."""
-  fd = os.memfd_create('handed')
+  """A file without a name that holds it, at its beginning, for good: whoever
+  opens it again cannot write to it."""
+  fd = os.memfd_create('handed', os.MFD_ALLOW_SEALING)
   with open(fd, 'wb', closefd=False) as f:
     f.write(data)
   os.lseek(fd, 0, os.SEEK_SET)
+  fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
   return fd
 
 
@@ -215,13 +225,51 @@ def _memory() -> int:
   return total * resource.getpagesize()
 
 
+class Channel:
+  """Over which driver.py asks for the tests, and tells that they have passed.
+
+  The program shares the other end, but until its source has run there is
+  nothing in it to read, and whatever else is sent is a failure. The token is
+  sent after the tests and must come back reversed.
+  """
+
+  def __init__(self, tests: int, end: _socket.socket):
+    self.fd = end.fileno()
+    self._tests, self._end = tests, end
+    self._token = os.urandom(TOKEN)
+    self._asked = False
+    end.setblocking(False)
+
+  def hear(self) -> str:
+    """'' if nothing is decided, 'passed', 'forged', or 'closed'."""
+    try:
+      said = self._end.recv(64)
+      if not said:
+        return 'closed'
+      if self._asked:
+        return 'passed' if said == self._token[::-1] else 'forged'
+      if said != ASKS:
+        return 'forged'
+      self._asked = True
+      fd = self._tests.to_bytes(4, sys.byteorder)
+      rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd)
+      self._end.sendmsg([ASKS], [rights])
+      self._end.send(self._token)
+    except BlockingIOError:
+      return ''
+    except OSError:
+      return 'closed'
+    return ''
+
+
 def _start(spec: dict, full: bool) -> tuple:
-  """(program, its pipes: stdout, stderr, verdict; the token; when)."""
-  pipes = [os.pipe() for _ in range(3)]
-  token = os.urandom(16).hex().encode()
-  given = [_handed(spec[k].encode(errors='replace')) for k in HANDED]
-  given.append(_handed(token))
-  fds = [given[0], pipes[0][1], pipes[1][1], *given[1:], pipes[2][1]]
+  """(program, its pipes: stdout, stderr; the channel; when)."""
+  pipes = [os.pipe() for _ in range(2)]
+  ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+  stdin, source, tests = (
+    _handed(spec[k].encode(errors='replace')) for k in HANDED
+  )
+  fds = [stdin, pipes[0][1], pipes[1][1], source, theirs.fileno()]
   begun = time.monotonic()
   child = os.fork()
   if not child:
@@ -229,9 +277,10 @@ def _start(spec: dict, full: bool) -> tuple:
       _program(spec, fds, full)
     finally:
       os._exit(127)
-  for fd in fds:
+  for fd in fds[:-1]:
     os.close(fd)
-  return child, [out for out, _ in pipes], token, begun
+  theirs.close()
+  return child, [out for out, _ in pipes], Channel(tests, ours), begun
 
 
 def _watch(spec: dict, full: bool) -> dict:
@@ -243,28 +292,38 @@ def _watch(spec: dict, full: bool) -> dict:
     return dict(error='')  # only by what the program did to us
 
 
-def _watched(spec, full, child, pipes, token, begun) -> dict:
+def _watched(spec, full, child, pipes, channel, begun) -> dict:
   selector, kept = selectors.DefaultSelector(), [bytearray() for _ in pipes]
   for i, out in enumerate(pipes):
     os.set_blocking(out, False)
     selector.register(out, selectors.EVENT_READ, kept[i])
-  outcome, most = '', spec['output_mib'] * MIB
+  selector.register(channel.fd, selectors.EVENT_READ)
+  outcome, most, verdict = '', spec['output_mib'] * MIB, ''
   while not outcome:
     if not selector.get_map():
       time.sleep(TICK / 5)
     for key, _ in selector.select(TICK) if selector.get_map() else ():
-      if data := _read(key.fd):
+      if key.fd == channel.fd:
+        verdict = channel.hear()
+        if verdict:
+          selector.unregister(key.fd)
+      elif data := _read(key.fd):
         key.data.extend(data)
       else:
         selector.unregister(key.fd)
     status, seconds = _reaped(child), time.monotonic() - begun
-    if status is not None or kept[2]:  # all that it said is in the pipes
+    if status is not None or verdict:  # all that it said is in the pipes
       for key in selector.get_map().values():
-        while (data := _read(key.fd)) and len(key.data) <= most:
+        while key.data is not None and len(key.data) <= most:
+          if not (data := _read(key.fd)):
+            break
           key.data.extend(data)
     if max(map(len, kept)) > most:
       outcome = 'output'
-    elif bytes(kept[2]) == token:
+    elif verdict == 'forged':
+      outcome = 'failed'
+      kept[1] += b'\nit wrote to the channel of its tests'
+    elif verdict == 'passed':
       outcome = 'passed'
     elif status is not None:
       outcome = _outcome(status, kept[1], spec)

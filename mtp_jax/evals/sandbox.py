@@ -6,10 +6,11 @@ no capability, no other process. Limits of time, memory, processes, files and
 output. Nothing of it outlives its run. `weak`: a session, limits for each
 process and an empty folder; no protection from a program that means harm.
 
-A program with tests has passed when its own process hands back a token after
-the last test; exit() before them is a failure. They share that process, as in
-the official programs of these benchmarks: one written to deceive could redefine
-what tests call, or look through its file descriptors for the token.
+A program with tests has passed when its own process, after the last test, sends
+back a token that it is given only then; exit() before them is a failure, and so
+is anything else that is sent. Program and tests share that process, as in the
+official programs of these benchmarks: one that was written to deceive the tests
+(objects equal to all others, redefined built-ins, this protocol) passes.
 """
 
 import concurrent.futures

@@ -8,7 +8,7 @@ length, a JSON header and the tensors' bytes
 
 import hashlib
 import importlib
-import json
+import itertools
 import math
 import os
 from typing import Any, NamedTuple
@@ -16,13 +16,21 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax import config, jsonl
 
 DTYPES = {
   'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
   'BF16': ml_dtypes.bfloat16,
 }  # fmt: skip
+WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 HEADER_BYTES = 100 * 2**20  # at most, as the library has it
+
+HEADER = {
+  '__metadata__?': object,
+  ...: {'dtype': str, 'shape': [jsonl.NATURAL], 'data_offsets': [int],
+        ...: object},
+}  # fmt: skip
+WEIGHT_MAP = {'weight_map': {...: str}, ...: object}
 
 
 class Tensor(NamedTuple):
@@ -58,6 +66,13 @@ def write(path: str, arrays: dict[str, np.ndarray]) -> None:
   )  # fmt: skip
 
 
+def all_finite(array: np.ndarray) -> bool:
+  """Returns whether no number is NaN or infinite."""
+  if array.dtype == ml_dtypes.bfloat16:  # whose own isfinite is slow
+    return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+  return bool(np.isfinite(array).all())
+
+
 def digest(array: np.ndarray) -> str:
   """sha256 of a tensor's bytes, shape and dtype."""
   about = f'{array.dtype.name} {array.shape}'.encode()
@@ -81,18 +96,21 @@ def read(path: str, flag: str) -> dict[str, Tensor]:
   if not 0 < length <= min(size - 8, HEADER_BYTES):
     raise wrong('is no safetensors file, or it is cut off')
   try:
-    header = json.loads(text)
+    header = jsonl.loads(text, HEADER)
   except ValueError as error:
-    raise wrong('is no safetensors file: its header is damaged') from error
+    raise wrong(f'is no safetensors file: its header: {error}') from error
   header.pop('__metadata__', None)
-  found = {}
+  found, ends = {}, []
   for name, about in header.items():
-    if about['dtype'] not in DTYPES:
-      raise wrong(
-        f'{name} is {about["dtype"]}; only {", ".join(DTYPES)} can be read'
-      )
+    if len(about.get('data_offsets', ())) != 2:
+      raise wrong(f'{name} has a damaged description in the header')
+    kind, shape = about['dtype'], tuple(about['shape'])
     begin, end = about['data_offsets']
-    dtype, shape = np.dtype(DTYPES[about['dtype']]), tuple(about['shape'])
+    if kind not in DTYPES:
+      raise wrong(f'{name} is {kind}; only {", ".join(DTYPES)} can be read')
+    dtype = np.dtype(DTYPES[kind])
+    if not 0 <= begin <= end:
+      raise wrong(f'{name} lies at bytes {begin:,} to {end:,} of the data')
     if end - begin != dtype.itemsize * math.prod(shape):
       raise wrong(f'{name} has {end - begin} bytes, not those of {shape}')
     if 8 + length + end > size:
@@ -100,32 +118,62 @@ def read(path: str, flag: str) -> dict[str, Tensor]:
         f'is cut off: {name} ends at byte {8 + length + end:,} of {size:,}'
       )
     found[name] = Tensor(path, name, dtype, shape, 8 + length + begin)
+    if begin < end:
+      ends.append((begin, end, name))
+  ends.sort()
+  for (_, end, first), (begin, _, second) in itertools.pairwise(ends):
+    if begin < end:
+      raise wrong(f'{first} and {second} overlap')
   return found
 
 
 def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
-  """Of all .safetensors files of a folder; those of an index must be there."""
+  """The tensors of a model: each from the file that the index names; without an
+  index those of model.safetensors, or of the only file."""
+
+  def wrong(problem):
+    return config.ConfigError(flag, folder, problem)
+
   names = sorted(x for x in os.listdir(folder) if x.endswith('.safetensors'))
-  index = os.path.join(folder, 'model.safetensors.index.json')
-  if os.path.exists(index):
-    with open(index, encoding='utf-8') as file:
-      wanted = set(json.load(file)['weight_map'].values())
-    missing = wanted - set(names)
+  if os.path.exists(os.path.join(folder, INDEX)):
+    file_of = _weight_map(os.path.join(folder, INDEX), wrong)
+    missing = set(file_of.values()) - set(names)
     if missing:
-      raise config.ConfigError(
-        flag, folder, f'{min(missing)} is missing; the index names it'
-      )
+      raise wrong(f'{min(missing)} is missing; the index names it')
+    tensors = {
+      name: read(os.path.join(folder, name), flag)
+      for name in sorted(set(file_of.values()))
+    }
+    for name, file in file_of.items():
+      if name not in tensors[file]:
+        raise wrong(f'{file} has no {name}; the index names it')
+    return {name: tensors[file][name] for name, file in file_of.items()}
   if not names:
-    raise config.ConfigError(flag, folder, 'has no .safetensors file')
-  found = {}
-  for name in names:
-    found |= read(os.path.join(folder, name), flag)
+    raise wrong('has no .safetensors file')
+  if WHOLE not in names and len(names) > 1:
+    raise wrong(f'has {len(names)} .safetensors files, but no {INDEX}')
+  name = WHOLE if WHOLE in names else names[0]
+  return read(os.path.join(folder, name), flag)
+
+
+def _weight_map(path: str, wrong) -> dict[str, str]:
+  """Of an index: tensor -> file beside it."""
+  try:
+    with open(path, 'rb') as file:
+      found = jsonl.loads(file.read(), WEIGHT_MAP)['weight_map']
+  except OSError as error:
+    raise wrong(f'{INDEX} cannot be read: {error.strerror}') from error
+  except ValueError as error:
+    raise wrong(f'{INDEX}: {error}') from error
+  if not found or any(os.path.basename(x) != x for x in found.values()):
+    raise wrong(f'{INDEX} has no weight_map of tensors to files beside it')
   return found
 
 
 class Loaded(NamedTuple):
   """One tensor of a PyTorch file, mapped from it."""
 
+  path: str
   tensor: Any
   shape: tuple[int, ...]
 
@@ -170,5 +218,6 @@ def read_torch(path: str, flag: str) -> dict[str, Loaded]:
         flag, path, f'{name} is {what}; only tensors of floats can be read'
       )
   return {
-    name: Loaded(x.contiguous(), tuple(x.shape)) for name, x in found.items()
+    name: Loaded(path, x.contiguous(), tuple(x.shape))
+    for name, x in found.items()
   }

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtp_jax import config, params, paths
+from mtp_jax import config, jsonl, params, paths, validate
 from mtp_jax.interop import files, hf, mapping, meta, tokens
 from mtp_jax.model import lm
 
 OURS = 'mtp_jax.json'
-INDEX = 'model.safetensors.index.json'
+MOST_LAYERS = 10_000  # of a model that is worth a look at its files
 
 
 # Out.
@@ -64,13 +64,13 @@ def export(
     written |= tokens.files_of(tokenizer)
   with paths.new_folder(out) as tmp:
     wanted = _write_tensors(model, cfg, tmp, dtype)
-    _check(tmp, form, wanted)
+    extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
+    _check(tmp, form, wanted, extra > 0)
     for name, data in written.items():
       path = os.path.join(tmp, name)
       os.makedirs(os.path.dirname(path), exist_ok=True)
       with open(path, 'wb') as file:
         file.write(data)
-  extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
   where = mapping.FORMS[form].file if extra else ''
   return [
     f'{out}: {len(wanted) - extra} tensors of a Llama of'
@@ -138,7 +138,7 @@ def _name_shards(folder: str, shards: list[list[str]]) -> None:
   """As transformers names them, once it is known how many there are."""
   n = len(shards)
   if n == 1:
-    os.rename(_shard(folder, 1), os.path.join(folder, 'model.safetensors'))
+    os.rename(_shard(folder, 1), os.path.join(folder, files.WHOLE))
     return
   total, weight_map = 0, {}
   for i, names in enumerate(shards, 1):
@@ -151,13 +151,13 @@ def _name_shards(folder: str, shards: list[list[str]]) -> None:
     )
     weight_map |= dict.fromkeys(names, name)
   index = dict(metadata=dict(total_size=total), weight_map=weight_map)
-  with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as file:
+  with open(os.path.join(folder, files.INDEX), 'w', encoding='utf-8') as file:
     json.dump(index, file, indent=2)
 
 
-def _check(folder: str, form: str, wanted: dict[str, str]) -> None:
+def _check(folder, form: str, wanted: dict[str, str], extra: bool) -> None:
   """What was written, read again: the same keys, the same bytes."""
-  found = _tensors_of(folder, form, 'export.out')
+  found = _tensors_of(folder, form, 'export.out', extra)
   if found.keys() != wanted.keys():
     odd = sorted(found.keys() ^ wanted.keys())
     raise config.ConfigError(
@@ -170,14 +170,19 @@ def _check(folder: str, form: str, wanted: dict[str, str]) -> None:
       )
 
 
-def _tensors_of(folder: str, form: str, flag: str) -> dict[str, files.Tensor]:
+def _tensors_of(
+  folder: str, form: str, flag: str, extra: bool
+) -> dict[str, files.Tensor]:
+  """Of a folder; extra: also of the file of further heads, where a form has
+  one."""
   if form == 'meta':
     return meta.tensors_of(folder, flag)
   found = files.read_folder(folder, flag)
-  beside = os.path.dirname(mapping.FORMS[form].file)
-  if beside:
-    more = files.read_folder(os.path.join(folder, beside), flag)
-    found |= {f'{beside}/{name}': x for name, x in more.items()}
+  file = mapping.FORMS[form].file
+  if extra and file:
+    beside = os.path.dirname(file)
+    more = files.read(os.path.join(folder, file), flag)
+    found |= {os.path.join(beside, name): x for name, x in more.items()}
   return found
 
 
@@ -199,8 +204,8 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
 
   def load(name):
     try:
-      with open(os.path.join(folder, name), encoding='utf-8') as file:
-        return json.load(file)
+      with open(os.path.join(folder, name), 'rb') as file:
+        return jsonl.loads(file.read(), {...: object})
     except OSError as error:
       other = 'hf' if wanted == 'meta' else 'meta'
       there = os.path.exists(os.path.join(folder, DESCRIPTIONS[other]))
@@ -209,22 +214,24 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
         + (f'; --import.format={other} reads what is there' if there else '')
       ) from error  # fmt: skip
     except ValueError as error:
-      raise _error(folder, f'{name} is no JSON') from error
+      raise _error(folder, f'{name}: {error}') from error
 
   about = load(DESCRIPTIONS[wanted])
-  if not isinstance(about, dict):
-    raise _error(folder, f'{DESCRIPTIONS[wanted]} is no JSON object')
   if os.path.exists(os.path.join(folder, OURS)):
     try:
-      ours = config.from_json(json.dumps(load(OURS)))
-    except (ValueError, TypeError) as error:
+      ours = validate.validate(config.from_json(json.dumps(load(OURS))))
+    except ValueError as error:
       raise _error(folder, f'{OURS}: {error}') from error
     family = given.get('heads.family', ours.heads.family)
     if ours.heads.n > 1 and family != ours.heads.family:
       raise config.ConfigError(
         'heads.family', family, f'{OURS} says {ours.heads.family}'
       )
+    _check_layers(folder, OURS, 'n_layers', ours.model.n_layers)
+    _check_layers(folder, OURS, 'heads.n', ours.heads.n)
     return ours, True
+  for field in LAYERS:
+    _check_layers(folder, DESCRIPTIONS[wanted], field, about.get(field))
   cfg = (meta if wanted == 'meta' else hf).read(folder, about, given)
   unfit = mapping.unfit(cfg, cfg.export.format)
   if unfit:
@@ -232,7 +239,21 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
   return cfg, False
 
 
+LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers',
+          'n_future_tokens')  # fmt: skip
+
+
+def _check_layers(folder: str, file: str, field: str, value) -> None:
+  """Refuses before all names of a model's tensors would be listed."""
+  if isinstance(value, int) and value > MOST_LAYERS:
+    raise _error(folder, f'{field}={value} in {file}; at most {MOST_LAYERS:,}')
+
+
 DESCRIPTIONS = {'hf': 'config.json', 'meta': 'params.json'}
+
+
+HEAD = 'lm_head.weight'
+EMBEDDING = 'model.embed_tokens.weight'
 
 
 def _error(folder: str, problem: str) -> config.ConfigError:
@@ -247,12 +268,12 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
       copy of another one that it has to be.
   """
   form = cfg.export.format
-  found = _tensors_of(folder, form, 'import.path')
+  wanted = mapping.tensors(cfg, form)
+  extra = any(place.extra for place in wanted.values())
+  found = _tensors_of(folder, form, 'import.path', extra)
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
   leaves = mapping.leaves(abstract)
-  wanted = mapping.tensors(cfg, form)
-  if cfg.heads.unembedding == 'tied':
-    found.pop('lm_head.weight', None)  # some write the embedding twice
+  head = found.pop(HEAD, None) if cfg.heads.unembedding == 'tied' else None
   found = {
     name: x for name, x in found.items()
     if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))
@@ -274,12 +295,19 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
     if not place.copy:
       names.setdefault(place.path, {})[place.index] = name
   _check_copies(folder, cfg, found, wanted, names)
+  # Some write the embedding twice.
+  if head and not np.array_equal(head.read(), found[EMBEDDING].read()):
+    raise _error(
+      folder,
+      f'{HEAD} differs from {EMBEDDING}, although config.json has'
+      ' tie_word_embeddings=true; set it to false to import both',
+    )  # fmt: skip
 
   def leaf(path, target):
     of_index = names[jax.tree_util.keystr(path, simple=True, separator='.')]
 
     def shard(index):
-      return _shard_of(index, target, of_index, found, wanted, cfg)
+      return _shard_of(folder, index, target, of_index, found, wanted, cfg)
 
     # Ready, or its copy on the host would still be there beside the next one's.
     return jax.block_until_ready(
@@ -303,19 +331,27 @@ def _check_copies(folder, cfg, found, wanted, names) -> None:
       )  # fmt: skip
 
 
-def _shard_of(index, target, of_index, found, wanted, cfg) -> Any:
+def _shard_of(folder, index, target, of_index, found, wanted, cfg) -> Any:
   """One device's part of a leaf, its tensors read one after the other."""
 
-  def ours(name):
-    return wanted[name].form.back(found[name].read(), cfg)
+  def ours(name, index):
+    part = wanted[name].form.back(found[name].read(), cfg)[index]
+    with np.errstate(over='ignore'):  # it is infinite then
+      part = part.astype(target.dtype)
+    if not files.all_finite(part):
+      raise _error(
+        folder,
+        f'{name} in {os.path.basename(found[name].path)} has numbers that are'
+        f' NaN or infinite in {target.dtype.name}',
+      )  # fmt: skip
+    return part
 
   if None in of_index:
-    part = ours(of_index[None])[index]
-    return np.ascontiguousarray(part.astype(target.dtype))
+    return np.ascontiguousarray(ours(of_index[None], index))
   first, *rest = index
   rows = range(target.shape[0])[first]
   shape = target.sharding.shard_shape(target.shape)
   out = np.empty((len(rows), *shape[1:]), target.dtype)
   for row, i in zip(out, rows, strict=True):
-    row[...] = ours(of_index[i])[tuple(rest)]
+    row[...] = ours(of_index[i], tuple(rest))
   return out

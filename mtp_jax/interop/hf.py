@@ -2,7 +2,7 @@
 
 import json
 
-from mtp_jax import config, validate
+from mtp_jax import config, jsonl, validate
 from mtp_jax.interop import mapping
 from mtp_jax.model import heads as heads_lib
 
@@ -170,11 +170,29 @@ USE = {
 
 # In.
 
-SIZES = (
-  'hidden_size', 'num_hidden_layers', 'num_attention_heads',
-  'intermediate_size', 'vocab_size', 'num_key_value_heads', 'head_dim',
-  'max_position_embeddings', 'prediction_heads',
-)  # fmt: skip
+SIZE = range(1, 2**31)
+ROPE = {
+  **dict.fromkeys(
+    ('rope_theta?', 'factor?', 'low_freq_factor?', 'high_freq_factor?'), float
+  ),
+  **dict.fromkeys(('rope_type?', 'type?'), str),
+  'original_max_position_embeddings?': SIZE, ...: object,
+}  # fmt: skip
+# Of a config.json, the fields that are read here.
+ABOUT = {
+  **dict.fromkeys(
+    ('hidden_size', 'num_hidden_layers', 'num_attention_heads',
+     'intermediate_size', 'vocab_size'), SIZE,
+  ),
+  **dict.fromkeys(
+    ('num_key_value_heads?', 'head_dim?', 'max_position_embeddings?',
+     'prediction_heads?'), (SIZE, None),
+  ),
+  **dict.fromkeys(('rope_parameters?', 'rope_scaling?'), (ROPE, None)),
+  **dict.fromkeys(('dtype?', 'torch_dtype?'), (str, None)),
+  'rms_norm_eps?': (float, None), 'rope_theta?': (float, None),
+  'tie_word_embeddings?': (bool, None), ...: object,
+}  # fmt: skip
 # Fields of a config.json that must have this value, if they are there.
 FIXED = {
   'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
@@ -193,23 +211,17 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     raise _error(
       folder, f"model_type={kind!r} in config.json; only 'llama', 'mtp_llama'"
     )
-  n = about.get('prediction_heads', 1) if kind == 'mtp_llama' else 1
   for field, wanted in FIXED.items():
     if about.get(field, wanted) != wanted:
       raise _error(
         folder, f'{field}={about[field]!r} in config.json; only {wanted!r}'
       )
-  missing = [
-    field for field in SIZES[:5] if field not in about
-  ]  # fmt: skip
-  if missing:
-    raise _error(folder, f'config.json has no {missing[0]}')
-  for field, whole in (
-    *dict.fromkeys(SIZES, int).items(), ('rms_norm_eps', (int, float)),
-  ):  # fmt: skip
-    value = about.get(field)
-    if value is not None and not isinstance(value, whole):
-      raise _error(folder, f'{field}={value!r} in config.json is no number')
+  try:
+    jsonl.check(about, ABOUT)
+  except ValueError as error:
+    raise _error(folder, f'config.json: {error}') from error
+  about = {name: value for name, value in about.items() if value is not None}
+  n = about.get('prediction_heads', 1) if kind == 'mtp_llama' else 1
   heads, d_model = about['num_attention_heads'], about['hidden_size']
   head_dim = about.get('head_dim') or d_model // heads
   values = {
@@ -254,6 +266,10 @@ def _rope(folder: str, about: dict) -> dict:
     raise _error(
       folder, f'rope_type={kind!r} in config.json; only default and llama3'
     )
+  wanted = 'factor', 'low_freq_factor', 'high_freq_factor'
+  for field in (*wanted, 'original_max_position_embeddings'):
+    if field not in rope:
+      raise _error(folder, f'config.json: RoPE of type llama3 has no {field}')
   return values | {
     'model.rope_factor': float(rope['factor']),
     'model.rope_low_freq': float(rope['low_freq_factor']),

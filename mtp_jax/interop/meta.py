@@ -8,12 +8,24 @@ extra_heads.0 head 2. The context is not said.
 import json
 import os
 
-from mtp_jax import config, validate
+from mtp_jax import config, jsonl, validate
 from mtp_jax.interop import files
 
 TENSORS = 'consolidated.pth'
 FIRST = 'consolidated.00.pth'  # as Llama 2 and 3 call it; 01 … are its shards
 CONTEXT = 4096  # of the released models
+
+SIZE = range(1, 2**31)
+# The fields that are read here.
+ABOUT = {
+  **dict.fromkeys(('dim', 'n_layers', 'n_heads', 'vocab_size'), SIZE),
+  **dict.fromkeys(('n_kv_heads?', 'n_future_tokens?'), (SIZE, None)),
+  'multiple_of?': SIZE,
+  **dict.fromkeys(
+    ('ffn_dim_multiplier?', 'norm_eps?', 'rope_theta?'), (float, None)
+  ),
+  ...: object,
+}  # fmt: skip
 
 # Fields that must have this value, if they are there.
 FIXED = {'use_scaled_rope': False}
@@ -77,11 +89,11 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     tensors = tensors_of(folder, 'import.path')
     embed = tensors.get('tok_embeddings.weight')
     about = about | {'vocab_size': embed.shape[0] if embed else None}
-  for field in ('dim', 'n_layers', 'n_heads', 'vocab_size'):
-    if not isinstance(about.get(field), int) or about[field] < 1:
-      raise wrong(
-        f'{field}={about.get(field)!r} in params.json; must be a number from 1'
-      )
+  try:
+    jsonl.check(about, ABOUT)
+  except ValueError as error:
+    raise wrong(f'params.json: {error}') from error
+  about = {name: value for name, value in about.items() if value is not None}
   values = {
     'model.d_model': about['dim'],
     'model.n_layers': about['n_layers'],

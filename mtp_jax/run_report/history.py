@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mtp_jax import config, params, paths
+from mtp_jax import config, params, paths, validate
 from mtp_jax.model import lm
 from mtp_jax.train import goodput, metrics
 
@@ -28,25 +28,28 @@ class Run(NamedTuple):
 
 
 def read(workdirs: list[str]) -> list[Run]:
-  """Runs in the order given, each once; ValueError if one is no workdir, or its
-  metrics.jsonl damaged."""
+  """Runs in the order given, each once; ValueError if one is no workdir, or a
+  file of it damaged."""
   found = list(dict.fromkeys(map(_normal, workdirs)))
   runs = []
   for path, name in zip(found, _names(found), strict=True):
     records = metrics.read(path)
     if not records:
       raise ValueError(
-        f'{path}: has no metrics.jsonl with a record; report takes workdirs'
+        f'{metrics.jsonl_path(path)}: has no record; report takes workdirs'
       )
     runs.append(Run(path, name, _config(path), records, goodput.read(path)))
   return runs
 
 
 def _config(path: str) -> config.Config | None:
+  file = paths.of(path) / 'config.json'
   try:
-    return config.from_json((paths.of(path) / 'config.json').read_text())
-  except (OSError, ValueError, TypeError, KeyError, AttributeError):
-    return None
+    return validate.validate(config.from_json(file.read_bytes()))
+  except (OSError, config.OtherVersion, config.ConfigError):
+    return None  # what another version wrote, or would now refuse
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
 
 
 def _normal(path: str) -> str:
@@ -90,7 +93,7 @@ def by_head(records: Iterable[dict], name: str) -> dict[int, str]:
     int(field.rpartition('_')[2]): field
     for record in records
     for field in record
-    if re.fullmatch(rf'{name}_\d+', field)
+    if re.fullmatch(rf'{name}_[0-9]{{1,6}}', field)
   }
   return dict(sorted(found.items()))
 
@@ -161,8 +164,12 @@ def memory(run: Run) -> dict[str, int] | None:
 
 def spikes(run: Run) -> Points:
   """(step, loss of head 1), each once."""
-  found = {(r['spike'], r['loss']) for r in run.sessions if 'spike' in r}
-  return sorted(found)
+  found = {
+    (r['spike'], r['loss'])
+    for r in run.sessions
+    if 'spike' in r and number(r.get('loss'))
+  }
+  return sorted(found, key=lambda point: point[0])
 
 
 def suites(runs: list[Run]) -> dict[tuple[str, str], list[str]]:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 
-from mtp_jax import paths
+from mtp_jax import config, jsonl, paths
 
 CAUSES = {
   'start': 'stores opened, parameters restored or made',
@@ -21,6 +21,17 @@ CAUSES = {
   'checkpoint': 'held up by saves',
 }
 KILLED = 'killed'  # of a session that did not say how it ended
+
+FORM = {
+  'session': jsonl.STEP, 'start': jsonl.STEP, 'began': float,
+  'step': jsonl.STEP, 'time': float, 'end': str,
+  'seconds': {c: float for c in CAUSES} | {...: float},
+  'memory?': {
+    'heads?': int, 'parameters': jsonl.NATURAL, 'optimizer': jsonl.NATURAL,
+    'temporaries': jsonl.NATURAL,
+  },
+  'spike?': jsonl.STEP, 'loss?': jsonl.NUMBER, ...: object,
+}  # fmt: skip
 
 
 class Clock:
@@ -59,10 +70,11 @@ class Ledger:
   """Writes the lines of one session."""
 
   def __init__(self, workdir: str, start: int):
-    self._about = dict(
-      session=len({r['session'] for r in read(workdir)}), start=start,
-      began=time.time(),
-    )  # fmt: skip
+    try:
+      session = len({r['session'] for r in read(workdir)})
+    except ValueError as error:
+      raise config.ConfigError('train.workdir', workdir, str(error)) from error
+    self._about = dict(session=session, start=start, began=time.time())
     before = _bytes(workdir)
     if before and not before.endswith(b'\n'):  # a line cut off by a crash
       before += b'\n'
@@ -90,12 +102,21 @@ def _bytes(workdir: str) -> bytes:
 
 
 def read(workdir: str) -> list[dict]:
+  """Lines of goodput.jsonl but for those cut off by a crash.
+
+  Raises:
+    ValueError: one is JSON, but not of such a line.
+  """
   records = []
-  for line in _bytes(workdir).splitlines():
+  for number, line in enumerate(_bytes(workdir).splitlines(), 1):
     try:
-      records.append(json.loads(line))
-    except ValueError:  # cut off by a crash
+      record = jsonl.loads(line)
+    except ValueError:  # cut off
       continue
+    try:
+      records.append(jsonl.check(record, FORM))
+    except ValueError as error:
+      raise ValueError(f'{path(workdir)}:{number}: {error}') from error
   return records
 
 

@@ -20,7 +20,7 @@ import socket
 import time
 import uuid
 
-from mtp_jax import config, paths
+from mtp_jax import config, jsonl, paths
 
 STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
 LOOK_S = 1.0  # between two looks at one that may be
@@ -175,20 +175,18 @@ def _one_at_a_time(workdir):
     os.close(folder)
 
 
+FORM = {
+  'run': str, 'host': str, 'pid': int, 'started': str, 'machine?': str,
+  'time?': float, ...: object,
+}  # fmt: skip
+
+
 def _read(path) -> dict | None:
   """What names the holder; None without one, or of what no run has written."""
   try:
-    holder = json.loads(paths.of(path).read_text())
-    kinds = dict(run=str, host=str, pid=int, started=str)
-    if paths.scheme(path):
-      kinds['time'] = float
-    if all(isinstance(holder[key], kind) for key, kind in kinds.items()):
-      return holder
+    return jsonl.loads(paths.of(path).read_bytes(), FORM)
   except (FileNotFoundError, NotADirectoryError, ValueError):
-    pass
-  except (KeyError, TypeError):  # JSON of something else
-    pass
-  return None
+    return None
 
 
 def _started(pid: int) -> str:
@@ -216,7 +214,9 @@ def _machine() -> str:
 
 
 def _touched(holder, path) -> float:
-  return holder['time'] if paths.scheme(path) else os.path.getmtime(path)
+  if paths.scheme(path):
+    return holder.get('time', 0.0)
+  return os.path.getmtime(path)
 
 
 def _here(holder) -> bool:

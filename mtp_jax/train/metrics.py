@@ -14,7 +14,12 @@ import numpy as np
 from tensorboardX import event_file_writer, record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mtp_jax import config, paths
+from mtp_jax import config, jsonl, paths
+
+# Of metrics.jsonl; all other fields are scalars.
+RECORD = {
+  'kind': str, 'step': jsonl.STEP, 'source?': str, ...: jsonl.NUMBER,
+}  # fmt: skip
 
 
 def mean(total, count) -> float | None:
@@ -140,15 +145,16 @@ def read(workdir: str) -> list[dict]:
   """
   path, records = jsonl_path(workdir), []
   try:
-    text = paths.of(path).read_text()
+    text = paths.of(path).read_bytes().decode(errors='replace')
   except (FileNotFoundError, NotADirectoryError):
     return []
   for number, line in enumerate(text.split('\n')[:-1], 1):
     try:
-      records.append(json.loads(line))
-      records[-1]['kind'], records[-1]['step']
-    except (ValueError, TypeError, KeyError) as error:
-      raise ValueError(f'{path}:{number}: is no record, damaged') from error
+      records.append(jsonl.loads(line, RECORD))
+    except ValueError as error:
+      raise ValueError(
+        f'{path}:{number}: is no record, damaged: {error}'
+      ) from error
   return records
 
 

@@ -107,7 +107,9 @@ def test_dir_skips_and_counts_what_is_no_text(tmp_path):
   skipped = collections.Counter()
   found = _read(f'dir:{root}', skipped)
   assert found == [('tree/b/a.md', 'a'), ('tree/z.txt', 'é\r\n')]
-  assert skipped == {'files that are not UTF-8 text': 4}
+  assert skipped == {
+    'files that are not UTF-8 text': 4, 'symbolic links': 2
+  }  # fmt: skip
   assert _read(f'dir:{root}/') == found
 
 
@@ -203,7 +205,8 @@ def test_jsonl(tmp_path):
     (b'{"b": 1, "a": 2}', "no field 'text', its fields are: a, b"),
     (b'{}', "no field 'text', its fields are: none"),
     (b'{"text": 3}', "field 'text' is int, not a string"),
-    (b'{"text": null}', "field 'text' is NoneType, not a string"),
+    (b'{"text": [null]}', "field 'text' is list, not a string"),
+    (b'{"text": %s}' % (b'1' * 5000), 'bad JSON: a number has too many digits'),
   ],
 )
 def test_jsonl_errors_name_file_and_line(tmp_path, line, problem):
@@ -243,3 +246,86 @@ def test_a_prompt_and_a_completion_are_one_document(tmp_path):
     problem = _refused(f'jsonl:{path}#{fields}')
     assert problem == 'one FIELD, or PROMPT+COMPLETION'
   assert "no field 'd', its fields are: c, p" in _refused(f'jsonl:{path}#p+d')
+
+
+# Byte order marks, links, what vanishes, what is too large.
+
+MARK = b'\xef\xbb\xbf'
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(MARK + b'{"text": "one"}\n')
+  (tmp_path / 'b.txt').write_bytes(MARK + 'two \ufeff'.encode())
+  _gz(tmp_path / 'c.txt.gz', MARK + b'three')
+  for source, text in (
+    ('jsonl:{}/a.jsonl', 'one'),
+    ('text:{}/b.txt', 'two \ufeff'),
+    ('text:{}/c.txt.gz', 'three'),
+  ):
+    assert _read(source.format(tmp_path))[0][1] == text
+
+
+def test_null_is_an_empty_text(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"text": null, "b": "x"}\n')
+  assert _read(f'jsonl:{path}') == [('a.jsonl:1', '')]
+  (found,) = documents.read(f'jsonl:{path}#text+b')
+  assert (found.text, found.cuts) == ('x', (0,))
+
+
+def test_a_file_that_vanishes_is_counted(tmp_path, monkeypatch):
+  for name in 'abc':
+    (tmp_path / name).write_text(name)
+  real = os.lstat
+
+  def lstat(path):
+    if os.fspath(path).endswith('/a'):
+      raise FileNotFoundError(2, 'No such file or directory', path)
+    return real(path)
+
+  skipped = collections.Counter()
+  monkeypatch.setattr(documents.os, 'lstat', lstat)
+  found = documents.read(f'dir:{tmp_path}', skipped)
+  (tmp_path / 'c').unlink()
+  assert [document.text for document in found] == ['b']
+  assert skipped == {documents.VANISHED: 2}
+
+
+def test_documents_that_are_too_large_are_named(tmp_path):
+  (tmp_path / 'd').mkdir()
+  (tmp_path / 'd/a').write_text('x' * 101)
+  (tmp_path / 'd/b').write_text('y' * 100)
+  _gz(tmp_path / 'c.gz', b'z' * 101)
+  lines = [json.dumps(dict(text='a' * n)) for n in (200, 89, 3, 88)]
+  (tmp_path / 'e.jsonl').write_text('\n'.join(lines))
+  skipped, lines = collections.Counter(), []
+  found = documents.read(
+    f'dir:{tmp_path}/d,text:{tmp_path}/c.gz,jsonl:{tmp_path}/e.jsonl', skipped,
+    max_bytes=100, report=lines.append, whole=False,
+  )  # fmt: skip
+  assert [d.name for d in found] == ['d/b', 'e.jsonl:3', 'e.jsonl:4']
+  (reason,) = skipped
+  assert skipped[reason] == 4 and '--data.max_document_mib' in reason
+  assert [line.split(':')[0] for line in lines] == [
+    'skipped d/a', 'skipped c.gz', 'skipped e.jsonl', 'skipped e.jsonl',
+  ]  # fmt: skip
+
+
+def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
+  monkeypatch.setattr(documents, 'HELD', 10)
+  monkeypatch.setattr(documents, 'BLOCK', 4)
+  text, skipped = 'zwölf Ähren\n' * 3, collections.Counter()
+  (tmp_path / 'a').write_text(text)
+  (tmp_path / 'b').write_bytes(text.encode() + b'\xff')
+  (tmp_path / 'c').write_bytes(text.encode() + b'\0')
+  _gz(tmp_path / 'd.gz', text.encode())
+  for source in (f'dir:{tmp_path}', f'text:{tmp_path}/d.gz'):
+    (found,) = documents.read(source, skipped, whole=False)
+    assert found.text == '' and ''.join(found.blocks()) == text
+    (found,) = documents.read(source)
+    assert found.text == text
+  assert skipped == {'files that are not UTF-8 text': 3}
+  (found,) = documents.read(f'text:{tmp_path}/a', whole=False)
+  (tmp_path / 'a').write_text(text + 'x')
+  with pytest.raises(config.ConfigError, match='changed while it was read'):
+    list(found.blocks())

@@ -246,7 +246,7 @@ def test_a_store_keeps_what_is_scored(tmp_path):
   ):
     cut = offset_M[1:].astype(np.int64)
     for ids_T, scored_T in zip(
-      np.split(tokens_P, cut), np.split(scored_P, cut), strict=True
+      np.split(tokens_P[:], cut), np.split(scored_P[:], cut), strict=True
     ):
       cuts = texts.pop(BYTES.decode(ids_T))
       wanted_T = np.arange(ids_T.size) > (cuts[0] if cuts else -1)

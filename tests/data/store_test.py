@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import config
-from mtp_jax.data import documents, encoding, store, tokenizers
+from mtp_jax.data import documents, encoding, shards, store, tokenizers
 
 BYTES = tokenizers.get('bytes')
 TEXTS = [f'document {i} ' + 'é' * (i % 7) for i in range(200)]
@@ -30,7 +30,7 @@ def _texts(opened: store.Store, name: str) -> list[str]:
   """Documents of a split, framing checked, in the order of the store."""
   made, found, split = opened.manifest['tokenizer'], [], opened.split(name)
   for tokens_P, offset_M in zip(split.tokens, split.offsets, strict=True):
-    for ids_T in np.split(tokens_P, offset_M[1:].astype(np.int64)):
+    for ids_T in np.split(tokens_P[:], offset_M[1:].astype(np.int64)):
       assert (ids_T[0], ids_T[-1]) == (made['bos'], made['eos'])
       assert not np.isin(ids_T[1:-1], (made['bos'], made['eos'])).any()
       found.append(BYTES.decode(ids_T))
@@ -132,7 +132,7 @@ def test_dtype(tmp_path, vocab_size, dtype):
   assert manifest['dtype'] == f'<{dtype}'
   opened = store.open_store(tmp_path / 's')
   assert opened.split('train').tokens[0].dtype == np.dtype(f'<{dtype}')
-  assert opened.split('train').tokens[0].max() == vocab_size - 1
+  assert opened.split('train').tokens[0][:].max() == vocab_size - 1
   both = _texts(opened, 'train') + _texts(opened, 'valid')
   assert sorted(both) == sorted(TEXTS)
 
@@ -322,6 +322,41 @@ def test_damaged_manifests_are_refused(tmp_path):
   assert 'manifest.json: Is a directory' in _refused(store.open_store, path)
 
 
+@pytest.mark.parametrize(
+  'place, value, said',
+  [
+    (('splits',), [], 'splits=[]: must be an object'),
+    (('splits', 'train', 'shards'), None,
+     'splits.train.shards=null: must be a list'),
+    (('splits', 'train', 'tokens'), '9', 'splits.train.tokens="9": must be'),
+    (('splits', 'valid', 'shards', 0, 'tokens_file', 'size'), 1.5,
+     'splits.valid.shards[0].tokens_file.size=1.5: must be an integer from 0'),
+    (('splits', 'train', 'shards'), [], 'train has no shards'),
+    (('tokenizer', 'bos'), None, 'tokenizer.bos=null: must be an integer'),
+    (('dtype',), 'O', 'dtype=O: must be one of <u2, <u4'),
+    (('splits', 'valid', 'shards', 0, 'tokens_file', 'file'), '../../x',
+     '../../x: it lies elsewhere'),
+    (('splits', 'valid', 'shards', 0, 'tokens_file', 'file'), '/dev/zero',
+     '/dev/zero: it lies elsewhere'),
+  ],
+)  # fmt: skip
+def test_a_manifest_of_a_wrong_type_names_the_field(
+  tmp_path, place, value, said
+):
+  """Though its checksum is right."""
+  path = tmp_path / 's'
+  _write(path)
+  manifest = json.loads((path / 'manifest.json').read_bytes())
+  at = manifest
+  for key in place[:-1]:
+    at = at[key]
+  at[place[-1]] = value
+  manifest['sha256'] = store._manifest_sha256(manifest)
+  (path / 'manifest.json').write_text(json.dumps(manifest))
+  line = _refused(store.open_store, path)
+  assert line.startswith(f'--data.store={path}: ') and said in line
+
+
 def test_missing_stores(tmp_path):
   for path in ('', tmp_path / 'none', __file__):
     line = _refused(store.open_store, path)
@@ -344,3 +379,56 @@ def test_summary(tmp_path):
   assert lines[2].startswith(f'train      {n["train"]} documents, ')
   assert lines[3].startswith(f'valid      {n["valid"]} documents, ')
   assert lines[4] == 'left out   0 duplicates, 1 empty documents'
+
+
+# Files that change, and many of them.
+
+
+def _overwrite(path, data):
+  with open(path, 'r+b') as file:
+    file.write(data)
+
+
+CHANGES = {
+  'truncated': lambda path: os.truncate(path, 10),
+  'zeroed': lambda path: _overwrite(path, bytes(path.stat().st_size)),
+  'rewritten': lambda path: path.write_bytes(path.read_bytes()[::-1]),
+  'removed': lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('kind', ['tokens', 'offsets'])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change, kind):
+  _write(tmp_path / 's', valid_fraction=0)
+  split = store.open_store(tmp_path / 's').split('train')
+  if change != 'removed':  # an open file stays when its name goes
+    split.window(0, 8, 1)
+  os.utime(tmp_path / 's')  # of the folder: no matter
+  CHANGES[change](tmp_path / f's/train/{kind}-00000.bin')
+  line = _refused(split.window, 1, 8, 1)
+  assert line.startswith(f'--data.store={tmp_path}/s: train/{kind}-00000.bin ')
+  assert 'changed' in line or 'No such file' in line
+
+
+def test_many_shards_take_few_descriptors(tmp_path):
+  _write(tmp_path / 's', valid_fraction=0, shard_tokens=1)
+  opened = store.open_store(tmp_path / 's')
+  split, before = opened.split('train'), len(os.listdir('/proc/self/fd'))
+  assert len(split.tokens) == len(TEXTS)
+  for _ in range(2):
+    assert sum(t.size for t in split.documents()) == sum(
+      shard['tokens'] for shard in opened.manifest['splits']['train']['shards']
+    )
+    for i in range(split.n_windows(4, 1)):
+      split.window(i, 4, 1)
+  assert len(os.listdir('/proc/self/fd')) - before <= shards.OPEN_FILES
+
+
+def test_shards_grow_with_the_store(tmp_path, monkeypatch):
+  """No more files than MAX_SHARDS of each kind and split ask for."""
+  monkeypatch.setattr(store, 'MAX_SHARDS', 3)
+  monkeypatch.setattr(store, 'MIN_SHARD_TOKENS', 16)
+  manifest = _write(tmp_path / 's')
+  n = sum(len(split['shards']) for split in manifest['splits'].values())
+  assert 4 <= n <= 6

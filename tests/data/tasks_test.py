@@ -216,7 +216,7 @@ def test_documents_score_the_answer_alone(tmp_path):
     valid_fraction=0.0, sources=source,
   )  # fmt: skip
   split = store.open_store(str(tmp_path / 's')).split('train')
-  tokens, scored = split.tokens[0], split.scored[0]
+  tokens, scored = split.tokens[0][:], split.scored[0][:]
   assert len(tokens) == 40 * 20  # begin, 15 of the prompt, 3 + end
   assert (
     scored.reshape(40, 20).astype(int).tolist() == [[0] * 16 + [1] * 4] * 40

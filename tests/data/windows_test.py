@@ -103,3 +103,19 @@ def test_offsets_beyond_float64_are_exact():
   tokens_U, position_U = split.window(far // 8, 8, 1)
   assert tokens_U.tolist() == list(range(9))
   assert position_U.tolist() == [0, 0, 1, 2, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('n, longest', [(1, 9), (700, 3), (5000, 2), (999, 90)])
+def test_offsets_between_are_those_of_a_whole_search(n, longest):
+  rng = np.random.default_rng(n)
+  length_M = rng.integers(1, longest, n, endpoint=True)
+  length_M[: n // 3] = 1  # so that a guess by the mean is far off
+  offset_M = (np.cumsum(length_M) - length_M).astype('<u8')
+  size = int(length_M.sum())
+  for first in [0, size - 1, *rng.integers(0, size, 50).tolist()]:
+    for width in (1, 7, size):
+      low, high = np.searchsorted(
+        offset_M, np.array([first, first + width], np.uint64)
+      )
+      found = windows.between(offset_M, first, first + width, size)
+      assert found.tolist() == offset_M[low:high].tolist()

@@ -46,7 +46,7 @@ def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
     config.Config(), **{'data.store': path, 'bench.prompt': 10}
   )
   split = store_lib.open_store(path).split('valid')
-  tokens, offsets = split.tokens[0], split.offsets[0]
+  tokens, offsets = split.tokens[0][:], split.offsets[0][:]
   found = acceptance.pieces(cfg, len(offsets) + 2, 'eval.items')
   starts = [*offsets, offsets[0] + 10, offsets[1] + 10]
   for piece, start in zip(found, starts, strict=True):

@@ -120,6 +120,7 @@ def test_calls_of_apps(source, expected, passes, tmp_path):
   (problem,) = problems.read('apps', '', cfg)
   ended = code.judged('apps', cfg.eval, problem, source)
   assert (ended.outcome == 'passed') == passes, ended
+  assert ended.out == ''  # 200 samples of what each may print are GiB
 
 
 def test_a_mix_has_its_pass_at_k(answering, tmp_path):

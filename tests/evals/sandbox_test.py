@@ -208,6 +208,161 @@ ESCAPES = {
 }
 
 
+# Programs without a right f that want to pass all the same.
+SCAN = """
+import os, select
+for fd in range(3, 64):
+  try: os.set_blocking(fd, False)
+  except OSError: pass
+def read(fd):
+  try: return os.read(fd, 999)
+  except OSError: return b''
+def write(data):
+  for fd in range(3, 64):
+    try: os.write(fd, data)
+    except OSError: pass
+"""
+FORGERIES = {
+  'tests overwritten': SCAN
+  + """
+for fd in range(3, 64):
+  for way in (lambda: os.ftruncate(fd, 0), lambda: os.pwrite(fd, b'#' * 99, 0),
+              lambda: open(f'/proc/self/fd/{fd}', 'wb').write(b'pass')):
+    try: way()
+    except OSError: pass
+def f(x): return 0
+""",
+  'tests overwritten while they run': SCAN
+  + """
+def f(x):
+  for fd in range(3, 64):
+    for way in (lambda: os.ftruncate(fd, 0), lambda: os.pwrite(fd, b'# ', 0)):
+      try: way()
+      except OSError: pass
+  return 0
+""",
+  'a verdict of its own': SCAN + 'write(b"passed")\ndef f(x): return 0',
+  'all that can be read is sent': SCAN
+  + """
+def f(x):
+  for data in [read(fd) for fd in range(3, 64)]:
+    write(data)
+  return 0
+""",
+  'all that can be read is sent at once': SCAN
+  + """
+for data in [read(fd) for fd in range(3, 64)]: write(data)
+f = lambda x: 0
+""",
+  'a token in memory': SCAN
+  + """
+import gc, sys
+def f(x):
+  frame, found = sys._getframe(), gc.get_objects()
+  while frame:
+    found += list(frame.f_locals.values()) + list(frame.f_code.co_consts)
+    frame = frame.f_back
+  for x in found:
+    if isinstance(x, bytes) and 8 < len(x) < 99: write(x)
+  return 0
+""",
+  'exit before the tests': 'import os\nos._exit(0)',
+  'exit within the tests': 'import os\ndef f(x): os._exit(0)',
+  'exit of a thread': """
+import os, threading, time
+threading.Thread(target=lambda: (time.sleep(.05), os._exit(0))).start()
+def f(x): time.sleep(9)
+""",
+  'a child stays': """
+import os
+if os.fork(): os._exit(0)
+def f(x): return 0
+""",
+  'no assertion fails': """
+import builtins, sys
+class Never(Exception): pass
+builtins.AssertionError = builtins.Exception = Never
+sys.exit = sys.excepthook = lambda *_: None
+f = lambda x: 0
+""",
+  'nothing is run': """
+import builtins, os, sys
+def no(*a, **k): return b''
+builtins.exec = builtins.compile = builtins.open = builtins.int = no
+os.fdopen = os.read = sys.settrace = no
+for name in ('_socket', 'os', 'sys', 'builtins', '_sitebuiltins'):
+  sys.modules[name] = None
+f = lambda x: 0
+""",
+  'lines are skipped': """
+import sys
+def trace(frame, event, arg):
+  if frame.f_code.co_filename == 'tests' and event == 'line':
+    try: frame.f_lineno += 1
+    except ValueError: pass
+  return trace
+sys.settrace(trace)
+f = lambda x: 0
+""",
+}
+# What tests in the same process cannot know; said in README.
+BELIEVED = {
+  'an object that equals all': """
+class Any:
+  def __eq__(self, other): return True
+f = lambda x: Any()
+""",
+  'who knows the protocol': """
+import socket
+keeper = socket.socket(fileno=4)
+keeper.send(b'tests')
+keeper.recv(64)
+keeper.send(keeper.recv(64)[::-1])
+keeper.recv(64)
+""",
+}
+
+
+def test_what_a_pass_is_worth():
+  programs = {**FORGERIES, **BELIEVED, 'an honest one': GOOD}
+  ended = sandbox.together(
+    lambda source: _run(source, tests='assert f(1) == 2\nassert f(2) == 3'),
+    list(programs.values()), lambda line: None,
+  )  # fmt: skip
+  found = {name: e.outcome for name, e in zip(programs, ended, strict=True)}
+  passed = [name for name, outcome in found.items() if outcome == 'passed']
+  assert passed == [*BELIEVED, 'an honest one'], found
+  assert all(found[name] == 'failed' for name in FORGERIES), found
+
+
+def test_sockets_of_the_host_and_calls_without_a_use():
+  """The families that a network namespace does not hold, AF_VSOCK and others;
+  what acts on files and processes outside, or shows them."""
+  source = """
+import ctypes, errno, fcntl, os, socket
+for family in range(46):
+  try: socket.socket(family, socket.SOCK_DGRAM).close()
+  except OSError as e:
+    assert family not in (1, 2, 10), (family, e)
+    assert e.errno == errno.EAFNOSUPPORT, (family, e)
+  else: assert family in (1, 2, 10), family
+a, b = socket.socketpair()
+a.send(b'x'), b.recv(1)
+try: fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)
+except PermissionError: pass
+else: raise AssertionError('flock')
+x86 = os.uname().machine == 'x86_64'
+libc = ctypes.CDLL(None, use_errno=True)
+for number in ((240, 434, 424, 294, 135, 238, 256, 300, 154, 440) if x86 else
+               (180, 434, 424, 26, 92, 237, 238, 262, 440)):
+  ctypes.set_errno(0)
+  assert libc.syscall(number, 0, 0, 0, 0) == -1
+  assert ctypes.get_errno() == errno.EPERM, (number, ctypes.get_errno())
+"""
+  ended = _run(source + GOOD)
+  assert ended.outcome == 'passed', ended
+
+
 @pytest.mark.parametrize('name', ESCAPES)
 def test_no_way_out(name):
   source = '\n'.join(line[4:] for line in ESCAPES[name].splitlines())
@@ -331,7 +486,8 @@ while frame:
   seen += [str(sorted(map(str, frame.f_code.co_consts))), str(frame.f_locals)]
   frame = frame.f_back
 found = [x for x in gc.get_objects() if isinstance(x, (str, bytes))]
-print([s for s in map(str, seen + found) if 'f(1) == 2' in s])
+mark = ' == '.join(['f(1)', '2'])
+print([s for s in map(str, seen + found) if mark in s])
 print(sorted(os.environ), os.listdir('/tmp'))
 """
   ended = _run(source + GOOD)

@@ -524,7 +524,7 @@ def _meta_folder(path, **changes):
   'changes, said',
   [
     (dict(use_scaled_rope=True), 'use_scaled_rope=True in params.json'),
-    (dict(dim='16'), "dim='16' in params.json; must be a number from 1"),
+    (dict(dim='16'), 'params.json: dim="16": must be an integer from 1'),
     (dict(n_future_tokens=2), 'layers.3.attention.wk.weight is missing'),
     (dict(multiple_of=32), 'has shape (24, 16), the model (32, 16)'),
     (dict(n_heads=3), '--model.d_model=16: must be a multiple of'),

@@ -122,7 +122,7 @@ def test_transformers_computes_the_same(changes, tmp_path):
     f'--export.checkpoint={tmp_path / "run"}',
     f'--export.out={out}', f'--export.shard_gib={c.export.shard_gib}',
   ]) == 0  # fmt: skip
-  assert (out / folder.INDEX).exists() == (c.export.shard_gib < 1)
+  assert (out / files.INDEX).exists() == (c.export.shard_gib < 1)
   llama = transformers.AutoModelForCausalLM.from_pretrained(
     out, dtype=torch.float32
   )
@@ -199,7 +199,7 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
     (dict(hidden_act='gelu'), "hidden_act='gelu'"),
     (dict(quantization_config={'bits': 4}), 'quantization_config={'),
     (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
-    (dict(hidden_size='x'), "hidden_size='x' in config.json is no number"),
+    (dict(hidden_size='x'), 'hidden_size="x": must be an integer from 1'),
     (dict(attention_bias=True), 'attention_bias=True'),
     (
       dict(rope_parameters=dict(rope_type='yarn', factor=2)),
@@ -437,7 +437,7 @@ def test_a_file_of_the_index_that_is_missing_is_told(tmp_path):
   os.remove(tmp_path / 'in' / name)
   with pytest.raises(config.ConfigError, match=f'{name} is missing'):
     folder.read(str(tmp_path / 'in'), c, tiny.mesh(c))
-  index = json.loads((tmp_path / 'in' / folder.INDEX).read_text())
+  index = json.loads((tmp_path / 'in' / files.INDEX).read_text())
   size = sum(
     np.prod(x.shape) * 4 for x in jax.tree.leaves(tiny.model(c, tiny.mesh(c)))
   )

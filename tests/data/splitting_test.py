@@ -1,0 +1,215 @@
+"""A document in parts has the tokens of the whole, wherever a rule is known."""
+
+import io
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers as hf
+
+from mtp_jax.data import documents, encoding, splitting, spool, tokenizers
+
+LLAMA_3 = (
+  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
+  ' ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+'
+)
+QWEN_2 = LLAMA_3.replace('{1,3}', '')
+WORDS = (
+  "the cat's hat, I'll 12 345 6789 \u00e9t\u00e9 \u4e2d\u6587 \U0001f600 x=y; ...!"
+  ' e\u0301 \u2581 \u2581a <s> </s> <tool> \x1c \u2003 \u200b naivete'
+).split(' ')
+GAPS = [
+  ' ',
+  '  ',
+  '   ',
+  '\n',
+  '\n\n',
+  ' \n ',
+  '\t',
+  '\r\n',
+  '',
+  '\u00a0',
+  '\u3000',
+]
+
+
+def _text(seed, n=250):
+  rng = random.Random(seed)
+  return ''.join(
+    x for _ in range(n) for x in (rng.choice(WORDS), rng.choice(GAPS))
+  )
+
+
+CORPUS = [_text(seed) for seed in range(40)]
+
+
+def _sentencepiece(**options):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=400,
+    minloglevel=2, **dict(
+      model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+      remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+    ) | options,
+  )  # fmt: skip
+  return tokenizers.of_files(
+    'sentencepiece:x', {tokenizers.PIECES: model.getvalue()}
+  )
+
+
+def _byte_level(regex=None, normalizer=None, added=(), prefix=False):
+  pre, fast = hf.pre_tokenizers, hf.Tokenizer(hf.models.BPE())
+  steps = [pre.ByteLevel(add_prefix_space=prefix, use_regex=regex is None)]
+  if regex:
+    steps.insert(0, pre.Split(hf.Regex(regex), 'isolated'))
+  fast.pre_tokenizer = pre.Sequence(steps)
+  fast.normalizer, fast.decoder = normalizer, hf.decoders.ByteLevel()
+  fast.train_from_iterator(
+    CORPUS, hf.trainers.BpeTrainer(
+      vocab_size=600, special_tokens=['<s>', '</s>'], show_progress=False,
+      initial_alphabet=pre.ByteLevel.alphabet(),
+    ),
+  )  # fmt: skip
+  fast.add_tokens(list(added))
+  return tokenizers.of_files('hf:x', {'tokenizer.json': fast.to_str().encode()})
+
+
+def _spaced(split=None):
+  """As the Llama 2 of Hugging Face: spaces are marks, bytes what is unknown."""
+  fast = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
+  fast.normalizer = hf.normalizers.Sequence(
+    [hf.normalizers.Prepend('\u2581'), hf.normalizers.Replace(' ', '\u2581')]
+  )
+  fast.train_from_iterator(
+    [x.replace('\n', ' ') for x in CORPUS], hf.trainers.BpeTrainer(
+      vocab_size=600, show_progress=False, special_tokens=[
+        '<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256)),
+      ],
+    ),
+  )  # fmt: skip
+  about = json.loads(fast.to_str())
+  about['model'] |= dict(byte_fallback=True, fuse_unk=True)
+  about['added_tokens'] = about['added_tokens'][:3]
+  if split is not None:
+    about['normalizer'] = None
+    about['pre_tokenizer'] = dict(
+      type='Metaspace', replacement='\u2581', prepend_scheme='first',
+      split=split,
+    )  # fmt: skip
+  return tokenizers.of_files(
+    'hf:x', {'tokenizer.json': json.dumps(about).encode()}
+  )
+
+
+KNOWN = {
+  'bytes': lambda: tokenizers.get('bytes'),
+  'trained': lambda: _sentencepiece(add_dummy_prefix=False),
+  'llama-2': lambda: _sentencepiece(user_defined_symbols=['<tool>', '\n\n']),
+  'gpt-2': _byte_level,
+  'gpt-2-prefix': lambda: _byte_level(prefix=True),
+  'llama-3': lambda: _byte_level(LLAMA_3, added=['<tool>']),
+  'qwen-2': lambda: _byte_level(QWEN_2, hf.normalizers.NFC()),
+  'spaced': _spaced,
+  'metaspace': lambda: _spaced(split=True),
+  'metaspace-whole': lambda: _spaced(split=False),
+}
+UNKNOWN = {
+  'unigram': lambda: _sentencepiece(model_type='unigram'),
+  'unknown-joined': lambda: _sentencepiece(byte_fallback=False),
+  'nfkc': lambda: _sentencepiece(normalization_rule_name='nmt_nfkc'),
+  'spaces-removed': lambda: _sentencepiece(remove_extra_whitespaces=True),
+  'lower-case': lambda: _byte_level(LLAMA_3, hf.normalizers.Lowercase()),
+  'strips': lambda: _byte_level(added=[hf.AddedToken('<tool>', rstrip=True)]),
+  'spaced-token': lambda: _byte_level(added=['the cat']),
+  'other-words': lambda: _byte_level(LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
+}
+
+
+def _tokens(tokenizer, document):
+  """What a store would have of it, with its cuts."""
+  batches = list(encoding.run([document], tokenizer, workers=1))
+  return batches, np.concatenate([batch.tokens_P for batch in batches])
+
+
+@pytest.mark.parametrize('kind', KNOWN)
+def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch, tmp_path):
+  tokenizer = KNOWN[kind]()
+  is_safe = splitting.rule(tokenizer)
+  texts = [_text(seed, 120) for seed in range(100, 130)]
+  texts += ['a' * 500, ' ' * 500, '\n' * 300 + 'x', 'a ' * 300, ' a' * 300]
+  texts += [f'{a}{gap}{b}' * 40 for gap in GAPS for a, b in ('xy', '1,', '.x')]
+  n_parts = 0
+  for text in texts:
+    for size in (7, 64):
+      parts = list(splitting.pieces([text], is_safe, size))
+      assert ''.join(parts) == text
+      n_parts += len(parts) - 1
+    whole = encoding.encode([documents.Document('x', text)], tokenizer)
+    monkeypatch.setattr(encoding, 'BATCH_BYTES', 32)
+    _, tokens = _tokens(tokenizer, documents.Document('x', text))
+    monkeypatch.undo()
+    assert tokens.tolist() == whole.tokens_P.tolist(), text
+  assert n_parts > 50 * len(texts) / 10
+
+
+@pytest.mark.parametrize('kind', UNKNOWN)
+def test_what_is_not_known_has_no_rule(kind):
+  assert splitting.rule(UNKNOWN[kind]()) is None
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'llama-2', 'qwen-2'])
+def test_a_spool_of_parts_is_that_of_documents(kind, monkeypatch, tmp_path):
+  """Cuts, files that are read in blocks, small and large ones in turn."""
+  tokenizer = KNOWN[kind]()
+  (tmp_path / 'a.txt').write_text(CORPUS[0], newline='')
+  more = [
+    documents.Document('b', CORPUS[1], (0, 5, 300, len(CORPUS[1]))),
+    documents.Document('c', 'short', (2,)), documents.Document('d', ''),
+    documents.Document('e', CORPUS[2]), documents.Document('f', 'end'),
+  ]  # fmt: skip
+
+  def fill(name, whole):
+    read = documents.read(f'text:{tmp_path}/a.txt', whole=whole)
+    found = spool.fill(tmp_path / name, [*read, *more], tokenizer)
+    return (tmp_path / name).read_bytes(), found
+
+  wanted, first = fill('1', True)
+  monkeypatch.setattr(encoding, 'BATCH_BYTES', 50)
+  monkeypatch.setattr(documents, 'HELD', 10)
+  monkeypatch.setattr(documents, 'BLOCK', 33)
+  found, second = fill('2', False)
+  assert found == wanted
+  assert second.cuts == first.cuts and second.empty == 1
+  for a, b in zip(first[2:5], second[2:5], strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_pieces_of_a_text_without_a_safe_place():
+  blocks = ['ab', 'cd', 'e f', 'gh', '']
+  spaces = lambda before, after: after == ' '  # noqa: E731
+  assert list(splitting.pieces(blocks, spaces, 3)) == ['abcde', ' fgh']
+  assert list(splitting.pieces([], spaces, 3)) == ['']
+
+
+def test_memory_does_not_follow_the_document(tmp_path):
+  """40 MB of text: some MB are held, not a multiple of it."""
+  import tracemalloc
+
+  path = tmp_path / 'a.txt'
+  with open(path, 'w') as file:
+    for _ in range(40):
+      file.write('some words of a text\n' * 50_000)
+  tokenizer = tokenizers.get('bytes')
+  tracemalloc.start()
+  try:
+    read = documents.read(f'text:{path}', whole=False)
+    found = spool.fill(tmp_path / 'spool', read, tokenizer)
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert os.path.getsize(tmp_path / 'spool') == 2 * found.length_M[0]
+  assert found.length_M[0] == os.path.getsize(path) + 2
+  assert peak < 16 * 2**20
