@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 BLOCK = 512  # offsets that are read at once
 
 

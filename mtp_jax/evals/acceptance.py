@@ -27,7 +27,7 @@ def check(arg: str, cfg: config.Config) -> None:
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   prompts = pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
-  decoded = subject.decoder(prompts, stop_ids=(subject.tokenizer.eos,))
+  decoded = subject.decoder(prompts, stop_ids=subject.tokenizer.stop_ids)
   scalars = dict(tokens_per_forward=decoded.tokens_per_forward)
   asked_J, accepted_J = decoded.asked_J, decoded.accepted_J
   for j, (n, stood) in enumerate(zip(asked_J, accepted_J, strict=True), 2):
