@@ -56,7 +56,7 @@ def _read_flag_file(path, beside, seen):
   if real in seen:
     raise config.ConfigError('flagfile', path, 'includes itself')
   try:
-    text = paths.of(real).read_bytes().decode()
+    text = paths.of(real).read_bytes().decode('utf-8-sig')
     lines = [line.strip() for line in text.split('\n')]
   except UnicodeDecodeError:
     raise config.ConfigError('flagfile', path, 'is not text') from None

@@ -26,7 +26,7 @@ def specials() -> list[str]:
 
 
 def parse(data: bytes) -> dict[bytes, int]:
-  """Token -> rank; ValueError unless the ranks are 0, 1, … and hold all bytes."""
+  """Token -> rank; ValueError unless ranks are 0, 1, … and hold all bytes."""
   found = {}
   for line in data.splitlines():
     if line.strip():

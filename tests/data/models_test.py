@@ -1,8 +1,8 @@
 """Tokenizers that are files: SentencePiece models and tokenizer.json."""
 
 import argparse
-import io
 import base64
+import io
 import itertools
 import json
 import re
@@ -314,8 +314,8 @@ def test_a_file_of_ranks_is_read_as_tiktoken_reads_it(tmp_path):
   )
   assert again.fingerprint == tokenizer.fingerprint
   for wrong, said in (
-    (data[:-5], 'base64'), (b'junk', 'base64'), (data + b'\nYWE= 9999', 'ranks'),
-    (b'YQ== 0', 'a byte has no token'),
+    (data[:-5], 'base64'), (b'junk', 'base64'),
+    (data + b'\nYWE= 9999', 'ranks'), (b'YQ== 0', 'a byte has no token'),
   ):  # fmt: skip
     (tmp_path / 'tokenizer.model').write_bytes(wrong)
     with pytest.raises(config.ConfigError, match=said):

@@ -18,8 +18,8 @@ LLAMA_3 = (
 )
 QWEN_2 = LLAMA_3.replace('{1,3}', '')
 WORDS = (
-  "the cat's hat, I'll 12 345 6789 \u00e9t\u00e9 \u4e2d\u6587 \U0001f600 x=y; ...!"
-  ' e\u0301 \u2581 \u2581a <s> </s> <tool> \x1c \u2003 \u200b naivete'
+  "the cat's hat, I'll 12 345 6789 \u00e9t\u00e9 \u4e2d\u6587 \U0001f600 x=y;"
+  ' ...! e\u0301 \u2581 \u2581a <s> </s> <tool> \x1c \u2003 \u200b naivete'
 ).split(' ')
 GAPS = [
   ' ',
