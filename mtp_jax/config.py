@@ -224,8 +224,8 @@ class Data:
     '',
     'of prepare: bytes (UTF-8 bytes with BOS and EOS; also if empty),'
     ' train:SIZE (SentencePiece, trained on the documents),'
-    ' sentencepiece:FILE.model, hf:FILE.json, tiktoken:FILE; afterwards: that of'
-    ' the store, refused if it is another',
+    ' sentencepiece:FILE.model, hf:FILE.json, tiktoken:FILE; afterwards: that'
+    ' of the store, refused if it is another',
   )
   workers: int = _f(
     0, 'processes that encode documents; 0 = as many as cores', result=False,

@@ -61,7 +61,8 @@ def test_ids_in_ids_out(undisturbed, capsys):
 def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
   prompts = tmp_path / 'prompts.jsonl'
   records = [
-    dict(prompt='a', id='é7', half='\ud800'), dict(prompt='bcd e'), dict(prompt_ids=[256, 98])
+    dict(prompt='a', id='é7', half='\ud800'), dict(prompt='bcd e'),
+    dict(prompt_ids=[256, 98]),
   ]  # fmt: skip
   prompts.write_text('\n'.join(json.dumps(r) + '\n' for r in records))
   out = tmp_path / 'rows.jsonl'

@@ -148,7 +148,7 @@ def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch, tmp_path):
       assert ''.join(parts) == text
       n_parts += len(parts) - 1
     whole = encoding.encode([documents.Document('x', text)], tokenizer)
-    monkeypatch.setattr(encoding, 'BATCH_BYTES', 32)
+    monkeypatch.setattr(encoding, 'PART', 32)
     _, tokens = _tokens(tokenizer, documents.Document('x', text))
     monkeypatch.undo()
     assert tokens.tolist() == whole.tokens_P.tolist(), text
@@ -177,7 +177,7 @@ def test_a_spool_of_parts_is_that_of_documents(kind, monkeypatch, tmp_path):
     return (tmp_path / name).read_bytes(), found
 
   wanted, first = fill('1', True)
-  monkeypatch.setattr(encoding, 'BATCH_BYTES', 50)
+  monkeypatch.setattr(encoding, 'PART', 50)
   monkeypatch.setattr(documents, 'HELD', 10)
   monkeypatch.setattr(documents, 'BLOCK', 33)
   found, second = fill('2', False)

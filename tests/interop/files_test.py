@@ -33,8 +33,8 @@ def llama(tmp_path):
   return path, model, c, arrays
 
 
-def _read(path):
-  cfg, _ = folder.find(str(path), {})
+def _read(path, param_dtype='float32'):
+  cfg, _ = folder.find(str(path), {'model.param_dtype': param_dtype})
   return folder.read(str(path), cfg, tiny.mesh(tiny.cfg()))
 
 
@@ -130,7 +130,9 @@ def test_weights_that_are_no_numbers_are_refused(llama, value, dtype):
   bad[3, 2] = value
   same = {k: x.astype(dtype) for k, x in (arrays | {name: bad}).items()}
   files.write(str(path / files.WHOLE), same)
-  assert f'{name} in model.safetensors has numbers' in _refused(_read, path)
+  for param_dtype in config.DTYPES:
+    line = _refused(_read, path, param_dtype)
+    assert f'{name} in model.safetensors has numbers that are' in line
 
 
 @pytest.mark.parametrize(
