@@ -113,8 +113,8 @@ class Saver:
     except Exception as error:  # of tensorstore: of any class
       self._tell(step, error)
       return
-    # If a kill leaves it without a manifest it is used all the same where it can
-    # be opened, only that damage within arrays is not noticed.
+    # If a kill leaves it without a manifest it is used all the same where it
+    # can be opened, only that damage within arrays is not noticed.
     if processes.first():
       why = unreadable(self._folder / str(step))
       if why:

@@ -242,8 +242,8 @@ class Data:
     '',
     'of prepare: bytes (UTF-8 bytes with BOS and EOS; also if empty),'
     ' train:SIZE (SentencePiece, trained on the documents),'
-    ' sentencepiece:FILE.model, hf:FILE.json; afterwards: that of the store,'
-    ' refused if it is another',
+    ' sentencepiece:FILE.model, hf:FILE.json, tiktoken:FILE; afterwards: that'
+    ' of the store, refused if it is another',
   )
   workers: int = _f(
     0, 'processes that encode documents; 0 = as many as cores',
@@ -651,6 +651,11 @@ class Import:
     'hf: config.json and safetensors; meta: params.json and consolidated.pth;'
     ' also what export wrote',
     result=False, choices=('hf', 'meta'),
+  )  # fmt: skip
+  tokenizer: str = _f(
+    'read',
+    'skip: imports the weights without the tokenizer beside them',
+    result=False, choices=('read', 'skip'),
   )  # fmt: skip
 
 

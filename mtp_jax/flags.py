@@ -85,7 +85,7 @@ def _read_flag_file(path: str, beside: str) -> tuple[list[str], str]:
   try:
     with paths.of(real).open('rb') as file:
       data = file.read(MOST_BYTES + 1)
-    lines = [line.strip() for line in data.decode().split('\n')]
+    lines = [line.strip() for line in data.decode('utf-8-sig').split('\n')]
   except UnicodeDecodeError:
     raise wrong('is not text') from None
   except OSError as error:

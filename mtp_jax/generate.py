@@ -239,7 +239,7 @@ def _stop_ids(cfg: config.Config, opened: Opened) -> tuple[int, ...]:
   said = config.parse_stop_ids(cfg.decode.stop_ids)
   if said is not None:
     return said
-  return (opened.tokenizer.eos,) if opened.tokenizer else ()
+  return opened.tokenizer.stop_ids if opened.tokenizer else ()
 
 
 # Generating.
@@ -280,7 +280,9 @@ def run(
       row = _row(prompt, tokens, forwards, opened, stop_ids)
       rows.append(row)
       if part:
-        part.write(f'{json.dumps(row, ensure_ascii=False)}\n'.encode())
+        line = f'{json.dumps(row, ensure_ascii=False)}\n'
+        # A prompt file may spell half a character: it is escaped again.
+        part.write(line.encode(errors='backslashreplace'))
         part.flush()
       if not stream:
         say(f'=== {len(rows)} of {len(prompts)}\n{_shown(row)}\n')

@@ -5,6 +5,7 @@ jax is imported when a command needs it, so that a wrong flag fails at once.
 
 import collections
 import contextlib
+import io
 import json
 import os
 import sys
@@ -418,6 +419,9 @@ def _usage() -> str:
 def main(argv: list[str] | None = None) -> int:
   """Runs a command; returns the exit status: 0, 2 for bad input, or what the
   command says (README.md lists them)."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # a path may be no UTF-8
+      stream.reconfigure(errors='backslashreplace')
   args = sys.argv[1:] if argv is None else list(argv)
   if not args or args[0] in ('-h', '--help', 'help'):
     print(_usage())

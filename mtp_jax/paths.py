@@ -7,10 +7,13 @@ stands here and in train/lock.py.
 
 import contextlib
 import errno
+import fcntl
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -230,11 +233,69 @@ def new_folder(path: str) -> Iterator[str]:
     with local(path) as disk:
       yield disk
     return
-  tmp = f'{path}.tmp-{os.getpid()}'
-  shutil.rmtree(tmp, ignore_errors=True)
-  os.makedirs(tmp)
-  try:
+  with temporary_folder(path) as tmp:
     yield tmp
     os.rename(tmp, path)
+
+
+@contextlib.contextmanager
+def temporary_folder(path) -> Iterator[str]:
+  """PATH.tmp-PID-HOST, locked, and removed at the end unless renamed; first
+  removes those that killed processes of this host have left beside it."""
+  _sweep(str(path))
+  tmp = f'{path}.tmp-{os.getpid()}-{socket.gethostname()}'
+  shutil.rmtree(tmp, ignore_errors=True)  # of a dead process with this id
+  os.makedirs(tmp)
+  handle = os.open(tmp, os.O_RDONLY)
+  try:
+    _lock(handle)
+    yield tmp
   finally:
+    os.close(handle)
     shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _lock(handle: int) -> bool:
+  """Whether nobody else has it. A file system without locks gives it to all."""
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    return error.errno != errno.EWOULDBLOCK
+  return True
+
+
+def _sweep(path: str) -> None:
+  """Removes temporary folders whose process is dead. A process id says so on
+  its host alone, and there in its own namespace; a lock says it of others."""
+  folder, name = os.path.split(os.path.abspath(path))
+  pattern = re.compile(rf'{re.escape(name)}\.tmp-([0-9]+)(?:-(.+))?')
+  try:
+    beside = os.listdir(folder)
+  except OSError:
+    return
+  for other in beside:
+    found = pattern.fullmatch(other)
+    if not found or found[2] not in (None, socket.gethostname()):
+      continue
+    if int(found[1]) != os.getpid() and _lives(int(found[1])):
+      continue
+    try:
+      handle = os.open(
+        os.path.join(folder, other),
+        os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW,
+      )
+    except OSError:
+      continue
+    if _lock(handle):
+      shutil.rmtree(os.path.join(folder, other), ignore_errors=True)
+    os.close(handle)
+
+
+def _lives(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return False
+  except PermissionError:
+    return True
+  return True

@@ -347,6 +347,6 @@ class Stop:
       self._interrupts = False
 
   def check(self) -> None:
-    """Raises Interrupted if any process has been asked; calls as of `self()`."""
+    """Raises Interrupted if any process has been asked; calls as `self()`."""
     if self():
       raise Interrupted

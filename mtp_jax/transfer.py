@@ -105,13 +105,7 @@ def import_(parsed: flags.Parsed) -> list[str]:
   cfg, ours = folder.find(path, parsed.given)
   if ours:
     cfg = parsed.config(cfg)
-  tokenizer = tokens.read(path, cfg.data.tokenizer if ours else None)
-  if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
-    raise config.ConfigError(
-      'import.path', path,
-      f'its tokenizer has {tokenizer.vocab_size} tokens, the model'
-      f' {cfg.model.vocab_size}',
-    )  # fmt: skip
+  tokenizer, dropped = _tokenizer(path, cfg, ours)
   recorded = tokenizers.recorded_name(tokenizer) if tokenizer else ''
   cfg = config.replace(
     cfg, **{'data.tokenizer': recorded, 'data.store': '',
@@ -129,5 +123,50 @@ def import_(parsed: flags.Parsed) -> list[str]:
     f'{workdir}: {params.count(lm.specs(cfg)):,} parameters, {m.n_layers}'
     f' layers, {cfg.heads.n} head{"s" * (cfg.heads.n > 1)}'
     f' ({cfg.heads.family})'
-    + ('' if tokenizer else '; no tokenizer was there: ids only')
+    + ('' if tokenizer else _WITHOUT[cfg.import_.tokenizer])
+    + (f'; without the tokens {", ".join(dropped)}' if dropped else '')
   ]
+
+
+_WITHOUT = {
+  'read': '; no tokenizer was there: ids only',
+  'skip': '; without its tokenizer: ids only',
+}
+
+
+def _tokenizer(path: str, cfg: config.Config, ours: bool):
+  """(the tokenizer of a folder or None, added tokens dropped to make it fit).
+
+  Raises:
+    ConfigError: there is one, but it cannot be read or does not fit.
+  """
+  if cfg.import_.tokenizer == 'skip':
+    return None, []
+
+  def unfit(problem):
+    return config.ConfigError(
+      'import.path', path,
+      f'{problem}; --import.tokenizer=skip imports the weights without it',
+    )  # fmt: skip
+
+  rows = cfg.model.vocab_size
+  try:
+    found = tokens.read(path, cfg.data.tokenizer if ours else None)
+    if found is None:
+      return None, []
+    fitted, dropped = tokens.fitted(found, rows)
+  except config.ConfigError as error:
+    _, name, problem = error.args
+    raise unfit(f'its tokenizer {name} {problem}') from error
+  if fitted.vocab_size > rows:
+    raise unfit(
+      f'its tokenizer {found.name} has {found.vocab_size} tokens, the model'
+      f' {rows}'
+    )
+  beyond = [i for i in fitted.stop_ids if i >= rows]
+  if beyond:
+    raise unfit(
+      f'its tokenizer {found.name} ends texts with {beyond[0]}, the model has'
+      f' {rows} tokens'
+    )
+  return fitted, dropped

@@ -26,7 +26,8 @@ OTHER = {
 # Every field that may differ when a run goes on; all others may not.
 FREE = """
   data.store data.documents data.valid_fraction data.overwrite data.verify
-  data.read_threads data.workers model.attention
+  data.read_threads data.workers data.max_shard_gib data.max_document_mib
+  model.attention
   mesh.data mesh.fsdp mesh.tensor
   processes.coordinator processes.count processes.index processes.timeout_s
   train.workdir train.steps
@@ -44,7 +45,7 @@ FREE = """
   decode.prompts decode.batch_size decode.cache decode.cache_dtype
   decode.prefill decode.segment decode.compare
   export.checkpoint export.out export.format export.dtype export.shard_gib
-  import.path import.format
+  import.path import.format import.tokenizer
   plan.topology plan.slices plan.sweep plan.search_mesh plan.search_s
 """.split()
 

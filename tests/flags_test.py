@@ -86,6 +86,11 @@ def test_comments_and_blank_lines_say_nothing(tmp_path):
   assert flags.parse([file]).given == {'heads.n': 2}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+  (tmp_path / 'a').write_bytes(b'\xef\xbb\xbf--heads.n=2\n')
+  assert flags.parse([f'--flagfile={tmp_path}/a']).given == {'heads.n': 2}
+
+
 def test_a_later_line_wins(tmp_path):
   file = _file(tmp_path / 'a', '--heads.n=1', '--heads.n=2')
   assert _config(file).heads.n == 2

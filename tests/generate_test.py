@@ -61,7 +61,8 @@ def test_ids_in_ids_out(undisturbed, capsys):
 def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
   prompts = tmp_path / 'prompts.jsonl'
   records = [
-    dict(prompt='a', id='é7'), dict(prompt='bcd e'), dict(prompt_ids=[256, 98])
+    dict(prompt='a', id='é7', half='\ud800'), dict(prompt='bcd e'),
+    dict(prompt_ids=[256, 98]),
   ]  # fmt: skip
   prompts.write_text('\n'.join(json.dumps(r) + '\n' for r in records))
   out = tmp_path / 'rows.jsonl'
@@ -78,6 +79,7 @@ def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
     assert row['ids'] == _oracle(undisturbed, prompt, 6)
     assert (row['finish'], len(row['ids'])) == ('length', 6)
   assert [row['line'] for row in rows] == [1, 3, 5]
+  assert rows[0]['half'] == '\ud800'  # escaped, as it came
   assert rows[0]['id'] == 'é7' and 'é' in out.read_text()
   assert f'=== 1 of 3\na{rows[0]["text"]}\n' in capsys.readouterr().out
   assert not os.path.exists(f'{out}.part')

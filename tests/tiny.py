@@ -172,8 +172,8 @@ def value_and_grad(c: config.Config, rows, w=None, n_active=None):
     )
   (total, sums), grads = jax.device_get(out)
   valid_AKBT = [
-    targets.targets(jax.tree.map(lambda x: x[a], rows), c)[1]
-    for a in range(rows['tokens'].shape[0])
+    targets.targets(dict(zip(rows, of, strict=True)), c)[1]
+    for of in zip(*rows.values(), strict=True)
   ]
   return (total, means(sums, np.sum(valid_AKBT, axis=(0, 2, 3)))), grads
 

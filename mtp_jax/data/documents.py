@@ -1,7 +1,7 @@
 """Readers of documents: a list of sources becomes a stream of texts.
 
 Floor 2: standard library; pyarrow inside the functions that need it. The order
-is fixed (sorted by name), texts are read one at a time, large files in blocks, and
+is fixed (sorted by name), texts are read one at a time, large files in blocks;
 symbolic links below a directory are not followed. A byte order mark at the
 start of a file is no part of it.
 """

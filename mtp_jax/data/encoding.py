@@ -24,6 +24,7 @@ from mtp_jax import config
 from mtp_jax.data import documents, splitting, tokenizers
 
 BATCH_BYTES = 2**18  # of text that goes to a process at once
+PART = 2**16  # characters of it, since libraries take some 200 bytes for each
 
 
 class Part(NamedTuple):
@@ -160,7 +161,7 @@ def _batches(
   is_safe = functools.cache(lambda: splitting.rule(tokenizer))
   batch, size = [], 0
   for document in found:
-    if document.read or len(document.text) > BATCH_BYTES:
+    if document.read or len(document.text) > PART:
       if is_safe():
         if batch:
           yield batch
@@ -186,13 +187,12 @@ def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
     if document.read:
       blocks = document.blocks()
     else:
-      starts = range(first, last, BATCH_BYTES)
+      starts = range(first, last, PART)
       blocks = (
-        document.text[start : min(start + BATCH_BYTES, last)]
-        for start in starts
+        document.text[start : min(start + PART, last)] for start in starts
       )
     before = ''
-    for text in splitting.pieces(blocks, is_safe, BATCH_BYTES):
+    for text in splitting.pieces(blocks, is_safe, PART):
       if part:
         yield part
       at_start = not before

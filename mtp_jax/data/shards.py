@@ -18,6 +18,7 @@ from mtp_jax import config, paths
 from mtp_jax.data import spool as spool_lib
 from mtp_jax.data import windows
 
+COPIED = 2**22  # bytes at once
 OFFSET_DTYPE = '<u8'
 
 
@@ -29,18 +30,19 @@ def write_split(
 ) -> dict:
   """Writes rows of the spool in this order; returns the manifest's entry."""
   folder.mkdir()
-  tokens_P = np.memmap(spool.path, spool.dtype, 'r')
   start_M = (np.cumsum(spool.length_M) - spool.length_M)[rows_M]
   length_M = spool.length_M[rows_M]
   # One document with cuts gives every shard of the store a mask.
   cuts = [spool.cuts[row] for row in rows_M] if any(spool.cuts) else []
-  entries = [
-    _write_shard(
-      folder, number, tokens_P, start_M[first:last], length_M[first:last],
-      cuts[first:last],
-    )
-    for number, (first, last) in enumerate(_bounds(length_M, shard_tokens))
-  ]  # fmt: skip
+  width = np.dtype(spool.dtype).itemsize
+  with open(spool.path, 'rb', buffering=0) as file:
+    entries = [
+      _write_shard(
+        folder, number, file.fileno(), width, start_M[first:last],
+        length_M[first:last], cuts[first:last],
+      )
+      for number, (first, last) in enumerate(_bounds(length_M, shard_tokens))
+    ]  # fmt: skip
   sync_folder(folder)
   entry = {
     'documents': len(rows_M),
@@ -54,10 +56,14 @@ def write_split(
 
 
 def _write_shard(
-  folder, number: int, tokens_P, start_M, length_M, cuts
+  folder, number: int, spool: int, width: int, start_M, length_M, cuts
 ) -> dict:
   pairs = zip(start_M.tolist(), length_M.tolist(), strict=True)
-  parts = (tokens_P[start : start + length] for start, length in pairs)
+  parts = (  # not mapped, or all of it would be counted as memory in use
+    os.pread(spool, min(width * length - at, COPIED), width * start + at)
+    for start, length in pairs
+    for at in range(0, width * length, COPIED)
+  )
   offset_M = (np.cumsum(length_M) - length_M).astype(OFFSET_DTYPE)
   entry = {
     'tokens': int(length_M.sum()),

@@ -3,13 +3,13 @@ r"""Where a text can be split so that its pieces have the tokens of the whole.
 Floor 2: standard library; sentencepiece inside the function that needs it. Two
 proofs are known, both from the files of a tokenizer:
 
-- Byte-pair encoding merges within the vocabulary. If no token has two characters
-  beside each other, no merge reaches over the place between them, and merges on
-  one side do not see the other.
-- Pre-tokenizers of the GPT family end a word before a space: each alternative of
-  their regular expression takes a space as its first character or among nothing
-  but white space. They look no further ahead than one character after white
-  space, and never back.
+- Byte-pair encoding merges within the vocabulary. If no token has two
+  characters beside each other, no merge reaches over the place between them,
+  and merges on one side do not see the other.
+- Pre-tokenizers of the GPT family end a word before a space: each alternative
+  of their regular expression takes a space as its first character or among
+  nothing but white space. They look no further ahead than one character after
+  white space, and never back.
 
 Other tokenizers (unigram models, whose sums of scores are rounded; normalizers
 that look at several characters; other expressions) have no rule: None.

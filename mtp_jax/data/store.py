@@ -15,6 +15,7 @@ its split, its place in the split. So the order is a shuffle, and the same
 documents in any order make the same bytes. Letter: M documents.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -27,7 +28,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mtp_jax import config, jsonl
+from mtp_jax import config, jsonl, paths
 from mtp_jax.data import encoding, shards, tokenizers, windows
 from mtp_jax.data import spool as spool_lib
 
@@ -115,13 +116,11 @@ def write(
     raise config.ConfigError(
       'data.valid_fraction', valid_fraction, 'from 0 to below 1'
     )
-  tmp = out.with_name(f'{out.name}.tmp-{os.getpid()}')
-  shutil.rmtree(tmp, ignore_errors=True)  # of a dead process with this id
-  try:
-    tmp.mkdir(parents=True)
-  except OSError as error:
-    raise _error(out_dir, f'cannot write there: {error.strerror}') from error
-  try:
+  with contextlib.ExitStack() as stack:
+    try:
+      tmp = pathlib.Path(stack.enter_context(paths.temporary_folder(out)))
+    except OSError as error:
+      raise _error(out_dir, f'cannot write there: {error.strerror}') from error
     spool = spool_lib.fill(
       tmp / 'spool', documents, tokenizer, progress, workers
     )
@@ -139,8 +138,6 @@ def write(
     shards.write_file(tmp / 'manifest.json', [_to_json(manifest).encode()])
     shards.sync_folder(tmp)
     _publish(tmp, out)
-  finally:
-    shutil.rmtree(tmp, ignore_errors=True)
   return manifest
 
 

@@ -6,6 +6,7 @@ keeps the files, so that nobody needs the originals any more.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax import config, jsonl, paths
+from mtp_jax.data import ranks
 
 
 class Tokenizer(NamedTuple):
@@ -29,6 +31,12 @@ class Tokenizer(NamedTuple):
   token_bytes_V: np.ndarray  # UTF-8 bytes a token stands for; specials 0
   fingerprint: str  # sha256 of what defines the ids
   files: dict[str, bytes]  # what `of_files` makes it of again
+  more_eos: tuple[int, ...] = ()  # further ids that end a text when decoding
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """All end tokens, that of documents first."""
+    return (self.eos, *self.more_eos)
 
 
 Files = dict[str, bytes]
@@ -114,7 +122,16 @@ SPACE = '\u2581'  # SentencePiece's mark of a space
 
 
 def _read_sentencepiece(name: str, path: str) -> Files:
-  return {PIECES: _read_model(name, path)}
+  return {PIECES: _read_model(name, path)} | _generation(name, path)
+
+
+def _read_ranks(name: str, path: str) -> Files:
+  try:
+    return ranks.files(_read_model(name, path))
+  except ValueError as error:
+    if isinstance(error, config.ConfigError):
+      raise
+    raise _error(name, f'is no file of tokens in base64: {error}') from error
 
 
 def _read_trained(name: str, size: str) -> Files:
@@ -163,6 +180,7 @@ def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
     token_bytes_V=np.array([n_bytes(i) for i in range(size)], np.int64),
     fingerprint=hashlib.sha256(model).hexdigest(),
     files=files,
+    more_eos=_more_eos(name, files, pieces.eos_id()),
   )
 
 
@@ -194,11 +212,10 @@ ENDS_FORM = {
   ),
   ...: object,
 }  # fmt: skip
+GENERATION = 'generation_config.json'
 # What lies beside a tokenizer.json, and leaves with it as it came.
-BESIDE = (
-  ENDS, 'special_tokens_map.json', 'chat_template.jinja',
-  'generation_config.json',
-)  # fmt: skip
+BESIDE = ENDS, 'special_tokens_map.json', 'chat_template.jinja', GENERATION
+MOST_IDS = 2**24  # of a vocabulary: tables of this length are made
 
 
 def _read_hugging_face(name: str, path: str) -> Files:
@@ -208,7 +225,45 @@ def _read_hugging_face(name: str, path: str) -> Files:
     beside = os.path.join(folder, other)
     if os.path.exists(beside):
       files[other] = _read_model(name, beside)
-  return files
+  return _generation(name, path) | files
+
+
+def _generation(name: str, path: str) -> Files:
+  """The GENERATION that lies beside a tokenizer; or one of what config.json
+  there states, if that is several end tokens."""
+  folder = os.path.dirname(os.path.expanduser(path))
+  if os.path.exists(beside := os.path.join(folder, GENERATION)):
+    return {GENERATION: _read_model(name, beside)}
+  if not os.path.exists(beside := os.path.join(folder, 'config.json')):
+    return {}
+  about = _object(name, 'config.json', _read_model(name, beside), ANY)
+  if not isinstance(about.get('eos_token_id'), list):
+    return {}
+  kept = ('bos_token_id', 'eos_token_id')
+  made = {field: about[field] for field in kept if field in about}
+  return {GENERATION: json.dumps(made, indent=2).encode()}
+
+
+ANY = {...: object}
+
+
+def _object(name: str, file: str, data: bytes, form: dict) -> dict:
+  try:
+    return jsonl.loads(data, form)
+  except ValueError as error:
+    raise _error(name, f'{file} beside it: {error}') from error
+
+
+def _more_eos(name: str, files: Files, eos: int) -> tuple[int, ...]:
+  """The end tokens of GENERATION that are not `eos`."""
+  about = _object(name, GENERATION, files.get(GENERATION, b'{}'), ANY)
+  found = about.get('eos_token_id')
+  found = found if isinstance(found, list) else [found] * (found is not None)
+  if not all(type(i) is int and 0 <= i < MOST_IDS for i in found):
+    raise _error(
+      name, f'{GENERATION} beside it has eos_token_id={found!r}, no token ids'
+    )
+  return tuple(i for i in dict.fromkeys(found) if i != eos)
 
 
 def _make_hugging_face(name: str, files: Files) -> Tokenizer:
@@ -232,9 +287,18 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
   fast.no_padding()
   fast.no_truncation()
   fast.encode_special_tokens = True  # '</s>' within a text is but text
-  size = fast.get_vocab_size()
+  size = 1 + max(fast.get_vocab().values(), default=-1)  # ids may have gaps
+  if size > MOST_IDS:
+    raise _error(name, f'has the id {size - 1:,}; at most {MOST_IDS - 1:,}')
   pieces = [fast.id_to_token(i) or '' for i in range(size)]
   added = fast.get_added_tokens_decoder()
+  for token in json.loads(model).get('added_tokens') or ():
+    known = fast.token_to_id(token['content'])
+    if known != token['id']:  # it counts on from the number of tokens
+      raise _error(
+        name, f'has {token["content"]!r} as {token["id"]}, which the tokenizers'
+        f' library reads as {known}: ids before it have a gap',
+      )  # fmt: skip
   byte_level = b'"ByteLevel"' in model
 
   def n_bytes(i):
@@ -243,6 +307,13 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     if byte_level or BYTE_PIECE.fullmatch(pieces[i]):
       return len(pieces[i]) if byte_level else 1
     return len(_spaced(pieces[i]))
+
+  def encode(text):
+    try:
+      ids = fast.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises just that
+      raise _error(name, f'cannot encode a text: {error}') from error
+    return np.asarray(ids, np.int32)
 
   def decode(ids):
     ids = np.asarray(ids, np.int64).reshape(-1).tolist()
@@ -254,26 +325,24 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     vocab_size=size,
     bos=bos,
     eos=eos,
-    encode=lambda text: np.asarray(
-      fast.encode(text, add_special_tokens=False).ids, np.int32
-    ),
+    encode=encode,
     decode=decode,
     piece=lambda i: _printable(pieces[i]) if 0 <= i < size else f'<id {i}>',
     token_bytes_V=np.array([n_bytes(i) for i in range(size)], np.int64),
     fingerprint=hashlib.sha256(model + b'%d %d' % (bos, eos)).hexdigest(),
     files=files,
+    more_eos=_more_eos(name, files, eos),
   )
 
 
 def _hugging_face_ends(name, files, fast) -> tuple[int, int]:
-  try:
-    about = jsonl.loads(files.get(ENDS, b'{}'), ENDS_FORM)
-  except ValueError as error:
-    raise _error(name, f'{ENDS} beside it: {error}') from error
+  about = _object(name, ENDS, files.get(ENDS, b'{}'), ENDS_FORM)
 
   def find(kind, usual):
     said = about.get(f'{kind}_token')
     said = said.get('content') if isinstance(said, dict) else said
+    if not isinstance(said, str | None):
+      raise _error(name, f'{ENDS} beside it has {kind}_token={said!r}, no text')
     ids = [fast.token_to_id(t) for t in ([said] if said else usual)]
     found = [i for i in ids if i is not None]
     return _special(name, kind.upper(), found[0] if found else None)
@@ -294,6 +363,7 @@ KINDS: dict[str, Kind] = {
   'train': Kind(_read_trained, _make_sentencepiece),
   'sentencepiece': Kind(_read_sentencepiece, _make_sentencepiece),
   'hf': Kind(_read_hugging_face, _make_hugging_face),
+  'tiktoken': Kind(_read_ranks, _make_hugging_face),
 }
 
 

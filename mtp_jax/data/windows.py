@@ -90,8 +90,8 @@ class Split(_Shards):
 def between(offset_M, first: int, end: int, size: int) -> np.ndarray:
   """Returns the offsets from `first` to below `end`, uint64.
 
-  Reads a few blocks of the sorted offsets of a shard of `size` tokens: documents
-  are about as long everywhere, so that the first guess is near.
+  Reads a few blocks of the sorted offsets of a shard of `size` tokens.
+  Documents are about as long everywhere, so that the first guess is near.
   """
   low, high = 0, offset_M.size  # the first one wanted lies within
   at = max(0, first * high // max(size, 1) - BLOCK // 2)

@@ -28,7 +28,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   prompts = pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
   decoded = subject.decoder(
-    prompts, stop_ids=(subject.tokenizer.eos,), each=lambda tokens: None
+    prompts, stop_ids=subject.tokenizer.stop_ids, each=lambda tokens: None
   )
   scalars = dict(tokens_per_forward=decoded.tokens_per_forward)
   asked_J, accepted_J = decoded.asked_J, decoded.accepted_J

@@ -54,7 +54,8 @@ def problems(path: str) -> list[Problem]:
   for line, (question, worked) in documents.records(
     path, ['question', 'answer'], fail
   ):
-    answer = number(worked) if '####' in worked else None
+    _, mark, said = worked.rpartition('####')
+    answer = number(mark + said) if mark else None
     if answer is None:
       raise fail(f"{path}:{line}: there is no number after '####' in answer")
     found.append(Problem(len(found), question, answer))
@@ -70,14 +71,16 @@ NUMBER = re.compile(r'(?:(?<![0-9])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)')
 def number(text: str) -> decimal.Decimal | None:
   """The number that a solution ends with; None if it names none.
 
-  It is the last one of the sentence that goes on from the last "The answer is",
-  or from `####`; commas and dollars are no part of it.
+  It is the last one of the sentence that goes on from the first "The answer
+  is", or from `####`: what follows is a problem that the model invents. The
+  strict match of lm-evaluation-harness (gsm8k_cot) takes the first as well.
+  Commas, also LaTeX's {,}, and dollars are no part of it.
   """
-  *before, said = SAYS.split(text)
-  if not before:
+  _, *after = SAYS.split(text, maxsplit=1)
+  if not after:
     return None
-  sentence = re.split(r'\.(?=\s|$)|\n', said.strip(), maxsplit=1)[0]
-  found = NUMBER.findall(re.sub('[,$]', '', sentence))
+  sentence = re.split(r'\.(?=\s|$)|\n', after[0].strip(), maxsplit=1)[0]
+  found = NUMBER.findall(re.sub(r'\{,\}|[,$]', '', sentence))
   return decimal.Decimal(found[-1]) if found else None
 
 

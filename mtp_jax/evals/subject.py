@@ -139,14 +139,14 @@ def _batch(decoder, tokenizer, rows, jobs, B: int, ask: Ask) -> list[Text]:
   decoded = decoder(
     rows, rows=B, cache=decoder.cfg.decode.cache or longest + ask.max_new,
     seeds=[seed(ask.seed, i, j) for i, j in jobs],
-    stop_ids=(tokenizer.eos,), each=ended,
+    stop_ids=tokenizer.stop_ids, each=ended,
   )  # fmt: skip
   texts = []
   for b, (ids, forwards) in enumerate(
     zip(decoded.tokens, decoded.forwards, strict=True)
   ):
     text, stopped = _cut(text_of(b, ids), ask.stop)
-    stopped |= len(ids) > 0 and int(ids[-1]) == tokenizer.eos
+    stopped |= len(ids) > 0 and int(ids[-1]) in tokenizer.stop_ids
     finish = 'stop' if stopped else 'length'
     texts.append(Text(text, ids, int(forwards), finish))
   return texts

@@ -65,7 +65,11 @@ def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
 def _ends(tokenizer) -> dict:
   if tokenizer is None:
     return {}
-  return dict(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
+  several = len(tokenizer.stop_ids) > 1
+  return dict(
+    bos_token_id=tokenizer.bos,
+    eos_token_id=list(tokenizer.stop_ids) if several else tokenizer.eos,
+  )
 
 
 def _modules(cfg: config.Config) -> int:

@@ -4,9 +4,10 @@ import json
 import os
 import re
 
-from mtp_jax.data import tokenizers
+from mtp_jax.data import ranks, tokenizers
 
-MODEL = 'tokenizer.model'  # what Llama calls a SentencePiece model
+MODEL = 'tokenizer.model'  # what Llama calls a SentencePiece model, or Llama 3
+# its file of tokens in base64
 JSON = 'tokenizer.json'
 
 
@@ -60,7 +61,7 @@ def _of_bytes():
   from tokenizers import decoders, models, pre_tokenizers
 
   # The letters that a byte-level vocabulary writes for bytes, in their order.
-  letters = _byte_letters()
+  letters = ranks.byte_letters()
   fast = library.Tokenizer(
     models.BPE({letter: b for b, letter in enumerate(letters)}, [])
   )
@@ -70,13 +71,6 @@ def _of_bytes():
   fast.decoder = decoders.ByteLevel()
   fast.add_special_tokens(['<bos>', '<eos>'])
   return fast
-
-
-def _byte_letters() -> list[str]:
-  """GPT-2's: a printable Latin-1 byte is itself, the n-th other one 256 + n."""
-  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [b for b in range(256) if b not in plain]
-  return [chr(b if b in plain else 256 + others.index(b)) for b in range(256)]
 
 
 # Kinds of a piece in SentencePiece's ModelProto.
@@ -194,5 +188,38 @@ def read(folder: str, ours: str | None) -> tokenizers.Tokenizer | None:
   for kind, name in kinds:
     path = os.path.join(folder, name)
     if os.path.exists(path):
-      return tokenizers.get(f'{kind}:{path}')
+      is_ranks = name == MODEL and _is_ranks(path)
+      return tokenizers.get(f'{"tiktoken" if is_ranks else kind}:{path}')
   return None
+
+
+def _is_ranks(path: str) -> bool:
+  """Whether a file's first line is a token in base64 and a number."""
+  with open(path, 'rb') as file:
+    return bool(
+      re.fullmatch(rb'[A-Za-z0-9+/]+=* [0-9]+\s*', file.readline(999))
+    )
+
+
+def fitted(
+  tokenizer: tokenizers.Tokenizer, rows: int
+) -> tuple[tokenizers.Tokenizer, list[str]]:
+  """(a tokenizer without the added tokens that a model of so many rows has no
+  row for, their names). As it is if that is not all that is too much."""
+  model = tokenizer.files.get(JSON)
+  if model is None or tokenizer.vocab_size <= rows:
+    return tokenizer, []
+  about = json.loads(model)
+  ends = {tokenizer.bos, *tokenizer.stop_ids}
+  beyond = [x for x in about['added_tokens'] if x['id'] >= rows]
+  if any(x['id'] in ends for x in beyond) or any(
+    i >= rows for i in about['model']['vocab'].values()
+  ):
+    return tokenizer, []
+  about['added_tokens'] = [x for x in about['added_tokens'] if x['id'] < rows]
+  files = tokenizer.files | {
+    JSON: json.dumps(about, ensure_ascii=False).encode()
+  }
+  return (
+    tokenizers.of_files(tokenizer.name, files), [x['content'] for x in beyond]
+  )  # fmt: skip

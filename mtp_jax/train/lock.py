@@ -40,8 +40,8 @@ class Lock:
   Whether a process of another machine, or of another container of this one,
   lives is seen by its lock alone: either it touches it, or it is silent for
   STALE_S. That is waited for, since a run whose machine has died is started on
-  another one at once. What is waited for is a change: clocks of machines differ,
-  and one may have been set back.
+  another one at once. What is waited for is a change: clocks of machines
+  differ, and one may have been set back.
   """
 
   def __init__(self, workdir: str):

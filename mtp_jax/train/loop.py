@@ -326,34 +326,35 @@ def _loop(
         clock.at('device')
         jax.block_until_ready(state)  # else others would get its seconds
 
-      def save():
-        clock.at('checkpoint')
-        _check_held(run)
-        if run.sinks:
-          run.sinks.sync()
-          run.ledger.sync()
-        checkpoint.save(
-          run.saver, done, state, cfg, run.tokens.fingerprint, left_out,
-          spikes.state(),
-        )  # fmt: skip
-
       # First what would be lost: evaluating may take longer than the machine
       # has left, and is done again where it was broken off.
       if due or stop:
-        save()
+        _save(run, done, state, left_out, spikes)
       if stop:
         return _interrupted(run, done, say)
       if evaluates:
         clock.at('eval')
         if not evaluate(done, state, say):
           if not due:
-            save()
+            _save(run, done, state, left_out, spikes)
           return _interrupted(run, done, say)
       clock.at('host')
     clock.at('checkpoint')
     _wait_for_save(run)
     _end(run, t.steps, 'finished')
   return 0
+
+
+def _save(run: _Run, done: int, state, left_out, spikes: '_Spikes') -> None:
+  run.clock.at('checkpoint')
+  _check_held(run)
+  if run.sinks:
+    run.sinks.sync()
+    run.ledger.sync()
+  checkpoint.save(
+    run.saver, done, state, run.cfg, run.tokens.fingerprint, left_out,
+    spikes.state(),
+  )  # fmt: skip
 
 
 def _interrupted(run: _Run, done: int, say) -> int:

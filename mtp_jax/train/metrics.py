@@ -189,9 +189,9 @@ def jsonable(values: dict[str, float | None]) -> dict[str, float | None]:
 class Sinks:
   """metrics.jsonl and TensorBoard, cut back to the step a run starts at.
 
-  TensorBoard's file is written here and now: the thread in which tensorboardX's
-  own writer does it dies of a full disk, and whoever then writes waits for ever;
-  it also sleeps for as long as the clock is set back.
+  TensorBoard's file is written here and now. The thread in which tensorboardX's
+  own writer does it dies of a full disk, and the next write then waits for
+  ever; it also sleeps for as long as the clock is set back.
   """
 
   def __init__(self, workdir: str, start_step: int):

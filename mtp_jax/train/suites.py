@@ -31,8 +31,8 @@ def evaluate(
   tokenizer: tokenizers.Tokenizer, step: int, alive: Callable[[], None],
 ) -> suites.Result:  # fmt: skip
   """What a suite finds of the parameters after `step` steps; alive() is called
-  while it runs. One that cannot be evaluated after all is a line, and no result:
-  it is not worth a run."""
+  while it runs. One that cannot be evaluated after all is a line: it is not
+  worth a run."""
   active = config.active_heads(cfg, max(step - 1, 0))
   try:
     with jax.transfer_guard('allow'):  # prompts come from the host

@@ -22,7 +22,7 @@ Document = documents.Document
 
 @pytest.fixture
 def words(tmp_path):
-  """A tokenizer.json of some words, one of which has an id out of range."""
+  """A tokenizer.json of some words, whose ids have a gap."""
   vocab = {'<s>': 0, '</s>': 1, '?': 2, 'a': 3, 'b': 4, 'bad': 99}
   fast = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='?'))
   fast.pre_tokenizer = hf.pre_tokenizers.Whitespace()
@@ -63,13 +63,14 @@ def test_an_error_while_encoding_is_one_line(
   tmp_path, words, monkeypatch, capsys, workers
 ):
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 200)
-  texts = [f'a {i}' * 20 for i in range(30)]
-  assert _prepare(tmp_path, 's', [*texts, 'a bad b'], words, workers) == 2
+  about = json.loads((tmp_path / 'tokenizer.json').read_text())
+  del about['model']['vocab']['?']  # what an unknown word would be
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(about))
+  texts = ['a b ' * (20 + i) for i in range(30)]
+  assert _prepare(tmp_path, 's', [*texts, 'a odd b'], words, workers) == 2
   error = capsys.readouterr().err
-  assert error == (
-    f'mtp: --data.tokenizer={words}: gave an id from 3 to 99 in d.jsonl:31, its'
-    ' vocab_size is 6\n'
-  )
+  assert error.startswith(f'mtp: --data.tokenizer={words}: cannot encode a ')
+  assert error.count('\n') == 1
   assert sorted(os.listdir(tmp_path)) == ['d.jsonl', 'tokenizer.json']
 
 

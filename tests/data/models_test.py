@@ -1,7 +1,9 @@
 """Tokenizers that are files: SentencePiece models and tokenizer.json."""
 
 import argparse
+import base64
 import io
+import itertools
 import json
 import re
 
@@ -11,7 +13,7 @@ import sentencepiece
 import tokenizers as hf
 
 from mtp_jax import config
-from mtp_jax.data import documents, store, tokenizers
+from mtp_jax.data import documents, ranks, store, tokenizers
 
 CODE = open(argparse.__file__, encoding='utf-8').read()[:20_000]
 TEXTS = ('def f(x):\n  return "é😀"\n', CODE[:3000])
@@ -206,3 +208,115 @@ def test_a_broken_file_is_one_line(tmp_path, source, problem):
   with pytest.raises(config.ConfigError, match=problem) as error:
     list(documents.read(source.format(tmp_path)))
   assert '\n' not in str(error.value)
+
+
+def test_a_vocabulary_ends_after_its_largest_id(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  vocab = {'<s>': 0, '</s>': 1, '?': 2, 'a': 7, 'b': 40}
+  fast = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='?'))
+  fast.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  fast.add_special_tokens(['<s>', '</s>'])
+  fast.save(str(path))
+  tokenizer = tokenizers.get(f'hf:{path}')
+  assert tokenizer.vocab_size == tokenizer.token_bytes_V.size == 41
+  ids = tokenizer.encode('a b b x')
+  assert ids.tolist() == [7, 40, 40, 2]
+  assert tokenizer.decode([3, *ids, 39]) == 'a b b ?'
+  assert tokenizer.token_bytes_V[[3, 7, 40]].tolist() == [0, 1, 1]
+  about = json.loads(path.read_text())
+  about['added_tokens'].append(
+    about['added_tokens'][0] | dict(id=41, content='[PAD]')
+  )
+  path.write_text(json.dumps(about))
+  with pytest.raises(config.ConfigError, match=r"'\[PAD\]' as 41, which"):
+    tokenizers.get(f'hf:{path}')
+  del about['added_tokens'][-1]
+  about['model']['vocab']['b'] = 2**31
+  path.write_text(json.dumps(about))
+  with pytest.raises(config.ConfigError, match='has the id 2,147,483,648; at'):
+    tokenizers.get(f'hf:{path}')
+
+
+@pytest.mark.parametrize('file', ['generation_config.json', 'config.json'])
+@pytest.mark.parametrize('kind', ['hf', 'sentencepiece'])
+def test_all_end_tokens_are_read_beside_the_file(tmp_path, spm, file, kind):
+  path = tmp_path / 'x.json'
+  if kind == 'hf':
+    _llama_like(path)
+  else:
+    path.write_bytes(spm.read_bytes())
+  plain = tokenizers.get(f'{kind}:{path}')
+  assert plain.stop_ids == (plain.eos,)
+  for stated, wanted in (
+    ([plain.eos, 9], (9,)), ([9, 8], (9, 8)), (plain.eos, ()), (None, ()),
+  ):  # fmt: skip
+    (tmp_path / file).write_text(json.dumps(dict(eos_token_id=stated)))
+    tokenizer = tokenizers.get(f'{kind}:{path}')
+    assert tokenizer.stop_ids == (plain.eos, *wanted)
+    assert tokenizer.fingerprint == plain.fingerprint
+    kept = tokenizers.of_files(f'{kind}:x', tokenizer.files)
+    assert kept.stop_ids == tokenizer.stop_ids
+  for wrong in ([2, '426'], [-1], [[3]]):
+    (tmp_path / file).write_text(json.dumps(dict(eos_token_id=wrong)))
+    with pytest.raises(config.ConfigError, match='eos_token_id='):
+      tokenizers.get(f'{kind}:{path}')
+
+
+# Files of ranks, as Llama 3's.
+
+
+def _ranks_file(path) -> tuple[bytes, dict]:
+  """The tokens of a byte-level vocabulary in the order of their merges."""
+  _byte_level(path)
+  vocab = json.loads(path.read_text())['model']['vocab']
+  byte_of = {letter: b for b, letter in enumerate(ranks.byte_letters())}
+  names = sorted(vocab.keys() - {'<|endoftext|>'}, key=vocab.get)
+  tokens = [bytes(byte_of[letter] for letter in name) for name in names]
+  lines = (b'%s %d' % (base64.b64encode(t), i) for i, t in enumerate(tokens))
+  return b'\n'.join(lines), {token: i for i, token in enumerate(tokens)}
+
+
+def _by_ranks(word: bytes, of) -> list[int]:
+  """tiktoken's own rule: the pair of the lowest rank first, the leftmost."""
+  if word in of:
+    return [of[word]]
+  parts = [bytes([byte]) for byte in word]
+  while True:
+    pairs = [
+      (of[a + b], i)
+      for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in of
+    ]  # fmt: skip
+    if not pairs:
+      return [of[part] for part in parts]
+    i = min(pairs)[1]
+    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_a_file_of_ranks_is_read_as_tiktoken_reads_it(tmp_path):
+  data, of = _ranks_file(tmp_path / 'trained.json')
+  (tmp_path / 'tokenizer.model').write_bytes(data)
+  tokenizer = tokenizers.get(f'tiktoken:{tmp_path}/tokenizer.model')
+  n = len(of)
+  assert tokenizer.vocab_size == n + 256
+  assert (tokenizer.bos, tokenizer.stop_ids) == (n, (n + 1, n + 9))
+  assert tokenizer.piece(n + 255) == '<|reserved_special_token_250|>'
+  assert tokenizers.begins(tokenizer)
+  for text in ('the tooth heats', ' the  eta\n\n12345 x!', 'é日 <|eot_id|>'):
+    words = tokenizer.encode(text)
+    assert tokenizer.decode(words) == text
+    assert tokenizer.token_bytes_V[words].sum() == len(text.encode())
+  words = set(re.findall(r' ?[a-zA-Z]+', CODE)) | {'selfself', 'eeeeee'}
+  assert len(words) > 300
+  for word in words:
+    assert tokenizer.encode(word).tolist() == _by_ranks(word.encode(), of)
+  again = tokenizers.of_files(
+    tokenizers.recorded_name(tokenizer).replace('#', ':'), tokenizer.files
+  )
+  assert again.fingerprint == tokenizer.fingerprint
+  for wrong, said in (
+    (data[:-5], 'base64'), (b'junk', 'base64'),
+    (data + b'\nYWE= 9999', 'ranks'), (b'YQ== 0', 'a byte has no token'),
+  ):  # fmt: skip
+    (tmp_path / 'tokenizer.model').write_bytes(wrong)
+    with pytest.raises(config.ConfigError, match=said):
+      tokenizers.get(f'tiktoken:{tmp_path}/tokenizer.model')

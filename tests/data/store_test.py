@@ -1,14 +1,19 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import random
+import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from mtp_jax import config
+from mtp_jax import config, paths
 from mtp_jax.data import documents, encoding, shards, store, tokenizers
 
 BYTES = tokenizers.get('bytes')
@@ -432,3 +437,34 @@ def test_shards_grow_with_the_store(tmp_path, monkeypatch):
   manifest = _write(tmp_path / 's')
   n = sum(len(split['shards']) for split in manifest['splits'].values())
   assert 4 <= n <= 6
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+  """By name and lock: not of living processes, other hosts, other folders."""
+  done = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'],
+                        capture_output=True, check=True)  # fmt: skip
+  dead, host = int(done.stdout), socket.gethostname()
+  gone = [
+    f's.tmp-{dead}',
+    f's.tmp-{dead}-{host}',
+    f's.tmp-{os.getpid()}-{host}',
+  ]
+  kept = [
+    f's.tmp-{dead}-other', f's.tmp-{os.getppid()}-{host}', f's2.tmp-{dead}',
+    's.tmp-x', 's.tmp',
+  ]  # fmt: skip
+  for name in gone + kept:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'spool').write_text('x')
+  locked = tmp_path / f's.tmp-{dead}-{host}'
+  handle = os.open(locked, os.O_RDONLY)
+  fcntl.flock(handle, fcntl.LOCK_EX)  # as of another namespace
+  _write(tmp_path / 's')
+  assert sorted(os.listdir(tmp_path)) == sorted([*kept, locked.name, 's'])
+  os.close(handle)
+  with paths.new_folder(str(tmp_path / 's')) as tmp:
+    assert sorted(os.listdir(tmp_path)) == sorted(
+      [*kept, 's', os.path.basename(tmp)]
+    )
+    shutil.rmtree(tmp_path / 's')
+  assert sorted(os.listdir(tmp_path)) == sorted([*kept, 's'])

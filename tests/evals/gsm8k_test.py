@@ -31,7 +31,11 @@ ROWS = [
     (' The answer is 9-2.', '2'),
     (' The answer is .5 miles', '0.5'),
     (' The answer is\n42 apples\nor 3', '42'),
-    (' The answer is 3. No: The answer is 4.', '4'),
+    (' The answer is 3. No: The answer is 4.', '3'),
+    (' The answer is 3.\n\nQ. Of 9?\nA: The answer is 4.', '3'),
+    (' The answer is 3.\n#### 5', '3'),
+    (' The answer is $9{,}500.', '9500'),
+    (' The answer is \\$1{,}234{,}567.50.', '1234567.5'),
     ('3 + 4 = 7\n#### 7', '7'),
     ('#### 2,125', '2125'),
     (' The answer is 50% of it.', '50'),
@@ -242,3 +246,13 @@ def test_what_cannot_be_asked_is_told(flags, said, workdir, capsys):
   assert _eval(workdir, *flags) == 2
   error = capsys.readouterr().err
   assert said in error and error.count('\n') == 1
+
+
+def test_the_last_mark_of_a_problem_has_its_answer(tmp_path):
+  row = dict(question='?', answer='The answer is 3.\n#### 4\n#### 5')
+  (tmp_path / 'x.jsonl').write_text(json.dumps(row))
+  assert gsm8k.problems(str(tmp_path / 'x.jsonl'))[0].answer == 5
+  row['answer'] = 'The answer is 3.'
+  (tmp_path / 'x.jsonl').write_text(json.dumps(row))
+  with pytest.raises(config.ConfigError, match="no number after '####'"):
+    gsm8k.problems(str(tmp_path / 'x.jsonl'))

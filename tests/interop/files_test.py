@@ -1,5 +1,6 @@
 """Which files of a folder an import reads, and what it refuses in them."""
 
+import base64
 import json
 import os
 
@@ -7,9 +8,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers as hf
 
-from mtp_jax import config
-from mtp_jax.interop import files, folder
+from mtp_jax import config, main
+from mtp_jax.data import tokenizers
+from mtp_jax.interop import files, folder, tokens
 from tests import tiny
 
 HEAD, EMBEDDING = folder.HEAD, folder.EMBEDDING
@@ -30,8 +33,8 @@ def llama(tmp_path):
   return path, model, c, arrays
 
 
-def _read(path):
-  cfg, _ = folder.find(str(path), {})
+def _read(path, param_dtype='float32'):
+  cfg, _ = folder.find(str(path), {'model.param_dtype': param_dtype})
   return folder.read(str(path), cfg, tiny.mesh(tiny.cfg()))
 
 
@@ -128,7 +131,9 @@ def test_weights_that_are_no_numbers_are_refused(llama, value, dtype):
   bad[3, 2] = value
   same = {k: x.astype(dtype) for k, x in (arrays | {name: bad}).items()}
   files.write(str(path / files.WHOLE), same)
-  assert f'{name} in model.safetensors has numbers' in _refused(_read, path)
+  for param_dtype in config.DTYPES:
+    line = _refused(_read, path, param_dtype)
+    assert f'{name} in model.safetensors has numbers that are' in line
 
 
 @pytest.mark.parametrize(
@@ -164,3 +169,97 @@ def test_more_layers_than_anyone_has_are_refused_at_once(llama, field):
   (path / 'config.json').write_text(json.dumps(about | {field: 10**24}))
   line = _refused(_read, path)
   assert f'{field}={10**24} in config.json; at most 10,000' in line
+
+
+# Tokenizers that do not fit.
+
+
+def _import(path, run, capsys, *more):
+  """(exit status, stdout, stderr)."""
+  status = main.main([
+    'import', f'--import.path={path}', f'--train.workdir={run}',
+    '--mesh.fsdp=-1', '--train.compilation_cache=', *more,
+  ])  # fmt: skip
+  return status, *capsys.readouterr()
+
+
+def _tokenizer(path, rows, added=()):
+  """Words with ids from 0 to rows - 1, and added tokens after them."""
+  words = ['<s>', '</s>', '?', 'a', *map(str, range(4, rows - 1)), 'b']
+  vocab = {word: i for i, word in enumerate(words)}
+  fast = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='?'))
+  fast.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  fast.add_special_tokens(['<s>', '</s>'])
+  fast.save(str(path / 'tokenizer.json'))
+  about = json.loads((path / 'tokenizer.json').read_text())
+  about['added_tokens'] += [
+    about['added_tokens'][0] | dict(id=rows + i, content=name)
+    for i, name in enumerate(added)
+  ]
+  (path / 'tokenizer.json').write_text(json.dumps(about))
+
+
+def test_an_added_token_without_a_row_is_dropped(llama, tmp_path, capsys):
+  path, *_ = llama
+  _tokenizer(path, 264, ['[PAD]'])
+  status, out, _ = _import(path, tmp_path / 'run', capsys)
+  assert status == 0 and 'without the tokens [PAD]' in out
+  back = tokenizers.load(str(tmp_path / 'run/tokenizer'))
+  assert back.vocab_size == 264 and back.encode('a b').tolist() == [3, 263]
+
+
+def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(
+  llama, tmp_path, capsys
+):
+  path, *_ = llama
+  for write, said in (
+    (lambda: _tokenizer(path, 265), 'has 265 tokens, the model 264'),
+    (
+      lambda: (path / 'tokenizer.json').write_text('{}'),
+      'is not a tokenizer.json',
+    ),
+    (
+      lambda: (
+        _tokenizer(path, 264),
+        (path / 'generation_config.json').write_text('{"eos_token_id": 264}'),
+      ),
+      'ends texts with 264, the model has 264 tokens',
+    ),
+  ):
+    write()
+    status, _, error = _import(path, tmp_path / 'run', capsys)
+    assert status == 2 and error.count('\n') == 1
+    assert f'its tokenizer hf:{path}/tokenizer.json' in error and said in error
+    assert '--import.tokenizer=skip' in error
+    assert not (tmp_path / 'run').exists()
+  status, out, _ = _import(
+    path, tmp_path / 'run', capsys, '--import.tokenizer=skip'
+  )
+  assert status == 0 and 'without its tokenizer: ids only' in out
+  assert not (tmp_path / 'run/tokenizer').exists()
+
+
+def test_all_end_tokens_come_in_and_leave(llama, tmp_path, capsys):
+  path, _, c, _ = llama
+  _tokenizer(path, 264)
+  about = json.loads((path / 'config.json').read_text())
+  about |= dict(bos_token_id=0, eos_token_id=[1, 200])
+  (path / 'config.json').write_text(json.dumps(about))
+  (path / 'generation_config.json').unlink()
+  assert _import(path, tmp_path / 'run', capsys)[0] == 0
+  assert main.main([
+    'export', f'--export.checkpoint={tmp_path}/run',
+    f'--export.out={tmp_path}/out', '--mesh.fsdp=-1',
+    '--train.compilation_cache=',
+  ]) == 0  # fmt: skip
+  for name in ('config.json', 'generation_config.json'):
+    about = json.loads((tmp_path / 'out' / name).read_text())
+    assert about['eos_token_id'] == [1, 200]
+
+
+def test_llama_3s_file_of_tokens_is_told_from_sentencepiece(tmp_path):
+  lines = (b'%s %d' % (base64.b64encode(bytes([i])), i) for i in range(256))
+  (tmp_path / tokens.MODEL).write_bytes(b'\n'.join(lines))
+  found = tokens.read(str(tmp_path), None)
+  assert found.vocab_size == 512 and found.stop_ids == (257, 265)
+  assert found.encode('é').tolist() == list('é'.encode())

@@ -297,7 +297,7 @@ HloModule jit_f
 
 ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
   %x = f32[4,8]{{1,0}} parameter(0)
-  ROOT %r = f32[4,8]{{1,0}} all-reduce(%x), channel_id=1, replica_groups={written}
+  ROOT %r = f32[4,8]{{1,0}} all-reduce(%x), replica_groups={written}
 }}
 """
   (found,) = hlo.ledger(text).collectives

@@ -196,7 +196,7 @@ def test_no_run_has_no_records(tmp_path):
 
 
 def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch):
-  """Two hundred scalars a step, as 36 heads have: tensorboardX's own thread dies
+  """200 scalars a step, as 36 heads have: tensorboardX's own thread dies
   of the first error, and the eleventh scalar after it waits for ever."""
   sinks = metrics.Sinks(str(tmp_path), 0)
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
