@@ -895,7 +895,7 @@ def parse_stores(text: str) -> tuple[StoreRef, ...]:
     name, path, weight = match.groups()
     name = name or os.path.basename(os.path.normpath(path))
     refs.append(StoreRef(name, path, weight or '1'))
-    if not 1e-9 <= refs[-1].share <= 1e9:
+    if not 1e-12 <= refs[-1].share <= 1e12:
       raise ValueError('a weight of 0, or of another size')
   return tuple(refs)
 

@@ -256,6 +256,45 @@ def test_any_damage_to_any_file_is_found(saved, tmp_path):
   checkpoint.verify(str(workdir), 7, 'eval.checkpoint')
 
 
+def test_a_workdir_may_be_called_as_a_step_is(saved, tmp_path):
+  workdir = tmp_path / 'checkpoints' / '42'
+  shutil.copytree(saved[0], workdir)
+  assert checkpoint.find(str(workdir)) == (str(workdir), 7)
+  step = workdir / 'checkpoints' / '7'
+  assert checkpoint.find(str(step)) == (str(workdir), 7)
+
+
+@pytest.mark.parametrize('missing', ['state', 'about', 'state/manifest.ocdbt'])
+def test_a_copy_that_broke_off_is_not_good(missing, saved, tmp_path):
+  """It has no manifest either, as one that was killed before it was hashed."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(saved[0], workdir)
+  newest = workdir / 'checkpoints' / '9'
+  shutil.copytree(workdir / 'checkpoints' / '7', newest)
+  (newest / manifest.NAME).unlink()
+  assert checkpoint.newest_good(str(workdir)) == (9, [])
+  gone = newest / missing
+  shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+  step, [(bad, why)] = checkpoint.newest_good(str(workdir))
+  assert (step, bad) == (7, 9) and 'cannot be opened' in why
+  with pytest.raises(config.ConfigError, match='is damaged: .*cannot be open'):
+    checkpoint.verify(str(workdir), 9, 'eval.checkpoint')
+
+
+def test_what_cannot_be_opened_again_is_not_saved(tmp_path, capsys):
+  """orbax takes [1] for a pattern, and finds none of the parts it wrote."""
+  workdir = tmp_path / 'a[1]'
+  cfg = _cfg('one device')
+  state = dict(params=jnp.arange(8.0))
+  with checkpoint.Saver(str(workdir), cfg) as to:
+    checkpoint.save(to, 3, state, cfg, 'the store')
+    to.wait_until_finished()
+    with pytest.raises(config.ConfigError, match='checkpoint 3 could not be'):
+      to.check()
+  assert 'it was written, but cannot be opened: ' in capsys.readouterr().out
+  assert checkpoint.steps(str(workdir)) == []
+
+
 def test_the_newest_that_is_good(tmp_path):
   assert checkpoint.newest_good(str(tmp_path)) == (None, [])
   _save(tmp_path, tiny.cfg(train__keep_last=9), {s: ONE for s in (0, 2, 4, 6)})

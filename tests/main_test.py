@@ -452,7 +452,7 @@ def test_report_of_several_runs(undisturbed, tmp_path, capsys):
     ''.join(json.dumps(r) + '\n' for r in records)
   )
   out, shown = _with_report(tmp_path, capsys, 'report', run, undisturbed)
-  assert out[0].startswith(f'{run}: step 3, head 1 nan, head 2 ')
+  assert out[0].startswith(f'{run}: step 3, head 1 -, head 2 ')
   assert out[1].startswith(f'{undisturbed}: step 6, head 1 ')
   assert shown['last'][str(run)] == records[-1]
   assert (run / 'report.html').exists()

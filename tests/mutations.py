@@ -190,7 +190,8 @@ FAULTS = (
   ),
   Fault(
     'evaluation-unweighted', 7, 'mtp_jax/evals/heldout.py',
-    'np.sum(weight_K * loss_K)', 'np.sum(loss_K)',
+    "np.sum(weight_K * total['loss_sum_K'] * over_K)",
+    "np.sum(total['loss_sum_K'] * over_K)",
     _in('evals/heldout',
         'test_several_batches_are_one_and_equal_the_training_loss'),
   ),
@@ -201,9 +202,9 @@ FAULTS = (
         'test_heads_and_weights_in_force_at_the_last_step[parallel]'),
   ),
   Fault(
-    'bits-of-all-heads', 16, STEP,
-    "nats=(sums['loss_K'] - sums['z_loss_K'])[0] * count_K[0]",
-    "nats=jnp.sum((sums['loss_K'] - sums['z_loss_K']) * count_K[:n_active])",
+    'bits-of-all-heads', 16, 'mtp_jax/train/metrics.py',
+    "nats = metrics['loss_sum_K'][0] - metrics['z_loss_sum_K'][0]",
+    "nats = np.sum(metrics['loss_sum_K'] - metrics['z_loss_sum_K'])",
     _in('train/loop', 'test_a_run_writes_what_it_says'),
   ),
   # The loss and its schedules.
@@ -360,7 +361,7 @@ FAULTS = (
   ),
   Fault(
     'decay-starts-late', 0, OPTIM,
-    '[left - o.decay_steps]', '[left]',
+    '[last - o.decay_steps]', '[last]',
     _in('optim', 'test_learning_rate'),
   ),
   Fault(
@@ -762,7 +763,7 @@ FAULTS = (
   ),
   Fault(
     'choice-points-of-all-tokens', 0, 'mtp_jax/evals/choice_points.py',
-    'asked.sum() / max(n_both, 1)', 'asked.mean()',
+    'asked.sum() / n_both)', 'asked.mean())',
     _in('evals/induction', 'test_choice_points_by_hand'),
   ),
   Fault(
@@ -869,5 +870,107 @@ FAULTS = (
     'sweeps-the-living', 0, 'mtp_jax/paths.py',
     'if int(found[1]) != os.getpid() and _lives(int(found[1])):', 'if False:',
     _in('data/store', 'test_what_a_killed_process_left_is_swept'),
+  ),
+  # What training loses, or says, where something is missing or interrupted.
+  Fault(
+    'mean-over-nothing-is-0', 6, 'mtp_jax/train/metrics.py',
+    'return float(total / count) if count else None',
+    'return float(total / max(count, 1))',
+    _in('train/metrics', 'test_a_mean_over_nothing_is_no_number'),
+  ),
+  Fault(
+    'no-target-is-a-good-step', 0, STEP,
+    'jnp.any(count_K[:n_active] > 0),', 'jnp.any(count_K[:n_active] >= 0),',
+    _in('train/loop',
+        'test_a_step_without_a_target_passes_by_the_non_finite_counter'),
+  ),
+  Fault(
+    'nothing-is-a-loss-of-0', 0, 'mtp_jax/train/spikes.py',
+    'if not self._sigma or loss is None or', 'loss = loss or 0.0\n    if',
+    _in('train/goodput', 'test_a_detector_passes_by_what_is_no_loss'),
+  ),
+  Fault(
+    'detector-forgets', 0, LOOP,
+    'checkpoint.spikes(t.workdir, start) if start else {}', '{}',
+    _in('train/goodput', 'test_a_signal_does_not_change_what_is_left_out'),
+  ),
+  Fault(
+    'goes-back-to-an-interruption', 0, LOOP,
+    'step < spike.step and step % every == 0', 'step < spike.step',
+    _in('train/goodput', 'test_a_signal_does_not_change_what_is_left_out'),
+  ),
+  Fault(
+    'evaluation-forgotten', 0, LOOP,
+    'and not _open_evaluations(cfg, tokens, start):', ':',
+    _in('train/loop', 'test_a_signal_ends_an_evaluation_which_the_same_command'
+        '_makes_up_for'),
+  ),
+  Fault(
+    'evaluated-before-it-is-saved', 0, LOOP,
+    '          if not due:\n            _save(',
+    '          if False:\n            _save(',
+    _in('train/loop', 'test_a_signal_ends_an_evaluation_which_the_same_command'
+        '_makes_up_for'),
+  ),
+  Fault(
+    'named-and-not-evaluated', 0, LOOP,
+    '(suites_too and registry.HELDOUT in names)', 'False',
+    _in('train/loop', 'test_a_suite_that_is_named_is_evaluated'),
+  ),
+  Fault(
+    'a-terminal-closes', 0, 'mtp_jax/processes.py',
+    '(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)',
+    '(signal.SIGTERM, signal.SIGINT)',
+    _in('train/loop',
+        'test_a_signal_then_the_same_command_is_the_undisturbed_run'),
+  ),
+  Fault(
+    'last-step-before-the-end', 0, OPTIM,
+    'steps - o.warmup_steps - 1', 'steps - o.warmup_steps',
+    _in('optim', 'test_the_last_step_is_at_the_end_of_the_schedule'),
+  ),
+  Fault(
+    'half-a-copy-is-good', 0, 'mtp_jax/checkpoint.py',
+    "handler.metadata(path / 'state')", 'handler',
+    _in('checkpoint', 'test_a_copy_that_broke_off_is_not_good'),
+  ),
+  Fault(
+    'saved-unseen', 0, 'mtp_jax/checkpoint.py',
+    'why = unreadable(self._folder / str(step))', "why = ''",
+    _in('checkpoint', 'test_what_cannot_be_opened_again_is_not_saved'),
+  ),
+  Fault(
+    'workdir-taken-for-a-step', 0, 'mtp_jax/checkpoint.py',
+    'if not there and asked.parent.name', 'if asked.parent.name',
+    _in('checkpoint', 'test_a_workdir_may_be_called_as_a_step_is'),
+  ),
+  Fault(
+    'containers-share-a-lock', 0, 'mtp_jax/train/lock.py',
+    "and holder.get('machine', _machine()) == _machine()", '',
+    _in('train/lock',
+        'test_another_container_of_the_same_host_name_is_waited_for'),
+  ),
+  Fault(
+    'clock-ahead-is-waited-for', 0, 'mtp_jax/train/lock.py',
+    'max(silent_s, 0)', 'silent_s',
+    _in('train/lock',
+        'test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long'),
+  ),
+  Fault(
+    'figures-of-others-go', 0, 'mtp_jax/run_report/files.py',
+    'for name in {*before} - {*pngs}:',
+    'for name in {p.name for p in of.glob("*.png")} - {*pngs}:',
+    _in('run_report', 'test_figures_of_others_stay'),
+  ),
+  Fault(
+    'whole-gradients-over-all', 0, 'mtp_jax/sharding.py',
+    'dw = jax.reshard(dw, P(*at_rest, unreduced=others))\n', '\n',
+    _in('plan/hlo', 'test_gradients_are_scattered_over_fsdp_and_only_shards'
+        '_added_over_data'),
+  ),
+  Fault(
+    'axes-in-parts', 0, 'mtp_jax/plan/hlo.py',
+    'int(part or sizes[axis])', 'int(sizes[axis])',
+    _in('plan/hlo', 'test_groups_are_read_in_every_form'),
   ),
 )  # fmt: skip

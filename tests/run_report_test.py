@@ -155,6 +155,22 @@ def test_the_same_runs_have_the_same_page_and_no_older_figures(trained, page):
   assert not list(trained[0].rglob('*.tmp'))
 
 
+def test_figures_of_others_stay(tmp_path):
+  """Through a link as well: what the last report drew goes, nothing else."""
+  (tmp_path / 'shared').mkdir()
+  (tmp_path / 'run').mkdir()
+  folder = tmp_path / 'run' / 'report'
+  folder.symlink_to(tmp_path / 'shared')
+  (folder / 'mine.png').write_bytes(b'x')
+  files._write_figures(str(folder), {'a.png': b'a', 'b.png': b'b'})
+  files._write_figures(str(folder), {'b.png': b'c'})
+  found = {p.name: p.read_bytes() for p in folder.glob('*.png')}
+  assert found == {'mine.png': b'x', 'b.png': b'c'}
+  (folder / files.DRAWN).write_text('["../mine.png", "mine.png/..", 3]')
+  files._write_figures(str(folder), {'b.png': b'c'})
+  assert (folder / 'mine.png').exists()
+
+
 def test_what_a_run_has_not_is_left_out(trained, tmp_path):
   single = tmp_path / 'single'
   shutil.copytree(trained[1], single)

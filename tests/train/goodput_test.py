@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -183,6 +185,57 @@ def test_a_run_that_goes_back_is_one_without_those_batches(
     'finished',
   ]
   assert found['sessions'][1]['repeated_steps'] == 7 - back
+
+
+@pytest.mark.parametrize('stopped_at', [5, 6])
+def test_a_signal_does_not_change_what_is_left_out(
+  stopped_at, store, undisturbed, tmp_path, monkeypatch
+):
+  """Step 5 is a spike to a detector that remembers four steps. Its loss is read
+  two steps later: the signal comes before that, and makes a checkpoint of its
+  own after step 5, to which no run goes back."""
+  spike = runs.records(undisturbed)[4]['loss_1']
+
+  def detect(self, loss):
+    self.losses.append(loss)
+    return len(self.losses) > 4 and loss == spike
+
+  monkeypatch.setattr(spikes.Detector, '__call__', detect)
+  of = dict(
+    train__checkpoint_every=3, train__steps=10, train__skip_batches=2,
+  )  # fmt: skip
+  straight, signalled = tmp_path / 'straight', tmp_path / 'signalled'
+  assert runs.train(store, straight, **of) == 0
+  ends = [s['end'] for s in goodput.summary(_lines(straight))['sessions']]
+  assert ends == ['went back', 'finished']
+
+  put, calls = loop.sharding.put_batch, []
+
+  def signal_at(mesh, batch):
+    calls.append(1)
+    if len(calls) == stopped_at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return put(mesh, batch)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(loop.sharding, 'put_batch', signal_at)
+    assert runs.train(store, signalled, **of) == loop.EXIT_INTERRUPTED
+  assert runs.train(store, signalled, **of) == 0
+  runs.assert_same(runs.restored(signalled, 10), runs.restored(straight, 10))
+  assert runs.records(signalled) == runs.records(straight)
+
+
+def _lines(workdir):
+  return goodput.read(str(workdir))
+
+
+def test_a_detector_passes_by_what_is_no_loss():
+  detector = spikes.Detector(6.0)
+  for loss in [1.0, None, float('nan')] * 16:
+    assert not detector(loss)
+  assert list(detector.losses) == [1.0] * 16
+  assert detector(2.0) and not spikes.Detector(6.0, [1.0] * 15)(2.0)
+  assert spikes.Detector(6.0, detector.losses)(2.0)
 
 
 def test_a_run_does_not_go_back_for_ever(store, tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ import pytest
 
 from mtp_jax import checkpoint, config, main, manifest, sharding, targets
 from mtp_jax.train import loop, metrics
-from tests import faults, runs
+from mtp_jax.train import state as state_lib
+from mtp_jax.train import step as step_lib
+from tests import faults, runs, tiny
 from tests import processes_test as pair
 
 
@@ -98,7 +100,9 @@ def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
 # Stopped and resumed.
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  'number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+)
 def test_a_signal_then_the_same_command_is_the_undisturbed_run(
   store, tmp_path, undisturbed, monkeypatch, capsys, number
 ):
@@ -115,6 +119,85 @@ def test_a_signal_then_the_same_command_is_the_undisturbed_run(
   assert 'step 4 of 6, 2 to go' in capsys.readouterr().out
   runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
   assert runs.records(tmp_path) == runs.records(undisturbed)
+
+
+@pytest.mark.parametrize('at, of', [(6, {}), (2, dict(train__eval_every=2))])
+def test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for(
+  at, of, store, tmp_path, undisturbed, monkeypatch, capsys
+):
+  """At the end, and at a step that has no checkpoint otherwise: what would be
+  lost is saved first, and the records are those of the undisturbed run."""
+  of = dict(train__checkpoint_every=3) | of
+  straight = undisturbed
+  if at != 6:
+    straight = tmp_path / 'straight'
+    assert runs.train(store, straight, **of) == 0
+
+  def evaluator(*_):
+    def evaluate(*_):
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(300)  # an evaluation of hours
+
+    return evaluate
+
+  monkeypatch.setattr(loop.heldout, 'evaluator', evaluator)
+  run = tmp_path / 'run'
+  assert runs.train(store, run, **of) == loop.EXIT_INTERRUPTED
+  assert f'interrupted: saved step {at};' in capsys.readouterr().out
+  assert checkpoint.steps(str(run))[-1] == at and not _of_kind(run, 'eval')
+  monkeypatch.undo()
+  assert runs.train(store, run, **of) == 0
+  runs.assert_same(runs.restored(run, 6), runs.restored(straight, 6))
+  assert runs.records(run) == runs.records(straight)
+  assert runs.train(store, run, **of) == 0
+  assert 'is trained already, to step 6' in capsys.readouterr().out
+
+
+def test_a_suite_that_is_named_is_evaluated():
+  """Held-out windows too, as one of --eval.suite at its cadence."""
+
+  def due(done, **changes):
+    given = {k.replace('__', '.'): v for k, v in changes.items()}
+    cfg = config.replace(config.Config(), **{'train.steps': 9, **given})
+    return loop._due(cfg, done)
+
+  both = dict(eval__suite='heldout,acceptance', train__suite_every=4)
+  # Whether a suite can be evaluated at all is another question.
+  check = loop.registry.SUITES['acceptance']._replace(check=lambda *_: None)
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setitem(loop.registry.SUITES, 'acceptance', check)
+    assert due(4, **both) == (True, True)
+    assert due(4, **both | dict(eval__suite='acceptance')) == (False, True)
+    assert due(3, **both) == (False, False)
+    assert due(0, **both) == (False, False)
+    assert due(9, **both | dict(eval__suite='acceptance')) == (True, True)
+    assert due(6, train__eval_every=3, train__suite_every=4) == (True, False)
+
+
+@pytest.mark.parametrize('name', ['a[1]', 'b*', 'c?/run', '[d'])
+def test_a_path_that_is_a_pattern_is_refused(name, store, tmp_path, capsys):
+  """orbax would merge the parts of other runs, or find none of its own."""
+  assert runs.train(store, tmp_path / name) == 2
+  error = capsys.readouterr().err
+  assert f'--train.workdir={tmp_path / name}: no path of checkpoints' in error
+  assert error.count('\n') == 1 and not os.listdir(tmp_path)
+
+
+def test_a_step_without_a_target_passes_by_the_non_finite_counter():
+  c = tiny.cfg(heads__n=2)
+  rows = tiny.batch(c)
+  rows['position'][:] = 0
+  m = tiny.mesh(c)
+  state = state_lib.init(c, m)
+  with jax.set_mesh(m):
+    two = state.skipped_in_a_row + 2
+    after, values = step_lib.compiled(c, 2)(
+      state.replace(skipped_in_a_row=two), sharding.put_batch(m, rows),
+      jnp.ones(c.model.vocab_size, jnp.int32),
+    )  # fmt: skip
+  assert (after.skipped_in_a_row, after.skipped) == (2, 0)
+  assert set(metrics.scalars(jax.device_get(values))) >= {'loss', 'loss_2'}
+  assert metrics.scalars(jax.device_get(values))['loss_2'] is None
 
 
 def test_resumed_under_muon_and_random_rounding(store, tmp_path):
