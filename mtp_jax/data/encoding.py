@@ -77,6 +77,9 @@ def encode(
 
 
 def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
+  if not document.cuts:  # most are short, and many
+    ids_T = np.asarray(tokenizer.encode(document.text))
+    return _checked(document.name, ids_T, tokenizer, 1, 1), ()
   bounds = [0, *document.cuts, len(document.text)]
   parts = []
   for first, last in itertools.pairwise(bounds):

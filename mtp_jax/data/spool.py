@@ -39,11 +39,15 @@ def digest(document: documents.Document) -> bytes:
 
 def _digest(document: documents.Document) -> tuple[bytes, int]:
   """(digest, bytes of the text)."""
-  sha256, n_bytes = hashlib.sha256(), 0
-  for block in document.blocks():
-    data = block.encode()
-    n_bytes += len(data)
-    sha256.update(data)
+  if document.read or len(document.text) > documents.BLOCK:
+    sha256, n_bytes = hashlib.sha256(), 0
+    for block in document.blocks():
+      data = block.encode()
+      n_bytes += len(data)
+      sha256.update(data)
+  else:  # most are short, and many
+    data = document.text.encode()
+    sha256, n_bytes = hashlib.sha256(data), len(data)
   if document.cuts:  # after a byte that UTF-8 does not have
     sha256.update(b'\xff' + repr(document.cuts).encode())
   found = sha256.digest()

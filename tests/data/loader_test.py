@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax import config
-from mtp_jax.data import loader, windows
+from mtp_jax.data import documents, loader, store, tokenizers, windows
 
 T, SPAN = 7, 3
 U = T + SPAN
@@ -307,6 +307,22 @@ def test_errors_of_a_reading_thread_reach_the_loop():
 
   with pytest.raises(OSError, match='disk gone'):
     _train(1, Failing(*_split()))
+
+
+def test_a_shard_that_is_overwritten_ends_the_loop_with_its_name(tmp_path):
+  texts = (documents.Document(str(i), f'text {i}') for i in range(99))
+  store.write(tmp_path / 's', texts, tokenizers.get('bytes'), valid_fraction=0)
+  split = store.open_store(tmp_path / 's').split('train')
+  batches = loader.train_batches(
+    split, seq_len=T, span=SPAN, batch_size=8, accumulate=1, seed=0, prefetch=2
+  )
+  next(batches)
+  path = tmp_path / 's/train/tokens-00000.bin'
+  with open(path, 'r+b') as file:
+    file.write(bytes(path.stat().st_size))
+  with pytest.raises(config.FileChanged, match='tokens-00000.bin was changed'):
+    for _ in range(100):
+      next(batches)
 
 
 @pytest.mark.parametrize('batch_size', [1, 4, 8, 33, 34, 35, 100])
