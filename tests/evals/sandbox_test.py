@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mtp_jax import config
-from mtp_jax.evals import sandbox
+from mtp_jax.evals import keeper, sandbox
 
 TESTS = 'assert f(1) == 2'
 PLAIN = sandbox._command()
@@ -211,11 +211,8 @@ ESCAPES = {
 # Programs without a right f that want to pass all the same.
 SCAN = """
 import os, select
-for fd in range(3, 64):
-  try: os.set_blocking(fd, False)
-  except OSError: pass
 def read(fd):
-  try: return os.read(fd, 999)
+  try: return os.read(fd, 999) if select.select([fd], [], [], 0)[0] else b''
   except OSError: return b''
 def write(data):
   for fd in range(3, 64):
@@ -321,6 +318,19 @@ keeper.send(keeper.recv(64)[::-1])
 keeper.recv(64)
 """,
 }
+
+
+def test_what_is_handed_over_stays_as_it_is():
+  fd = keeper._handed(b'tests')
+  for change in (
+    lambda: os.pwrite(fd, b'x', 0), lambda: os.ftruncate(fd, 0),
+    lambda: os.ftruncate(fd, 99),
+    lambda: open(f'/proc/self/fd/{fd}', 'r+b', 0).write(b'x'),
+  ):  # fmt: skip
+    with pytest.raises(PermissionError):
+      change()
+  with open(fd, 'rb') as file:
+    assert file.read() == b'tests'
 
 
 def test_what_a_pass_is_worth():
