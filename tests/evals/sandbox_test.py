@@ -215,7 +215,7 @@ def read(fd):
   try: return os.read(fd, 999) if select.select([fd], [], [], 0)[0] else b''
   except OSError: return b''
 def write(data):
-  for fd in range(3, 64):
+  for fd in range(3, 64) if data else ():
     try: os.write(fd, data)
     except OSError: pass
 """
@@ -342,7 +342,7 @@ def test_what_a_pass_is_worth():
   found = {name: e.outcome for name, e in zip(programs, ended, strict=True)}
   passed = [name for name, outcome in found.items() if outcome == 'passed']
   assert passed == [*BELIEVED, 'an honest one'], found
-  assert all(found[name] == 'failed' for name in FORGERIES), found
+  assert {found[name] for name in FORGERIES} <= {'failed', 'timeout'}, found
 
 
 def test_sockets_of_the_host_and_calls_without_a_use():
