@@ -20,6 +20,7 @@ BLOCK_FIRST = ('parallel', 'causal', 'anticausal')
 KERNELS = {'splash': 'tpu', 'flash': 'gpu'}  # of attention -> its platform
 TILE = 128  # positions, that every kernel cuts a row into multiples of
 INT32 = 2**31 - 1
+MOST_POSITIONS = 2**20  # of a row that is decoded
 UNSIGNED = dict(min=0, max=INT32)
 POSITIVE = dict(min=1, max=INT32)
 
@@ -552,7 +553,10 @@ class Decode:
     result=False,
   )
   max_new: int = _f(
-    256, 'new tokens of a row, at most', result=False, **_to(2**24)
+    256,
+    'new tokens of a row, at most',
+    result=False,
+    **_to(MOST_POSITIONS - 1),
   )
   temperature: float = _f(
     0.0, 'logits are divided by it; 0 = greedy', result=False, min=0, max=1e6
@@ -593,7 +597,7 @@ class Decode:
     0,
     'tokens that a row has room for, prompt and new ones; 0 = as many as are'
     ' asked for',
-    result=False, **_to(2**24, 0),
+    result=False, **_to(MOST_POSITIONS, 0),
   )  # fmt: skip
   cache_dtype: str = _f(
     'compute', 'of cached keys and values; compute = --model.compute_dtype',

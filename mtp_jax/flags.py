@@ -159,16 +159,19 @@ def parse(args: list[str]) -> Parsed:
     name, value = _ILLEGAL.match(str(error)).groups()
     allowed = _ALLOWED[config.fields()[name].type]
     raise config.ConfigError(name, value, allowed) from error
-  for text in (values['out'].value or '', *rest):
+  for text in rest:
     if '\0' in text:
-      raise flags.Error(f'{text!r} must not contain a NUL character')
+      raise flags.Error(f'argument {text!r}: must not contain a NUL character')
+  out = values['out'].value or ''
+  if '\0' in out:
+    raise config.ConfigError('out', out, 'must not contain a NUL character')
   given = {
     name: field.type(values[name].value)
     for name, field in config.fields().items()
     if values[name].present
   }
   return Parsed(
-    given, values['out'].value or '', rest, values['prompt'].value,
+    given, out, rest, values['prompt'].value,
     values['prompt_ids'].value,
   )  # fmt: skip
 

@@ -160,7 +160,9 @@ def read_prompts(parsed: flags.Parsed, found: Found) -> list[Prompt]:
   of = (
     ('decode.prompts', path, [f'line {p.line}' for p in prompts])
     if path
-    else ('prompt_ids', parsed.prompt_ids or '')
+    else ('prompt_ids', parsed.prompt_ids)
+    if parsed.prompt is None
+    else ('prompt', parsed.prompt)
   )
   decoder_lib.check(ids, decoder_lib.room(ids, cfg), cfg, *of)
   return prompts

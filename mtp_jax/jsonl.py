@@ -15,6 +15,7 @@ What a file must hold is data, a form:
 """
 
 import json
+import re
 from typing import Any
 
 NATURAL = range(2**63)  # 0, 1, …
@@ -84,6 +85,8 @@ def _has_type(value, form) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
   if form is float:  # what is larger has sums and squares that overflow
     return type(value) in (int, float) and abs(value) <= 1e100
+  if form is str:  # half of a surrogate pair cannot be written
+    return type(value) is str and not re.search('[\ud800-\udfff]', value)
   return type(value) is form
 
 

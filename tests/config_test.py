@@ -119,6 +119,8 @@ def test_json_of_another_program_is_refused():
      'plan.sweep[0]=3: must be text'),
     ('{"version": 1, "plan": {"sweep": "a"}}',
      'plan.sweep="a": must be a list'),
+    ('{"version": 1, "data": {"store": "\\ud800"}}',
+     'data.store="\\ud800": must be text'),
     ('{"version": 1, "data": {"verify": 0}}',
      'data.verify=0: must be true or false'),
   ],

@@ -352,6 +352,17 @@ def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
     assert problem in capsys.readouterr().err
 
 
+def test_a_prompt_beyond_all_bounds_is_one_line(undisturbed, capsys):
+  assert _generate(undisturbed, '--prompt=' + 'x' * 3_000_000) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('mtp: --prompt=xxx') and error.count('\n') == 1
+  assert 'has 3,000,001 tokens; with --decode.max_new=' in error
+  assert len(error) < 600
+  assert _generate(undisturbed, '--decode.prompts=s3://x') == 2
+  error = capsys.readouterr().err
+  assert error == 'mtp: --decode.prompts=s3://x: of object storage only gs://\n'
+
+
 def test_streamed_text_is_all_of_it(undisturbed):
   """Also a character that is never completed; a prompt that ends in one."""
   from mtp_jax import generate

@@ -973,4 +973,88 @@ FAULTS = (
     'int(part or sizes[axis])', 'int(sizes[axis])',
     _in('plan/hlo', 'test_groups_are_read_in_every_form'),
   ),
+  # Input checks and the sandbox.
+  Fault(
+    'true-read-as-a-number', 0, 'mtp_jax/jsonl.py',
+    'return type(value) is int and -(2**63)',
+    'return isinstance(value, int) and -(2**63)',
+    _in('config', 'test_json_of_a_wrong_type_names_the_field'),
+  ),
+  Fault(
+    'unknown-field-read', 0, 'mtp_jax/jsonl.py',
+    'if field not in fields and ... not in form:', 'if field is None:',
+    _in('manifest', 'test_a_damaged_manifest'),
+  ),
+  Fault(
+    'line-break-in-a-message', 0, 'mtp_jax/jsonl.py',
+    'c if c.isprintable() else', "c if c.isprintable() or c == '\\n' else",
+    _in('config', 'test_a_refusal_is_one_line_of_bounded_length'),
+  ),
+  Fault(
+    'number-without-a-limit', 0, 'mtp_jax/config.py',
+    "'added to the root of the second moment', above=0, max=1",
+    "'added to the root of the second moment', above=0",
+    _in('config', 'test_every_number_has_limits'),
+  ),
+  Fault(
+    'manifest-names-the-parent', 0, 'mtp_jax/paths.py',
+    "    and '..' not in path.parts\n", '',
+    _in('manifest', 'test_a_manifest_names_files_of_its_folder_only'),
+  ),
+  Fault(
+    'store-of-files-elsewhere', 0, 'mtp_jax/data/shards.py',
+    "if not paths.is_within(record['file']):", 'if not record:',
+    _in('data/store', 'test_a_manifest_of_a_wrong_type_names_the_field'),
+  ),
+  Fault(
+    'flag-file-cycle-unseen', 0, 'mtp_jax/flags.py',
+    'if real in seen:', 'if real in seen[:0]:',
+    _in('flags', 'test_a_file_may_be_included_twice_but_not_by_itself'),
+  ),
+  Fault(
+    'default-of-the-mesh-blamed', 0, 'mtp_jax/validate.py',
+    'rest.sort(key=lambda axis: getattr(default, axis) == -1)', 'rest.sort()',
+    _in('config',
+        'test_what_is_refused_names_the_flag_that_was_given'),
+  ),
+  Fault(
+    'weights-after-the-end', 0, 'mtp_jax/validate.py',
+    'if step < cfg.train.steps', 'if step >= 0',
+    _in('config',
+        'test_what_is_refused_names_the_flag_that_was_given'),
+  ),
+  Fault(
+    'newer-checkpoint-read', 0, 'mtp_jax/checkpoint.py',
+    "if saved['format'] != FORMAT:", "if saved['format'] < FORMAT:",
+    _in('checkpoint',
+        'test_about_of_another_program_or_type_is_one_line'),
+  ),
+  Fault(
+    'flag-without-a-use-ignored', 0, 'mtp_jax/main.py',
+    'if given and text not in COMMANDS[name].sections:',
+    "if given and name == 'train' and text != 'prompt':",
+    _in('main', 'test_a_flag_without_a_use_is_refused'),
+  ),
+  Fault(
+    'tests-can-be-written', 0, 'mtp_jax/evals/keeper.py',
+    '  fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)\n', '',
+    _in('evals/sandbox', 'test_what_is_handed_over_stays_as_it_is'),
+  ),
+  Fault(
+    'netlink-open', 0, 'mtp_jax/evals/filter.py',
+    'FAMILIES = 1, 2, 10 ', 'FAMILIES = 1, 2, 10, 16 ',
+    _in('evals/sandbox',
+        'test_sockets_of_the_host_and_calls_without_a_use'),
+  ),
+  Fault(
+    'echo-of-the-token-passes', 0, 'mtp_jax/evals/keeper.py',
+    "return 'passed' if said == self._token[::-1] else 'forged'",
+    "return 'passed' if said in (self._token, self._token[::-1]) else 'forged'",
+    _in('evals/sandbox', 'test_what_a_pass_is_worth'),
+  ),
+  Fault(
+    'output-of-all-samples-kept', 0, 'mtp_jax/evals/code.py',
+    "return ended._replace(out='')", 'return ended',
+    _in('evals/code', 'test_calls_of_apps'),
+  ),
 )  # fmt: skip

@@ -150,7 +150,9 @@ def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
   model = files[PIECES]
   try:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-  except RuntimeError as error:
+    for i in range(pieces.vocab_size()):
+      pieces.id_to_piece(i)  # is text
+  except (RuntimeError, UnicodeDecodeError) as error:
     raise _error(name, 'is not a SentencePiece model') from error
   size = pieces.vocab_size()
   marks = [

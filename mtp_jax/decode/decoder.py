@@ -284,6 +284,13 @@ def check(
   for name, prompt in zip(names, prompts, strict=True):
     if not len(prompt):
       raise config.ConfigError(flag, value, f'{name} has no token')
+    if cache > config.MOST_POSITIONS:
+      raise config.ConfigError(
+        flag, value,
+        f'{name} has {len(prompt):,} tokens; with --decode.max_new='
+        f'{cfg.decode.max_new} more than {config.MOST_POSITIONS:,}, the most'
+        ' that a row has room for',
+      )  # fmt: skip
     wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
     if wrong:
       raise config.ConfigError(

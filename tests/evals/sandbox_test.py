@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mtp_jax import config
-from mtp_jax.evals import sandbox
+from mtp_jax.evals import keeper, sandbox
 
 TESTS = 'assert f(1) == 2'
 PLAIN = sandbox._command()
@@ -211,14 +211,11 @@ ESCAPES = {
 # Programs without a right f that want to pass all the same.
 SCAN = """
 import os, select
-for fd in range(3, 64):
-  try: os.set_blocking(fd, False)
-  except OSError: pass
 def read(fd):
-  try: return os.read(fd, 999)
+  try: return os.read(fd, 999) if select.select([fd], [], [], 0)[0] else b''
   except OSError: return b''
 def write(data):
-  for fd in range(3, 64):
+  for fd in range(3, 64) if data else ():
     try: os.write(fd, data)
     except OSError: pass
 """
@@ -323,6 +320,19 @@ keeper.recv(64)
 }
 
 
+def test_what_is_handed_over_stays_as_it_is():
+  fd = keeper._handed(b'tests')
+  for change in (
+    lambda: os.pwrite(fd, b'x', 0), lambda: os.ftruncate(fd, 0),
+    lambda: os.ftruncate(fd, 99),
+    lambda: open(f'/proc/self/fd/{fd}', 'r+b', 0).write(b'x'),
+  ):  # fmt: skip
+    with pytest.raises(PermissionError):
+      change()
+  with open(fd, 'rb') as file:
+    assert file.read() == b'tests'
+
+
 def test_what_a_pass_is_worth():
   programs = {**FORGERIES, **BELIEVED, 'an honest one': GOOD}
   ended = sandbox.together(
@@ -332,7 +342,7 @@ def test_what_a_pass_is_worth():
   found = {name: e.outcome for name, e in zip(programs, ended, strict=True)}
   passed = [name for name, outcome in found.items() if outcome == 'passed']
   assert passed == [*BELIEVED, 'an honest one'], found
-  assert all(found[name] == 'failed' for name in FORGERIES), found
+  assert {found[name] for name in FORGERIES} <= {'failed', 'timeout'}, found
 
 
 def test_sockets_of_the_host_and_calls_without_a_use():
