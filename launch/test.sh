@@ -2,6 +2,8 @@
 # Installs what tests need into .venv and runs them:
 #   launch/test.sh            the test command: lint, and all tests but slow ones
 #   launch/test.sh --slow     the full products and the long runs as well
+#   launch/test.sh --core     model, loss, optimizer, training, decoding, data: what
+#                             another Python or jax could change
 #   launch/test.sh --parity   those that compare with PyTorch and transformers,
 #                             which it installs: several GB but on Python 3.11
 #   launch/test.sh ARGS …     pytest with these arguments
@@ -28,9 +30,16 @@ if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] &&
 fi
 ruff check .
 ruff format --check .
-if [ "${1:-}" = --slow ]; then
-  shift
-  set -- -m 'slow or not slow' "$@"
-fi
+case ${1:-} in
+  --slow)
+    shift
+    set -- -m 'slow or not slow' "$@"
+    ;;
+  --core)
+    shift
+    set -- tests/{loss,optim,muon,targets_mask,checkpoint,flops}_test.py \
+      tests/{model,train,decode,data} "$@"
+    ;;
+esac
 # Two at a time: compiling, most of the time, hardly uses a second core.
 exec python -m pytest -n 2 --dist worksteal "$@"

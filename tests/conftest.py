@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict ranks, and one tiny store for all tests."""
 
+import gc
 import os
 
 from mtp_jax import versions
@@ -39,6 +40,15 @@ def compilation_cache(tmp_path_factory):
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
   yield folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs_go():
+  """A module's programs are of no use to the next: a worker that kept all of
+  them grew to several GiB, and jaxlib 0.12 died of so many."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(autouse=True)

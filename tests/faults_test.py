@@ -7,6 +7,7 @@ import pytest
 from tests import faults, runs
 
 
+@pytest.mark.slow
 def test_a_short_campaign(tmp_path):
   """A kill of one process, one during a save, and a flipped bit."""
   store = runs.make_store(str(tmp_path / 'store'))

@@ -222,6 +222,7 @@ def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_small_run_is_measured(tmp_path, monkeypatch):
   """Prepared, trained and evaluated by the commands that the document shows."""
   monkeypatch.setenv('XLA_FLAGS', runs.environment(1)['XLA_FLAGS'])

@@ -45,6 +45,7 @@ def test_the_devices_here(tmp_path, capsys):
   assert len(largest) == 10 and largest == sorted(largest, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
   out = str(tmp_path / 'plan.json')
   status = main.main([
