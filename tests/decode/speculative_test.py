@@ -1,6 +1,7 @@
 """Drafts change how fast a text is written, never which."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
