@@ -421,8 +421,9 @@ def _import(rng, world, form: str) -> list[str]:
     chosen.write_bytes(length.to_bytes(8, 'little') + text + data[8 + length :])
   else:
     damage(chosen, rng)
-  if rng.random() < 0.7:  # as of a stranger
-    (folder / 'mtp_jax.json').unlink(missing_ok=True)
+  ours = folder / 'mtp_jax.json'
+  if rng.random() < 0.7 and ours.is_file():  # as of a stranger
+    ours.unlink()
   return [
     'import', f'--import.path={folder}', f'--train.workdir={world.here}/new',
     f'--import.format={"meta" if form == "meta" else "hf"}',
@@ -750,7 +751,7 @@ def campaign(
       faulthandler.dump_traceback_later(3 * LIMIT_S, exit=True)
       try:
         o = run(kind, number, seed, base)
-      except (KeyboardInterrupt, SystemExit):
+      except BaseException:  # not of the case
         current.unlink()
         raise
       finally:
