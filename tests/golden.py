@@ -1,0 +1,120 @@
+"""What one version of Python and jax has written, read by another.
+
+  python -m tests.golden write DIR    with the one: a store, a run of three steps
+                                      of six, its export, and what they say
+  python -m tests.golden read DIR     with the other: the same is read, said and
+                                      computed, and the run goes to its end
+
+Bits are compared where bits are kept (parameters, tokens, greedy text), numbers
+that are computed anew to 1e-4.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from mtp_jax import checkpoint, main, paths, sharding  # noqa: E402
+from mtp_jax.data import store as store_lib  # noqa: E402
+from tests import (
+  conftest,  # noqa: F401  # devices and XLA flags of the tests
+  runs,  # noqa: E402
+)
+
+OF = dict(train__checkpoint_every=3, optim__warmup_steps=2)
+
+
+def _mtp(*args: str) -> None:
+  with contextlib.redirect_stdout(io.StringIO()):
+    status = main.main([*args, '--train.compilation_cache='])
+  if status:
+    raise SystemExit(f'mtp {args[0]} ended with {status}')
+
+
+def _says(top: str, run: str, to: str) -> dict:
+  """What evaluation and decoding of a checkpoint, and its store, say."""
+  held_out, texts = os.path.join(to, 'eval.json'), os.path.join(to, 'text.json')
+  _mtp('eval', f'--eval.checkpoint={run}', f'--out={held_out}')
+  _mtp(
+    'generate', f'--decode.checkpoint={run}', '--prompt=ab (c', '--mesh.fsdp=1',
+    '--mesh.data=8', '--decode.max_new=24', f'--out={texts}',
+  )  # fmt: skip
+  with open(held_out) as f:
+    values = json.load(f)
+  with open(texts) as f:
+    text = json.load(f)
+  split = store_lib.open_store(os.path.join(top, 'store')).split('train')
+  tokens = np.concatenate([np.array(d) for d in split.documents()])
+  return dict(
+    losses={k: v for k, v in values.items() if k.startswith('loss')},
+    text=text, tokens=tokens.tolist(),
+  )  # fmt: skip
+
+
+def _params(run: str, step: int) -> list:
+  return jax.tree.leaves(runs.restored(run, step).params)
+
+
+def write(top: str) -> None:
+  os.makedirs(top)
+  runs.make_store(os.path.join(top, 'store'))
+  run, out = os.path.join(top, 'run'), os.path.join(top, 'export')
+  if runs.train(os.path.join(top, 'store'), run, **OF, train__steps=3):
+    raise SystemExit('training failed')
+  _mtp(
+    'export', f'--export.checkpoint={run}', f'--export.out={out}',
+    '--mesh.fsdp=-1',
+  )  # fmt: skip
+  np.savez(os.path.join(top, 'params.npz'), *_params(run, 3))
+  said = _says(top, run, top)
+  said |= dict(python=sys.version.split()[0], jax=jax.__version__)
+  paths.write(os.path.join(top, 'said.json'), json.dumps(said).encode())
+
+
+def read(top: str) -> None:
+  with open(os.path.join(top, 'said.json')) as f:
+    said = json.load(f)
+  run = os.path.join(top, 'run')
+  with np.load(os.path.join(top, 'params.npz')) as saved:
+    wanted = [saved[name] for name in saved.files]
+  runs.assert_same(_params(run, 3), wanted)
+  back = os.path.join(top, 'imported')
+  _mtp(
+    'import', f'--import.path={os.path.join(top, "export")}',
+    f'--train.workdir={back}', '--mesh.fsdp=-1',
+  )  # fmt: skip
+  cfg, _ = checkpoint.about(back, 0)
+  model = checkpoint.restore_model(
+    back, 0, cfg, sharding.serving_mesh(cfg), 'import.path'
+  )
+  runs.assert_same(jax.device_get(jax.tree.leaves(model)), wanted)
+  now = _says(top, run, top)
+  assert now['tokens'] == said['tokens'], 'the store has other tokens'
+  assert _ids(now['text']) == _ids(said['text']) != [], 'another greedy text'
+  for name, value in said['losses'].items():
+    np.testing.assert_allclose(now['losses'][name], value, rtol=1e-4)
+  if runs.train(os.path.join(top, 'store'), run, **OF, train__steps=6):
+    raise SystemExit('the run does not resume')
+  print(
+    f'written by Python {said["python"]}, jax {said["jax"]}; read by'
+    f' {sys.version.split()[0]}, {jax.__version__}: equal'
+  )
+
+
+def _ids(text) -> list:
+  """All lists of ids in what `mtp generate --out` wrote."""
+  if isinstance(text, dict):
+    return [
+      y for k, x in sorted(text.items()) if k != 'seconds' for y in _ids(x)
+    ]
+  if isinstance(text, list) and text and all(type(x) is int for x in text):
+    return [text]
+  return [y for x in text for y in _ids(x)] if isinstance(text, list) else []
+
+
+if __name__ == '__main__':
+  dict(write=write, read=read)[sys.argv[1]](os.path.abspath(sys.argv[2]))
