@@ -1,7 +1,7 @@
 """What one version of Python and jax has written, read by another.
 
-  python -m tests.golden write DIR    with the one: a store, a run of three steps
-                                      of six, its export, and what they say
+  python -m tests.golden write DIR    with the one: a store, a run of three of
+                                      six steps, its export, and what they say
   python -m tests.golden read DIR     with the other: the same is read, said and
                                       computed, and the run goes to its end
 
@@ -15,14 +15,14 @@ import json
 import os
 import sys
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from mtp_jax import checkpoint, main, paths, sharding  # noqa: E402
-from mtp_jax.data import store as store_lib  # noqa: E402
+from mtp_jax import checkpoint, main, paths, sharding
+from mtp_jax.data import store as store_lib
 from tests import (
   conftest,  # noqa: F401  # devices and XLA flags of the tests
-  runs,  # noqa: E402
+  runs,
 )
 
 OF = dict(train__checkpoint_every=3, optim__warmup_steps=2)
