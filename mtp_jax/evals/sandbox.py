@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,7 @@ def _run(program: Program, kind: str, limits: Limits) -> Ended:
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       env={k: os.environ[k] for k in kept if k in os.environ},
     )  # fmt: skip
+    _running.add(process)
     try:
       out, err = process.communicate(
         json.dumps(spec).encode(), timeout=program.wall_s + SLACK_S
@@ -105,6 +107,7 @@ def _run(program: Program, kind: str, limits: Limits) -> Ended:
     finally:
       process.kill()  # and with it, by the kernel, all that it keeps
       process.wait()
+      _running.discard(process)
   found = json.loads(out) if out else dict(error=err.decode()[-TAIL:].strip())
   if 'error' not in found:
     found['err'] = found['err'][-TAIL:]
@@ -129,13 +132,27 @@ def _command() -> list[str]:
 
 
 def together(judge: Callable, items: Sequence, say: Callable) -> list:
-  """judge(item) of each, as many at once as there are processors."""
+  """judge(item) of each, as many at once as there are processors.
+
+  What ends this, such as a signal, ends the programs that run: their limits of
+  time may be longer than a machine that is taken away has left.
+  """
   found, workers = [], len(os.sched_getaffinity(0))
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    for result in pool.map(judge, items):
-      found.append(result)
-      say(f'{len(found):,} of {len(items):,} programs judged')
+    try:
+      for result in pool.map(judge, items):
+        found.append(result)
+        say(f'{len(found):,} of {len(items):,} programs judged')
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      for process in [*_running]:  # each leads a group of its own
+        with contextlib.suppress(ProcessLookupError):
+          os.killpg(process.pid, signal.SIGKILL)
+      raise
   return found
+
+
+_running: set[subprocess.Popen] = set()
 
 
 PROBE = """

@@ -581,3 +581,19 @@ def test_a_system_that_gives_none_says_so(monkeypatch):
     ' --eval.sandbox=weak runs programs without one'
   )
   sandbox.check('weak')
+
+
+def test_what_ends_an_evaluation_ends_its_programs():
+  """Programs of five minutes are gone when the signal's exception is."""
+
+  def stop(line):
+    raise KeyboardInterrupt
+
+  def judge(source):
+    return sandbox.run(
+      sandbox.Program(source, 'assert True', wall_s=300), 'weak'
+    ).outcome
+
+  with pytest.raises(KeyboardInterrupt):
+    sandbox.together(judge, ['', *['import time; time.sleep(300)'] * 3], stop)
+  assert not sandbox._running
