@@ -624,7 +624,9 @@ def judged(status: int, said: str) -> str:
     return 'accepted'
   line = said.removesuffix('\n')
   one = said.startswith('mtp: ') and '\n' not in line and len(line) < LINE
-  names = any(word in line for word in ('--', '/', 'flag', 'command'))
+  names = any(
+    word in line for word in ('--', '/', 'flag', 'command', 'argument')
+  )
   return 'refused' if status == 2 and one and names else 'unclear'
 
 

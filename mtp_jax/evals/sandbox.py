@@ -17,7 +17,6 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -139,15 +138,18 @@ def together(judge: Callable, items: Sequence, say: Callable) -> list:
   """
   found, workers = [], len(os.sched_getaffinity(0))
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    futures = [pool.submit(judge, item) for item in items]
     try:
-      for result in pool.map(judge, items):
-        found.append(result)
+      for future in futures:
+        found.append(future.result())
         say(f'{len(found):,} of {len(items):,} programs judged')
     except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)
-      for process in [*_running]:  # each leads a group of its own
-        with contextlib.suppress(ProcessLookupError):
-          os.killpg(process.pid, signal.SIGKILL)
+      for future in futures:
+        future.cancel()
+      while not all(future.done() for future in futures):
+        for process in [*_running]:  # one more may have been about to start
+          process.kill()
+        time.sleep(0.05)
       raise
   return found
 
