@@ -1,7 +1,12 @@
 """A fault campaign: what a run survives, and whether it ends as if undisturbed.
 
-  python -m tests.faults                 writes docs/RELIABILITY.md
-  python -m tests.faults --faults=6 …    fewer; the test command does 4
+  python -m tests.faults                   until there are 300
+  python -m tests.faults --faults=80 …     fewer
+  python -m tests.faults --kinds=SIGHUP …  of the kinds that have this in them
+
+  python -m tests.faults --kinds=SIGHUP …  of those that have it in their name
+compared; the next call begins after those that are there, and the table in
+docs/RELIABILITY.md is made of all of them.
 
 Runs of 2 and 4 processes of one mesh of four devices are disturbed at random
 (--seed), started again with the same command until they are done, and compared:
@@ -12,9 +17,11 @@ not ended LIMIT_S after a fault hangs; that fails the campaign.
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -31,9 +38,11 @@ TIMEOUT_S = 10  # --processes.timeout_s
 LIMIT_S = 90.0  # of any session to end by itself after a fault
 STEPS, EVERY, STEP_S = 24, 3, 0.12
 DEVICES = 4
+EVAL_EVERY = 4
 FLAGS = dict(
   mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1,
   train__steps=STEPS, train__checkpoint_every=EVERY, train__keep_last=3,
+  train__eval_every=EVAL_EVERY,
   train__watchdog_s=60, eval__batches=1, processes__timeout_s=TIMEOUT_S,
 )  # fmt: skip
 
@@ -156,6 +165,38 @@ def sigterm_one(session, rng):
   rng.choice(session.processes).send_signal(signal.SIGTERM)
 
 
+def sighup_one(session, rng):
+  """As a terminal that closes sends it."""
+  _wait(session, rng)
+  rng.choice(session.processes).send_signal(signal.SIGHUP)
+
+
+def sigterm_in_evaluation(session, rng):
+  """At the log line of a step after which it evaluates: saved or not, the next
+  start makes up for what is missing."""
+  at = rng.randrange(1, STEPS // EVAL_EVERY + 1) * EVAL_EVERY
+  while session.running() and f'step {at}/{STEPS}' not in session.log(0):
+    time.sleep(0.005)
+  time.sleep(rng.uniform(0, 0.2))
+  rng.choice(session.processes).send_signal(signal.SIGTERM)
+
+
+def limit_files(session, rng):
+  """EFBIG: process 0 may write no file of more than some KiB, which checkpoints
+  or lines then have."""
+  _wait(session, rng)
+  size = rng.choice((1, 16, 64)) * 2**10
+  with contextlib.suppress(ProcessLookupError):
+    resource.prlimit(
+      session.processes[0].pid, resource.RLIMIT_FSIZE, (size, size)
+    )
+  until = time.monotonic() + rng.uniform(2, 6)
+  while time.monotonic() < until and session.running():
+    time.sleep(0.02)
+  for p in session.running()[:1]:
+    p.send_signal(signal.SIGTERM)
+
+
 def freeze_one(session, rng):
   """It keeps its connections, and does not answer."""
   _wait(session, rng)
@@ -191,6 +232,9 @@ DURING = {
   'SIGKILL to all processes': kill_all,
   'SIGKILL to all during a save': kill_in_save,
   'SIGTERM to one process': sigterm_one,
+  'SIGTERM during an evaluation': sigterm_in_evaluation,
+  'SIGHUP to one process': sighup_one,
+  'a limit of the size of files (EFBIG)': limit_files,
   'SIGSTOP to one process (it freezes)': freeze_one,
   FULL: fill_the_disk,
 }
@@ -211,6 +255,22 @@ def flip_a_byte(workdir, store, rng) -> Callable[[], None]:
   return lambda: None
 
 
+def copy_by_halves(workdir, store, rng) -> Callable[[], None]:
+  """The newest checkpoint as a copy that broke off: no manifest, and no state
+  or half of its files."""
+  del store
+  newest = max(
+    (p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()),
+    key=lambda p: int(p.name),
+  )
+  (newest / 'manifest.json').unlink()
+  if rng.random() < 0.5:
+    shutil.rmtree(newest / 'state')
+  else:
+    (newest / 'state' / 'manifest.ocdbt').unlink()
+  return lambda: None
+
+
 def truncate_a_shard(workdir, store, rng) -> Callable[[], None]:
   del workdir
   shards = [p for p in pathlib.Path(store).rglob('*.bin') if p.stat().st_size]
@@ -222,6 +282,7 @@ def truncate_a_shard(workdir, store, rng) -> Callable[[], None]:
 
 BEFORE = {
   'a flipped bit in the newest checkpoint': flip_a_byte,
+  'a half-copied newest checkpoint': copy_by_halves,
   'a truncated shard of the store': truncate_a_shard,
 }
 
@@ -338,11 +399,14 @@ def compare(workdir, reference) -> None:
     raise AssertionError(f'{workdir}: metrics.jsonl differs')
 
 
-def campaign(n_faults: int, seed: int, folder: pathlib.Path, say) -> list[Row]:
-  rng, rows = random.Random(seed), []
+def campaign(
+  n_faults: int, seed: int, folder: pathlib.Path, kinds: list[str], say, done
+) -> None:
+  """done(rows) when a run has ended and equals the undisturbed one."""
+  rng = random.Random(seed)
   store = runs.make_store(str(folder / 'store'))
   kills = [name for name in DURING if name.startswith(KILLS)]
-  wanted = [*DURING, *kills, *kills, *BEFORE]
+  wanted = [x for x in [*DURING, *kills, *kills, *BEFORE] if x in kinds]
   plan = [wanted[i % len(wanted)] for i in range(n_faults)]
   rng.shuffle(plan)
   references = {}
@@ -359,25 +423,24 @@ def campaign(n_faults: int, seed: int, folder: pathlib.Path, say) -> list[Row]:
     with small_disk(workdir, '32m') as mounted:
       if not mounted:
         names = [name for name in names if name != FULL]
-      rows += disturbed(store, workdir, n, rng, names, say)
+      rows = disturbed(store, workdir, n, rng, names, say)
       plan = names + plan  # the run was done before them; others come first
       if _checkpoints(workdir):
         compare(workdir, references[n])
+      done(rows)
     shutil.rmtree(workdir)
     trial += 1
-  return rows
 
 
-def report(rows: list[Row], seed: int, seconds: float) -> str:
+def report(rows: list[Row]) -> str:
   kills = sum(row.fault.startswith(KILLS) for row in rows)
   lines = [
     '## Faults', '',
     'Written by `python -m tests.faults`: runs of 2 and 4 processes, disturbed,'
     ' started again with the same command until they are done, and compared bit'
     ' for bit (parameters, moments, counters, every record of metrics.jsonl)'
-    f' with a run that nobody disturbed. Seed {seed}, {len(rows)} faults,'
-    f' {kills} of them kills, {seconds / 60:.0f} minutes on two CPU cores;'
-    f' --processes.timeout_s={TIMEOUT_S}.', '',
+    f' with a run that nobody disturbed. {len(rows)} faults, {kills} of them'
+    f' kills; --processes.timeout_s={TIMEOUT_S}.', '',
     '| fault | tried | survived | longest until all processes had ended |',
     '|---|---|---|---|',
   ]  # fmt: skip
@@ -391,12 +454,27 @@ def report(rows: list[Row], seed: int, seconds: float) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def read(path: pathlib.Path) -> list[Row]:
+  """Rows of earlier calls."""
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [Row(**json.loads(line)) for line in lines]
+
+
 def main(args: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='python -m tests.faults')
-  parser.add_argument('--faults', type=int, default=80)
+  parser.add_argument('--faults', type=int, default=300, help='in all')
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--kinds', default='', help='parts of names, by commas')
+  parser.add_argument('--out', type=pathlib.Path, default='build/faults.jsonl')
   given = parser.parse_args(args)
-  begin = time.monotonic()
+  wanted = given.kinds.split(',')
+  kinds = [
+    name for name in [*DURING, *BEFORE] if any(part in name for part in wanted)
+  ]
+  if not kinds:
+    parser.error(f'--kinds={given.kinds}: none of {[*DURING, *BEFORE]}')
+  rows, begin = read(given.out), time.monotonic()
+  given.out.parent.mkdir(parents=True, exist_ok=True)
 
   def say(row: Row):
     print(
@@ -405,11 +483,19 @@ def main(args: list[str]) -> int:
       flush=True,
     )
 
-  with tempfile.TemporaryDirectory() as folder:
-    rows = campaign(given.faults, given.seed, pathlib.Path(folder), say)
-  if given.faults >= 50:
-    text = report(rows, given.seed, time.monotonic() - begin)
-    runs.write_section('faults', text)
+  def done(new: list[Row]):
+    rows.extend(new)
+    with open(given.out, 'a') as f:
+      f.writelines(json.dumps(row._asdict()) + '\n' for row in new)
+    runs.write_section('faults', report(rows))
+
+  left = given.faults - len(rows)
+  if left > 0:  # another seed, or it would try the same moments again
+    with tempfile.TemporaryDirectory() as folder:
+      seed = given.seed + len(rows)
+      campaign(left, seed, pathlib.Path(folder), kinds, say, done)
+  else:
+    runs.write_section('faults', report(rows))
   return 0
 
 

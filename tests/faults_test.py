@@ -31,9 +31,33 @@ def test_the_report_counts(tmp_path):
     faults.Row('SIGKILL to one process', 4, (-9,) * 4, 1.25),
     faults.Row('SIGTERM to one process', 2, (75, 75), 3.0),
   ]
-  text = faults.report(rows, seed=7, seconds=90)
-  assert 'Seed 7, 3 faults, 2 of them kills' in text
+  text = faults.report(rows)
+  assert ' 3 faults, 2 of them kills' in text
   assert '| SIGKILL to one process | 2 | 2 | 1.2 s |' in text
+
+
+def test_a_campaign_is_resumed(tmp_path, monkeypatch, capsys):
+  """The second call does what is left, and the table has both."""
+  page, asked = [], []
+
+  def campaign(n_faults, seed, folder, kinds, say, done):
+    asked.append((n_faults, seed, kinds))
+    done([faults.Row(kinds[0], 2, (75, 75), 1.0)] * min(2, n_faults))
+
+  monkeypatch.setattr(faults, 'campaign', campaign)
+  monkeypatch.setattr(runs, 'write_section', lambda *args: page.append(args))
+  of = ['--faults=3', f'--out={tmp_path / "faults.jsonl"}']
+  assert faults.main([*of, '--kinds=SIGHUP']) == 0
+  assert faults.main([*of, '--kinds=SIGTERM to,EFBIG']) == 0
+  assert faults.main(of) == 0
+  assert asked == [
+    (3, 0, ['SIGHUP to one process']),
+    (1, 2, ['SIGTERM to one process', 'a limit of the size of files (EFBIG)']),
+  ]
+  assert '| SIGHUP to one process | 2 | 2 | 1.0 s |' in page[-1][1]
+  assert '| SIGTERM to one process | 1 | 1 | 1.0 s |' in page[-1][1]
+  with pytest.raises(SystemExit):
+    faults.main([*of, '--kinds=lightning'])
 
 
 def test_a_section_of_a_page_is_replaced_alone(tmp_path):
