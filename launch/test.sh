@@ -13,9 +13,9 @@ cd "$(dirname "$0")/.."
 
 source launch/options.sh
 helped "$@"
-extras=test
+extras='test'
 if [ "${1:-}" = --parity ]; then
-  extras=test,parity
+  extras='test,parity'
   shift
   set -- -m 'parity and not slow' "$@"
 fi

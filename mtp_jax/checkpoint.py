@@ -40,9 +40,6 @@ from mtp_jax import params as params_lib
 from mtp_jax.model import lm
 
 MARK = 'commit_success.txt'  # in a bucket, of a complete one
-# The newest may hold the spike, one more the interruption of a run; the one
-# before them is where a rollback goes.
-KEEP_FOR_ROLLBACK = 3
 FORMAT = 1  # raised when a saved state can no longer be read as it is
 ABOUT = {
   'format': int, 'config': {...: object}, 'store': str,
@@ -68,10 +65,7 @@ class Saver:
     self._saving: int | None = None  # the step
     self._following: threading.Thread | None = None
     self._options = ocp.CheckpointManagerOptions(
-      max_to_keep=max(
-        cfg.train.keep_last, KEEP_FOR_ROLLBACK if cfg.train.skip_batches else 1
-      ),
-      keep_period=cfg.train.keep_every or None,
+      preservation_policy=_Kept(cfg.train),
       enable_async_checkpointing=True,
       cleanup_tmp_directories=True,  # what a killed save left behind
       async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
@@ -120,7 +114,7 @@ class Saver:
       if why:
         self._tell(step, OSError(f'it was written, but {why}'))
         with contextlib.suppress(OSError):
-          (self._folder / str(step)).rmtree()
+          set_aside(self._workdir, step, 'unreadable')
         return
       try:
         manifest.write(self._folder / str(step))
@@ -191,6 +185,26 @@ class Saver:
       self._sweep()
     elif self._orbax:
       self._orbax.close()
+
+
+class _Kept:
+  """Which checkpoints stay: the newest --train.keep_last, each keep_every-th;
+  and where a rollback may go, which no number of interruptions, each with a
+  checkpoint of its own, may push out: the newest two at the run's cadence (the
+  newest may hold the spike), and step 0, if it was imported."""
+
+  def __init__(self, t: config.Train):
+    self._t = t
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    t, steps = self._t, sorted(c.step for c in checkpoints)
+    kept = {*steps[-t.keep_last :]}
+    kept |= {s for s in steps if t.keep_every and s % t.keep_every == 0}
+    if t.skip_batches:
+      every = t.checkpoint_every or t.steps
+      kept |= {0, *[s for s in steps if s and s % every == 0][-2:]}
+    return [c.step in kept for c in checkpoints]
 
 
 _meetings = itertools.count()  # all processes have as many
@@ -335,13 +349,18 @@ def unreadable(path: epath.Path) -> str:
   """What of a checkpoint cannot be opened, its metadata or the headers of its
   arrays; empty if it can. Cheap: no array is read."""
   _tell_failures_once()
-  try:
-    _read_about(path)
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-    handler.metadata(path / 'state')
-  except Exception as error:  # of orbax and tensorstore: of any class
-    return f'cannot be opened: {paths.first_line(error)[:160]}'
-  return ''
+  why = ''
+  for pause_s in (0, 1, 4) if paths.scheme(path) else (0,):  # a network fails
+    time.sleep(pause_s)
+    try:
+      _read_about(path)
+      handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+      handler.metadata(path / 'state')
+    except Exception as error:  # of orbax and tensorstore: of any class
+      why = f'cannot be opened: {paths.first_line(error)[:160]}'
+    else:
+      return ''
+  return why
 
 
 def _alone():

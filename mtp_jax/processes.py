@@ -261,12 +261,20 @@ def _check_same_flags(cfg: config.Config) -> None:
         )  # fmt: skip
 
 
-class Interrupted(Exception):
-  """A signal came while `Stop.interrupting` was on."""
+class Interrupted(BaseException):
+  """A signal came while `Stop.interrupting` was on; as KeyboardInterrupt it is
+  no error that somebody may handle."""
 
 
 # SIGHUP comes from a terminal that closes, and from some schedulers.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _leave_the_terminal() -> None:
+  """What is then printed would be an error, before anything is saved."""
+  for fd in (1, 2):
+    if os.isatty(fd):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 class Stop:
@@ -311,6 +319,8 @@ class Stop:
       if self.asked.is_set() and number == signal.SIGINT:
         raise KeyboardInterrupt
       self.asked.set()
+      if number == signal.SIGHUP:
+        _leave_the_terminal()
       if self._interrupts:
         self._interrupts = False
         raise Interrupted

@@ -24,12 +24,12 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
   (`sharding.local_rows`); every process needs as many.
   """
   n = cfg.heads.n
-  one_K = jnp.ones(n)  # the total is made of all batches' sums, at the end
 
   @functools.partial(jax.jit, static_argnames='n_active')
   def sums(params, batch, bytes_V, *, n_active):
     count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
     rows = jax.tree.map(lambda x: x[0], batch)
+    one_K = jnp.ones(n)  # the total is made of all batches' sums, at the end
     _, sums = loss.mtp_loss(
       params, jnp.zeros(n), rows,
       count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg,

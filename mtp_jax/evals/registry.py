@@ -50,8 +50,8 @@ def asked(cfg: config.Config) -> list[tuple[str, str]]:
     ConfigError: there is none of this name, or its argument or flags are wrong.
   """
   found = []
-  for entry in cfg.eval.suite.split(','):
-    name, _, arg = entry.strip().partition(':')
+  for name, arg in named(cfg):
+    entry = label(name, arg)
     if name == HELDOUT and arg:
       raise config.ConfigError('eval.suite', entry, f'{HELDOUT}, no more')
     if name not in SUITES and name != HELDOUT:
@@ -65,6 +65,12 @@ def asked(cfg: config.Config) -> list[tuple[str, str]]:
       SUITES[name].check(arg, cfg)
     found.append((name, arg))
   return found
+
+
+def named(cfg: config.Config) -> list[tuple[str, str]]:
+  """The same, unchecked."""
+  entries = (entry.strip() for entry in cfg.eval.suite.split(','))
+  return [(e.partition(':')[0], e.partition(':')[2]) for e in entries]
 
 
 def label(name: str, arg: str) -> str:

@@ -139,7 +139,7 @@ def train(cfg: config.Config) -> int:
     mesh = sharding.make_mesh(cfg)
     train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide,
     eval_batches(tokens, cfg, mesh)  # and sets without a window
-    suites.wanted(cfg)
+    suites.check(cfg)
   check_same_store(tokens, cfg)
   cfg = config.replace(cfg, **{'data.tokenizer': tokens.recorded})
   workdir = cfg.train.workdir
@@ -158,12 +158,13 @@ def train(cfg: config.Config) -> int:
     if start >= cfg.train.steps and not _open_evaluations(cfg, tokens, start):
       print(f'{workdir} is trained already, to step {start}')
       return 0
-    if held:
-      checkpoint.write_definition(cfg, tokens.tokenizer, workdir)
-      sinks = metrics.Sinks(workdir, start)
-      stack.callback(sinks.close)
-      ledger = goodput.Ledger(workdir, start)
-      stack.callback(ledger.close)
+    with processes.together():
+      if held:
+        checkpoint.write_definition(cfg, tokens.tokenizer, workdir)
+        sinks = metrics.Sinks(workdir, start)
+        stack.callback(sinks.close)
+        ledger = goodput.Ledger(workdir, start)
+        stack.callback(ledger.close)
     stack.enter_context(jax.set_mesh(mesh))
     saver = checkpoint.Saver(workdir, cfg)
     stack.callback(saver.close)  # waits for the save that is under way
@@ -182,6 +183,8 @@ def train(cfg: config.Config) -> int:
         if not isinstance(ended, _Spike):
           return ended
         run, start, left_out = _go_back(run, ended, left_out, stack)
+        if not start and not source:  # of a run that was resumed
+          source = origin.source(cfg)
         back_to[start] += 1
         if back_to[start] > MAX_BACK:
           print(f'went back {MAX_BACK} times; stopped at step {start}')
@@ -243,6 +246,8 @@ def _go_back(run: _Run, spike: _Spike, left_out, stack):
   start = origin.newest_good(
     workdir, lambda step: step < spike.step and step % every == 0
   )
+  if not start and spike.step > every:  # of a run with another cadence before
+    start = origin.newest_good(workdir, lambda step: step < spike.step)
   with processes.together():
     for step in checkpoint.steps(workdir) if processes.first() else ():
       if step > start:
@@ -552,7 +557,7 @@ def _due(cfg: config.Config, done: int) -> tuple[bool, bool]:
     return bool(done and every and done % every == 0) or done == t.steps
 
   suites_too = at(t.suite_every)
-  names = {name for name, _ in registry.asked(cfg)}
+  names = {name for name, _ in registry.named(cfg)}
   return (
     at(t.eval_every) or (suites_too and registry.HELDOUT in names),
     suites_too,
@@ -567,7 +572,7 @@ def _open_evaluations(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
   alone = tokens.evaluates_itself_only(sets)
   wanted = [('eval', None if alone else name) for name in sets if held_out]
   if suites_too:
-    wanted += [('suite', registry.label(*s)) for s in suites.wanted(cfg)]
+    wanted += [('suite', registry.label(*s)) for s in suites.named(cfg)]
   found = ''
   with processes.together():
     if processes.first():
@@ -612,16 +617,21 @@ def _ask_suites(run, done, state, wanted, say):
     run.alive()
     run.held.check(closely=False)  # one process: it is this one's
 
-  open_ = [
-    s for s in suites.wanted(run.cfg) if ('suite', registry.label(*s)) in wanted
-  ]
-  for name, arg in open_:
+  for name, arg in suites.named(run.cfg):
     label = registry.label(name, arg)
-    with run.stop.interrupting():
-      result = suites.evaluate(
-        name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer, done,
-        alive,
-      )  # fmt: skip
+    if ('suite', label) not in wanted:
+      continue
+    try:
+      with run.stop.interrupting():
+        result = suites.evaluate(
+          name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer,
+          done, alive,
+        )  # fmt: skip
+    except config.FileChanged:
+      raise
+    except config.ConfigError as error:  # not worth a run; the next start tries
+      say(f'{label}, after step {done}: skipped: {error}')
+      continue
     # Also without a number: it was evaluated.
     _write(run, 'suite', done, result.scalars, label)
     say(f'{label}, after step {done}:')

@@ -179,9 +179,10 @@ def _read(workdir: str) -> list[dict]:
 
 
 def jsonable(values: dict[str, float | None]) -> dict[str, float | None]:
-  """NaN and infinities as None, i.e. null: JSON has no other word for them."""
+  """NaN, infinities and what is as good as one as None, i.e. null: JSON has no
+  other word for them."""
   return {
-    k: v if v is not None and math.isfinite(v) else None
+    k: v if v is not None and abs(v) <= 1e100 else None
     for k, v in values.items()
   }
 

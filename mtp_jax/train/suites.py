@@ -11,19 +11,20 @@ from mtp_jax.evals import registry, suites
 from mtp_jax.evals import subject as subject_lib
 
 
-def wanted(cfg: config.Config) -> list[tuple[str, str]]:
-  """(name, argument) of the suites beside held-out windows.
-
-  Raises:
-    ConfigError: what `registry.asked` says, or there are several processes.
-  """
-  found = [s for s in registry.asked(cfg) if s[0] != registry.HELDOUT]
-  if found and processes.several():
+def check(cfg: config.Config) -> None:
+  """Raises ConfigError where `registry.asked` does, or where suites beside
+  held-out windows are to be evaluated by several processes."""
+  registry.asked(cfg)
+  if named(cfg) and processes.several():
     raise config.ConfigError(
       'eval.suite', cfg.eval.suite,
       'one process; on several, give these to `mtp eval` beside the run',
     )  # fmt: skip
-  return found
+
+
+def named(cfg: config.Config) -> list[tuple[str, str]]:
+  """(name, argument) of the suites beside held-out windows."""
+  return [s for s in registry.named(cfg) if s[0] != registry.HELDOUT]
 
 
 def evaluate(
@@ -31,15 +32,15 @@ def evaluate(
   tokenizer: tokenizers.Tokenizer, step: int, alive: Callable[[], None],
 ) -> suites.Result:  # fmt: skip
   """What a suite finds of the parameters after `step` steps; alive() is called
-  while it runs. One that cannot be evaluated after all is a line: it is not
-  worth a run."""
+  while it runs.
+
+  Raises:
+    ConfigError: it cannot be evaluated after all.
+  """
   active = config.active_heads(cfg, max(step - 1, 0))
-  try:
-    with jax.transfer_guard('allow'):  # prompts come from the host
-      subject = subject_lib.Subject(
-        f'{cfg.train.workdir}, step {step}', cfg, model, mesh, tokenizer, step,
-        decoder_lib.Decoder(model, cfg, mesh, active), lambda line: alive(),
-      )  # fmt: skip
-      return registry.SUITES[name].run(subject, arg)
-  except config.ConfigError as error:
-    return suites.Result([f'skipped: {error}'], {})
+  with jax.transfer_guard('allow'):  # prompts come from the host
+    subject = subject_lib.Subject(
+      f'{cfg.train.workdir}, step {step}', cfg, model, mesh, tokenizer, step,
+      decoder_lib.Decoder(model, cfg, mesh, active), lambda line: alive(),
+    )  # fmt: skip
+    return registry.SUITES[name].run(subject, arg)

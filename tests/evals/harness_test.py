@@ -1,5 +1,6 @@
 """lm-evaluation-harness: its own class on the export is the judge."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -13,14 +14,17 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # read when the libraries are imported
 import lm_eval
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from mtp_jax import checkpoint, config, main
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder
 from mtp_jax.evals import gsm8k, harness, intervals, subject
 from mtp_jax.interop import folder, tokens
-from tests import tiny
+from tests import parity, tiny
+
+HFLM = not parity.MISSING and (  # imports torch
+  importlib.import_module('lm_eval.models.huggingface').HFLM
+)
 
 CONTEXT = 64
 MODELS = [
@@ -108,7 +112,10 @@ def _subject(c):
   )  # fmt: skip
 
 
-@pytest.fixture(scope='module', params=MODELS, ids=str)
+@pytest.fixture(
+  scope='module', ids=str,
+  params=[pytest.param(m, marks=pytest.mark.parity) for m in MODELS],
+)  # fmt: skip
 def both(request, tmp_path_factory):
   """(our subject, the harness's own class on its export)."""
   ours = _subject(_cfg(*request.param))

@@ -540,6 +540,7 @@ def test_flags_that_contradict_are_told(more, said, tmp_path, capsys):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parity
 def test_what_a_form_cannot_hold_is_told_before_anything(tmp_path, capsys):
   c = _cfg('linear')
   _workdir(c, tmp_path / 'run')
