@@ -294,6 +294,7 @@ def test_a_continuation_must_fit_a_window(text, n, plain):
     _model(plain).loglikelihood(_asked('loglikelihood', [('a', text)]))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize('begin', [False, True])
 def test_a_text_begins_as_its_tokenizer_says(begin, tmp_path, plain):
   """A tokenizer.json of others may put no BOS before a text."""
