@@ -187,6 +187,11 @@ class Saver:
       self._orbax.close()
 
 
+def is_at_cadence(step: int, t: config.Train) -> bool:
+  """Whether a run saves after so many steps by itself, not for a signal."""
+  return step % (t.checkpoint_every or t.steps) == 0
+
+
 class _Kept:
   """Which checkpoints stay: the newest --train.keep_last, each keep_every-th;
   and where a rollback may go, which no number of interruptions, each with a
@@ -202,8 +207,7 @@ class _Kept:
     kept = {*steps[-t.keep_last :]}
     kept |= {s for s in steps if t.keep_every and s % t.keep_every == 0}
     if t.skip_batches:
-      every = t.checkpoint_every or t.steps
-      kept |= {0, *[s for s in steps if s and s % every == 0][-2:]}
+      kept |= {0, *[s for s in steps if s and is_at_cadence(s, t)][-2:]}
     return [c.step in kept for c in checkpoints]
 
 

@@ -297,5 +297,5 @@ def _lives(pid: int) -> bool:
   except (ProcessLookupError, OverflowError):
     return False
   except PermissionError:
-    return True
+    pass  # another user's
   return True

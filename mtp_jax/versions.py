@@ -1,7 +1,7 @@
 """What differs between versions of Python and of the libraries. Floor 0.
 
-Tested: Python 3.11 with jax 0.10.2 (the last one for it), 3.12 with jax 0.11.2
-and 0.12, 3.13 with jax 0.12. An entry goes when the version that needs it does.
+Tested: Python 3.11 with jax 0.10.2 (the last one for it), 3.13 with jax 0.12.
+An entry goes when the version that needs it does.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, whole or not at all."""
 
+import dataclasses
 import errno
 import gc
 import itertools
@@ -8,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +98,26 @@ def test_the_last_and_every_mth_stay(tmp_path, last, every, kept):
   cfg = tiny.cfg(train__keep_last=last, train__keep_every=every)
   _save(tmp_path, cfg, {s: dict(x=jnp.ones(2) * s) for s in range(1, 8)})
   assert checkpoint.steps(str(tmp_path)) == kept
+
+
+@pytest.mark.parametrize(
+  'changes, kept',
+  [
+    ({}, [61, 62]),
+    (dict(keep_every=20), [0, 20, 40, 60, 61, 62]),
+    # A rollback may go to 50 when 60 holds the spike: three signals since.
+    (dict(skip_batches=1), [0, 50, 60, 61, 62]),
+    (dict(skip_batches=1, checkpoint_every=0), [0, 61, 62]),
+  ],
+)
+def test_interruptions_push_out_no_checkpoint_of_a_rollback(changes, kept):
+  t = dict(keep_last=2, checkpoint_every=10, steps=100) | changes
+  t = dataclasses.replace(config.Train(), **t)
+  steps = [0, 20, 40, 41, 50, 60, 61, 62]
+  found = checkpoint._Kept(t).should_preserve(
+    [types.SimpleNamespace(step=step) for step in steps], context=None
+  )
+  assert [s for s, stays in zip(steps, found, strict=True) if stays] == kept
 
 
 def test_leftovers_are_no_checkpoints_and_go(tmp_path):

@@ -1,8 +1,8 @@
 """What one version of Python and jax has written, read by another.
 
   python -m tests.golden write DIR    with the one: a store, a run of three of
-                                      six steps, its export, and what they say
-  python -m tests.golden read DIR     with the other: the same is read, said and
+                                      six steps, its export, and their outputs
+  python -m tests.golden read DIR     with the other: the same is read and
                                       computed, and the run goes to its end
 
 Bits are compared where bits are kept (parameters, tokens, greedy text), numbers
@@ -35,8 +35,8 @@ def _mtp(*args: str) -> None:
     raise SystemExit(f'mtp {args[0]} ended with {status}')
 
 
-def _says(top: str, run: str, to: str) -> dict:
-  """What evaluation and decoding of a checkpoint, and its store, say."""
+def _outputs(top: str, run: str, to: str) -> dict:
+  """Losses and greedy text of a checkpoint, and the tokens of its store."""
   held_out, texts = os.path.join(to, 'eval.json'), os.path.join(to, 'text.json')
   _mtp('eval', f'--eval.checkpoint={run}', f'--out={held_out}')
   _mtp(
@@ -70,14 +70,14 @@ def write(top: str) -> None:
     '--mesh.fsdp=-1',
   )  # fmt: skip
   np.savez(os.path.join(top, 'params.npz'), *_params(run, 3))
-  said = _says(top, run, top)
-  said |= dict(python=sys.version.split()[0], jax=jax.__version__)
-  paths.write(os.path.join(top, 'said.json'), json.dumps(said).encode())
+  expected = _outputs(top, run, top)
+  expected |= dict(python=sys.version.split()[0], jax=jax.__version__)
+  paths.write(os.path.join(top, 'expected.json'), json.dumps(expected).encode())
 
 
 def read(top: str) -> None:
-  with open(os.path.join(top, 'said.json')) as f:
-    said = json.load(f)
+  with open(os.path.join(top, 'expected.json')) as f:
+    expected = json.load(f)
   run = os.path.join(top, 'run')
   with np.load(os.path.join(top, 'params.npz')) as saved:
     wanted = [saved[name] for name in saved.files]
@@ -92,15 +92,17 @@ def read(top: str) -> None:
     back, 0, cfg, sharding.serving_mesh(cfg), 'import.path'
   )
   runs.assert_same(jax.device_get(jax.tree.leaves(model)), wanted)
-  now = _says(top, run, top)
-  assert now['tokens'] == said['tokens'], 'the store has other tokens'
-  assert _ids(now['text']) == _ids(said['text']) != [], 'another greedy text'
-  for name, value in said['losses'].items():
+  now = _outputs(top, run, top)
+  assert now['tokens'] == expected['tokens'], 'the store has other tokens'
+  assert _ids(now['text']) == _ids(expected['text']) != [], (
+    'another greedy text'
+  )
+  for name, value in expected['losses'].items():
     np.testing.assert_allclose(now['losses'][name], value, rtol=1e-4)
   if runs.train(os.path.join(top, 'store'), run, **OF, train__steps=6):
     raise SystemExit('the run does not resume')
   print(
-    f'written by Python {said["python"]}, jax {said["jax"]}; read by'
+    f'written by Python {expected["python"]}, jax {expected["jax"]}; read by'
     f' {sys.version.split()[0]}, {jax.__version__}: equal'
   )
 

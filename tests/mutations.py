@@ -896,12 +896,12 @@ FAULTS = (
   ),
   Fault(
     'goes-back-to-an-interruption', 0, LOOP,
-    'step < spike.step and step % every == 0', 'step < spike.step',
+    'and checkpoint.is_at_cadence(step, cfg.train)', '',
     _in('train/goodput', 'test_a_signal_does_not_change_what_is_left_out'),
   ),
   Fault(
     'evaluation-forgotten', 0, LOOP,
-    'and not _open_evaluations(cfg, tokens, start):', ':',
+    'and not _missing(cfg, tokens, start):', ':',
     _in('train/loop', 'test_a_signal_ends_an_evaluation_which_the_same_command'
         '_makes_up_for'),
   ),

@@ -155,7 +155,7 @@ def train(cfg: config.Config) -> int:
     start = newest or 0
     if newest == 0 and not source:  # all that came after an import is damaged
       source = origin.source(cfg)
-    if start >= cfg.train.steps and not _open_evaluations(cfg, tokens, start):
+    if start >= cfg.train.steps and not _missing(cfg, tokens, start):
       print(f'{workdir} is trained already, to step {start}')
       return 0
     with processes.together():
@@ -242,11 +242,14 @@ def _go_back(run: _Run, spike: _Spike, left_out, stack):
   left_out = loader.leave_out(left_out, first, batch)
   run.saver.wait_until_finished()
   _check_held(run)
-  every = cfg.train.checkpoint_every or cfg.train.steps
   start = origin.newest_good(
-    workdir, lambda step: step < spike.step and step % every == 0
+    workdir,
+    lambda step: (
+      step < spike.step and checkpoint.is_at_cadence(step, cfg.train)
+    ),
   )
-  if not start and spike.step > every:  # of a run with another cadence before
+  if not start and spike.step > (cfg.train.checkpoint_every or cfg.train.steps):
+    # Of a run that had another cadence before.
     start = origin.newest_good(workdir, lambda step: step < spike.step)
   with processes.together():
     for step in checkpoint.steps(workdir) if processes.first() else ():
@@ -294,7 +297,7 @@ def _loop(
     _transfers_are_explicit(),
   ):
     clock.at('eval')
-    if not evaluate(start, state, say):
+    if not evaluate(start, state, _missing(cfg, run.tokens, start), say):
       return _interrupted(run, start, say)
     for done in range(start + 1, t.steps + 1):
       n_active = config.active_heads(cfg, done - 1)
@@ -326,8 +329,8 @@ def _loop(
           _end(run, done, 'diverged')
           return EXIT_DIVERGED
       due = last or (t.checkpoint_every and done % t.checkpoint_every == 0)
-      evaluates = any(_due(cfg, done))
-      if due or stop or evaluates:
+      wanted = _wanted(cfg, run.tokens, done)
+      if due or stop or wanted:
         clock.at('device')
         jax.block_until_ready(state)  # else others would get its seconds
 
@@ -337,9 +340,9 @@ def _loop(
         _save(run, done, state, left_out, spikes)
       if stop:
         return _interrupted(run, done, say)
-      if evaluates:
+      if wanted:
         clock.at('eval')
-        if not evaluate(done, state, say):
+        if not evaluate(done, state, wanted, say):
           if not due:
             _save(run, done, state, left_out, spikes)
           return _interrupted(run, done, say)
@@ -564,16 +567,25 @@ def _due(cfg: config.Config, done: int) -> tuple[bool, bool]:
   )
 
 
-def _open_evaluations(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
-  """(kind, source) of the records that are due after `done` steps and not in
-  metrics.jsonl: a signal or a kill came between checkpoint and evaluation."""
+def _wanted(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
+  """(kind, source) of the records that evaluations after `done` steps make."""
   held_out, suites_too = _due(cfg, done)
-  sets = tokens.held_out(cfg.eval.split)
-  alone = tokens.evaluates_itself_only(sets)
-  wanted = [('eval', None if alone else name) for name in sets if held_out]
+  found = []
+  if held_out:
+    sets = tokens.held_out(cfg.eval.split)
+    alone = tokens.evaluates_itself_only(sets)
+    found += [('eval', None if alone else name) for name in sets]
   if suites_too:
-    wanted += [('suite', registry.label(*s)) for s in suites.named(cfg)]
-  found = ''
+    found += [('suite', registry.label(*s)) for s in suites.named(cfg)]
+  return found
+
+
+def _missing(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
+  """Those of `_wanted` that are not in metrics.jsonl: a signal or a kill came
+  between checkpoint and evaluation."""
+  wanted, found = _wanted(cfg, tokens, done), ''
+  if not wanted:
+    return []
   with processes.together():
     if processes.first():
       found = json.dumps(metrics.recorded(cfg.train.workdir, done))
@@ -582,14 +594,15 @@ def _open_evaluations(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
 
 
 def _evaluations(run: _Run):
-  """evaluate(done, state, say): all that is due after so many steps and not
-  recorded yet. False if a signal broke it off; what is complete is recorded."""
+  """evaluate(done, state, wanted, say): makes the wanted records, of the state
+  after so many steps. False if a signal broke it off; what is complete is
+  recorded."""
   held_out = heldout.evaluator(run.cfg, run.mesh, run.bytes_V)
 
-  def evaluate(done, state, say) -> bool:
-    wanted = _open_evaluations(run.cfg, run.tokens, done)
+  def evaluate(done, state, wanted, say) -> bool:
     try:
-      _evaluate(run, done, state, held_out, wanted, say)
+      if any(kind == 'eval' for kind, _ in wanted):
+        _evaluate(run, done, state, held_out, wanted, say)
       _ask_suites(run, done, state, wanted, say)
     except processes.Interrupted:
       return False
