@@ -4,15 +4,17 @@
   python -m tests.faults --faults=80 …     fewer
   python -m tests.faults --kinds=SIGHUP …  of the kinds that have this in them
 
-  python -m tests.faults --kinds=SIGHUP …  of those that have it in their name
-compared; the next call begins after those that are there, and the table in
+
+Each fault is a line of build/faults.jsonl (--out) once the run it fell upon has
+been compared; the next call begins after those that are there, and the table in
 docs/RELIABILITY.md is made of all of them.
 
-Runs of 2 and 4 processes of one mesh of four devices are disturbed at random
+Runs of 1, 2 and 4 processes of one mesh of four devices are disturbed at random
 (--seed), started again with the same command until they are done, and compared:
 parameters, moments and counters of the last step, and every record of
 metrics.jsonl, bit for bit with a run that nobody disturbed. A process that has
-not ended LIMIT_S after a fault hangs; that fails the campaign.
+not ended LIMIT_S after a fault hangs, and one that shows a traceback does not
+say in a line what is wrong; both fail the campaign.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -48,12 +51,28 @@ FLAGS = dict(
 
 # The program, but no step is shorter than STEP_S: else a run would be over
 # before it is disturbed.
+# Its lines have 200 scalars more, as those of a run with many heads, and its
+# clock is set by the file that CLOCK names.
+CLOCK = 'MTP_FAULTS_CLOCK'
 SLOWLY = f"""
-import sys, time
+import os, sys, time
 from mtp_jax import main
-from mtp_jax.train import loop
+from mtp_jax.train import loop, metrics
 
-batches = loop.train_batches
+now = time.time
+
+def moved():
+  with open(os.environ['{CLOCK}']) as f:
+    return now() + float(f.read() or 0)
+
+time.time = moved
+scalars, batches = metrics.scalars, loop.train_batches
+
+def many(sums):
+  out = scalars(sums)
+  return out | {{f'again_{{i}}': out['loss'] for i in range(200)}}
+
+metrics.scalars = many
 
 def slowly(*args):
   for batch in batches(*args):
@@ -69,6 +88,7 @@ class Session(NamedTuple):
   """The processes of one start."""
 
   workdir: pathlib.Path
+  logs: pathlib.Path  # folder of one file for each process
   processes: list[subprocess.Popen]
   begun: float
 
@@ -77,7 +97,7 @@ class Session(NamedTuple):
 
   def end(self, limit: float = LIMIT_S) -> tuple[list[int], float]:
     """(statuses, seconds until the last one had ended); RuntimeError if one
-    hangs."""
+    hangs, or has shown a traceback."""
     begin = time.monotonic()
     try:
       for p in self.processes:
@@ -87,15 +107,22 @@ class Session(NamedTuple):
     finally:
       for p in self.processes:
         p.kill()
+    for index in range(len(self.processes)):
+      if 'Traceback' in (log := self.log(index)):
+        raise RuntimeError(f'{self.workdir}: process {index}\n{log}')
     return [p.returncode for p in self.processes], time.monotonic() - begin
 
   def log(self, index: int) -> str:
-    return (self.workdir.parent / f'{self.workdir.name}.{index}.log').read_text(
-      errors='replace'
-    )
+    return (self.logs / f'{index}.log').read_text(errors='replace')
 
 
-def start(store: str, workdir: pathlib.Path, n: int) -> Session:
+def start(
+  store: str, workdir: pathlib.Path, n: int, logs: pathlib.Path, of=()
+) -> Session:
+  """`of`: a command that starts the processes in a place of their own."""
+  logs.mkdir(exist_ok=True)
+  clock = logs / 'clock'
+  clock.touch()
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
@@ -105,20 +132,23 @@ def start(store: str, workdir: pathlib.Path, n: int) -> Session:
       processes__coordinator=f'localhost:{port}', processes__count=n,
       processes__index=index,
     )  # fmt: skip
-    args = runs.args(store, str(workdir), **FLAGS | own)
-    log = open(workdir.parent / f'{workdir.name}.{index}.log', 'w')
-    processes.append(
-      runs.process(
-        ['-c', SLOWLY, 'train', *args], devices=DEVICES // n, stdout=log,
-        stderr=subprocess.STDOUT,
-      )
-    )  # fmt: skip
-    log.close()
-  return Session(workdir, processes, time.monotonic())
+    args = runs.args(store, str(workdir), **FLAGS | (own if n > 1 else {}))
+    with open(logs / f'{index}.log', 'w') as log:
+      processes.append(
+        runs.process(
+          ['-c', SLOWLY, 'train', *args], devices=DEVICES // n, stdout=log,
+          stderr=subprocess.STDOUT, variables={CLOCK: str(clock)}, of=of,
+        )
+      )  # fmt: skip
+  return Session(workdir, logs, processes, time.monotonic())
 
 
-# Faults: each disturbs a session, or what lies on disk before one, and says
-# which statuses its processes may end with.
+class Over(Exception):
+  """A run was done before it was disturbed."""
+
+
+# Faults: each disturbs a session, or what lies on disk before one, and returns
+# what mends it once the session has ended, if anything does.
 
 
 def _joined(session: Session) -> bool:
@@ -128,13 +158,27 @@ def _joined(session: Session) -> bool:
 
 
 def _wait(session: Session, rng, joined: bool = True) -> None:
-  """Some moment: of compiling, stepping or saving, or before."""
+  """Some moment: of compiling, stepping or saving, or before. Raises Over."""
   while joined and session.running() and not _joined(session):
     time.sleep(0.02)
   begin = time.monotonic() if joined else session.begun
-  until = begin + rng.uniform(0, 12)
+  _sleep(session, begin + rng.uniform(0, 8) - time.monotonic())
+  if not session.running():
+    raise Over
+
+
+def _sleep(session: Session, seconds: float) -> None:
+  """Unless it ends before."""
+  until = time.monotonic() + seconds
   while time.monotonic() < until and session.running():
     time.sleep(0.02)
+
+
+def _ask_to_stop(session: Session, rng) -> None:
+  """Some seconds later."""
+  _sleep(session, rng.uniform(2, 6))
+  for p in session.running()[:1]:
+    p.send_signal(signal.SIGTERM)
 
 
 def kill_one(session, rng):
@@ -156,6 +200,8 @@ def kill_in_save(session, rng):
     if folder.is_dir():
       seen |= {p.name for p in folder.iterdir() if 'tmp' in p.name}
     time.sleep(0.001)
+  if not session.running():
+    raise Over
   for p in session.processes:
     p.kill()
 
@@ -178,6 +224,8 @@ def sigterm_in_evaluation(session, rng):
   while session.running() and f'step {at}/{STEPS}' not in session.log(0):
     time.sleep(0.005)
   time.sleep(rng.uniform(0, 0.2))
+  if not session.running():
+    raise Over
   rng.choice(session.processes).send_signal(signal.SIGTERM)
 
 
@@ -190,11 +238,7 @@ def limit_files(session, rng):
     resource.prlimit(
       session.processes[0].pid, resource.RLIMIT_FSIZE, (size, size)
     )
-  until = time.monotonic() + rng.uniform(2, 6)
-  while time.monotonic() < until and session.running():
-    time.sleep(0.02)
-  for p in session.running()[:1]:
-    p.send_signal(signal.SIGTERM)
+  _ask_to_stop(session, rng)
 
 
 def freeze_one(session, rng):
@@ -210,23 +254,82 @@ def freeze_one(session, rng):
 
 
 def fill_the_disk(session, rng):
-  """No space for a checkpoint, or for a line of metrics, for some seconds;
+  """No space for a checkpoint, or for 200 scalars of a step, for some seconds;
   then it is asked to stop. Needs a disk of its own (small_disk)."""
   _wait(session, rng)
   found = os.statvfs(session.workdir)
   space = found.f_bavail * found.f_frsize - rng.choice((0, 2**16))
-  ballast = session.workdir / 'ballast'
+  ballast = session.workdir.parent / 'ballast'
   with contextlib.suppress(OSError):  # a save was faster
     ballast.write_bytes(bytes(max(0, space)))
-  until = time.monotonic() + rng.uniform(2, 6)
-  while time.monotonic() < until and session.running():
-    time.sleep(0.02)
+  _sleep(session, rng.uniform(2, 6))
   ballast.unlink()
   for p in session.running()[:1]:
     p.send_signal(signal.SIGTERM)
 
 
-FULL = 'a full disk (tmpfs) for some seconds'
+def move_the_clock(session, rng):
+  """By minutes to a year, back or ahead; it stays so for the next session, or
+  not."""
+  clock = session.logs / 'clock'
+  _wait(session, rng)
+  clock.write_text(str(rng.choice((-1, 1)) * rng.choice((700, 3e4, 3e7))))
+  _ask_to_stop(session, rng)
+  if rng.random() < 0.5:
+    return lambda: clock.write_text('')
+
+
+def rename_the_workdir(session, rng):
+  """The run ends, and writes nothing at the old name."""
+  _wait(session, rng)
+  workdir = session.workdir
+  aside = workdir.with_name('renamed')
+  workdir.rename(aside)
+
+  def back():
+    if workdir.exists():
+      raise RuntimeError(f'{workdir} is there again: {[*workdir.rglob("*")]}')
+    aside.rename(workdir)
+
+  return back
+
+
+def start_in_a_container(session, rng):
+  """The same command in another pid namespace of the same host name: it sees a
+  lock of a process that it cannot look for, and is refused. Needs root."""
+  _wait(session, rng)
+  store = re.search('--data.store=(.*)', '\n'.join(session.processes[0].args))
+  second = start(
+    store[1], session.workdir, 1, session.logs / 'container', of=CONTAINER
+  )
+  statuses, _ = second.end()
+  alone = statuses == [2] and 'one run a workdir' in second.log(0)
+  if session.running() and not alone:
+    raise RuntimeError(f'in a container: {statuses}\n{second.log(0)}')
+  _ask_to_stop(session, rng)
+
+
+def change_the_store(session, rng):
+  """Another program writes into a shard that the run reads: shorter, or of the
+  same size."""
+  store = re.search('--data.store=(.*)', '\n'.join(session.processes[0].args))
+  shards = sorted(pathlib.Path(store[1]).glob('train/*.bin'))
+  path = rng.choice([p for p in shards if p.stat().st_size])
+  whole, stamp = path.read_bytes(), path.stat()
+  _wait(session, rng)
+  size = rng.choice((0, len(whole) // 2, len(whole)))
+  path.write_bytes(bytes(size))
+
+  def back():
+    path.write_bytes(whole)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+  return back
+
+
+FULL = 'a full disk (tmpfs) for some seconds, 200 scalars a step'
+IN_CONTAINER = 'a second start in another container'
+CONTAINER = ('unshare', '--pid', '--fork', '--kill-child', '--mount-proc')
 DURING = {
   'SIGKILL to one process': kill_one,
   'SIGKILL to all processes': kill_all,
@@ -237,6 +340,10 @@ DURING = {
   'a limit of the size of files (EFBIG)': limit_files,
   'SIGSTOP to one process (it freezes)': freeze_one,
   FULL: fill_the_disk,
+  'a clock that jumps': move_the_clock,
+  'a renamed workdir': rename_the_workdir,
+  IN_CONTAINER: start_in_a_container,
+  'a store changed under the run': change_the_store,
 }
 KILLS = ('SIGKILL',)
 
@@ -280,10 +387,13 @@ def truncate_a_shard(workdir, store, rng) -> Callable[[], None]:
   return lambda: path.write_bytes(whole)
 
 
+ODD = ('run[1]', 'run*', os.fsdecode(b'run\xff'))
+PATH = 'brackets, stars or no UTF-8 in the workdir'
 BEFORE = {
   'a flipped bit in the newest checkpoint': flip_a_byte,
   'a half-copied newest checkpoint': copy_by_halves,
   'a truncated shard of the store': truncate_a_shard,
+  PATH: None,
 }
 
 
@@ -311,65 +421,86 @@ def _damageable(workdir: pathlib.Path) -> bool:
   return (newest / 'manifest.json').exists()
 
 
-def _before(store, workdir, n, name, rng) -> Row:
+def _before(store, workdir, n, logs, name, rng) -> Row:
   """A fault on disk: the next session goes on without what is damaged, or
   refuses, in one line; then it is mended."""
+  if name == PATH:
+    odd = workdir.with_name(rng.choice(ODD))
+    row = _refused(start(store, odd, n, logs), name)
+    if odd.exists():
+      raise RuntimeError(f'{odd!r} was made')
+    return row
   mend = BEFORE[name](workdir, store, rng)
-  session = start(store, workdir, n)
+  session = start(store, workdir, n, logs)
   if name.startswith('a truncated'):
-    statuses, seconds = session.end()
-    log = session.log(0)
-    if statuses != [2] * n or 'Traceback' in log:
-      raise RuntimeError(f'{name}: {statuses}\n{log}')
-  else:
-    limit = time.monotonic() + LIMIT_S
-    while (
-      session.running() and time.monotonic() < limit and not _noticed(session)
-    ):
-      time.sleep(0.05)
-    time.sleep(rng.uniform(0, 6))
-    for p in session.processes:
-      p.kill()
-    statuses, seconds = session.end()
-    if not _noticed(session):
-      raise RuntimeError(f'{name}: not noticed\n{session.log(0)}')
+    row = _refused(session, name)
+    mend()
+    return row
+  limit = time.monotonic() + LIMIT_S
+  while (
+    session.running() and time.monotonic() < limit and not _noticed(session)
+  ):
+    time.sleep(0.05)
+  _sleep(session, rng.uniform(0, 6))
+  for p in session.processes:
+    p.kill()
+  statuses, seconds = session.end()
+  if not _noticed(session):
+    raise RuntimeError(f'{name}: not noticed\n{session.log(0)}')
   mend()
   return Row(name, n, tuple(statuses), seconds)
+
+
+def _refused(session, name) -> Row:
+  statuses, seconds = session.end()
+  if set(statuses) != {2}:
+    raise RuntimeError(f'{name}: {statuses}\n{session.log(0)}')
+  return Row(name, len(statuses), tuple(statuses), seconds)
 
 
 def _noticed(session) -> bool:
   return any(word in session.log(0) for word in ('goes on', 'damaged'))
 
 
-def disturbed(store, workdir, n, rng, names, say) -> list[Row]:
-  """A run, disturbed once a session until it is done."""
+def disturbed(store, workdir, n, logs, rng, names, say) -> list[Row]:
+  """A run, disturbed once a session until it is done; takes what it was
+  disturbed by out of names."""
   rows = []
+
+  def fell(row: Row):
+    names.remove(row.fault)
+    rows.append(row)
+    say(row)
+
   while True:
     if names and names[-1] in BEFORE and _damageable(workdir):
-      rows.append(_before(store, workdir, n, names.pop(), rng))
-      say(rows[-1])
+      fell(_before(store, workdir, n, logs, names[-1], rng))
       continue
-    session = start(store, workdir, n)
-    during = [i for i, name in enumerate(names) if name in DURING]
-    if names and not during and not _damageable(workdir):
+    session = start(store, workdir, n, logs)
+    during = [name for name in names if name in DURING]
+    if names and not during:
       while session.running() and not _damageable(workdir):
         time.sleep(0.02)
       for p in session.processes:  # there is something to damage now
         p.kill()
       session.end()
-      continue
-    if not during:
-      statuses, _ = session.end(300.0)
-      if set(statuses) - {0}:
-        raise RuntimeError(f'{workdir}: {statuses}\n{session.log(0)}')
-      return rows
-    name = names.pop(during[-1])
-    DURING[name](session, rng)
-    statuses, seconds = session.end()
-    rows.append(Row(name, n, tuple(statuses), seconds))
-    say(rows[-1])
-    if set(statuses) == {0}:  # it was over before it was disturbed
-      return rows
+      if _damageable(workdir):
+        continue
+    elif during:
+      try:
+        mend = DURING[during[-1]](session, rng)
+      except Over:
+        pass
+      else:
+        statuses, seconds = session.end()
+        if mend:
+          mend()
+        fell(Row(during[-1], n, tuple(statuses), seconds))
+        continue
+    statuses, _ = session.end(300.0)
+    if set(statuses) - {0}:
+      raise RuntimeError(f'{workdir}: {statuses}\n{session.log(0)}')
+    return rows
 
 
 @contextlib.contextmanager
@@ -412,23 +543,24 @@ def campaign(
   references = {}
   trial = 0
   while plan:
-    n = (2, 2, 4)[trial % 3]
+    n = (1, 2, 1, 4)[trial % 4]
+    logs = folder / 'logs'
     if n not in references:
       references[n] = folder / f'undisturbed{n}'
-      statuses, _ = start(store, references[n], n).end(300.0)
+      statuses, _ = start(store, references[n], n, logs).end(300.0)
       if set(statuses) != {0}:
         raise RuntimeError(f'undisturbed: {statuses}')
-    workdir = folder / f'run{trial}'
-    names = [plan.pop() for _ in range(min(4, len(plan)))]
-    with small_disk(workdir, '32m') as mounted:
+    names = [plan.pop() for _ in range(min(6, len(plan)))]
+    disk = folder / f'disk{trial}'
+    with small_disk(disk, '64m') as mounted:
       if not mounted:
-        names = [name for name in names if name != FULL]
-      rows = disturbed(store, workdir, n, rng, names, say)
+        names = [name for name in names if name not in (FULL, IN_CONTAINER)]
+      rows = disturbed(store, disk / 'run', n, logs, rng, names, say)
       plan = names + plan  # the run was done before them; others come first
-      if _checkpoints(workdir):
-        compare(workdir, references[n])
+      compare(disk / 'run', references[n])
       done(rows)
-    shutil.rmtree(workdir)
+    disk.rmdir()
+    shutil.rmtree(logs)
     trial += 1
 
 
@@ -436,9 +568,10 @@ def report(rows: list[Row]) -> str:
   kills = sum(row.fault.startswith(KILLS) for row in rows)
   lines = [
     '## Faults', '',
-    'Written by `python -m tests.faults`: runs of 2 and 4 processes, disturbed,'
-    ' started again with the same command until they are done, and compared bit'
-    ' for bit (parameters, moments, counters, every record of metrics.jsonl)'
+    'Written by `python -m tests.faults`: runs of 1, 2 and 4 processes,'
+    ' disturbed, started again with the same command until they are done, and'
+    ' compared bit for bit (parameters, moments, counters, every record of'
+    ' metrics.jsonl)'
     f' with a run that nobody disturbed. {len(rows)} faults, {kills} of them'
     f' kills; --processes.timeout_s={TIMEOUT_S}.', '',
     '| fault | tried | survived | longest until all processes had ended |',

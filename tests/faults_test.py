@@ -12,15 +12,18 @@ def test_a_short_campaign(tmp_path):
   """A kill of one process, one during a save, and a flipped bit."""
   store = runs.make_store(str(tmp_path / 'store'))
   reference = tmp_path / 'undisturbed'
-  statuses, _ = faults.start(store, reference, 2).end(300.0)
-  assert statuses == [0, 0], faults.Session(reference, [], 0.0).log(0)
+  logs = tmp_path / 'logs'
+  session = faults.start(store, reference, 2, logs)
+  statuses, _ = session.end(300.0)
+  assert statuses == [0, 0], session.log(0)
   names = [
     'a flipped bit in the newest checkpoint', 'SIGKILL to all during a save',
     'SIGKILL to one process',
   ]  # fmt: skip
   rows = faults.disturbed(
-    store, tmp_path / 'run', 2, random.Random(1), list(names), lambda row: None
-  )
+    store, tmp_path / 'run', 2, logs, random.Random(1), list(names),
+    lambda row: None,
+  )  # fmt: skip
   assert {row.fault for row in rows} <= set(names) and len(rows) >= 2
   faults.compare(tmp_path / 'run', reference)
 
@@ -74,7 +77,16 @@ def test_a_section_of_a_page_is_replaced_alone(tmp_path):
 
 def test_a_hang_is_a_failure(tmp_path):
   process = runs.process(['-c', 'import time; time.sleep(60)'])
-  session = faults.Session(tmp_path / 'run', [process], 0.0)
+  session = faults.Session(tmp_path / 'run', tmp_path, [process], 0.0)
   with pytest.raises(RuntimeError, match='hangs: no end in 0.2 s'):
     session.end(0.2)
   assert process.poll() is not None or process.wait() < 0
+
+
+def test_a_traceback_is_a_failure(tmp_path):
+  (tmp_path / '0.log').write_text('Traceback (most recent call last):\n')
+  session = faults.Session(
+    tmp_path / 'run', tmp_path, [runs.process(['-c', ''])], 0.0
+  )
+  with pytest.raises(RuntimeError, match='process 0\nTraceback'):
+    session.end()

@@ -77,12 +77,13 @@ def environment(devices: int = 8) -> dict:
 
 
 def process(
-  command: list[str], devices: int = 8, variables: dict | None = None, **kwargs
-) -> subprocess.Popen:
-  """Python in a process of its own."""
+  command: list[str], devices: int = 8, variables: dict | None = None, of=(),
+  **kwargs,
+) -> subprocess.Popen:  # fmt: skip
+  """Python in a process of its own; `of` is a command that starts it."""
   return subprocess.Popen(
-    [sys.executable, *command], env=environment(devices) | (variables or {}),
-    text=True, cwd=ROOT,
+    [*of, sys.executable, *command], text=True, cwd=ROOT,
+    env=environment(devices) | (variables or {}),
     **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | kwargs,
   )  # fmt: skip
 
