@@ -274,12 +274,11 @@ def greedy(params, prompt, n_new, shape):
   return tokens[len(prompt) :]
 
 
-def numeric_grad(f, params, path, index, eps=1e-5):
-  """Central difference of f(params) in the one entry params[path][index]."""
+def derivative(f, params, path, along, eps=1e-5):
+  """Central difference of f(params) as params[path] moves along an array."""
 
   def moved(step):
-    array = np.array(params[path], np.float64)  # a copy
-    array[index] += step
+    array = np.asarray(params[path], np.float64) + step * along
     return float(f({**params, path: array}))
 
   return (moved(eps) - moved(-eps)) / (2 * eps)
