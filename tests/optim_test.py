@@ -1,5 +1,6 @@
 """The update by hand, the schedules at their corners, groups, rounding."""
 
+import functools
 import math
 
 import jax
@@ -50,17 +51,26 @@ def test_the_last_step_is_at_the_end_of_the_schedule(schedule, steps, warmup):
     np.testing.assert_allclose(rate(steps - 2), 2.0, rtol=1e-6)
 
 
+@functools.cache
 def _steps(c, n_steps, n_active=None):
-  """(State, metrics) after some steps on the same batch, on the host."""
+  """(State, metrics) after each of some steps on one batch, on the host."""
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     rows = sharding.put_batch(m, tiny.batch(c))
     bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
     state = state_lib.init(c, m)
     step = step_lib.compiled(c, n_active or c.heads.n)
+    after = []
     for _ in range(n_steps):
       state, values = step(state, rows, bytes_V)
-    return jax.device_get((state, values))
+      after.append(jax.device_get((state, values)))
+    return after
+
+
+BY_HAND = dict(
+  heads__n=2, optim__lr=1e-2, optim__warmup_steps=0, optim__clip_norm=0.5,
+  optim__schedule='constant', optim__weight_decay=0.2, optim__eps=1e-6,
+)  # fmt: skip
 
 
 def start(c):
@@ -100,10 +110,7 @@ def updated(c, start, gradients, n_active=None):
 
 
 def test_two_updates_are_adamw_by_hand():
-  c = tiny.cfg(
-    heads__n=2, optim__lr=1e-2, optim__warmup_steps=0, optim__clip_norm=0.5,
-    optim__schedule='constant', optim__weight_decay=0.2, optim__eps=1e-6,
-  )  # fmt: skip
+  c = tiny.cfg(**BY_HAND)
   start = state_lib.init(c, tiny.mesh(c))
   w = {k: v.copy() for k, v in tiny.flat(start.params).items()}
   mu = {k: np.zeros_like(v) for k, v in w.items()}
@@ -123,7 +130,7 @@ def test_two_updates_are_adamw_by_hand():
       )  # fmt: skip
       decay = 0.0 if 'norm' in name else 0.2
       w[name] = w[name] - 1e-2 * (direction + decay * w[name])
-    after, values = _steps(c, t)
+    after, values = _steps(c, 2)[t - 1]
     np.testing.assert_allclose(values['grad_norm'], norm, rtol=1e-4)
     for name, x in tiny.flat(after.params).items():
       np.testing.assert_allclose(x, w[name], rtol=1e-3, atol=2e-5, err_msg=name)
@@ -142,16 +149,15 @@ def test_two_updates_are_adamw_by_hand():
   ids=str,
 )
 def test_a_step_does_not_depend_on_how_it_is_cut(changes):
-  base = dict(heads__n=2, optim__lr=1e-2, optim__warmup_steps=0)
-  want, want_values = _steps(tiny.cfg(**base), 2)
-  c = tiny.cfg(**base, **changes)
-  rows = tiny.batch(tiny.cfg(**base))
+  want, want_values = _steps(tiny.cfg(**BY_HAND), 2)[-1]
+  c = tiny.cfg(**BY_HAND, **changes)
+  rows = tiny.batch(tiny.cfg(**BY_HAND))
   cut = tiny.batch(c)
   for name in rows:  # the same windows, only cut into micro-batches
     np.testing.assert_array_equal(
       rows[name].reshape(cut[name].shape), cut[name]
     )
-  got, got_values = _steps(c, 2)
+  got, got_values = _steps(c, 2)[-1]
   for name in (
     'total',
     'loss_sum_K',
@@ -173,7 +179,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(changes):
 def test_inactive_heads_move_in_nothing():
   c = tiny.cfg(heads__n=3, optim__weight_decay=0.5, optim__warmup_steps=0)
   start = jax.device_get(state_lib.init(c, tiny.mesh(c)))
-  after, values = _steps(c, 2, n_active=1)
+  after, values = _steps(c, 2, n_active=1)[-1]
   assert values['loss_sum_K'].shape == (1,)
   adam = after.opt_state[1]
   for new, old, mu, nu in zip(
@@ -315,7 +321,7 @@ def test_a_frozen_trunk_stays_has_no_moments_and_clips_nobody():
     optim__clip_norm=0,
   )  # fmt: skip
   c = tiny.cfg(train__freeze='trunk', **of)
-  before, (after, values) = start(c)[0], _steps(c, 1)
+  before, ((after, values),) = start(c)[0], _steps(c, 1)
   for name, x in tiny.flat(after.params).items():
     frozen = name != 'heads.proj'
     assert np.array_equal(x, tiny.flat(before)[name]) == frozen, name
