@@ -44,6 +44,18 @@ class ConfigError(ValueError):
     return line + jsonl.one_line(allowed, 1000)
 
 
+def wrong_text(text: str) -> str:
+  """Why a text cannot be a flag's: libraries can neither open nor store it.
+  Empty if it can."""
+  if '\0' in text:
+    return 'must not contain a NUL character'
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # bytes of the command line that no decoder takes
+    return 'must be UTF-8'
+  return ''
+
+
 class FileChanged(ConfigError):
   """An input that changed during a run; one process of several may find it."""
 

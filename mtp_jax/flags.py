@@ -71,8 +71,8 @@ def _read_flag_file(path: str, beside: str) -> tuple[list[str], str]:
   def wrong(problem):
     return config.ConfigError('flagfile', path, problem)
 
-  if '\0' in path:
-    raise wrong('must not contain a NUL character')
+  if problem := config.wrong_text(path):
+    raise wrong(problem)
   if paths.scheme(path):
     real = paths.absolute(path, 'flagfile')
     found = paths.of(real).exists()
@@ -160,11 +160,11 @@ def parse(args: list[str]) -> Parsed:
     allowed = _ALLOWED[config.fields()[name].type]
     raise config.ConfigError(name, value, allowed) from error
   for text in rest:
-    if '\0' in text:
-      raise flags.Error(f'argument {text!r}: must not contain a NUL character')
+    if problem := config.wrong_text(text):
+      raise flags.Error(f'argument {text!r}: {problem}')
   out = values['out'].value or ''
-  if '\0' in out:
-    raise config.ConfigError('out', out, 'must not contain a NUL character')
+  if problem := config.wrong_text(out):
+    raise config.ConfigError('out', out, problem)
   given = {
     name: field.type(values[name].value)
     for name, field in config.fields().items()

@@ -62,7 +62,8 @@ def variants(cfg: config.Config) -> tuple[config.Config, ...]:
 
 
 def _check_limits(name, value, limits):
-  """Numbers within their limits, one of the choices, text without NUL."""
+  """Numbers within their limits, one of the choices, text that can be
+  stored."""
 
   def need(ok, allowed):
     if not ok:
@@ -81,7 +82,8 @@ def _check_limits(name, value, limits):
   if 'below' in limits:
     need(value < limits['below'], f'must be below {limits["below"]}')
   texts = value if isinstance(value, tuple) else (str(value),)
-  need('\0' not in ''.join(texts), 'must not contain a NUL character')
+  if problem := config.wrong_text(''.join(texts)):
+    need(False, problem)
 
 
 def _check_model(cfg):

@@ -168,6 +168,8 @@ def test_every_number_has_limits():
     (dict(data__store='a:1,b:1' + '0' * 99), 'data.store', 'weights above 0'),
     (dict(data__store='a\0b'), 'data.store', 'NUL'),
     (dict(plan__sweep=('a\0',)), 'plan.sweep', 'NUL'),
+    (dict(train__workdir='run\udcff'), 'train.workdir', 'must be UTF-8'),
+    (dict(plan__sweep=('\udcff',)), 'plan.sweep', 'must be UTF-8'),
   ],
 )  # fmt: skip
 def test_what_is_refused_names_the_flag_that_was_given(given, blamed, said):

@@ -193,6 +193,12 @@ def test_an_unknown_flag_or_type_is_fatal(tmp_path, arg, said):
     assert said in error and '\n' not in error
 
 
+@pytest.mark.parametrize('arg', ['--out=\udcff', '--flagfile=\udcff', '\udcff'])
+def test_bytes_that_are_no_text_are_refused(arg):
+  """As a shell hands on a name that is not UTF-8."""
+  assert _refused(arg).endswith(': must be UTF-8')
+
+
 def test_usage_shows_the_flags_of_some_sections():
   text = flags.usage(('heads', 'optim'))
   assert '  --heads.n=4\n      prediction heads' in text
