@@ -152,8 +152,11 @@ class Over(Exception):
 
 
 def _joined(session: Session) -> bool:
-  """Whether all have met: before, they wait for each other for minutes."""
+  """Whether all have met: before, they wait for each other for minutes. One
+  alone has begun when it says something."""
   n = len(session.processes)
+  if n == 1:
+    return bool(session.log(0))
   return all('] on ' in session.log(i) for i in range(n))
 
 
