@@ -318,7 +318,8 @@ def test_another_machine_that_writes_its_lock_again_lives(server, monkeypatch):
     lock.Lock('gs://bucket/l')
 
 
-def test_another_machine_that_was_silent_is_dead(server):
+def test_another_machine_that_was_silent_is_dead(server, monkeypatch):
+  monkeypatch.setattr(lock, 'LIVES_S', 0.1)
   _other(server, time=time.time() - lock.STALE_S - 1)
   lock.Lock('gs://bucket/l').check()
 

@@ -541,7 +541,8 @@ def _hooked(kind: str):
   changes = [(owner, name, accepted) for owner, name in _hooks()]
   changes += [
     (figures, 'draw', lambda plot: ('', b'')),
-    (lock, 'STALE_S', 0.05), (lock, 'LOOK_S', 0.02),
+    (lock, 'STALE_S', 0.05), (lock, 'LIVES_S', 0.05),
+    (lock, 'LOOK_S', 0.02),
   ]  # fmt: skip
   if kind in ('flags', 'small-languages'):  # of workers, of every document
     changes.append((store, 'write', accepted))

@@ -57,8 +57,13 @@ def _oracle(row):
   return _in('loss', f'test_equals_oracle[{row}]')
 
 
-# Eager, with chunks, micro-batches, z-loss, leaps and the order of tokens.
-ORACLE = _oracle('sequential-3-eager-replicated-3-0.7')
+# Eager, packed, on a mesh, with z-loss, leaps and the order of tokens.
+ORACLE = _oracle(
+  'sequential-3-shared-True-0:1,.3-0.01-3-0.7-eager-0-1-(1,4,2)-block'
+)
+CHUNKS = _oracle(
+  'recursive-3-shared-False-0:1-0.01-3-0.7-eager-4-1-(1,1,1)-none'
+)
 CUT = _in('optim', 'test_a_step_does_not_depend_on_how_it_is_cut')
 LEDGER = _in('plan/hlo', 'test_a_program_of_a_tpu_by_hand')
 
@@ -168,7 +173,7 @@ FAULTS = (
   Fault(
     'chunks-overwrite', 4, ENTROPY,
     'return dunembed + d, (', 'return d, (',
-    ORACLE,
+    CHUNKS,
   ),
   Fault(
     'count-of-head-1', 5, LOSS,
@@ -221,7 +226,7 @@ FAULTS = (
     'acceptance-of-labels', 9, LOSS,
     'stats.argmax_BT, jnp.all(',
     'stats.argmax_BT.at[0].set(targets_KBT[0]), jnp.all(',
-    _oracle('causal-3-remat-tied-1-0.0'),
+    _oracle('causal-3-shared-True-0:1,.3-0.01-3-0.0-remat-4-1-(1,1,1)-dots'),
   ),
   Fault(
     'acceptance-unshifted', 9, TARGETS,
@@ -955,6 +960,12 @@ FAULTS = (
     'max(silent_s, 0)', 'silent_s',
     _in('train/lock',
         'test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long'),
+  ),
+  Fault(
+    'silent-by-our-clock-is-dead', 0, 'mtp_jax/train/lock.py',
+    'max(STALE_S - max(silent_s, 0), LIVES_S)', 'STALE_S - max(silent_s, 0)',
+    _in('train/lock',
+        'test_one_silent_for_long_by_our_clock_is_watched_for_a_while'),
   ),
   Fault(
     'figures-of-others-go', 0, 'mtp_jax/run_report/files.py',

@@ -23,6 +23,7 @@ import uuid
 from mtp_jax import config, jsonl, paths
 
 STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
+LIVES_S = 60.0  # one that seems so by our clock is watched at least so long
 LOOK_S = 1.0  # between two looks at one that may be
 AGAIN_S = 20.0  # between two looks at one's own in object storage, for a line
 SETTLE_S = 3.0  # there, from one's look to the write of one who looked as well
@@ -41,7 +42,8 @@ class Lock:
   lives is seen by its lock alone: either it touches it, or it is silent for
   STALE_S. That is waited for, since a run whose machine has died is started on
   another one at once. What is waited for is a change: clocks of machines
-  differ, and one may have been set back.
+  differ, and one may have been set. So for LIVES_S also where the lock seems to
+  be older than STALE_S.
   """
 
   def __init__(self, workdir: str):
@@ -63,9 +65,8 @@ class Lock:
           continue
         if patience_s is None and not _here(holder):
           silent_s = time.time() - now[1]  # below 0 by a clock ahead of ours
-          patience_s = time.monotonic() + STALE_S - max(silent_s, 0)
-          if silent_s >= STALE_S:
-            continue
+          wait_s = max(STALE_S - max(silent_s, 0), LIVES_S)
+          patience_s = time.monotonic() + wait_s
       if _here(holder) or touched not in (None, now):
         raise config.ConfigError(
           'train.workdir', workdir,
@@ -75,7 +76,7 @@ class Lock:
       if touched is None:
         print(
           f'{self._path} is that of process {holder["pid"]} on'
-          f' {holder["host"]}; waits up to {STALE_S:.0f} s whether it lives',
+          f' {holder["host"]}; waits up to {wait_s:.0f} s whether it lives',
           flush=True,
         )
       touched = now
