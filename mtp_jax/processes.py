@@ -12,6 +12,7 @@ ends without a word is missed after --processes.timeout_s.
 import collections
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -78,8 +79,25 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
     if not why:
       _fail(traceback.format_exc())
     _fail(why, 2)
-  except BaseException:
-    _fail(traceback.format_exc())
+  except BaseException as error:
+    _fail(_lost(error) or traceback.format_exc())
+
+
+# What is said of another process that answers no more, by who carries numbers
+# between processes (Gloo, NCCL) or counts them (JAX's coordination service).
+_OF_ANOTHER = re.compile(
+  'gloo|nccl|connection|heartbeat|barrier|coordination', re.IGNORECASE
+)
+
+
+def _lost(error: BaseException) -> str:
+  """A line on an error that only says that another process is gone; else ''."""
+  first = (str(error).strip().splitlines() or [''])[0]
+  if not several() or not isinstance(error, jax.errors.JaxRuntimeError):
+    return ''
+  if not _OF_ANOTHER.search(first):
+    return ''
+  return f'ends, since another process is gone: {first[:300]}'
 
 
 def _say(text: str) -> None:

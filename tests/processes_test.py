@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, sharding
+from mtp_jax import checkpoint, processes, sharding
 from mtp_jax.train import lock, loop
 from tests import runs
 
@@ -302,7 +302,24 @@ def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
   silent.kill()
   silent.communicate()
   assert end[0] not in (0, None), end
-  assert 'step 2/9' in end[1]
+  assert 'step 2/9' in end[1] and 'Traceback' not in end[2], end[2]
+
+
+@pytest.mark.parametrize('error, said', [
+  (
+    jax.errors.JaxRuntimeError(
+      'UNKNOWN: Gloo all-reduce failed: Read error [::1]:9: Connection reset by'
+      ' peer\nmore'
+    ),
+    'ends, since another process is gone: UNKNOWN: Gloo all-reduce failed: Read'
+    ' error [::1]:9: Connection reset by peer',
+  ),
+  (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), ''),
+  (ValueError('a barrier'), ''),
+])  # fmt: skip
+def test_the_end_of_another_is_a_line(error, said, monkeypatch):
+  monkeypatch.setattr(processes, 'several', lambda: True)
+  assert processes._lost(error) == said
 
 
 @pytest.mark.slow
