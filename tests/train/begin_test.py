@@ -317,23 +317,27 @@ def test_a_frozen_trunk_has_neither_gradient_nor_moments():
     model__d_model=64, model__d_ff=128, data__seq_len=64, mesh__fsdp=1,
   )  # fmt: skip
   for accumulate in 1, 2:
-    found = []
+    traced = {}
     for freeze in 'none', 'trunk':
       c = tiny.cfg(train__freeze=freeze, train__accumulate=accumulate, **of)
       m = tiny.mesh(c)
       with jax.set_mesh(m):
-        traced = step_lib.trace(c, m, 2)
-        memory = traced.lower().compile().memory_analysis()
-      found.append((memory, flops.of_program(traced.jaxpr, 64)))
-    trunk = params.count(lm.specs(c).trunk)
-    (every, all_flops), (alone, some_flops) = found
-    moments = every.argument_size_in_bytes - alone.argument_size_in_bytes
-    assert moments >= 2 * 4 * trunk
-    assert every.temp_size_in_bytes - alone.temp_size_in_bytes >= 4 * trunk
+        traced[freeze] = step_lib.trace(c, m, 2)
     # Backwards, the trunk computes two products where forwards it does one.
+    all_flops, some_flops = (
+      flops.of_program(x.jaxpr, 64) for x in traced.values()
+    )
     tokens = c.data.batch_size * c.data.seq_len
     forward, *_ = flops.forward(c, 2, causal=False)
     assert all_flops - some_flops >= 2 * tokens * forward
+  # Of micro-batches, whose gradients are kept and summed.
+  every, alone = (
+    x.lower().compile().memory_analysis() for x in traced.values()
+  )
+  trunk = params.count(lm.specs(c).trunk)
+  moments = every.argument_size_in_bytes - alone.argument_size_in_bytes
+  assert moments >= 2 * 4 * trunk
+  assert every.temp_size_in_bytes - alone.temp_size_in_bytes >= 4 * trunk
 
 
 @pytest.mark.parametrize(

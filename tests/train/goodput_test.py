@@ -154,7 +154,7 @@ def test_a_run_that_goes_back_is_one_without_those_batches(
 ):
   """Of batches 0 to 9, 3 and 4 left out at the spike of step 5; stopped after
   that and gone on with as well."""
-  of = dict(train__checkpoint_every=every, train__steps=10, optim__lr=1e-3)
+  of = dict(train__checkpoint_every=every, train__steps=10)
   went = tmp_path / 'went'
   with monkeypatch.context() as patched:
     _spike_once(patched, 5)

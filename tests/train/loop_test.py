@@ -184,7 +184,7 @@ def test_a_path_that_is_a_pattern_is_refused(name, store, tmp_path, capsys):
 
 
 def test_a_step_without_a_target_passes_by_the_non_finite_counter():
-  c = tiny.cfg(heads__n=2)
+  c = tiny.cfg(heads__n=2, heads__family='linear', model__n_layers=1)
   rows = tiny.batch(c)
   rows['position'][:] = 0
   m = tiny.mesh(c)
