@@ -1,6 +1,7 @@
 """What differs between versions of Python and of the libraries. Floor 0.
 
-Tested: Python 3.11 with jax 0.10.2 (the last one for it), 3.13 with jax 0.12.
+Tested: Python 3.11 with jax 0.10.2 (the last one for it), 3.13 with jax 0.12;
+loss, step, decoding and bench on 3.12 with jax 0.11.2 (as on GPU machines).
 An entry goes when the version that needs it does.
 """
 

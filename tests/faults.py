@@ -299,8 +299,14 @@ def rename_the_workdir(session, rng):
 
 def start_in_a_container(session, rng):
   """The same command in another pid namespace of the same host name: it sees a
-  lock of a process that it cannot look for, and is refused. Needs root."""
-  _wait(session, rng)
+  lock of a process that it cannot look for, and is refused. Needs root. Not
+  while the first one compiles: it touches its lock with each step, and is given
+  ten minutes to."""
+  while session.running() and 'step ' not in session.log(0):
+    time.sleep(0.02)
+  _sleep(session, rng.uniform(0, 2))
+  if not session.running():
+    raise Over
   store = re.search('--data.store=(.*)', '\n'.join(session.processes[0].args))
   second = start(
     store[1], session.workdir, 1, session.logs / 'container', of=CONTAINER
