@@ -110,11 +110,12 @@ def _ends(running) -> list[tuple[int, str, str]]:
       p.kill()
 
 
-def _pair(store, workdir, of_0=MAIN, of_1=MAIN, only_1=''):
+def _pair(store, workdir, of_0=MAIN, of_1=MAIN, only_1='', **changes):
   """Two processes of one run; only_1: a flag that process 1 alone has."""
   port, running = _port(), []
   for index, command in enumerate((of_0, of_1)):
-    args = runs.args(store, str(workdir), **MESH, **_flags(index, port))
+    own = MESH | changes | _flags(index, port)
+    args = runs.args(store, str(workdir), **own)
     args += [only_1] * (index and only_1 != '')
     running.append(runs.process([*command, *args], devices=2))
   return running
