@@ -511,11 +511,11 @@ def test_memory_is_flat_in_the_number_of_heads(schedule):
   assert _temp_bytes(8, schedule, chunk=16) < 0.5 * one
 
 
-def test_memory_of_the_order_is_flat_and_falls_with_chunks():
-  """One head is asked for it, after the others, under each schedule."""
-  one = _temp_bytes(1, 'remat', order=1.0)
-  assert _temp_bytes(8, 'remat', order=1.0) < 1.1 * one
-  assert _temp_bytes(8, 'remat', chunk=16, order=1.0) < 0.5 * one
+@pytest.mark.parametrize('schedule', ['remat', 'eager'])
+def test_memory_of_the_order_is_flat_and_falls_with_chunks(schedule):
+  one = _temp_bytes(1, schedule, order=1.0)
+  assert _temp_bytes(8, schedule, order=1.0) < 1.1 * one
+  assert _temp_bytes(8, schedule, chunk=16, order=1.0) < 0.5 * one
 
 
 def test_keeping_all_logits_is_not():
