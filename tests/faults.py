@@ -196,12 +196,17 @@ def kill_all(session, rng):
 
 
 def kill_in_save(session, rng):
-  """As soon as the folder of an unfinished save is there."""
-  skip = rng.randrange(3)
-  folder, seen = session.workdir / 'checkpoints', set()
+  """As soon as the folder of an unfinished save is there, but for those that
+  earlier kills have left."""
+  skip, folder = rng.randrange(3), session.workdir / 'checkpoints'
+
+  def unfinished():
+    found = folder.iterdir() if folder.is_dir() else ()
+    return {p.name for p in found if 'tmp' in p.name}
+
+  left, seen = unfinished(), set()
   while session.running() and len(seen) <= skip:
-    if folder.is_dir():
-      seen |= {p.name for p in folder.iterdir() if 'tmp' in p.name}
+    seen |= unfinished() - left
     time.sleep(0.001)
   if not session.running():
     raise Over
