@@ -74,7 +74,7 @@ def _text(family):
 
 
 def _drafts(family):
-  name = f'test_drafts_are_what_the_heads_say[{family}-widths1-0]'
+  name = f'test_drafts_are_what_the_heads_say[{family}-widths1]'
   return _in('decode/speculative', name)
 
 
@@ -85,7 +85,7 @@ def _distribution(row):
 
 TREE_TEXT = _in(
   'decode/speculative',
-  'test_a_tree_of_drafts_changes_nothing_but_the_pace[parallel-widths1]',
+  'test_a_deep_tree_changes_nothing_but_the_pace[parallel]',
 )
 STOPS = _in(
   'decode/speculative', 'test_perfect_drafts_all_stand_and_stops_cut_them'

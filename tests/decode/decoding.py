@@ -17,10 +17,12 @@ FAMILIES = (
 )  # fmt: skip
 PROMPTS = ([3], [1, 5, 2, 0, 7, 7], [6, 6, 1], [2, 0, 4, 1, 3, 5, 5, 2, 6])
 NEW = 40
+ROWS = 48  # of a batch that is filled up, so that tests share its programs
 
 
 def cfg(family='parallel', n=4, **changes) -> config.Config:
-  layers = 2 + (n if family in config.BLOCK_FIRST else 0)
+  # Head 1's logits come of two layers at least.
+  layers = 1 + (n if family in config.BLOCK_FIRST else 1)
   changes = dict(decode__max_new=NEW, decode__prefill=4) | changes
   return tiny.cfg(
     heads__family=family, heads__n=n, model__n_layers=layers,
@@ -32,6 +34,17 @@ def make(c: config.Config, model=None, active=None) -> decoder.Decoder:
   m = tiny.mesh(c)
   model = tiny.model(c, m) if model is None else model
   return decoder.Decoder(model, c, m, active or c.heads.n)
+
+
+def with_rows(c: config.Config, model=None, active=None, rows=ROWS):
+  """Decodes PROMPTS, or others, of rows that are filled up."""
+  made = make(c, model, active)
+
+  def decode(prompts=PROMPTS, **kwargs):
+    return made([np.array(p) for p in prompts], rows=rows, **kwargs)
+
+  decode.widths = made.widths
+  return decode
 
 
 def decode(c: config.Config, prompts=PROMPTS, model=None, **kwargs):

@@ -165,11 +165,11 @@ def test_speculation_keeps_the_distribution(name, heads):
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-  c = decoding.cfg('sequential', decode__temperature=0.9)
+  c = decoding.cfg('sequential', 3, decode__temperature=0.9)
   decode = decoding.make(c)
   mine = np.array([1, 2, 3])
   texts = []
-  for others, row in (([[5], [6, 7, 7]], 0), ([[0, 1, 2, 3, 4], [2]], 2)):
+  for others, row in (([[5], [6, 7, 7, 2, 4]], 0), ([[0, 1, 2, 3, 4], [2]], 2)):
     prompts = [np.array(p) for p in others]
     prompts.insert(row, mine)
     seeds = [11, 12, 13]
@@ -185,7 +185,7 @@ def test_another_temperature_compiles_nothing():
   from mtp_jax.decode import speculative
 
   prompts = [np.array([1, 2])] * 2
-  c = decoding.cfg(decode__temperature=0.5)
+  c = decoding.cfg('linear', 2, decode__temperature=0.5)
   decoding.decode(c, prompts)
   before = speculative.run._cache_size()
   for temperature in (0.7, 1.0):
@@ -196,5 +196,5 @@ def test_another_temperature_compiles_nothing():
 
 
 def test_low_temperature_is_greedy():
-  c = decoding.cfg(decode__temperature=1e-4)
-  assert decoding.lists(decoding.decode(c)) == decoding.greedy('parallel')
+  c = decoding.cfg('linear', decode__temperature=1e-4)
+  assert decoding.lists(decoding.decode(c)) == decoding.greedy('linear')

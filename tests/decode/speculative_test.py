@@ -15,6 +15,11 @@ from tests.decode.decoding import FAMILIES, PROMPTS
 DRAFTS = {1: (), 2: (1,), 3: (1, 1), 4: (1, 1, 1)}
 
 
+def one_of(*families):
+  """A test of some families only."""
+  return pytest.mark.parametrize('family', families, indirect=True)
+
+
 @pytest.fixture(scope='module', params=FAMILIES)
 def family(request):
   """One after the other, so that a decoder is made once."""
@@ -23,10 +28,7 @@ def family(request):
 
 @pytest.fixture(scope='module')
 def decode(family):
-  made = decoding.make(decoding.cfg(family))
-  return lambda *args, **kwargs: made(
-    [np.array(p) for p in PROMPTS], *args, **kwargs
-  )
+  return decoding.with_rows(decoding.cfg(family))
 
 
 @pytest.mark.parametrize('W', [1, 3, 4])
@@ -42,8 +44,16 @@ def test_greedy_text_is_that_of_float64(family, decode, W):
     assert decoded.forwards.sum() < decoded.n_tokens
 
 
-@pytest.mark.parametrize('widths', [(3, 2), (2, 1, 3)])
-def test_a_tree_of_drafts_changes_nothing_but_the_pace(family, decode, widths):
+def test_a_tree_of_drafts_changes_nothing_but_the_pace(family, decode):
+  tree_changes_nothing_but_the_pace(family, decode, (3, 2))
+
+
+@one_of('parallel', 'anticausal', 'sequential')
+def test_a_deep_tree_changes_nothing_but_the_pace(family, decode):
+  tree_changes_nothing_but_the_pace(family, decode, (2, 1, 3))
+
+
+def tree_changes_nothing_but_the_pace(family, decode, widths):
   decoded = decode(widths=widths)
   assert decoding.lists(decoded) == decoding.greedy(family)
   chain = decode(widths=DRAFTS[len(widths) + 1])
@@ -52,33 +62,61 @@ def test_a_tree_of_drafts_changes_nothing_but_the_pace(family, decode, widths):
 
 def test_the_same_program_without_acceptance_writes_the_same(family):
   """2,000 tokens, ragged rows; nothing but what stands differs."""
-  decode = decoding.make(decoding.cfg(family, decode__max_new=500))
-  prompts = [np.array(p) for p in PROMPTS]
+  decode = decoding.with_rows(decoding.cfg(family, decode__max_new=42))
+  rng = np.random.default_rng(0)
+  prompts = [
+    rng.integers(0, decoding.VOCAB, n).tolist()
+    for n in rng.integers(1, 10, decoding.ROWS)
+  ]
+  writes_the_same_without_acceptance(decode, prompts, new=42)
+
+
+@one_of('causal')
+def test_long_texts_without_acceptance_are_the_same(family):
+  decode = decoding.with_rows(decoding.cfg(family, decode__max_new=500), rows=4)
+  writes_the_same_without_acceptance(decode, PROMPTS, new=500)
+
+
+def writes_the_same_without_acceptance(decode, prompts, new):
   decoded, forced = decode(prompts), decode(prompts, max_accept=0)
-  assert decoded.n_tokens == 2000
+  assert decoded.n_tokens == new * len(prompts) >= 2000
   assert decoding.lists(decoded) == decoding.lists(forced)
-  assert forced.forwards.tolist() == [500] * 4
-  assert decoded.forwards.sum() < 2000
+  assert forced.forwards.tolist() == [new] * len(prompts)
+  assert decoded.forwards.sum() < decoded.n_tokens
   assert forced.accepted_J.sum() == 0
 
 
-@pytest.mark.parametrize(
-  'widths, temperature',
-  [((1,), 0), ((1, 1, 1), 0), ((1, 1, 1), 1.3), ((2, 2), 0)],
-)
-def test_drafts_are_what_the_heads_say(family, widths, temperature):
+@pytest.mark.parametrize('widths', [(1, 1), (1, 1, 1), (3, 2)])
+def test_drafts_are_what_the_heads_say(family, widths):
+  drafts_are_what_the_heads_say(decoding.cfg(family), widths)
+
+
+@one_of('parallel', 'anticausal', 'linear', 'recursive')
+def test_sampled_drafts_are_what_the_heads_say(family):
+  c = decoding.cfg(family, decode__temperature=1.3)
+  drafts_are_what_the_heads_say(c, (1, 1, 1))
+
+
+def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
   """Cached = full forward, for all heads: after each pass the drafts are those
-  of the whole text so far, with what was drafted as the tokens that are fed."""
-  c = decoding.cfg(family, decode__temperature=float(temperature))
-  model = tiny.model(c, tiny.mesh(c))
-  params, shape = tiny.flat(model), oracle.Shape(family, 4)
-  decode = decoding.make(c, model)
+  of the whole text so far, with what was drafted as the tokens that are fed.
+
+  trained: (Config, model) of those heads of the model that are in use.
+  """
+  model = tiny.model(c, tiny.mesh(c)) if model is None else model
+  of, whole = trained or (c, model)
+  params = tiny.flat(whole)
+  shape = oracle.Shape(of.heads.family, of.heads.n)
+  temperature = c.decode.temperature
+  decode = decoding.make(c, model, active=of.heads.n)
   sampling = sample.sampling(c)
-  s = speculative.setup(c, 4, widths)
+  s = speculative.setup(c, of.heads.n, widths)
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(decode.mesh):
     w = speculative.in_use(decode._weights, s)
-    state, caches = decode._start(prompts, range(4), 64, 4, 128, sampling, s)
+    state, caches = decode._start(
+      prompts, range(4), 49, decoding.ROWS, 64, sampling, s
+    )
     for first in range(0, 8, 4):
       state, caches = speculative.prefill(w, state, caches, first, C=4, s=s)
     for _ in range(6):
@@ -105,7 +143,7 @@ def test_drafts_are_what_the_heads_say(family, widths, temperature):
 def test_what_is_computed_where(family):
   """FLOPs of a pass, as traced, are those of the module's docstring: heads 2..W
   have queries, MLP and logits where they are needed."""
-  c, W, B, S = decoding.cfg(family), 4, 4, 128
+  c, W, B, S = decoding.cfg(family), 4, decoding.ROWS, 64
   made = decoding.make(c)
   s = speculative.setup(c, 4, (1, 1, 1))
   prompts = [np.array(p) for p in PROMPTS]
@@ -137,35 +175,41 @@ def test_what_is_computed_where(family):
     + 3 * again * 2 * square,
   }  # fmt: skip
   further['recursive'] = further['sequential']
-  stem = 2 + c.heads.block_first
-  wanted = stem * layer(W, W) + further[family] + 2 * D * V * (W + W - 1)
+  stem = 2 * layer(W, W)
+  wanted = stem + further[family] + 2 * D * V * (W + W - 1)
   assert flops.of_program(traced.jaxpr, 0) == B * wanted
 
 
-@pytest.mark.parametrize('unembedding', ['replicated', 'tied'])
-@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'sequential'])
-def test_greedy_text_under_each_unembedding(family, unembedding):
-  c = decoding.cfg(family, heads__unembedding=unembedding)
-  wanted = decoding.greedy(family, unembedding=unembedding)
-  assert decoding.lists(decoding.decode(c)) == wanted
+@pytest.mark.parametrize(
+  'family, unembedding',
+  [
+    ('parallel', 'tied'), ('anticausal', 'replicated'),
+    ('sequential', 'replicated'), ('sequential', 'tied'),
+  ],
+)  # fmt: skip
+def test_text_and_drafts_under_each_unembedding(family, unembedding):
+  c = decoding.cfg(family, 3, heads__unembedding=unembedding)
+  wanted = decoding.greedy(family, 3, unembedding=unembedding)
+  assert decoding.lists(decoding.with_rows(c)()) == wanted
+  drafts_are_what_the_heads_say(c, (1, 1))
 
 
-@pytest.mark.parametrize('family', ['anticausal', 'causal', 'recursive'])
+@one_of('anticausal', 'causal', 'recursive')
 def test_heads_that_did_not_train_are_not_used(family):
   """Under a curriculum heads 1..m are active; an anticausal chain begins at m,
   so that head 1 says something else than with all heads."""
   c = decoding.cfg(family)
   model = tiny.model(c, tiny.mesh(c))
-  prompts = [np.array(p) for p in PROMPTS]
-  fewer = decoding.make(c, model, active=2)
+  fewer = decoding.with_rows(c, model, active=2)
   assert fewer.widths == (1,)
   two = decoding.cfg(family, 2)
   if c.heads.block_first:
     kept = jax.tree.map(lambda w: w[:2], model.heads)
   else:
     kept = model.heads
-  wanted = oracle_greedy(two, model.replace(heads=kept))
-  assert decoding.lists(fewer(prompts)) == wanted
+  trained = two, model.replace(heads=kept)
+  assert decoding.lists(fewer()) == oracle_greedy(*trained)
+  drafts_are_what_the_heads_say(c, (1,), model, trained)
 
 
 def oracle_greedy(c, model):
@@ -187,11 +231,13 @@ def test_perfect_drafts_all_stand_and_stops_cut_them():
   assert decoded.asked_J.tolist() == decoded.accepted_J.tolist()
   assert decoded.asked_J.tolist() == [20, 20, 20]
   assert decoded.acceptance_J == [1.0, 1.0, 1.0]
-  # 3 is the third token after 0, the second of its pass of four.
-  for stop, n in ((3, 3), (1, 1), (2, 2), (5, 5), (0, 8)):
-    stopped = decode(prompts, stop_ids=(stop,))
-    assert stopped.tokens[0].tolist() == decoded.tokens[0][:n].tolist()
-    assert stopped.tokens[0][-1] == stop
+  # Rows end at each place of a pass: the third token, the second of its pass
+  # of four; the first; the second; the fifth; the eighth.
+  lengths = {5: 3, 7: 1, 6: 2, 3: 5, 0: 8}
+  stopped = decode([np.array([x]) for x in lengths], stop_ids=(0,))
+  for (x, n), tokens in zip(lengths.items(), stopped.tokens, strict=True):
+    assert tokens.tolist() == ((x + 1 + np.arange(n)) % 8).tolist()
+    assert tokens[-1] == 0
   both = decode(prompts, stop_ids=(6, 3))
   assert [t[-1] for t in both.tokens] == [3, 3]
   assert [len(t) for t in both.tokens] == [3, 5]
@@ -208,14 +254,12 @@ def test_limits_cut_a_pass_too():
 
 
 @pytest.mark.parametrize('family', ['parallel', 'sequential'])
-@pytest.mark.parametrize('widths', [(1, 1, 1), (2, 2)])
+@pytest.mark.parametrize('widths', [(1, 1, 1), (3, 2)])
 def test_a_cache_is_full_to_its_last_slot(family, widths):
   s = speculative.tree(widths)
   cache = decoder_lib.SLOTS - (len(s.depth_M) - 1)  # not a slot is left over
   c = decoding.cfg(family, decode__max_new=cache)
-  decoded = decoding.make(c)(
-    [np.array(p) for p in PROMPTS], widths=widths, cache=cache
-  )
+  decoded = decoding.with_rows(c)(widths=widths, cache=cache)
   wanted = decoding.greedy(family, new=cache)
   for prompt, tokens, all_of_it in zip(
     PROMPTS, decoded.tokens, wanted, strict=True
@@ -230,8 +274,8 @@ def test_a_tampered_head_changes_the_pace_only():
   spoilt = jax.tree.map(
     lambda w: jnp.concatenate([w[:1], -3.0 * w[1:]]), model.heads
   )
-  honest = decoding.decode(c, model=model)
-  decoded = decoding.decode(c, model=model.replace(heads=spoilt))
+  honest = decoding.with_rows(c, model)()
+  decoded = decoding.with_rows(c, model.replace(heads=spoilt))()
   assert decoding.lists(decoded) == decoding.lists(honest)
   assert decoded.accepted_J.tolist() != honest.accepted_J.tolist()
   c, model = decoding.counter()
@@ -241,46 +285,52 @@ def test_a_tampered_head_changes_the_pace_only():
   assert decoded.forwards.tolist() == [40]
 
 
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
-@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'recursive'])
-def test_sharded_equals_single(family, temperature):
-  prompts = [np.array(p) for p in PROMPTS] * 2
+@pytest.mark.parametrize(
+  'family, temperature, mesh',
+  [  # every pair
+    ('parallel', 0.0, (1, 8, 1)), ('parallel', 1.0, (2, 2, 2)),
+    ('anticausal', 0.0, (2, 2, 2)), ('anticausal', 1.0, (1, 8, 1)),
+    ('recursive', 0.0, (1, 8, 1)), ('recursive', 1.0, (2, 2, 2)),
+  ],
+)  # fmt: skip
+def test_sharded_equals_single(family, temperature, mesh):
   texts = []
-  for data, fsdp, tensor in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
+  for data, fsdp, tensor in ((1, 1, 1), mesh):
     c = decoding.cfg(
       family, decode__temperature=temperature, mesh__data=data,
       mesh__fsdp=fsdp, mesh__tensor=tensor,
     )  # fmt: skip
     decode = decoding.make(c)
-    texts.append(decoding.lists(decode(prompts)))
+    prompts = [np.array(p) for p in PROMPTS * 2]
+    texts.append(decoding.lists(decode(prompts, rows=decoding.ROWS)))
     kept = jax.tree.leaves(decode._weights.stem)[1].sharding.spec
     assert not any(axis in sharding.BATCH for axis in kept)
-  assert texts[0] == texts[1] == texts[2]
+  assert texts[0] == texts[1]
   assert len({tuple(t) for t in texts[0]}) >= 3
 
 
 def test_a_tree_on_a_mesh():
-  c = decoding.cfg(mesh__fsdp=2, mesh__tensor=2)
+  c = decoding.cfg('linear', mesh__fsdp=2, mesh__tensor=2)
   decoded = decoding.decode(c, widths=(2, 2))
-  assert decoding.lists(decoded) == decoding.greedy('parallel')
+  assert decoding.lists(decoded) == decoding.greedy('linear')
 
 
 @pytest.mark.parametrize('kv_heads', [1, 4])
 def test_any_number_of_key_heads_and_a_row_alone(kv_heads):
   """A single row on a mesh that splits heads, which a reshape may confuse."""
   texts = []
-  for tensor in (1, kv_heads):
-    c = decoding.cfg(model__n_kv_heads=kv_heads, mesh__tensor=tensor)
+  for tensor in {1, kv_heads}:
+    c = decoding.cfg(n=2, model__n_kv_heads=kv_heads, mesh__tensor=tensor)
     texts.append(decoding.lists(decoding.decode(c, [PROMPTS[1]])))
-  c = decoding.cfg(model__n_kv_heads=kv_heads)
+  c = decoding.cfg(n=2, model__n_kv_heads=kv_heads)
   params = tiny.flat(tiny.model(c, tiny.mesh(c)))
-  wanted = oracle.greedy(params, PROMPTS[1], 40, oracle.Shape('parallel', 4))
-  assert texts == [[wanted], [wanted]]
+  wanted = oracle.greedy(params, PROMPTS[1], 40, oracle.Shape('parallel', 2))
+  assert all(text == [wanted] for text in texts)
 
 
 @pytest.mark.parametrize('family', ['anticausal', 'recursive'])
 def test_bfloat16_writes_one_text_at_any_width(family):
-  c = decoding.cfg(family, model__compute_dtype='bfloat16')
+  c = decoding.cfg(family, 3, model__compute_dtype='bfloat16')
   decode = decoding.make(c)
   prompts = [np.array(p) for p in PROMPTS]
   forced = decode(prompts, max_accept=0)
@@ -297,13 +347,14 @@ def test_a_module_that_serves_all_heads_is_there_once():
 
 
 def test_a_stop_ends_a_sampled_row_and_one_of_a_tree():
-  c = decoding.cfg(decode__temperature=1.0)
-  free = decoding.decode(c)
+  c = decoding.cfg('linear', decode__temperature=1.0)
+  free = decoding.with_rows(c)()
   stop = int(free.tokens[1][5])
-  stopped = decoding.decode(c, stop_ids=(stop,))
-  tree = decoding.decode(decoding.cfg(), widths=(2, 2), stop_ids=(stop,))
+  stopped = decoding.with_rows(c)(stop_ids=(stop,))
+  greedy = decoding.with_rows(decoding.cfg('linear'))
+  tree = greedy(widths=(2, 2), stop_ids=(stop,))
   for decoded, wanted in (
-    (stopped, decoding.lists(free)), (tree, decoding.greedy('parallel'))
+    (stopped, decoding.lists(free)), (tree, decoding.greedy('linear'))
   ):  # fmt: skip
     for text, whole in zip(decoding.lists(decoded), wanted, strict=True):
       n = whole.index(stop) + 1 if stop in whole else len(whole)
@@ -316,14 +367,14 @@ def test_chunks_of_a_prompt_change_nothing():
   texts = []
   for chunk in (1, 8, 512):
     for family in ('causal', 'sequential'):
-      c = decoding.cfg(family, decode__prefill=chunk)
-      texts.append(decoding.lists(decoding.decode(c, prompts)))
+      c = decoding.cfg(family, decode__prefill=chunk, decode__max_new=20)
+      texts.append(decoding.lists(decoding.with_rows(c)(prompts)))
   assert texts[0] == texts[2] == texts[4]
   assert texts[1] == texts[3] == texts[5]
 
 
 def test_lengths_of_one_bucket_share_a_program():
-  decode = decoding.make(decoding.cfg(decode__prefill=4, decode__seed=3))
+  decode = decoding.make(decoding.cfg('linear', 2, decode__seed=3))
   decode([np.arange(5), np.arange(7)])
   decode([np.arange(1), np.arange(1)])
   assert decode([np.arange(1), np.arange(2)]).compile_s > 0  # has a prefill
@@ -337,11 +388,11 @@ def test_lengths_of_one_bucket_share_a_program():
 
 def test_a_narrow_cache_is_near():
   """bfloat16 keys and values move logits a little, so text may part late."""
-  c = decoding.cfg(decode__cache_dtype='bfloat16')
+  c = decoding.cfg(n=2, decode__cache_dtype='bfloat16')
   texts = decoding.lists(decoding.decode(c))
   same = [
     sum(a == b for a, b in zip(x, y, strict=True))
-    for x, y in zip(texts, decoding.greedy('parallel'), strict=True)
+    for x, y in zip(texts, decoding.greedy('parallel', 2), strict=True)
   ]
   assert sum(same) > 0.5 * 4 * decoding.NEW
 
@@ -349,7 +400,7 @@ def test_a_narrow_cache_is_near():
 def test_each_gets_the_text_as_it_grows():
   c = decoding.cfg(decode__segment=3)
   seen = []
-  decoded = decoding.make(c)([np.array(PROMPTS[1])], each=seen.append)
+  decoded = decoding.with_rows(c)([PROMPTS[1]], each=seen.append)
   for rows in seen:  # also those whose buffers were donated since
     assert rows[0].tolist() == decoded.tokens[0][: len(rows[0])].tolist()
   lengths = [len(rows[0]) for rows in seen]

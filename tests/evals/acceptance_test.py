@@ -12,10 +12,9 @@ from mtp_jax.evals import acceptance
 from tests import runs
 
 
-def test_it_is_what_decoding_the_same_pieces_says(tmp_path, monkeypatch):
-  store = runs.make_store(str(tmp_path / 'store'))
-  workdir = tmp_path / 'run'
-  assert not runs.train(store, workdir, model__vocab_size=264)
+def test_it_is_what_decoding_the_same_pieces_says(
+  undisturbed, tmp_path, monkeypatch
+):
   counted, given, out = [], [], tmp_path / 'out.json'
   decode = decoder.Decoder.__call__
 
@@ -26,7 +25,7 @@ def test_it_is_what_decoding_the_same_pieces_says(tmp_path, monkeypatch):
 
   monkeypatch.setattr(decoder.Decoder, '__call__', counting)
   args = [
-    'eval', f'--eval.checkpoint={workdir}', '--eval.suite=acceptance',
+    'eval', f'--eval.checkpoint={undisturbed}', '--eval.suite=acceptance',
     '--mesh.fsdp=-1', '--train.compilation_cache=', f'--out={out}',
     '--bench.prompt=12', '--decode.max_new=20',
   ]  # fmt: skip
@@ -60,15 +59,10 @@ def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
     acceptance.pieces(cfg, 1, 'eval.items')
 
 
-def test_too_few_pieces_are_said(tmp_path, capsys):
-  store = runs.make_store(str(tmp_path / 'store'))
-  workdir = tmp_path / 'run'
-  assert not runs.train(
-    store, workdir, train__steps=1, optim__warmup_steps=0, heads__n=1
-  )
+def test_too_few_pieces_are_said(undisturbed, capsys):
   capsys.readouterr()
   assert main.main([
-    'eval', f'--eval.checkpoint={workdir}', '--eval.suite=acceptance',
+    'eval', f'--eval.checkpoint={undisturbed}', '--eval.suite=acceptance',
     '--mesh.fsdp=-1', '--train.compilation_cache=', '--bench.prompt=150',
     '--eval.items=4000',
   ]) == 2  # fmt: skip

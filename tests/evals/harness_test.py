@@ -257,7 +257,7 @@ def test_scores_of_tasks_are_the_same(both, tasks):
 
 @pytest.fixture(scope='module')
 def plain():
-  return _subject(_cfg('parallel', 2))
+  return _subject(_cfg('parallel', 2, decode__prefill=4))
 
 
 def test_a_sample_is_its_own_draw(plain):

@@ -1,4 +1,5 @@
-"""Scores of single tokens add up to the training loss."""
+"""Scores of single tokens add up to the loss, that of float64: the training
+loss is held to it by tests/loss_test.py."""
 
 import jax
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from mtp_jax import config
 from mtp_jax.evals import scores
 from mtp_jax.model import heads
-from tests import tiny
+from tests import oracle, tiny
 
 
 @pytest.mark.parametrize(
@@ -27,10 +28,15 @@ def test_sums_are_those_of_the_loss(family, unembedding, mesh):
   )  # fmt: skip
   m, batch = tiny.mesh(c), tiny.batch(c)
   w = tiny.model(c, m)
-  (_, sums), _ = tiny.value_and_grad(c, batch, w)
   rows = {name: x[0] for name, x in batch.items()}
+  shape = oracle.Shape(family, 3)
+  logits_KBTV = oracle.forward(
+    tiny.flat(w), rows['tokens'], rows['position'], shape
+  )
+  sums = oracle.losses(logits_KBTV, rows['tokens'], rows['position'], shape)
   got = scores.of_batch(w, rows, m, c, n_active=3)
   count_K = got.valid.sum((1, 2))
+  np.testing.assert_array_equal(count_K, sums['count_K'])
   np.testing.assert_allclose(
     (got.nats * got.valid).sum((1, 2)) / count_K, sums['loss_K'], rtol=2e-5
   )

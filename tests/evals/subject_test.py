@@ -15,7 +15,7 @@ PROMPTS = ('def f(', 'x', 'import os\nprint(os', '')
 @pytest.fixture(scope='module')
 def asked():
   c = tiny.cfg(
-    heads__n=2, model__vocab_size=258, mesh__data=1, mesh__fsdp=1,
+    heads__n=2, model__vocab_size=258, model__n_layers=3, decode__prefill=4,
     decode__batch_size=3, decode__segment=2,
   )  # fmt: skip
   m = tiny.mesh(c)
@@ -33,7 +33,8 @@ def test_greedy_texts_are_the_decoder_s(asked):
   found = subject.continuations(asked, PROMPTS, subject.Ask(max_new=9))
   for prompt, (text,) in zip(PROMPTS, found, strict=True):
     ids = np.array([256, *prompt.encode()])
-    alone = asked.decoder.saying(max_new=9)([ids], stop_ids=(257,))
+    decode = asked.decoder.saying(max_new=9)
+    alone = decode([ids], rows=3, cache=64 + 9, stop_ids=(257,))
     assert text.ids.tolist() == alone.tokens[0].tolist()
     assert text.text == asked.tokenizer.decode(text.ids)
     assert text.finish == ('stop' if 257 in text.ids else 'length')

@@ -288,7 +288,10 @@ def test_a_surplus_or_missing_key_is_an_error(tmp_path, monkeypatch):
 
 
 def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
-  c = _cfg(n=2, data__seq_len=16)
+  # A step as that of `undisturbed`; the first one's learning rate is 0.
+  sizes = dict(model__n_attn_heads=2, model__n_kv_heads=0, model__d_ff=32)
+  c = _cfg(n=2, data__seq_len=16, **sizes)
+  c = config.replace(c, **{'model.n_layers': 3})
   exported = _workdir(c, tmp_path / 'first')
   assert main.main([
     'export', '--mesh.fsdp=-1', NO_CACHE,
@@ -300,20 +303,16 @@ def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
     'import', f'--import.path={tmp_path / "out"}', '--mesh.fsdp=-1', NO_CACHE,
     f'--train.workdir={run}',
   ]) == 0  # fmt: skip
-  model = dict(
-    model__n_layers=4, model__n_attn_heads=4, model__n_kv_heads=2,
-    model__d_ff=24, model__vocab_size=264, optim__warmup_steps=1,
-    optim__lr=1e-9, optim__weight_decay=0, train__steps=2,
-  )  # fmt: skip
   capsys.readouterr()
-  assert runs.train(store, run, **model | dict(model__d_ff=32)) == 2
-  assert f'parameters of {run}, which it begins with, have 24' in (
+  assert runs.train(store, run, model__d_ff=24) == 2
+  assert f'parameters of {run}, which it begins with, have 32' in (
     capsys.readouterr().err
   )
-  assert runs.train(store, run, **model) == 0
-  trained = runs.restored(run, 2).params
+  kept = dict(train__checkpoint_every=1, train__keep_last=6)
+  assert runs.train(store, run, **kept) == 0
+  first = runs.restored(run, 1).params
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), trained,
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), first,
     jax.device_get(exported),
   )  # fmt: skip
 

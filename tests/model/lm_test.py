@@ -21,6 +21,14 @@ def _logits(c, rows):
     return jax.device_get(logits), w
 
 
+def _cfg(family, n, **changes):
+  """Two layers of trunk, and the heads'."""
+  layers = 2 + (n if family in config.BLOCK_FIRST else 0)
+  return tiny.cfg(
+    heads__n=n, heads__family=family, model__n_layers=layers, **changes
+  )
+
+
 def _rows(c, **kwargs):
   return {k: x[0] for k, x in tiny.batch(c, **kwargs).items()}
 
@@ -31,7 +39,7 @@ FAMILIES = tuple(heads.FAMILIES)
 @pytest.mark.parametrize('n', [1, 2, 4])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_forward_equals_oracle(family, n):
-  c = tiny.cfg(heads__n=n, heads__family=family)
+  c = _cfg(family, n)
   rows = _rows(c)
   logits_KBTV, w = _logits(c, rows)
   want = oracle.forward(
@@ -42,7 +50,7 @@ def test_forward_equals_oracle(family, n):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_one_head_is_the_plain_transformer_of_as_many_layers(family):
-  c = tiny.cfg(heads__n=1, heads__family=family)
+  c = _cfg(family, 1)
   rows = _rows(c)
   logits_KBTV, w = _logits(c, rows)
   m = tiny.mesh(c)
@@ -73,9 +81,7 @@ def test_no_head_sees_past_what_it_may(family, stride):
   """d logits_k[t] / d embedding of token s is 0 for s > t; a token-feeding head
   k >= 2 sees up to the token of head k - 1 and no further: t + k - 1, unless
   heads leap. And each does see that far."""
-  c = tiny.cfg(
-    heads__n=3, heads__stride=stride, data__batch_size=1, heads__family=family
-  )
+  c = _cfg(family, 3, heads__stride=stride, data__batch_size=1)
   m = tiny.mesh(c)
   U = c.data.seq_len + c.span
   with jax.set_mesh(m):
@@ -110,20 +116,22 @@ def test_no_head_sees_past_what_it_may(family, stride):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_packed_document_is_read_as_if_alone(family):
-  c = tiny.cfg(heads__n=3, data__batch_size=1, heads__family=family)
+  c = _cfg(family, 4)  # and rows as those of the oracle: one program
   rng = np.random.default_rng(3)
-  tokens = rng.integers(0, 32, (1, 19))
-  position = np.concatenate([np.arange(7), np.arange(12)])[None]
-  packed, _ = _logits(c, dict(tokens=tokens, position=position))
-  alone, _ = _logits(c, dict(
-    tokens=np.concatenate([tokens[:, 7:], tokens[:, :7]], axis=1),
-    position=np.concatenate([np.arange(12), np.arange(7)])[None],
-  ))  # fmt: skip
+  tokens = rng.integers(0, 32, (8, 20), np.int32)
+
+  def logits(tokens, *documents):
+    position = np.concatenate([np.arange(n, dtype=np.int32) for n in documents])
+    position = np.broadcast_to(position, tokens.shape)
+    return _logits(c, dict(tokens=tokens, position=position))[0]
+
+  packed = logits(tokens, 7, 13)
+  alone = logits(np.concatenate([tokens[:, 7:], tokens[:, :7]], axis=1), 13, 7)
   np.testing.assert_allclose(
     packed[:, :, 7:16], alone[:, :, :9], rtol=1e-5, atol=1e-5
   )
   # And it does change what is read: without the boundary all is different.
-  merged, _ = _logits(c, dict(tokens=tokens, position=np.arange(19)[None]))
+  merged = logits(tokens, 20)
   assert np.abs(packed[:, :, 7:16] - merged[:, :, 7:16]).max() > 1e-3
 
 
@@ -172,11 +180,12 @@ def test_size_files_have_the_published_parameter_counts(size, total):
 
 
 def test_initial_values_have_their_spread_and_do_not_depend_on_others():
-  c = tiny.cfg(heads__n=2, model__d_model=64, model__d_ff=96)
+  small = dict(heads__family='linear', heads__n=2, model__d_model=64)
+  c = tiny.cfg(**small, model__d_ff=96)
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     w = params.init(jax.random.key(0), lm.specs(c), 'float32')
-    more = tiny.cfg(heads__n=2, model__d_model=64, model__d_ff=128)
+    more = tiny.cfg(**small, model__d_ff=128)
     other = params.init(jax.random.key(0), lm.specs(more), 'float32')
   for x, spec in zip(
     jax.tree.leaves(w), jax.tree.leaves(lm.specs(c)), strict=True
@@ -193,8 +202,9 @@ def test_initial_values_do_not_depend_on_the_mesh():
   values = []
   for sizes in ((1, 1, 1), (2, 2, 2)):
     c = tiny.cfg(
-      mesh__data=sizes[0], mesh__fsdp=sizes[1], mesh__tensor=sizes[2]
-    )
+      heads__family='linear', heads__n=2, mesh__data=sizes[0],
+      mesh__fsdp=sizes[1], mesh__tensor=sizes[2],
+    )  # fmt: skip
     with jax.set_mesh(tiny.mesh(c)):
       make = jax.jit(lambda key: params.init(key, lm.specs(c), 'float32'))  # noqa: B023
       values.append(jax.device_get(make(jax.random.key(0))))
