@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import chips, config, flags, flops, main
+from mtp_jax import bench, chips, config, flags, flops, main
 from tests import runs, tiny
 from tests.baselines import compare, n_logits
 
@@ -54,7 +54,23 @@ def _of_itself(rows):
       assert row['over_first_schedule'] == ONE
 
 
-def test_loss_has_a_row_for_each_variant(tmp_path, capsys):
+def _one_program_a_number_of_heads(monkeypatch, name) -> list:
+  """Has a maker of programs make one for all schedules and chunks, and returns
+  the Configs that it was asked for; how long they take is not asked here."""
+  make, made, asked = getattr(bench, name), {}, []
+
+  def once(cfg, mesh):
+    asked.append(cfg)
+    if cfg.heads.n not in made:
+      made[cfg.heads.n] = make(cfg, mesh)
+    return made[cfg.heads.n]
+
+  monkeypatch.setattr(bench, name, once)
+  return asked
+
+
+def test_loss_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
+  asked = _one_program_a_number_of_heads(monkeypatch, 'loss_program')
   out, values = _bench(
     tmp_path, capsys, bench__heads='1,3', bench__chunks='0,4'
   )
@@ -62,6 +78,9 @@ def test_loss_has_a_row_for_each_variant(tmp_path, capsys):
   assert [(r['schedule'], r['chunk'], r['n']) for r in rows] == list(
     itertools.product(('remat', 'eager'), (0, 4), (1, 3))
   )
+  assert [(c.loss.schedule, c.loss.chunk, c.heads.n) for c in asked] == [
+    (r['schedule'], r['chunk'], r['n']) for r in rows
+  ]
   for row in rows:
     _positive(row)
   _of_itself(rows)
@@ -88,9 +107,10 @@ def test_loss_of_every_kind_of_heads(tmp_path, capsys, more):
   _, values = _bench(
     tmp_path,
     capsys,
-    bench__heads='1,3',
+    bench__heads='3',
     bench__rounds=1,
     bench__schedules='eager',
+    bench__chunks='4',
     **more,
   )
   for row in values['rows']:
@@ -100,6 +120,7 @@ def test_loss_of_every_kind_of_heads(tmp_path, capsys, more):
 def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
   peak = chips.CHIPS['NVIDIA H100']
   monkeypatch.setattr(chips, 'chip', lambda kind: peak)
+  asked = _one_program_a_number_of_heads(monkeypatch, '_step_program')
   out, values = _bench(
     tmp_path, capsys, bench__what='step', bench__heads='1,4', bench__calls=2
   )
@@ -107,6 +128,9 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
   assert [(r['schedule'], r['n']) for r in rows] == [
     ('remat', 1), ('remat', 4), ('eager', 1), ('eager', 4),
   ]  # fmt: skip
+  assert [(c.loss.schedule, c.heads.n) for c in asked] == [
+    (r['schedule'], r['n']) for r in rows
+  ]
   _of_itself(rows)
   cfg = flags.parse(_args()[1:]).config()
   for row in rows:
@@ -133,7 +157,7 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
 
 def test_a_cpu_has_no_mfu(tmp_path, capsys):
   out, values = _bench(
-    tmp_path, capsys, bench__what='step', bench__heads='2',
+    tmp_path, capsys, bench__what='step', bench__heads='4',
     bench__schedules='', bench__rounds=1,
   )  # fmt: skip
   (row,) = values['rows']
@@ -145,7 +169,7 @@ def test_a_cpu_has_no_mfu(tmp_path, capsys):
 def test_data_is_set_beside_the_step(store, tmp_path, capsys):
   out, values = _bench(
     tmp_path, capsys, bench__what='data', data__store=store, bench__rounds=1,
-    model__vocab_size=264,
+    model__vocab_size=264, model__n_layers=3, optim__warmup_steps=5,
   )  # fmt: skip
   assert values['n_batches'] == 2**18 // (8 * 16)
   assert values['loader_tokens_per_s'] > 0 < values['step_tokens_per_s']
@@ -189,7 +213,7 @@ def test_data_needs_a_store(capsys):
 
 
 def _ours():
-  c = tiny.cfg(heads__n=3, loss__schedule='eager')
+  c = tiny.cfg(heads__n=3, model__n_layers=5, loss__schedule='eager')
   rows = tiny.batch(c, packed=False)
   model = jax.device_get(tiny.model(c, tiny.mesh(c)))
   (total, _), (grads, _) = tiny.value_and_grad(c, rows)
@@ -206,7 +230,8 @@ def _same(found, wanted):
 
 def test_n_logits_computes_ours():
   c, model, tokens_BU, total, wanted = _ours()
-  value, grads = jax.value_and_grad(n_logits.loss)(
+  step = jax.jit(jax.value_and_grad(n_logits.loss), static_argnums=(2, 3))
+  value, grads = step(
     jax.tree.map(jax.numpy.asarray, model), tokens_BU, 3, c.model
   )
   np.testing.assert_allclose(value, total, rtol=1e-5)

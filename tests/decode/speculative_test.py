@@ -94,7 +94,7 @@ def test_drafts_are_what_the_heads_say(family, widths):
 @one_of('parallel', 'anticausal', 'linear', 'recursive')
 def test_sampled_drafts_are_what_the_heads_say(family):
   c = decoding.cfg(family, decode__temperature=1.3)
-  drafts_are_what_the_heads_say(c, (1, 1, 1))
+  drafts_are_what_the_heads_say(c, (1, 1))
 
 
 def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
@@ -302,7 +302,8 @@ def test_sharded_equals_single(family, temperature, mesh):
     )  # fmt: skip
     decode = decoding.make(c)
     prompts = [np.array(p) for p in PROMPTS * 2]
-    texts.append(decoding.lists(decode(prompts, rows=decoding.ROWS)))
+    decoded = decode(prompts, widths=(1, 1), rows=decoding.ROWS)
+    texts.append(decoding.lists(decoded))
     kept = jax.tree.leaves(decode._weights.stem)[1].sharding.spec
     assert not any(axis in sharding.BATCH for axis in kept)
   assert texts[0] == texts[1]
@@ -348,9 +349,9 @@ def test_a_module_that_serves_all_heads_is_there_once():
 
 def test_a_stop_ends_a_sampled_row_and_one_of_a_tree():
   c = decoding.cfg('linear', decode__temperature=1.0)
-  free = decoding.with_rows(c)()
+  free = decoding.with_rows(c)(widths=(1, 1))
   stop = int(free.tokens[1][5])
-  stopped = decoding.with_rows(c)(stop_ids=(stop,))
+  stopped = decoding.with_rows(c)(widths=(1, 1), stop_ids=(stop,))
   greedy = decoding.with_rows(decoding.cfg('linear'))
   tree = greedy(widths=(2, 2), stop_ids=(stop,))
   for decoded, wanted in (

@@ -189,8 +189,9 @@ def run(tmp_path_factory):
   ])  # fmt: skip
   workdir = folder / 'run'
   assert not runs.train(
-    store, workdir, eval__suite='induction,choice_points', eval__items=6,
-    model__context=256,
+    store, workdir, heads__family='linear', data__seq_len=256,
+    eval__suite='induction,choice_points', train__steps=2, eval__items=6,
+    optim__warmup_steps=1,
   )  # fmt: skip
   return text, workdir
 
@@ -209,7 +210,7 @@ def test_through_the_command_line(run, tmp_path, capsys):
     r for r in metrics.read(str(workdir)) if r.get('source') == 'induction'
   ]
   assert record['kind'] == 'suite'
-  page = workdir / 'evals' / '6' / 'choice_points.html'
+  page = workdir / 'evals' / '2' / 'choice_points.html'
   assert page.exists()  # of the run itself
   page.unlink()
   out = tmp_path / 'out.json'
@@ -251,7 +252,7 @@ def test_the_page_of_choice_points(run, capsys):
   _, workdir = run
   capsys.readouterr()
   assert not _eval(workdir, '--eval.suite=choice_points', '--eval.items=2')
-  page = workdir / 'evals' / '6' / 'choice_points.html'
+  page = workdir / 'evals' / '2' / 'choice_points.html'
   assert f'page: {page}' in capsys.readouterr().out
   text = page.read_text()
   assert text.count('<h2>') == 2 and 'http' not in text
@@ -322,7 +323,7 @@ def test_the_page_in_a_browser(run):
   with browser.page() as shown:
     for dark in (False, True):
       shown.look(360, dark)
-      shown.open(workdir / 'evals' / '6' / 'choice_points.html')
+      shown.open(workdir / 'evals' / '2' / 'choice_points.html')
       assert shown.run('return document.documentElement.scrollWidth') <= 360
       assert shown.run(browser.FAULTS) == []
       (url,) = shown.asked_for()

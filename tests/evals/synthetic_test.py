@@ -143,7 +143,7 @@ def run(tmp_path_factory):
   ])  # fmt: skip
   changes = dict(
     eval__suite='heldout,star_graph', eval__items=20, train__suite_every=2,
-    train__steps=7, model__context=20,
+    train__steps=9, model__context=20,
   )  # fmt: skip
   assert not runs.train(store, workdir, **changes)
   return store, workdir, changes
@@ -152,19 +152,19 @@ def run(tmp_path_factory):
 def test_at_a_cadence_while_training(run):
   _, workdir, _ = run
   records = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite']
-  assert [r['step'] for r in records] == [2, 4, 6, 7]
+  assert [r['step'] for r in records] == [2, 4, 6, 8, 9]
   assert {r['source'] for r in records} == {'star_graph'}
   assert all(0 <= r['first_step'] <= 1 for r in records)
 
 
 def test_a_run_that_was_stopped_asks_the_same(run, tmp_path):
   store, workdir, changes = run
-  for steps in (5, 7):
+  for steps in (7, 9):
     assert not runs.train(store, tmp_path, **changes | dict(train__steps=steps))
   wanted = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite']
   found = [r for r in metrics.read(str(tmp_path)) if r['kind'] == 'suite']
-  # One more at the end of the first start, which is cut back to step 5.
-  assert [r for r in found if r['step'] != 5] == wanted
+  # One more at the end of the first start, which is cut back to step 7.
+  assert [r for r in found if r['step'] != 7] == wanted
 
 
 def test_mtp_eval_says_the_same(run, tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_mtp_eval_says_the_same(run, tmp_path, capsys):
   found = json.loads(out.read_text())['suites']['star_graph']
   (last,) = [
     r for r in metrics.read(str(workdir))
-    if r['kind'] == 'suite' and r['step'] == 7
+    if r['kind'] == 'suite' and r['step'] == 9
   ]  # fmt: skip
   assert found['accuracy'] == last['accuracy']
   assert found['first_step'] == last['first_step']

@@ -206,11 +206,19 @@ def _of_unembedding(text):
   return found
 
 
-@pytest.mark.parametrize('schedule', ['remat', 'eager'])
-@pytest.mark.parametrize('n, accumulate', [(1, 1), (4, 2), (8, 1)])
-def test_the_unembedding_moves_once_a_micro_batch(n, accumulate, schedule):
+@pytest.mark.parametrize(
+  'family, n, accumulate, schedule',
+  [
+    ('parallel', 1, 1, 'remat'), ('linear', 4, 2, 'remat'),
+    ('parallel', 4, 2, 'eager'), ('linear', 8, 1, 'eager'),
+  ],
+)  # fmt: skip
+def test_the_unembedding_moves_once_a_micro_batch(
+  family, n, accumulate, schedule
+):
   cfg = tiny.cfg(
-    heads__n=n, loss__schedule=schedule, train__accumulate=accumulate,
+    heads__family=family, heads__n=n, loss__schedule=schedule,
+    train__accumulate=accumulate,
     model__d_model=D, model__vocab_size=V, model__n_layers=n + 1,
     data__batch_size=8, mesh__fsdp=4,
   )  # fmt: skip
@@ -312,7 +320,11 @@ def test_logits_are_never_gathered_over_a_sharded_vocabulary():
   )
   mesh = sharding.make_mesh(cfg, jax.devices()[:4])
   with jax.set_mesh(mesh):
-    text = step.trace(cfg, mesh, cfg.heads.n).lower().compile().as_text()
+    rows = sharding.put_batch(mesh, tiny.batch(cfg))
+    loss = tiny._value_and_grad.lower(
+      tiny.model(cfg, mesh), rows, c=cfg, n_active=cfg.heads.n
+    )
+    text = loss.compile().as_text()
   for c in hlo.ledger(text).collectives:
     for array in c.arrays:
       logits = V in array.dims and cfg.data.seq_len in array.dims
