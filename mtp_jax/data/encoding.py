@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection, resource_tracker
@@ -170,6 +171,7 @@ def _batches(
           yield batch
           batch, size = [], 0
         yield from ([part] for part in _parts(document, is_safe()))
+        del document  # or two large ones would be held
         continue
       document = document._replace(text=''.join(document.blocks()), read=None)
     batch.append(document)
@@ -177,6 +179,7 @@ def _batches(
     if size >= BATCH_BYTES:
       yield batch
       batch, size = [], 0
+    del document
   if batch:
     yield batch
 
@@ -184,16 +187,9 @@ def _batches(
 def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
   """The parts of a document: of what is between two cuts, of safe size."""
   part = None
-  for first, last in itertools.pairwise(
-    [0, *document.cuts, None if document.read else len(document.text)]
-  ):
-    if document.read:
-      blocks = document.blocks()
-    else:
-      starts = range(first, last, PART)
-      blocks = (
-        document.text[start : min(start + PART, last)] for start in starts
-      )
+  end = sys.maxsize if document.read else len(document.text)
+  for first, last in itertools.pairwise([0, *document.cuts, end]):
+    blocks = _between(document, first, last)
     before = ''
     for text in splitting.pieces(blocks, is_safe, PART):
       if part:
@@ -205,6 +201,20 @@ def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
       )  # fmt: skip
       before = text[-1:]
   yield part._replace(ends=True)
+
+
+def _between(document, first: int, last: int) -> Iterator[str]:
+  """The text from one character to another, in parts."""
+  if not document.read:
+    for start in range(first, last, PART):
+      yield document.text[start : min(start + PART, last)]
+    return
+  at = 0
+  for block in document.blocks():
+    yield block[max(first - at, 0) : max(last - at, 0)]
+    at += len(block)
+    if at >= last:
+      return
 
 
 def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
