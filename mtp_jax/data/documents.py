@@ -443,9 +443,15 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
       try:
         with (
           open(path, 'rb') as file,  # pyarrow takes no path but in UTF-8
-          pyarrow.parquet.ParquetFile(file) as table,
+          pyarrow.parquet.ParquetFile(
+            file,
+            pre_buffer=False,
+            buffer_size=BLOCK,  # not a row group's bytes
+          ) as table,
         ):
           yield from _rows(table, name, path)
+      except UnicodeDecodeError as error:  # pyarrow does not look
+        raise fail(f'{path} is not UTF-8 text') from error
       except (OSError, pyarrow.ArrowException) as error:
         first = str(error).splitlines()[0]
         raise fail(f'cannot read {path}: {first}') from error
@@ -468,18 +474,42 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
     rows = max(1, BLOCK * groups.num_rows // max(n_bytes, 1))
     number = 0
     for batch in table.iter_batches(min(rows, 2**16), columns=[field]):
-      for value in batch.column(0):
+      for text in _column(batch.column(0), not how.whole):
         number += 1  # a missing value is an empty document
-        data = value.as_buffer() or b''
-        if how.fits(f'{name}:{number}', len(data)):
-          large = not how.whole and len(data) > HELD
-          text = Text(memoryview(data), _from_utf8) if large else value.as_py()
-          yield _of_texts(f'{name}:{number}', [text or ''])
-          del text
-        del data, value  # what is large goes before the next is read
+        if how.fits(f'{name}:{number}', _n_bytes(text, how)):
+          yield _of_texts(f'{name}:{number}', [text])
+        del text  # what is large goes before the next is read
       del batch
 
   return stream()
+
+
+def _column(array, in_blocks: bool) -> Iterator[str | Text]:
+  """The texts of an array of pyarrow, '' for null. A scalar of it would be a
+  copy."""
+  if not in_blocks or array.nbytes <= HELD:
+    yield from (text or '' for text in array.to_pylist())
+    return
+  _, offsets, data = (memoryview(buffer or b'') for buffer in array.buffers())
+  wide = str(array.type).startswith('large')
+  ends = offsets.cast('q' if wide else 'i')[array.offset :]
+  for i, is_valid in enumerate(array.is_valid().to_pylist()):
+    value = data[ends[i] : ends[i + 1]] if is_valid else b''
+    if len(value) > HELD:
+      for _ in _from_utf8(value):  # is text
+        pass
+      yield Text(value, _from_utf8)
+    else:
+      yield str(value, 'utf-8')
+
+
+def _n_bytes(text: str | Text, how: How) -> int:
+  """Of a text in UTF-8; a text that surely fits is not encoded."""
+  if isinstance(text, Text):
+    return len(text.data)
+  if how.max_bytes is None or 4 * len(text) <= how.max_bytes:
+    return len(text)
+  return len(text.encode())
 
 
 def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:

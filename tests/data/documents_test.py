@@ -417,3 +417,16 @@ def test_a_large_value_of_parquet_is_decoded_in_blocks(tmp_path, monkeypatch):
     found = list(documents.read(source, whole=False, max_bytes=299))
     assert [''.join(d.blocks()) for d in found] == [x or '' for x in texts[:4]]
     assert [d.read is not None for d in found] == [False, True, False, False]
+
+
+@pytest.mark.parametrize('n', [1, 100])
+def test_a_value_of_parquet_that_is_no_text(tmp_path, monkeypatch, n):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  monkeypatch.setattr(documents, 'HELD', 50)
+  data = pyarrow.array([b'fine', b'x' * n + b'\xff']).view(pyarrow.string())
+  parquet.write_table(pyarrow.table(dict(text=data)), tmp_path / 'a.parquet')
+  source = f'parquet:{tmp_path}/a.parquet'
+  for whole in (True, False):
+    with pytest.raises(config.ConfigError, match='a.parquet is not UTF-8 text'):
+      list(documents.read(source, whole=whole))
