@@ -1,6 +1,6 @@
 r"""Where a text can be split so that its pieces have the tokens of the whole.
 
-Floor 2: standard library; what else a function needs is imported in it. Three
+Floor 2: standard library and NumPy; what else it needs is imported inside. Three
 proofs are known, all from the files of a tokenizer:
 
 - Byte-pair encoding merges within the vocabulary. If no token has two
@@ -23,6 +23,8 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+
 from mtp_jax.data import regexes, tokenizers
 
 SafeSplit = Callable[[str, str], bool]  # (character before, character after)
@@ -33,7 +35,7 @@ def rule(tokenizer: tokenizers.Tokenizer) -> SafeSplit | None:
   if tokenizer.name == 'bytes':
     return lambda before, after: True
   if tokenizers.PIECES in tokenizer.files:
-    return _of_pieces(tokenizer.files[tokenizers.PIECES])
+    return between_pieces(tokenizer.files[tokenizers.PIECES], 'BPE', 'CHAR')
   if 'tokenizer.json' in tokenizer.files:
     return _of_json(json.loads(tokenizer.files['tokenizer.json']))
   return None
@@ -71,8 +73,15 @@ def _last(text: str, is_safe: SafeSplit) -> int:
   return 0
 
 
-def _of_pieces(model: bytes) -> SafeSplit | None:
+def between_pieces(model: bytes, *kinds: str) -> SafeSplit | None:
+  """Safe is what no piece of a SentencePiece model of these kinds spans.
+
+  Where it normalizes, that is between a letter or digit that it leaves alone
+  and a space. Unknown characters are joined, unless they become bytes: of the
+  two, the first is to be known.
+  """
   try:
+    import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
   except ImportError:  # it needs protobuf
     return None
@@ -80,18 +89,70 @@ def _of_pieces(model: bytes) -> SafeSplit | None:
   proto.ParseFromString(model)
   about, spec = proto.trainer_spec, proto.normalizer_spec
   if (
-    about.model_type != about.BPE
-    or not about.byte_fallback  # or unknown characters are joined
+    about.ModelType.Name(about.model_type) not in kinds
     or about.treat_whitespace_as_suffix
-    or spec.precompiled_charsmap
-    or spec.remove_extra_whitespaces
     or not spec.escape_whitespaces
   ):
     return None
-  return _between_pairs(piece.piece for piece in proto.pieces)
+  is_apart = between_pairs(piece.piece for piece in proto.pieces)
+  is_plain = not spec.precompiled_charsmap and not spec.remove_extra_whitespaces
+  if is_plain and about.byte_fallback and about.model_type != about.UNIGRAM:
+    return is_apart
+  known = {
+    piece.piece
+    for piece in proto.pieces
+    if len(piece.piece) == 1
+    and piece.type in (piece.NORMAL, piece.USER_DEFINED)
+  }
+  if tokenizers.SPACE not in known or not known.intersection(USUAL_LETTERS):
+    return None
+  if not is_plain:
+    if _takes_spaces(spec.precompiled_charsmap):
+      return None
+    normalize = sentencepiece.SentencePieceProcessor(
+      model_proto=model
+    ).normalize
+    known.intersection_update(
+      x
+      for x in USUAL_LETTERS
+      if normalize(f'a{x} {x}a').endswith(f'{x}{tokenizers.SPACE}{x}a')
+    )
+
+  def is_safe(before, after):
+    if before not in known or not (is_plain or after == ' '):
+      return False
+    return is_apart(before, after)
+
+  return is_safe if known else None
 
 
-def _between_pairs(names: Iterable[str]) -> SafeSplit:
+USUAL_LETTERS = string.ascii_letters + string.digits
+
+
+def _takes_spaces(charsmap: bytes) -> bool:
+  """Whether the table of a normalizer has a key with a space after its start.
+
+  It is the size of a double array, that array of uint32 (darts-clone,
+  https://github.com/s-yata/darts-clone), and texts.
+  """
+  if not charsmap:
+    return False
+  size = int(np.frombuffer(charsmap[:4], '<u4')[0])
+  units = np.frombuffer(charsmap[4 : 4 + size], '<u4').astype(np.int64)
+  labels = units & (2**31 | 0xFF)
+  offsets = (units >> 10) << ((units & 2**9) >> 6)
+  places, depth = np.zeros(1, np.int64), 0
+  while places.size:
+    below = (places ^ offsets[places])[:, None] ^ np.arange(1, 256)
+    is_there = below < len(units)
+    is_there &= labels[np.minimum(below, len(units) - 1)] == np.arange(1, 256)
+    if depth and is_there[:, ord(' ') - 1].any():
+      return True
+    places, depth = np.unique(below[is_there]), depth + 1  # ends are shared
+  return False
+
+
+def between_pairs(names: Iterable[str]) -> SafeSplit:
   """Safe is what stands beside each other in no name."""
   spaced = [name.replace(tokenizers.SPACE, ' ') for name in names]
   inside = {name[i : i + 2] for name in spaced for i in range(len(name) - 1)}
@@ -116,7 +177,7 @@ def _of_json(about: dict) -> SafeSplit | None:
   if any(is_safe(before, after) for before, after in USUAL):
     return is_safe
   if _merges_freely(about):
-    return _between_pairs([*about['model']['vocab'], *names])
+    return between_pairs([*about['model']['vocab'], *names])
   return None
 
 
