@@ -1,7 +1,7 @@
 r"""Where a text can be split so that its pieces have the tokens of the whole.
 
-Floor 2: standard library and NumPy; what else it needs is imported inside. Three
-proofs are known, all from the files of a tokenizer:
+Floor 2: standard library and NumPy; what else it needs is imported inside.
+Three proofs are known, all from the files of a tokenizer:
 
 - Byte-pair encoding merges within the vocabulary. If no token has two
   characters beside each other, no merge reaches over the place between them,
@@ -129,6 +129,7 @@ def between_pieces(model: bytes, *kinds: str) -> SafeSplit | None:
 USUAL_LETTERS = string.ascii_letters + string.digits
 
 
+@functools.lru_cache(8)
 def _takes_spaces(charsmap: bytes) -> bool:
   """Whether the table of a normalizer has a key with a space after its start.
 

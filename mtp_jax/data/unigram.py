@@ -12,7 +12,6 @@ scores would have changed.
 """
 
 import itertools
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from mtp_jax.data import splitting, tokenizers
 POWERS = range(127, -150, -1)  # all that a float32 is made of
 PRIVATE = range(0xF0000, 0xFFFFD), range(0x100000, 0x10FFFD)
 RESET = np.float32(100_000)  # sentencepiece 0.2.3, unigram_model.cc
+USUAL = {*map(chr, range(1, 0x530)), *map(chr, range(0x2000, 0x2070))}
 UNKNOWN_PENALTY = 10.0  # there, too
 
 
@@ -42,7 +42,9 @@ class Encoder:
     self._n = len(self._proto.pieces)
     self._unknown: dict[str, int] = {}
     self._model = None
-    self._build(set())
+    # Those of longer pieces alone, which a path may pass by or not. Any other
+    # that is unknown is on all paths.
+    self._build(self._about.all_letters | USUAL, set())
 
   def encode(
     self, text: str, score: np.float32 | None = None
@@ -63,48 +65,46 @@ class Encoder:
       return np.zeros(0, np.int32), score or np.float32(0)
     begins = score is None
     score = np.float32(0) if begins else score
-    self._learn(text)
-    prefix = _bits(score) if score else [len(POWERS)]  # the last one has 0
-    head = ''.join(self._signs[i] for i in prefix)
-    found_T = np.asarray(
-      self._model.encode(head + (self._dummy if begins else '') + text),
-      np.int32,
-    )
-    n = len(prefix)
-    if found_T[:n].tolist() != [self._n + i for i in prefix]:
-      raise RuntimeError('a unigram model joins what it was to keep apart')
-    found_T = found_T[n:]
+    text = self._dummy + text if begins else text
+    found_T = self._found(text, score)
+    if found_T is None:  # a letter is new, or one of the signs
+      self._build(set(self._model.normalize(text)), set(text))
+      found_T = self._found(text, score)
     score = self._sum(found_T, score)
     # The next place begins with a reset, if it comes to that.
     if score < -RESET:
       score = np.float32(0)
     return self._known(found_T), score
 
-  def _learn(self, text: str) -> None:
-    """Adds characters that are new, and changes signs that are in the text."""
-    normal = set(self._model.normalize(text))
-    taken = not normal.isdisjoint(self._signs) or not set(text).isdisjoint(
-      self._signs
-    )
-    new = normal - self._about.letters - self._unknown.keys()
-    if new or taken:
-      self._build(set(text) | normal)
+  def _found(self, text, score) -> np.ndarray | None:
+    """None if it has characters that the model must be told of."""
+    prefix = _bits(score) if score else [len(POWERS)]  # the last one has 0
+    head = ''.join(self._signs[i] for i in prefix)
+    if self._nul in text:
+      return None
+    text = text.replace('\0', self._nul)
+    found_T = np.asarray(self._model.encode(head + text), np.int32)
+    n = len(prefix)
+    if found_T[:n].tolist() != [self._n + i for i in prefix]:
+      return None
+    return None if self._odd_V[found_T[n:]].any() else found_T[n:]
 
-  def _build(self, letters: set[str]) -> None:
+  def _build(self, letters: set[str], others: set[str]) -> None:
     import sentencepiece
 
     new = letters - self._about.letters - self._unknown.keys()
-    for letter in sorted(new):
+    for letter in sorted(new - {'\0'}):
       self._unknown[letter] = len(self._unknown)
     free = (chr(x) for x in itertools.chain(*PRIVATE))
-    used = self._unknown.keys() | self._about.all_letters | letters
+    used = self._unknown.keys() | self._about.all_letters | letters | others
     free = (x for x in free if x not in used)
     self._signs = list(itertools.islice(free, len(POWERS) + 1))
+    self._nul = next(free)  # for the character that no piece can have
     del self._proto.pieces[self._n :]
     scores = [*(-(2.0**k) for k in POWERS), 0.0]
     for sign, score in zip(self._signs, scores, strict=True):
       self._proto.pieces.add(piece=sign, score=score)
-    for letter in self._unknown:
+    for letter in (self._nul, *self._unknown):
       self._proto.pieces.add(piece=letter, score=self._about.unknown_score)
     self._model = sentencepiece.SentencePieceProcessor(
       model_proto=self._proto.SerializeToString()
@@ -124,9 +124,9 @@ class Encoder:
     self._ends_V = np.array([is_apart[x[-1:]] for x in self._names])
     real = [piece.type == piece.NORMAL for piece in pieces]
     real[self._n : self._n + len(self._signs)] = [False] * len(self._signs)
-    self._real_V = np.array(real)
+    self._odd_V = ~np.array(real)
     self._pieces = {
-      self._names[i]: self._score_V[i] for i in np.flatnonzero(self._real_V)
+      self._names[i]: self._score_V[i] for i in np.flatnonzero(real)
     }
     self._longest = max(map(len, self._pieces))
     self._unknown_score = np.float32(about.unknown_score)
@@ -134,6 +134,8 @@ class Encoder:
   def _sum(self, found_T, score) -> np.float32:
     """As the library adds up: in float32, and from 0 again where a place has
     less than -RESET, be it on the best path or not."""
+    if not found_T.size:
+      return score
     size_T = self._size_V[found_T]
     # All paths meet before a space that no piece has after this character.
     meets_T = self._starts_V[found_T]
@@ -141,37 +143,29 @@ class Encoder:
     meets_T[0] = True
     meet_N = np.flatnonzero(meets_T)
     at_T = np.cumsum(size_T) - size_T
-    longest = int(np.diff(at_T[meet_N], append=size_T.sum()).max())
-    margin = -longest * self._about.unknown_score
-    start = 0
+    sizes_N = np.diff(at_T[meet_N], append=size_T.sum())
+    # What no path between two such places can fall below.
+    below_N = np.float32(1.01 * self._about.unknown_score * sizes_N - 1)
+    nth = 0
     while True:
+      first = int(meet_N[nth])
       sums_T = np.add.accumulate(
-        np.concatenate([[score], self._score_V[found_T[start:]]])
+        np.concatenate([[score], self._score_V[found_T[first:]]])
       )
-      near = sums_T < margin - RESET
+      near = sums_T[meet_N[nth:] - first] + below_N[nth:] < -RESET
       if not near.any():
         return sums_T[-1]
-      near = start + int(near.argmax())
-      first = int(meet_N[np.searchsorted(meet_N, near, 'right') - 1])
-      start, score = self._through_reset(
-        found_T, meet_N, first, sums_T[first - start]
-      )
-      if start == len(found_T):
+      nth += int(near.argmax())
+      was_reset, score = False, sums_T[meet_N[nth] - first]
+      while not was_reset:
+        if nth == len(meet_N):
+          return score
+        last = int(meet_N[nth + 1]) if nth + 1 < len(meet_N) else len(found_T)
+        names = (self._names[i] for i in found_T[meet_N[nth] : last].tolist())
+        score, was_reset = self._best(''.join(names), score)
+        nth += 1
+      if nth == len(meet_N):
         return score
-
-  def _through_reset(self, found_T, meet_N, first, score):
-    """(token of the first meeting place after a reset, the sum there), or of
-    the end. It goes through the text as the library does."""
-    nth = int(np.searchsorted(meet_N, first))
-    while first < len(found_T):
-      nth += 1
-      last = int(meet_N[nth]) if nth < len(meet_N) else len(found_T)
-      text = ''.join(self._names[i] for i in found_T[first:last].tolist())
-      score, was_reset = self._best(text, score)
-      first = last
-      if was_reset:
-        break
-    return first, score
 
   def _best(self, text: str, score) -> tuple[np.float32, bool]:
     """(the score of the best path through a text, whether it was reset)."""
@@ -205,14 +199,13 @@ class Encoder:
       found_T = np.where(new_T, self._about.unknown, found_T)
       again_T = new_T & np.concatenate([[False], new_T[:-1]])
       return found_T[~again_T].astype(np.int32)
-    letters = [x.encode() for x in self._unknown]
-    ids = []
-    for i in found_T.tolist():
-      if i < first:
-        ids.append(i)
-      else:
-        ids += [self._about.byte_ids[byte] for byte in letters[i - first]]
-    return np.array(ids, np.int32)
+    letters = [b'\0', *(x.encode() for x in self._unknown)]
+    found, start = [], 0
+    for i in np.flatnonzero(new_T).tolist():
+      data = letters[found_T[i] - first]
+      found += [found_T[start:i], [self._about.byte_ids[x] for x in data]]
+      start = i + 1
+    return np.concatenate([*found, found_T[start:]]).astype(np.int32)
 
 
 def _bits(score: np.float32) -> list[int]:

@@ -60,9 +60,10 @@ CORPUS = [_text(seed) for seed in range(40)]
 def _sentencepiece(**options):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=400,
+    sentence_iterator=iter(CORPUS), model_writer=model,
     minloglevel=2, **dict(
-      model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+      vocab_size=400, model_type='bpe', byte_fallback=True,
+      normalization_rule_name='identity',
       remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
     ) | options,
   )  # fmt: skip
@@ -180,6 +181,20 @@ KNOWN |= {
   'lower-case': lambda: _byte_level(LLAMA_3, hf.normalizers.Lowercase()),
   'nfkc': lambda: _byte_level(QWEN_2, hf.normalizers.NFKC()),
   'other-words': lambda: _byte_level(LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
+  'unknown-joined': lambda: _sentencepiece(byte_fallback=False),
+  'sentencepiece-nfkc': lambda: _sentencepiece(
+    normalization_rule_name='nmt_nfkc'
+  ),
+  'sentencepiece-default': lambda: _sentencepiece(
+    normalization_rule_name='nmt_nfkc_cf',
+    byte_fallback=False,
+    remove_extra_whitespaces=True,
+    vocab_size=380,
+  ),
+  'spaces-removed': lambda: _sentencepiece(remove_extra_whitespaces=True),
+  'characters': lambda: _sentencepiece(
+    model_type='char', normalization_rule_name='nmt_nfkc'
+  ),
   'spaced-token': lambda: _byte_level(added=['the cat']),
   'gpt-4o': lambda: _byte_level(GPT_4O),
   'deepseek': lambda: _byte_level(DEEPSEEK),
@@ -188,9 +203,7 @@ KNOWN |= {
 }
 UNKNOWN = {
   'unigram': lambda: _sentencepiece(model_type='unigram'),
-  'unknown-joined': lambda: _sentencepiece(byte_fallback=False),
-  'nfkc': lambda: _sentencepiece(normalization_rule_name='nmt_nfkc'),
-  'spaces-removed': lambda: _sentencepiece(remove_extra_whitespaces=True),
+  'suffix': lambda: _sentencepiece(treat_whitespace_as_suffix=True),
   'strips': lambda: _byte_level(added=[hf.AddedToken('<tool>', rstrip=True)]),
   'looks-behind': lambda: _byte_level(r'(?<=a) |' + LLAMA_3),
   'any': lambda: _byte_level(r'[\s\S]+'),
