@@ -142,14 +142,21 @@ def _takes_spaces(charsmap: bytes) -> bool:
   units = np.frombuffer(charsmap[4 : 4 + size], '<u4').astype(np.int64)
   labels = units & (2**31 | 0xFF)
   offsets = (units >> 10) << ((units & 2**9) >> 6)
-  places, depth = np.zeros(1, np.int64), 0
-  while places.size:
-    below = (places ^ offsets[places])[:, None] ^ np.arange(1, 256)
-    is_there = below < len(units)
-    is_there &= labels[np.minimum(below, len(units) - 1)] == np.arange(1, 256)
-    if depth and is_there[:, ord(' ') - 1].any():
-      return True
-    places, depth = np.unique(below[is_there]), depth + 1  # ends are shared
+  level, depth = np.zeros(1, np.int64), 0
+  while level.size:
+    found = []
+    for start in range(0, level.size, 2**10):  # of 255 places below each
+      places = level[start : start + 2**10]
+      below = (places ^ offsets[places])[:, None] ^ np.arange(1, 256)
+      is_there = below < len(units)
+      is_there &= labels[np.minimum(below, len(units) - 1)] == np.arange(1, 256)
+      if depth and is_there[:, ord(' ') - 1].any():
+        return True
+      found.append(below[is_there])
+    level, depth = (
+      np.unique(np.concatenate(found)),
+      depth + 1,
+    )  # ends are shared
   return False
 
 

@@ -168,8 +168,6 @@ if source.startswith('parquet'):
   documents._pyarrow()
 tokenizer = tokenizers.get(name)
 tokenizer.encode('a text')
-from mtp_jax.data import splitting
-splitting.rule(tokenizer)
 before = peak()
 found = documents.read(source, whole=False, max_bytes=2**30)
 manifest = store.write(out, found, tokenizer, valid_fraction=0)
