@@ -100,19 +100,21 @@ class Encoder:
     free = (x for x in free if x not in used)
     self._signs = list(itertools.islice(free, len(POWERS) + 1))
     self._nul = next(free)  # for the character that no piece can have
-    del self._proto.pieces[self._n :]
+    # A copy: a message never gives back what it has held.
+    proto = type(self._proto)()
+    proto.CopyFrom(self._proto)
     scores = [*(-(2.0**k) for k in POWERS), 0.0]
     for sign, score in zip(self._signs, scores, strict=True):
-      self._proto.pieces.add(piece=sign, score=score)
+      proto.pieces.add(piece=sign, score=score)
     for letter in (self._nul, *self._unknown):
-      self._proto.pieces.add(piece=letter, score=self._about.unknown_score)
+      proto.pieces.add(piece=letter, score=self._about.unknown_score)
     self._model = sentencepiece.SentencePieceProcessor(
-      model_proto=self._proto.SerializeToString()
+      model_proto=proto.SerializeToString()
     )
-    self._tables()
+    self._tables(proto.pieces)
 
-  def _tables(self):
-    pieces, about = self._proto.pieces, self._about
+  def _tables(self, pieces):
+    about = self._about
     self._names = [piece.piece for piece in pieces]
     self._score_V = np.array([piece.score for piece in pieces], np.float32)
     self._size_V = np.array([len(name) for name in self._names])
