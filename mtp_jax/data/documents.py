@@ -20,6 +20,7 @@ import os
 import re
 import stat
 import sysconfig
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Document(NamedTuple):
 
 
 BLOCK = 2**20  # bytes or characters that are read at once
-HELD = 2**23  # bytes of the largest file whose text is held, unless all are
+HELD = 2**22  # bytes of the largest text that is held as a str, unless all are
 File = tuple[str, str]  # (document name, path)
 Fail = Callable[[str], config.ConfigError]
 Skipped = collections.Counter  # reason -> files
@@ -79,7 +80,6 @@ class How(NamedTuple):
 NOT_STDLIB = frozenset(
   'site-packages dist-packages test tests idle_test __pycache__'.split()
 )
-LONE_SURROGATE = re.compile('[\ud800-\udfff]')
 
 
 def read(
@@ -292,6 +292,67 @@ def _path_and_field(arg: str) -> tuple[str, str]:
   return (path, field) if mark else (arg, 'text')
 
 
+class Text(NamedTuple):
+  """A large text that is held as bytes: in UTF-8, or as JSON spells it. A str
+  takes 4 bytes per character where one of them is an emoji."""
+
+  data: memoryview
+  decode: Callable[[memoryview], Iterator[str]]
+
+  def blocks(self) -> Iterator[str]:
+    """Yields the text, part by part."""
+    return self.decode(self.data)
+
+
+def _from_utf8(data: memoryview) -> Iterator[str]:
+  decode = codecs.getincrementaldecoder('utf-8')().decode
+  for start in range(0, len(data), BLOCK):
+    yield decode(data[start : start + BLOCK])
+  yield decode(b'', True)
+
+
+def _from_json(data: memoryview) -> Iterator[str]:
+  """Raises ValueError if it is not what stands between quotes in JSON."""
+  start, half = 0, ''
+  while start < len(data):
+    part = bytes(data[start : start + BLOCK])
+    if start + len(part) < len(data):
+      part = part[: _whole(part)]
+    start += len(part)
+    text = half + json.loads(f'"{part.decode()}"')
+    half = text[-1:] if '\ud800' <= text[-1:] <= '\udbff' else ''
+    text = text[: len(text) - len(half)]
+    if SURROGATE.search(text):
+      text = PAIR.sub(_joined, text)  # of which a block had one half
+      text = SURROGATE.sub('\ufffd', text)
+    yield text
+  if half:
+    yield '\ufffd'
+
+
+SURROGATE = re.compile('[\ud800-\udfff]')
+PAIR = re.compile('^[\ud800-\udbff][\udc00-\udfff]')
+LONGEST_ESCAPE = len(rb'\ud83d')
+
+
+def _joined(pair: re.Match) -> str:
+  return pair[0].encode('utf-16-le', 'surrogatepass').decode('utf-16-le')
+
+
+def _whole(part: bytes) -> int:
+  """Bytes of it up to the last place that is within no escape or character."""
+  at = part.rfind(b'\\', max(0, len(part) - LONGEST_ESCAPE))
+  if at >= 0:
+    run = part[: at + 1]
+    if (at + 1 - len(run.rstrip(b'\\'))) % 2:  # it begins an escape
+      return at or len(part)
+    return at + 1
+  at = len(part) - 1
+  while at and part[at] & 0xC0 == 0x80:
+    at -= 1
+  return at or len(part)
+
+
 def _jsonl(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   path, field = _path_and_field(arg)
   fields = field.split('+')
@@ -301,20 +362,44 @@ def _jsonl(arg: str, fail: Fail, how: How) -> Iterator[Document]:
 
   def stream():
     for name, path in files:
-      for number, texts in records(path, fields, fail, how, name):
-        cuts = (len(texts[0]),) if len(texts) == 2 else ()
-        yield Document(f'{name}:{number}', ''.join(texts), cuts)
+      for number, texts in _records(path, fields, fail, how, name):
+        yield _of_texts(f'{name}:{number}', texts)
+        del texts  # or two large lines would be held
 
   return stream()
 
 
+def _of_texts(name: str, texts: list) -> Document:
+  """Of one text, or of two of which the second is scored."""
+  if all(isinstance(text, str) for text in texts):
+    cuts = (len(texts[0]),) if len(texts) == 2 else ()
+    return Document(name, ''.join(texts), cuts)
+  texts = [
+    Document('', text) if isinstance(text, str) else text for text in texts
+  ]
+  cuts = ()
+  if len(texts) == 2:
+    cuts = (sum(len(block) for block in texts[0].blocks()),)
+
+  def read():
+    for text in texts:
+      yield from text.blocks()
+
+  return Document(name, '', cuts, read=read)
+
+
 def records(
-  path: str, fields: list[str], fail: Fail, how: How | None = None, name=''
+  path: str, fields: list[str], fail: Fail
 ) -> Iterator[tuple[int, list[str]]]:
   """(number of the line, texts of `fields`) of each object of a jsonl file.
 
   Reads .gz and .zst as well; null is ''. Raises fail(what is wrong, and where).
   """
+  return _records(path, fields, fail, None, '')
+
+
+def _records(path, fields, fail, how, name):
+  """As `records`; of a large line, a text is a Text unless all are held."""
   limited = how is not None and how.max_bytes is not None
   limit = how.max_bytes + 1 if limited else -1  # with the end of the line
   number = 0
@@ -333,9 +418,14 @@ def records(
           continue
         if len(line) < BLOCK:  # a copy; errors then name a column of this line
           line = line.rstrip()
-        texts = _fields(line, fields, f'{path}:{number}', fail)
+        texts = None
+        if how is not None and not how.whole and len(line) > HELD:
+          texts = _large_fields(line, fields)
+        if texts is None:
+          texts = _fields(line, fields, f'{path}:{number}', fail)
         line = b''  # it may be large, and so may be what is made of its text
         yield number, texts
+        del texts
   except BROKEN as error:
     raise _unreadable(path, error, fail) from error
 
@@ -351,8 +441,17 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   def stream():
     for name, path in files:
       try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with (
+          open(path, 'rb') as file,  # pyarrow takes no path but in UTF-8
+          pyarrow.parquet.ParquetFile(
+            file,
+            pre_buffer=False,
+            buffer_size=BLOCK,  # not a row group's bytes
+          ) as table,
+        ):
           yield from _rows(table, name, path)
+      except UnicodeDecodeError as error:  # pyarrow does not look
+        raise fail(f'{path} is not UTF-8 text') from error
       except (OSError, pyarrow.ArrowException) as error:
         first = str(error).splitlines()[0]
         raise fail(f'cannot read {path}: {first}') from error
@@ -375,20 +474,42 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
     rows = max(1, BLOCK * groups.num_rows // max(n_bytes, 1))
     number = 0
     for batch in table.iter_batches(min(rows, 2**16), columns=[field]):
-      for text in batch.column(0):
+      for text in _column(batch.column(0), not how.whole):
         number += 1  # a missing value is an empty document
-        text = text.as_py() or ''
         if how.fits(f'{name}:{number}', _n_bytes(text, how)):
-          yield Document(f'{name}:{number}', text)
+          yield _of_texts(f'{name}:{number}', [text])
+        del text  # what is large goes before the next is read
+      del batch
 
   return stream()
 
 
-def _n_bytes(text: str, how: How) -> int:
+def _column(array, in_blocks: bool) -> Iterator[str | Text]:
+  """The texts of an array of pyarrow, '' for null. A scalar of it would be a
+  copy."""
+  if not in_blocks or array.nbytes <= HELD:
+    yield from (text or '' for text in array.to_pylist())
+    return
+  _, offsets, data = (memoryview(buffer or b'') for buffer in array.buffers())
+  wide = str(array.type).startswith('large')
+  ends = offsets.cast('q' if wide else 'i')[array.offset :]
+  for i, is_valid in enumerate(array.is_valid().to_pylist()):
+    value = data[ends[i] : ends[i + 1]] if is_valid else b''
+    if len(value) > HELD:
+      for _ in _from_utf8(value):  # is text
+        pass
+      yield Text(value, _from_utf8)
+    else:
+      yield str(value, 'utf-8')
+
+
+def _n_bytes(text: str | Text, how: How) -> int:
   """Of a text in UTF-8; a text that surely fits is not encoded."""
+  if isinstance(text, Text):
+    return len(text.data)
   if how.max_bytes is None or 4 * len(text) <= how.max_bytes:
     return len(text)
-  return sum(len(block.encode()) for block in Document('', text).blocks())
+  return len(text.encode())
 
 
 def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
@@ -398,8 +519,8 @@ def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
   try:
     record = json.loads(text)
   except json.JSONDecodeError as error:
-    message = f'{place}: bad JSON: {error.msg} at column {error.colno}'
-    raise fail(message) from error
+    what = error.msg.removesuffix(' at')
+    raise fail(f'{place}: bad JSON: {what} at column {error.colno}') from error
   except ValueError as error:  # of int: it limits their digits
     raise fail(f'{place}: bad JSON: a number has too many digits') from error
   except RecursionError as error:
@@ -416,8 +537,38 @@ def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
   # JSON can spell half a character, which UTF-8 (and a byte count) cannot.
   texts = [record[field] or '' for field in fields]
   return [
-    LONE_SURROGATE.sub('\ufffd', text) if LONE_SURROGATE.search(text) else text
+    SURROGATE.sub('\ufffd', text) if SURROGATE.search(text) else text
     for text in texts
+  ]
+
+
+STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+LONG = 2**12  # bytes of a string in JSON that is not decoded with the rest
+
+
+def _large_fields(line: bytes, fields: list) -> list[str | Text] | None:
+  """The same, decoded block by block; None for what `_fields` refuses."""
+  mark = uuid.uuid4().hex
+  view, short, long, end = memoryview(line), [], {}, 0
+  for found in STRING.finditer(line):
+    first, last = found.span(1)
+    if last - first > LONG:
+      name = f'{mark} {len(long)}'
+      short += [view[end:first], name.encode()]
+      long[name], end = Text(view[first:last], _from_json), last
+  short.append(view[end:])
+  try:
+    record = json.loads(b''.join(short).decode())
+    for text in long.values():  # also of those that nobody reads
+      for _ in text.blocks():
+        pass
+    values = [record[field] for field in fields]
+  except (ValueError, RecursionError, TypeError, KeyError):
+    return None
+  if not all(isinstance(value, str | None) for value in values):
+    return None
+  return [
+    long.get(value) or SURROGATE.sub('\ufffd', value or '') for value in values
   ]
 
 
@@ -456,7 +607,8 @@ def _open_unpacked(path: str, mode: str):
   if path.endswith('.gz'):
     return gzip.open(path, mode)
   if path.endswith('.zst'):  # pyarrow's reader notices a truncated one
-    return io.BufferedReader(_pyarrow().input_stream(path, compression='zstd'))
+    file = open(path, 'rb')  # pyarrow takes no path but in UTF-8
+    return io.BufferedReader(_pyarrow().input_stream(file, compression='zstd'))
   return open(path, mode)
 
 

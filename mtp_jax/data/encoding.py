@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection, resource_tracker
@@ -21,9 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax import config
-from mtp_jax.data import documents, splitting, tokenizers
+from mtp_jax.data import documents, splitting, tokenizers, unigram
 
 BATCH_BYTES = 2**18  # of text that goes to a process at once
+UNIGRAM_WHOLE = 2**19  # characters that such a model encodes at once; its parts
+# depend on each other, so that one process has to encode them all
 PART = 2**16  # characters of it, since libraries take some 200 bytes for each
 
 
@@ -57,9 +60,12 @@ def dtype(vocab_size: int) -> str:
 
 
 def encode(
-  batch: list[documents.Document] | list[Part], tokenizer: tokenizers.Tokenizer
+  batch: list[documents.Document] | list[Part] | Encoded,
+  tokenizer: tokenizers.Tokenizer,
 ) -> Encoded:
   """Encodes documents, or one part of one."""
+  if isinstance(batch, Encoded):
+    return batch
   if isinstance(batch[0], Part):
     (part,) = batch
     framed = [_frame_part(part, tokenizer)]
@@ -127,15 +133,20 @@ def _encode(text: str, tokenizer):
 def _after_cut(text: str, tokenizer):
   """Ids of a text that stands after another: without the space that many
   models put before what they are given."""
-  ids_T = np.asarray(tokenizer.encode(text))
+  before, n = _head(text, tokenizer)
+  return np.asarray(tokenizer.encode(before + text))[n:]
+
+
+def _head(text: str, tokenizer) -> tuple[str, int]:
+  """(what is put before a text that stands after another, its tokens)."""
   if tokenizer.token_bytes_V[tokenizer.encode('a')].sum() == 1:
-    return ids_T
+    return '', 0
   for before in ('\n', '\ue000'):  # neither merges with what follows
     head_T = np.asarray(tokenizer.encode(before))
     both_T = np.asarray(tokenizer.encode(before + text))
     if head_T.size and np.array_equal(both_T[: head_T.size], head_T):
-      return both_T[head_T.size :]
-  return ids_T
+      return before, head_T.size
+  return '', 0
 
 
 def run(
@@ -162,6 +173,7 @@ def _batches(
   found, tokenizer
 ) -> Iterator[list[documents.Document] | list[Part]]:
   is_safe = functools.cache(lambda: splitting.rule(tokenizer))
+  encoder = functools.cache(lambda: unigram.of(tokenizer))
   batch, size = [], 0
   for document in found:
     if document.read or len(document.text) > PART:
@@ -170,6 +182,14 @@ def _batches(
           yield batch
           batch, size = [], 0
         yield from ([part] for part in _parts(document, is_safe()))
+        del document  # or two large ones would be held
+        continue
+      if (document.read or len(document.text) > UNIGRAM_WHOLE) and encoder():
+        if batch:
+          yield batch
+          batch, size = [], 0
+        yield from _in_turn(document, encoder(), tokenizer)
+        del document
         continue
       document = document._replace(text=''.join(document.blocks()), read=None)
     batch.append(document)
@@ -177,6 +197,7 @@ def _batches(
     if size >= BATCH_BYTES:
       yield batch
       batch, size = [], 0
+    del document
   if batch:
     yield batch
 
@@ -184,16 +205,9 @@ def _batches(
 def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
   """The parts of a document: of what is between two cuts, of safe size."""
   part = None
-  for first, last in itertools.pairwise(
-    [0, *document.cuts, None if document.read else len(document.text)]
-  ):
-    if document.read:
-      blocks = document.blocks()
-    else:
-      starts = range(first, last, PART)
-      blocks = (
-        document.text[start : min(start + PART, last)] for start in starts
-      )
+  end = sys.maxsize if document.read else len(document.text)
+  for first, last in itertools.pairwise([0, *document.cuts, end]):
+    blocks = _between(document, first, last)
     before = ''
     for text in splitting.pieces(blocks, is_safe, PART):
       if part:
@@ -205,6 +219,36 @@ def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
       )  # fmt: skip
       before = text[-1:]
   yield part._replace(ends=True)
+
+
+def _in_turn(document, encoder, tokenizer) -> Iterator[Encoded]:
+  """A large document, encoded part by part, each after what it begins with."""
+  score = None
+  for part in _parts(document, encoder.is_safe):
+    begins = not part.before
+    before, n = '', 0
+    if begins and part.follows:
+      before, n = _head(part.text, tokenizer)
+    ids_T, score = encoder.encode(before + part.text, None if begins else score)
+    tokens_T = _checked(part.name, ids_T[n:], tokenizer, part.begins, part.ends)
+    yield Encoded(
+      tokens_T, np.array([tokens_T.size], np.int64), [(0,) * part.is_cut],
+      len(part.text.encode()), not part.ends,
+    )  # fmt: skip
+
+
+def _between(document, first: int, last: int) -> Iterator[str]:
+  """The text from one character to another, in parts."""
+  if not document.read:
+    for start in range(first, last, PART):
+      yield document.text[start : min(start + PART, last)]
+    return
+  at = 0
+  for block in document.blocks():
+    yield block[max(first - at, 0) : max(last - at, 0)]
+    at += len(block)
+    if at >= last:
+      return
 
 
 def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
@@ -227,6 +271,12 @@ def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
     under_way = {pipe: [] for _, pipe in started}
     free = [*under_way, *under_way]  # one batch to encode, one to go on with
     for number, batch in enumerate(batches):
+      if isinstance(batch, Encoded):
+        done[number] = batch
+        while len(done) > 2 * workers and turn not in done:
+          free += _received(under_way, done, turn, workers)
+        yield from in_turn()
+        continue
       if not free:
         free += _received(under_way, done, turn, workers)
       pipe = free.pop(0)

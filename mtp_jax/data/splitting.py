@@ -1,25 +1,31 @@
 r"""Where a text can be split so that its pieces have the tokens of the whole.
 
-Floor 2: standard library; sentencepiece inside the function that needs it. Two
-proofs are known, both from the files of a tokenizer:
+Floor 2: standard library and NumPy; what else it needs is imported inside.
+Three proofs are known, all from the files of a tokenizer:
 
 - Byte-pair encoding merges within the vocabulary. If no token has two
   characters beside each other, no merge reaches over the place between them,
   and merges on one side do not see the other.
-- Pre-tokenizers of the GPT family end a word before a space: each alternative
-  of their regular expression takes a space as its first character or among
-  nothing but white space. They look no further ahead than one character after
-  white space, and never back.
+- A pre-tokenizer splits a text into words, each encoded by itself. If no match
+  of its regular expression holds two characters beside each other, and the
+  first is always in one (regexes.py), a word ends between them.
+- A normalizer rewrites a text. Those known here do it character by character,
+  or by a table or a normal form that takes a space and no letter before it
+  together.
 
-Other tokenizers (unigram models, whose sums of scores are rounded; normalizers
-that look at several characters; other expressions) have no rule: None.
+Where nothing is proven, there is no rule: None.
 """
 
+import base64
+import functools
 import json
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
-from mtp_jax.data import tokenizers
+import numpy as np
+
+from mtp_jax.data import regexes, tokenizers
 
 SafeSplit = Callable[[str, str], bool]  # (character before, character after)
 
@@ -29,7 +35,7 @@ def rule(tokenizer: tokenizers.Tokenizer) -> SafeSplit | None:
   if tokenizer.name == 'bytes':
     return lambda before, after: True
   if tokenizers.PIECES in tokenizer.files:
-    return _of_pieces(tokenizer.files[tokenizers.PIECES])
+    return between_pieces(tokenizer.files[tokenizers.PIECES], 'BPE', 'CHAR')
   if 'tokenizer.json' in tokenizer.files:
     return _of_json(json.loads(tokenizer.files['tokenizer.json']))
   return None
@@ -67,8 +73,15 @@ def _last(text: str, is_safe: SafeSplit) -> int:
   return 0
 
 
-def _of_pieces(model: bytes) -> SafeSplit | None:
+def between_pieces(model: bytes, *kinds: str) -> SafeSplit | None:
+  """Safe is what no piece of a SentencePiece model of these kinds spans.
+
+  Where it normalizes, that is between a letter or digit that it leaves alone
+  and a space. Unknown characters are joined, unless they become bytes: of the
+  two, the first is to be known.
+  """
   try:
+    import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
   except ImportError:  # it needs protobuf
     return None
@@ -76,18 +89,78 @@ def _of_pieces(model: bytes) -> SafeSplit | None:
   proto.ParseFromString(model)
   about, spec = proto.trainer_spec, proto.normalizer_spec
   if (
-    about.model_type != about.BPE
-    or not about.byte_fallback  # or unknown characters are joined
+    about.ModelType.Name(about.model_type) not in kinds
     or about.treat_whitespace_as_suffix
-    or spec.precompiled_charsmap
-    or spec.remove_extra_whitespaces
     or not spec.escape_whitespaces
   ):
     return None
-  return _between_pairs(piece.piece for piece in proto.pieces)
+  is_apart = between_pairs(piece.piece for piece in proto.pieces)
+  is_plain = not spec.precompiled_charsmap and not spec.remove_extra_whitespaces
+  if is_plain and about.byte_fallback and about.model_type != about.UNIGRAM:
+    return is_apart
+  known = {
+    piece.piece
+    for piece in proto.pieces
+    if len(piece.piece) == 1
+    and piece.type in (piece.NORMAL, piece.USER_DEFINED)
+  }
+  if tokenizers.SPACE not in known or not known.intersection(USUAL_LETTERS):
+    return None
+  if not is_plain:
+    if _takes_spaces(spec.precompiled_charsmap):
+      return None
+    normalize = sentencepiece.SentencePieceProcessor(
+      model_proto=model
+    ).normalize
+    known.intersection_update(
+      x
+      for x in USUAL_LETTERS
+      if normalize(f'a{x} {x}a').endswith(f'{x}{tokenizers.SPACE}{x}a')
+    )
+
+  def is_safe(before, after):
+    if before not in known or not (is_plain or after == ' '):
+      return False
+    return is_apart(before, after)
+
+  return is_safe if known else None
 
 
-def _between_pairs(names: Iterable[str]) -> SafeSplit:
+USUAL_LETTERS = string.ascii_letters + string.digits
+
+
+@functools.lru_cache(8)
+def _takes_spaces(charsmap: bytes) -> bool:
+  """Whether the table of a normalizer has a key with a space after its start.
+
+  It is the size of a double array, that array of uint32 (darts-clone,
+  https://github.com/s-yata/darts-clone), and texts.
+  """
+  if not charsmap:
+    return False
+  size = int(np.frombuffer(charsmap[:4], '<u4')[0])
+  units = np.frombuffer(charsmap[4 : 4 + size], '<u4').astype(np.int64)
+  labels = units & (2**31 | 0xFF)
+  offsets = (units >> 10) << ((units & 2**9) >> 6)
+  level, depth = np.zeros(1, np.int64), 0
+  while level.size:
+    found = []
+    for start in range(0, level.size, 2**10):  # of 255 places below each
+      places = level[start : start + 2**10]
+      below = (places ^ offsets[places])[:, None] ^ np.arange(1, 256)
+      is_there = below < len(units)
+      is_there &= labels[np.minimum(below, len(units) - 1)] == np.arange(1, 256)
+      if depth and is_there[:, ord(' ') - 1].any():
+        return True
+      found.append(below[is_there])
+    level, depth = (
+      np.unique(np.concatenate(found)),
+      depth + 1,
+    )  # ends are shared
+  return False
+
+
+def between_pairs(names: Iterable[str]) -> SafeSplit:
   """Safe is what stands beside each other in no name."""
   spaced = [name.replace(tokenizers.SPACE, ' ') for name in names]
   inside = {name[i : i + 2] for name in spaced for i in range(len(name) - 1)}
@@ -107,13 +180,16 @@ def _of_json(about: dict) -> SafeSplit | None:
   ):
     return None
   names = [token['content'] for token in added]
-  if _ends_words_at_spaces(about) and not any(' ' in x[1:] for x in names):
-    return lambda before, after: (
-      after == ' ' and (before.isalnum() or before in string.punctuation)
-    )
+  written = [x['content'] for x in added if not x['special']]
+  is_safe = _between_words(about, written)
+  if any(is_safe(before, after) for before, after in USUAL):
+    return is_safe
   if _merges_freely(about):
-    return _between_pairs([*about['model']['vocab'], *names])
+    return between_pairs([*about['model']['vocab'], *names])
   return None
+
+
+USUAL = ('a ', 'a\n', '. ', '\u4e2d\uff0c', 'a.')  # where it may be safe
 
 
 def _steps(about: dict | None, kind: str) -> list[dict]:
@@ -125,73 +201,167 @@ def _steps(about: dict | None, kind: str) -> list[dict]:
   return [about]
 
 
-# Alternatives of the regular expressions of GPT-2, GPT-4, GPT-4o, Llama 3 and
-# Qwen 2. One of each of the first four, so that nothing of a text is left over.
-WORDS = frozenset([
-  r' ?\p{L}+',
-  r'[^\r\n\p{L}\p{N}]?\p{L}+',
-  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*'
-  r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-])  # fmt: skip
-NUMBERS = frozenset([r' ?\p{N}+', r'\p{N}', r'\p{N}{1,3}'])
-SYMBOLS = frozenset(
-  [
-    r' ?[^\s\p{L}\p{N}]+',
-    r' ?[^\s\p{L}\p{N}]+[\r\n]*',
-    r' ?[^\s\p{L}\p{N}]+[\r\n/]*',
+def _between_words(about: dict, names: list[str]) -> SafeSplit:
+  """Safe is where the pre-tokenizer ends a word, whatever stands around.
+
+  A word is encoded by itself. Normalizers and pre-tokenizers are known here by
+  what they do at a place between two characters: `_normalized` and `_parted`.
+  """
+  normalizers = _steps(about['normalizer'], 'normalizers')
+  if normalizers and not all(name.isascii() for name in names):
+    return lambda before, after: False
+  steps = [
+    _parsed(step) for step in _steps(about['pre_tokenizer'], 'pretokenizers')
   ]
-)
-BLANKS = frozenset([r'\s+'])
-FURTHER = frozenset(
-  [
-    *"'s 't 're 've 'm 'll 'd".split(),
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+'
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r'\s*[\r\n]+',
-    r'\s+(?!\S)',
-  ]
-)
+
+  @functools.lru_cache(2**16)
+  def is_safe(before, after):
+    if not (_is_plain(before) and _is_plain(after)):
+      return False
+    if any(after in name[1:].casefold() for name in names):
+      return False
+    afters = {after}
+    for step in normalizers:
+      afters = _normalized(step, before, afters)
+      if not afters:
+        return False
+    return all(_is_parted(steps, before, one) for one in afters)
+
+  return is_safe
 
 
-def _alternatives(regex: str) -> list[str]:
-  found, depth = [''], 0
-  for letter in regex:
-    depth += (letter == '(') - (letter == ')')
-    if letter == '|' and not depth:
-      found.append('')
-    else:
-      found[-1] += letter
-  return found
-
-
-def _is_of_gpt(regex: str) -> bool:
-  given = set(_alternatives(regex))
-  needed = WORDS, NUMBERS, SYMBOLS, BLANKS
-  return all(given & group for group in needed) and given <= FURTHER.union(
-    *needed
+def _is_plain(char: str) -> bool:
+  """Whether all versions of Unicode agree about it."""
+  if char < ' ':
+    return char in '\t\n\r'
+  category = unicodedata.category(char)
+  return (
+    category == unicodedata.ucd_3_2_0.category(char) and category[0] in 'LNPSZ'
   )
 
 
-def _ends_words_at_spaces(about: dict) -> bool:
-  if any(
-    step['type'] not in ('NFC', 'NFD')
-    for step in _steps(about['normalizer'], 'normalizers')
-  ):
-    return False
-  for step in _steps(about['pre_tokenizer'], 'pretokenizers'):
+def _is_steady(char: str) -> bool:
+  """Whether normal forms leave it alone, and what stands before it."""
+  if char.isascii():
+    return True
+  return (
+    unicodedata.category(char)[0] in 'PZ' or '\u4e00' <= char <= '\u9fa5'
+  ) and all(
+    unicodedata.normalize(form, char) == char
+    for form in ('NFC', 'NFD', 'NFKC', 'NFKD')
+  )
+
+
+def _normalized(step: dict, before: str, afters: set[str]) -> set[str]:
+  """What may stand after `before` then; {} if that is not known, or reaches
+  over the place between."""
+  kind, known = step['type'], set()
+  both = {before, *afters}
+  if kind in ('NFC', 'NFD', 'NFKC', 'NFKD', 'StripAccents'):
+    joins = any(x.isascii() and (x.isalpha() or x in '<=>') for x in afters)
+    known = afters if all(map(_is_steady, both)) and not joins else known
+  elif kind == 'Lowercase':
+    known = (
+      afters if all(x.isascii() and x == x.lower() for x in both) else known
+    )
+  elif kind == 'Prepend':
+    known = afters
+  elif kind == 'Strip':  # what it strips is at an end, which neither is
+    known = afters if not regexes.is_space(before) else known
+  elif kind in ('BertNormalizer', 'Nmt'):
+    known = afters if _is_small(before) and afters <= set(SPACES) else known
+  elif kind == 'Precompiled':
+    if _is_small(before) and afters <= set(SPACES):
+      chars = before, *sorted(afters)
+      known = afters if _keeps(step['precompiled_charsmap'], chars) else known
+  elif kind == 'Replace':
+    known = _replaced(step, before, afters)
+  return known
+
+
+SPACES = (' ', tokenizers.SPACE)
+
+
+def _is_small(char: str) -> bool:
+  return char in string.ascii_lowercase or char in string.digits
+
+
+@functools.lru_cache(2**10)
+def _keeps(charsmap: str, chars: tuple[str, ...]) -> bool:
+  """Whether SentencePiece's table leaves each alone. What it takes together is
+  one grapheme, and between a letter and a space one ends."""
+  from tokenizers import normalizers
+
+  fast = normalizers.Precompiled(base64.b64decode(charsmap))
+  return all(fast.normalize_str(x) == x for x in chars)
+
+
+def _replaced(step: dict, before: str, afters: set[str]) -> set[str]:
+  pattern, content = step['pattern'], step['content']
+  if pattern in ({'Regex': ' {2,}'}, {'Regex': ' +'}):
+    return afters | {content} if content in SPACES and before != ' ' else set()
+  text = pattern.get('String')
+  if text and before not in text and not any(x in text for x in afters):
+    return afters
+  if text and len(text) == len(content) == 1 and text != before:
+    return {content if x == text else x for x in afters}
+  return set()
+
+
+GPT_2 = (
+  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+
+
+def _parsed(step: dict) -> tuple[dict, list[regexes.Node]]:
+  """(step, the alternatives of its expression)."""
+  regex = ''
+  if step['type'] == 'ByteLevel' and step.get('use_regex', True):
+    regex = GPT_2
+  if step['type'] == 'Split':
+    regex = step['pattern'].get('Regex', '')
+  try:
+    return step, regexes.parse(regex) if regex else []
+  except regexes.Unsupported:
+    return step, []
+
+
+def _is_parted(steps, before: str, after: str) -> bool:
+  """Whether a step always ends a word between the two, and none before it sees
+  what is on the other side."""
+  for step, found in steps:
     kind = step['type']
-    if kind == 'ByteLevel' and step.get('use_regex', True):
-      return True
-    if kind == 'Metaspace' and step.get('split', True):
-      return True
-    if kind == 'Split':
-      return (
-        _is_of_gpt(step['pattern'].get('Regex', ''))
-        and step['behavior'] == 'Isolated'
-        and not step['invert']
-      )
-    if kind != 'Digits':  # which parts digits from the rest
+    if kind == 'Metaspace':
+      if after in (' ', step['replacement']):
+        return step.get('split', True)
+      return False
+    if kind in ('WhitespaceSplit', 'Whitespace', 'BertPreTokenizer'):
+      if regexes.is_space(after) and not regexes.is_space(before):
+        return True
+    elif kind == 'CharDelimiterSplit':
+      if after == step['delimiter'] != before:
+        return True
+    elif kind == 'Split' and not found:
+      text, behavior = step['pattern'].get('String'), step['behavior']
+      if not text or len(text) > 1 or step['invert'] or before == text:
+        return False
+      if behavior not in ('Isolated', 'Removed', 'MergedWithNext'):
+        return False
+      if after == text:
+        return True
+    elif found:
+      if kind == 'Split' and step['behavior'] not in ('Isolated', 'Removed'):
+        return False
+      if regexes.may_hold(found, before, after):
+        return False
+      if regexes.always_takes(found, before):
+        return True
+      if kind == 'ByteLevel':  # what comes next sees bytes
+        return False
+    elif kind == 'Punctuation':
+      if step.get('behavior', 'Isolated') not in ('Isolated', 'Removed'):
+        return False
+    elif kind != 'Digits':
       return False
   return False
 

@@ -117,3 +117,4 @@ def _new(found, digests, sizes, left_out) -> Iterator[documents.Document]:
     digests += key
     sizes.append(n_bytes)
     yield document
+    del document  # or two large ones would be held

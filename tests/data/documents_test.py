@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from mtp_jax import config
-from mtp_jax.data import documents
+from mtp_jax import config, main
+from mtp_jax.data import documents, store
 
 
 def _read(sources: str, *args) -> list[tuple[str, str]]:
@@ -329,3 +329,155 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
   (tmp_path / 'a').write_text(text + 'x')
   with pytest.raises(config.ConfigError, match='changed while it was read'):
     list(found.blocks())
+
+
+# Large values of jsonl and parquet.
+
+LINES = [
+  dict(text='plain ' * 40),
+  dict(text='\u00fcber \u4e2d\u6587 \U0001f600 \n\t"\\' * 30),
+  dict(text='\\' * 101 + '"' * 50 + '\x1f' * 50), dict(text='\U0001f600' * 60),
+  dict(text='x' * 90, other='y' * 90), dict(text=None, other='\u4e2d' * 90),
+  dict(text='a', other=['"' * 70, {'b' * 70: 1.5}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('block', [12, 13, 17, 64, 10**6])
+@pytest.mark.parametrize('escaped', [True, False])
+def test_a_large_line_is_decoded_in_blocks(
+  tmp_path, monkeypatch, block, escaped
+):
+  """To what json makes of it."""
+  monkeypatch.setattr(documents, 'HELD', 50)
+  monkeypatch.setattr(documents, 'LONG', 20)
+  monkeypatch.setattr(documents, 'BLOCK', block)
+  lines = [json.dumps(x, ensure_ascii=escaped) for x in LINES]
+  # Halves of characters, as JSON alone can spell them, alone and in pairs.
+  lines += [r'{"text": "%s"}' % (x * 30) for x in (
+    r'\ud83d', r'\ude00', r'\ud83d\ude00', r'\ud83dx', r'\\ud83d', r'\/\b\f',
+  )]  # fmt: skip
+  lines += [r'{"text": "a", "text": "%s"}' % ('b' * 99)]
+  path = tmp_path / 'a.jsonl'
+  path.write_text('\n'.join(lines))
+  wanted = [d.text for d in documents.read(f'jsonl:{path}')]
+  found = list(documents.read(f'jsonl:{path}', whole=False))
+  assert [''.join(d.blocks()) for d in found] == wanted
+  assert sum(d.read is not None for d in found) >= len(lines) - 3
+
+
+def test_a_prompt_of_a_large_line_keeps_its_cut(tmp_path, monkeypatch):
+  monkeypatch.setattr(documents, 'HELD', 50)
+  monkeypatch.setattr(documents, 'LONG', 20)
+  path, pairs = (
+    tmp_path / 'a.jsonl',
+    [('\u00e9', 'x'), ('a' * 60, 'b\u00e9' * 60)],
+  )
+  pairs += [('\u00e9' * 60, 'y'), ('z', '\u4e2d' * 60), ('', 'x' * 60)]
+  path.write_text('\n'.join(json.dumps(dict(p=p, c=c)) for p, c in pairs))
+  for found, (p, c) in zip(
+    documents.read(f'jsonl:{path}#p+c', whole=False), pairs, strict=True
+  ):
+    assert ''.join(found.blocks()) == p + c and found.cuts == (len(p),)
+
+
+BAD_LINES = [
+  b'{"text": "%s\x01"}', b'{"text": "%s\\x"}', b'{"text": "%s\\u12"}',
+  b'{"text": "%s\xff"}', b'{"other": "\xff%s", "text": "a"}',
+  b'{"other": "%s\\x", "text": "a"}', b'{"text": "%s', b'{"text": "%s" 1}',
+  b'["%s"]', b'{"%s": 1}', b'{"text": ["%s"]}', b'{"text": 1, "b": "%s"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('line', BAD_LINES)
+def test_a_large_line_has_the_errors_of_others(tmp_path, monkeypatch, line):
+  monkeypatch.setattr(documents, 'HELD', 50)
+  monkeypatch.setattr(documents, 'LONG', 20)
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(line.replace(b'%s', b'x' * 100))
+  problems = []
+  for whole in (True, False):
+    with pytest.raises(config.ConfigError) as error:
+      list(documents.read(f'jsonl:{path}', whole=whole))
+    problems.append(str(error.value))
+  assert problems[0] == problems[1] and f'{path}:1: ' in problems[0]
+  assert 'at at' not in problems[0]
+
+
+def test_a_large_value_of_parquet_is_decoded_in_blocks(tmp_path, monkeypatch):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+
+  monkeypatch.setattr(documents, 'HELD', 50)
+  monkeypatch.setattr(documents, 'BLOCK', 7)
+  texts = ['a', '\U0001f600\u00e9x' * 40, None, '', 'y' * 300]
+  for kind in (pyarrow.string(), pyarrow.large_string()):
+    table = pyarrow.table(dict(text=pyarrow.array(texts, kind)))
+    parquet.write_table(table, tmp_path / 'a.parquet')
+    source = f'parquet:{tmp_path}/a.parquet'
+    found = list(documents.read(source, whole=False, max_bytes=299))
+    assert [''.join(d.blocks()) for d in found] == [x or '' for x in texts[:4]]
+    assert [d.read is not None for d in found] == [False, True, False, False]
+
+
+@pytest.mark.parametrize('n', [1, 100])
+def test_a_value_of_parquet_that_is_no_text(tmp_path, monkeypatch, n):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  monkeypatch.setattr(documents, 'HELD', 50)
+  data = pyarrow.array([b'fine', b'x' * n + b'\xff']).view(pyarrow.string())
+  parquet.write_table(pyarrow.table(dict(text=data)), tmp_path / 'a.parquet')
+  source = f'parquet:{tmp_path}/a.parquet'
+  for whole in (True, False):
+    with pytest.raises(config.ConfigError, match='a.parquet is not UTF-8 text'):
+      list(documents.read(source, whole=whole))
+
+
+# Paths that are not UTF-8.
+
+
+def test_a_source_whose_path_is_not_utf8(tmp_path, capsys):
+  """Any of them makes a store, which can be read."""
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  folder = tmp_path / os.fsdecode(b'a\xff')
+  try:
+    folder.mkdir()
+  except OSError:
+    pytest.skip('a file system that takes UTF-8 alone')
+  (folder / 'a.txt').write_text('text')
+  (folder / 'a.jsonl').write_text('{"text": "line"}')
+  _gz(folder / 'a.gz', b'zipped')
+  table = pyarrow.table(dict(text=['value']))
+  parquet.write_table(table, tmp_path / 'a.parquet')
+  (tmp_path / 'a.parquet').rename(folder / 'a.parquet')
+  with pyarrow.output_stream(tmp_path / 'a.zst', compression='zstd') as file:
+    file.write(b'packed')
+  (tmp_path / 'a.zst').rename(folder / 'a.zst')
+  sources = (
+    f'text:{folder}/a.txt', f'text:{folder}/a.gz', f'text:{folder}/a.zst',
+    f'jsonl:{folder}/a.jsonl', f'parquet:{folder}/a.parquet', f'dir:{folder}',
+  )  # fmt: skip
+  out = folder / 'store'
+  for source in (*sources, ','.join(sources)):
+    args = [f'--data.documents={source}', f'--data.store={out}']
+    more = [
+      '--data.valid_fraction=0',
+      '--data.overwrite',
+      '--out',
+      f'{folder}/o',
+    ]
+    assert main.main(['prepare', *args, *more]) == 0
+    assert store.open_store(out).manifest['splits']['train']['documents']
+  capsys.readouterr()
+  for source in ('text:{}/none', 'jsonl:{}/a.txt', 'text:{}/a.parquet'):
+    args = [f'--data.documents={source.format(folder)}', f'--data.store={out}x']
+    assert main.main(['prepare', *args]) == 2
+    assert capsys.readouterr().err.count('\n') == 1
+  for flag in ('data.store', 'train.workdir'):
+    paths = {'data.store': str(out), 'train.workdir': str(tmp_path / 'run')}
+    if flag == 'train.workdir':
+      paths = {'data.store': str(tmp_path / 's'), flag: str(folder / 'run')}
+    assert main.main(['train', *(f'--{k}={v}' for k, v in paths.items())]) == 2
+    error = capsys.readouterr().err
+    assert f'--{flag}={tmp_path}/a\\udcff' in error and 'not UTF-8' in error
+    assert error.count('\n') == 1

@@ -91,6 +91,7 @@ def test_a_slow_batch_holds_back_a_bounded_number(words, monkeypatch):
   """Of others' results, and the order stays."""
   tokenizer = tokenizers.get(words)
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 1)
+  monkeypatch.setattr(encoding, 'PART', 2**20)  # whole documents
   held, received = [], encoding._received
 
   def counting(under_way, done, turn, workers):

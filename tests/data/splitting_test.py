@@ -16,6 +16,17 @@ LLAMA_3 = (
   "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
   ' ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+'
 )
+GPT_4O = (
+  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*'
+  r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+'
+  r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
+  r' ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+DEEPSEEK = (
+  r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?'
+  r'[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
 QWEN_2 = LLAMA_3.replace('{1,3}', '')
 WORDS = (
   "the cat's hat, I'll 12 345 6789 \u00e9t\u00e9 \u4e2d\u6587 \U0001f600 x=y;"
@@ -49,9 +60,10 @@ CORPUS = [_text(seed) for seed in range(40)]
 def _sentencepiece(**options):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=400,
+    sentence_iterator=iter(CORPUS), model_writer=model,
     minloglevel=2, **dict(
-      model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+      vocab_size=400, model_type='bpe', byte_fallback=True,
+      normalization_rule_name='identity',
       remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
     ) | options,
   )  # fmt: skip
@@ -116,15 +128,85 @@ KNOWN = {
   'metaspace': lambda: _spaced(split=True),
   'metaspace-whole': lambda: _spaced(split=False),
 }
+
+
+def _words(model, step, normalizer=None, **options):
+  """Words of any model."""
+  fast = hf.Tokenizer(model(**options))
+  fast.normalizer, fast.pre_tokenizer = normalizer, step
+  kind = type(fast.model).__name__
+  specials = ['<unk>', '<s>', '</s>']
+  more = dict(unk_token='<unk>') if kind == 'Unigram' else {}
+  trainer = dict(
+    BPE=hf.trainers.BpeTrainer, Unigram=hf.trainers.UnigramTrainer,
+    WordPiece=hf.trainers.WordPieceTrainer,
+  )[kind]  # fmt: skip
+  fast.train_from_iterator(
+    CORPUS, trainer(
+      vocab_size=400, special_tokens=specials, show_progress=False, **more
+    ),
+  )  # fmt: skip
+  return tokenizers.of_files('hf:x', {'tokenizer.json': fast.to_str().encode()})
+
+
+def _charsmap():
+  """That of a SentencePiece model with nmt_nfkc, as T5's."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto = sentencepiece_model_pb2.ModelProto()
+  model = _sentencepiece(normalization_rule_name='nmt_nfkc')
+  proto.ParseFromString(model.files[tokenizers.PIECES])
+  return proto.normalizer_spec.precompiled_charsmap
+
+
+def _like_t5():
+  norm = hf.normalizers
+  return _words(
+    hf.models.Unigram, hf.pre_tokenizers.Metaspace(),
+    norm.Sequence([
+      norm.Precompiled(_charsmap()), norm.Strip(),
+      norm.Replace(hf.Regex(' {2,}'), '\u2581'),
+    ]),
+  )  # fmt: skip
+
+
+def _like_bert():
+  return _words(
+    hf.models.WordPiece, hf.pre_tokenizers.BertPreTokenizer(),
+    hf.normalizers.BertNormalizer(), unk_token='<unk>',
+  )  # fmt: skip
+
+
+KNOWN |= {
+  'lower-case': lambda: _byte_level(LLAMA_3, hf.normalizers.Lowercase()),
+  'nfkc': lambda: _byte_level(QWEN_2, hf.normalizers.NFKC()),
+  'other-words': lambda: _byte_level(LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
+  'unknown-joined': lambda: _sentencepiece(byte_fallback=False),
+  'sentencepiece-nfkc': lambda: _sentencepiece(
+    normalization_rule_name='nmt_nfkc'
+  ),
+  'sentencepiece-default': lambda: _sentencepiece(
+    normalization_rule_name='nmt_nfkc_cf',
+    byte_fallback=False,
+    remove_extra_whitespaces=True,
+    vocab_size=380,
+  ),
+  'spaces-removed': lambda: _sentencepiece(remove_extra_whitespaces=True),
+  'characters': lambda: _sentencepiece(
+    model_type='char', normalization_rule_name='nmt_nfkc'
+  ),
+  'spaced-token': lambda: _byte_level(added=['the cat']),
+  'gpt-4o': lambda: _byte_level(GPT_4O),
+  'deepseek': lambda: _byte_level(DEEPSEEK),
+  't5': _like_t5,
+  'bert': _like_bert,
+}
 UNKNOWN = {
   'unigram': lambda: _sentencepiece(model_type='unigram'),
-  'unknown-joined': lambda: _sentencepiece(byte_fallback=False),
-  'nfkc': lambda: _sentencepiece(normalization_rule_name='nmt_nfkc'),
-  'spaces-removed': lambda: _sentencepiece(remove_extra_whitespaces=True),
-  'lower-case': lambda: _byte_level(LLAMA_3, hf.normalizers.Lowercase()),
+  'suffix': lambda: _sentencepiece(treat_whitespace_as_suffix=True),
   'strips': lambda: _byte_level(added=[hf.AddedToken('<tool>', rstrip=True)]),
-  'spaced-token': lambda: _byte_level(added=['the cat']),
-  'other-words': lambda: _byte_level(LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
+  'looks-behind': lambda: _byte_level(r'(?<=a) |' + LLAMA_3),
+  'any': lambda: _byte_level(r'[\s\S]+'),
 }
 
 

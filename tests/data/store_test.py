@@ -430,6 +430,35 @@ def test_many_shards_take_few_descriptors(tmp_path):
   assert len(os.listdir('/proc/self/fd')) - before <= shards.OPEN_FILES
 
 
+MANY = """
+import resource, sys
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from mtp_jax.data import store
+opened = store.open_store(sys.argv[1], verify=False)
+split = opened.split('train')
+rng, n = np.random.default_rng(0), split.n_windows(4, 1)
+for i in rng.integers(0, n, 5000).tolist():
+  window = split.window(i, 4, 1)
+assert sum(t.size for t in split.documents()) == 20_000 * 8
+print(len(split.tokens), n)
+"""
+
+
+@pytest.mark.slow
+def test_a_store_of_20_000_shards_opens_under_256_descriptors(tmp_path):
+  store.write(
+    tmp_path / 's',
+    (documents.Document(str(i), f'{i:06d}') for i in range(20_000)),
+    tokenizers.get('bytes'), valid_fraction=0, shard_tokens=1,
+  )  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, '-c', MANY, str(tmp_path / 's')], capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert done.stdout.split()[:1] == ['20000'], done.stderr
+
+
 def test_shards_grow_with_the_store(tmp_path, monkeypatch):
   """No more files than MAX_SHARDS of each kind and split ask for."""
   monkeypatch.setattr(store, 'MAX_SHARDS', 3)

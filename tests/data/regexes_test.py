@@ -1,0 +1,68 @@
+"""What can stand beside each other in a match, against the library's own."""
+
+import itertools
+import random
+
+import pytest
+import tokenizers as hf
+
+from mtp_jax.data import regexes
+from tests.data import splitting_test
+
+CHARS = "aB1_.,'<\n\t \u4e2d\u3002\u00e9"
+REGEXES = {
+  'llama-3': splitting_test.LLAMA_3,
+  'gpt-4o': splitting_test.GPT_4O,
+  'deepseek': splitting_test.DEEPSEEK,
+  'possessive': r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+  r' ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$?',
+  'digits': r'\d\d\d|\d|\D|.',
+  'sets': r'[a-c\-_]+|[^\w\s]|\s+(?=\S)|\s+|\w',
+  'groups': r'(?:a|B)(?:1|_)*|(a\.)?,+|\S|\s',
+}
+
+
+def _holds(regex: str) -> set[tuple[str, str]]:
+  """Pairs that were beside each other in a match, or decided about one."""
+  rng, found = random.Random(0), set()
+  split = hf.pre_tokenizers.Split(hf.Regex(regex), 'isolated')
+  for _ in range(4000):
+    text = ''.join(rng.choices(CHARS, k=rng.randint(2, 8)))
+    parts = split.pre_tokenize_str(text)
+    ends = {end for _, (_, end) in parts}
+    found |= {
+      (text[i - 1], text[i]) for i in range(1, len(text)) if i not in ends
+    }
+  return found
+
+
+@pytest.mark.parametrize('name', set(REGEXES) - {'possessive'})
+def test_a_pair_that_a_match_holds_is_known(name):
+  parsed = regexes.parse(REGEXES[name])
+  held = _holds(REGEXES[name])
+  safe = {
+    (a, b)
+    for a, b in itertools.product(CHARS, CHARS)
+    if not regexes.may_hold(parsed, a, b) and regexes.always_takes(parsed, a)
+  }
+  assert safe and not held & safe
+
+
+@pytest.mark.parametrize(
+  'regex',
+  [
+    r'(?<=a)b', r'(?<!a)b', r'^a', r'a$', r'\bword', r'a*', r'a|',
+    r'[[:alpha:]]', r'[a&&b]', r'\p{Han}', r'(?!ab)c', r'(?=a+)b', r'a)',
+    r'(a', r'[a', r'\h',
+    r'(?i:[^a])', r'a{x}', r'\x41', r'(?>a)', '*', REGEXES['possessive'],
+  ],
+)  # fmt: skip
+def test_what_is_not_read_is_refused(regex):
+  with pytest.raises(regexes.Unsupported):
+    regexes.parse(regex)
+
+
+def test_what_is_always_taken():
+  parsed = regexes.parse(r'\d{2}|ab?|[^c]?+c|(?!x)d|ee+|f(?:g|h)*')
+  taken = {x for x in 'abcdefg1' if regexes.always_takes(parsed, x)}
+  assert taken == {'a', 'c', 'f'}
