@@ -239,11 +239,11 @@ def test_a_head_is_divided_by_its_own_count():
   c = tiny.cfg(heads__n=3)
   rows = tiny.batch(c)
   rows['position'][:] = np.arange(rows['position'].shape[-1]) % 3
-  (_, sums), _ = tiny.value_and_grad(c, rows)
+  (total, sums), _ = tiny.value_and_grad(c, rows)
   assert (sums['loss_K'][:2] > 1).all() and sums['loss_K'][2] == 0
-  np.testing.assert_allclose(
-    sums['loss_K'], _oracle_losses(c, rows)['loss_K'], rtol=1e-5
-  )
+  want = _oracle_losses(c, rows)
+  np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
+  np.testing.assert_allclose(total, want['total'], rtol=1e-5)
 
 
 def _oracle_losses(c, rows):

@@ -226,7 +226,7 @@ FAULTS = (
     'acceptance-of-labels', 9, LOSS,
     'stats.argmax_BT, jnp.all(',
     'stats.argmax_BT.at[0].set(targets_KBT[0]), jnp.all(',
-    _oracle('causal-3-shared-True-0:1,.3-0.01-3-0.0-remat-4-1-(1,1,1)-dots'),
+    _oracle('residual-3-tied-True-0:1,.3-0.01-3-0.0-remat-4-1-(1,1,1)-dots'),
   ),
   Fault(
     'acceptance-unshifted', 9, TARGETS,
