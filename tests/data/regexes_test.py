@@ -36,7 +36,7 @@ def _holds(regex: str) -> set[tuple[str, str]]:
   return found
 
 
-@pytest.mark.parametrize('name', set(REGEXES) - {'possessive'})
+@pytest.mark.parametrize('name', sorted(set(REGEXES) - {'possessive'}))
 def test_a_pair_that_a_match_holds_is_known(name):
   parsed = regexes.parse(REGEXES[name])
   held = _holds(REGEXES[name])
