@@ -53,7 +53,8 @@ class Document(NamedTuple):
       yield self.text[start : start + BLOCK]
 
 
-BLOCK = 2**20  # bytes or characters that are read at once
+BLOCK = 2**16  # bytes or characters at once; of larger ones malloc keeps more
+ROWS = 2**20  # bytes of parquet at once
 HELD = 2**22  # bytes of the largest text that is held as a str, unless all are
 File = tuple[str, str]  # (document name, path)
 Fail = Callable[[str], config.ConfigError]
@@ -416,7 +417,7 @@ def _records(path, fields, fail, how, name):
           continue
         if line.isspace() or not line:
           continue
-        if len(line) < BLOCK:  # a copy; errors then name a column of this line
+        if len(line) < ROWS:  # a copy; errors then name a column of this line
           line = line.rstrip()
         texts = None
         if how is not None and not how.whole and len(line) > HELD:
@@ -446,7 +447,7 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
           pyarrow.parquet.ParquetFile(
             file,
             pre_buffer=False,
-            buffer_size=BLOCK,  # not a row group's bytes
+            buffer_size=ROWS,  # not a row group's bytes
           ) as table,
         ):
           yield from _rows(table, name, path)
@@ -471,7 +472,7 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
     n_bytes = sum(
       groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)
     )
-    rows = max(1, BLOCK * groups.num_rows // max(n_bytes, 1))
+    rows = max(1, ROWS * groups.num_rows // max(n_bytes, 1))
     number = 0
     for batch in table.iter_batches(min(rows, 2**16), columns=[field]):
       for text in _column(batch.column(0), not how.whole):
