@@ -18,7 +18,7 @@ from mtp_jax import config, paths
 from mtp_jax.data import spool as spool_lib
 from mtp_jax.data import windows
 
-COPIED = 2**22  # bytes at once
+COPIED = 2**20  # bytes at once
 OFFSET_DTYPE = '<u8'
 
 
