@@ -162,12 +162,6 @@ def _train(parsed: flags.Parsed) -> int:
       if (path := config.get(cfg, flag))
     },
   )
-  for flag in config.fields():
-    value = config.get(cfg, flag)
-    if isinstance(value, str) and not paths.is_utf8(value):
-      raise config.ConfigError(
-        flag, value, 'is not UTF-8, which run.flags and checkpoints need'
-      )
   _start_jax(cfg)
   from mtp_jax import processes
   from mtp_jax.train import loop

@@ -94,15 +94,6 @@ def is_within(name: str) -> bool:
   )
 
 
-def is_utf8(path: str) -> bool:
-  """Whether its name can be written to a file; a disk takes any bytes."""
-  try:
-    path.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
-
-
 def first_line(error: Exception) -> str:
   return (str(error).strip() or repr(error)).splitlines()[0][:300]
 

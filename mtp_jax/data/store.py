@@ -177,14 +177,14 @@ def _write_tokenizer(tmp: pathlib.Path, tokenizer) -> list[dict]:
 def _describe(tokenizer, sources, valid_fraction, spool) -> dict:
   return {
     'format': FORMAT,
-    'sources': _as_text(sources),
+    'sources': sources,
     'valid_fraction': valid_fraction,
     'duplicates': spool.duplicates,
     'empty': spool.empty,
     'dtype': spool.dtype,
     'splits': {},
     'tokenizer': {
-      'name': _as_text(tokenizer.name),
+      'name': tokenizer.name,
       'vocab_size': int(tokenizer.vocab_size),
       'bos': int(tokenizer.bos),
       'eos': int(tokenizer.eos),
@@ -192,11 +192,6 @@ def _describe(tokenizer, sources, valid_fraction, spool) -> dict:
       'token_bytes': np.asarray(tokenizer.token_bytes_V).tolist(),
     },
   }
-
-
-def _as_text(name: str) -> str:
-  """A path that is not UTF-8 with its bytes spelled out: no text holds them."""
-  return name.encode(errors='backslashreplace').decode()
 
 
 def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
