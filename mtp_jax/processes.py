@@ -97,7 +97,7 @@ def _lost(error: BaseException) -> str:
     return ''
   if not _OF_ANOTHER.search(first):
     return ''
-  return f'ends, since another process is gone: {first[:300]}'
+  return f'aborting: another process was lost: {first[:300]}'
 
 
 def _say(text: str) -> None:

@@ -82,8 +82,8 @@ def _check_limits(name, value, limits):
   if 'below' in limits:
     need(value < limits['below'], f'must be below {limits["below"]}')
   texts = value if isinstance(value, tuple) else (str(value),)
-  if problem := config.wrong_text(''.join(texts)):
-    need(False, problem)
+  problem = config.wrong_text(''.join(texts))
+  need(not problem, problem)
 
 
 def _check_model(cfg):

@@ -23,7 +23,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import resource
 import shutil
 import signal
@@ -85,9 +84,14 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
+class Over(Exception):
+  """A run was done before it was disturbed."""
+
+
 class Session(NamedTuple):
   """The processes of one start."""
 
+  store: str
   workdir: pathlib.Path
   logs: pathlib.Path  # folder of one file for each process
   processes: list[subprocess.Popen]
@@ -95,6 +99,11 @@ class Session(NamedTuple):
 
   def running(self) -> list[subprocess.Popen]:
     return [p for p in self.processes if p.poll() is None]
+
+  def check_running(self) -> None:
+    """Raises Over if none is."""
+    if not self.running():
+      raise Over
 
   def end(self, limit: float = LIMIT_S) -> tuple[list[int], float]:
     """(statuses, seconds until the last one had ended); RuntimeError if one
@@ -141,11 +150,7 @@ def start(
           stderr=subprocess.STDOUT, variables={CLOCK: str(clock)}, of=of,
         )
       )  # fmt: skip
-  return Session(workdir, logs, processes, time.monotonic())
-
-
-class Over(Exception):
-  """A run was done before it was disturbed."""
+  return Session(store, workdir, logs, processes, time.monotonic())
 
 
 # Faults: each disturbs a session, or what lies on disk before one, and returns
@@ -167,8 +172,7 @@ def _wait(session: Session, rng, joined: bool = True) -> None:
     time.sleep(0.02)
   begin = time.monotonic() if joined else session.begun
   _sleep(session, begin + rng.uniform(0, 8) - time.monotonic())
-  if not session.running():
-    raise Over
+  session.check_running()
 
 
 def _sleep(session: Session, seconds: float) -> None:
@@ -178,11 +182,15 @@ def _sleep(session: Session, seconds: float) -> None:
     time.sleep(0.02)
 
 
-def _ask_to_stop(session: Session, rng) -> None:
-  """Some seconds later."""
-  _sleep(session, rng.uniform(2, 6))
+def _sigterm_first(session: Session) -> None:
+  """To one process, if any is running; all of them stop."""
   for p in session.running()[:1]:
     p.send_signal(signal.SIGTERM)
+
+
+def _sigterm_later(session: Session, rng) -> None:
+  _sleep(session, rng.uniform(2, 6))
+  _sigterm_first(session)
 
 
 def kill_one(session, rng):
@@ -209,8 +217,7 @@ def kill_in_save(session, rng):
   while session.running() and len(seen) <= skip:
     seen |= unfinished() - left
     time.sleep(0.001)
-  if not session.running():
-    raise Over
+  session.check_running()
   for p in session.processes:
     p.kill()
 
@@ -233,8 +240,7 @@ def sigterm_in_evaluation(session, rng):
   while session.running() and f'step {at}/{STEPS}' not in session.log(0):
     time.sleep(0.005)
   time.sleep(rng.uniform(0, 0.2))
-  if not session.running():
-    raise Over
+  session.check_running()
   rng.choice(session.processes).send_signal(signal.SIGTERM)
 
 
@@ -247,7 +253,7 @@ def limit_files(session, rng):
     resource.prlimit(
       session.processes[0].pid, resource.RLIMIT_FSIZE, (size, size)
     )
-  _ask_to_stop(session, rng)
+  _sigterm_later(session, rng)
 
 
 def freeze_one(session, rng):
@@ -273,8 +279,7 @@ def fill_the_disk(session, rng):
     ballast.write_bytes(bytes(max(0, space)))
   _sleep(session, rng.uniform(2, 6))
   ballast.unlink()
-  for p in session.running()[:1]:
-    p.send_signal(signal.SIGTERM)
+  _sigterm_first(session)
 
 
 def move_the_clock(session, rng):
@@ -283,7 +288,7 @@ def move_the_clock(session, rng):
   clock = session.logs / 'clock'
   _wait(session, rng)
   clock.write_text(str(rng.choice((-1, 1)) * rng.choice((700, 3e4, 3e7))))
-  _ask_to_stop(session, rng)
+  _sigterm_later(session, rng)
   if rng.random() < 0.5:
     return lambda: clock.write_text('')
 
@@ -311,24 +316,21 @@ def start_in_a_container(session, rng):
   while session.running() and 'step ' not in session.log(0):
     time.sleep(0.02)
   _sleep(session, rng.uniform(0, 2))
-  if not session.running():
-    raise Over
-  store = re.search('--data.store=(.*)', '\n'.join(session.processes[0].args))
+  session.check_running()
   second = start(
-    store[1], session.workdir, 1, session.logs / 'container', of=CONTAINER
+    session.store, session.workdir, 1, session.logs / 'container', of=CONTAINER
   )
   statuses, _ = second.end()
   alone = statuses == [2] and 'one run a workdir' in second.log(0)
   if session.running() and not alone:
     raise RuntimeError(f'in a container: {statuses}\n{second.log(0)}')
-  _ask_to_stop(session, rng)
+  _sigterm_later(session, rng)
 
 
 def change_the_store(session, rng):
   """Another program writes into a shard that the run reads: shorter, or of the
   same size."""
-  store = re.search('--data.store=(.*)', '\n'.join(session.processes[0].args))
-  shards = sorted(pathlib.Path(store[1]).glob('train/*.bin'))
+  shards = sorted(pathlib.Path(session.store).glob('train/*.bin'))
   path = rng.choice([p for p in shards if p.stat().st_size])
   whole, stamp = path.read_bytes(), path.stat()
   _wait(session, rng)

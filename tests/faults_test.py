@@ -77,7 +77,7 @@ def test_a_section_of_a_page_is_replaced_alone(tmp_path):
 
 def test_a_hang_is_a_failure(tmp_path):
   process = runs.process(['-c', 'import time; time.sleep(60)'])
-  session = faults.Session(tmp_path / 'run', tmp_path, [process], 0.0)
+  session = faults.Session('', tmp_path / 'run', tmp_path, [process], 0.0)
   with pytest.raises(RuntimeError, match='hangs: no end in 0.2 s'):
     session.end(0.2)
   assert process.poll() is not None or process.wait() < 0
@@ -86,7 +86,7 @@ def test_a_hang_is_a_failure(tmp_path):
 def test_a_traceback_is_a_failure(tmp_path):
   (tmp_path / '0.log').write_text('Traceback (most recent call last):\n')
   session = faults.Session(
-    tmp_path / 'run', tmp_path, [runs.process(['-c', ''])], 0.0
+    '', tmp_path / 'run', tmp_path, [runs.process(['-c', ''])], 0.0
   )
   with pytest.raises(RuntimeError, match='process 0\nTraceback'):
     session.end()

@@ -141,7 +141,7 @@ def test_a_single_row_and_a_single_kv_head_on_one_device(schedule, chunk):
   )  # fmt: skip
   rows = tiny.batch(c)
   (got, sums), _ = tiny.value_and_grad(c, rows)
-  want = _oracle_losses(c, rows)
+  want = tiny.oracle_losses(c, rows)
   np.testing.assert_allclose(got, want['total'], rtol=1e-5)
   np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
 
@@ -241,17 +241,9 @@ def test_a_head_is_divided_by_its_own_count():
   rows['position'][:] = np.arange(rows['position'].shape[-1]) % 3
   (total, sums), _ = tiny.value_and_grad(c, rows)
   assert (sums['loss_K'][:2] > 1).all() and sums['loss_K'][2] == 0
-  want = _oracle_losses(c, rows)
+  want = tiny.oracle_losses(c, rows)
   np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
   np.testing.assert_allclose(total, want['total'], rtol=1e-5)
-
-
-def _oracle_losses(c, rows):
-  flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
-  shape = oracle.Shape(c.heads.family, c.heads.n)
-  w = tiny.flat(tiny.model(c, tiny.mesh(c)))
-  logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
-  return oracle.losses(logits, flat['tokens'], flat['position'], shape)
 
 
 def test_micro_batches_of_unequal_counts_sum_exactly():

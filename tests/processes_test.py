@@ -312,7 +312,7 @@ def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
       'UNKNOWN: Gloo all-reduce failed: Read error [::1]:9: Connection reset by'
       ' peer\nmore'
     ),
-    'ends, since another process is gone: UNKNOWN: Gloo all-reduce failed: Read'
+    'aborting: another process was lost: UNKNOWN: Gloo all-reduce failed: Read'
     ' error [::1]:9: Connection reset by peer',
   ),
   (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), ''),

@@ -11,6 +11,7 @@ import numpy as np
 
 from mtp_jax import config, loss, params, sharding, targets, validate
 from mtp_jax.model import block, heads, layers, lm
+from tests import oracle
 
 BASE = {
   'model.d_model': 16,
@@ -176,6 +177,17 @@ def value_and_grad(c: config.Config, rows, w=None, n_active=None):
     for of in zip(*rows.values(), strict=True)
   ]
   return (total, means(sums, np.sum(valid_AKBT, axis=(0, 2, 3)))), grads
+
+
+def oracle_losses(c: config.Config, rows) -> dict:
+  """Of `model` in float64; rows (…, U)."""
+  tokens_BU, position_BU = (
+    rows[name].reshape(-1, rows[name].shape[-1])
+    for name in ('tokens', 'position')
+  )
+  w, shape = flat(model(c, mesh(c))), oracle.Shape(c.heads.family, c.heads.n)
+  logits_KBTV = oracle.forward(w, tokens_BU, position_BU, shape)
+  return oracle.losses(logits_KBTV, tokens_BU, position_BU, shape)
 
 
 def equations(jaxpr):

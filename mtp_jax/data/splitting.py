@@ -153,10 +153,8 @@ def _takes_spaces(charsmap: bytes) -> bool:
       if depth and is_there[:, ord(' ') - 1].any():
         return True
       found.append(below[is_there])
-    level, depth = (
-      np.unique(np.concatenate(found)),
-      depth + 1,
-    )  # ends are shared
+    level = np.unique(np.concatenate(found))  # ends are shared
+    depth += 1
   return False
 
 

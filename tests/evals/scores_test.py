@@ -8,7 +8,7 @@ import pytest
 from mtp_jax import config
 from mtp_jax.evals import scores
 from mtp_jax.model import heads
-from tests import oracle, tiny
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,7 @@ def test_sums_are_those_of_the_loss(family, unembedding, mesh):
   m, batch = tiny.mesh(c), tiny.batch(c)
   w = tiny.model(c, m)
   rows = {name: x[0] for name, x in batch.items()}
-  shape = oracle.Shape(family, 3)
-  logits_KBTV = oracle.forward(
-    tiny.flat(w), rows['tokens'], rows['position'], shape
-  )
-  sums = oracle.losses(logits_KBTV, rows['tokens'], rows['position'], shape)
+  sums = tiny.oracle_losses(c, rows)
   got = scores.of_batch(w, rows, m, c, n_active=3)
   count_K = got.valid.sum((1, 2))
   np.testing.assert_array_equal(count_K, sums['count_K'])

@@ -756,10 +756,12 @@ def test_no_space_for_the_part_of_one_process(store, tmp_path):
   """Once of the first, once of the second: both learn it at once, and both can
   save again."""
   run, code = tmp_path / 'run', ['-c', NO_SPACE_FOR_MY_PART]
+  begin = time.monotonic()
   ends = pair._ends(
     pair._pair(store, run, of_0=code, of_1=code, train__steps=12)
   )
   assert [e[0] for e in ends] == [0, 0], ends
+  assert time.monotonic() - begin < 120
   assert 'Traceback' not in ends[0][2] + ends[1][2]
   for step, why in (6, ends[0][1]), (9, ends[1][2]):
     line = f'checkpoint {step} could not be saved: '
