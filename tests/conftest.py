@@ -18,7 +18,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests import parity  # noqa: E402
+from tests import parity, programs  # noqa: E402
+from tests.programs import own_programs, shared_programs  # noqa: E402, F401
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -47,6 +48,7 @@ def compiled_programs_go():
   """A module's programs are of no use to the next: a worker that kept all of
   them grew to several GiB, and jaxlib 0.12 died of so many."""
   yield
+  programs.clear()
   jax.clear_caches()
   gc.collect()
 

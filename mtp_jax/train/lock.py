@@ -152,6 +152,12 @@ class Lock:
   def release(self) -> None:
     if self._mine():
       paths.of(self._path).unlink()
+    elif not paths.scheme(self._path):
+      # What was being written as the workdir was renamed makes its folders
+      # anew; empty ones would be in the way of renaming it back.
+      for folder, _, _ in os.walk(self._workdir, topdown=False):
+        with contextlib.suppress(OSError):
+          os.rmdir(folder)
 
 
 def held(workdir: str) -> bool:

@@ -37,16 +37,24 @@ def init(
   other: parameters to begin with, and what they are; see begin.py.
   """
 
+  with jax.set_mesh(mesh):
+    key = jax.random.key(cfg.train.seed)
+    old, was = other or (None, None)
+    return init_program(cfg, was)(key, old)
+
+
+def init_program(cfg: config.Config, was: config.Config | None):
+  """(key, old parameters or None) -> State under jit; `was` is what they are.
+  Call it under jax.set_mesh."""
+
   def make(key, old):
     model = params.init(key, lm.specs(cfg), cfg.model.param_dtype)
-    if other:
-      model = begin.parameters(model, old, other[1], cfg)
+    if was:
+      model = begin.parameters(model, old, was, cfg)
     zero = jnp.zeros((), jnp.int32)
     return State(model, optim.init(cfg, model), zero, zero, zero)
 
-  with jax.set_mesh(mesh):
-    key = jax.random.key(cfg.train.seed)
-    return jax.jit(make)(key, other and other[0])
+  return jax.jit(make)
 
 
 def abstract(cfg: config.Config, mesh: Mesh | AbstractMesh) -> State:

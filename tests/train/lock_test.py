@@ -231,7 +231,21 @@ def test_a_workdir_that_is_gone_was_not_taken(how, tmp_path):
     workdir.rmdir()
   with pytest.raises(config.ConfigError, match='is gone: it was deleted, or'):
     held.check()
+  (workdir / 'checkpoints' / '3.tmp').mkdir(parents=True)  # of a save
   held.release()
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize('theirs', ['lock.json', 'checkpoints/3/a'])
+def test_of_a_workdir_that_is_gone_no_file_is_removed(theirs, tmp_path):
+  (tmp_path / 'run').mkdir()
+  held = lock.Lock(str(tmp_path / 'run'))
+  (tmp_path / 'run').rename(tmp_path / 'other')
+  file = tmp_path / 'run' / theirs
+  file.parent.mkdir(parents=True)
+  file.write_text('{}')
+  held.release()
+  assert file.read_text() == '{}'
 
 
 def test_the_schedulers_container_is_told_apart():

@@ -406,7 +406,7 @@ def test_who_lost_the_lock_writes_nothing_more(
 
 
 def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
-  store, tmp_path, monkeypatch, capsys
+  store, tmp_path, monkeypatch, capsys, own_programs
 ):
   # By step: a loss that is no number, or a gradient whose norm overflows.
   factors = np.ones(6, np.float32)
