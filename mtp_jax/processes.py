@@ -88,14 +88,17 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
 _OF_ANOTHER = re.compile(
   'gloo|nccl|connection|heartbeat|barrier|coordination', re.IGNORECASE
 )
+_STATUS = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # what XLA's errors begin with
 
 
 def _lost(error: BaseException) -> str:
   """A line on an error that only says that another process is gone; else ''."""
   first = (str(error).strip().splitlines() or [''])[0]
-  if not several() or not isinstance(error, jax.errors.JaxRuntimeError):
-    return ''
-  if not _OF_ANOTHER.search(first):
+  # A collective within a jitted call ends in the one class or the other.
+  of_xla = isinstance(error, jax.errors.JaxRuntimeError) or (
+    isinstance(error, ValueError) and _STATUS.match(first)
+  )
+  if not several() or not of_xla or not _OF_ANOTHER.search(first):
     return ''
   return f'aborting: another process was lost: {first[:300]}'
 

@@ -1,7 +1,9 @@
 """Eight virtual CPU devices, strict ranks, and one tiny store for all tests."""
 
 import gc
+import math
 import os
+import resource
 
 from mtp_jax import versions
 
@@ -22,6 +24,8 @@ from tests import parity, programs  # noqa: E402
 from tests.programs import own_programs, shared_programs  # noqa: E402, F401
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+KEPT_BYTES = 1.5 * 2**30  # of a worker; more is given back after a module
 
 
 def pytest_collection_modifyitems(items):
@@ -45,12 +49,21 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope='module', autouse=True)
 def compiled_programs_go():
-  """A module's programs are of no use to the next: a worker that kept all of
-  them grew to several GiB, and jaxlib 0.12 died of so many."""
+  """A module's programs are of little use to the next: a worker that kept all
+  of them grew to several GiB, and jaxlib 0.12 died of so many."""
   yield
   programs.clear()
-  jax.clear_caches()
+  if _resident_bytes() > KEPT_BYTES:
+    jax.clear_caches()
   gc.collect()
+
+
+def _resident_bytes() -> float:
+  try:
+    with open('/proc/self/statm') as file:
+      return int(file.read().split()[1]) * resource.getpagesize()
+  except OSError:  # not Linux
+    return math.inf
 
 
 @pytest.fixture(autouse=True)

@@ -274,12 +274,19 @@ def greedy(params, prompt, n_new, shape):
   return tokens[len(prompt) :]
 
 
-def derivative(f, params, path, along, eps=1e-5):
-  """Central difference of f(params) as params[path] moves along an array."""
+def derivative(f, params, along, eps=1e-6):
+  """Central difference of f(params) as each array of `along` moves params."""
 
   def moved(step):
-    array = np.asarray(params[path], np.float64) + step * along
-    return float(f({**params, path: array}))
+    return float(
+      f(
+        params
+        | {
+          path: np.asarray(params[path], np.float64) + step * array
+          for path, array in along.items()
+        }
+      )
+    )
 
   return (moved(eps) - moved(-eps)) / (2 * eps)
 

@@ -316,6 +316,11 @@ def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
     ' error [::1]:9: Connection reset by peer',
   ),
   (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), ''),
+  (
+    ValueError('UNKNOWN: Gloo AllGather failed: Connection closed by peer'),
+    'aborting: another process was lost: UNKNOWN: Gloo AllGather failed:'
+    ' Connection closed by peer',
+  ),
   (ValueError('a barrier'), ''),
 ])  # fmt: skip
 def test_the_end_of_another_is_a_line(error, said, monkeypatch):

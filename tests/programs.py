@@ -75,9 +75,7 @@ def shared_programs():
     )
 
   def shared_init(cfg, was):
-    return _once(
-      ('init', _key(cfg), was and _key(was)), lambda: init(cfg, was)
-    )
+    return _once(('init', _key(cfg), was and _key(was)), lambda: init(cfg, was))
 
   class Step:  # to the loop alone; others look at what is traced
     trace = staticmethod(shared_trace)
