@@ -193,10 +193,11 @@ def is_at_cadence(step: int, t: config.Train) -> bool:
 
 
 class _Kept:
-  """Which checkpoints stay: the newest --train.keep_last, each keep_every-th;
-  and where a rollback may go, which no number of interruptions, each with a
-  checkpoint of its own, may push out: the newest two at the run's cadence (the
-  newest may hold the spike), and step 0, if it was imported."""
+  """Which checkpoints stay: the newest --train.keep_last, but at least two, since
+  older ones go once the newest is written, before it was opened again; each
+  keep_every-th; and where a rollback may go, which no number of interruptions,
+  each with a checkpoint of its own, may push out: the newest two at the run's
+  cadence (the newest may hold the spike), and step 0, if it was imported."""
 
   def __init__(self, t: config.Train):
     self._t = t
@@ -204,7 +205,7 @@ class _Kept:
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     del context
     t, steps = self._t, sorted(c.step for c in checkpoints)
-    kept = {*steps[-t.keep_last :]}
+    kept = {*steps[-max(t.keep_last, 2) :]}
     kept |= {s for s in steps if t.keep_every and s % t.keep_every == 0}
     if t.skip_batches:
       kept |= {0, *[s for s in steps if s and is_at_cadence(s, t)][-2:]}

@@ -430,7 +430,10 @@ class Train:
   checkpoint_every: int = _f(
     0, 'steps between checkpoints; 0 = at the end', result=False, **UNSIGNED
   )
-  keep_last: int = _f(2, 'newest checkpoints kept', result=False, **POSITIVE)
+  keep_last: int = _f(
+    2, 'newest checkpoints kept; at 1 the one before stays as well',
+    result=False, **POSITIVE,
+  )  # fmt: skip
   keep_every: int = _f(
     0, 'checkpoints at multiples of this step are kept as well; 0 = none',
     result=False, **UNSIGNED,

@@ -169,9 +169,9 @@ def test_a_cpu_has_no_mfu(tmp_path, capsys):
 def test_data_is_set_beside_the_step(store, tmp_path, capsys):
   out, values = _bench(
     tmp_path, capsys, bench__what='data', data__store=store, bench__rounds=1,
-    model__vocab_size=264,
+    model__vocab_size=264, data__batch_size=64,
   )  # fmt: skip
-  assert values['n_batches'] == 2**18 // (8 * 16)
+  assert values['n_batches'] == 2**18 // (64 * 16)
   assert values['loader_tokens_per_s'] > 0 < values['step_tokens_per_s']
   assert values['loader_over_step']['median'] == pytest.approx(
     values['loader_tokens_per_s'] / values['step_tokens_per_s']

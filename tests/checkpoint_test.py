@@ -91,7 +91,7 @@ def test_what_it_says_about_itself(saved):
 
 @pytest.mark.parametrize(
   'last, every, kept',
-  [(1, 0, [7]), (2, 0, [6, 7]), (2, 3, [3, 6, 7]), (1, 2, [2, 4, 6, 7]),
+  [(1, 0, [6, 7]), (2, 0, [6, 7]), (2, 3, [3, 6, 7]), (1, 2, [2, 4, 6, 7]),
    (9, 0, [1, 2, 3, 4, 5, 6, 7])],
 )  # fmt: skip
 def test_the_last_and_every_mth_stay(tmp_path, last, every, kept):
@@ -317,6 +317,22 @@ def test_what_cannot_be_opened_again_is_not_saved(tmp_path, capsys):
   assert checkpoint.steps(str(workdir)) == []
 
 
+def test_the_one_before_stays_until_the_newest_was_opened(
+  tmp_path, monkeypatch
+):
+  cfg, unreadable = tiny.cfg(train__keep_last=1), checkpoint.unreadable
+  monkeypatch.setattr(
+    checkpoint, 'unreadable',
+    lambda path: 'cannot be opened' if path.name == '4' else unreadable(path),
+  )  # fmt: skip
+  with checkpoint.Saver(str(tmp_path), cfg) as to:
+    for step in (2, 4):
+      checkpoint.save(to, step, ONE, cfg, '')
+    to.wait_until_finished()
+  assert checkpoint.newest_good(str(tmp_path)) == (2, [])
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['2', '4.unreadable']
+
+
 def test_the_newest_that_is_good(tmp_path):
   assert checkpoint.newest_good(str(tmp_path)) == (None, [])
   _save(tmp_path, tiny.cfg(train__keep_last=9), {s: ONE for s in (0, 2, 4, 6)})
@@ -348,7 +364,7 @@ def test_what_is_set_aside_is_no_checkpoint_and_stays(tmp_path):
     assert checkpoint.steps(str(tmp_path)) == []
   _save(tmp_path, cfg, {4: ONE, 6: ONE, 8: ONE})
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == [
-    '6.damaged', '6.damaged2', '6.damaged3', '8',
+    '6', '6.damaged', '6.damaged2', '6.damaged3', '8',
   ]  # fmt: skip
 
 
@@ -393,7 +409,7 @@ def _patch_save_of(monkeypatch, step, where):
 
 
 @pytest.mark.parametrize('where', ['begin', 'commit'])
-@pytest.mark.parametrize('keep', [1, 2])
+@pytest.mark.parametrize('keep', [1, 3])
 def test_a_save_that_fails_leaves_nothing_and_takes_nothing(
   tmp_path, monkeypatch, capfd, where, keep
 ):
@@ -419,8 +435,9 @@ def test_a_save_that_fails_leaves_nothing_and_takes_nothing(
       checkpoint.save(to, step, ONE, cfg, '')
     to.wait_until_finished()
     to.check()
-  assert checkpoint.steps(str(tmp_path)) == [6, 8][-keep:]
-  assert sorted(os.listdir(folder)) == ['6', '8'][-keep:]
+  kept = [6, 8] if keep == 1 else [2, 6, 8]
+  assert checkpoint.steps(str(tmp_path)) == kept
+  assert sorted(os.listdir(folder)) == [str(step) for step in kept]
   gc.collect()
   out, error = capfd.readouterr()
   assert out == (
