@@ -193,7 +193,7 @@ def is_at_cadence(step: int, t: config.Train) -> bool:
 
 
 class _Kept:
-  """Which checkpoints stay: the newest --train.keep_last, but at least two, since
+  """Which checkpoints stay: the newest --train.keep_last, at least two, since
   older ones go once the newest is written, before it was opened again; each
   keep_every-th; and where a rollback may go, which no number of interruptions,
   each with a checkpoint of its own, may push out: the newest two at the run's
