@@ -111,7 +111,9 @@ CLASSES: dict[str, Accepts] = {
   's': is_space,
   'd': _of_category('Nd'),
   'w': lambda char: (
-    unicodedata.category(char)[0] in 'LMN' or unicodedata.category(char) == 'Pc'
+    unicodedata.category(char)[0] in 'LM'
+    or unicodedata.category(char) in ('Nd', 'Nl', 'Pc')
+    or '\u24b6' <= char <= '\u24e9'  # circled letters are alphabetic
   ),
 }
 LETTERS = {'n': '\n', 'r': '\r', 't': '\t', 'f': '\f', 'v': '\v'}
@@ -234,6 +236,8 @@ class _Parser:
       if not self.take('{'):
         raise Unsupported(r'\p')
       name = self.until('}')
+      if self.any_case and name.removeprefix('^') in ('Lu', 'Ll', 'Lt'):
+        raise Unsupported('a case, in either case')
       accepts = _of_category(name.removeprefix('^'))
       return _not(accepts) if (char == 'P') != name.startswith('^') else accepts
     if char.lower() in CLASSES:

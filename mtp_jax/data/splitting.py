@@ -19,6 +19,7 @@ Where nothing is proven, there is no rule: None.
 import base64
 import functools
 import json
+import re
 import string
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -131,7 +132,8 @@ USUAL_LETTERS = string.ascii_letters + string.digits
 
 @functools.lru_cache(8)
 def _takes_spaces(charsmap: bytes) -> bool:
-  """Whether the table of a normalizer has a key with a space after its start.
+  """Whether the table of a normalizer has a key with a space beside another
+  character.
 
   It is the size of a double array, that array of uint32 (darts-clone,
   https://github.com/s-yata/darts-clone), and texts.
@@ -142,19 +144,24 @@ def _takes_spaces(charsmap: bytes) -> bool:
   units = np.frombuffer(charsmap[4 : 4 + size], '<u4').astype(np.int64)
   labels = units & (2**31 | 0xFF)
   offsets = (units >> 10) << ((units & 2**9) >> 6)
-  level, depth = np.zeros(1, np.int64), 0
-  while level.size:
+
+  def below(places):  # one more byte, and which one; ends are shared
+    found = (places ^ offsets[places])[:, None] ^ np.arange(1, 256)
+    is_there = found < len(units)
+    is_there &= labels[np.minimum(found, len(units) - 1)] == np.arange(1, 256)
+    return found[is_there], np.nonzero(is_there)[1] + 1
+
+  places, chars = below(np.zeros(1, np.int64))
+  if below(places[chars == ord(' ')])[0].size:
+    return True
+  while places.size:
     found = []
-    for start in range(0, level.size, 2**10):  # of 255 places below each
-      places = level[start : start + 2**10]
-      below = (places ^ offsets[places])[:, None] ^ np.arange(1, 256)
-      is_there = below < len(units)
-      is_there &= labels[np.minimum(below, len(units) - 1)] == np.arange(1, 256)
-      if depth and is_there[:, ord(' ') - 1].any():
+    for start in range(0, places.size, 2**10):
+      part, chars = below(places[start : start + 2**10])
+      if (chars == ord(' ')).any():
         return True
-      found.append(below[is_there])
-    level = np.unique(np.concatenate(found))  # ends are shared
-    depth += 1
+      found.append(part)
+    places = np.unique(np.concatenate(found))
   return False
 
 
@@ -177,14 +184,67 @@ def _of_json(about: dict) -> SafeSplit | None:
     for token in added
   ):
     return None
-  names = [token['content'] for token in added]
-  written = [x['content'] for x in added if not x['special']]
-  is_safe = _between_words(about, written)
+  normalizers = _steps(about['normalizer'], 'normalizers')
+  written = [x for x in added if not x['special']]
+  names = {x['content']: _forms(x, normalizers) for x in written}
+  if not all(names.values()):
+    return None
+  is_safe = _between_words(about, names)
   if any(is_safe(before, after) for before, after in USUAL):
     return is_safe
-  if _merges_freely(about):
-    return between_pairs([*about['model']['vocab'], *names])
-  return None
+  if not _merges_freely(about):
+    return None
+  everything = *about['model']['vocab'], *(x['content'] for x in added)
+  is_apart, is_away = between_pairs(everything), _away_from(names)
+
+  def is_between_merges(before, after):
+    spaced = after.replace(' ', tokenizers.SPACE)
+    return (
+      is_away(before, after)
+      and is_away(before, spaced)
+      and is_apart(before, after)
+    )
+
+  return is_between_merges
+
+
+def _forms(token: dict, normalizers: list[dict]) -> set[str]:
+  """How an added token may be written; {} if that is not known."""
+  name = token['content']
+  found = {name, name.casefold()}
+  if not token['normalized']:
+    return found
+  if normalizers and not name.isascii():
+    return set()
+  for step in normalizers:  # those that `_normalized` knows
+    if step['type'] == 'Replace':
+      text = step['pattern'].get('String')
+      if text:
+        name = name.replace(text, step['content'])
+      elif step['pattern'] in SPACES_AS_ONE:
+        name = re.sub(' +', step['content'], name)
+      else:
+        return set()
+    elif step['type'] == 'Prepend':
+      name = step['prepend'] + name
+    elif step['type'] == 'Strip':
+      name = name.strip()
+    found |= {name, name.casefold()}
+  return found
+
+
+def _away_from(names: dict[str, set[str]]) -> SafeSplit:
+  """Safe is what is in no added token, and not right after one: there a text
+  begins anew, and may get a prefix."""
+  inner = {x for forms in names.values() for form in forms for x in form[1:]}
+  last = {form[-1:] for forms in names.values() for form in forms}
+
+  def is_away(before, after):
+    return last.isdisjoint((before, before.casefold())) and inner.isdisjoint(
+      (after, after.casefold())
+    )
+
+  return is_away
 
 
 USUAL = ('a ', 'a\n', '. ', '\u4e2d\uff0c', 'a.')  # where it may be safe
@@ -199,7 +259,7 @@ def _steps(about: dict | None, kind: str) -> list[dict]:
   return [about]
 
 
-def _between_words(about: dict, names: list[str]) -> SafeSplit:
+def _between_words(about: dict, names: dict[str, set[str]]) -> SafeSplit:
   """Safe is where the pre-tokenizer ends a word, whatever stands around.
 
   A word is encoded by itself. Normalizers and pre-tokenizers are known here by
@@ -212,26 +272,31 @@ def _between_words(about: dict, names: list[str]) -> SafeSplit:
     _parsed(step) for step in _steps(about['pre_tokenizer'], 'pretokenizers')
   ]
 
+  is_away = _away_from(names)
+
   @functools.lru_cache(2**16)
   def is_safe(before, after):
-    if not (_is_plain(before) and _is_plain(after)):
-      return False
-    if any(after in name[1:].casefold() for name in names):
+    if not (_is_plain(before) and _is_plain(after) and is_away(before, after)):
       return False
     afters = {after}
     for step in normalizers:
       afters = _normalized(step, before, afters)
       if not afters:
         return False
-    return all(_is_parted(steps, before, one) for one in afters)
+    return all(
+      is_away(before, one) and _is_parted(steps, before, one) for one in afters
+    )
 
   return is_safe
 
 
 def _is_plain(char: str) -> bool:
-  """Whether all versions of Unicode agree about it."""
+  """Whether all versions of Unicode agree about it, and Oniguruma with itself:
+  it takes ½ for \\w, but not within a set."""
   if char < ' ':
     return char in '\t\n\r'
+  if char in '\xb2\xb3\xb9\xbc\xbd\xbe':
+    return False
   category = unicodedata.category(char)
   return (
     category == unicodedata.ucd_3_2_0.category(char) and category[0] in 'LNPSZ'
@@ -294,9 +359,12 @@ def _keeps(charsmap: str, chars: tuple[str, ...]) -> bool:
   return all(fast.normalize_str(x) == x for x in chars)
 
 
+SPACES_AS_ONE = {'Regex': ' {2,}'}, {'Regex': ' +'}
+
+
 def _replaced(step: dict, before: str, afters: set[str]) -> set[str]:
   pattern, content = step['pattern'], step['content']
-  if pattern in ({'Regex': ' {2,}'}, {'Regex': ' +'}):
+  if pattern in SPACES_AS_ONE:
     return afters | {content} if content in SPACES and before != ' ' else set()
   text = pattern.get('String')
   if text and before not in text and not any(x in text for x in afters):

@@ -6,7 +6,7 @@ import random
 import pytest
 import tokenizers as hf
 
-from mtp_jax.data import regexes
+from mtp_jax.data import regexes, splitting
 from tests.data import splitting_test
 
 CHARS = "aB1_.,'<\n\t \u4e2d\u3002\u00e9"
@@ -54,7 +54,8 @@ def test_a_pair_that_a_match_holds_is_known(name):
     r'(?<=a)b', r'(?<!a)b', r'^a', r'a$', r'\bword', r'a*', r'a|',
     r'[[:alpha:]]', r'[a&&b]', r'\p{Han}', r'(?!ab)c', r'(?=a+)b', r'a)',
     r'(a', r'[a', r'\h',
-    r'(?i:[^a])', r'a{x}', r'\x41', r'(?>a)', '*', REGEXES['possessive'],
+    r'(?i:[^a])', r'(?i:[\p{Lu}])', r'(?i:\P{Ll})',
+    r'a{x}', r'\x41', r'(?>a)', '*', REGEXES['possessive'],
   ],
 )  # fmt: skip
 def test_what_is_not_read_is_refused(regex):
@@ -66,3 +67,18 @@ def test_what_is_always_taken():
   parsed = regexes.parse(r'\d{2}|ab?|[^c]?+c|(?!x)d|ee+|f(?:g|h)*')
   taken = {x for x in 'abcdefg1' if regexes.always_takes(parsed, x)}
   assert taken == {'a', 'c', 'f'}
+
+
+@pytest.mark.parametrize(
+  'name', ['w', 's', 'd', 'p{L}', 'p{N}', 'p{P}', 'p{Lu}']
+)
+def test_a_class_is_the_librarys(name):
+  """Of every character that all versions of Unicode agree about."""
+  plain = [x for x in map(chr, range(0x110000)) if splitting._is_plain(x)]
+  split = hf.pre_tokenizers.Split(hf.Regex(rf'\{name}'), 'removed')
+  parsed = regexes.parse(rf'\{name}')
+  theirs = {
+    x for x in plain if len(split.pre_tokenize_str(f'\x01{x}\x01')) == 2
+  }
+  ours = {x for x in plain if regexes.always_takes(parsed, x)}
+  assert ours == theirs

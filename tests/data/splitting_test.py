@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import tempfile
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ QWEN_2 = LLAMA_3.replace('{1,3}', '')
 WORDS = (
   "the cat's hat, I'll 12 345 6789 \u00e9t\u00e9 \u4e2d\u6587 \U0001f600 x=y;"
   ' ...! e\u0301 \u2581 \u2581a <s> </s> <tool> \x1c \u2003 \u200b naivete'
+  ' \u00bd% a\u24b6! [INST] <toolCall>'
 ).split(' ')
 GAPS = [
   ' ',
@@ -72,6 +74,12 @@ def _sentencepiece(**options):
   )
 
 
+def _rule(text):
+  with tempfile.NamedTemporaryFile('w', suffix='.tsv', delete=False) as file:
+    file.write(text)
+  return file.name
+
+
 def _byte_level(regex=None, normalizer=None, added=(), prefix=False):
   pre, fast = hf.pre_tokenizers, hf.Tokenizer(hf.models.BPE())
   steps = [pre.ByteLevel(add_prefix_space=prefix, use_regex=regex is None)]
@@ -89,7 +97,7 @@ def _byte_level(regex=None, normalizer=None, added=(), prefix=False):
   return tokenizers.of_files('hf:x', {'tokenizer.json': fast.to_str().encode()})
 
 
-def _spaced(split=None):
+def _spaced(split=None, added=()):
   """As the Llama 2 of Hugging Face: spaces are marks, bytes what is unknown."""
   fast = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
   fast.normalizer = hf.normalizers.Sequence(
@@ -105,6 +113,11 @@ def _spaced(split=None):
   about = json.loads(fast.to_str())
   about['model'] |= dict(byte_fallback=True, fuse_unk=True)
   about['added_tokens'] = about['added_tokens'][:3]
+  for name in added:
+    about['added_tokens'].append(
+      about['added_tokens'][0]
+      | dict(id=about['model']['vocab'][name], content=name, special=False)
+    )
   if split is not None:
     about['normalizer'] = None
     about['pre_tokenizer'] = dict(
@@ -177,7 +190,18 @@ def _like_bert():
   )  # fmt: skip
 
 
+TOOL = hf.AddedToken('<tool>', normalized=False)
 KNOWN |= {
+  'upper-case-tokens': lambda: _byte_level(added=['[INST]', '<toolCall>']),
+  'prefix-after-token': lambda: _byte_level(prefix=True, added=[TOOL]),
+  'strip-after-token': lambda: _byte_level(
+    normalizer=hf.normalizers.Strip(), added=[TOOL]
+  ),
+  'prepend-after-token': lambda: _spaced(added=['<tool>']),
+  'token-normalized': lambda: _byte_level(
+    normalizer=hf.normalizers.Replace('e', 'y'), added=["I'ey 12ex"]
+  ),
+  'word-characters': lambda: _byte_level(r'\w+|[^\w\s]+|\s'),
   'lower-case': lambda: _byte_level(LLAMA_3, hf.normalizers.Lowercase()),
   'nfkc': lambda: _byte_level(QWEN_2, hf.normalizers.NFKC()),
   'other-words': lambda: _byte_level(LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
@@ -203,6 +227,9 @@ KNOWN |= {
 }
 UNKNOWN = {
   'unigram': lambda: _sentencepiece(model_type='unigram'),
+  'space-replaced': lambda: _sentencepiece(
+    normalization_rule_name='', normalization_rule_tsv=_rule('20 27\t27\n')
+  ),
   'suffix': lambda: _sentencepiece(treat_whitespace_as_suffix=True),
   'strips': lambda: _byte_level(added=[hf.AddedToken('<tool>', rstrip=True)]),
   'looks-behind': lambda: _byte_level(r'(?<=a) |' + LLAMA_3),
@@ -223,6 +250,13 @@ def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch, tmp_path):
   texts = [_text(seed, 120) for seed in range(100, 130)]
   texts += ['a' * 500, ' ' * 500, '\n' * 300 + 'x', 'a ' * 300, ' a' * 300]
   texts += [f'{a}{gap}{b}' * 40 for gap in GAPS for a, b in ('xy', '1,', '.x')]
+  texts += [
+    x * 60
+    for x in (
+      '<tool>b', '<tool> b', '<tool>abc', '[INST] do this ', '<toolCall>',
+      "I'yy 12yx I'ey", '\u00bd%', 'a\u24b6!',
+    )
+  ]  # fmt: skip
   n_parts = 0
   for text in texts:
     for size in (7, 64):
