@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from mtp_jax import (
@@ -196,8 +197,9 @@ class _Kept:
   """Which checkpoints stay: the newest --train.keep_last, at least two, since
   older ones go once the newest is written, before it was opened again; each
   keep_every-th; and where a rollback may go, which no number of interruptions,
-  each with a checkpoint of its own, may push out: the newest two at the run's
-  cadence (the newest may hold the spike), and step 0, if it was imported."""
+  each with a checkpoint of its own, may push out: of the newest at the run's
+  cadence one more than may hold a spike, which is known two steps later; and
+  step 0, if it was imported."""
 
   def __init__(self, t: config.Train):
     self._t = t
@@ -208,7 +210,8 @@ class _Kept:
     kept = {*steps[-max(t.keep_last, 2) :]}
     kept |= {s for s in steps if t.keep_every and s % t.keep_every == 0}
     if t.skip_batches:
-      kept |= {0, *[s for s in steps if s and is_at_cadence(s, t)][-2:]}
+      most = 3 if t.checkpoint_every == 1 else 2
+      kept |= {0, *[s for s in steps if s and is_at_cadence(s, t)][-most:]}
     return [c.step in kept for c in checkpoints]
 
 
@@ -350,9 +353,10 @@ def save_params(
     to.check()
 
 
-def unreadable(path: epath.Path) -> str:
+def unreadable(path: epath.Path, whole: bool = False) -> str:
   """What of a checkpoint cannot be opened, its metadata or the headers of its
-  arrays; empty if it can. Cheap: no array is read."""
+  arrays; empty if it can. Cheap: no array is read, unless the whole is asked
+  for."""
   _tell_failures_once()
   why = ''
   for pause_s in (0, 1, 4) if paths.scheme(path) else (0,):  # a network fails
@@ -361,11 +365,35 @@ def unreadable(path: epath.Path) -> str:
       _read_about(path)
       handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
       handler.metadata(path / 'state')
+      if whole:
+        _read_arrays(path / 'state')
     except Exception as error:  # of orbax and tensorstore: of any class
       why = f'cannot be opened: {paths.first_line(error)[:160]}'
     else:
       return ''
   return why
+
+
+def _read_arrays(path: epath.Path) -> None:
+  """Whether all arrays of a saved state can be read, chunk by chunk."""
+  for file in (path / 'array_metadatas').iterdir():
+    json.loads(file.read_text())
+  folder = f'{path}/'
+  base = folder if paths.scheme(path) else dict(driver='file', path=folder)
+  store = dict(driver='ocdbt', base=base)
+  for key in ts.KvStore.open(store).result().list().result():
+    name = key.decode()
+    if name.endswith('/.zarray'):
+      at = store | dict(path=name.removesuffix('.zarray'))
+      array = ts.open(dict(driver='zarr', kvstore=at), read=True).result()
+      sizes = array.chunk_layout.read_chunk.shape or ()
+      for start in itertools.product(
+        *(range(0, n, size) for n, size in zip(array.shape, sizes, strict=True))
+      ):
+        piece = zip(start, sizes, array.shape, strict=True)
+        array[
+          tuple(slice(i, min(i + size, n)) for i, size, n in piece)
+        ].read().result()
 
 
 def _alone():
@@ -378,10 +406,10 @@ def _alone():
 
 def _damage(path: epath.Path) -> str:
   """What is wrong with it. Without a manifest, as a kill between save and
-  manifest leaves it, or a copy that broke off, it must at least open."""
+  manifest leaves it, or a copy that broke off, all of it is read once."""
   if (path / manifest.NAME).exists():
     return manifest.damage(path)
-  return unreadable(path)
+  return unreadable(path, whole=True)
 
 
 def steps(workdir: str) -> list[int]:

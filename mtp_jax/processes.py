@@ -370,9 +370,9 @@ class Stop:
     if several():
       yield
       return
-    self.check()
-    self._interrupts = True
+    self._interrupts = True  # before the look, or one between were not heard
     try:
+      self.check()
       yield
     finally:
       self._interrupts = False

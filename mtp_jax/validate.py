@@ -258,7 +258,7 @@ def _check_stores(cfg):
       if '://' in ref.path:
         raise config.ConfigError(
           flag, text,
-          'a store is memory-mapped: copy it to a disk of each host, or mount'
+          'a store is read in place: copy it to a disk of each host, or mount'
           ' the bucket, and give that path',
         )  # fmt: skip
       if ref.name in names:

@@ -108,6 +108,8 @@ def test_the_last_and_every_mth_stay(tmp_path, last, every, kept):
     # A rollback may go to 50 when 60 holds the spike: three signals since.
     (dict(skip_batches=1), [0, 50, 60, 61, 62]),
     (dict(skip_batches=1, checkpoint_every=0), [0, 61, 62]),
+    # Of a spike at 61 one knows when 61 and 62 are saved.
+    (dict(skip_batches=1, checkpoint_every=1), [0, 60, 61, 62]),
   ],
 )
 def test_interruptions_push_out_no_checkpoint_of_a_rollback(changes, kept):
@@ -286,8 +288,37 @@ def test_a_workdir_may_be_called_as_a_step_is(saved, tmp_path):
   assert checkpoint.find(str(step)) == (str(workdir), 7)
 
 
-@pytest.mark.parametrize('missing', ['state', 'about', 'state/manifest.ocdbt'])
-def test_a_copy_that_broke_off_is_not_good(missing, saved, tmp_path):
+def _largest(folder):
+  return max(folder.glob('state/ocdbt.process_0/d/*'), key=os.path.getsize)
+
+
+def _of_array_metadatas(folder):
+  return folder / 'state' / 'array_metadatas' / 'process_0'
+
+
+def _delete(path):
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _cut(path):
+  os.truncate(path, 16)
+
+
+def _zero(path):
+  path.write_bytes(bytes(os.path.getsize(path)))
+
+
+@pytest.mark.parametrize(
+  'damage, of',
+  [
+    (_delete, lambda folder: folder / 'state'),
+    (_delete, lambda folder: folder / 'about'),
+    (_delete, lambda folder: folder / 'state' / 'manifest.ocdbt'),
+    (_delete, _largest), (_cut, _largest), (_zero, _largest),
+    (_cut, _of_array_metadatas),
+  ],
+)  # fmt: skip
+def test_a_copy_that_broke_off_is_not_good(damage, of, saved, tmp_path):
   """It has no manifest either, as one that was killed before it was hashed."""
   workdir = tmp_path / 'run'
   shutil.copytree(saved[0], workdir)
@@ -295,8 +326,7 @@ def test_a_copy_that_broke_off_is_not_good(missing, saved, tmp_path):
   shutil.copytree(workdir / 'checkpoints' / '7', newest)
   (newest / manifest.NAME).unlink()
   assert checkpoint.newest_good(str(workdir)) == (9, [])
-  gone = newest / missing
-  shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+  damage(of(newest))
   step, [(bad, why)] = checkpoint.newest_good(str(workdir))
   assert (step, bad) == (7, 9) and 'cannot be opened' in why
   with pytest.raises(config.ConfigError, match='is damaged: .*cannot be open'):

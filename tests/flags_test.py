@@ -7,7 +7,7 @@ import time
 import pytest
 from absl import flags as absl_flags
 
-from mtp_jax import config, flags
+from mtp_jax import config, flags, validate
 from tests import config_test
 
 
@@ -185,12 +185,22 @@ def test_a_file_without_flags_is_refused(tmp_path):
     ('--undefok=heads.m', "'--undefok=heads.m' is not a flag"),
     ('--flagfile=a\0', r'--flagfile=a\x00: must not contain a NUL character'),
     ('--out=a\0', 'must not contain a NUL character'),
+    ('--out= a', 'must be one line, with no space at an end'),
   ],
 )
 def test_an_unknown_flag_or_type_is_fatal(tmp_path, arg, said):
   for args in ([arg], [_file(tmp_path / 'a', arg)]):
     error = _refused(*args)
     assert said in error and '\n' not in error
+
+
+@pytest.mark.parametrize('value', ['/x\n--train.seed=5', '/x ', '/x\u2028y'])
+def test_run_flags_are_the_run(value):
+  """What a line of a flag file cannot hold is refused."""
+  with pytest.raises(
+    config.ConfigError, match='--eval.data=.*must be one line'
+  ):
+    validate.validate(flags.parse([f'--eval.data={value}']).config())
 
 
 @pytest.mark.parametrize('arg', ['--out=\udcff', '--flagfile=\udcff', '\udcff'])

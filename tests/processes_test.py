@@ -328,6 +328,22 @@ def test_the_end_of_another_is_a_line(error, said, monkeypatch):
   assert processes._lost(error) == said
 
 
+def test_a_signal_right_after_the_look_is_heard(monkeypatch):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
+  stop = processes.Stop(mesh)
+  check = stop.check
+
+  def then_a_signal():
+    check()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(stop, 'check', then_a_signal)
+  with stop.on_signal(), pytest.raises(processes.Interrupted):
+    with stop.interrupting():
+      pytest.fail('it went on')
+  assert stop.asked.is_set() and not stop._interrupts
+
+
 @pytest.mark.slow
 def test_auto_needs_a_cluster(store, tmp_path):
   args = runs.args(store, str(tmp_path), processes__coordinator='auto')

@@ -313,7 +313,10 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
   def encode(text):
     try:
       ids = fast.encode(text, add_special_tokens=False).ids
-    except Exception as error:  # the library raises just that
+    except BaseException as error:
+      # The library raises just Exception, or its own panic, which is none.
+      if type(error).__name__ not in ('Exception', 'PanicException'):
+        raise
       raise _error(name, f'cannot encode a text: {error}') from error
     return np.asarray(ids, np.int32)
 

@@ -11,6 +11,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -58,12 +59,24 @@ def need(flag: str, value: str, module: str, extra: str) -> None:
 
 
 def write(path: str, arrays: dict[str, np.ndarray]) -> None:
+  """A safetensors file; OSError of a disk that takes it not."""
+  import safetensors
   from safetensors import numpy as library
 
-  library.save_file(
-    {name: np.ascontiguousarray(x) for name, x in arrays.items()}, path,
-    {'format': 'pt'},
-  )  # fmt: skip
+  try:
+    library.save_file(
+      {name: np.ascontiguousarray(x) for name, x in arrays.items()}, path,
+      {'format': 'pt'},
+    )  # fmt: skip
+  except safetensors.SafetensorError as error:  # whatever went wrong
+    number = re.search(r'\(os error (\d+)\)', str(error))
+    if not number:
+      raise
+    raise _of_a_disk(int(number[1]), path) from error
+
+
+def _of_a_disk(number: int, path: str) -> OSError:
+  return OSError(number, os.strerror(number), path)
 
 
 def all_finite(array: np.ndarray) -> bool:
@@ -193,7 +206,13 @@ def write_torch(path: str, arrays: dict[str, np.ndarray]) -> None:
       return torch.from_numpy(array)
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
-  torch.save({name: tensor(array) for name, array in arrays.items()}, path)
+  try:
+    with open(path, 'wb') as file:  # by name it would not say what went wrong
+      torch.save({name: tensor(array) for name, array in arrays.items()}, file)
+  except RuntimeError as error:
+    if not isinstance(error.__context__, OSError):
+      raise
+    raise _of_a_disk(error.__context__.errno, path) from error
 
 
 def read_torch(path: str, flag: str) -> dict[str, Loaded]:

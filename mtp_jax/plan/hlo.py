@@ -289,7 +289,8 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
 
 
 def _group_size(i: Instruction) -> int:
-  """Devices of one replica group, in any of the three notations; 0 unknown."""
+  """Devices of one replica group, in any of the three notations; 0 where an
+  instruction has none. ValueError if it cannot be read."""
   mesh = MESH_GROUPS.search(i.rest)
   if mesh:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
@@ -300,6 +301,8 @@ def _group_size(i: Instruction) -> int:
   if iota:
     return int(iota.split(',')[-1])
   listed = i.attribute(r'replica_groups=\{\{([\d,]*)\}')
+  if not listed and 'replica_groups=' in i.rest:  # {} is all, however many
+    raise ValueError(f'unknown replica groups of {i.name}: {i.rest[:200]}')
   return len(listed.split(',')) if listed else 0
 
 

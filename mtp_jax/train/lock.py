@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 
@@ -26,6 +27,7 @@ STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
 LIVES_S = 60.0  # one that seems so by our clock is watched at least so long
 LOOK_S = 1.0  # between two looks at one that may be
 AGAIN_S = 20.0  # between two looks at one's own in object storage, for a line
+SHOW_S = 60.0  # between two touches while nothing is written
 SETTLE_S = 3.0  # there, from one's look to the write of one who looked as well
 
 
@@ -39,11 +41,11 @@ class Lock:
   """Taken on construction; ConfigError if a living run holds the workdir.
 
   Whether a process of another machine, or of another container of this one,
-  lives is seen by its lock alone: either it touches it, or it is silent for
-  STALE_S. That is waited for, since a run whose machine has died is started on
-  another one at once. What is waited for is a change: clocks of machines
-  differ, and one may have been set. So for LIVES_S also where the lock seems to
-  be older than STALE_S.
+  lives is seen by its lock alone: either it touches it, from a thread, however
+  long a step or a compilation takes, or it is silent for STALE_S. That is
+  waited for, since a run whose machine has died is started on another at once.
+  What is waited for is a change: clocks of machines differ, and one may have
+  been set. So for LIVES_S also where the lock seems to be older than STALE_S.
   """
 
   def __init__(self, workdir: str):
@@ -51,6 +53,13 @@ class Lock:
     self._path = os.path.join(workdir, 'lock.json')
     self._id = uuid.uuid4().hex
     self._seen = 0.0  # when this run last saw that it is the holder
+    self._released = threading.Event()
+    self._take()
+    self._shows = threading.Thread(target=self._show, daemon=True)
+    self._shows.start()
+
+  def _take(self):
+    workdir = self._workdir
     touched = patience_s = None
     while True:
       with _one_at_a_time(workdir):
@@ -149,10 +158,17 @@ class Lock:
       return True
     return mine
 
+  def _show(self):
+    while not self._released.wait(SHOW_S):
+      with contextlib.suppress(Exception):  # who writes next is told
+        self.check()
+
   def release(self) -> None:
+    self._released.set()
+    self._shows.join()
     if self._mine():
       paths.of(self._path).unlink()
-    elif not paths.scheme(self._path):
+    elif not paths.scheme(self._path) and not os.path.lexists(self._path):
       # What was being written as the workdir was renamed makes its folders
       # anew; empty ones would be in the way of renaming it back.
       for folder, _, _ in os.walk(self._workdir, topdown=False):

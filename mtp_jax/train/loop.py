@@ -645,10 +645,11 @@ def _ask_suites(run, done, state, wanted, say):
     except config.ConfigError as error:  # not worth a run; the next start tries
       say(f'{label}, after step {done}: skipped: {error}')
       continue
+    # Before the record, with which it would not be evaluated again.
+    pages = eval_suites.write_pages(run.cfg.train.workdir, done, result.pages)
     # Also without a number: it was evaluated.
     _write(run, 'suite', done, result.scalars, label)
     say(f'{label}, after step {done}:')
-    pages = eval_suites.write_pages(run.cfg.train.workdir, done, result.pages)
     for line in [*result.lines, *pages]:
       say('  ' + line)
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
@@ -72,6 +73,28 @@ def test_an_error_while_encoding_is_one_line(
   assert error.startswith(f'mtp: --data.tokenizer={words}: cannot encode a ')
   assert error.count('\n') == 1
   assert sorted(os.listdir(tmp_path)) == ['d.jsonl', 'tokenizer.json']
+
+
+def test_a_panic_of_the_library_is_one_line(words, monkeypatch):
+  class PanicException(BaseException):  # as pyo3 has it
+    pass
+
+  class Fast:
+    def __init__(self, fast):
+      self._fast = fast
+
+    def __getattr__(self, name):
+      return getattr(self._fast, name)
+
+    def encode(self, *_, **__):
+      raise PanicException('AddedVocabulary bad split')
+
+  load = hf.Tokenizer.from_buffer
+  monkeypatch.setattr(
+    hf, 'Tokenizer', types.SimpleNamespace(from_buffer=lambda x: Fast(load(x)))
+  )
+  with pytest.raises(config.ConfigError, match='cannot encode a text: Added'):
+    tokenizers.get(words).encode('a')
 
 
 @pytest.mark.parametrize('wait_s', [0, 2])  # until it can write no more

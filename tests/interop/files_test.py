@@ -1,8 +1,10 @@
 """Which files of a folder an import reads, and what it refuses in them."""
 
 import base64
+import errno
 import json
 import os
+import resource
 
 import jax
 import ml_dtypes
@@ -31,6 +33,22 @@ def llama(tmp_path):
   found = files.read(str(path / files.WHOLE), 'import.path')
   arrays = {name: np.array(x.read()) for name, x in found.items()}
   return path, model, c, arrays
+
+
+@pytest.mark.parametrize(
+  'write',
+  [files.write, pytest.param(files.write_torch, marks=pytest.mark.parity)],
+)
+def test_a_disk_that_is_full_is_told_by_name(tmp_path, write):
+  path = str(tmp_path / 'a')
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+  try:
+    with pytest.raises(OSError) as error:
+      write(path, {'a': np.zeros(10_000)})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert (error.value.errno, error.value.filename) == (errno.EFBIG, path)
 
 
 def _read(path, param_dtype='float32'):

@@ -314,6 +314,20 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
   )  # fmt: skip
 
 
+@pytest.mark.parametrize('written', ['{}', "{'a'}", 'mesh[a]'])
+def test_groups_in_another_form_are_not_guessed(written):
+  text = f"""\
+HloModule jit_f
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  ROOT %r = f32[4,8]{{1,0}} all-reduce(%x), replica_groups={written}
+}}
+"""
+  with pytest.raises(ValueError, match='unknown replica groups of r'):
+    hlo.ledger(text)
+
+
 def test_logits_are_never_gathered_over_a_sharded_vocabulary():
   cfg = tiny.cfg(
     model__d_model=D, model__vocab_size=V, mesh__tensor=2, mesh__fsdp=2

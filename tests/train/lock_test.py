@@ -131,6 +131,20 @@ def test_checking_shows_that_the_run_is_alive(tmp_path):
   assert age_s < lock.STALE_S
 
 
+def test_a_run_is_alive_however_long_a_step_takes(tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, 'SHOW_S', 0.02)
+  path = tmp_path / 'lock.json'
+  held = lock.Lock(str(tmp_path))
+  for _ in range(2):
+    os.utime(path, (0, 0))
+    limit = time.monotonic() + 30
+    while not path.stat().st_mtime and time.monotonic() < limit:
+      time.sleep(0.01)
+    assert path.stat().st_mtime
+  held.release()
+  assert not held._shows.is_alive() and not path.exists()
+
+
 def test_an_unreadable_lock_is_nobodys(tmp_path):
   (tmp_path / 'lock.json').write_text('{"run"')
   lock.Lock(str(tmp_path)).check()
@@ -234,6 +248,14 @@ def test_a_workdir_that_is_gone_was_not_taken(how, tmp_path):
   (workdir / 'checkpoints' / '3.tmp').mkdir(parents=True)  # of a save
   held.release()
   assert not workdir.exists()
+
+
+def test_nothing_of_a_successor_is_removed(tmp_path):
+  held = lock.Lock(str(tmp_path))
+  _other(tmp_path / 'lock.json')
+  (tmp_path / 'checkpoints' / '3.tmp').mkdir(parents=True)  # of its save
+  held.release()
+  assert (tmp_path / 'checkpoints' / '3.tmp').is_dir()
 
 
 @pytest.mark.parametrize('theirs', ['lock.json', 'checkpoints/3/a'])
