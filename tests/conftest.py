@@ -25,7 +25,7 @@ from tests.programs import own_programs, shared_programs  # noqa: E402, F401
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-KEPT_BYTES = 1.5 * 2**30  # of a worker; more is given back after a module
+KEPT_BYTES = 2**30  # of a worker; more is given back after a module
 
 
 def pytest_collection_modifyitems(items):

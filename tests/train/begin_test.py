@@ -56,8 +56,10 @@ def _logits(w, c):
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('other', FAMILIES)
 def test_the_next_token_stays_and_so_do_heads_of_the_family(family, other):
-  """Of 2 heads to 3, of 3 to 2 and to 1, in every family from every other."""
-  for before, n in ((2, 3), (3, 2), (3, 1)):
+  """Of 2 heads to 3 and of 3 to 1, in every family from every other; of 3 to 2
+  where heads are kept."""
+  fewer = [(3, 2)] if begin.kept(_cfg(family, 3), _cfg(other, 2)) > 1 else []
+  for before, n in ((2, 3), (3, 1), *fewer):
     was, cfg = _cfg(family, before), _cfg(other, n)
     _, new = _begun(was, cfg)
     first = begin.kept(was, cfg)

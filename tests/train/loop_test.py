@@ -231,7 +231,7 @@ def test_a_second_interrupt_does_not_wait(store, tmp_path, monkeypatch):
   assert not (tmp_path / 'lock.json').exists()
 
 
-def test_sigterm_to_a_process(store, tmp_path):
+def test_sigterm_to_a_process(store, tmp_path, capsys):
   # Long enough that it cannot be over before the signal arrives.
   flags = dict(train__steps=60, train__log_every=4)
   interrupted, straight = tmp_path / 'a', tmp_path / 'b'
@@ -245,10 +245,8 @@ def test_sigterm_to_a_process(store, tmp_path):
   assert run.returncode == loop.EXIT_INTERRUPTED, error
   (stopped_at,) = checkpoint.steps(str(interrupted))
   assert 4 <= stopped_at < 60
-  run = runs.process(['-m', 'mtp_jax', 'train', *command])
-  out, error = run.communicate()
-  assert run.returncode == 0, error
-  assert f'step {stopped_at} of 60' in out
+  assert runs.train(store, interrupted, **flags) == 0
+  assert f'step {stopped_at} of 60' in capsys.readouterr().out
   assert runs.train(store, straight, **flags) == 0
   runs.assert_same(runs.restored(interrupted, 60), runs.restored(straight, 60))
   assert runs.records(interrupted) == runs.records(straight)
