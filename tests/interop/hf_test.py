@@ -511,6 +511,15 @@ def test_an_import_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == ['in']
 
 
+@pytest.mark.parametrize('name', ['a[1]', 'b*'])
+def test_no_import_into_a_path_that_is_a_pattern(name, tmp_path, capsys):
+  _llama(tmp_path / 'in')
+  assert _command('import', tmp_path / 'in', tmp_path / name) == 2
+  error = capsys.readouterr().err
+  assert f'--train.workdir={tmp_path / name}: no path of checkpoints' in error
+  assert error.count('\n') == 1 and os.listdir(tmp_path) == ['in']
+
+
 def test_a_form_is_asked_for_anew(tmp_path):
   """What was imported from one form leaves in another unless it is given."""
   c = _cfg('sequential', export__format='mimo')

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from mtp_jax import paths
 from mtp_jax.train import metrics
 
 NAN, INF = math.nan, math.inf
@@ -195,20 +196,26 @@ def test_no_run_has_no_records(tmp_path):
   assert metrics.read(str(tmp_path / 'file')) == []
 
 
-def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', sorted(paths.OF_A_DISK))
+def test_a_disk_that_is_full_is_an_error_and_no_wait(
+  tmp_path, monkeypatch, number
+):
   """200 scalars a step, as 36 heads have: tensorboardX's own thread dies
   of the first error, and the eleventh scalar after it waits for ever."""
   sinks = metrics.Sinks(str(tmp_path), 0)
-  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  full = OSError(number, os.strerror(number))
 
   def write(data):
     raise full
 
   monkeypatch.setattr(sinks._board._py_recordio_writer, 'write', write)
   for step in range(1, 4):
-    with pytest.raises(OSError, match='No space left'):
+    with pytest.raises(OSError, match=os.strerror(number)):
       sinks.write('train', step, {f'loss_{k}': 1.0 for k in range(200)})
   sinks.close()
+  assert paths.OF_A_DISK >= {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
+  }  # fmt: skip
 
 
 def test_a_clock_that_is_set_back_holds_nothing_up(tmp_path, monkeypatch):
