@@ -121,12 +121,12 @@ def _write_tensors(model, cfg, folder, dtype) -> dict[str, str]:
     batch[name] = array
     held += array.nbytes
   flush()
+  beside = os.path.dirname(extra_file)
   if extra:
-    path = os.path.join(folder, extra_file)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    files.write(path, extra)
+    os.makedirs(os.path.join(folder, beside), exist_ok=True)
+    files.write(os.path.join(folder, extra_file), extra)
   if shards:
-    _name_shards(folder, shards)
+    _name_shards(folder, shards, indexed=extra and not beside)
   return digests
 
 
@@ -134,15 +134,19 @@ def _shard(folder: str, number: int) -> str:
   return os.path.join(folder, f'part-{number}')
 
 
-def _name_shards(folder: str, shards: list[list[str]]) -> None:
-  """As transformers names them, once it is known how many there are."""
+def _name_shards(folder: str, shards: list[list[str]], indexed: bool) -> None:
+  """As transformers names them, once it is known how many there are.
+
+  indexed: one file has an index too. Without it vLLM reads every file of the
+  folder as a part of the Llama.
+  """
   n = len(shards)
-  if n == 1:
+  if n == 1 and not indexed:
     os.rename(_shard(folder, 1), os.path.join(folder, files.WHOLE))
     return
   total, weight_map = 0, {}
   for i, names in enumerate(shards, 1):
-    name = f'model-{i:05d}-of-{n:05d}.safetensors'
+    name = files.WHOLE if n == 1 else f'model-{i:05d}-of-{n:05d}.safetensors'
     path = os.path.join(folder, name)
     os.rename(_shard(folder, i), path)
     total += sum(

@@ -284,6 +284,11 @@ def unfit(cfg: config.Config, form: str) -> str:
   m = cfg.model
   if form == 'meta' and m.head_width * m.n_attn_heads != m.d_model:
     return f'has no field for --model.d_head={m.d_head}'
+  if form == 'mimo' and m.head_width * m.n_attn_heads != m.d_model:
+    return (
+      f'is read with heads of d_model / n_attn_heads ='
+      f' {m.d_model / m.n_attn_heads:g}, whatever --model.d_head={m.d_head}'
+    )
   if form == 'meta' and m.rope_factor > 1:
     return f'has no field for --model.rope_factor={m.rope_factor:g}'
   return ''

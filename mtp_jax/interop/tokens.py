@@ -34,9 +34,9 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
   if tokenizers.PIECES in files:
     pieces = files.pop(tokenizers.PIECES)
     files[MODEL] = pieces
-    fast, bos, eos = _of_pieces(pieces, tokenizer)
+    fast, bos, eos, prefix = _of_pieces(pieces, tokenizer)
   else:
-    fast = _of_bytes()
+    fast, prefix = _of_bytes(), False
   if fast:
     from tokenizers import processors
 
@@ -50,6 +50,7 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     bos_token=bos, eos_token=eos, add_bos_token=True, add_eos_token=False,
     split_special_tokens=True, clean_up_tokenization_spaces=False,
     model_max_length=10**30,
+    add_prefix_space=prefix,  # llama.cpp puts a space before, unless told
   )  # fmt: skip
   files[tokenizers.ENDS] = json.dumps(about, indent=2).encode()
   return files
@@ -79,8 +80,9 @@ NEVER = -1e6  # the score of what no text may be cut into
 
 
 def _of_pieces(model: bytes, tokenizer):
-  """(a fast tokenizer with the ids of a SentencePiece model, BOS, EOS); None
-  for the first if the model has pieces of other kinds.
+  """(a fast tokenizer with the ids of a SentencePiece model, BOS, EOS, whether
+  the model puts a space before a text); None for the first if the model has
+  pieces of other kinds.
 
   transformers' own conversion leaves out what a model does with white space.
   """
@@ -99,7 +101,7 @@ def _of_pieces(model: bytes, tokenizer):
     or about.treat_whitespace_as_suffix
     or not spec.escape_whitespaces
   ):
-    return None, bos, eos
+    return None, bos, eos, spec.add_dummy_prefix
   if about.model_type == about.UNIGRAM:
     scores = [
       (p.piece, p.score if p.type == NORMAL else NEVER) for p in proto.pieces
@@ -119,7 +121,7 @@ def _of_pieces(model: bytes, tokenizer):
       )
     )  # fmt: skip
   else:
-    return None, bos, eos
+    return None, bos, eos, spec.add_dummy_prefix
   steps = []
   if spec.precompiled_charsmap:
     steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -141,7 +143,7 @@ def _of_pieces(model: bytes, tokenizer):
     [n for n, kind in zip(names, kinds, strict=True)
      if kind in (CONTROL, UNKNOWN)]
   )  # fmt: skip
-  return fast, bos, eos
+  return fast, bos, eos, spec.add_dummy_prefix
 
 
 def _cuts(names, kinds) -> str:

@@ -468,6 +468,8 @@ def test_any_width_of_a_network_can_be_said():
     ),
     ('meta', 'parallel', dict(model__d_head=6), '--model.d_head=6'),
     ('meta', 'parallel', dict(model__rope_factor=2.0), '--model.rope_factor=2'),
+    # vLLM would load it, and write another text without an error.
+    ('mimo', 'sequential', dict(model__d_head=6), 'whatever --model.d_head=6'),
     ('medusa', 'residual', dict(n=1), 'this is a model of one'),
     (
       'deepseek', 'sequential', dict(loss__order_weight=1.0),

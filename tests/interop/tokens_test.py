@@ -151,3 +151,11 @@ def test_symbols_of_a_user_have_no_tokenizer_json(tmp_path):
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path):
   assert tokens.read(str(tmp_path), None) is None
+
+
+@pytest.mark.parametrize('prefix', [True, False])
+def test_whether_a_space_is_put_before_is_said(prefix, tmp_path):
+  """llama.cpp's converter reads it there, and puts one before by default."""
+  ours = _pieces(tmp_path, 'bpe', add_dummy_prefix=prefix, **KEEPS)
+  about = json.loads(tokens.files_of(ours)['tokenizer_config.json'])
+  assert about['add_prefix_space'] is prefix
