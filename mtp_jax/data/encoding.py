@@ -25,7 +25,7 @@ from mtp_jax import config
 from mtp_jax.data import documents, splitting, tokenizers, unigram
 
 BATCH_BYTES = 2**18  # of text that goes to a process at once
-UNIGRAM_WHOLE = 2**18  # characters that such a model encodes at once; its parts
+UNIGRAM_WHOLE = 2**19  # characters that such a model encodes at once; its parts
 # depend on each other, so that one process has to encode them all
 PART = 2**16  # characters of it, since libraries take some 200 bytes for each
 
