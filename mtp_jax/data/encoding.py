@@ -8,6 +8,7 @@ is bounded. Letters: M documents, P tokens.
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import multiprocessing
@@ -156,6 +157,7 @@ def run(
 ) -> Iterator[Encoded]:
   """Encodes documents batch by batch, in their order; a large one in parts,
   where it is known that this gives the same tokens."""
+  _gives_back()
   batches = _batches(found, tokenizer)
   here = functools.partial(encode, tokenizer=tokenizer)
   if workers == 1 or not tokenizer.files:  # a byte is its own id
@@ -167,6 +169,17 @@ def run(
     return
   batches = itertools.chain(first, batches)
   yield from _in_processes(batches, tokenizer, workers, len(first))
+
+
+M_MMAP_THRESHOLD, SMALL = -3, 2**17  # of glibc's malloc.h; bytes
+
+
+def _gives_back() -> None:
+  """Has this process give large blocks back to the system once they are free.
+  glibc raises the size from which it does with each that is freed, and then
+  keeps the more the longer a document is."""
+  with contextlib.suppress(AttributeError, OSError):  # another C library
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)
 
 
 def _batches(
@@ -349,6 +362,7 @@ def _work(pipe, name: str, files: tokenizers.Files) -> None:
         batches.put(pipe.recv())
     batches.put(None)
 
+  _gives_back()
   threading.Thread(target=receive, daemon=True).start()
   tokenizer = tokenizers.of_files(name, files)
   with contextlib.suppress(OSError):
