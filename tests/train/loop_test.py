@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, config, main, manifest, sharding, targets
+from mtp_jax import (
+  checkpoint,
+  config,
+  main,
+  manifest,
+  processes,
+  sharding,
+  targets,
+)
 from mtp_jax.train import loop, metrics
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
@@ -100,21 +108,33 @@ def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
 # Stopped and resumed.
 
 
+@pytest.fixture
+def mortal():
+  """A signal that nobody hears is an error of the test, not its end; and none
+  is ignored, as a shell leaves them in the background."""
+
+  def unheard(number, _):
+    raise AssertionError(f'nobody hears {number}')
+
+  old = {number: signal.signal(number, unheard) for number in processes.SIGNALS}
+  yield
+  for number, handler in old.items():
+    signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
   'number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 )
 def test_a_signal_then_the_same_command_is_the_undisturbed_run(
-  store, tmp_path, undisturbed, monkeypatch, capsys, number
+  store, tmp_path, undisturbed, monkeypatch, capsys, number, mortal
 ):
-  handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+  handlers = [signal.getsignal(s) for s in processes.SIGNALS]
   _at_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
   assert runs.train(store, tmp_path) == loop.EXIT_INTERRUPTED == 75
   assert 'saved step 4; run the same command' in capsys.readouterr().out
   assert checkpoint.steps(str(tmp_path)) == [4]
   monkeypatch.undo()
-  assert handlers == [
-    signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)
-  ]
+  assert handlers == [signal.getsignal(s) for s in processes.SIGNALS]
   assert runs.train(store, tmp_path) == 0
   assert 'step 4 of 6, 2 to go' in capsys.readouterr().out
   runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
