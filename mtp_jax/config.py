@@ -49,9 +49,6 @@ def wrong_text(text: str) -> str:
   Empty if it can."""
   if '\0' in text:
     return 'must not contain a NUL character'
-  if len(text.splitlines()) > 1 or text != text.strip():
-    # Of run.flags another run would come back, e.g. with one flag more.
-    return 'must be one line, with no space at an end'
   try:
     text.encode()
   except UnicodeEncodeError:  # bytes of the command line that no decoder takes

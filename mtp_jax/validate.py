@@ -84,6 +84,11 @@ def _check_limits(name, value, limits):
   texts = value if isinstance(value, tuple) else (str(value),)
   problem = config.wrong_text(''.join(texts))
   need(not problem, problem)
+  # Of run.flags another run would come back, e.g. with one flag more.
+  need(
+    all(x == x.strip() and len(x.splitlines()) < 2 for x in texts),
+    'must be one line, with no space at an end',
+  )
 
 
 def _check_model(cfg):
