@@ -14,15 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import (
-  checkpoint,
-  config,
-  main,
-  manifest,
-  processes,
-  sharding,
-  targets,
-)
+from mtp_jax import checkpoint, config, main, manifest, sharding, targets
 from mtp_jax.train import loop, metrics
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
@@ -108,6 +100,9 @@ def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
 # Stopped and resumed.
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
 @pytest.fixture
 def mortal():
   """A signal that nobody hears is an error of the test, not its end; and none
@@ -116,25 +111,23 @@ def mortal():
   def unheard(number, _):
     raise AssertionError(f'nobody hears {number}')
 
-  old = {number: signal.signal(number, unheard) for number in processes.SIGNALS}
+  old = {number: signal.signal(number, unheard) for number in SIGNALS}
   yield
   for number, handler in old.items():
     signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(
-  'number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-)
+@pytest.mark.parametrize('number', SIGNALS)
 def test_a_signal_then_the_same_command_is_the_undisturbed_run(
   store, tmp_path, undisturbed, monkeypatch, capsys, number, mortal
 ):
-  handlers = [signal.getsignal(s) for s in processes.SIGNALS]
+  handlers = [signal.getsignal(s) for s in SIGNALS]
   _at_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
   assert runs.train(store, tmp_path) == loop.EXIT_INTERRUPTED == 75
   assert 'saved step 4; run the same command' in capsys.readouterr().out
   assert checkpoint.steps(str(tmp_path)) == [4]
   monkeypatch.undo()
-  assert handlers == [signal.getsignal(s) for s in processes.SIGNALS]
+  assert handlers == [signal.getsignal(s) for s in SIGNALS]
   assert runs.train(store, tmp_path) == 0
   assert 'step 4 of 6, 2 to go' in capsys.readouterr().out
   runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
