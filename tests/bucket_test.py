@@ -393,7 +393,7 @@ def test_what_cannot_be_is_told_in_one_line(server, store, capsys, monkeypatch):
     capsys, 'eval', '--eval.checkpoint=gs://bucket/none', *HERE
   ).startswith('--eval.checkpoint=gs://bucket/none: no complete checkpoint')
   wanted = (
-    'gs://bucket/store: a store is memory-mapped: copy it to a disk of each'
+    'gs://bucket/store: a store is read in place: copy it to a disk of each'
     ' host, or mount the bucket, and give that path'
   )
   for args in (['train', *runs.args(store, 'gs://bucket/run')], ['prepare']):
