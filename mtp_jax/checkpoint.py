@@ -1,11 +1,11 @@
 """Checkpoints: the state, and what one must know to go on from it.
 
-Floor 3; the only file that imports orbax. Each lies in WORKDIR/checkpoints/STEP
-and appears by a rename when it is complete, so that a save that was cut off
-leaves none. A manifest of its files follows, by which a reader knows that they
-are still what was saved. A checkpoint restores onto any mesh: the target's
-shardings say where each shard goes. In a bucket (gs://…) nothing is renamed: a
-file MARK says that a checkpoint is complete.
+Floor 3; the only file that imports orbax and tensorstore. Each lies in
+WORKDIR/checkpoints/STEP and appears by a rename when it is complete, so that a
+save that was cut off leaves none. A manifest of its files follows, by which a
+reader knows that they are still what was saved. A checkpoint restores onto any
+mesh: the target's shardings say where each shard goes. In a bucket (gs://…)
+nothing is renamed: a file MARK says that a checkpoint is complete.
 """
 
 import contextlib

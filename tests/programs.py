@@ -6,8 +6,6 @@ traced and compiled anew in another process ends with the same bits is what
 tests that start processes show.
 """
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -37,14 +35,14 @@ class _Lowered:
   """A jax.stages.Traced that is lowered and compiled once."""
 
   def __init__(self, traced):
-    self._traced = traced
+    self._traced, self._compiled = traced, None
 
   def lower(self):
     return self
 
-  @functools.cache  # noqa: B019, goes with the module's programs
   def compile(self):
-    return self._traced.lower().compile()
+    self._compiled = self._compiled or self._traced.lower().compile()
+    return self._compiled
 
 
 _PROGRAMS = {}

@@ -59,7 +59,7 @@ def need(flag: str, value: str, module: str, extra: str) -> None:
 
 
 def write(path: str, arrays: dict[str, np.ndarray]) -> None:
-  """A safetensors file; OSError of a disk that takes it not."""
+  """Writes a safetensors file; raises OSError if the disk is full or fails."""
   import safetensors
   from safetensors import numpy as library
 

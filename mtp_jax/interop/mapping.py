@@ -282,9 +282,10 @@ def unfit(cfg: config.Config, form: str) -> str:
   if h.stride > 1:
     return f'knows no heads that leap (--heads.stride={h.stride})'
   m = cfg.model
-  if form == 'meta' and m.head_width * m.n_attn_heads != m.d_model:
+  own_width = m.head_width * m.n_attn_heads != m.d_model
+  if form == 'meta' and own_width:
     return f'has no field for --model.d_head={m.d_head}'
-  if form == 'mimo' and m.head_width * m.n_attn_heads != m.d_model:
+  if form == 'mimo' and own_width:
     return (
       f'is read with heads of d_model / n_attn_heads ='
       f' {m.d_model / m.n_attn_heads:g}, whatever --model.d_head={m.d_head}'

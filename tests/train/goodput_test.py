@@ -187,13 +187,13 @@ def test_a_run_that_goes_back_is_one_without_those_batches(
   assert found['sessions'][1]['repeated_steps'] == 7 - back
 
 
-@pytest.mark.parametrize('stopped_at', [4, 6])
+@pytest.mark.parametrize('stopped_at', [4, 5, 6])
 def test_a_signal_does_not_change_what_is_left_out(
   stopped_at, store, undisturbed, tmp_path, monkeypatch
 ):
   """Step 5 is a spike to a detector that remembers four steps. Its loss is read
   two steps later: the signal comes before that, and makes a checkpoint of its
-  own, of step 4, to which no run goes back, or of 6 with the loss unread."""
+  own: of step 4, to which no run goes back, or with the loss unread."""
   spike = runs.records(undisturbed)[4]['loss_1']
 
   def detect(self, loss):
