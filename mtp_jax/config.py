@@ -645,11 +645,21 @@ class Export:
   format: str = _f(
     'hf',
     'hf: Hugging Face Llama, further heads in a file beside it; meta: as the'
-    " paper's models were released; mtp_llama: Fast-LLM's; mimo, deepseek:"
-    ' sequential modules as serving engines name them; medusa: residual heads'
-    ' in a folder of their own',
+    " paper's models were released; mtp_llama: Fast-LLM's; transformers_mtp:"
+    ' sequential and recursive modules as Transformers drafts with them; gguf:'
+    ' a file for llama.cpp, which drafts with the same; mimo: one module, for'
+    ' serving engines that know MiMo; medusa: residual heads in a folder of'
+    ' their own',
     result=False,
-    choices=('hf', 'meta', 'mtp_llama', 'mimo', 'deepseek', 'medusa'),
+    choices=(
+      'hf',
+      'meta',
+      'mtp_llama',
+      'transformers_mtp',
+      'gguf',
+      'mimo',
+      'medusa',
+    ),
   )
   dtype: str = _f(
     'param', 'of the tensors written; param = --model.param_dtype',
@@ -667,8 +677,8 @@ class Import:
   path: str = _f('', 'directory of the checkpoint', result=False)
   format: str = _f(
     'hf',
-    'hf: config.json and safetensors; meta: params.json and consolidated.pth;'
-    ' also what export wrote',
+    'of a checkpoint that mtp export did not write: hf: config.json and'
+    ' safetensors; meta: params.json and consolidated.pth',
     result=False, choices=('hf', 'meta'),
   )  # fmt: skip
   tokenizer: str = _f(

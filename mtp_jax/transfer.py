@@ -32,6 +32,11 @@ def _absent(flag: str, path: str) -> str:
   return path
 
 
+# Of the forms that are not written by safetensors, the library that writes and
+# reads them, and the extra that installs it.
+LIBRARIES = {'meta': ('torch', 'meta'), 'gguf': ('gguf', 'gguf')}
+
+
 def export(parsed: flags.Parsed) -> list[str]:
   """Writes --export.out from --export.checkpoint."""
   path = parsed.given.get('export.checkpoint', '')
@@ -41,17 +46,15 @@ def export(parsed: flags.Parsed) -> list[str]:
   form = parsed.given.get('export.format', 'hf')
   if form not in mapping.FORMS:
     parsed.config()  # says which there are
-  library, extra = (
-    ('torch', 'meta') if form == 'meta' else ('safetensors', 'hf')
-  )
+  library, extra = LIBRARIES.get(form, ('safetensors', 'hf'))
   files.need('export.format', form, library, extra)
   files.need('export.format', form, 'tokenizers', extra)
   path = paths.absolute(path, 'export.checkpoint')
   workdir, step, saved, cfg = checkpoint.opened(
     path, 'export.checkpoint', parsed
   )
-  folder.check(cfg)
   tokenizer = generate.tokenizer_of(parsed, saved, workdir)
+  folder.check(cfg, tokenizer)
   model = checkpoint.restore_model(
     workdir, step, cfg, sharding.serving_mesh(cfg), 'export.checkpoint'
   )
@@ -100,9 +103,11 @@ def import_(parsed: flags.Parsed) -> list[str]:
   form = parsed.given.get('import.format', 'hf')
   if form not in folder.DESCRIPTIONS:
     parsed.config()  # says which there are
-  if form == 'meta':
-    files.need('import.format', 'meta', 'torch', 'meta')
+  if form in LIBRARIES:
+    files.need('import.format', form, *LIBRARIES[form])
   cfg, ours = folder.find(path, parsed.given)
+  if cfg.export.format in LIBRARIES:
+    files.need('import.path', path, *LIBRARIES[cfg.export.format])
   if ours:
     cfg = parsed.config(cfg)
   tokenizer, dropped = _tokenizer(path, cfg, ours)

@@ -9,13 +9,14 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 from typing import Any
 
 import jax
 import numpy as np
 
 from mtp_jax import config, jsonl, params, paths, validate
-from mtp_jax.interop import files, hf, mapping, meta, tokens
+from mtp_jax.interop import files, hf, llama_cpp, mapping, meta, tokens
 from mtp_jax.model import lm
 
 OURS = 'mtp_jax.json'
@@ -25,9 +26,11 @@ MOST_LAYERS = 10_000  # of a model that is worth a look at its files
 # Out.
 
 
-def check(cfg: config.Config) -> None:
-  """ConfigError if the form has no place for such a model."""
+def check(cfg: config.Config, tokenizer) -> None:
+  """ConfigError if the form has no place for such a model or tokenizer."""
   unfit = mapping.unfit(cfg, cfg.export.format)
+  if not unfit and cfg.export.format == 'gguf':
+    unfit = llama_cpp.check(tokenizer)
   if unfit:
     raise config.ConfigError('export.format', cfg.export.format, unfit)
 
@@ -52,8 +55,8 @@ def export(
   Raises:
     ConfigError: the form has no place for such a model.
   """
-  check(cfg)
-  form = cfg.export.format
+  check(cfg, tokenizer)
+  form = mapping.of(cfg)
   describe = meta.describe if form == 'meta' else hf.describe
   written = {
     name: text.encode()
@@ -63,20 +66,53 @@ def export(
   if tokenizer is not None:
     written |= tokens.files_of(tokenizer)
   with paths.new_folder(out) as tmp:
-    wanted = _write_tensors(model, cfg, tmp, dtype)
+    wanted = _write_tensors(model, cfg, tokenizer, tmp, dtype, about)
     extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
-    _check(tmp, form, wanted, extra > 0)
+    _check(tmp, cfg, wanted, extra > 0)
     for name, data in written.items():
       path = os.path.join(tmp, name)
       os.makedirs(os.path.dirname(path), exist_ok=True)
       with open(path, 'wb') as file:
         file.write(data)
   where = mapping.FORMS[form].file if extra else ''
-  return [
+  lines = [
     f'{out}: {len(wanted) - extra} tensors of a Llama of'
     f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
     f'{f" in {where}" if where else ""}; all read again and equal',
   ]
+  if form == 'gguf' and cfg.heads.n > 1:
+    lines.append(f'llama.cpp drafts with no head: {mapping.undrafted(cfg)}')
+  if form in RUN and tokenizer is not None:
+    drafts = cfg.heads.n - 1
+    lines.append(f'run it: {RUN[form].format(out=shlex.quote(out), n=drafts)}')
+  return lines
+
+
+# How an engine that users have runs a folder, and drafts with its heads.
+RUN = {
+  'hf': 'vllm serve {out}',
+  'transformers_mtp': (
+    'python -c "import sys, transformers as t; out = sys.argv[1];'
+    ' text = t.AutoTokenizer.from_pretrained(out);'
+    ' model = t.AutoModelForCausalLM.from_pretrained(out,'
+    ' trust_remote_code=True);'
+    " print(text.decode(model.generate(**text('Once', return_tensors='pt'),"
+    ' use_mtp=True, max_new_tokens=64)[0]))" {out}'
+  ),
+  'gguf': 'llama-server -m {out}/model.gguf',
+  'gguf_mtp': (
+    'llama-server -m {out}/model.gguf --spec-type draft-mtp'
+    ' --spec-draft-n-max {n}'
+  ),
+  'mimo': (
+    'vllm serve {out} --trust-remote-code --speculative-config'
+    ' \'{{"method": "mtp", "num_speculative_tokens": {n}}}\''
+  ),
+  'medusa': (
+    'vllm serve {out} --speculative-config \'{{"method": "medusa", "model":'
+    ' "{out}/medusa", "num_speculative_tokens": {n}}}\''
+  ),
+}
 
 
 def _what_it_is(cfg: config.Config) -> config.Config:
@@ -88,46 +124,77 @@ def _what_it_is(cfg: config.Config) -> config.Config:
   )  # fmt: skip
 
 
-def _write_tensors(model, cfg, folder, dtype) -> dict[str, str]:
+def _write_tensors(
+  model, cfg, tokenizer, folder, dtype, about
+) -> dict[str, str]:
   """Digest of each tensor written."""
-  leaves, digests, held = mapping.leaves(model), {}, 0
-  form = cfg.export.format
+  form, leaves, digests = mapping.of(cfg), mapping.leaves(model), {}
   extra_file = mapping.FORMS[form].file
-  limit = cfg.export.shard_gib * 2**30 if form != 'meta' else float('inf')
-  shards: list[list[str]] = []
-  batch: dict[str, np.ndarray] = {}
+  places = mapping.tensors(cfg, form)
   extra: dict[str, np.ndarray] = {}
 
-  def flush():
-    nonlocal batch, held
-    if form == 'meta':
-      files.write_torch(os.path.join(folder, meta.TENSORS), batch)
-    elif batch:
-      shards.append(list(batch))
-      files.write(_shard(folder, len(shards)), batch)
-    batch, held = {}, 0
+  def dtype_of(shape):
+    if form in llama_cpp.ARCHITECTURES:
+      return llama_cpp.dtype_of(shape, dtype)
+    return np.dtype(dtype)
 
-  for name, place in mapping.tensors(cfg, form).items():
+  def array_of(place):
     leaf = leaves[place.path]
     ours = leaf if place.index is None else leaf[place.index]
     array = place.form.out(np.asarray(jax.device_get(ours)), cfg)
-    array = np.ascontiguousarray(array.astype(np.dtype(dtype)))
-    digests[name] = files.digest(array)
-    if place.extra and extra_file:
-      extra[os.path.basename(name)] = array
-      continue
-    if held + array.nbytes > limit:
-      flush()
-    batch[name] = array
-    held += array.nbytes
-  flush()
+    return np.ascontiguousarray(array.astype(dtype_of(array.shape)))
+
+  def arrays():
+    for name, place in places.items():
+      array = array_of(place)
+      digests[name] = files.digest(array)
+      if place.extra and extra_file:
+        extra[os.path.basename(name)] = array
+      else:
+        yield name, array
+
   beside = os.path.dirname(extra_file)
+  if form == 'meta':
+    files.write_torch(os.path.join(folder, meta.TENSORS), dict(arrays()))
+  elif form in llama_cpp.ARCHITECTURES:
+    shapes = {
+      name: place.form.shape(
+        leaves[place.path].shape[place.index is not None :]
+      )
+      for name, place in places.items()
+      if not (place.extra and extra_file)
+    }
+    llama_cpp.write(
+      os.path.join(folder, llama_cpp.TENSORS), cfg, tokenizer, about,
+      {name: (shape, dtype_of(shape)) for name, shape in shapes.items()},
+      arrays(),
+    )  # fmt: skip
+  else:
+    shards = _write_shards(folder, arrays(), cfg.export.shard_gib * 2**30)
+    _name_shards(folder, shards, indexed=bool(extra) and not beside)
   if extra:
     os.makedirs(os.path.join(folder, beside), exist_ok=True)
     files.write(os.path.join(folder, extra_file), extra)
-  if shards:
-    _name_shards(folder, shards, indexed=extra and not beside)
   return digests
+
+
+def _write_shards(folder: str, arrays, limit: float) -> list[list[str]]:
+  """The names in each file, written as soon as the next array would make it
+  larger than limit (bytes)."""
+  shards: list[list[str]] = []
+  batch: dict[str, np.ndarray] = {}
+
+  def flush():
+    shards.append(list(batch))
+    files.write(_shard(folder, len(shards)), batch)
+    batch.clear()
+
+  for name, array in arrays:
+    if batch and sum(x.nbytes for x in batch.values()) + array.nbytes > limit:
+      flush()
+    batch[name] = array
+  flush()
+  return shards
 
 
 def _shard(folder: str, number: int) -> str:
@@ -159,9 +226,9 @@ def _name_shards(folder: str, shards: list[list[str]], indexed: bool) -> None:
     json.dump(index, file, indent=2)
 
 
-def _check(folder, form: str, wanted: dict[str, str], extra: bool) -> None:
+def _check(folder, cfg, wanted: dict[str, str], extra: bool) -> None:
   """What was written, read again: the same keys, the same bytes."""
-  found = _tensors_of(folder, form, 'export.out', extra)
+  found = _tensors_of(folder, cfg, 'export.out', extra)
   if found.keys() != wanted.keys():
     odd = sorted(found.keys() ^ wanted.keys())
     raise config.ConfigError(
@@ -175,13 +242,17 @@ def _check(folder, form: str, wanted: dict[str, str], extra: bool) -> None:
 
 
 def _tensors_of(
-  folder: str, form: str, flag: str, extra: bool
+  folder: str, cfg: config.Config, flag: str, extra: bool
 ) -> dict[str, files.Tensor]:
   """Of a folder; extra: also of the file of further heads, where a form has
   one."""
+  form = mapping.of(cfg)
   if form == 'meta':
     return meta.tensors_of(folder, flag)
-  found = files.read_folder(folder, flag)
+  if form in llama_cpp.ARCHITECTURES:
+    found = llama_cpp.read(folder, form, cfg, flag)
+  else:
+    found = files.read_folder(folder, flag)
   file = mapping.FORMS[form].file
   if extra and file:
     beside = os.path.dirname(file)
@@ -220,8 +291,10 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
     except ValueError as error:
       raise _error(folder, f'{name}: {error}') from error
 
-  about = load(DESCRIPTIONS[wanted])
-  if os.path.exists(os.path.join(folder, OURS)):
+  made_here = os.path.exists(os.path.join(folder, OURS))
+  if not made_here or wanted == 'meta':
+    about = load(DESCRIPTIONS[wanted])
+  if made_here:
     try:
       ours = validate.validate(config.from_json(json.dumps(load(OURS))))
     except ValueError as error:
@@ -237,6 +310,8 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
   for field in LAYERS:
     _check_layers(folder, DESCRIPTIONS[wanted], field, about.get(field))
   cfg = (meta if wanted == 'meta' else hf).read(folder, about, given)
+  if 'heads.family' not in given and _repeated(folder, cfg):
+    cfg = config.replace(cfg, **{'heads.family': 'recursive'})
   unfit = mapping.unfit(cfg, cfg.export.format)
   if unfit:
     raise _error(folder, f'{cfg.export.format} {unfit}')
@@ -244,7 +319,24 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
 
 
 LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers',
-          'n_future_tokens')  # fmt: skip
+          'n_future_tokens', 'num_mtp_layers')  # fmt: skip
+
+
+def _repeated(folder: str, cfg: config.Config) -> bool:
+  """Whether the modules of a transformers_mtp folder are one, n - 1 times."""
+  if cfg.export.format != 'transformers_mtp' or cfg.heads.n < 3:
+    return False
+  found = files.read_folder(folder, 'import.path')
+  one = config.replace(cfg, **{'heads.family': 'recursive'})
+  places = mapping.tensors(one, 'transformers_mtp')
+  first = {(p.path, p.index): k for k, p in places.items() if not p.copy}
+  return all(
+    name in found and first[place.path, place.index] in found
+    and np.array_equal(
+      found[name].read(), found[first[place.path, place.index]].read()
+    )
+    for name, place in places.items() if place.copy
+  )  # fmt: skip
 
 
 def _check_layers(folder: str, file: str, field: str, value) -> None:
@@ -271,10 +363,9 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
     ConfigError: a tensor is missing, left over, of another shape, or is not the
       copy of another one that it has to be.
   """
-  form = cfg.export.format
-  wanted = mapping.tensors(cfg, form)
+  wanted = mapping.tensors(cfg, mapping.of(cfg))
   extra = any(place.extra for place in wanted.values())
-  found = _tensors_of(folder, form, 'import.path', extra)
+  found = _tensors_of(folder, cfg, 'import.path', extra)
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
   leaves = mapping.leaves(abstract)
   head = found.pop(HEAD, None) if cfg.heads.unembedding == 'tied' else None

@@ -12,14 +12,17 @@ from mtp_jax.model import heads as heads_lib
 def describe(cfg: config.Config, tokenizer, dtype, about) -> dict[str, str]:
   """Text files of an export, by name."""
   form = cfg.export.format
+  if form == 'gguf':
+    return {'README.md': _card(cfg, about)}
   values = _llama(cfg, tokenizer, dtype) | KINDS.get(form, lambda _: {})(cfg)
   texts = {
     'config.json': json.dumps(values, indent=2),
     'generation_config.json': json.dumps(_ends(tokenizer), indent=2),
     'README.md': _card(cfg, about),
   }
-  if form == 'mimo':
-    texts['mimo.py'] = MIMO
+  if form in CODE:
+    name, code = CODE[form]
+    texts[name] = code
   if form == 'medusa':
     texts['medusa/config.json'] = json.dumps(_medusa(cfg, dtype), indent=2)
   return texts
@@ -53,7 +56,7 @@ def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
     rope_parameters=rope,
     # As transformers before 5 read them.
     rope_theta=m.rope_theta,
-    rope_scaling=rope if m.rope_factor > 1 else None,
+    **(dict(rope_scaling=rope) if m.rope_factor > 1 else {}),
     tie_word_embeddings=cfg.heads.unembedding == 'tied',
     vocab_size=m.vocab_size,
     dtype=dtype,
@@ -94,10 +97,20 @@ KINDS = {
     use_sliding_window=False,
     num_nextn_predict_layers=_modules(cfg),
   ),
-  'deepseek': lambda cfg: dict(num_nextn_predict_layers=_modules(cfg)),
+  'transformers_mtp': lambda cfg: dict(
+    architectures=['LlamaMtpForCausalLM'],
+    model_type='llama_mtp',
+    auto_map={
+      'AutoConfig': 'llama_mtp.LlamaMtpConfig',
+      'AutoModel': 'llama_mtp.LlamaMtpModel',
+      'AutoModelForCausalLM': 'llama_mtp.LlamaMtpForCausalLM',
+    },
+    num_mtp_layers=cfg.heads.n - 1,
+    tie_last_hidden_states=False,  # they were trained on the raw ones
+  ),
 }
 
-# MiMo is Qwen 2 and modules that transformers does not run.
+# MiMo is Qwen 2 and a module that transformers does not run.
 MIMO = '''"""MiMo's configuration and next-token model (trust_remote_code)."""
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -111,6 +124,41 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
   config_class = MiMoConfig
   _keys_to_ignore_on_load_unexpected = [r'model\\.mtp_layers\\.']
 '''
+# The layers after the last are no part of the Llama: generate(use_mtp=True)
+# reads them itself, those that the model ignores.
+LLAMA_MTP = '''"""A Llama whose layers after the last predict further tokens.
+
+Transformers drafts with them in generate(use_mtp=True).
+"""
+
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+
+class LlamaMtpConfig(LlamaConfig):
+  model_type = 'llama_mtp'
+
+
+class _Ignores:
+  config_class = LlamaMtpConfig
+
+  def __init__(self, config):
+    super().__init__(config)
+    first = config.num_hidden_layers
+    self._keys_to_ignore_on_load_unexpected = {
+      rf'layers\\.{first + i}\\.' for i in range(config.num_mtp_layers)
+    }
+
+
+class LlamaMtpModel(_Ignores, LlamaModel):
+  pass
+
+
+class LlamaMtpForCausalLM(_Ignores, LlamaForCausalLM):
+  pass
+'''
+CODE = {
+  'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('llama_mtp.py', LLAMA_MTP)
+}  # fmt: skip
 
 
 def _medusa(cfg: config.Config, dtype: str) -> dict:
@@ -132,7 +180,7 @@ def _medusa(cfg: config.Config, dtype: str) -> dict:
 
 
 def _card(cfg: config.Config, about: str) -> str:
-  form = cfg.export.format
+  form = mapping.of(cfg)
   extra = [k for k, p in mapping.tensors(cfg, form).items() if p.extra]
   lines = [
     '---', 'library_name: transformers', 'tags: [multi-token-prediction]',
@@ -190,12 +238,17 @@ ABOUT = {
   ),
   **dict.fromkeys(
     ('num_key_value_heads?', 'head_dim?', 'max_position_embeddings?',
-     'prediction_heads?'), (SIZE, None),
+     'prediction_heads?', 'num_mtp_layers?'), (SIZE, None),
   ),
   **dict.fromkeys(('rope_parameters?', 'rope_scaling?'), (ROPE, None)),
   **dict.fromkeys(('dtype?', 'torch_dtype?'), (str, None)),
   'rms_norm_eps?': (float, None), 'rope_theta?': (float, None),
   'tie_word_embeddings?': (bool, None), ...: object,
+}  # fmt: skip
+# By model_type: the form, and whether its further heads are layers of ours.
+READ = {
+  'llama': ('hf', True), 'mtp_llama': ('mtp_llama', True),
+  'llama_mtp': ('transformers_mtp', False),
 }  # fmt: skip
 # Fields of a config.json that must have this value, if they are there.
 FIXED = {
@@ -211,10 +264,12 @@ def _error(folder: str, problem: str) -> config.ConfigError:
 def read(folder: str, about: dict, given: dict) -> config.Config:
   """The Config of a config.json that others wrote."""
   kind = about.get('model_type', 'llama')
-  if kind not in ('llama', 'mtp_llama'):
+  if kind not in READ:
     raise _error(
-      folder, f"model_type={kind!r} in config.json; only 'llama', 'mtp_llama'"
-    )
+      folder, f'model_type={kind!r} in config.json; only'
+      f' {", ".join(map(repr, READ))}'
+    )  # fmt: skip
+  form, block_first = READ[kind]
   for field, wanted in FIXED.items():
     if about.get(field, wanted) != wanted:
       raise _error(
@@ -225,12 +280,15 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
   except ValueError as error:
     raise _error(folder, f'config.json: {error}') from error
   about = {name: value for name, value in about.items() if value is not None}
-  n = about.get('prediction_heads', 1) if kind == 'mtp_llama' else 1
+  n = {
+    'hf': 1, 'mtp_llama': about.get('prediction_heads', 1),
+    'transformers_mtp': about.get('num_mtp_layers', 0) + 1,
+  }[form]  # fmt: skip
   heads, d_model = about['num_attention_heads'], about['hidden_size']
   head_dim = about.get('head_dim') or d_model // heads
   values = {
     'model.d_model': d_model,
-    'model.n_layers': about['num_hidden_layers'] + n - 1,
+    'model.n_layers': about['num_hidden_layers'] + block_first * (n - 1),
     'model.n_attn_heads': heads,
     'model.n_kv_heads': about.get('num_key_value_heads') or heads,
     'model.d_head': 0 if head_dim * heads == d_model else head_dim,
@@ -238,6 +296,7 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'model.vocab_size': about['vocab_size'],
     'model.norm_eps': about.get('rms_norm_eps', 1e-6),
     'heads.n': n,
+    'heads.family': 'parallel' if block_first else 'sequential',
     'heads.unembedding': (
       'tied' if about.get('tie_word_embeddings', False) else 'shared'
     ),
@@ -247,7 +306,7 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'model.compute_dtype': (
       'float32' if _dtype(about) == 'float32' else 'bfloat16'
     ),
-    'export.format': 'mtp_llama' if kind == 'mtp_llama' else 'hf',
+    'export.format': form,
     **_rope(folder, about),
     **given,
   }

@@ -22,10 +22,16 @@ The other forms are those of the programs that read them:
 
   meta       Meta's release of the paper's models: consolidated.pth
   mtp_llama  ServiceNow's Fast-LLM, https://github.com/ServiceNow/Fast-LLM
-  mimo       a dense model with sequential modules as vLLM and SGLang read MiMo
-             (Xiaomi 2025, https://arxiv.org/abs/2505.07608)
-  deepseek   the same modules under DeepSeek-V3's names (DeepSeek 2024,
-             https://arxiv.org/abs/2412.19437)
+  mimo       a dense model with one sequential module as vLLM and SGLang read
+             MiMo (Xiaomi 2025, https://arxiv.org/abs/2505.07608)
+  transformers_mtp
+             sequential modules as layers after the last, under DeepSeek-V3's
+             names (DeepSeek 2024, https://arxiv.org/abs/2412.19437), as
+             Transformers' MtpModel reads them
+  gguf       llama.cpp's file, https://github.com/ggml-org/llama.cpp: a Llama,
+             the further heads beside it as in hf
+  gguf_mtp   the same with sequential modules that llama.cpp runs; gguf becomes
+             this wherever it can
   medusa     Medusa's heads as vLLM reads them, in a folder beside the Llama
              (Cai et al. 2024, https://arxiv.org/abs/2401.10774)
 """
@@ -110,8 +116,12 @@ class Row(NamedTuple):
   names: dict[str, Any]
 
   def of(self, form: str) -> tuple[str, Form]:
-    name = self.names.get(form, self.names['hf'])
+    forms = (form, LIKE.get(form), 'hf')
+    name = next(self.names[x] for x in forms if x in self.names)
     return (name, self.form) if isinstance(name, str) else name
+
+
+LIKE = {'gguf_mtp': 'gguf'}  # forms with the names of another, but for some
 
 
 def _row(ours: str, form: Form, **names) -> Row:
@@ -119,26 +129,53 @@ def _row(ours: str, form: Form, **names) -> Row:
 
 
 LAYER = (
-  _row('attn_norm', SAME, hf='input_layernorm', meta='attention_norm'),
   _row(
-    'q', HEADS_IN, hf='self_attn.q_proj', meta=('attention.wq', HEADS_IN_PAIRS)
+    'attn_norm', SAME, hf='input_layernorm', meta='attention_norm',
+    gguf='attn_norm',
   ),
   _row(
-    'k', HEADS_IN, hf='self_attn.k_proj', meta=('attention.wk', HEADS_IN_PAIRS)
+    'q', HEADS_IN, hf='self_attn.q_proj', meta=('attention.wq', HEADS_IN_PAIRS),
+    gguf=('attn_q', HEADS_IN_PAIRS), gguf_mtp='attn_q',
   ),
-  _row('v', HEADS_IN, hf='self_attn.v_proj', meta='attention.wv'),
-  _row('o', HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo'),
-  _row('mlp_norm', SAME, hf='post_attention_layernorm', meta='ffn_norm'),
-  _row('gate', TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1'),
-  _row('up', TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3'),
-  _row('down', TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2'),
+  _row(
+    'k', HEADS_IN, hf='self_attn.k_proj', meta=('attention.wk', HEADS_IN_PAIRS),
+    gguf=('attn_k', HEADS_IN_PAIRS), gguf_mtp='attn_k',
+  ),
+  _row(
+    'v', HEADS_IN, hf='self_attn.v_proj', meta='attention.wv', gguf='attn_v'
+  ),
+  _row(
+    'o', HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo',
+    gguf='attn_output',
+  ),
+  _row(
+    'mlp_norm', SAME, hf='post_attention_layernorm', meta='ffn_norm',
+    gguf='ffn_norm',
+  ),
+  _row(
+    'gate', TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1',
+    gguf='ffn_gate',
+  ),
+  _row(
+    'up', TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3', gguf='ffn_up'
+  ),
+  _row(
+    'down', TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2',
+    gguf='ffn_down',
+  ),
 )  # fmt: skip
-EMBED = _row('embed', SAME, hf='model.embed_tokens', meta='tok_embeddings')
+EMBED = _row(
+  'embed', SAME, hf='model.embed_tokens', meta='tok_embeddings',
+  gguf='token_embd',
+)  # fmt: skip
 NORM = _row(
-  'norm', SAME, hf='model.norm', meta='norm', mtp_llama='model.mtp_norms.0'
+  'norm', SAME, hf='model.norm', meta='norm', mtp_llama='model.mtp_norms.0',
+  gguf='output_norm',
+)  # fmt: skip
+UNEMBED = _row(
+  'unembed', TRANSPOSED, hf='lm_head', meta='output', gguf='output'
 )
-UNEMBED = _row('unembed', TRANSPOSED, hf='lm_head', meta='output')
-TIED = _row('embed', SAME, hf='lm_head', meta='output')
+TIED = _row('embed', SAME, hf='lm_head', meta='output', gguf='output')
 ORDER = _row('order', SAME, hf='mtp_order')
 # Of a head's module, around its layer or instead of one.
 MODULE = {
@@ -147,19 +184,20 @@ MODULE = {
   'sequential': (
     _row(
       'hidden_norm', SAME, hf='hidden_norm', mimo='hidden_layernorm',
-      deepseek='hnorm',
+      transformers_mtp='hnorm', gguf_mtp='nextn.hnorm',
     ),
     _row(
       'embed_norm', SAME, hf='embed_norm', mimo='token_layernorm',
-      deepseek='enorm',
+      transformers_mtp='enorm', gguf_mtp='nextn.enorm',
     ),
     _row(
       'proj', TRANSPOSED, hf='proj', mimo='input_proj',
-      deepseek=('eh_proj', EMBEDDING_FIRST),
+      transformers_mtp=('eh_proj', EMBEDDING_FIRST),
+      gguf_mtp=('nextn.eh_proj', EMBEDDING_FIRST),
     ),
     _row(
       'final_norm', SAME, hf='final_norm', mimo='final_layernorm',
-      deepseek='shared_head.norm',
+      transformers_mtp='shared_head.norm', gguf_mtp='nextn.shared_head_norm',
     ),
   ),
 }  # fmt: skip
@@ -193,17 +231,24 @@ def _no_biases(cfg, found):
   }  # fmt: skip
 
 
-def _ends_of_each_module(cfg, found):
+def _module_of_each_step(cfg, found):
+  """Of the one module of recursive heads: Transformers runs a module a step."""
+  if not heads_lib.family(cfg).one_module:
+    return {}
+  first = _prefix('transformers_mtp', cfg, 0)
   return {
-    f'{_prefix("deepseek", cfg, j)}{name}.weight': place._replace(
-      extra=True, copy=True
-    )
-    for j in range(heads_lib.n_modules(cfg, cfg.heads.n))
-    for name, place in (
-      ('embed_tokens', found['model.embed_tokens.weight']),
-      ('shared_head.head', _unembedding(cfg)),
-    )
-  }
+    _prefix('transformers_mtp', cfg, j) + name.removeprefix(first):
+      place._replace(copy=True)
+    for j in range(1, cfg.heads.n - 1)
+    for name, place in found.items() if name.startswith(first)
+  }  # fmt: skip
+
+
+def _unembedding_of_llama_cpp(cfg, found):
+  """Which mimo2, the architecture that has modules, wants though it is tied."""
+  if cfg.heads.unembedding != 'tied':
+    return {}
+  return {'output.weight': _unembedding(cfg)._replace(copy=True)}
 
 
 def _unembedding_of_drafts(cfg, found):
@@ -222,7 +267,8 @@ class Layout(NamedTuple):
   """Where a form of checkpoint has what, and which models fit in.
 
   In the names of layers and heads, i counts layers, k heads from 2 on, j from
-  0, and l goes on after the last layer.
+  0, and l goes on after the last layer. heads_like: the form whose names the
+  parameters of further heads have, where it is another.
   """
 
   families: tuple[str, ...]
@@ -232,6 +278,7 @@ class Layout(NamedTuple):
   replicated: str = ''  # a further head's own unembedding; '' = none
   file: str = ''  # of what a next-token Llama has not; '' = with the rest
   more: Callable[..., dict[str, Place]] = lambda cfg, found: {}
+  heads_like: str = ''
 
 
 FORMS = {
@@ -246,14 +293,20 @@ FORMS = {
   'mimo': Layout(
     ('sequential', 'recursive'), 'model.mtp_layers.{j}.', more=_no_biases
   ),
-  'deepseek': Layout(
-    ('sequential', 'recursive'), 'model.layers.{l}.', more=_ends_of_each_module
+  'transformers_mtp': Layout(
+    ('sequential', 'recursive'), 'model.layers.{l}.', more=_module_of_each_step
+  ),
+  'gguf_mtp': Layout(
+    ('sequential', 'recursive'), 'blk.{l}.', 'blk.{i}.',
+    replicated='blk.{l}.nextn.shared_head_head.weight',
+    more=_unembedding_of_llama_cpp,
   ),
   'medusa': Layout(
     ('residual',), 'medusa/blocks.{j}.', file='medusa/model.safetensors',
     replicated='medusa/lm_heads.{j}.weight', more=_unembedding_of_drafts,
   ),
 }  # fmt: skip
+FORMS['gguf'] = FORMS['hf']._replace(layer='blk.{i}.', heads_like='hf')
 
 
 def _prefix(form: str, cfg: config.Config, j: int) -> str:
@@ -264,10 +317,35 @@ def _prefix(form: str, cfg: config.Config, j: int) -> str:
   return f.head.format(j=j, k=j + 2, l=layers_in_all(cfg) + j)
 
 
+def of(cfg: config.Config) -> str:
+  """The form of --export.format, for this model."""
+  form = cfg.export.format
+  return 'gguf_mtp' if form == 'gguf' and not undrafted(cfg) else form
+
+
+def undrafted(cfg: config.Config) -> str:
+  """Why llama.cpp cannot draft with a model's further heads; '' if it can."""
+  h = cfg.heads
+  if h.n == 1:
+    return 'there are none'
+  if h.family not in FORMS['gguf_mtp'].families:
+    return f'it runs sequential and recursive modules; these are {h.family}'
+  if h.stride > 1:
+    return f'it knows no heads that leap (--heads.stride={h.stride})'
+  if cfg.loss.order_weight:
+    return 'it has no place for the unembedding of --loss.order_weight'
+  if cfg.model.rope_factor > 1:
+    return (
+      'its architecture with modules does not scale RoPE'
+      f' (--model.rope_factor={cfg.model.rope_factor:g})'
+    )
+  return ''
+
+
 def unfit(cfg: config.Config, form: str) -> str:
   """Why a model cannot be written in a form; '' if it can."""
   f, h = FORMS[form], cfg.heads
-  if form == 'hf':
+  if form in ('hf', 'gguf'):
     return ''
   if h.family not in f.families and not (h.n == 1 and 'parallel' in f.families):
     return (
@@ -277,6 +355,13 @@ def unfit(cfg: config.Config, form: str) -> str:
     return 'has further heads; this is a model of one'
   if h.unembedding == 'replicated' and not f.replicated:
     return 'has one unembedding; here each head has its own'
+  if form == 'transformers_mtp' and h.n == 1:
+    return 'has further modules; this is a model of one head'
+  if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 1:
+    return (
+      f'is run with one module, this model has {several}; transformers_mtp and'
+      ' gguf are run with all'
+    )
   if cfg.loss.order_weight:
     return 'has no place for the unembedding of --loss.order_weight'
   if h.stride > 1:
@@ -303,7 +388,7 @@ def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
   found = {}
 
   def put(row, prefix='', path='', index=None, extra=False):
-    name, transform = row.of(form)
+    name, transform = row.of((extra and layout.heads_like) or form)
     found[f'{prefix}{name}.weight'] = Place(
       path + row.ours, index, transform, extra
     )
@@ -322,7 +407,8 @@ def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
     put(UNEMBED, index=0 if unembedding == 'replicated' else None)
   for k in range(2, n + 1):
     if unembedding == 'replicated':
-      name = layout.replicated.format(k=k, j=k - 2)
+      l = layers_in_all(cfg) + k - 2
+      name = layout.replicated.format(k=k, j=k - 2, l=l)
       found[name] = Place('unembed', k - 1, UNEMBED.form, True)
     prefix = _prefix(form, cfg, k - 2)
     if cfg.heads.block_first:

@@ -15,9 +15,8 @@ def rms_norm(x_BTD, w_D, eps: float):
   return (x32_BTD * jax.lax.rsqrt(ms_BT1 + eps) * w_11D).astype(x_BTD.dtype)
 
 
-def rope_tables(position_BT, m: config.Model):
-  """Sines and cosines (B, T, H/2) of position x theta^(-2i/H), in float32:
-  bfloat16 rounds the position 257 to 256, and the two angles are far apart.
+def rope_rates(m: config.Model):
+  """theta^(-2i/H) of each pair (H/2), in radians a position, in float32.
 
   With rope_factor long wavelengths are stretched by it, short ones are not, and
   between the two limits the rates are mixed (Llama 3.1, Grattafiori et al.
@@ -31,6 +30,13 @@ def rope_tables(position_BT, m: config.Model):
       (turns - m.rope_low_freq) / (m.rope_high_freq - m.rope_low_freq), 0, 1
     )
     rate = rate * (kept + (1 - kept) / m.rope_factor)
+  return rate
+
+
+def rope_tables(position_BT, m: config.Model):
+  """Sines and cosines (B, T, H/2) of position x rate, in float32: bfloat16
+  rounds the position 257 to 256, and the two angles are far apart."""
+  rate = rope_rates(m)
   angle = position_BT.astype(jnp.float32)[:, :, None] * rate[None, None, :]
   return jnp.sin(angle), jnp.cos(angle)
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -26,8 +27,12 @@ transformers = parity.library('transformers')
 FITS = [
   ('meta', 'parallel', 'shared'), ('meta', 'parallel', 'tied'),
   ('mtp_llama', 'parallel', 'shared'), ('mtp_llama', 'parallel', 'tied'),
-  ('mimo', 'sequential', 'shared'), ('mimo', 'recursive', 'tied'),
-  ('deepseek', 'sequential', 'tied'), ('deepseek', 'recursive', 'shared'),
+  ('mimo', 'recursive', 'shared'), ('mimo', 'recursive', 'tied'),
+  ('transformers_mtp', 'sequential', 'tied'),
+  ('transformers_mtp', 'recursive', 'shared'),
+  ('gguf', 'sequential', 'shared'), ('gguf', 'sequential', 'replicated'),
+  ('gguf', 'recursive', 'tied'), ('gguf', 'parallel', 'shared'),
+  ('gguf', 'anticausal', 'tied'), ('gguf', 'linear', 'replicated'),
   ('medusa', 'residual', 'shared'), ('medusa', 'residual', 'tied'),
   ('medusa', 'residual', 'replicated'),
 ]  # fmt: skip
@@ -49,9 +54,9 @@ def _cfg(form, family, unembedding='shared', n=N, **changes):
 
 def _export(c, out, dtype='float32'):
   model = tiny.model(c, tiny.mesh(c))
-  folder.export(
-    model, c, tokenizers.get('bytes'), str(out), dtype=dtype, about='a test'
-  )
+  gguf = c.export.format == 'gguf'  # which has no tokenizer of bytes
+  tokenizer = None if gguf else tokenizers.get('bytes')
+  folder.export(model, c, tokenizer, str(out), dtype=dtype, about='a test')
   return model
 
 
@@ -86,7 +91,7 @@ def test_there_and_back_is_the_same(form, family, unembedding, dtype, tmp_path):
 def test_every_parameter_has_one_place(form, family, unembedding):
   c = _cfg(form, family, unembedding)
   leaves, of_path = mapping.leaves(tiny.model(c, tiny.mesh(c))), {}
-  for place in mapping.tensors(c, form).values():
+  for place in mapping.tensors(c, mapping.of(c)).values():
     if not place.copy:
       of_path.setdefault(place.path, []).append(place.index)
   assert of_path.keys() == leaves.keys()
@@ -106,6 +111,9 @@ META = [
   'attention.wo', 'ffn_norm', 'feed_forward.w1', 'feed_forward.w2',
   'feed_forward.w3',
 ]  # fmt: skip
+GGUF = ['attn_norm', 'attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_norm',
+        'ffn_gate', 'ffn_up', 'ffn_down']  # fmt: skip
+FUSED = ['attn_norm', 'attn_qkv']
 BIASES = ['self_attn.q_proj.bias', 'self_attn.k_proj.bias',
           'self_attn.v_proj.bias']  # fmt: skip
 
@@ -143,20 +151,28 @@ KEYS = {
     [*TRUNK, 'model.layers.2.', 'model.mtp_heads.0.', 'model.mtp_heads.1.'],
     LLAMA,
   ) | _weights(['model.mtp_norms.'], '012') | ENDS,
-  ('mimo', 'sequential'): _weights(
-    [*TRUNK, 'model.mtp_layers.0.', 'model.mtp_layers.1.'], LLAMA
+  ('mimo', 'recursive'): _weights([*TRUNK, 'model.mtp_layers.0.'], LLAMA)
+    | _weights(
+      ['model.mtp_layers.0.'],
+      ['token_layernorm', 'hidden_layernorm', 'input_proj', 'final_layernorm'],
+    ) | _biases([*TRUNK, 'model.mtp_layers.0.']) | ENDS
+    | {'model.norm.weight'},
+  **dict.fromkeys(
+    [('transformers_mtp', 'recursive'), ('transformers_mtp', 'sequential')],
+    _weights([*TRUNK, 'model.layers.2.', 'model.layers.3.'], LLAMA) | _weights(
+      ['model.layers.2.', 'model.layers.3.'],
+      ['enorm', 'hnorm', 'eh_proj', 'shared_head.norm'],
+    ) | ENDS | {'model.norm.weight'},
+  ),
+  ('gguf', 'parallel'): _weights(['blk.0.', 'blk.1.', 'blk.2.'], GGUF)
+    | _weights([''], ['token_embd', 'output_norm', 'output'])
+    | _weights(['mtp_heads.2.', 'mtp_heads.3.'], LLAMA),
+  ('gguf', 'sequential'): _weights(
+    ['blk.0.', 'blk.1.', 'blk.2.', 'blk.3.'], [*FUSED, *GGUF[4:]]
   ) | _weights(
-    ['model.mtp_layers.0.', 'model.mtp_layers.1.'],
-    ['token_layernorm', 'hidden_layernorm', 'input_proj', 'final_layernorm'],
-  ) | _biases([*TRUNK, 'model.mtp_layers.0.', 'model.mtp_layers.1.'])
-    | ENDS | {'model.norm.weight'},
-  ('deepseek', 'recursive'): _weights(
-    [*TRUNK, 'model.layers.2.'], LLAMA
-  ) | _weights(
-    ['model.layers.2.'],
-    ['enorm', 'hnorm', 'eh_proj', 'shared_head.norm', 'shared_head.head',
-     'embed_tokens'],
-  ) | ENDS | {'model.norm.weight'},
+    ['blk.2.nextn.', 'blk.3.nextn.'],
+    ['eh_proj', 'enorm', 'hnorm', 'shared_head_norm'],
+  ) | _weights([''], ['token_embd', 'output_norm', 'output']),
   ('medusa', 'residual'): _weights(TRUNK, LLAMA) | ENDS | {
     'model.norm.weight', 'medusa/blocks.0.layers.0.weight',
     'medusa/blocks.1.layers.0.weight', 'medusa/lm_head.weight',
@@ -171,6 +187,9 @@ def _tensors(out):
       for name, x in torch.load(out / 'consolidated.pth').items()
     }
   found = {}
+  if (out / 'model.gguf').exists():
+    reader = gguf.GGUFReader(out / 'model.gguf')
+    found = {x.name: np.array(x.data) for x in reader.tensors}
   for path in sorted(out.glob('**/*.safetensors')):
     inside = path.relative_to(out).parent.as_posix()
     prefix = '' if inside == '.' else f'{inside}/'
@@ -189,7 +208,7 @@ def test_names_are_those_of_the_program(form, family, tmp_path):
 def test_descriptions_say_what_the_programs_read(tmp_path):
   found = {}
   for form, family, _ in FITS:
-    if form not in found:
+    if form not in found and form != 'gguf':
       c = _cfg(form, family)
       _export(c, tmp_path / form)
       name = 'params.json' if form == 'meta' else 'config.json'
@@ -202,8 +221,9 @@ def test_descriptions_say_what_the_programs_read(tmp_path):
   assert found['mtp_llama']['model_type'] == 'mtp_llama'
   assert found['mtp_llama']['prediction_heads'] == 3
   assert found['mtp_llama']['num_hidden_layers'] == 3
-  for form in 'mimo', 'deepseek':
-    assert found[form]['num_nextn_predict_layers'] == 2
+  assert found['mimo']['num_nextn_predict_layers'] == 1
+  assert found['transformers_mtp']['num_mtp_layers'] == 2
+  for form in 'mimo', 'transformers_mtp':
     assert found[form]['num_hidden_layers'] == 2
   medusa = json.loads((tmp_path / 'medusa/medusa/config.json').read_text())
   assert medusa['num_heads'] == 2 and medusa['num_hidden_layers'] == 1
@@ -307,8 +327,8 @@ def _run_mimo(w, ids, about):
   z, unembed = _trunk(w, ids, about), w['lm_head.weight'].T
   emb = w['model.embed_tokens.weight'][ids]
   out = [_norm(z, w['model.norm.weight']) @ unembed]
-  for j in range(about['num_nextn_predict_layers']):
-    p = f'model.mtp_layers.{j}.'
+  for j in range(N - 1):  # one module, again and again
+    p = 'model.mtp_layers.0.'
     pair = torch.cat([
       _norm(z, w[p + 'hidden_layernorm.weight']),
       _norm(_shifted(emb, j), w[p + 'token_layernorm.weight']),
@@ -318,19 +338,19 @@ def _run_mimo(w, ids, about):
   return torch.stack(out)
 
 
-def _run_deepseek(w, ids, about):
+def _run_transformers_mtp(w, ids, about):
   z = _trunk(w, ids, about)
   out = [_norm(z, w['model.norm.weight']) @ w['lm_head.weight'].T]
-  for j in range(about['num_nextn_predict_layers']):
+  emb = w['model.embed_tokens.weight'][ids]
+  for j in range(about['num_mtp_layers']):
     p = f'model.layers.{about["num_hidden_layers"] + j}.'
-    emb = w[p + 'embed_tokens.weight'][ids]
     pair = torch.cat([
       _norm(_shifted(emb, j), w[p + 'enorm.weight']),
       _norm(z, w[p + 'hnorm.weight']),
     ], -1)  # fmt: skip
     z = _layer(w, p, pair @ w[p + 'eh_proj.weight'].T)
     h = _norm(z, w[p + 'shared_head.norm.weight'])
-    out.append(h @ w[p + 'shared_head.head.weight'].T)
+    out.append(h @ w['lm_head.weight'].T)
   return torch.stack(out)
 
 
@@ -347,7 +367,8 @@ def _run_medusa(w, ids, about):
 
 RUN = {
   'meta': ('parallel', _run_meta), 'mtp_llama': ('parallel', _run_mtp_llama),
-  'mimo': ('sequential', _run_mimo), 'deepseek': ('sequential', _run_deepseek),
+  'mimo': ('recursive', _run_mimo),
+  'transformers_mtp': ('sequential', _run_transformers_mtp),
   'medusa': ('residual', _run_medusa),
 }  # fmt: skip
 
@@ -380,9 +401,9 @@ def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
 @pytest.mark.parametrize(
   'form, family, kind',
   [
-    ('mimo', 'sequential', 'MiMoForCausalLM'),
+    ('mimo', 'recursive', 'MiMoForCausalLM'),
     ('medusa', 'residual', 'LlamaForCausalLM'),
-    ('deepseek', 'recursive', 'LlamaForCausalLM'),
+    ('transformers_mtp', 'recursive', 'LlamaMtpForCausalLM'),
   ],
 )
 def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
@@ -392,7 +413,7 @@ def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
   c = _cfg(form, family)
   model = _export(c, tmp_path / 'out')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
-    tmp_path / 'out', dtype=torch.float32, trust_remote_code=form == 'mimo'
+    tmp_path / 'out', dtype=torch.float32, trust_remote_code=form != 'medusa'
   )
   assert type(theirs).__name__ == kind
   ids = np.random.default_rng(0).integers(0, 264, (2, 40))
@@ -469,10 +490,12 @@ def test_any_width_of_a_network_can_be_said():
     ('meta', 'parallel', dict(model__d_head=6), '--model.d_head=6'),
     ('meta', 'parallel', dict(model__rope_factor=2.0), '--model.rope_factor=2'),
     # vLLM would load it, and write another text without an error.
-    ('mimo', 'sequential', dict(model__d_head=6), 'whatever --model.d_head=6'),
+    ('mimo', 'recursive', dict(model__d_head=6), 'whatever --model.d_head=6'),
+    ('mimo', 'sequential', {}, 'this model has 2; transformers_mtp and gguf'),
+    ('transformers_mtp', 'sequential', dict(n=1), 'a model of one head'),
     ('medusa', 'residual', dict(n=1), 'this is a model of one'),
     (
-      'deepseek', 'sequential', dict(loss__order_weight=1.0),
+      'transformers_mtp', 'sequential', dict(loss__order_weight=1.0),
       '--loss.order_weight',
     ),
     ('medusa', 'residual', dict(heads__stride=2), '--heads.stride=2'),
@@ -498,12 +521,13 @@ def _import(path, tmp_path, *args):
   [
     ('mimo', 'model.layers.1.self_attn.k_proj.bias', 'must be 0'),
     ('mtp_llama', 'model.mtp_norms.1.weight', 'to model.mtp_norms.0.weight'),
-    ('deepseek', 'model.layers.3.embed_tokens.weight', 'model.embed_tokens.'),
+    ('transformers_mtp', 'model.layers.3.hnorm.weight', 'to model.layers.2.'),
     ('medusa', 'medusa/lm_head.weight', 'must be equal to lm_head.weight'),
   ],
 )
 def test_a_copy_that_differs_is_told(form, name, said, tmp_path, capsys):
-  _export(_cfg(form, RUN[form][0]), tmp_path / 'in')
+  one = 'recursive' if form == 'transformers_mtp' else RUN[form][0]
+  _export(_cfg(form, one), tmp_path / 'in')
   path = tmp_path / 'in' / os.path.dirname(name) / 'model.safetensors'
   tensors = load_file(path)
   tensors[os.path.basename(name)][3] += 1
@@ -599,7 +623,7 @@ def test_the_other_format_is_named(tmp_path, capsys):
   [
     ('export', 'hf', 'safetensors', 'hf'), ('export', 'meta', 'torch', 'meta'),
     ('export', 'mimo', 'tokenizers', 'hf'),
-    ('import', 'meta', 'torch', 'meta'),
+    ('import', 'meta', 'torch', 'meta'), ('export', 'gguf', 'gguf', 'gguf'),
   ],
 )  # fmt: skip
 def test_a_missing_extra_is_named(

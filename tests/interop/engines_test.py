@@ -1,0 +1,309 @@
+"""Exports with modules: what an engine would draft, and what engines drafted.
+
+tests/handover.py computes it from the files alone; transformers and llama.cpp
+run them (extra [parity]). tests/engines does so with trained models and vLLM.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+
+from mtp_jax import config, targets
+from mtp_jax.data import tokenizers
+from mtp_jax.interop import folder, llama_cpp
+from mtp_jax.model import lm
+from tests import handover, parity, runs, tiny
+
+torch = parity.library('torch')
+transformers = parity.library('transformers')
+N, V, CONTEXT = 4, 400, 128
+CODE = open(json.__file__, encoding='utf-8').read()
+ROWS = [
+  (form, family)
+  for form in ('transformers_mtp', 'gguf', 'mimo')
+  for family in ('sequential', 'recursive')
+  if (form, family) != ('mimo', 'sequential')
+]
+
+
+@pytest.fixture(scope='module')
+def pieces(tmp_path_factory):
+  """A SentencePiece model as mtp prepare trains one."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CODE.split('\n')), model_writer=model, vocab_size=V,
+    model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
+    add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+  )  # fmt: skip
+  path = tmp_path_factory.mktemp('pieces') / 'code.model'
+  path.write_bytes(model.getvalue())
+  return tokenizers.get(f'sentencepiece:{path}')
+
+
+def _cfg(form, family, **changes):
+  return tiny.cfg(
+    export__format=form, heads__family=family, heads__n=N, model__n_layers=1,
+    model__d_model=32, model__n_attn_heads=2, model__n_kv_heads=1,
+    model__d_ff=48, model__vocab_size=V, model__context=CONTEXT,
+    data__seq_len=CONTEXT, **changes,
+  )  # fmt: skip
+
+
+def _agreeing(c):
+  """A model whose modules draft what head 1 would say, often: each has the
+  trunk's layer and reads the embedding, and a little of the state before."""
+  model = tiny.model(c, tiny.mesh(c))
+  rng = np.random.default_rng(0)
+  heads, D = model.heads, c.model.d_model
+  reads = np.concatenate(
+    [0.3 * rng.standard_normal((D, D)) / np.sqrt(D), np.eye(D)]
+  )
+  if c.heads.unembedding == 'replicated':
+    same = jnp.broadcast_to(model.unembed[:1], model.unembed.shape)
+    model = model.replace(unembed=same)
+  model = model.replace(
+    embed=jnp.asarray(rng.standard_normal((V, D)), jnp.float32),
+    heads=heads.replace(
+      proj=jnp.broadcast_to(jnp.asarray(reads, jnp.float32), heads.proj.shape),
+      block=jax.tree.map(
+        lambda mine, trunk: jnp.broadcast_to(trunk[:1], mine.shape),
+        heads.block, model.trunk,
+      ),
+    ),
+  )  # fmt: skip
+  return model
+
+
+def _export(form, family, out, pieces, **changes):
+  c = _cfg(form, family, **changes)
+  with jax.set_mesh(tiny.mesh(c)):
+    model = _agreeing(c)
+  folder.export(model, c, pieces, str(out), dtype='float32', about='a test')
+  return c, model
+
+
+def _of(out, form):
+  if form == 'gguf':
+    return handover.of_gguf(str(out / 'model.gguf'))
+  return handover.of_folder(str(out))
+
+
+@pytest.mark.parametrize('form, family', ROWS)
+def test_the_files_alone_draft_what_the_model_drafts(
+  form, family, tmp_path, pieces
+):
+  """Acceptance on 256 tokens: under our own hand-over it is that of training's
+  estimate; under an engine's it may differ, but not by much."""
+  c, model = _export(form, family, tmp_path / 'out', pieces)
+  ids = pieces.encode(CODE[1000:])[:256]
+  found = handover.accepted(_of(tmp_path / 'out', form), ids, 'ours', N - 1)
+  window = np.pad(ids, (0, c.span))[None]
+  with jax.set_mesh(tiny.mesh(c)):
+    logits = tiny.dense_logits(
+      model, window, np.arange(window.shape[1])[None], c
+    )
+  asked, *stood = targets.acceptance(
+    jnp.argmax(logits, -1), jnp.ones((1, 256), bool)
+  )
+  assert asked == 256 - N + 1
+  np.testing.assert_allclose(found, np.asarray(stood) / float(asked), atol=1e-9)
+  engine = {'gguf': 'llama_cpp', 'mimo': 'vllm'}.get(form, form.split('_')[0])
+  there = handover.accepted(_of(tmp_path / 'out', form), ids, engine, N - 1)
+  assert 0.2 < found[0] < 1 and abs(there[0] - found[0]) < 0.2
+
+
+PROMPTS = ('def load(', 'class JSON', '\n    """', 'raise ')
+
+
+def _greedy(m, prompt, new):
+  """What head 1 writes, by hand."""
+  ids = list(prompt)
+  for _ in range(new):
+    ids.append(int(handover.next_tokens(m, np.array(ids))[-1]))
+  return ids
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('family', ['sequential', 'recursive'])
+def test_transformers_drafts_with_every_module(
+  family, tmp_path, pieces, monkeypatch
+):
+  monkeypatch.setattr(
+    transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c')
+  )
+  out = tmp_path / 'out'
+  _export('transformers_mtp', family, out, pieces)
+  m = handover.of_folder(str(out))
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    out, dtype=torch.float32, trust_remote_code=True
+  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+  forwards, saved = [], 0
+  model.register_forward_pre_hook(lambda *_: forwards.append(1))
+  for text in PROMPTS:
+    prompt = [pieces.bos, *pieces.encode(text).tolist()]
+    assert tokenizer(text).input_ids == prompt
+    forwards.clear()
+    found = model.generate(
+      torch.tensor([prompt]), use_mtp=True, max_new_tokens=24, do_sample=False,
+      attention_mask=torch.ones(1, len(prompt), dtype=int), eos_token_id=None,
+      pad_token_id=0,
+    )[0].tolist()  # fmt: skip
+    assert found == _greedy(m, prompt, 24)
+    wanted = handover.passes(m, found, len(prompt), 'transformers', N - 1)
+    assert len(forwards) == wanted
+    saved += 24 - wanted
+  assert saved > 10
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  'family, changes',
+  [
+    ('sequential', {}),
+    ('recursive', dict(heads__unembedding='tied')),
+    ('sequential', dict(heads__unembedding='replicated')),
+    ('sequential', dict(model__d_head=24)),
+    ('sequential', dict(model__rope_factor=8.0, model__rope_context=32)),
+  ],
+)
+def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
+  pytest.importorskip('xllamacpp', reason=parity.REASON)
+  out = tmp_path / 'out'
+  c, _ = _export('gguf', family, out, pieces, **changes)
+  m = handover.of_gguf(str(out / 'model.gguf'))
+  steps = len(m.modules) and N - 1
+  assert bool(steps) == (c.model.rope_factor == 1)
+  prompts = [[pieces.bos, *pieces.encode(text).tolist()] for text in PROMPTS]
+  asked = dict(
+    folder=str(out), prompts=prompts, new=24, steps=steps, context=CONTEXT,
+    texts=PROMPTS,
+  )  # fmt: skip
+  (tmp_path / 'request').write_text(json.dumps(asked))
+  driver = os.path.join(runs.ROOT, 'tests/engines/run_llama_cpp.py')
+  subprocess.run(
+    [sys.executable, driver, tmp_path / 'request', tmp_path / 'result'],
+    check=True, capture_output=True, timeout=100,
+  )  # fmt: skip
+  found = json.loads((tmp_path / 'result').read_text())
+  assert found['cut'] == prompts
+  for prompt, ids in zip(prompts, found['ids'], strict=True):
+    assert [*prompt, *ids] == _greedy(m, prompt, 24)
+  if steps:
+    wanted = [
+      handover.passes(m, [*prompt, *ids], len(prompt), 'llama_cpp', steps)
+      for prompt, ids in zip(prompts, found['ids'], strict=True)
+    ]
+    assert found['passes'] == wanted and sum(wanted) < 4 * 24 - 10
+
+
+# Tokenizers that llama.cpp would read otherwise.
+
+
+@pytest.mark.parametrize(
+  'settings, said',
+  [
+    (dict(model_type='unigram'), 'by merges'),
+    (dict(normalization_rule_name='nmt_nfkc'), 'it normalizes texts'),
+    (dict(remove_extra_whitespaces=True), 'it removes spaces'),
+    (dict(byte_fallback=False), 'no pieces for bytes'),
+  ],
+)
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(
+  settings, said, tmp_path
+):
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(CODE.split('\n')), model_writer=model,
+    minloglevel=2, **dict(
+      vocab_size=V, model_type='bpe', byte_fallback=True,
+      normalization_rule_name='identity', remove_extra_whitespaces=False,
+    ) | settings,
+  )  # fmt: skip
+  path = tmp_path / 'code.model'
+  path.write_bytes(model.getvalue())
+  tokenizer = tokenizers.get(f'sentencepiece:{path}')
+  c = _cfg('gguf', 'sequential')
+  with pytest.raises(config.ConfigError, match=said) as error:
+    folder.check(c, tokenizer)
+  assert str(error.value).startswith('--export.format=gguf: cannot hold')
+  with pytest.raises(config.ConfigError, match='no tokenizer of bytes'):
+    folder.check(c, tokenizers.get('bytes'))
+
+
+def _json(path, pre_tokenizer, **model):
+  import tokenizers as hf
+
+  fast = hf.Tokenizer(hf.models.BPE(**model))
+  fast.pre_tokenizer = pre_tokenizer
+  fast.train_from_iterator(
+    CODE.split('\n'),
+    hf.trainers.BpeTrainer(
+      vocab_size=V - 20, special_tokens=['<|endoftext|>'], show_progress=False,
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )  # fmt: skip
+  fast.save(str(path / 'tokenizer.json'))
+  return tokenizers.get(f'hf:{path / "tokenizer.json"}')
+
+
+def test_words_of_a_tokenizer_json_have_llama_cpps_name(tmp_path):
+  from tokenizers import Regex, pre_tokenizers
+
+  level = pre_tokenizers.ByteLevel
+
+  def split(expression):
+    return pre_tokenizers.Sequence([
+      pre_tokenizers.Split(Regex(expression), 'isolated'),
+      level(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+
+  c = _cfg('gguf', 'sequential')
+  for name, before, whole in (
+    ('gpt-2', level(add_prefix_space=False), False),
+    ('llama-bpe', split(llama_cpp.ranks.WORDS), True),
+    ('dbrx', split(llama_cpp.ranks.WORDS), False),
+    ('qwen2', split(llama_cpp.QWEN2), False),
+  ):
+    tokenizer = _json(tmp_path, before, ignore_merges=whole)
+    folder.check(c, tokenizer)
+    says = llama_cpp.vocabulary(tokenizer, c)
+    assert says['tokenizer.ggml.pre'] == name
+    tokens = says['tokenizer.ggml.tokens']
+    kinds = says['tokenizer.ggml.token_type']
+    assert len(tokens) == len(kinds) == V
+    assert tokens[tokenizer.bos] == '<|endoftext|>'
+    assert kinds[tokenizer.bos] == llama_cpp.CONTROL
+    assert kinds[-1] == llama_cpp.UNUSED
+  for other in level(add_prefix_space=True), split(r'\s+'):
+    with pytest.raises(config.ConfigError, match='it cuts words as none of'):
+      folder.check(c, _json(tmp_path, other))
+
+
+def test_modules_that_are_one_are_recognised(tmp_path, pieces):
+  """Without mtp_jax.json, from what Transformers reads."""
+  for family in 'sequential', 'recursive':
+    out = tmp_path / family
+    c, model = _export('transformers_mtp', family, out, pieces)
+    os.remove(out / folder.OURS)
+    if family == 'sequential':  # tiny's modules differ, _agreeing's do not
+      with jax.set_mesh(tiny.mesh(c)):
+        model = tiny.model(c, tiny.mesh(c))
+      folder.export(
+        model, c, pieces, str(tmp_path / 'new'), dtype='float32', about='a test'
+      )
+      out = tmp_path / 'new'
+      os.remove(out / folder.OURS)
+    cfg, ours = folder.find(str(out), {})
+    assert not ours and cfg.heads.family == family and cfg.heads.n == N
+    back = folder.read(str(out), cfg, tiny.mesh(c))
+    jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(model))
+    assert lm.specs(cfg).heads is not None
