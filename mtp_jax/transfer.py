@@ -32,8 +32,8 @@ def _absent(flag: str, path: str) -> str:
   return path
 
 
-# Of the forms that are not written by safetensors, the library that writes and
-# reads them, and the extra that installs it.
+# Of the forms that safetensors does not write, the library that does, and the
+# extra that installs it.
 LIBRARIES = {'meta': ('torch', 'meta'), 'gguf': ('gguf', 'gguf')}
 
 
@@ -103,11 +103,11 @@ def import_(parsed: flags.Parsed) -> list[str]:
   form = parsed.given.get('import.format', 'hf')
   if form not in folder.DESCRIPTIONS:
     parsed.config()  # says which there are
-  if form in LIBRARIES:
+  if form == 'meta':
     files.need('import.format', form, *LIBRARIES[form])
   cfg, ours = folder.find(path, parsed.given)
-  if cfg.export.format in LIBRARIES:
-    files.need('import.path', path, *LIBRARIES[cfg.export.format])
+  if cfg.export.format == 'meta':
+    files.need('import.path', path, *LIBRARIES['meta'])
   if ours:
     cfg = parsed.config(cfg)
   tokenizer, dropped = _tokenizer(path, cfg, ours)

@@ -438,6 +438,25 @@ def imports_meta(rng, world) -> list[str]:
   return _import(rng, world, 'meta')
 
 
+def imports_gguf(rng, world) -> list[str]:
+  folder = _copy(world, 'gguf')
+  if rng.random() < 0.3:
+    damage(rng.choice(_files(folder)), rng)
+  else:  # lengths and kinds of the header
+    path = folder / 'model.gguf'
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.randint(1, 3)):
+      at, n = rng.randrange(3000), rng.choice((1, 4, 8))
+      number = rng.choice((0, 1, 7, 2**31, 2**63, 2**64 - 1)) % 2 ** (8 * n)
+      data[at : at + n] = number.to_bytes(n, 'little')
+    path.write_bytes(data)
+  return [
+    'import',
+    f'--import.path={folder}',
+    f'--train.workdir={world.here}/new',
+  ]
+
+
 def prompts(rng, world) -> list[str]:
   args = ['generate', f'--decode.checkpoint={world.base}/run']
   match rng.choice(('prompt', 'ids', 'file', 'file', 'file', 'both')):
@@ -489,6 +508,7 @@ KINDS: dict[str, Callable[[random.Random, World], list[str]]] = {
   'locks': locks,
   'imports-hf': imports_hf,
   'imports-meta': imports_meta,
+  'imports-gguf': imports_gguf,
   'prompts': prompts,
   'reports': reports,
 }
@@ -692,6 +712,14 @@ def build(base: pathlib.Path, run_of: Callable[[str, str], object]) -> None:
     prepared, [*export, f'--export.out={base}/hf'],
     [*export, f'--export.out={base}/hf_sharded', '--export.shard_gib=1e-5'],
     *([meta] if 'imports-meta' in possible() else []),
+    [  # its tokenizer of bytes has no place in the next
+      'import', f'--import.path={base}/hf', f'--train.workdir={base}/ids',
+      '--import.tokenizer=skip', '--train.compilation_cache=',
+    ],
+    [
+      'export', f'--export.checkpoint={base}/ids', '--export.format=gguf',
+      f'--export.out={base}/gguf', '--train.compilation_cache=',
+    ],
   ):  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
       if main.main(args):

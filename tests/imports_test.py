@@ -78,9 +78,10 @@ LIBRARIES = {
   'matplotlib': ('run_report/figures',),
   'torch': ('interop/',),
   'safetensors': ('interop/',),
+  'gguf': ('interop/llama_cpp',),
   'lm_eval': ('evals/harness',),
 }
-LAZY = ('torch', 'safetensors', 'matplotlib')  # inside functions only
+LAZY = ('torch', 'safetensors', 'gguf', 'matplotlib')  # inside functions only
 
 
 def _within(name, places):

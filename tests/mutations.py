@@ -46,6 +46,8 @@ ATTENTION, HLO = 'mtp_jax/model/attention.py', 'mtp_jax/plan/hlo.py'
 SPECULATIVE = 'mtp_jax/decode/speculative.py'
 SAMPLE = 'mtp_jax/decode/sample.py'
 MAPPING, FOLDER = 'mtp_jax/interop/mapping.py', 'mtp_jax/interop/folder.py'
+LLAMA_CPP = 'mtp_jax/interop/llama_cpp.py'
+BY_HAND = 'test_the_files_alone_draft_what_the_model_drafts'
 BEGIN, TOKENS = 'mtp_jax/train/begin.py', 'mtp_jax/interop/tokens.py'
 
 
@@ -611,9 +613,88 @@ FAULTS = (
     _in('interop/forms', 'test_plain_torch_computes_the_same[meta-shared]'),
   ),
   Fault(
-    'embedding-second-in-deepseek', 0, MAPPING,
+    'embedding-second-in-transformers-mtp', 0, MAPPING,
     'return np.concatenate(np.split(w_ED, 2)[::-1])', 'return w_ED',
-    _in('interop/forms', 'test_plain_torch_computes_the_same[deepseek-shared]'),
+    _in(
+      'interop/forms',
+      'test_plain_torch_computes_the_same[transformers_mtp-shared]',
+    ),
+  ),
+  Fault(
+    'projection-of-modules-not-transposed', 0, MAPPING,
+    'lambda w, _: _swapped(w).T, lambda w, _: _swapped(w.T), TRANSPOSED.shape',
+    'lambda w, _: _swapped(w.T), lambda w, _: _swapped(w).T, TRANSPOSED.shape',
+    _in('interop/engines', f'{BY_HAND}[transformers_mtp-sequential]'),
+  ),
+  Fault(
+    'norms-of-modules-swapped', 10, MAPPING,
+    "transformers_mtp='hnorm', gguf_mtp='nextn.hnorm',",
+    "transformers_mtp='enorm', gguf_mtp='nextn.enorm',",
+    _in('interop/engines', f'{BY_HAND}[transformers_mtp-sequential]'),
+  ),
+  Fault(
+    'final-norm-is-that-of-the-embedding', 10, MAPPING,
+    "transformers_mtp='shared_head.norm', gguf_mtp='nextn.shared_head_norm',",
+    "transformers_mtp='shared_head.norm', gguf_mtp='nextn.enorm',",
+    _in(
+      'interop/forms', 'test_names_are_those_of_the_program[gguf-sequential]'
+    ),
+  ),
+  Fault(
+    'embedding-second-in-gguf', 10, MAPPING,
+    "gguf_mtp=('nextn.eh_proj', EMBEDDING_FIRST),",
+    "gguf_mtp='nextn.eh_proj',",
+    _in('interop/engines', f'{BY_HAND}[gguf-sequential]'),
+  ),
+  Fault(
+    'hidden-state-second-in-mimo', 10, MAPPING,
+    "'proj', TRANSPOSED, hf='proj', mimo='input_proj',",
+    "'proj', TRANSPOSED, hf='proj', mimo=('input_proj', EMBEDDING_FIRST),",
+    _in('interop/engines', f'{BY_HAND}[mimo-recursive]'),
+  ),
+  Fault(
+    'last-step-without-a-module', 0, MAPPING,
+    'for j in range(1, cfg.heads.n - 1)', 'for j in range(1, cfg.heads.n - 2)',
+    _in(
+      'interop/forms',
+      'test_names_are_those_of_the_program[transformers_mtp-recursive]',
+    ),
+  ),
+  Fault(
+    'rope-of-a-plain-gguf-not-permuted', 10, MAPPING,
+    "gguf=('attn_q', HEADS_IN_PAIRS), gguf_mtp='attn_q',",
+    "gguf='attn_q', gguf_mtp='attn_q',",
+    _in('interop/engines', 'test_a_plain_gguf_computes_the_same'),
+  ),
+  Fault(
+    'queries-after-keys', 0, LLAMA_CPP,
+    "APART, FUSED = ('attn_q', 'attn_k', 'attn_v'), 'attn_qkv'",
+    "APART, FUSED = ('attn_k', 'attn_q', 'attn_v'), 'attn_qkv'",
+    _in('interop/forms', 'test_there_and_back_is_the_same[float32-gguf-'
+        'sequential-shared]'),
+  ),
+  Fault(
+    'rope-frequencies-upside-down', 10, LLAMA_CPP,
+    'layers.rope_rates(plain.model) / layers.rope_rates(cfg.model)',
+    'layers.rope_rates(cfg.model) / layers.rope_rates(plain.model)',
+    _in('interop/engines', 'test_a_plain_gguf_computes_the_same'),
+  ),
+  Fault(
+    'index-names-a-heads-tensor', 0, FOLDER,
+    'weight_map |= dict.fromkeys(names, name)',
+    "weight_map |= dict.fromkeys([*names, 'mtp_heads.2.proj.weight'], name)",
+    _in('interop/hf', 'test_an_index_names_the_llama_alone'),
+  ),
+  Fault(
+    'lengths-of-a-gguf-believed', 10, LLAMA_CPP,
+    'if n > len(self.data) - self.at:', 'if False:',
+    _in('interop/engines', 'test_a_damaged_file_is_refused_in_a_line'),
+  ),
+  Fault(
+    'several-modules-in-mimo', 10, MAPPING,
+    "if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 1:",
+    "if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 9:",
+    _in('interop/forms', 'test_what_a_form_has_no_place_for'),
   ),
   Fault(
     'first-row-of-every-shard', 0, FOLDER,

@@ -250,7 +250,7 @@ def _tensors_of(
   if form == 'meta':
     return meta.tensors_of(folder, flag)
   if form in llama_cpp.ARCHITECTURES:
-    found = llama_cpp.read(folder, form, cfg, flag)
+    found = llama_cpp.read(folder, cfg, flag)
   else:
     found = files.read_folder(folder, flag)
   file = mapping.FORMS[form].file

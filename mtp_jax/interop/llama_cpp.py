@@ -9,6 +9,7 @@ the final norm, and hands its own on before its norm.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from mtp_jax import config
 from mtp_jax.data import ranks, tokenizers
-from mtp_jax.interop import files, mapping
+from mtp_jax.interop import files, mapping, tokens
 from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import layers
 
@@ -79,7 +80,7 @@ def write(
   kinds = gguf.GGMLQuantizationType
   for name, (shape, dtype) in whole.items():
     writer.add_tensor_info(
-      name, shape, dtype, int(np.prod(shape)) * dtype.itemsize,
+      name, shape, dtype, math.prod(shape) * dtype.itemsize,
       kinds[{'float32': 'F32', 'bfloat16': 'BF16'}[dtype.name]],
     )  # fmt: skip
   if stretched is not None:
@@ -89,14 +90,17 @@ def write(
   writer.write_header_to_file(path)
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
-  (file,) = writer.fout
-  alignment = writer.data_alignment
-  # By hand: the library's tofile forgets what was wrong with a disk.
-  file.write(bytes(-file.tell() % alignment))
-  for array in _joined(form, arrays, stretched):
-    file.write(np.ascontiguousarray(array).view(np.uint8).data)
-    file.write(bytes(-array.nbytes % alignment))
   writer.close()
+  # By hand: the library's tofile forgets what was wrong with a disk.
+  pad = writer.data_alignment
+  try:
+    with open(path, 'ab') as file:
+      file.write(bytes(-file.tell() % pad))
+      for array in _joined(form, arrays, stretched):
+        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+        file.write(bytes(-array.nbytes % pad))
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, path) from error
 
 
 def _joined(form, arrays, stretched):
@@ -171,7 +175,6 @@ def _add(writer, key: str, value) -> None:
 
 # The vocabulary.
 
-JSON = 'tokenizer.json'
 # Kinds of a token, as SentencePiece numbers them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
@@ -180,7 +183,7 @@ def check(tokenizer) -> str:
   """Why llama.cpp would not cut texts as a tokenizer does; '' if it does."""
   if tokenizer is None:
     return ''
-  if not {tokenizers.PIECES, JSON} & tokenizer.files.keys():
+  if not {tokenizers.PIECES, tokens.JSON} & tokenizer.files.keys():
     return (
       'has no tokenizer of bytes (--data.tokenizer=bytes): llama.cpp knows'
       ' SentencePiece models and byte-level BPE'
@@ -191,7 +194,7 @@ def check(tokenizer) -> str:
 
 
 def _unfit_pieces(tokenizer) -> str:
-  proto = _proto(tokenizer)
+  proto = tokens.model_proto(tokenizer.files[tokenizers.PIECES])
   spec, about = proto.normalizer_spec, proto.trainer_spec
   if about.model_type != about.BPE:
     return 'llama.cpp cuts texts by merges (BPE), not by likelihood (unigram)'
@@ -204,14 +207,6 @@ def _unfit_pieces(tokenizer) -> str:
   if not about.byte_fallback:
     return 'it has no pieces for bytes, which llama.cpp falls back on'
   return ''
-
-
-def _proto(tokenizer):
-  from sentencepiece import sentencepiece_model_pb2
-
-  proto = sentencepiece_model_pb2.ModelProto()
-  proto.ParseFromString(tokenizer.files[tokenizers.PIECES])
-  return proto
 
 
 # How a tokenizer.json cuts words, by the name that llama.cpp has for it, and
@@ -228,7 +223,7 @@ WORDS = {
 
 
 def _unfit_json(tokenizer) -> str:
-  about = json.loads(tokenizer.files[JSON])
+  about = json.loads(tokenizer.files[tokens.JSON])
   model = about['model']
   if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback'):
     return 'llama.cpp knows byte-level BPE of a tokenizer.json'
@@ -290,7 +285,7 @@ def vocabulary(tokenizer, cfg: config.Config) -> dict:
 
 
 def _of_pieces(tokenizer) -> dict:
-  proto = _proto(tokenizer)
+  proto = tokens.model_proto(tokenizer.files[tokenizers.PIECES])
   pieces = proto.pieces
   return {
     'model': 'llama',
@@ -304,15 +299,15 @@ def _of_pieces(tokenizer) -> dict:
 
 
 def _of_json(tokenizer) -> dict:
-  about = json.loads(tokenizer.files[JSON])
+  about = json.loads(tokenizer.files[tokens.JSON])
   model = about['model']
-  tokens = [f'[unused {i}]' for i in range(tokenizer.vocab_size)]
-  kinds = [UNUSED] * len(tokens)
+  found = [f'[unused {i}]' for i in range(tokenizer.vocab_size)]
+  kinds = [UNUSED] * len(found)
   for token, i in model['vocab'].items():
-    tokens[i], kinds[i] = token, NORMAL
+    found[i], kinds[i] = token, NORMAL
   for added in about.get('added_tokens') or ():
     i = added['id']
-    tokens[i] = added['content']
+    found[i] = added['content']
     kinds[i] = CONTROL if added.get('special') else USER_DEFINED
   merges = [
     merge if isinstance(merge, str) else ' '.join(merge)
@@ -321,7 +316,7 @@ def _of_json(tokenizer) -> dict:
   return {
     'model': 'gpt2',
     'pre': _words(about),
-    'tokens': tokens,
+    'tokens': found,
     'token_type': kinds,
     # A file without any is refused; this one joins nothing that is a token.
     'merges': merges or ['\u0120 \u0120'],
@@ -330,59 +325,122 @@ def _of_json(tokenizer) -> dict:
 
 # In.
 
+# By hand, since the library believes every length that a file states
+# (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+SIZES = {
+  0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8
+}  # fmt: skip
+STRING, ARRAY, UINT32 = 8, 9, 4
+DTYPES = {0: np.dtype(np.float32), 30: np.dtype(ml_dtypes.bfloat16)}
+ALIGNMENT = 'general.alignment'
 
-def read(folder: str, form: str, cfg: config.Config, flag: str) -> dict:
+
+class _Header:
+  """A file from its beginning on; ValueError where it ends too soon."""
+
+  def __init__(self, data: np.ndarray):
+    self.data, self.at = data, 0
+
+  def take(self, n: int) -> bytes:
+    if n > len(self.data) - self.at:
+      raise ValueError('it is cut off, or damaged')
+    self.at += n
+    return self.data[self.at - n : self.at].tobytes()
+
+  def number(self, n: int) -> int:
+    return int.from_bytes(self.take(n), 'little')
+
+  def text(self) -> str:
+    return self.take(self.number(8)).decode()
+
+  def skip(self, kind: int) -> None:
+    if kind == STRING:
+      self.take(self.number(8))
+    elif kind == ARRAY:
+      of, n = self.number(4), self.number(8)
+      if of in SIZES:
+        self.take(n * SIZES[of])
+      elif of == STRING:
+        for _ in range(n):
+          self.take(self.number(8))
+      else:
+        raise ValueError(f'it holds arrays of kind {of}')
+    elif kind in SIZES:
+      self.take(SIZES[kind])
+    else:
+      raise ValueError(f'it holds values of kind {kind}')
+
+
+def _tensors(path: str) -> dict[str, files.Tensor]:
+  """Those of a file; ValueError says what is wrong with it."""
+  if os.path.getsize(path) == 0:
+    raise ValueError('it is empty')
+  header = _Header(np.memmap(path, np.uint8, 'r'))
+  if header.take(4) != b'GGUF' or header.number(4) not in (2, 3):
+    raise ValueError('it does not begin as GGUF, version 2 or 3, does')
+  n_tensors, n_values = header.number(8), header.number(8)
+  alignment = 32
+  for _ in range(n_values):
+    name, kind = header.text(), header.number(4)
+    if name == ALIGNMENT and kind == UINT32:
+      alignment = max(header.number(4), 1)
+    else:
+      header.skip(kind)
+  abouts = []
+  for _ in range(n_tensors):
+    name, n = header.text(), header.number(4)
+    if n > 4:
+      raise ValueError(f'{name} has {n} dimensions')
+    shape = tuple(header.number(8) for _ in range(n))[::-1]
+    kind, offset = header.number(4), header.number(8)
+    if kind not in DTYPES:
+      raise ValueError(f'{name} is of kind {kind}; only F32 and BF16 are read')
+    abouts.append((name, shape, DTYPES[kind], offset))
+  data = -(-header.at // alignment) * alignment
+  found = {}
+  for name, shape, dtype, offset in abouts:
+    end = data + offset + math.prod(shape) * dtype.itemsize
+    if end > len(header.data):
+      raise ValueError(f'it is cut off within {name}')
+    found[name] = files.Tensor(path, name, dtype, shape, data + offset)
+  return found
+
+
+def read(folder: str, cfg: config.Config, flag: str) -> dict[str, files.Tensor]:
   """The tensors of a folder's file, by the names of mapping.py.
 
   Raises:
     ConfigError: it is missing, damaged, or holds other kinds of numbers.
   """
-  import gguf
-
-  path = os.path.join(folder, TENSORS)
-
-  def wrong(problem):
-    return config.ConfigError(flag, path, problem)
-
-  if not os.path.isfile(path):
-    raise wrong('there is no such file')
+  path, form = os.path.join(folder, TENSORS), mapping.of(cfg)
   try:
-    reader = gguf.GGUFReader(path)
-  except Exception as error:  # ValueError, IndexError, KeyError and others
-    raise wrong('is no GGUF file, or it is cut off') from error
-  kinds = gguf.GGMLQuantizationType
-  dtypes = {
-    kinds.F32: np.dtype(np.float32),
-    kinds.BF16: np.dtype(ml_dtypes.bfloat16),
-  }
-  size, found = os.path.getsize(path), {}
-  for tensor in reader.tensors:
-    if tensor.name == FREQUENCIES:
-      continue
-    dtype = dtypes.get(tensor.tensor_type)
-    if dtype is None:
-      raise wrong(
-        f'{tensor.name} is {kinds(tensor.tensor_type).name}; only F32 and BF16'
-        ' can be read'
-      )
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    offset = int(tensor.data_offset)
-    if offset + int(np.prod(shape)) * dtype.itemsize > size:
-      raise wrong(f'is cut off within {tensor.name}')
-    whole = files.Tensor(path, tensor.name, dtype, shape, offset)
-    found |= _apart(form, cfg, whole)
+    whole = _tensors(path)
+  except OSError as error:
+    raise config.ConfigError(
+      flag, path, f'cannot be read: {error.strerror}'
+    ) from error
+  except ValueError as error:
+    raise config.ConfigError(
+      flag, path, f'is no GGUF file that can be read: {error}'
+    ) from error
+  whole.pop(FREQUENCIES, None)
+  found = {}
+  for name, tensor in whole.items():
+    last = name.rpartition('.')[0].rpartition('.')[2]
+    fused = form == 'gguf_mtp' and last == FUSED
+    found |= _apart(cfg, tensor) if fused else {name: tensor}
   return found
 
 
-def _apart(form, cfg, whole: files.Tensor) -> dict[str, files.Tensor]:
-  fused = f'{FUSED}.weight'
-  if form != 'gguf_mtp' or not whole.name.endswith(fused):
-    return {whole.name: whole}
+def _apart(cfg, whole: files.Tensor) -> dict[str, files.Tensor]:
+  """Queries, keys and values of one tensor; whole if they are not those."""
   m, at, found = cfg.model, whole.offset, {}
   heads = m.n_attn_heads, m.kv_heads, m.kv_heads
+  if whole.shape != (sum(heads) * m.head_width, m.d_model):
+    return {whole.name: whole}
   for name, n in zip(APART, heads, strict=True):
-    name = f'{whole.name.removesuffix(fused)}{name}.weight'
-    shape = (n * m.head_width, *whole.shape[1:])
+    name = whole.name.replace(FUSED, name)
+    shape = (n * m.head_width, m.d_model)
     found[name] = whole._replace(name=name, shape=shape, offset=at)
-    at += int(np.prod(shape)) * whole.dtype.itemsize
+    at += math.prod(shape) * whole.dtype.itemsize
   return found

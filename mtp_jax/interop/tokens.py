@@ -79,6 +79,15 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 NEVER = -1e6  # the score of what no text may be cut into
 
 
+def model_proto(model: bytes):
+  """What stands in a SentencePiece model: pieces, and how they are used."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.ParseFromString(model)
+  return proto
+
+
 def _of_pieces(model: bytes, tokenizer):
   """(a fast tokenizer with the ids of a SentencePiece model, BOS, EOS, whether
   the model puts a space before a text); None for the first if the model has
@@ -87,11 +96,9 @@ def _of_pieces(model: bytes, tokenizer):
   transformers' own conversion leaves out what a model does with white space.
   """
   import tokenizers as library
-  from sentencepiece import sentencepiece_model_pb2
   from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-  proto = sentencepiece_model_pb2.ModelProto()
-  proto.ParseFromString(model)
+  proto = model_proto(model)
   kinds = [piece.type for piece in proto.pieces]
   names = [piece.piece for piece in proto.pieces]
   bos, eos = names[tokenizer.bos], names[tokenizer.eos]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mtp_jax import config, targets
+from mtp_jax import config, main, targets
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import folder, llama_cpp
 from mtp_jax.model import lm
@@ -49,8 +49,10 @@ def pieces(tmp_path_factory):
 
 
 def _cfg(form, family, **changes):
+  layers = N + 1 if family in config.BLOCK_FIRST else 1
   return tiny.cfg(
-    export__format=form, heads__family=family, heads__n=N, model__n_layers=1,
+    export__format=form, heads__family=family, heads__n=N,
+    model__n_layers=layers,
     model__d_model=32, model__n_attn_heads=2, model__n_kv_heads=1,
     model__d_ff=48, model__vocab_size=V, model__context=CONTEXT,
     data__seq_len=CONTEXT, **changes,
@@ -118,6 +120,31 @@ def test_the_files_alone_draft_what_the_model_drafts(
   engine = {'gguf': 'llama_cpp', 'mimo': 'vllm'}.get(form, form.split('_')[0])
   there = handover.accepted(_of(tmp_path / 'out', form), ids, engine, N - 1)
   assert 0.2 < found[0] < 1 and abs(there[0] - found[0]) < 0.2
+
+
+@pytest.mark.parametrize(
+  'family, changes',
+  [
+    ('parallel', dict(heads__unembedding='tied')),
+    ('sequential', dict(model__rope_factor=8.0, model__rope_context=32)),
+  ],
+)  # fmt: skip
+def test_a_plain_gguf_computes_the_same(family, changes, tmp_path, pieces):
+  c = _cfg('gguf', family, **changes)
+  model = tiny.model(c, tiny.mesh(c))
+  folder.export(
+    model, c, pieces, str(tmp_path / 'out'), dtype='float32', about='a test'
+  )
+  m = handover.of_gguf(str(tmp_path / 'out' / llama_cpp.TENSORS))
+  assert not m.modules and m.sizes.pairs
+  ids = pieces.encode(CODE[1000:])[:256]
+  window = np.pad(ids, (0, c.span))[None]
+  with jax.set_mesh(tiny.mesh(c)):
+    ours = tiny.dense_logits(
+      model, window, np.arange(window.shape[1])[None], c
+    )[0, 0]
+  by_hand = handover._norm(handover.trunk(m, ids), m.norm, m.sizes)
+  np.testing.assert_allclose(ours, by_hand @ m.unembed.T, atol=1e-4)
 
 
 PROMPTS = ('def load(', 'class JSON', '\n    """', 'raise ')
@@ -307,3 +334,28 @@ def test_modules_that_are_one_are_recognised(tmp_path, pieces):
     back = folder.read(str(out), cfg, tiny.mesh(c))
     jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(model))
     assert lm.specs(cfg).heads is not None
+
+
+@pytest.mark.parametrize(
+  'damage, said',
+  [
+    (lambda data: b'', 'it is empty'),
+    (lambda data: b'GGML' + data[4:], 'does not begin as GGUF, version 2 or 3'),
+    (lambda data: data[:100], 'it is cut off, or damaged'),
+    (lambda data: data[: len(data) // 2], 'it is cut off within'),
+    (lambda data: data[:8] + b'\xff' * 16 + data[24:], 'cut off, or damaged'),
+    (lambda data: data.replace(b'output.weight', b'outputXweight'), 'missing'),
+    (lambda data: data.replace(b'attn_qkv', b'attn_xkv'), 'attn_k.weight is'),
+  ],
+)
+def test_a_damaged_file_is_refused_in_a_line(damage, said, tmp_path, capsys):
+  _export('gguf', 'sequential', tmp_path / 'in', None)
+  path = tmp_path / 'in' / llama_cpp.TENSORS
+  path.write_bytes(damage(path.read_bytes()))
+  assert main.main([
+    'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1',
+    f'--train.workdir={tmp_path / "run"}', '--train.compilation_cache=',
+  ]) == 2  # fmt: skip
+  error = capsys.readouterr().err
+  assert said in error and error.count('\n') == 1, error
+  assert not (tmp_path / 'run').exists()

@@ -14,7 +14,7 @@ import tokenizers as hf
 
 from mtp_jax import config, main
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import files, folder, tokens
+from mtp_jax.interop import files, folder, llama_cpp, tokens
 from tests import tiny
 
 HEAD, EMBEDDING = folder.HEAD, folder.EMBEDDING
@@ -37,7 +37,18 @@ def llama(tmp_path):
 
 @pytest.mark.parametrize(
   'write',
-  [files.write, pytest.param(files.write_torch, marks=pytest.mark.parity)],
+  [
+    files.write,
+    pytest.param(files.write_torch, marks=pytest.mark.parity),
+    lambda path, arrays: llama_cpp.write(
+      path,
+      tiny.cfg(),
+      None,
+      'a test',
+      {name: (x.shape, np.dtype(np.float32)) for name, x in arrays.items()},
+      ((name, x.astype(np.float32)) for name, x in arrays.items()),
+    ),
+  ],
 )
 def test_a_disk_that_is_full_is_told_by_name(tmp_path, write):
   path = str(tmp_path / 'a')

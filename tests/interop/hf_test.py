@@ -440,6 +440,15 @@ def test_keys_that_mean_nothing_are_left_out(tmp_path):
   _same(folder.read(str(tmp_path / 'in'), cfg, tiny.mesh(c)), model)
 
 
+def test_an_index_names_the_llama_alone(tmp_path):
+  """Or vLLM reads the further heads as a part of it."""
+  c = _cfg('sequential')
+  _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
+  named = json.loads((tmp_path / 'in' / files.INDEX).read_text())['weight_map']
+  wanted = {k for k, place in mapping.tensors(c).items() if not place.extra}
+  assert named == dict.fromkeys(wanted, files.WHOLE)
+
+
 def test_a_file_of_the_index_that_is_missing_is_told(tmp_path):
   c = _cfg(export__shard_gib=4000 / 2**30)
   _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
@@ -530,7 +539,7 @@ def test_no_import_into_a_path_that_is_a_pattern(name, tmp_path, capsys):
 
 def test_a_form_is_asked_for_anew(tmp_path):
   """What was imported from one form leaves in another unless it is given."""
-  c = _cfg('sequential', export__format='mimo')
+  c = _cfg('recursive', export__format='mimo')
   _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
   assert _command('import', tmp_path / 'in', tmp_path / 'run') == 0
   assert _command('export', tmp_path / 'run', tmp_path / 'out') == 0
