@@ -82,37 +82,41 @@ def export(
   ]
   if form == 'gguf' and cfg.heads.n > 1:
     lines.append(f'llama.cpp drafts with no head: {mapping.undrafted(cfg)}')
-  if form in RUN and tokenizer is not None:
-    drafts = cfg.heads.n - 1
-    lines.append(f'run it: {RUN[form].format(out=shlex.quote(out), n=drafts)}')
+  command = run_by(form, out, cfg.heads.n - 1)
+  if command and tokenizer is not None:
+    lines.append(f'run it: {command}')
   return lines
 
 
-# How an engine that users have runs a folder, and drafts with its heads.
-RUN = {
-  'hf': 'vllm serve {out}',
-  'transformers_mtp': (
-    'python -c "import sys, transformers as t; out = sys.argv[1];'
-    ' text = t.AutoTokenizer.from_pretrained(out);'
-    ' model = t.AutoModelForCausalLM.from_pretrained(out,'
-    ' trust_remote_code=True);'
-    " print(text.decode(model.generate(**text('Once', return_tensors='pt'),"
-    ' use_mtp=True, max_new_tokens=64)[0]))" {out}'
-  ),
-  'gguf': 'llama-server -m {out}/model.gguf',
-  'gguf_mtp': (
-    'llama-server -m {out}/model.gguf --spec-type draft-mtp'
-    ' --spec-draft-n-max {n}'
-  ),
-  'mimo': (
-    'vllm serve {out} --trust-remote-code --speculative-config'
-    ' \'{{"method": "mtp", "num_speculative_tokens": {n}}}\''
-  ),
-  'medusa': (
-    'vllm serve {out} --speculative-config \'{{"method": "medusa", "model":'
-    ' "{out}/medusa", "num_speculative_tokens": {n}}}\''
-  ),
-}
+GENERATE = (
+  'import sys, transformers as t; out = sys.argv[1];'
+  ' text = t.AutoTokenizer.from_pretrained(out);'
+  ' model = t.AutoModelForCausalLM.from_pretrained(out,'
+  ' trust_remote_code=True);'
+  ' print(text.decode(model.generate(**text("Once", return_tensors="pt"),'
+  ' use_mtp=True, max_new_tokens=64)[0]))'
+)
+
+
+def run_by(form: str, out: str, n: int) -> str:
+  """The command line of an engine that runs a folder, and drafts n tokens with
+  its heads if it can; '' of forms that no engine serves."""
+  gguf = ['llama-server', '-m', os.path.join(out, llama_cpp.TENSORS)]
+  drafts = dict(method='mtp', num_speculative_tokens=n)
+  medusa = dict(drafts, method='medusa', model=os.path.join(out, 'medusa'))
+  vllm = ['vllm', 'serve', out]
+  return shlex.join({
+    'hf': vllm,
+    'transformers_mtp': ['python', '-c', GENERATE, out],
+    'gguf': gguf,
+    'gguf_mtp': [
+      *gguf, '--spec-type', 'draft-mtp', '--spec-draft-n-max', str(n)
+    ],
+    'mimo': [
+      *vllm, '--trust-remote-code', '--speculative-config', json.dumps(drafts)
+    ],
+    'medusa': [*vllm, '--speculative-config', json.dumps(medusa)],
+  }.get(form, []))  # fmt: skip
 
 
 def _what_it_is(cfg: config.Config) -> config.Config:

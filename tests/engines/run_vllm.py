@@ -38,11 +38,11 @@ def main(request, result):
   ]
   ids = [list(x.outputs[0].token_ids) for x in out]
   counts = {x.name: getattr(x, 'value', 0) for x in model.get_metrics()}
-  stood = counts.get('vllm:spec_decode_num_accepted_tokens', 0)
+  drafted = counts.get('vllm:spec_decode_num_drafts', 0)
   tokenizer = model.get_tokenizer()
   told = dict(
     version=f'vLLM {vllm.__version__}', ids=ids,
-    passes=[sum(map(len, ids)) - stood] if asked['steps'] else None,
+    passes=[len(ids) + drafted] if asked['steps'] else None,
     cut=[tokenizer(text).input_ids for text in asked['texts']],
   )  # fmt: skip
   with open(result, 'w') as file:

@@ -7,6 +7,7 @@ run them (extra [parity]). tests/engines does so with trained models and vLLM.
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -230,6 +231,29 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
       for prompt, ids in zip(prompts, found['ids'], strict=True)
     ]
     assert found['passes'] == wanted and sum(wanted) < 4 * 24 - 10
+
+
+def test_an_export_ends_with_an_engines_command_line():
+  out = '/tmp/a b'
+  for form, wanted in (
+    ('hf', "vllm serve '/tmp/a b'"),
+    ('gguf', "llama-server -m '/tmp/a b/model.gguf'"),
+    (
+      'gguf_mtp', "llama-server -m '/tmp/a b/model.gguf' --spec-type draft-mtp"
+      ' --spec-draft-n-max 3',
+    ),
+    (
+      'mimo', "vllm serve '/tmp/a b' --trust-remote-code --speculative-config"
+      ' \'{"method": "mtp", "num_speculative_tokens": 3}\'',
+    ),
+    ('meta', ''),
+  ):  # fmt: skip
+    assert folder.run_by(form, out, 3) == wanted
+  *_, about = shlex.split(folder.run_by('medusa', out, 3))
+  assert json.loads(about)['model'] == '/tmp/a b/medusa'
+  *python, code, path = shlex.split(folder.run_by('transformers_mtp', out, 3))
+  assert python == ['python', '-c'] and path == out
+  compile(code, 'code', 'exec')
 
 
 # Tokenizers that llama.cpp would read otherwise.

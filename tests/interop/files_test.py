@@ -42,7 +42,7 @@ def llama(tmp_path):
     pytest.param(files.write_torch, marks=pytest.mark.parity),
     lambda path, arrays: llama_cpp.write(
       path,
-      tiny.cfg(),
+      tiny.cfg(export__format='gguf'),
       None,
       'a test',
       {name: (x.shape, np.dtype(np.float32)) for name, x in arrays.items()},
