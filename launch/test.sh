@@ -4,8 +4,9 @@
 #   launch/test.sh --slow     the full products and the long runs as well
 #   launch/test.sh --core     model, loss, optimizer, training, decoding, data: what
 #                             another Python or jax could change
-#   launch/test.sh --parity   those that compare with PyTorch and transformers,
-#                             which it installs: several GB but on Python 3.11
+#   launch/test.sh --parity   those that compare with PyTorch, transformers and
+#                             llama.cpp, which it installs: several GB but on
+#                             Python 3.11
 #   launch/test.sh ARGS …     pytest with these arguments
 # PYTHON=python3.13 launch/test.sh makes .venv of that interpreter.
 set -euo pipefail

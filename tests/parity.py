@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 
-NAMES = ('torch', 'transformers', 'accelerate')
+NAMES = ('torch', 'transformers', 'accelerate', 'xllamacpp')
 MISSING = [name for name in NAMES if importlib.util.find_spec(name) is None]
 REASON = f'needs {", ".join(MISSING)}: launch/test.sh --parity installs it'
 

@@ -204,7 +204,6 @@ def test_transformers_drafts_with_every_module(
   ],
 )
 def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
-  pytest.importorskip('xllamacpp', reason=parity.REASON)
   out = tmp_path / 'out'
   c, _ = _export('gguf', family, out, pieces, **changes)
   m = handover.of_gguf(str(out / 'model.gguf'))
