@@ -89,10 +89,11 @@ def export(
 
 
 GENERATE = (
-  'import sys, transformers as t; out = sys.argv[1];'
-  ' text = t.AutoTokenizer.from_pretrained(out);'
-  ' model = t.AutoModelForCausalLM.from_pretrained(out,'
+  'import sys, transformers as t;'
+  ' out = dict(pretrained_model_name_or_path=sys.argv[1],'
   ' trust_remote_code=True);'
+  ' text = t.AutoTokenizer.from_pretrained(**out);'
+  ' model = t.AutoModelForCausalLM.from_pretrained(**out);'
   ' print(text.decode(model.generate(**text("Once", return_tensors="pt"),'
   ' use_mtp=True, max_new_tokens=64)[0]))'
 )

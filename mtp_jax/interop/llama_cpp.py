@@ -190,7 +190,13 @@ def check(tokenizer) -> str:
     )
   unfit = _unfit_pieces if tokenizers.PIECES in tokenizer.files else _unfit_json
   why = unfit(tokenizer)
+  if not why and len(tokenizer.more_eos) > len(ENDS):
+    why = f'it has {1 + len(tokenizer.more_eos)} end tokens, of which llama.cpp'
+    why += f' has places for {1 + len(ENDS)}'
   return f'cannot hold the tokenizer {tokenizer.name}: {why}' if why else ''
+
+
+ENDS = ('eot', 'eom')  # names of further end tokens
 
 
 def _unfit_pieces(tokenizer) -> str:
@@ -206,6 +212,11 @@ def _unfit_pieces(tokenizer) -> str:
     return 'it marks spaces in another way than llama.cpp'
   if not about.byte_fallback:
     return 'it has no pieces for bytes, which llama.cpp falls back on'
+  kinds = {piece.type for piece in proto.pieces}
+  if UNUSED in kinds:
+    return 'it has unused pieces, which llama.cpp would use'
+  if USER_DEFINED in kinds and spec.add_dummy_prefix:
+    return 'llama.cpp would put a space after each symbol of its user'
   return ''
 
 
@@ -229,12 +240,26 @@ def _unfit_json(tokenizer) -> str:
     return 'llama.cpp knows byte-level BPE of a tokenizer.json'
   if about.get('normalizer'):
     return 'it normalizes texts, which llama.cpp does not'
+  for added in about.get('added_tokens') or ():
+    if any(added.get(x) for x in ('single_word', 'lstrip', 'rstrip')):
+      return f'its token {added["content"]!r} minds the spaces around it'
+  around = _around(tokenizer)
+  if around not in ([], [tokenizer.bos]):
+    return f'it puts the tokens {around} around a text'
   if _words(about) is None:
     return (
       'it cuts words as none of those does that are known here'
       f' ({", ".join(dict.fromkeys(WORDS.values()))})'
     )
   return ''
+
+
+def _around(tokenizer) -> list[int]:
+  """What a tokenizer.json makes of a text of nothing."""
+  import tokenizers as library
+
+  fast = library.Tokenizer.from_buffer(tokenizer.files[tokens.JSON])
+  return fast.encode('').ids
 
 
 def _words(about: dict) -> str | None:
@@ -275,11 +300,11 @@ def vocabulary(tokenizer, cfg: config.Config) -> dict:
   return {f'tokenizer.ggml.{key}': value for key, value in found.items()} | {
     'tokenizer.ggml.bos_token_id': tokenizer.bos,
     'tokenizer.ggml.eos_token_id': tokenizer.eos,
-    'tokenizer.ggml.add_bos_token': True,
+    'tokenizer.ggml.add_bos_token': tokenizers.begins(tokenizer),
     'tokenizer.ggml.add_eos_token': False,
     **{
       f'tokenizer.ggml.{key}_token_id': token
-      for key, token in zip(('eot', 'eom'), tokenizer.more_eos, strict=False)
+      for key, token in zip(ENDS, tokenizer.more_eos, strict=False)
     },
   }
 

@@ -14,7 +14,10 @@ def main(request, result):
   with open(request) as file:
     asked = json.load(file)
   folder = asked['folder']
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  # Without it the config.json would be read as that of no model in particular.
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    folder, trust_remote_code=True
+  )
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=True
   )

@@ -160,20 +160,29 @@ def _greedy(m, prompt, new):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize('family', ['sequential', 'recursive'])
+@pytest.mark.parametrize(
+  'family, changes',
+  [
+    ('sequential', dict(model__rope_factor=8.0, model__rope_context=32)),
+    ('sequential', dict(heads__unembedding='tied', model__d_head=24)),
+    ('recursive', {}),
+  ],
+)
 def test_transformers_drafts_with_every_module(
-  family, tmp_path, pieces, monkeypatch
+  family, changes, tmp_path, pieces, monkeypatch
 ):
   monkeypatch.setattr(
     transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c')
   )
   out = tmp_path / 'out'
-  _export('transformers_mtp', family, out, pieces)
+  _export('transformers_mtp', family, out, pieces, **changes)
   m = handover.of_folder(str(out))
   model = transformers.AutoModelForCausalLM.from_pretrained(
     out, dtype=torch.float32, trust_remote_code=True
   )
-  tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    out, trust_remote_code=True
+  )
   forwards, saved = [], 0
   model.register_forward_pre_hook(lambda *_: forwards.append(1))
   for text in PROMPTS:
@@ -190,6 +199,20 @@ def test_transformers_drafts_with_every_module(
     assert len(forwards) == wanted
     saved += 24 - wanted
   assert saved > 10
+
+
+def _llama_cpp(tmp_path, out, prompts, new, steps, texts) -> dict:
+  asked = dict(
+    folder=str(out), prompts=prompts, new=new, steps=steps, context=CONTEXT,
+    texts=texts,
+  )  # fmt: skip
+  (tmp_path / 'request').write_text(json.dumps(asked))
+  driver = os.path.join(runs.ROOT, 'tests/engines/run_llama_cpp.py')
+  subprocess.run(
+    [sys.executable, driver, tmp_path / 'request', tmp_path / 'result'],
+    check=True, capture_output=True, timeout=100,
+  )  # fmt: skip
+  return json.loads((tmp_path / 'result').read_text())
 
 
 @pytest.mark.parity
@@ -210,17 +233,7 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
   steps = len(m.modules) and N - 1
   assert bool(steps) == (c.model.rope_factor == 1)
   prompts = [[pieces.bos, *pieces.encode(text).tolist()] for text in PROMPTS]
-  asked = dict(
-    folder=str(out), prompts=prompts, new=24, steps=steps, context=CONTEXT,
-    texts=PROMPTS,
-  )  # fmt: skip
-  (tmp_path / 'request').write_text(json.dumps(asked))
-  driver = os.path.join(runs.ROOT, 'tests/engines/run_llama_cpp.py')
-  subprocess.run(
-    [sys.executable, driver, tmp_path / 'request', tmp_path / 'result'],
-    check=True, capture_output=True, timeout=100,
-  )  # fmt: skip
-  found = json.loads((tmp_path / 'result').read_text())
+  found = _llama_cpp(tmp_path, out, prompts, 24, steps, PROMPTS)
   assert found['cut'] == prompts
   for prompt, ids in zip(prompts, found['ids'], strict=True):
     assert [*prompt, *ids] == _greedy(m, prompt, 24)
@@ -265,6 +278,7 @@ def test_an_export_ends_with_an_engines_command_line():
     (dict(normalization_rule_name='nmt_nfkc'), 'it normalizes texts'),
     (dict(remove_extra_whitespaces=True), 'it removes spaces'),
     (dict(byte_fallback=False), 'no pieces for bytes'),
+    (dict(user_defined_symbols=['<x>']), 'after each symbol of its user'),
   ],
 )
 def test_a_tokenizer_that_llama_cpp_has_not_is_refused(
@@ -289,53 +303,99 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(
     folder.check(c, tokenizers.get('bytes'))
 
 
-def _json(path, pre_tokenizer, **model):
+def _json(path, words, **model):
+  """A byte-level tokenizer.json that cuts words by an expression, or as GPT-2
+  does."""
   import tokenizers as hf
 
+  level = hf.pre_tokenizers.ByteLevel
+  before = level(add_prefix_space=False)
+  if words:
+    before = hf.pre_tokenizers.Sequence([
+      hf.pre_tokenizers.Split(hf.Regex(words), 'isolated'),
+      level(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
   fast = hf.Tokenizer(hf.models.BPE(**model))
-  fast.pre_tokenizer = pre_tokenizer
+  fast.pre_tokenizer = before
+  fast.decoder = hf.decoders.ByteLevel()
   fast.train_from_iterator(
     CODE.split('\n'),
     hf.trainers.BpeTrainer(
       vocab_size=V - 20, special_tokens=['<|endoftext|>'], show_progress=False,
-      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+      initial_alphabet=level.alphabet(),
     ),
   )  # fmt: skip
   fast.save(str(path / 'tokenizer.json'))
   return tokenizers.get(f'hf:{path / "tokenizer.json"}')
 
 
-def test_words_of_a_tokenizer_json_have_llama_cpps_name(tmp_path):
-  from tokenizers import Regex, pre_tokenizers
+WORDS = [
+  ('gpt-2', '', False), ('llama-bpe', llama_cpp.ranks.WORDS, True),
+  ('dbrx', llama_cpp.ranks.WORDS, False), ('qwen2', llama_cpp.QWEN2, False),
+]  # fmt: skip
 
-  level = pre_tokenizers.ByteLevel
 
-  def split(expression):
-    return pre_tokenizers.Sequence([
-      pre_tokenizers.Split(Regex(expression), 'isolated'),
-      level(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-
+@pytest.mark.parametrize('name, words, whole', WORDS)
+def test_words_of_a_tokenizer_json_have_llama_cpps_name(
+  name, words, whole, tmp_path
+):
   c = _cfg('gguf', 'sequential')
-  for name, before, whole in (
-    ('gpt-2', level(add_prefix_space=False), False),
-    ('llama-bpe', split(llama_cpp.ranks.WORDS), True),
-    ('dbrx', split(llama_cpp.ranks.WORDS), False),
-    ('qwen2', split(llama_cpp.QWEN2), False),
-  ):
-    tokenizer = _json(tmp_path, before, ignore_merges=whole)
-    folder.check(c, tokenizer)
-    says = llama_cpp.vocabulary(tokenizer, c)
-    assert says['tokenizer.ggml.pre'] == name
-    tokens = says['tokenizer.ggml.tokens']
-    kinds = says['tokenizer.ggml.token_type']
-    assert len(tokens) == len(kinds) == V
-    assert tokens[tokenizer.bos] == '<|endoftext|>'
-    assert kinds[tokenizer.bos] == llama_cpp.CONTROL
-    assert kinds[-1] == llama_cpp.UNUSED
-  for other in level(add_prefix_space=True), split(r'\s+'):
-    with pytest.raises(config.ConfigError, match='it cuts words as none of'):
-      folder.check(c, _json(tmp_path, other))
+  tokenizer = _json(tmp_path, words, ignore_merges=whole)
+  folder.check(c, tokenizer)
+  says = llama_cpp.vocabulary(tokenizer, c)
+  assert says['tokenizer.ggml.pre'] == name
+  tokens = says['tokenizer.ggml.tokens']
+  kinds = says['tokenizer.ggml.token_type']
+  assert len(tokens) == len(kinds) == V
+  assert tokens[tokenizer.bos] == '<|endoftext|>'
+  assert kinds[tokenizer.bos] == llama_cpp.CONTROL
+  assert kinds[-1] == llama_cpp.UNUSED
+  assert not says['tokenizer.ggml.add_bos_token']  # nor does transformers
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('name, words, whole', WORDS)
+def test_llama_cpp_cuts_words_as_the_tokenizer(name, words, whole, tmp_path):
+  tokenizer = _json(tmp_path, words, ignore_merges=whole)
+  out = tmp_path / 'out'
+  _export('gguf', 'sequential', out, tokenizer)
+  texts = [
+    CODE[:2000], 'Größe 東京 🙂 \u2028',
+    "it's 12345, ISN'T it?  a  b\t\n\n  c ",
+    ' x', '\n', '',
+  ]  # fmt: skip
+  found = _llama_cpp(tmp_path, out, [[tokenizer.bos]], 1, 0, texts)
+  assert found['cut'] == [tokenizer.encode(text).tolist() for text in texts]
+
+
+def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
+  c = _cfg('gguf', 'sequential')
+  tokenizer = _json(tmp_path, '')
+
+  def changed(change):
+    about = json.loads(tokenizer.files['tokenizer.json'])
+    change(about)
+    files = {'tokenizer.json': json.dumps(about).encode()}
+    return tokenizers.of_files('hf:x', tokenizer.files | files)
+
+  for other, said in (
+    (_json(tmp_path, r'\s+'), 'it cuts words as none of'),
+    (
+      changed(lambda x: x['pre_tokenizer'].update(add_prefix_space=True)),
+      'it cuts words as none of',
+    ),
+    (
+      changed(lambda x: x['added_tokens'][0].update(lstrip=True)),
+      'minds the spaces around it',
+    ),
+    (
+      changed(lambda x: x.update(normalizer={'type': 'NFC'})),
+      'it normalizes texts',
+    ),
+    (tokenizer._replace(more_eos=(1, 2, 3)), 'it has 4 end tokens'),
+  ):  # fmt: skip
+    with pytest.raises(config.ConfigError, match=said):
+      folder.check(c, other)
 
 
 def test_modules_that_are_one_are_recognised(tmp_path, pieces):
