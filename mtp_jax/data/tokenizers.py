@@ -268,6 +268,12 @@ def _more_eos(name: str, files: Files, eos: int) -> tuple[int, ...]:
   return tuple(i for i in dict.fromkeys(found) if i != eos)
 
 
+def _of_library(error: BaseException) -> bool:
+  """The tokenizers library raises just Exception, or its own panic, which is
+  none."""
+  return type(error).__name__ in ('Exception', 'PanicException')
+
+
 def _make_hugging_face(name: str, files: Files) -> Tokenizer:
   """A tokenizer.json, through the tokenizers library.
 
@@ -284,7 +290,9 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     ) from error
   try:
     fast = tokenizers.Tokenizer.from_buffer(model)
-  except Exception as error:  # the library raises just that
+  except BaseException as error:
+    if not _of_library(error):
+      raise
     raise _error(name, 'is not a tokenizer.json') from error
   fast.no_padding()
   fast.no_truncation()
@@ -314,8 +322,7 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     try:
       ids = fast.encode(text, add_special_tokens=False).ids
     except BaseException as error:
-      # The library raises just Exception, or its own panic, which is none.
-      if type(error).__name__ not in ('Exception', 'PanicException'):
+      if not _of_library(error):
         raise
       raise _error(name, f'cannot encode a text: {error}') from error
     return np.asarray(ids, np.int32)

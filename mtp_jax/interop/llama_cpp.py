@@ -215,8 +215,8 @@ def _unfit_pieces(tokenizer) -> str:
   kinds = {piece.type for piece in proto.pieces}
   if UNUSED in kinds:
     return 'it has unused pieces, which llama.cpp would use'
-  if USER_DEFINED in kinds and spec.add_dummy_prefix:
-    return 'llama.cpp would put a space after each symbol of its user'
+  if USER_DEFINED in kinds:
+    return 'it has symbols of its user, which llama.cpp finds in another order'
   return ''
 
 
@@ -234,16 +234,25 @@ WORDS = {
 
 
 def _unfit_json(tokenizer) -> str:
+  import tokenizers as library
+
   about = json.loads(tokenizer.files[tokens.JSON])
   model = about['model']
   if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback'):
     return 'llama.cpp knows byte-level BPE of a tokenizer.json'
+  for field in 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix':
+    if model.get(field):
+      return f'llama.cpp knows no {field}={model[field]!r}'
   if about.get('normalizer'):
     return 'it normalizes texts, which llama.cpp does not'
   for added in about.get('added_tokens') or ():
     if any(added.get(x) for x in ('single_word', 'lstrip', 'rstrip')):
       return f'its token {added["content"]!r} minds the spaces around it'
-  around = _around(tokenizer)
+  overlap = _overlap([x['content'] for x in about.get('added_tokens') or ()])
+  if overlap:
+    return f'its tokens {" and ".join(overlap)} may overlap in a text'
+  fast = library.Tokenizer.from_buffer(tokenizer.files[tokens.JSON])
+  around = fast.encode('').ids
   if around not in ([], [tokenizer.bos]):
     return f'it puts the tokens {around} around a text'
   if _words(about) is None:
@@ -254,18 +263,21 @@ def _unfit_json(tokenizer) -> str:
   return ''
 
 
-def _around(tokenizer) -> list[int]:
-  """What a tokenizer.json makes of a text of nothing."""
-  import tokenizers as library
-
-  fast = library.Tokenizer.from_buffer(tokenizer.files[tokens.JSON])
-  return fast.encode('').ids
+def _overlap(contents: list[str]) -> tuple[str, str] | None:
+  """Two tokens of which one may begin within the other: which of them is cut
+  out of a text first is not the same in all programs."""
+  ends = {(x[i:]): x for x in contents for i in range(1, len(x))}
+  for x in contents:
+    for i in range(1, len(x)):
+      if x[:i] in ends:
+        return repr(ends[x[:i]]), repr(x)
+  return None
 
 
 def _words(about: dict) -> str | None:
   """llama.cpp's name for how a tokenizer.json cuts words, if it has one."""
   before = about.get('pre_tokenizer') or {}
-  steps = before.get('pretokenizers', [before])
+  steps = before.get('pretokenizers', [before]) or [{}]
   *splits, level = steps
   if level.get('type') != 'ByteLevel' or level.get('add_prefix_space', True):
     return None

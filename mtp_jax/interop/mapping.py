@@ -332,6 +332,9 @@ def undrafted(cfg: config.Config) -> str:
     return f'it runs sequential and recursive modules; these are {h.family}'
   if h.stride > 1:
     return f'it knows no heads that leap (--heads.stride={h.stride})'
+  modules = heads_lib.n_modules(cfg, h.n)
+  if h.unembedding == 'replicated' and modules < h.n - 1:
+    return 'a module has one unembedding there; this one has one a step'
   if cfg.loss.order_weight:
     return 'it has no place for the unembedding of --loss.order_weight'
   if cfg.model.rope_factor > 1:
@@ -355,7 +358,7 @@ def unfit(cfg: config.Config, form: str) -> str:
     return 'has further heads; this is a model of one'
   if h.unembedding == 'replicated' and not f.replicated:
     return 'has one unembedding; here each head has its own'
-  if form == 'transformers_mtp' and h.n == 1:
+  if form in ('transformers_mtp', 'mimo') and h.n == 1:
     return 'has further modules; this is a model of one head'
   if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 1:
     return (

@@ -19,7 +19,7 @@ import sentencepiece
 
 from mtp_jax import config, main, targets
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import folder, llama_cpp
+from mtp_jax.interop import folder, llama_cpp, mapping
 from mtp_jax.model import lm
 from tests import handover, parity, runs, tiny
 
@@ -245,6 +245,20 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
     assert found['passes'] == wanted and sum(wanted) < 4 * 24 - 10
 
 
+def test_a_recursive_module_has_one_unembedding_in_llama_cpp():
+  for n, form in (2, 'gguf_mtp'), (3, 'gguf'):
+    c = tiny.cfg(
+      export__format='gguf',
+      heads__family='recursive',
+      heads__n=n,
+      heads__unembedding='replicated',
+    )
+    assert mapping.of(c) == form
+    places = mapping.tensors(c, form)
+    blocks = {name.split('.')[1] for name in places if name[:4] == 'blk.'}
+    assert len(blocks) == mapping.layers_in_all(c) + (form == 'gguf_mtp')
+
+
 def test_an_export_ends_with_an_engines_command_line():
   out = '/tmp/a b'
   for form, wanted in (
@@ -278,7 +292,7 @@ def test_an_export_ends_with_an_engines_command_line():
     (dict(normalization_rule_name='nmt_nfkc'), 'it normalizes texts'),
     (dict(remove_extra_whitespaces=True), 'it removes spaces'),
     (dict(byte_fallback=False), 'no pieces for bytes'),
-    (dict(user_defined_symbols=['<x>']), 'after each symbol of its user'),
+    (dict(user_defined_symbols=['<x>']), 'it has symbols of its user'),
   ],
 )
 def test_a_tokenizer_that_llama_cpp_has_not_is_refused(
@@ -393,6 +407,25 @@ def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
       'it normalizes texts',
     ),
     (tokenizer._replace(more_eos=(1, 2, 3)), 'it has 4 end tokens'),
+    (
+      changed(lambda x: x['model'].update(dropout=0.5)), 'knows no dropout=0.5'
+    ),
+    (
+      changed(lambda x: x['model'].update(end_of_word_suffix='</w>')),
+      'knows no end_of_word_suffix',
+    ),
+    (
+      changed(lambda x: x['pre_tokenizer'].update(
+        dict(type='Sequence', pretokenizers=[])
+      )),
+      'it cuts words as none of',
+    ),
+    (
+      changed(lambda x: x['added_tokens'].append(
+        x['added_tokens'][0] | dict(id=380, content='t|>x', special=False)
+      )),
+      'may overlap in a text',
+    ),
   ):  # fmt: skip
     with pytest.raises(config.ConfigError, match=said):
       folder.check(c, other)

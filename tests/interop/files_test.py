@@ -247,6 +247,23 @@ def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(
       lambda: (path / 'tokenizer.json').write_text('{}'),
       'is not a tokenizer.json',
     ),
+    (  # the library panics, which is no Exception
+      lambda: (path / 'tokenizer.json').write_text(
+        json.dumps(
+          dict(
+            version='1.0',
+            added_tokens=[],
+            model=dict(
+              type='BPE',
+              continuing_subword_prefix='##',
+              merges=[['a', 'b']],
+              vocab=dict(a=0, b=1, ab=2),
+            ),
+          )
+        )
+      ),
+      'is not a tokenizer.json',
+    ),
     (
       lambda: (
         _tokenizer(path, 264),

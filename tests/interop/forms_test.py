@@ -493,6 +493,7 @@ def test_any_width_of_a_network_can_be_said():
     ('mimo', 'recursive', dict(model__d_head=6), 'whatever --model.d_head=6'),
     ('mimo', 'sequential', {}, 'this model has 2; transformers_mtp and gguf'),
     ('transformers_mtp', 'sequential', dict(n=1), 'a model of one head'),
+    ('mimo', 'recursive', dict(n=1), 'a model of one head'),
     ('medusa', 'residual', dict(n=1), 'this is a model of one'),
     (
       'transformers_mtp', 'sequential', dict(loss__order_weight=1.0),

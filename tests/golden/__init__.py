@@ -4,16 +4,22 @@
                                       six steps, its export, and their outputs
   python -m tests.golden read DIR     with the other: the same is read and
                                       computed, and the run goes to its end
+  python -m tests.golden keep         what a version of mtp_jax wrote, for those
+                                      after it: kept.tar.xz here
 
 Bits are compared where bits are kept (parameters, tokens, greedy text), numbers
-that are computed anew to 1e-4.
+that are computed anew to 1e-4. What is kept is never made anew: it is there to
+be read when flags, names and files have changed (tests/golden_test.py).
 """
 
 import contextlib
 import io
 import json
 import os
+import pathlib
 import sys
+import tarfile
+import tempfile
 
 import jax
 import numpy as np
@@ -118,5 +124,58 @@ def _ids(text) -> list:
   return [y for x in text for y in _ids(x)] if isinstance(text, list) else []
 
 
-if __name__ == '__main__':
-  dict(write=write, read=read)[sys.argv[1]](os.path.abspath(sys.argv[2]))
+# What is kept.
+
+KEPT = pathlib.Path(__file__).with_name('kept.tar.xz')
+FORMS = ('hf', 'transformers_mtp', 'mimo', 'gguf')
+SMALL = dict(
+  model__d_model=8, model__d_ff=16, model__n_layers=2, model__d_head=4,
+  heads__family='recursive', heads__n=3, mesh__data=8, mesh__fsdp=1,
+  train__checkpoint_every=3,
+  optim__warmup_steps=2,
+)  # fmt: skip
+
+
+def mixture(top: str) -> str:
+  """--data.store of the two stores in a folder."""
+  return f'a={top}/a:3,b={top}/b'
+
+
+def keep(path: pathlib.Path = KEPT) -> None:
+  """Two stores, half a run on a mixture of them, its exports, what it says of
+  held-out text, and the losses of the steps that were not done yet."""
+  with tempfile.TemporaryDirectory() as top:
+    runs.make_store(f'{top}/a')
+    runs.make_store(f'{top}/b', seed=1)
+    for steps, run in (6, f'{top}/whole'), (3, f'{top}/run'):
+      if runs.train(mixture(top), run, **SMALL, train__steps=steps):
+        raise SystemExit('training failed')
+    for form in FORMS:
+      more = []
+      if form == 'gguf':  # which has no tokenizer of bytes
+        _mtp(
+          'import',
+          f'--import.path={top}/hf',
+          f'--train.workdir={top}/ids',
+          '--import.tokenizer=skip',
+          '--mesh.fsdp=-1',
+        )
+        more = [f'--export.checkpoint={top}/ids']
+      _mtp(
+        'export',
+        f'--export.checkpoint={top}/run',
+        f'--export.out={top}/{form}',
+        f'--export.format={form}',
+        '--mesh.fsdp=-1',
+        *more,
+      )
+    later = {
+      r['step']: r['loss']
+      for r in runs.records(f'{top}/whole')
+      if r['kind'] == 'train' and r['step'] > 3
+    }
+    text = json.dumps(dict(losses=later), indent=2)
+    pathlib.Path(top, 'expected.json').write_text(text)
+    with tarfile.open(path, 'w:xz') as tar:
+      for name in ('a', 'b', 'run', 'expected.json', *FORMS):
+        tar.add(f'{top}/{name}', name)

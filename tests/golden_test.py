@@ -1,0 +1,51 @@
+"""What an earlier mtp_jax wrote is read: stores, a run, its flags, exports."""
+
+import json
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import checkpoint, main, sharding
+from mtp_jax.interop import folder
+from tests import golden, runs
+
+
+@pytest.fixture(scope='module')
+def kept(tmp_path_factory):
+  top = tmp_path_factory.mktemp('kept')
+  with tarfile.open(golden.KEPT) as tar:
+    tar.extractall(top, filter='data')
+  return top
+
+
+def _params(workdir, step):
+  cfg, _ = checkpoint.about(str(workdir), step)
+  return jax.device_get(
+    checkpoint.restore_model(
+      str(workdir), step, cfg, sharding.serving_mesh(cfg), 'import.path'
+    )
+  )
+
+
+@pytest.mark.parametrize('form', golden.FORMS)
+def test_kept_exports_hold_the_kept_parameters(kept, form):
+  cfg, ours = folder.find(str(kept / form), {})
+  assert ours
+  back = folder.read(str(kept / form), cfg, sharding.serving_mesh(cfg))
+  wanted = _params(kept / 'run', 3)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), wanted)
+
+
+def test_a_kept_run_goes_on_by_its_own_flags(kept):
+  assert kept.joinpath('run/run.flags').is_file()
+  assert main.main([
+    'train', f'--flagfile={kept}/run/run.flags', f'--train.workdir={kept}/run',
+    f'--data.store={golden.mixture(kept)}', '--train.steps=6',
+  ]) == 0  # fmt: skip
+  expected = json.loads((kept / 'expected.json').read_text())['losses']
+  for record in runs.records(kept / 'run'):
+    if record['kind'] == 'train' and record['step'] > 3:
+      wanted = expected[str(record['step'])]
+      np.testing.assert_allclose(record['loss'], wanted, rtol=1e-5)
