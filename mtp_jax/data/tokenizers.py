@@ -291,7 +291,7 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
   try:
     fast = tokenizers.Tokenizer.from_buffer(model)
   except BaseException as error:
-    if not _of_library(error):
+    if not isinstance(error, Exception) and not _of_library(error):
       raise
     raise _error(name, 'is not a tokenizer.json') from error
   fast.no_padding()
