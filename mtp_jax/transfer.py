@@ -32,9 +32,10 @@ def _absent(flag: str, path: str) -> str:
   return path
 
 
-# Of the forms that safetensors does not write, the library that does, and the
-# extra that installs it.
-LIBRARIES = {'meta': ('torch', 'meta'), 'gguf': ('gguf', 'gguf')}
+HF = 'safetensors'
+# Of the forms that safetensors does not write alone, the libraries that do, and
+# the extra that installs them.
+LIBRARIES = {'meta': (('torch',), 'meta'), 'gguf': (('gguf', HF), 'gguf')}
 
 
 def export(parsed: flags.Parsed) -> list[str]:
@@ -46,14 +47,20 @@ def export(parsed: flags.Parsed) -> list[str]:
   form = parsed.given.get('export.format', 'hf')
   if form not in mapping.FORMS:
     parsed.config()  # says which there are
-  library, extra = LIBRARIES.get(form, ('safetensors', 'hf'))
-  files.need('export.format', form, library, extra)
-  files.need('export.format', form, 'tokenizers', extra)
+  libraries, extra = LIBRARIES.get(form, ((HF,), 'hf'))
+  for library in (*libraries, 'tokenizers'):
+    files.need('export.format', form, library, extra)
   path = paths.absolute(path, 'export.checkpoint')
   workdir, step, saved, cfg = checkpoint.opened(
     path, 'export.checkpoint', parsed
   )
   tokenizer = generate.tokenizer_of(parsed, saved, workdir)
+  if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
+    raise config.ConfigError(
+      'data.tokenizer', tokenizer.name,
+      f'has {tokenizer.vocab_size} tokens, the model'
+      f' --model.vocab_size={cfg.model.vocab_size}',
+    )  # fmt: skip
   folder.check(cfg, tokenizer)
   model = checkpoint.restore_model(
     workdir, step, cfg, sharding.serving_mesh(cfg), 'export.checkpoint'
@@ -104,10 +111,10 @@ def import_(parsed: flags.Parsed) -> list[str]:
   if form not in folder.DESCRIPTIONS:
     parsed.config()  # says which there are
   if form == 'meta':
-    files.need('import.format', form, *LIBRARIES[form])
+    files.need('import.format', form, 'torch', 'meta')
   cfg, ours = folder.find(path, parsed.given)
   if cfg.export.format == 'meta':
-    files.need('import.path', path, *LIBRARIES['meta'])
+    files.need('import.path', path, 'torch', 'meta')
   if ours:
     cfg = parsed.config(cfg)
   tokenizer, dropped = _tokenizer(path, cfg, ours)

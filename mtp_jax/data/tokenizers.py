@@ -418,7 +418,12 @@ def begins(tokenizer: Tokenizer) -> bool:
   import tokenizers
 
   fast = tokenizers.Tokenizer.from_buffer(model)
-  return fast.encode('').ids[:1] == [tokenizer.bos]
+  fast.no_padding()
+  fast.no_truncation()
+  # Of a letter: of nothing, a token after a text looks like one before it.
+  letter = fast.encode('x', add_special_tokens=False).ids
+  whole = fast.encode('x').ids
+  return whole[: 1 + len(letter)] == [tokenizer.bos, *letter]
 
 
 def matches(tokenizer: Tokenizer, recorded: str) -> bool:

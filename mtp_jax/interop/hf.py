@@ -270,6 +270,11 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
       f' {", ".join(map(repr, READ))}'
     )  # fmt: skip
   form, block_first = READ[kind]
+  if kind == 'llama_mtp' and about.get('tie_last_hidden_states', True):
+    raise _error(
+      folder, 'tie_last_hidden_states is not false in config.json: its modules'
+      ' read states after the final norm, not before it',
+    )  # fmt: skip
   for field, wanted in FIXED.items():
     if about.get(field, wanted) != wanted:
       raise _error(

@@ -176,7 +176,7 @@ def _add(writer, key: str, value) -> None:
 # The vocabulary.
 
 # Kinds of a token, as SentencePiece numbers them.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def check(tokenizer) -> str:
@@ -190,9 +190,11 @@ def check(tokenizer) -> str:
     )
   unfit = _unfit_pieces if tokenizers.PIECES in tokenizer.files else _unfit_json
   why = unfit(tokenizer)
-  if not why and len(tokenizer.more_eos) > len(ENDS):
-    why = f'it has {1 + len(tokenizer.more_eos)} end tokens, of which llama.cpp'
-    why += f' has places for {1 + len(ENDS)}'
+  ends = len(tokenizer.stop_ids)
+  if not why and ends > 1 + len(ENDS):
+    why = f'it has {ends} end tokens, llama.cpp places for {1 + len(ENDS)}'
+  if not why and max(tokenizer.stop_ids) >= tokenizer.vocab_size:
+    why = f'it has no token {max(tokenizer.stop_ids)}, which ends texts'
   return f'cannot hold the tokenizer {tokenizer.name}: {why}' if why else ''
 
 
@@ -217,6 +219,13 @@ def _unfit_pieces(tokenizer) -> str:
     return 'it has unused pieces, which llama.cpp would use'
   if USER_DEFINED in kinds:
     return 'it has symbols of its user, which llama.cpp finds in another order'
+  names = {piece.piece for piece in proto.pieces}
+  for piece in proto.pieces:  # whose kind llama.cpp does not look at
+    x = piece.piece
+    cuts = ((x[:i], x[i:]) for i in range(1, len(x)))
+    joined = [cut for cut in cuts if names.issuperset(cut)]
+    if piece.type in (CONTROL, UNKNOWN, BYTE) and joined:
+      return f'llama.cpp would join its pieces {joined[0]} to the special {x!r}'
   return ''
 
 
@@ -245,22 +254,47 @@ def _unfit_json(tokenizer) -> str:
       return f'llama.cpp knows no {field}={model[field]!r}'
   if about.get('normalizer'):
     return 'it normalizes texts, which llama.cpp does not'
-  for added in about.get('added_tokens') or ():
-    if any(added.get(x) for x in ('single_word', 'lstrip', 'rstrip')):
-      return f'its token {added["content"]!r} minds the spaces around it'
-  overlap = _overlap([x['content'] for x in about.get('added_tokens') or ()])
-  if overlap:
-    return f'its tokens {" and ".join(overlap)} may overlap in a text'
-  fast = library.Tokenizer.from_buffer(tokenizer.files[tokens.JSON])
-  around = fast.encode('').ids
-  if around not in ([], [tokenizer.bos]):
-    return f'it puts the tokens {around} around a text'
   if _words(about) is None:
     return (
       'it cuts words as none of those does that are known here'
       f' ({", ".join(dict.fromkeys(WORDS.values()))})'
     )
+  fast = library.Tokenizer.from_buffer(tokenizer.files[tokens.JSON])
+  fast.no_padding()
+  fast.no_truncation()
+  added = about.get('added_tokens') or ()
+  for token in added:
+    name = token['content']
+    if any(token.get(x) for x in ('single_word', 'lstrip', 'rstrip')):
+      return f'its token {name!r} minds the spaces around it'
+    if not token.get('special') and name in NAMED:
+      return f'its token {name!r} is no special one, which it is to llama.cpp'
+    whole = model.get('ignore_merges') and name not in model['vocab']
+    if whole and len(fast.pre_tokenizer.pre_tokenize_str(name)) == 1:
+      return f'llama.cpp would find its token {name!r} in plain text'
+  overlap = _overlap([token['content'] for token in added])
+  if overlap:
+    return f'its tokens {" and ".join(overlap)} may overlap in a text'
+  letter = fast.encode('x', add_special_tokens=False).ids
+  around = fast.encode('x').ids
+  if around not in (letter, [tokenizer.bos, *letter]):
+    return f'it makes {around} of x, not {letter} or a begin token and that'
   return ''
+
+
+# Names of tokens that are special to llama.cpp whatever a file says.
+NAMED = frozenset((
+  '</s> <eos> <EOT> _<EOT> [EOS] [EOT] [PAD] <PAD> <PRE> <SUF> <MID> <REPO>'
+  ' <end_of_turn> <end_of_utterance> <turn|> <|endoftext|> <|end_of_text|>'
+  ' <|end|> <|eot_id|> <|eom_id|> <|im_end|> <|return|> <|call|> <|calls|>'
+  ' <|flush|> <|start|> <|message|> <|channel|> <|constrain|> <|tool_response>'
+  ' <|prefix|> <|suffix|> <|middle|> <|code_prefix|> <|code_suffix|>'
+  ' <|code_middle|> <|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|fim_pad|>'
+  ' <|fim_repo|> <|repo_name|> <|file_sep|> <fim-prefix> <fim-suffix>'
+  ' <fim-middle> <fim-pad> <fim-repo> <fim_prefix> <fim_suffix> <fim_middle>'
+  ' <fim_pad> <reponame> [e~['
+).split()) | {'<｜end▁of▁sentence｜>', '<｜fim▁begin｜>', '<｜fim▁end｜>',
+              '<｜fim▁hole｜>'}  # fmt: skip
 
 
 def _overlap(contents: list[str]) -> tuple[str, str] | None:
@@ -304,11 +338,20 @@ def vocabulary(tokenizer, cfg: config.Config) -> dict:
     found = _of_pieces(tokenizer)
   else:
     found = _of_json(tokenizer)
-  more = range(tokenizer.vocab_size, cfg.model.vocab_size)
-  found['tokens'] += [f'[unused {i}]' for i in more]
-  found['token_type'] += [UNUSED] * len(more)
+  names = found['tokens']
+  names += [''] * (cfg.model.vocab_size - len(names))
+  taken = set(names)
+  for i, name in enumerate(names):
+    if not name:  # ids without a token; each name may be there once
+      free = f'[unused {i}]'
+      while free in taken:
+        free += '_'
+      names[i] = free
+      taken.add(free)
+  more = len(names) - len(found['token_type'])
+  found['token_type'] += [UNUSED] * more
   if 'scores' in found:
-    found['scores'] += [0.0] * len(more)
+    found['scores'] += [0.0] * more
   return {f'tokenizer.ggml.{key}': value for key, value in found.items()} | {
     'tokenizer.ggml.bos_token_id': tokenizer.bos,
     'tokenizer.ggml.eos_token_id': tokenizer.eos,
@@ -338,7 +381,7 @@ def _of_pieces(tokenizer) -> dict:
 def _of_json(tokenizer) -> dict:
   about = json.loads(tokenizer.files[tokens.JSON])
   model = about['model']
-  found = [f'[unused {i}]' for i in range(tokenizer.vocab_size)]
+  found = [''] * tokenizer.vocab_size
   kinds = [UNUSED] * len(found)
   for token, i in model['vocab'].items():
     found[i], kinds[i] = token, NORMAL

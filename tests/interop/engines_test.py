@@ -245,6 +245,20 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
     assert found['passes'] == wanted and sum(wanted) < 4 * 24 - 10
 
 
+def test_ids_without_a_token_get_names_that_no_token_has(tmp_path):
+  tokenizer = _json(tmp_path, '')
+  about = json.loads(tokenizer.files['tokenizer.json'])
+  about['added_tokens'].append(
+    about['added_tokens'][0] | dict(id=380, content='[unused 390]')
+  )
+  files = {'tokenizer.json': json.dumps(about).encode()}
+  tokenizer = tokenizers.of_files('hf:x', tokenizer.files | files)
+  c = _cfg('gguf', 'sequential')
+  names = llama_cpp.vocabulary(tokenizer, c)['tokenizer.ggml.tokens']
+  assert len(set(names)) == len(names) == V and '' not in names
+  assert names[380] == '[unused 390]' != names[390]
+
+
 def test_a_recursive_module_has_one_unembedding_in_llama_cpp():
   for n, form in (2, 'gguf_mtp'), (3, 'gguf'):
     c = tiny.cfg(
@@ -407,6 +421,38 @@ def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
       'it normalizes texts',
     ),
     (tokenizer._replace(more_eos=(1, 2, 3)), 'it has 4 end tokens'),
+    (tokenizer._replace(more_eos=(5000,)), 'it has no token 5000'),
+    (
+      changed(lambda x: x['added_tokens'].append(
+        x['added_tokens'][0] | dict(id=380, content='<|end|>', special=False)
+      )),
+      'is no special one, which it is to llama.cpp',
+    ),
+    (
+      changed(lambda x: (
+        x['model'].update(ignore_merges=True),
+        x.update(pre_tokenizer=json.loads(
+          _json(tmp_path, llama_cpp.ranks.WORDS).files['tokenizer.json']
+        )['pre_tokenizer']),
+        x['added_tokens'].append(
+          x['added_tokens'][0] | dict(id=380, content='system')
+        ),
+      )),
+      "find its token 'system' in plain text",
+    ),
+    (
+      changed(lambda x: x.update(post_processor=dict(
+        type='TemplateProcessing',
+        single=[{'Sequence': dict(id='A', type_id=0)},
+                {'SpecialToken': dict(id='<|endoftext|>', type_id=0)}],
+        pair=[{'Sequence': dict(id='A', type_id=0)},
+              {'Sequence': dict(id='B', type_id=0)}],
+        special_tokens={'<|endoftext|>': dict(
+          id='<|endoftext|>', ids=[0], tokens=['<|endoftext|>']
+        )},
+      ))),
+      'it makes .* of x, not',
+    ),
     (
       changed(lambda x: x['model'].update(dropout=0.5)), 'knows no dropout=0.5'
     ),
