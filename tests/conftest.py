@@ -43,7 +43,7 @@ def compilation_cache(tmp_path_factory):
     base = base.parent  # of all workers
   folder = str(base / 'xla')
   jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
   yield folder
 
 
