@@ -691,6 +691,28 @@ FAULTS = (
     _in('interop/engines', 'test_a_damaged_file_is_refused_in_a_line'),
   ),
   Fault(
+    'unembeddings-beyond-the-blocks', 10, MAPPING,
+    "if h.unembedding == 'replicated' and modules < h.n - 1:", 'if False:',
+    _in(
+      'interop/engines',
+      'test_a_recursive_module_has_one_unembedding_in_llama_cpp',
+    ),
+  ),
+  Fault(
+    'pieces-that-join-to-a-special-one', 0, LLAMA_CPP,
+    'if piece.type in (CONTROL, UNKNOWN, BYTE) and joined:', 'if False:',
+    _in(
+      'interop/engines', 'test_pieces_that_join_to_a_special_one_are_refused'
+    ),
+  ),
+  Fault(
+    'normed-states-imported-as-raw', 0, 'mtp_jax/interop/hf.py',
+    "if kind == 'llama_mtp' and about.get('tie_last_hidden_states', True):",
+    "if kind == 'llama_mtp' and about.get('tie_last_hidden_states', False):",
+    _in('interop/engines', 'test_modules_that_read_normed_states_are_not_'
+        'imported'),
+  ),
+  Fault(
     'several-modules-in-mimo', 10, MAPPING,
     "if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 1:",
     "if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 9:",

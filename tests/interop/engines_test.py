@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mtp_jax import config, main, targets
+from mtp_jax import checkpoint, config, main, targets
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import folder, llama_cpp, mapping
+from mtp_jax.interop import folder, llama_cpp, mapping, tokens
 from mtp_jax.model import lm
 from tests import handover, parity, runs, tiny
 
@@ -245,6 +245,35 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
     assert found['passes'] == wanted and sum(wanted) < 4 * 24 - 10
 
 
+def test_a_tokenizer_larger_than_the_model_does_not_leave(
+  tmp_path, pieces, capsys
+):
+  c = config.replace(
+    tiny.cfg(model__vocab_size=264), **{'train.workdir': str(tmp_path / 'run')}
+  )
+  model = tiny.model(c, tiny.mesh(c))
+  checkpoint.save_params(model, c, None, c.train.workdir)
+  assert main.main([
+    'export', f'--export.checkpoint={tmp_path / "run"}', '--mesh.fsdp=-1',
+    f'--export.out={tmp_path / "out"}', f'--data.tokenizer={pieces.name}',
+    '--train.compilation_cache=',
+  ]) == 2  # fmt: skip
+  error = capsys.readouterr().err
+  assert f'has {V} tokens, the model --model.vocab_size=264' in error, error
+  assert error.count('\n') == 1 and not (tmp_path / 'out').exists()
+
+
+def test_modules_that_read_normed_states_are_not_imported(tmp_path, pieces):
+  out = tmp_path / 'out'
+  _export('transformers_mtp', 'sequential', out, pieces)
+  os.remove(out / folder.OURS)
+  about = json.loads((out / 'config.json').read_text())
+  del about['tie_last_hidden_states']  # true, that is
+  (out / 'config.json').write_text(json.dumps(about))
+  with pytest.raises(config.ConfigError, match='states after the final norm'):
+    folder.find(str(out), {})
+
+
 def test_ids_without_a_token_get_names_that_no_token_has(tmp_path):
   tokenizer = _json(tmp_path, '')
   about = json.loads(tokenizer.files['tokenizer.json'])
@@ -331,6 +360,19 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(
     folder.check(c, tokenizers.get('bytes'))
 
 
+def test_pieces_that_join_to_a_special_one_are_refused(pieces):
+  proto = tokens.model_proto(pieces.files[tokenizers.PIECES])
+  for text, said in ('</s', "to the special '</s>'"), ('</', ''):
+    more = type(proto)()
+    more.CopyFrom(proto)
+    for piece in text, '>':
+      if piece not in {x.piece for x in proto.pieces}:
+        more.pieces.add(piece=piece, score=-1.0, type=llama_cpp.NORMAL)
+    files = {tokenizers.PIECES: more.SerializeToString()}
+    why = llama_cpp.check(tokenizers.of_files('sentencepiece:x', files))
+    assert (said in why) if said else not why, why
+
+
 def _json(path, words, **model):
   """A byte-level tokenizer.json that cuts words by an expression, or as GPT-2
   does."""
@@ -372,10 +414,10 @@ def test_words_of_a_tokenizer_json_have_llama_cpps_name(
   folder.check(c, tokenizer)
   says = llama_cpp.vocabulary(tokenizer, c)
   assert says['tokenizer.ggml.pre'] == name
-  tokens = says['tokenizer.ggml.tokens']
+  names = says['tokenizer.ggml.tokens']
   kinds = says['tokenizer.ggml.token_type']
-  assert len(tokens) == len(kinds) == V
-  assert tokens[tokenizer.bos] == '<|endoftext|>'
+  assert len(names) == len(kinds) == V
+  assert names[tokenizer.bos] == '<|endoftext|>'
   assert kinds[tokenizer.bos] == llama_cpp.CONTROL
   assert kinds[-1] == llama_cpp.UNUSED
   assert not says['tokenizer.ggml.add_bos_token']  # nor does transformers
