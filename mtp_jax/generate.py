@@ -85,12 +85,7 @@ def of_opened(parsed: flags.Parsed, opened, only_ids: bool, flag: str) -> Found:
         'was imported without a tokenizer; give --prompt_ids, or'
         ' --data.tokenizer',
       )  # fmt: skip
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-      raise config.ConfigError(
-        'data.tokenizer', tokenizer.name,
-        f'has {tokenizer.vocab_size} tokens, the model'
-        f' --model.vocab_size={cfg.model.vocab_size}',
-      )  # fmt: skip
+    check_rows(tokenizer, cfg)
   return Found(workdir, step, cfg, active, tokenizer)
 
 
@@ -104,6 +99,16 @@ def load(found: Found) -> Opened:
     f'{found.workdir}, step {found.step}', cfg, mesh,
     decoder_lib.Decoder(model, cfg, mesh, found.active), found.tokenizer,
   )  # fmt: skip
+
+
+def check_rows(tokenizer, cfg: config.Config) -> None:
+  """ConfigError if a tokenizer has tokens that the model has no row for."""
+  if tokenizer.vocab_size > cfg.model.vocab_size:
+    raise config.ConfigError(
+      'data.tokenizer', tokenizer.name,
+      f'has {tokenizer.vocab_size} tokens, the model'
+      f' --model.vocab_size={cfg.model.vocab_size}',
+    )  # fmt: skip
 
 
 def tokenizer_of(parsed, saved: config.Config, workdir: str):

@@ -55,12 +55,8 @@ def export(parsed: flags.Parsed) -> list[str]:
     path, 'export.checkpoint', parsed
   )
   tokenizer = generate.tokenizer_of(parsed, saved, workdir)
-  if tokenizer is not None and tokenizer.vocab_size > cfg.model.vocab_size:
-    raise config.ConfigError(
-      'data.tokenizer', tokenizer.name,
-      f'has {tokenizer.vocab_size} tokens, the model'
-      f' --model.vocab_size={cfg.model.vocab_size}',
-    )  # fmt: skip
+  if tokenizer is not None:
+    generate.check_rows(tokenizer, cfg)
   folder.check(cfg, tokenizer)
   model = checkpoint.restore_model(
     workdir, step, cfg, sharding.serving_mesh(cfg), 'export.checkpoint'

@@ -412,18 +412,21 @@ def load(folder: str) -> Tokenizer:
 def begins(tokenizer: Tokenizer) -> bool:
   """Whether other tools, given its files, put BOS before a text: a
   tokenizer.json says so itself, all others do (interop/tokens.py)."""
-  model = tokenizer.files.get('tokenizer.json')
-  if model is None:
+  if 'tokenizer.json' not in tokenizer.files:
     return True
+  letter, whole = of_a_letter(tokenizer)
+  return whole[: 1 + len(letter)] == [tokenizer.bos, *letter]
+
+
+def of_a_letter(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+  """(ids of a letter, the same with what a tokenizer.json puts around a text).
+  Of nothing, a token after a text would look like one before it."""
   import tokenizers
 
-  fast = tokenizers.Tokenizer.from_buffer(model)
+  fast = tokenizers.Tokenizer.from_buffer(tokenizer.files['tokenizer.json'])
   fast.no_padding()
   fast.no_truncation()
-  # Of a letter: of nothing, a token after a text looks like one before it.
-  letter = fast.encode('x', add_special_tokens=False).ids
-  whole = fast.encode('x').ids
-  return whole[: 1 + len(letter)] == [tokenizer.bos, *letter]
+  return fast.encode('x', add_special_tokens=False).ids, fast.encode('x').ids
 
 
 def matches(tokenizer: Tokenizer, recorded: str) -> bool:

@@ -220,12 +220,13 @@ def _unfit_pieces(tokenizer) -> str:
   if USER_DEFINED in kinds:
     return 'it has symbols of its user, which llama.cpp finds in another order'
   names = {piece.piece for piece in proto.pieces}
-  for piece in proto.pieces:  # whose kind llama.cpp does not look at
+  for piece in proto.pieces:  # llama.cpp does not look at its kind
+    if piece.type not in (CONTROL, UNKNOWN, BYTE):
+      continue
     x = piece.piece
-    cuts = ((x[:i], x[i:]) for i in range(1, len(x)))
-    joined = [cut for cut in cuts if names.issuperset(cut)]
-    if piece.type in (CONTROL, UNKNOWN, BYTE) and joined:
-      return f'llama.cpp would join its pieces {joined[0]} to the special {x!r}'
+    for cut in ((x[:i], x[i:]) for i in range(1, len(x))):
+      if names.issuperset(cut):
+        return f'llama.cpp would join its pieces {cut} to the special {x!r}'
   return ''
 
 
@@ -260,8 +261,6 @@ def _unfit_json(tokenizer) -> str:
       f' ({", ".join(dict.fromkeys(WORDS.values()))})'
     )
   fast = library.Tokenizer.from_buffer(tokenizer.files[tokens.JSON])
-  fast.no_padding()
-  fast.no_truncation()
   added = about.get('added_tokens') or ()
   for token in added:
     name = token['content']
@@ -275,10 +274,9 @@ def _unfit_json(tokenizer) -> str:
   overlap = _overlap([token['content'] for token in added])
   if overlap:
     return f'its tokens {" and ".join(overlap)} may overlap in a text'
-  letter = fast.encode('x', add_special_tokens=False).ids
-  around = fast.encode('x').ids
-  if around not in (letter, [tokenizer.bos, *letter]):
-    return f'it makes {around} of x, not {letter} or a begin token and that'
+  letter, whole = tokenizers.of_a_letter(tokenizer)
+  if whole not in (letter, [tokenizer.bos, *letter]):
+    return f'it makes {whole} of x, not {letter} or a begin token and that'
   return ''
 
 
