@@ -27,26 +27,25 @@ from mtp_jax.plan import ahead, analytic, report  # noqa: E402
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'plans.jsonl'
 REPORT = ROOT / 'docs' / 'PLANS.md'
-SIZES = (
-  '1m', '3m', '10m', '30m', '100m', '300m', '1b', '0.3b', '0.6b', '1.3b', '3b',
-  '7b', '13b',
-)  # fmt: skip
+SIZES = ('1m', '3m', '10m', '30m', '100m', '300m', '1b', '0.3b', '0.6b', '1.3b', '3b', '7b', '13b')
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-SLICES = {
-  'v5e': FLAT,
-  'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'),
-  'v6e': FLAT,
-}
+SLICES = {'v5e': FLAT, 'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'), 'v6e': FLAT}
 HEADS = (1, 4)
 
 
 def configured(size: str, n: int, topology: str, devices: int):
   """The Config of a row, one sequence a chip."""
-  return flags.parse([
-    f'--flagfile={ROOT}/experiments/size/{size}.flags', f'--heads.n={n}',
-    '--data.seq_len=4096', f'--data.batch_size={devices}', '--mesh.fsdp=-1',
-    '--model.remat=block', f'--plan.topology={topology}',
-  ]).config()  # fmt: skip
+  return flags.parse(
+    [
+      f'--flagfile={ROOT}/experiments/size/{size}.flags',
+      f'--heads.n={n}',
+      '--data.seq_len=4096',
+      f'--data.batch_size={devices}',
+      '--mesh.fsdp=-1',
+      '--model.remat=block',
+      f'--plan.topology={topology}',
+    ]
+  ).config()
 
 
 def chips_of(shape: str) -> int:
@@ -61,18 +60,14 @@ def fits_by_formula(size, n, generation, shape) -> bool:
   cfg = configured(size, n, f'{generation}:{shape}', devices)
   chip = chips.chip(ahead.GENERATIONS[generation])
   try:
-    estimate = analytic.estimate(
-      cfg, dict(data=1, fsdp=devices, tensor=1), chip
-    )
+    estimate = analytic.estimate(cfg, dict(data=1, fsdp=devices, tensor=1), chip)
   except config.ConfigError:  # more chips than the width divides
     return False
   return estimate.total_bytes <= chip.hbm_bytes
 
 
 def compilers() -> str:
-  return ' and '.join(
-    f'{name} {metadata.version(name)}' for name in ('jaxlib', 'libtpu')
-  )
+  return ' and '.join(f'{name} {metadata.version(name)}' for name in ('jaxlib', 'libtpu'))
 
 
 class Compiled:
@@ -99,12 +94,9 @@ def smallest(compiled, size: str, n: int, generation: str):
   """(row of the smallest slice that fits, row of the next smaller or None)."""
   shapes = SLICES[generation]
   at = next(
-    (
-      i for i, shape in enumerate(shapes)
-      if fits_by_formula(size, n, generation, shape)
-    ),
+    (i for i, shape in enumerate(shapes) if fits_by_formula(size, n, generation, shape)),
     len(shapes) - 1,
-  )  # fmt: skip
+  )
   while not compiled(size, n, generation, shapes[at])['fits']:
     at += 1
     if at == len(shapes):
@@ -112,9 +104,7 @@ def smallest(compiled, size: str, n: int, generation: str):
   while at and compiled(size, n, generation, shapes[at - 1])['fits']:
     at -= 1
   rows = compiled.rows
-  here, below = (
-    rows.get((size, n, f'{generation}:{shapes[i]}')) for i in (at, at - 1)
-  )
+  here, below = (rows.get((size, n, f'{generation}:{shapes[i]}')) for i in (at, at - 1))
   return here, below if at else None
 
 
@@ -124,8 +114,7 @@ def gib(row, name: str) -> str:
 
 def table(compiled, sizes) -> list[str]:
   lines = [
-    '| size | n | slice | state | temp | total | the next smaller needs'
-    ' | roofline | MFU at most |',
+    '| size | n | slice | state | temp | total | the next smaller needs | roofline | MFU at most |',
     '|---|---|---|---|---|---|---|---|---|',
   ]
   for size in sizes:
@@ -141,8 +130,7 @@ def table(compiled, sizes) -> list[str]:
           continue
         state = (row['params_bytes'] + row['opt_state_bytes']) / 2**30
         smaller = (
-          f'{gib(below, "total_bytes")} of {gib(below, "hbm_bytes")}'
-          f' on {below["topology"]}'
+          f'{gib(below, "total_bytes")} of {gib(below, "hbm_bytes")} on {below["topology"]}'
           if below
           else 'there is none'
         )

@@ -71,21 +71,34 @@ ACCEPTED = (
   ('tokens a pass', 'acceptance', 'tokens_per_forward', '.2f'),
 )
 ASKED = (
-  ('eval', '--eval.suite=heldout,acceptance', '--eval.batches=100',
-   '--bench.prompt=128', '--decode.max_new=128'),
-)  # fmt: skip
+  (
+    'eval',
+    '--eval.suite=heldout,acceptance',
+    '--eval.batches=100',
+    '--bench.prompt=128',
+    '--decode.max_new=128',
+  ),
+)
 SPED_UP = (
   ('speed-up', 'bench', 'speed_up', '.2f'),
   ('tokens a pass', 'bench', 'tokens_per_forward', '.2f'),
   ('a pass takes', 'bench', 'pass_cost', '.2f'),
 )
 TIMED = (
-  ('bench', '--bench.what=decode', '--bench.batches=1', '--bench.prompt=128',
-   '--decode.max_new=128', '--bench.pieces=32', '--bench.rounds=3'),
-)  # fmt: skip
+  (
+    'bench',
+    '--bench.what=decode',
+    '--bench.batches=1',
+    '--bench.prompt=128',
+    '--decode.max_new=128',
+    '--bench.pieces=32',
+    '--bench.rounds=3',
+  ),
+)
 RESULTS = (
   Result(
-    'star_graph', 'Star graphs',
+    'star_graph',
+    'Star graphs',
     'Does a model that is taught the next token alone look ahead? Paths in'
     ' a star of two arms of three nodes, 20 labels, edges in random order; 500'
     ' test items. The first step is right by chance in 1 / d = 50%.',
@@ -103,11 +116,13 @@ RESULTS = (
     ' 1 / d later, and with seed 0 has not stopped rising where training ends.'
     ' (Tried once, no row here: G(2, 4) was not learnt by n = 4 in 4,000'
     ' steps.)',
-    prepare=('--data.valid_fraction=0.01',), seeds=(0, 1, 2),
+    prepare=('--data.valid_fraction=0.01',),
+    seeds=(0, 1, 2),
     figure='suite-star-graph-accuracy',
   ),
   Result(
-    'polynomial', 'Polynomial arithmetic',
+    'polynomial',
+    'Polynomial arithmetic',
     'Does a longer reach help to learn an algorithm? Expressions over'
     ' F_3[X]/(X^3) of 1 or 2 operations in training, 1 to 3 in the test, 2,000'
     ' items each (500 in the picture), greedy. No item of the test is trained'
@@ -137,7 +152,8 @@ RESULTS = (
   ),
   *(
     Result(
-      f'stories_{size}', f'Induction, {size}',
+      f'stories_{size}',
+      f'Induction, {size}',
       "Is a made-up name known again? Children's stories; accuracy on the"
       ' second token of each later occurrence of a two-token name, on held-out'
       ' stories.',
@@ -164,7 +180,8 @@ RESULTS = (
     for size, tokens in (('1m', 2.0), ('3m', 4.1))
   ),
   Result(
-    'code', 'Bytes of Python code',
+    'code',
+    'Bytes of Python code',
     'What do more heads cost head 1, and what do they give a decoder? The'
     " standard library's files, 700 steps of 1,024 bytes.",
     'python:stdlib',
@@ -175,10 +192,13 @@ RESULTS = (
     'Head 1 pays for each further head, which at equal parameters takes a layer'
     ' of ten from the trunk; what the heads would give a decoder grows with n.'
     ' As in the paper below 1.3B.',
-    prepare=('--data.valid_fraction=0.05',), asks=ASKED, seeds=(0, 1, 2),
+    prepare=('--data.valid_fraction=0.05',),
+    asks=ASKED,
+    seeds=(0, 1, 2),
   ),
   Result(
-    'decoding', 'Decoding bytes of Python code',
+    'decoding',
+    'Decoding bytes of Python code',
     'How much faster do its own heads make a model? The runs of the result'
     ' before, all heads over head 1 alone, greedy, one text at a time, 32'
     ' held-out pieces of 128 bytes and 128 new ones. "A pass takes": times a'
@@ -193,11 +213,14 @@ RESULTS = (
     ' eight of ten layers of which head 1 needs three, and no more than 2.3 of'
     ' the tokens that it gives stand. The 7B model of the paper has 32 layers,'
     ' and its drafts are better.',
-    flags='code', prepare=('--data.valid_fraction=0.05',), asks=TIMED,
+    flags='code',
+    prepare=('--data.valid_fraction=0.05',),
+    asks=TIMED,
     seeds=(0, 1, 2),
   ),
   Result(
-    'families', 'Head families at equal parameters',
+    'families',
+    'Head families at equal parameters',
     'Which head? n = 4, bytes of Python code, totals within 1% of parallel.',
     'python:stdlib',
     {
@@ -206,27 +229,25 @@ RESULTS = (
       'anticausal': ('--heads.family=anticausal',),
       'linear': ('--heads.family=linear', '--model.d_ff=248'),
       'residual': ('--heads.family=residual', '--model.d_ff=248'),
-      'sequential': (
-        '--heads.family=sequential', '--model.n_layers=7', '--model.d_ff=240',
-      ),
-      'recursive': (
-        '--heads.family=recursive', '--model.n_layers=9', '--model.d_ff=248',
-      ),
+      'sequential': ('--heads.family=sequential', '--model.n_layers=7', '--model.d_ff=240'),
+      'recursive': ('--heads.family=recursive', '--model.n_layers=9', '--model.d_ff=248'),
     },
     HELD_OUT + ACCEPTED,
-    '7B, MBPP pass@1, n = 4: parallel 33.8, linear 33.6, causal 31.9,'
-    ' anticausal 30.8, n = 1 30.0.',
+    '7B, MBPP pass@1, n = 4: parallel 33.8, linear 33.6, causal 31.9, anticausal 30.8, n = 1 30.0.',
     'In nats of head 1 parallel and linear are level, and ahead of causal and'
     ' anticausal, as in the paper, and of residual; sequential and recursive'
     ' are ahead of all, at no greater depth than others (7 and 9 layers to head'
     ' 1; parallel has 7, linear 10). Their drafts know the tokens before them'
     ' (E[accepted] is with the true ones). Tokens a pass, of text that repeats'
     ' itself, have another order.',
-    flags='code', prepare=('--data.valid_fraction=0.05',), asks=ASKED,
+    flags='code',
+    prepare=('--data.valid_fraction=0.05',),
+    asks=ASKED,
     seeds=(0, 1, 2),
   ),
   Result(
-    'curriculum', 'Curricula',
+    'curriculum',
+    'Curricula',
     'Does a small model gain from starting with one head (forward), or from'
     ' ending with one (reverse)? n = 4, bytes of Python code.',
     'python:stdlib',
@@ -243,11 +264,14 @@ RESULTS = (
     ' standard deviations, forward with two of three (-.057, -.065, +.011);'
     ' neither one as good as n = 1. Forward keeps its drafts. Reverse ends with'
     ' one head in use: nothing is drafted, 1.00 by construction.',
-    flags='code', prepare=('--data.valid_fraction=0.05',), asks=ASKED,
+    flags='code',
+    prepare=('--data.valid_fraction=0.05',),
+    asks=ASKED,
     seeds=(0, 1, 2),
   ),
   Result(
-    'books', 'Books',
+    'books',
+    'Books',
     'Natural language: n = 1, 2, 4 at equal tokens, bytes of books.',
     'jsonl:{data}/books.jsonl.gz#text',
     _heads(1, 2, 4),
@@ -256,10 +280,12 @@ RESULTS = (
     ' decoding books with 4 heads 3.09 tokens a pass.',
     'A second head costs head 1 nothing that the seeds could show; four cost it'
     ' something with each (.042, .019, .009 nats).',
-    flags='code', prepare=('--data.valid_fraction=0.1',), asks=ASKED,
+    flags='code',
+    prepare=('--data.valid_fraction=0.1',),
+    asks=ASKED,
     seeds=(0, 1, 2),
   ),
-)  # fmt: skip
+)
 
 
 def key_of(result: Result, label: str, seed: int) -> tuple[str, int]:
@@ -301,8 +327,10 @@ def rows() -> dict[tuple[str, int], dict]:
   lines = ROWS.read_text().splitlines() if ROWS.exists() else []
   now = {
     key_of(result, label, seed)
-    for result in RESULTS for label in result.variants for seed in result.seeds
-  }  # fmt: skip
+    for result in RESULTS
+    for label in result.variants
+    for seed in result.seeds
+  }
   found = {(r['made_of'], r['seed']): r for r in map(json.loads, lines)}
   return {key: row for key, row in found.items() if key in now}
 
@@ -311,10 +339,13 @@ def command(result: Result, label: str, seed: int, store: str, run: str):
   """The arguments of `mtp train`."""
   flags = result.flags or result.name
   return [
-    'train', f'--flagfile=experiments/small/{flags}.flags',
-    *result.variants[label], f'--data.store={store}', f'--train.workdir={run}',
+    'train',
+    f'--flagfile=experiments/small/{flags}.flags',
+    *result.variants[label],
+    f'--data.store={store}',
+    f'--train.workdir={run}',
     f'--train.seed={seed}',
-  ]  # fmt: skip
+  ]
 
 
 def _mtp(args: list[str]) -> None:
@@ -334,10 +365,15 @@ def measure(result, label, seed, folder: pathlib.Path, data: str) -> dict:
   source = result.documents.format(data=data)
   store = folder / f'store_{stored_of(result)}'
   if not (store / 'manifest.json').exists():
-    _mtp([
-      'prepare', f'--data.store={store}', f'--data.documents={source}',
-      f'--data.tokenizer={result.tokenizer}', *result.prepare,
-    ])  # fmt: skip
+    _mtp(
+      [
+        'prepare',
+        f'--data.store={store}',
+        f'--data.documents={source}',
+        f'--data.tokenizer={result.tokenizer}',
+        *result.prepare,
+      ]
+    )
   key = made_of(result, label)  # before a flag file is edited meanwhile
   run = folder / f'{trained_of(result, label)}_{seed}'
   spent = run / 'cpu_s.txt'
@@ -350,14 +386,15 @@ def measure(result, label, seed, folder: pathlib.Path, data: str) -> dict:
       so_far += _cpu_s() - before
       spent.write_text(str(so_far))
   for what, *flags in result.asks:
-    _mtp([
-      what, *asked_of(what, str(store), str(run)), f'--out={run}/{what}.json',
-      *flags,
-    ])  # fmt: skip
+    _mtp([what, *asked_of(what, str(store), str(run)), f'--out={run}/{what}.json', *flags])
   return dict(
-    name=f'{result.name}, {label}', made_of=key, seed=seed,
-    run=run.name, cpu_s=so_far, values=values(result, run),
-  )  # fmt: skip
+    name=f'{result.name}, {label}',
+    made_of=key,
+    seed=seed,
+    run=run.name,
+    cpu_s=so_far,
+    values=values(result, run),
+  )
 
 
 def asked_of(what: str, store: str, run: str) -> list[str]:
@@ -369,10 +406,7 @@ def asked_of(what: str, store: str, run: str) -> list[str]:
 def draw(result: Result, folder: pathlib.Path) -> None:
   """The report's figure, beside the document, once its runs are there."""
   picture_of(result).unlink(missing_ok=True)  # of other rows
-  found = {
-    label: folder / row['run']
-    for label, row in of_first_seed(result, rows()).items()
-  }
+  found = {label: folder / row['run'] for label, row in of_first_seed(result, rows()).items()}
   here = all(run.is_dir() for run in found.values())
   if not result.figure or not here or found.keys() != result.variants.keys():
     return
@@ -407,9 +441,7 @@ def values(result: Result, run: pathlib.Path) -> dict[str, float]:
   if 'bench' in asked:
     *_, most = json.loads((run / 'bench.json').read_text())['rows']
     speed_up = most['speed_up']['median']
-    of['bench'] = most | dict(
-      speed_up=speed_up, pass_cost=most['tokens_per_forward'] / speed_up
-    )
+    of['bench'] = most | dict(speed_up=speed_up, pass_cost=most['tokens_per_forward'] / speed_up)
   found = {}
   for _, source, scalar, _ in result.columns:
     for name in (scalar, f'{scalar}_low', f'{scalar}_high'):
@@ -423,9 +455,8 @@ def cell(result: Result, label: str, column, there: dict) -> str:
   _, source, scalar, form = column
   name = f'{source}/{scalar}'
   found = [
-    there[key]['values'] for seed in result.seeds
-    if (key := key_of(result, label, seed)) in there
-  ]  # fmt: skip
+    there[key]['values'] for seed in result.seeds if (key := key_of(result, label, seed)) in there
+  ]
   got = [v[name] for v in found if v.get(name) is not None]
   if not got:
     return 'open' if not found else '-'
@@ -441,23 +472,26 @@ def cell(result: Result, label: str, column, there: dict) -> str:
 
 
 def section(result: Result, there: dict) -> list[str]:
-  keys = [
-    key_of(result, label, seed)
-    for label in result.variants for seed in result.seeds
-  ]  # fmt: skip
+  keys = [key_of(result, label, seed) for label in result.variants for seed in result.seeds]
   done = [there[key] for key in keys if key in there]
   hours = sum(row['cpu_s'] for row in done) / 3600
   first = command(result, next(iter(result.variants)), 0, 'STORE', 'RUN')
-  prepare = ' '.join([
-    'mtp prepare --data.store=STORE',
-    f'--data.documents={result.documents.format(data="DIR")}',
-    f'--data.tokenizer={result.tokenizer}', *result.prepare,
-  ])  # fmt: skip
+  prepare = ' '.join(
+    [
+      'mtp prepare --data.store=STORE',
+      f'--data.documents={result.documents.format(data="DIR")}',
+      f'--data.tokenizer={result.tokenizer}',
+      *result.prepare,
+    ]
+  )
   lines = [
-    f'## {result.title}', '', result.question, '',
+    f'## {result.title}',
+    '',
+    result.question,
+    '',
     '| | ' + ' | '.join(column[0] for column in result.columns) + ' |',
     '|---' * (1 + len(result.columns)) + '|',
-  ]  # fmt: skip
+  ]
   for label, flags in result.variants.items():
     cells = [cell(result, label, c, there) for c in result.columns]
     alone = len(flags) == 1 and flags[0].endswith(f'={label}')
@@ -469,17 +503,23 @@ def section(result: Result, there: dict) -> list[str]:
     lines += ['', shown, '', f'Seed {result.seeds[0]}, over training.']
   seeds = ', '.join(map(str, result.seeds))
   return [
-    *lines, '',
+    *lines,
+    '',
     *((result.answer, '') if result.answer else ()),
-    f'The paper: {result.paper}', '',
+    f'The paper: {result.paper}',
+    '',
     f'Seeds {seeds}; {len(done)} of {len(keys)} runs, {hours:.2f} CPU-hours.',
-    '', '```', prepare, 'mtp ' + ' '.join(first),
+    '',
+    '```',
+    prepare,
+    'mtp ' + ' '.join(first),
     *(
       ' '.join(['mtp', what, *asked_of(what, 'STORE', 'RUN'), *flags])
       for what, *flags in result.asks
     ),
-    '```', '',
-  ]  # fmt: skip
+    '```',
+    '',
+  ]
 
 
 HEAD = """\
@@ -522,21 +562,19 @@ def write() -> None:
 def main(args: list[str]) -> None:
   parser = argparse.ArgumentParser(
     prog='python docs/results.py',
-    description='Trains and measures what is not there yet, and writes'
-    ' docs/RESULTS.md.',
+    description='Trains and measures what is not there yet, and writes docs/RESULTS.md.',
   )
   parser.add_argument(
-    'names', nargs='*',
-    help='results; all unless given: ' + ' '.join(r.name for r in RESULTS),
-  )  # fmt: skip
+    'names', nargs='*', help='results; all unless given: ' + ' '.join(r.name for r in RESULTS)
+  )
   parser.add_argument('--data', metavar='DIR', help='where the texts are')
   parser.add_argument(
-    '--runs', metavar='DIR', default=str(ROOT / 'runs' / 'results'),
+    '--runs',
+    metavar='DIR',
+    default=str(ROOT / 'runs' / 'results'),
     help='where stores and runs go; runs/results',
-  )  # fmt: skip
-  parser.add_argument(
-    '--write', action='store_true', help='run nothing, write the document'
   )
+  parser.add_argument('--write', action='store_true', help='run nothing, write the document')
   given = parser.parse_args(args)
   unknown = set(given.names) - {result.name for result in RESULTS}
   there = ' '.join(r.name for r in RESULTS)
@@ -554,9 +592,10 @@ def main(args: list[str]) -> None:
   todo = [
     (result, label, seed)
     for seed in sorted({seed for r in asked for seed in r.seeds})
-    for result in asked if seed in result.seeds
+    for result in asked
+    if seed in result.seeds
     for label in result.variants
-  ]  # fmt: skip
+  ]
   for result, label, seed in [] if given.write else todo:
     if key_of(result, label, seed) in rows():
       continue

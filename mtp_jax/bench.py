@@ -25,16 +25,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from mtp_jax import (
-  chips,
-  config,
-  flops,
-  loss,
-  params,
-  sharding,
-  targets,
-  validate,
-)
+from mtp_jax import chips, config, flops, loss, params, sharding, targets, validate
 from mtp_jax.model import attention, block, heads, lm
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
@@ -68,9 +59,7 @@ def run(cfg: config.Config) -> tuple[list[str], dict]:
   """(lines to print, the same as a JSON-able dict) of --bench.what."""
   mesh = sharding.make_mesh(cfg)
   with jax.set_mesh(mesh):
-    lines, values = {'loss': _loss, 'step': _step, 'data': _data}[
-      cfg.bench.what
-    ](cfg, mesh)
+    lines, values = {'loss': _loss, 'step': _step, 'data': _data}[cfg.bench.what](cfg, mesh)
   about = _about(cfg, mesh)
   m = cfg.model
   head = (
@@ -88,11 +77,7 @@ def _about(cfg, mesh) -> dict:
     device_kind=mesh.devices.flat[0].device_kind,
     platform=mesh.devices.flat[0].platform,
     mesh=dict(mesh.shape),
-    versions=dict(
-      jax=jax.__version__,
-      jaxlib=jaxlib.__version__,
-      python=platform.python_version(),
-    ),
+    versions=dict(jax=jax.__version__, jaxlib=jaxlib.__version__, python=platform.python_version()),
     config=dataclasses.asdict(cfg),
   )
 
@@ -124,19 +109,14 @@ def _measure(groups: list[Group], cfg: config.Config) -> Seconds:
           times.setdefault(name, []).append((to_s - from_s) / cfg.bench.calls)
       del args, out
   on_cpu = jax.devices()[0].platform == 'cpu'
-  wall, cpu = (
-    {name: times[1:] for name, times in of_kind.items()} for of_kind in seconds
-  )
+  wall, cpu = ({name: times[1:] for name, times in of_kind.items()} for of_kind in seconds)
   return Seconds(wall, cpu if on_cpu else {})
 
 
-def ratio(
-  times: list[float], others: list[float], by: float = 1.0
-) -> dict[str, float]:
+def ratio(times: list[float], others: list[float], by: float = 1.0) -> dict[str, float]:
   """Of the times of the same rounds, over `by`."""
   ratios = [a / b / by for a, b in zip(times, others, strict=True)]
-  return dict(median=statistics.median(ratios), min=min(ratios),
-              max=max(ratios))  # fmt: skip
+  return dict(median=statistics.median(ratios), min=min(ratios), max=max(ratios))
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -150,9 +130,7 @@ def _key(cfg: config.Config) -> tuple[str, int, int]:
   return cfg.loss.schedule, cfg.loss.chunk, cfg.heads.n
 
 
-def _row(
-  cfg: config.Config, first: config.Config, seconds: Seconds, memory
-) -> dict:
+def _row(cfg: config.Config, first: config.Config, seconds: Seconds, memory) -> dict:
   """What loss and step have in common: a variant beside the first number of
   heads, and beside the first schedule and chunk."""
   schedule, chunk, n = key = _key(cfg)
@@ -160,12 +138,14 @@ def _row(
   simplest = first.loss.schedule, first.loss.chunk, n
   wall, cpu = seconds
   row = dict(
-    n=n, schedule=schedule, chunk=chunk,
+    n=n,
+    schedule=schedule,
+    chunk=chunk,
     time_s=statistics.median(wall[key]),
     over_first_n=ratio(wall[key], wall[fewest]),
     over_first_schedule=ratio(wall[key], wall[simplest]),
     temp_bytes=memory[key],
-  )  # fmt: skip
+  )
   if cpu:
     row |= dict(
       cpu_over_first_n=ratio(cpu[key], cpu[fewest]),
@@ -196,10 +176,7 @@ def table(rows: list[dict], columns: dict[str, Callable[[dict], str]]):
   """Lines of a table, a column each, right-aligned."""
   cells = [list(columns), *([f(r) for f in columns.values()] for r in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  return [
-    '  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True))
-    for line in cells
-  ]
+  return ['  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
 
 
 def shown(ratio: dict[str, float]) -> str:
@@ -260,10 +237,14 @@ def loss_program(cfg: config.Config, mesh):
 
     feeds = heads.family(cfg).feeds_tokens and cfg.heads.n > 1
     return loss.Weights(
-      model.heads, states(T), states(T + cfg.span) if feeds else None,
-      model.norm, model.embed if tied else model.unembed, model.order,
+      model.heads,
+      states(T),
+      states(T + cfg.span) if feeds else None,
+      model.norm,
+      model.embed if tied else model.unembed,
+      model.order,
       jnp.zeros(cfg.heads.n),
-    )  # fmt: skip
+    )
 
   def value(w: loss.Weights, batch):
     batch = jax.tree.map(lambda x: x[0], batch)
@@ -271,18 +252,20 @@ def loss_program(cfg: config.Config, mesh):
     scale_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)
     ordered = w.order_VD is not None
     rows = loss.Rows(
-      jnp.arange(1, cfg.heads.n + 1), targets_KBT, valid_KBT, scale_K,
-      batch['tokens'], targets.order(batch, cfg) if ordered else None,
+      jnp.arange(1, cfg.heads.n + 1),
+      targets_KBT,
+      valid_KBT,
+      scale_K,
+      batch['tokens'],
+      targets.order(batch, cfg) if ordered else None,
       cfg.loss.order_weight * scale_K[0],
       block.context(batch['position'][:, :T], cfg),
-    )  # fmt: skip
+    )
     return loss.SCHEDULES[cfg.loss.schedule](w, rows, cfg)
 
   key = jax.random.key(cfg.train.seed)
   args = jax.jit(weights)(key), batch
-  compiled = (
-    jax.jit(jax.value_and_grad(value, has_aux=True)).lower(*args).compile()
-  )
+  compiled = jax.jit(jax.value_and_grad(value, has_aux=True)).lower(*args).compile()
   return args, compiled
 
 
@@ -299,9 +282,7 @@ def _loss(cfg: config.Config, mesh) -> tuple[list[str], dict]:
   seconds = _measure(groups, cfg)
   rows = [_row(c, variants[0], seconds, memory) for c in variants]
   more = {'temp over first n': lambda r: f'{r.get("temp_over_first_n", 1):.3f}'}
-  return _table(rows, more), dict(
-    rows=rows, device_peak_bytes=_device_peak(len(rows))
-  )
+  return _table(rows, more), dict(rows=rows, device_peak_bytes=_device_peak(len(rows)))
 
 
 # The step.
@@ -313,9 +294,7 @@ def _step_program(cfg: config.Config, mesh) -> Program:
   )
   batch = _batch(cfg, mesh)
   compiled = step_lib.trace(cfg, mesh, cfg.heads.n).lower().compile()
-  return Program(
-    lambda state: compiled(state, batch, bytes_V), _temp_bytes(compiled)
-  )
+  return Program(lambda state: compiled(state, batch, bytes_V), _temp_bytes(compiled))
 
 
 def _matmul(mesh, cfg: config.Config) -> tuple[Group, float]:
@@ -340,8 +319,7 @@ def _step(cfg: config.Config, mesh) -> tuple[list[str], dict]:
   programs = {_key(c): _step_program(c, mesh) for c in variants}
   groups = [
     Group(
-      lambda c=c: state_lib.init(c, mesh),
-      {k: p for k, p in programs.items() if k[-1] == c.heads.n},
+      lambda c=c: state_lib.init(c, mesh), {k: p for k, p in programs.items() if k[-1] == c.heads.n}
     )
     for c in {c.heads.n: c for c in variants}.values()
   ]
@@ -365,26 +343,31 @@ def _step(cfg: config.Config, mesh) -> tuple[list[str], dict]:
     flops_per_s = tokens_per_s * flops.flops_per_token(c, n)
     over_flops = {
       name: ratio(times[_key(c)], times[schedule, chunk, first_n], flops_ratio)
-      for name, times in (
-        ('time_over_flops', seconds.wall), ('cpu_over_flops', seconds.cpu),
-      )
+      for name, times in (('time_over_flops', seconds.wall), ('cpu_over_flops', seconds.cpu))
       if times
-    }  # fmt: skip
-    rows.append(row | over_flops | dict(
-      tokens_per_s=tokens_per_s,
-      model_flops_per_s=flops_per_s,
-      mfu=flops_per_s / (chip.flops_per_s * mesh.size) if chip else None,
-      of_matmul=flops_per_s / matmul_flops_per_s,
-      flops_ratio=flops_ratio,
-    ))  # fmt: skip
-  lines = _table(rows, {
-    'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
-    'MFU': lambda r: 'n/a' if r['mfu'] is None else f'{r["mfu"]:.1%}',
-    'of matmul': lambda r: f'{r["of_matmul"]:.1%}',
-    'FLOP ratio': lambda r: f'{r["flops_ratio"]:.3f}',
-    'time over FLOPs': lambda r: shown(r['time_over_flops']),
-    'cpu over FLOPs': lambda r: _median(r, 'cpu_over_flops'),
-  })  # fmt: skip
+    }
+    rows.append(
+      row
+      | over_flops
+      | dict(
+        tokens_per_s=tokens_per_s,
+        model_flops_per_s=flops_per_s,
+        mfu=flops_per_s / (chip.flops_per_s * mesh.size) if chip else None,
+        of_matmul=flops_per_s / matmul_flops_per_s,
+        flops_ratio=flops_ratio,
+      )
+    )
+  lines = _table(
+    rows,
+    {
+      'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
+      'MFU': lambda r: 'n/a' if r['mfu'] is None else f'{r["mfu"]:.1%}',
+      'of matmul': lambda r: f'{r["of_matmul"]:.1%}',
+      'FLOP ratio': lambda r: f'{r["flops_ratio"]:.3f}',
+      'time over FLOPs': lambda r: shown(r['time_over_flops']),
+      'cpu over FLOPs': lambda r: _median(r, 'cpu_over_flops'),
+    },
+  )
   keys = 'T / 2 of T keys (causal)' if causal else 'all T keys (reference)'
   lines += [
     f'FLOP ratio: attention counted with {keys}; MFU and matmul: with T / 2',
@@ -417,9 +400,7 @@ def _data(cfg: config.Config, mesh) -> tuple[list[str], dict]:
   turns = iter(range(0, 2**62, n_batches * cfg.bench.calls))
   groups = [
     Group(lambda: next(turns), {'loader': Program(read)}),
-    Group(
-      lambda: state_lib.init(cfg, mesh), {'step': _step_program(cfg, mesh)}
-    ),
+    Group(lambda: state_lib.init(cfg, mesh), {'step': _step_program(cfg, mesh)}),
   ]
   seconds = _measure(groups, cfg)
   loader, step = seconds.wall['loader'], seconds.wall['step']
@@ -430,10 +411,8 @@ def _data(cfg: config.Config, mesh) -> tuple[list[str], dict]:
     loader_over_step=ratio(step, loader, 1 / n_batches),
   )
   return [
-    f'loader: {values["loader_tokens_per_s"]:,.0f} tokens/s, in turns of'
-    f' {n_batches} batches',
+    f'loader: {values["loader_tokens_per_s"]:,.0f} tokens/s, in turns of {n_batches} batches',
     f'step: {values["step_tokens_per_s"]:,.0f} tokens/s with'
     f' {cfg.heads.n} heads, {cfg.loss.schedule}',
-    f'the loader gives {shown(values["loader_over_step"])} times what the step'
-    ' eats',
+    f'the loader gives {shown(values["loader_over_step"])} times what the step eats',
   ], values

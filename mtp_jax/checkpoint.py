@@ -28,25 +28,19 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from mtp_jax import (
-  config,
-  flags,
-  jsonl,
-  manifest,
-  paths,
-  processes,
-  validate,
-)
+from mtp_jax import config, flags, jsonl, manifest, paths, processes, validate
 from mtp_jax import params as params_lib
 from mtp_jax.model import lm
 
 MARK = 'commit_success.txt'  # in a bucket, of a complete one
 FORMAT = 1  # raised when a saved state can no longer be read as it is
 ABOUT = {
-  'format': int, 'config': {...: object}, 'store': str,
+  'format': int,
+  'config': {...: object},
+  'store': str,
   'left_out?': [[jsonl.NATURAL]],
   'spikes?': {'losses?': [float], 'pending?': [[jsonl.NUMBER]]},
-}  # fmt: skip
+}
 
 
 class Saver:
@@ -124,10 +118,7 @@ class Saver:
 
   def _tell(self, step: int, error: Exception) -> None:
     self.failed = step, _why(error)
-    _say(
-      f'checkpoint {step} could not be saved: {self.failed[1]}; those before it'
-      ' stay'
-    )
+    _say(f'checkpoint {step} could not be saved: {self.failed[1]}; those before it stay')
     self._sweep()
 
   def _sweep(self) -> None:
@@ -174,10 +165,11 @@ class Saver:
       step, why = self.failed
       there = steps(self._workdir)
       raise config.ConfigError(
-        'train.workdir', self._workdir,
+        'train.workdir',
+        self._workdir,
         f'checkpoint {step} could not be saved: {why}; the newest there is'
         f' {there[-1] if there else "none"}',
-      )  # fmt: skip
+      )
 
   def close(self) -> None:
     """Waits for this process's part of the save; the others may have ended."""
@@ -265,9 +257,7 @@ def _tell_failures_once() -> None:
 
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(is_new)
-  warnings.filterwarnings(
-    'ignore', 'coroutine .* was never awaited', RuntimeWarning
-  )
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
   hook = sys.unraisablehook
 
   def unraisable(what):
@@ -282,9 +272,14 @@ def _folder(workdir: str) -> epath.Path:
 
 
 def save(
-  to: Saver, step: int, state: Any, cfg: config.Config, store: str,
-  left_out=(), spikes: dict | None = None,
-) -> float:  # fmt: skip
+  to: Saver,
+  step: int,
+  state: Any,
+  cfg: config.Config,
+  store: str,
+  left_out=(),
+  spikes: dict | None = None,
+) -> float:
   """Starts to save the state; returns before it is done.
 
   Every process of a run calls it, as it does `restore` and `restore_params`:
@@ -304,12 +299,13 @@ def save(
     Seconds for which it held up the caller.
   """
   about = dict(
-    format=FORMAT, config=json.loads(config.to_json(cfg)), store=store,
-    left_out=left_out, spikes=spikes or {},
-  )  # fmt: skip
-  args = ocp.args.Composite(
-    state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+    format=FORMAT,
+    config=json.loads(config.to_json(cfg)),
+    store=store,
+    left_out=left_out,
+    spikes=spikes or {},
   )
+  args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
   return to.save(step, args)
 
 
@@ -320,10 +316,11 @@ def check_workdir(workdir: str) -> None:
   found = sorted({*'*?[]'} & {*str(workdir)})
   if found:
     raise config.ConfigError(
-      'train.workdir', workdir,
+      'train.workdir',
+      workdir,
       f'no path of checkpoints may have {" ".join(found)} in it, which their'
       ' library reads as a pattern',
-    )  # fmt: skip
+    )
 
 
 def write_definition(cfg, tokenizer, workdir: str) -> None:
@@ -341,9 +338,7 @@ def write_definition(cfg, tokenizer, workdir: str) -> None:
     paths.write(path, data)
 
 
-def save_params(
-  params: Any, cfg: config.Config, tokenizer, workdir: str
-) -> None:
+def save_params(params: Any, cfg: config.Config, tokenizer, workdir: str) -> None:
   """Step 0 of a workdir, without an optimizer's state: what an import gives.
   `restore_params` reads it, and a run begins with it."""
   write_definition(cfg, tokenizer, workdir)
@@ -391,17 +386,13 @@ def _read_arrays(path: epath.Path) -> None:
         *(range(0, n, size) for n, size in zip(array.shape, sizes, strict=True))
       ):
         piece = zip(start, sizes, array.shape, strict=True)
-        array[
-          tuple(slice(i, min(i + size, n)) for i, size, n in piece)
-        ].read().result()
+        array[tuple(slice(i, min(i + size, n)) for i, size, n in piece)].read().result()
 
 
 def _alone():
   """For a reader of this process alone; orbax would wait for the others."""
   me = jax.process_index()
-  return ocp.options.MultiprocessingOptions(
-    primary_host=me, active_processes={me}
-  )
+  return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
 
 
 def _damage(path: epath.Path) -> str:
@@ -479,10 +470,10 @@ def newest_good(
     damaged.append((step, why))
   if damaged:
     raise config.ConfigError(
-      'train.workdir', workdir,
-      'all of its checkpoints are damaged: '
-      + '; '.join(f'{step}: {why}' for step, why in damaged),
-    )  # fmt: skip
+      'train.workdir',
+      workdir,
+      'all of its checkpoints are damaged: ' + '; '.join(f'{step}: {why}' for step, why in damaged),
+    )
   return None, []
 
 
@@ -512,15 +503,11 @@ def _reading(path: epath.Path, flag: str = 'train.workdir'):
     yield
   except Exception as error:  # orbax raises just that for a damaged array
     raise config.ConfigError(
-      flag,
-      str(path),
-      f'cannot be read as a checkpoint: {paths.first_line(error)}',
+      flag, str(path), f'cannot be read as a checkpoint: {paths.first_line(error)}'
     ) from error
 
 
-def about(
-  workdir: str, step: int, flag: str = 'train.workdir'
-) -> tuple[config.Config, str]:
+def about(workdir: str, step: int, flag: str = 'train.workdir') -> tuple[config.Config, str]:
   """(Config, store fingerprint) of a checkpoint; waits for no other process."""
   saved = _about(workdir, step, flag)
   try:
@@ -532,9 +519,7 @@ def about(
 
 def _unreadable(workdir, step, flag, why) -> config.ConfigError:
   path = _folder(workdir) / str(step)
-  return config.ConfigError(
-    flag, str(path), f'cannot be read as a checkpoint: about: {why}'
-  )
+  return config.ConfigError(flag, str(path), f'cannot be read as a checkpoint: about: {why}')
 
 
 def left_out(workdir: str, step: int) -> tuple[tuple[int, int], ...]:
@@ -549,9 +534,7 @@ def spikes(workdir: str, step: int) -> dict:
 
 
 def _read_about(path: epath.Path) -> dict:
-  with ocp.Checkpointer(
-    ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()
-  ) as reader:
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()) as reader:
     return reader.restore(path / 'about')
 
 
@@ -594,25 +577,28 @@ def opened(
   saved, _ = about(workdir, step, flag)
   # Where and beside what it was trained is no matter any more.
   base = dataclasses.replace(
-    saved, processes=config.Processes(), decode=config.Decode(),
-    bench=config.Bench(), plan=config.Plan(), export=config.Export(),
-  )  # fmt: skip
+    saved,
+    processes=config.Processes(),
+    decode=config.Decode(),
+    bench=config.Bench(),
+    plan=config.Plan(),
+    export=config.Export(),
+  )
   cfg = parsed.config(config.replace(base, **elsewhere or {}))
   other_tree = bool(saved.loss.order_weight) != bool(cfg.loss.order_weight)
   for name, was, now in config.changed(saved, cfg):
     if is_of_model(name) or (name == 'loss.order_weight' and other_tree):
-      raise config.ConfigError(
-        name, now, f'the checkpoint {path} was trained with {was}'
-      )
+      raise config.ConfigError(name, now, f'the checkpoint {path} was trained with {was}')
   return workdir, step, saved, cfg
 
 
 def is_of_model(name: str) -> bool:
   """Whether a field decides what parameters there are, or what they mean; the
   curriculum says which heads trained."""
-  return name.startswith(
-    ('model.', 'heads.', 'loss.curriculum')
-  ) and name not in ('model.compute_dtype', 'model.remat')
+  return name.startswith(('model.', 'heads.', 'loss.curriculum')) and name not in (
+    'model.compute_dtype',
+    'model.remat',
+  )
 
 
 def restore(workdir: str, step: int, abstract_state: Any) -> Any:
@@ -623,9 +609,7 @@ def restore(workdir: str, step: int, abstract_state: Any) -> Any:
       return reader.restore(path / 'state', abstract_state)
 
 
-def restore_model(
-  workdir: str, step: int, cfg: config.Config, mesh, flag: str
-) -> lm.LM:
+def restore_model(workdir: str, step: int, cfg: config.Config, mesh, flag: str) -> lm.LM:
   """`restore_params` for the model of a Config, on a mesh."""
   abstract = params_lib.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
   return restore_params(workdir, step, abstract, flag)

@@ -70,21 +70,14 @@ class Model:
   """The shared trunk, and the shape that every block-like head repeats."""
 
   d_model: int = _f(128, 'width of the residual stream', **_to(2**20))
-  n_layers: int = _f(
-    5, 'layers in all; block-like heads are counted in', **_to(10_000)
-  )
+  n_layers: int = _f(5, 'layers in all; block-like heads are counted in', **_to(10_000))
   n_attn_heads: int = _f(4, 'query heads of an attention', **_to(2**16))
   n_kv_heads: int = _f(0, 'key/value heads; 0 = n_attn_heads', **_to(2**16, 0))
-  d_head: int = _f(
-    0, 'width of a query head; 0 = d_model / n_attn_heads', **_to(2**16, 0)
-  )
+  d_head: int = _f(0, 'width of a query head; 0 = d_model / n_attn_heads', **_to(2**16, 0))
   d_ff: int = _f(
-    0, 'width of the SwiGLU; 0 = 8/3 d_model, up to a multiple of 256',
-    **_to(2**24, 0),
-  )  # fmt: skip
-  vocab_size: int = _f(
-    264, 'rows of the embedding, in tokens', min=2, max=2**24
+    0, 'width of the SwiGLU; 0 = 8/3 d_model, up to a multiple of 256', **_to(2**24, 0)
   )
+  vocab_size: int = _f(264, 'rows of the embedding, in tokens', min=2, max=2**24)
   rope_theta: float = _f(10_000.0, 'base wavelength of RoPE', above=0, max=1e12)
   rope_factor: float = _f(
     1.0,
@@ -94,24 +87,19 @@ class Model:
     max=1e6,
   )
   rope_low_freq: float = _f(
-    1.0,
-    'wavelengths above rope_context over this are stretched by rope_factor',
-    above=0,
-    max=1e6,
+    1.0, 'wavelengths above rope_context over this are stretched by rope_factor', above=0, max=1e6
   )
   rope_high_freq: float = _f(
-    4.0, 'wavelengths below rope_context over this are left as they are',
-    above=0, max=1e6,
-  )  # fmt: skip
+    4.0, 'wavelengths below rope_context over this are left as they are', above=0, max=1e6
+  )
   context: int = _f(
     0,
     'positions that it is for, which an export tells other programs; 0 = those'
     ' it trains on, data.seq_len',
-    result=False, **UNSIGNED,
-  )  # fmt: skip
-  rope_context: int = _f(
-    8192, 'context, in tokens, that the wavelengths were made for', **POSITIVE
+    result=False,
+    **UNSIGNED,
   )
+  rope_context: int = _f(8192, 'context, in tokens, that the wavelengths were made for', **POSITIVE)
   norm_eps: float = _f(1e-5, 'epsilon of RMSNorm', above=0, max=1)
   param_dtype: str = _f(
     'float32',
@@ -120,9 +108,7 @@ class Model:
     ' nothing is lost of a step below the spacing of bfloat16',
     choices=DTYPES,
   )
-  compute_dtype: str = _f(
-    'bfloat16', 'of matrix products and activations', choices=DTYPES
-  )
+  compute_dtype: str = _f('bfloat16', 'of matrix products and activations', choices=DTYPES)
   remat: str = _f(
     'block',
     'kept of a trunk layer for its backward: everything, its input, or its'
@@ -195,8 +181,7 @@ class Loss:
   )
   chunk: int = _f(
     0,
-    'positions whose logits are alive at once; 0 = the most with logits of half'
-    ' a GiB a device',
+    'positions whose logits are alive at once; 0 = the most with logits of half a GiB a device',
     **UNSIGNED,
   )
   weights: str = _f(
@@ -204,15 +189,8 @@ class Loss:
     'weight by head from a step on, e.g. 0:1,.3;50000:1,.1; the last weight'
     ' serves all further heads',
   )
-  curriculum: str = _f(
-    '', 'active heads from a step on, e.g. 0:1;1000:2; empty = all of them'
-  )
-  z_loss: float = _f(
-    0.0,
-    'weight of the squared log-sum-exp inside each head loss',
-    min=0,
-    max=1e6,
-  )
+  curriculum: str = _f('', 'active heads from a step on, e.g. 0:1;1000:2; empty = all of them')
+  z_loss: float = _f(0.0, 'weight of the squared log-sum-exp inside each head loss', min=0, max=1e6)
   order_weight: float = _f(
     0.0,
     'weight of token order prediction: one more unembedding of head 1 ranks'
@@ -229,9 +207,8 @@ class Loss:
     max=128,
   )
   grad_dtype: str = _f(
-    'float32', 'in which gradients are summed over heads and micro-batches',
-    choices=DTYPES,
-  )  # fmt: skip
+    'float32', 'in which gradients are summed over heads and micro-batches', choices=DTYPES
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,37 +236,28 @@ class Data:
     ' of the store, refused if it is another',
   )
   workers: int = _f(
-    0, 'processes that encode documents; 0 = as many as cores',
-    result=False, **_to(4096, 0),
-  )  # fmt: skip
+    0, 'processes that encode documents; 0 = as many as cores', result=False, **_to(4096, 0)
+  )
   seq_len: int = _f(256, 'queries of a window, in tokens', **_to(2**24))
-  batch_size: int = _f(
-    8, 'windows of one optimizer step, over all devices', **_to(2**24)
-  )
+  batch_size: int = _f(8, 'windows of one optimizer step, over all devices', **_to(2**24))
   valid_fraction: float = _f(
-    0.02,
-    'share of documents that prepare holds out',
-    result=False,
-    min=0,
-    below=1,
+    0.02, 'share of documents that prepare holds out', result=False, min=0, below=1
   )
-  overwrite: bool = _f(
-    False, 'prepare replaces the store that is there', result=False
-  )
+  overwrite: bool = _f(False, 'prepare replaces the store that is there', result=False)
   max_shard_gib: int = _f(
     0,
     'size limit of a file of tokens that prepare writes; 0 = 2**27 tokens, more'
     ' in a store of more than 512 such shards',
-    result=False, **UNSIGNED,
-  )  # fmt: skip
+    result=False,
+    **UNSIGNED,
+  )
   max_document_mib: int = _f(
     1024,
     'prepare skips larger documents (of jsonl: larger lines), by name',
-    result=False, **POSITIVE,
-  )  # fmt: skip
-  verify: bool = _f(
-    True, 'check the checksums of a store when it is opened', result=False
+    result=False,
+    **POSITIVE,
   )
+  verify: bool = _f(True, 'check the checksums of a store when it is opened', result=False)
   read_threads: int = _f(2, 'threads that read rows', result=False, **_to(4096))
 
 
@@ -318,10 +286,7 @@ class Optim:
     max=1e6,
   )
   heads_lr: float = _f(
-    1.0,
-    'learning rate over lr of the heads, and of unembeddings of their own',
-    above=0,
-    max=1e6,
+    1.0, 'learning rate over lr of the heads, and of unembeddings of their own', above=0, max=1e6
   )
   warmup_steps: int = _f(100, 'steps of linear warm-up from 0', **UNSIGNED)
   schedule: str = _f(
@@ -334,35 +299,22 @@ class Optim:
   decay_steps: int = _f(0, 'steps of the decay of wsd', **UNSIGNED)
   b1: float = _f(0.9, 'decay of the first moment of AdamW', min=0, below=1)
   b2: float = _f(0.95, 'decay of the second moment of AdamW', min=0, below=1)
-  momentum: float = _f(
-    0.95, 'decay of the (Nesterov) momentum of muon', min=0, below=1
-  )
-  eps: float = _f(
-    1e-8, 'added to the root of the second moment', above=0, max=1
-  )
+  momentum: float = _f(0.95, 'decay of the (Nesterov) momentum of muon', min=0, below=1)
+  eps: float = _f(1e-8, 'added to the root of the second moment', above=0, max=1)
   weight_decay: float = _f(0.1, 'decoupled decay of matrices', min=0, max=1e3)
-  clip_norm: float = _f(
-    1.0, 'global gradient norm; 0 = no clipping', min=0, max=1e30
-  )
+  clip_norm: float = _f(1.0, 'global gradient norm; 0 = no clipping', min=0, max=1e30)
   moment_dtype: str = _f(
-    'float32', 'of the first moment, or momentum; the second is float32',
-    choices=DTYPES,
-  )  # fmt: skip
+    'float32', 'of the first moment, or momentum; the second is float32', choices=DTYPES
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
   """Devices along each mesh axis; one of them may be -1 = what is left."""
 
-  data: int = _f(
-    1, 'replicas of the parameters', result=False, **_to(2**20, -1)
-  )
-  fsdp: int = _f(
-    -1, 'shards of parameters and of the batch', result=False, **_to(2**20, -1)
-  )
-  tensor: int = _f(
-    1, 'shards of a layer and of the vocabulary', result=False, **_to(2**20, -1)
-  )
+  data: int = _f(1, 'replicas of the parameters', result=False, **_to(2**20, -1))
+  fsdp: int = _f(-1, 'shards of parameters and of the batch', result=False, **_to(2**20, -1))
+  tensor: int = _f(1, 'shards of a layer and of the vocabulary', result=False, **_to(2**20, -1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,25 +327,21 @@ class Processes:
     ' say it all; empty: one process',
     result=False,
   )
-  count: int = _f(
-    1, 'processes of the run, with a HOST:PORT', result=False, **_to(2**20)
-  )
-  index: int = _f(
-    0, 'of this process, with a HOST:PORT', result=False, **UNSIGNED
-  )
+  count: int = _f(1, 'processes of the run, with a HOST:PORT', result=False, **_to(2**20))
+  index: int = _f(0, 'of this process, with a HOST:PORT', result=False, **UNSIGNED)
   timeout_s: int = _f(
-    30, 'seconds after which a silent process is given up, and the run with it',
-    result=False, **_to(10**6),
-  )  # fmt: skip
+    30,
+    'seconds after which a silent process is given up, and the run with it',
+    result=False,
+    **_to(10**6),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
   """The loop."""
 
-  workdir: str = _f(
-    '', 'directory of the run; it may be gs://BUCKET/…', result=False
-  )
+  workdir: str = _f('', 'directory of the run; it may be gs://BUCKET/…', result=False)
   steps: int = _f(1000, 'optimizer steps', result=False, **POSITIVE)
   init_from: str = _f(
     '',
@@ -401,9 +349,8 @@ class Train:
     ' run begins with; its heads may be others',
   )
   new_heads: str = _f(
-    'copy', 'heads that it has not: as head 1, or fresh',
-    choices=('copy', 'fresh'),
-  )  # fmt: skip
+    'copy', 'heads that it has not: as head 1, or fresh', choices=('copy', 'fresh')
+  )
   freeze: str = _f(
     'none',
     'what does not train: trunk (embedding, layers, final norm, an unembedding'
@@ -412,76 +359,63 @@ class Train:
   )
   accumulate: int = _f(1, 'micro-batches of one optimizer step', **_to(2**24))
   seed: int = _f(
-    0, 'of initial parameters, the order of data, and random rounding', min=0,
-    max=2**32 - 1,
-  )  # fmt: skip
-  log_every: int = _f(
-    10, 'steps from one log line to the next', result=False, **POSITIVE
+    0, 'of initial parameters, the order of data, and random rounding', min=0, max=2**32 - 1
   )
-  eval_every: int = _f(
-    0, 'steps between evaluations; 0 = at the end', result=False, **UNSIGNED
-  )
+  log_every: int = _f(10, 'steps from one log line to the next', result=False, **POSITIVE)
+  eval_every: int = _f(0, 'steps between evaluations; 0 = at the end', result=False, **UNSIGNED)
   suite_every: int = _f(
     0,
-    'steps between evaluations by the suites of eval.suite; 0 = after the last'
-    ' step only',
-    result=False, **UNSIGNED,
-  )  # fmt: skip
+    'steps between evaluations by the suites of eval.suite; 0 = after the last step only',
+    result=False,
+    **UNSIGNED,
+  )
   checkpoint_every: int = _f(
     0, 'steps between checkpoints; 0 = at the end', result=False, **UNSIGNED
   )
   keep_last: int = _f(
-    2, 'newest checkpoints kept; at 1 the one before stays as well',
-    result=False, **POSITIVE,
-  )  # fmt: skip
+    2, 'newest checkpoints kept; at 1 the one before stays as well', result=False, **POSITIVE
+  )
   keep_every: int = _f(
-    0, 'checkpoints at multiples of this step are kept as well; 0 = none',
-    result=False, **UNSIGNED,
-  )  # fmt: skip
+    0, 'checkpoints at multiples of this step are kept as well; 0 = none', result=False, **UNSIGNED
+  )
   max_nonfinite: int = _f(
-    10, 'non-finite steps in a row that end the run, at its next log line',
-    **POSITIVE,
-  )  # fmt: skip
+    10, 'non-finite steps in a row that end the run, at its next log line', **POSITIVE
+  )
   watchdog_s: float = _f(
     1800.0,
     'seconds without a step, a compiled program or a batch of an evaluation'
     ' after which a process ends, with its stacks; 0 = never',
-    result=False, min=0, max=1e8,
-  )  # fmt: skip
+    result=False,
+    min=0,
+    max=1e8,
+  )
   spike_sigma: float = _f(
     10.0,
     'deviations above the median of the last 128 losses of head 1 that make a'
     ' spike, which is said and counted; 0 = none is',
-    result=False, min=0, max=1e6,
-  )  # fmt: skip
+    result=False,
+    min=0,
+    max=1e6,
+  )
   skip_batches: int = _f(
     0,
     'batches left out for good, up to that of a spike, when a run goes back to'
     ' the last checkpoint before it; 0 = it does not go back',
     **UNSIGNED,
-  )  # fmt: skip
-  profile_start: int = _f(
-    0, 'first step of the profile', result=False, **UNSIGNED
   )
-  profile_steps: int = _f(
-    0, 'steps in the profile; 0 = no profile', result=False, **UNSIGNED
-  )
+  profile_start: int = _f(0, 'first step of the profile', result=False, **UNSIGNED)
+  profile_steps: int = _f(0, 'steps in the profile; 0 = no profile', result=False, **UNSIGNED)
   compilation_cache: str = _f(
-    '~/.cache/mtp_jax', 'directory of compiled programs; empty = none',
-    result=False,
-  )  # fmt: skip
+    '~/.cache/mtp_jax', 'directory of compiled programs; empty = none', result=False
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
   """Evaluation of a checkpoint."""
 
-  checkpoint: str = _f(
-    '', 'workdir of a run, or one of its checkpoints/STEP', result=False
-  )
-  split: str = _f(
-    'valid', 'part of the store', result=False, choices=('train', 'valid')
-  )
+  checkpoint: str = _f('', 'workdir of a run, or one of its checkpoints/STEP', result=False)
+  split: str = _f('valid', 'part of the store', result=False, choices=('train', 'valid'))
   stores: str = _f(
     '',
     'further stores to evaluate on, [NAME=]PATH,…: this split of each, or all'
@@ -493,15 +427,14 @@ class Eval:
     'batches of data.batch_size windows a store, spread over it; 0 = all',
     result=False,
     **UNSIGNED,
-  )  # fmt: skip
-  suite: str = _f(
-    'heldout', 'evaluators, NAME or NAME:ARG,…; see README', result=False
   )
+  suite: str = _f('heldout', 'evaluators, NAME or NAME:ARG,…; see README', result=False)
   items: int = _f(
     0,
     'items of a suite, its first ones, or of each of its levels; 0 = all',
-    result=False, **UNSIGNED,
-  )  # fmt: skip
+    result=False,
+    **UNSIGNED,
+  )
   data: str = _f(
     '',
     'what a suite asks of: its file of problems, a directory of further tasks'
@@ -509,12 +442,13 @@ class Eval:
     result=False,
   )
   shots: int = _f(
-    -1, 'worked examples before each problem; -1 = as the suite is used',
-    result=False, min=-1, max=10_000,
-  )  # fmt: skip
-  samples: int = _f(
-    1, 'answers to each problem that are run', result=False, **_to(10**6)
+    -1,
+    'worked examples before each problem; -1 = as the suite is used',
+    result=False,
+    min=-1,
+    max=10_000,
   )
+  samples: int = _f(1, 'answers to each problem that are run', result=False, **_to(10**6))
   temperatures: str = _f(
     '',
     'of the answers that are run, with commas, each scored by itself; empty = 0'
@@ -539,11 +473,7 @@ class Eval:
     choices=('full', 'weak'),
   )
   timeout_s: float = _f(
-    10.0,
-    'seconds that a program has, each time it runs',
-    result=False,
-    above=0,
-    max=1e6,
+    10.0, 'seconds that a program has, each time it runs', result=False, above=0, max=1e6
   )
 
 
@@ -551,15 +481,14 @@ class Eval:
 class Decode:
   """Generation, with the model's own heads as the draft of what follows."""
 
-  checkpoint: str = _f(
-    '', 'workdir of a run, or one of its checkpoints/STEP', result=False
-  )
+  checkpoint: str = _f('', 'workdir of a run, or one of its checkpoints/STEP', result=False)
   draft: int = _f(
     0,
     'heads used: W - 1 drafts are verified by each forward pass; 1 = plain'
     ' decoding; 0 = all heads that trained',
-    result=False, **_to(1024, 0),
-  )  # fmt: skip
+    result=False,
+    **_to(1024, 0),
+  )
   tree: str = _f(
     '',
     'candidates of each further head, e.g. 3,2,1: their best ones form a tree'
@@ -567,32 +496,24 @@ class Decode:
     ' each',
     result=False,
   )
-  max_new: int = _f(
-    256,
-    'new tokens of a row, at most',
-    result=False,
-    **_to(MOST_POSITIONS - 1),
-  )
-  temperature: float = _f(
-    0.0, 'logits are divided by it; 0 = greedy', result=False, min=0, max=1e6
-  )
-  top_k: int = _f(
-    0, 'most likely tokens that sampling keeps; 0 = all', result=False,
-    **UNSIGNED,
-  )  # fmt: skip
+  max_new: int = _f(256, 'new tokens of a row, at most', result=False, **_to(MOST_POSITIONS - 1))
+  temperature: float = _f(0.0, 'logits are divided by it; 0 = greedy', result=False, min=0, max=1e6)
+  top_k: int = _f(0, 'most likely tokens that sampling keeps; 0 = all', result=False, **UNSIGNED)
   top_p: float = _f(
     1.0,
     'sampling keeps the fewest most likely tokens with this probability',
-    result=False, min=1e-6, max=1,
-  )  # fmt: skip
+    result=False,
+    min=1e-6,
+    max=1,
+  )
   min_p: float = _f(
     0.0,
     'sampling drops tokens less likely than this share of the likeliest',
-    result=False, min=0, max=1,
-  )  # fmt: skip
-  seed: int = _f(
-    0, 'of sampling; row i has seed + i', result=False, min=0, max=2**31 - 1
+    result=False,
+    min=0,
+    max=1,
   )
+  seed: int = _f(0, 'of sampling; row i has seed + i', result=False, min=0, max=2**31 - 1)
   stop_ids: str = _f(
     '',
     'ids of tokens that end a row, with commas, or none; empty = the end of a'
@@ -601,31 +522,26 @@ class Decode:
   )
   prompts: str = _f(
     '',
-    'file of prompts: .jsonl with prompt (text) or prompt_ids a line, or text,'
-    ' a prompt a line',
+    'file of prompts: .jsonl with prompt (text) or prompt_ids a line, or text, a prompt a line',
     result=False,
   )
-  batch_size: int = _f(
-    0, 'rows decoded at once; 0 = all prompts', result=False, **_to(2**20, 0)
-  )
+  batch_size: int = _f(0, 'rows decoded at once; 0 = all prompts', result=False, **_to(2**20, 0))
   cache: int = _f(
     0,
-    'tokens that a row has room for, prompt and new ones; 0 = as many as are'
-    ' asked for',
-    result=False, **_to(MOST_POSITIONS, 0),
-  )  # fmt: skip
+    'tokens that a row has room for, prompt and new ones; 0 = as many as are asked for',
+    result=False,
+    **_to(MOST_POSITIONS, 0),
+  )
   cache_dtype: str = _f(
-    'compute', 'of cached keys and values; compute = --model.compute_dtype',
-    result=False, choices=('compute', *DTYPES),
-  )  # fmt: skip
-  prefill: int = _f(
-    512, 'positions of a prompt that are read at once',
-    result=False, **_to(2**24),
-  )  # fmt: skip
+    'compute',
+    'of cached keys and values; compute = --model.compute_dtype',
+    result=False,
+    choices=('compute', *DTYPES),
+  )
+  prefill: int = _f(512, 'positions of a prompt that are read at once', result=False, **_to(2**24))
   segment: int = _f(
-    16, 'forward passes from one piece of streamed text to the next',
-    result=False, **_to(2**24),
-  )  # fmt: skip
+    16, 'forward passes from one piece of streamed text to the next', result=False, **_to(2**24)
+  )
   compare: bool = _f(
     False,
     'decode with head 1 alone and with --decode.draft heads, in turn for'
@@ -638,9 +554,7 @@ class Decode:
 class Export:
   """A checkpoint for other tools."""
 
-  checkpoint: str = _f(
-    '', 'workdir of a run, or one of its checkpoints/STEP', result=False
-  )
+  checkpoint: str = _f('', 'workdir of a run, or one of its checkpoints/STEP', result=False)
   out: str = _f('', 'directory to write, a new or an empty one', result=False)
   format: str = _f(
     'hf',
@@ -651,23 +565,15 @@ class Export:
     ' serving engines that know MiMo; medusa: residual heads in a folder of'
     ' their own',
     result=False,
-    choices=(
-      'hf',
-      'meta',
-      'mtp_llama',
-      'transformers_mtp',
-      'gguf',
-      'mimo',
-      'medusa',
-    ),
+    choices=('hf', 'meta', 'mtp_llama', 'transformers_mtp', 'gguf', 'mimo', 'medusa'),
   )
   dtype: str = _f(
-    'param', 'of the tensors written; param = --model.param_dtype',
-    result=False, choices=('param', *DTYPES),
-  )  # fmt: skip
-  shard_gib: float = _f(
-    4.0, 'GiB of a file, at most', result=False, above=0, max=1e6
+    'param',
+    'of the tensors written; param = --model.param_dtype',
+    result=False,
+    choices=('param', *DTYPES),
   )
+  shard_gib: float = _f(4.0, 'GiB of a file, at most', result=False, above=0, max=1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -679,22 +585,22 @@ class Import:
     'hf',
     'of a checkpoint that mtp export did not write: hf: config.json and'
     ' safetensors; meta: params.json and consolidated.pth',
-    result=False, choices=('hf', 'meta'),
-  )  # fmt: skip
+    result=False,
+    choices=('hf', 'meta'),
+  )
   tokenizer: str = _f(
     'read',
     'skip: imports the weights without the tokenizer beside them',
-    result=False, choices=('read', 'skip'),
-  )  # fmt: skip
+    result=False,
+    choices=('read', 'skip'),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
   """What `mtp inspect` prints."""
 
-  step: int = _f(
-    0, 'training step whose batch is shown', result=False, **UNSIGNED
-  )
+  step: int = _f(0, 'training step whose batch is shown', result=False, **UNSIGNED)
   rows: int = _f(1, 'windows shown', result=False, **_to(2**24))
   tokens: int = _f(40, 'positions shown of each', result=False, **_to(2**24))
 
@@ -710,9 +616,8 @@ class Plan:
     result=False,
   )
   slices: int = _f(
-    1, 'such slices, joined by the network along --mesh.data',
-    result=False, **_to(2**16),
-  )  # fmt: skip
+    1, 'such slices, joined by the network along --mesh.data', result=False, **_to(2**16)
+  )
   sweep: tuple = _f(
     (),
     'FLAG=VALUE,VALUE,…: a row for each value, which has no comma itself; given'
@@ -720,14 +625,11 @@ class Plan:
     result=False,
   )
   search_mesh: bool = _f(
-    False,
-    'rank mesh shapes, micro-batches and remat by formula, compile the best',
-    result=False,
+    False, 'rank mesh shapes, micro-batches and remat by formula, compile the best', result=False
   )
   search_s: int = _f(
-    600, 'seconds in which --plan.search_mesh begins new compiles',
-    result=False, **POSITIVE,
-  )  # fmt: skip
+    600, 'seconds in which --plan.search_mesh begins new compiles', result=False, **POSITIVE
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -743,39 +645,31 @@ class Bench:
     choices=('loss', 'step', 'data', 'decode'),
   )
   heads: str = _f(
-    '1,2,4', 'numbers of heads of loss and step; ratios are to the first',
-    result=False,
-  )  # fmt: skip
+    '1,2,4', 'numbers of heads of loss and step; ratios are to the first', result=False
+  )
   schedules: str = _f(
-    'remat,eager', 'schedules of loss and step, set beside the first',
-    result=False,
-  )  # fmt: skip
-  chunks: str = _f(
-    '', 'chunks of loss and step, set beside the first', result=False
+    'remat,eager', 'schedules of loss and step, set beside the first', result=False
   )
+  chunks: str = _f('', 'chunks of loss and step, set beside the first', result=False)
   documents: int = _f(
-    1, 'documents in a row of loss and step; several make packed rows',
-    result=False, **_to(2**24),
-  )  # fmt: skip
+    1, 'documents in a row of loss and step; several make packed rows', result=False, **_to(2**24)
+  )
   rounds: int = _f(
-    5, 'rounds, in each of which every program has its turn',
-    result=False, **_to(10**6),
-  )  # fmt: skip
-  calls: int = _f(
-    1, 'calls in a row that make a turn', result=False, **_to(10**6)
+    5, 'rounds, in each of which every program has its turn', result=False, **_to(10**6)
   )
-  drafts: str = _f(
-    '', 'numbers of heads that decode uses; empty = 1, 2 … all', result=False
-  )
+  calls: int = _f(1, 'calls in a row that make a turn', result=False, **_to(10**6))
+  drafts: str = _f('', 'numbers of heads that decode uses; empty = 1, 2 … all', result=False)
   batches: str = _f('1,8', 'rows that decode decodes at once', result=False)
   pieces: int = _f(
-    8, 'held-out pieces, each a prompt of decode; the same for any number of'
-    ' rows, and as many as those at least', result=False, **_to(10**6),
-  )  # fmt: skip
+    8,
+    'held-out pieces, each a prompt of decode; the same for any number of'
+    ' rows, and as many as those at least',
+    result=False,
+    **_to(10**6),
+  )
   prompt: int = _f(
-    128, 'tokens of a prompt of decode; --decode.max_new follow',
-    result=False, **_to(2**24),
-  )  # fmt: skip
+    128, 'tokens of a prompt of decode; --decode.max_new follow', result=False, **_to(2**24)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -859,9 +753,7 @@ def from_json(text: str | bytes) -> Config:
   sections = jsonl.loads(text, {...: object})
   version = sections.pop('version', None)
   if version != VERSION:
-    raise OtherVersion(
-      f'config version {jsonl.one_line(version)}, this program reads {VERSION}'
-    )
+    raise OtherVersion(f'config version {jsonl.one_line(version)}, this program reads {VERSION}')
   jsonl.check(sections, {...: {...: object}})
   values = {
     f'{section.rstrip("_")}.{name}': value
@@ -874,9 +766,7 @@ def from_json(text: str | bytes) -> Config:
   known = fields()
   for name, value in values.items():
     if name not in known:
-      raise OtherVersion(
-        f'{jsonl.one_line(name)}: no such field; it is of another version'
-      )
+      raise OtherVersion(f'{jsonl.one_line(name)}: no such field; it is of another version')
     wanted = [str] if known[name].type is tuple else known[name].type
     jsonl.check(value, wanted, name)
     values[name] = tuple(value) if isinstance(value, list) else value
@@ -947,14 +837,11 @@ def unfit(cfg: Config, kernel: str) -> ConfigError | None:
   name, width = 'model.attention', cfg.model.head_width
   if kernel in KERNELS and cfg.data.seq_len % TILE:
     return ConfigError(
-      name, kernel,
-      f'needs a multiple of {TILE} as --data.seq_len, not {cfg.data.seq_len}',
-    )  # fmt: skip
+      name, kernel, f'needs a multiple of {TILE} as --data.seq_len, not {cfg.data.seq_len}'
+    )
   # Triton multiplies nothing narrower than 16; wider than 256 fills its memory.
   if kernel == 'flash' and not 16 <= width <= 256:
-    return ConfigError(
-      name, kernel, f'needs d_model / n_attn_heads of 16 to 256, not {width}'
-    )
+    return ConfigError(name, kernel, f'needs d_model / n_attn_heads of 16 to 256, not {width}')
   return None
 
 

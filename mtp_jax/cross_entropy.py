@@ -39,20 +39,15 @@ def logits(h_BCD, unembed_DV, target_BC) -> Logits:
   """The label's logit is a masked sum, not a lookup: the vocabulary may be
   sharded and is never gathered."""
   logits_BCV = jnp.einsum(
-    'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype),
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
+    'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
+  )
   lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
   ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
-  label_BC = jnp.sum(
-    jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1
-  )
+  label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
   # As jnp.argmax says it, in half the time on a CPU.
   top_BC = jnp.max(jax.lax.stop_gradient(logits_BCV), axis=-1)
   is_top_BCV = logits_BCV == top_BC[:, :, None]
-  argmax_BC = jnp.min(
-    jnp.where(is_top_BCV, ids_11V, logits_BCV.shape[-1] - 1), axis=-1
-  )
+  argmax_BC = jnp.min(jnp.where(is_top_BCV, ids_11V, logits_BCV.shape[-1] - 1), axis=-1)
   return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
 
 
@@ -69,9 +64,8 @@ def log_sum_exp(h_BCD, order_VD, valid_BC, cfg):
   """(its sum over valid positions, None), under the order's unembedding."""
   del cfg
   logits_BCV = jnp.einsum(
-    'BCD,VD->BCV', h_BCD, order_VD.astype(h_BCD.dtype),
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
+    'BCD,VD->BCV', h_BCD, order_VD.astype(h_BCD.dtype), preferred_element_type=jnp.float32
+  )
   return jnp.sum(valid_BC * jax.nn.logsumexp(logits_BCV, axis=-1)), None
 
 
@@ -113,8 +107,7 @@ def _in_chunks(cfg, *xs_BT):
   B, T = xs_BT[0].shape[:2]
   C = chunk(cfg, B)
   return tuple(
-    sharding.reshape(x, (B, T // C, C, *x.shape[2:]), 'batch').swapaxes(0, 1)
-    for x in xs_BT
+    sharding.reshape(x, (B, T // C, C, *x.shape[2:]), 'batch').swapaxes(0, 1) for x in xs_BT
   )
 
 
@@ -135,9 +128,7 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
     h_BCD, *of_chunk = xs
     return None, f(h_BCD, unembed, *of_chunk, cfg)
 
-  _, (loss_X, rest) = jax.lax.scan(
-    one, None, _in_chunks(cfg, h_BTD, *of_tokens)
-  )
+  _, (loss_X, rest) = jax.lax.scan(one, None, _in_chunks(cfg, h_BTD, *of_tokens))
   return jnp.sum(loss_X), rest
 
 
@@ -155,9 +146,7 @@ def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
       loss, rest = f(h_BCD, unembed, *of_chunk, cfg)
       return scale * loss, (loss, rest)
 
-    (_, out), (dh_BCD, d) = jax.value_and_grad(
-      scaled, argnums=(0, 1), has_aux=True
-    )(h_BCD, unembed)
+    (_, out), (dh_BCD, d) = jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(h_BCD, unembed)
     return dunembed + d, (*out, dh_BCD)
 
   dunembed, (loss_X, rest, dh_XBCD) = jax.lax.scan(
@@ -168,6 +157,4 @@ def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
 
 def total_over_chunks(stats: Stats) -> Stats:
   loss, z_loss, correct, argmax_XBC = stats
-  return Stats(
-    jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC)
-  )
+  return Stats(jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC))

@@ -27,9 +27,7 @@ _ILLEGAL = re.compile('flag --([^=]+)=(.*?): ', re.DOTALL)
 # Of all flag files of a command; absl's own time grows with flags squared.
 MOST_FILES, MOST_FLAGS, MOST_BYTES = 1000, 10_000, 2**20
 # Sections that say where a run is or what is asked of it, not what it is.
-_BESIDE = (
-  'processes.', 'decode.', 'export.', 'import.', 'plan.', 'bench.',
-)  # fmt: skip
+_BESIDE = ('processes.', 'decode.', 'export.', 'import.', 'plan.', 'bench.')
 
 
 def expand(args: list[str]) -> list[str]:
@@ -58,9 +56,7 @@ def _expanded(args, beside: str, seen: tuple, total) -> list[str]:
     total.update(files=1, flags=len(lines))
     for what, most in (('files', MOST_FILES), ('flags', MOST_FLAGS)):
       if total[what] > most:
-        raise config.ConfigError(
-          'flagfile', path, f'with it there are more than {most:,} {what}'
-        )
+        raise config.ConfigError('flagfile', path, f'with it there are more than {most:,} {what}')
     out += _expanded(lines, os.path.dirname(real), (*seen, real), total)
   return out
 
@@ -170,10 +166,7 @@ def parse(args: list[str]) -> Parsed:
     for name, field in config.fields().items()
     if values[name].present
   }
-  return Parsed(
-    given, out, rest, values['prompt'].value,
-    values['prompt_ids'].value,
-  )  # fmt: skip
+  return Parsed(given, out, rest, values['prompt'].value, values['prompt_ids'].value)
 
 
 def to_flag_file(cfg: config.Config) -> str:

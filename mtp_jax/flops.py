@@ -10,9 +10,7 @@ from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import lm
 
 
-def flops_per_token(
-  cfg: config.Config, n_active: int, causal: bool = True
-) -> float:
+def flops_per_token(cfg: config.Config, n_active: int, causal: bool = True) -> float:
   """Model FLOPs of one training token: forward, and twice that backward.
 
   Two a weight of a matrix product (the unembedding once a head and once for
@@ -54,12 +52,7 @@ def forward(
     )
   )
   unembedding = 2 * m.d_model * m.vocab_size
-  return (
-    trunk,
-    modules * head,
-    n_active * unembedding,
-    (cfg.loss.order_weight > 0) * unembedding,
-  )
+  return (trunk, modules * head, n_active * unembedding, (cfg.loss.order_weight > 0) * unembedding)
 
 
 def _matrices(specs) -> int:
@@ -69,10 +62,15 @@ def _matrices(specs) -> int:
 # Matrix products of T x T x H a kernel makes of one query head, half of them
 # above the diagonal and skipped; by what its name has in it.
 KERNELS = {
-  'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4,
-  'mha_forward': 2, 'mha_backward': 7, 'mha_preprocess': 0,
-  'dot_product_attention_fwd': 2, 'dot_product_attention_bwd': 5,
-}  # fmt: skip
+  'splash_mha_fwd': 2,
+  'splash_mha_dq': 3,
+  'splash_mha_dkv': 4,
+  'mha_forward': 2,
+  'mha_backward': 7,
+  'mha_preprocess': 0,
+  'dot_product_attention_fwd': 2,
+  'dot_product_attention_bwd': 5,
+}
 
 
 def of_program(jaxpr, seq_len: int, trips: int = 1) -> float:
@@ -94,10 +92,7 @@ def of_program(jaxpr, seq_len: int, trips: int = 1) -> float:
     elif name == 'pallas_call' or name.startswith('dot_product_attention'):
       total += _kernel(eqn, seq_len)
     elif name == 'cond':
-      choices = [
-        of_program(branch.jaxpr, seq_len, trips)
-        for branch in eqn.params['branches']
-      ]
+      choices = [of_program(branch.jaxpr, seq_len, trips) for branch in eqn.params['branches']]
       total += max(choices) / (1 if min(choices) else trips)
     else:
       times = eqn.params['length'] if name == 'scan' else 1
@@ -121,11 +116,7 @@ def _shard(aval) -> list[int]:
 def _dot(eqn) -> float:
   (contracted, _), _ = eqn.params['dimension_numbers']
   left = _shard(eqn.invars[0].aval)
-  return (
-    2.0
-    * math.prod(_shard(eqn.outvars[0].aval))
-    * math.prod(left[i] for i in contracted)
-  )
+  return 2.0 * math.prod(_shard(eqn.outvars[0].aval)) * math.prod(left[i] for i in contracted)
 
 
 def _kernel(eqn, seq_len: int) -> float:
@@ -136,7 +127,8 @@ def _kernel(eqn, seq_len: int) -> float:
   if not known:
     raise ValueError(f'kernel {name}: its products are not known')
   query = next(
-    v.aval for v in eqn.invars
+    v.aval
+    for v in eqn.invars
     if len(v.aval.shape) >= 3 and jnp.issubdtype(v.aval.dtype, jnp.floating)
-  )  # fmt: skip
+  )
   return known[0] * 2.0 * math.prod(query.shape) * seq_len / 2

@@ -12,15 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import (
-  bench,
-  checkpoint,
-  config,
-  flags,
-  jsonl,
-  paths,
-  sharding,
-)
+from mtp_jax import bench, checkpoint, config, flags, jsonl, paths, sharding
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
@@ -81,10 +73,8 @@ def of_opened(parsed: flags.Parsed, opened, only_ids: bool, flag: str) -> Found:
     tokenizer = tokenizer_of(parsed, saved, workdir)
     if tokenizer is None:
       raise config.ConfigError(
-        flag, workdir,
-        'was imported without a tokenizer; give --prompt_ids, or'
-        ' --data.tokenizer',
-      )  # fmt: skip
+        flag, workdir, 'was imported without a tokenizer; give --prompt_ids, or --data.tokenizer'
+      )
     check_rows(tokenizer, cfg)
   return Found(workdir, step, cfg, active, tokenizer)
 
@@ -92,23 +82,24 @@ def of_opened(parsed: flags.Parsed, opened, only_ids: bool, flag: str) -> Found:
 def load(found: Found) -> Opened:
   """Reads the parameters, and no more."""
   cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)
-  model = checkpoint.restore_model(
-    found.workdir, found.step, cfg, mesh, 'decode.checkpoint'
-  )
+  model = checkpoint.restore_model(found.workdir, found.step, cfg, mesh, 'decode.checkpoint')
   return Opened(
-    f'{found.workdir}, step {found.step}', cfg, mesh,
-    decoder_lib.Decoder(model, cfg, mesh, found.active), found.tokenizer,
-  )  # fmt: skip
+    f'{found.workdir}, step {found.step}',
+    cfg,
+    mesh,
+    decoder_lib.Decoder(model, cfg, mesh, found.active),
+    found.tokenizer,
+  )
 
 
 def check_rows(tokenizer, cfg: config.Config) -> None:
   """ConfigError if a tokenizer has tokens that the model has no row for."""
   if tokenizer.vocab_size > cfg.model.vocab_size:
     raise config.ConfigError(
-      'data.tokenizer', tokenizer.name,
-      f'has {tokenizer.vocab_size} tokens, the model'
-      f' --model.vocab_size={cfg.model.vocab_size}',
-    )  # fmt: skip
+      'data.tokenizer',
+      tokenizer.name,
+      f'has {tokenizer.vocab_size} tokens, the model --model.vocab_size={cfg.model.vocab_size}',
+    )
 
 
 def tokenizer_of(parsed, saved: config.Config, workdir: str):
@@ -128,10 +119,10 @@ def tokenizer_of(parsed, saved: config.Config, workdir: str):
     found = store_lib.tokenizer_of(store_lib.open_store(first, verify=False))
   if recorded and not tokenizers.matches(found, recorded):
     raise config.ConfigError(
-      'data.tokenizer', given or found.name,
-      f'is {tokenizers.recorded_name(found)}; the checkpoint was trained with'
-      f' {recorded}',
-    )  # fmt: skip
+      'data.tokenizer',
+      given or found.name,
+      f'is {tokenizers.recorded_name(found)}; the checkpoint was trained with {recorded}',
+    )
   return found
 
 
@@ -151,10 +142,11 @@ def read_prompts(parsed: flags.Parsed, found: Found) -> list[Prompt]:
   given = [parsed.prompt is not None, parsed.prompt_ids is not None, bool(path)]
   if sum(given) != 1:
     raise config.ConfigError(
-      'prompt', parsed.prompt or '',
+      'prompt',
+      parsed.prompt or '',
       ('give one of' if any(given) else 'none is given; there are')
       + ' --prompt, --prompt_ids and --decode.prompts',
-    )  # fmt: skip
+    )
   if parsed.prompt_ids is not None:
     prompts = [Prompt(_numbers(parsed.prompt_ids), None)]
   elif parsed.prompt is not None:
@@ -177,9 +169,7 @@ def _numbers(text: str) -> np.ndarray:
   try:
     return np.array(config.parse_numbers(text), np.int64)
   except (ValueError, OverflowError):
-    raise config.ConfigError(
-      'prompt_ids', text, 'token ids, with commas'
-    ) from None
+    raise config.ConfigError('prompt_ids', text, 'token ids, with commas') from None
 
 
 def _encoded(text: str, tokenizer) -> Prompt:
@@ -235,9 +225,7 @@ def _of_record(line: str, tokenizer) -> Prompt:
     raise ValueError('has both prompt and prompt_ids')
   if isinstance(text, str):
     return _encoded(text, tokenizer)._replace(fields=fields)
-  if isinstance(ids, list) and all(
-    type(i) is int and 0 <= i < 2**31 for i in ids
-  ):
+  if isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids):
     return Prompt(np.array(ids, np.int64), None, fields=fields)
   raise ValueError(FORM)
 
@@ -252,10 +240,7 @@ def _stop_ids(cfg: config.Config, opened: Opened) -> tuple[int, ...]:
 # Generating.
 
 
-def run(
-  opened: Opened, prompts: list[Prompt], say: Callable[[str], None],
-  part=None,
-) -> dict:  # fmt: skip
+def run(opened: Opened, prompts: list[Prompt], say: Callable[[str], None], part=None) -> dict:
   """Decodes all prompts, and says what it wrote: one alone as it comes, several
   each when its batch is done. How it went goes to stderr.
 
@@ -274,16 +259,17 @@ def run(
     batch = prompts[first : first + B]
     stream = _stream(opened, batch[0], say) if len(prompts) == 1 else None
     decoded = decode(
-      [p.ids for p in batch], rows=B, cache=cache, stop_ids=stop_ids,
+      [p.ids for p in batch],
+      rows=B,
+      cache=cache,
+      stop_ids=stop_ids,
       seeds=range(cfg.decode.seed + first, cfg.decode.seed + first + B),
       each=stream,
-    )  # fmt: skip
+    )
     done.append(decoded)
     if stream:
       stream(decoded.tokens, last=True)
-    for prompt, tokens, forwards in zip(
-      batch, decoded.tokens, decoded.forwards, strict=True
-    ):
+    for prompt, tokens, forwards in zip(batch, decoded.tokens, decoded.forwards, strict=True):
       row = _row(prompt, tokens, forwards, opened, stop_ids)
       rows.append(row)
       if part:
@@ -296,17 +282,18 @@ def run(
   if len(prompts) == 1:
     say('\n')
   total = decoder_lib.joined(done)
-  _tell([
-    f'{opened.name}: {total.n_tokens:,} tokens in'
-    f' {int(total.forwards.sum()):,} forward passes of a row,'
-    f' {total.tokens_per_forward:.2f} a pass with'
-    f' {len(decode.widths) + 1} of {cfg.heads.n} heads'
-    + _sampled(cfg),
-    *_acceptance(total),
-    f'prompts {total.prefill_s:.3f} s, decoding {total.decode_s:.3f} s:'
-    f' {total.n_tokens / total.decode_s:,.0f} tokens/s'
-    f' (compiled in {total.compile_s:.1f} s)',
-  ])  # fmt: skip
+  _tell(
+    [
+      f'{opened.name}: {total.n_tokens:,} tokens in'
+      f' {int(total.forwards.sum()):,} forward passes of a row,'
+      f' {total.tokens_per_forward:.2f} a pass with'
+      f' {len(decode.widths) + 1} of {cfg.heads.n} heads' + _sampled(cfg),
+      *_acceptance(total),
+      f'prompts {total.prefill_s:.3f} s, decoding {total.decode_s:.3f} s:'
+      f' {total.n_tokens / total.decode_s:,.0f} tokens/s'
+      f' (compiled in {total.compile_s:.1f} s)',
+    ]
+  )
   if cfg.decode.compare:
     _tell(['head 1 alone was in use: nothing to compare it with'])
   return summary(total) | dict(rows=rows)
@@ -422,9 +409,7 @@ def compare(opened: Opened, prompts: list[Prompt], say: Callable[[str], None]):
   cfg, decode = opened.cfg, opened.decoder
   ids, stop_ids = [p.ids for p in prompts], _stop_ids(cfg, opened)
   plain, drafted, ratios = _in_turn(opened, [(), decode.widths], ids, stop_ids)
-  for prompt, tokens, forwards in zip(
-    prompts, drafted.tokens, drafted.forwards, strict=True
-  ):
+  for prompt, tokens, forwards in zip(prompts, drafted.tokens, drafted.forwards, strict=True):
     say(_shown(_row(prompt, tokens, forwards, opened, stop_ids)) + '\n')
   speed_up = ratios[1]
   per_forward = drafted.tokens_per_forward / plain.tokens_per_forward
@@ -469,13 +454,18 @@ def _in_turn(opened: Opened, variants: list, ids, stop_ids, rows: int = 0):
   seed = opened.cfg.decode.seed
 
   def decode(widths):
-    return decoder_lib.joined([
-      opened.decoder(
-        ids[i : i + rows], widths=widths, rows=rows, stop_ids=stop_ids,
-        seeds=range(seed + i, seed + i + rows),
-      )
-      for i in range(0, len(ids), rows)
-    ])  # fmt: skip
+    return decoder_lib.joined(
+      [
+        opened.decoder(
+          ids[i : i + rows],
+          widths=widths,
+          rows=rows,
+          stop_ids=stop_ids,
+          seeds=range(seed + i, seed + i + rows),
+        )
+        for i in range(0, len(ids), rows)
+      ]
+    )
 
   last, times = {}, {v: [] for v in variants}
   prefills = {v: [] for v in variants}
@@ -486,10 +476,7 @@ def _in_turn(opened: Opened, variants: list, ids, stop_ids, rows: int = 0):
         times[widths].append(last[widths].decode_s)
         prefills[widths].append(last[widths].prefill_s)
   found = [
-    last[v]._replace(
-      decode_s=statistics.median(times[v]),
-      prefill_s=statistics.median(prefills[v]),
-    )
+    last[v]._replace(decode_s=statistics.median(times[v]), prefill_s=statistics.median(prefills[v]))
     for v in variants
   ]
   tokens = [d.n_tokens for d in found]
@@ -503,9 +490,7 @@ def _in_turn(opened: Opened, variants: list, ids, stop_ids, rows: int = 0):
 def _partings(opened: Opened, ids, plain, drafted) -> list[dict]:
   """Where the texts of a row part, and how near head 1's two best were."""
   parted = []
-  for row, (prompt, a, b) in enumerate(
-    zip(ids, plain.tokens, drafted.tokens, strict=True)
-  ):
+  for row, (prompt, a, b) in enumerate(zip(ids, plain.tokens, drafted.tokens, strict=True)):
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     if not len(differ) and len(a) == len(b):
@@ -542,20 +527,24 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
       passes = sum(int(forwards.max()) for forwards in each)
       held = sum(len(forwards) * int(forwards.max()) for forwards in each)
       read = decode.read_bytes(widths)
-      table.append(dict(
-        batch=B, pieces=len(ids), heads=len(widths) + 1, widths=widths,
-        speed_up=speed_up,
-        efficiency=speed_up['median'] * held / decoded.n_tokens,
-        bound=decode.read_bytes(()) / read,
-        read_bytes=read, pass_s=decoded.decode_s / passes,
-        over_floor=decoded.decode_s / passes * bandwidth / read,
-        **summary(decoded),
-      ))  # fmt: skip
+      table.append(
+        dict(
+          batch=B,
+          pieces=len(ids),
+          heads=len(widths) + 1,
+          widths=widths,
+          speed_up=speed_up,
+          efficiency=speed_up['median'] * held / decoded.n_tokens,
+          bound=decode.read_bytes(()) / read,
+          read_bytes=read,
+          pass_s=decoded.decode_s / passes,
+          over_floor=decoded.decode_s / passes * bandwidth / read,
+          **summary(decoded),
+        )
+      )
   columns = {
     'batch': lambda r: str(r['batch']),
-    'heads': lambda r: (
-      str(r['heads']) + ' tree' * any(width > 1 for width in r['widths'])
-    ),
+    'heads': lambda r: str(r['heads']) + ' tree' * any(width > 1 for width in r['widths']),
     'tokens a pass': lambda r: f'{r["tokens_per_forward"]:.2f}',
     'speed-up': lambda r: bench.shown(r['speed_up']),
     'efficiency': lambda r: f'{r["efficiency"]:.2f}',
@@ -572,10 +561,7 @@ def measure(opened: Opened) -> tuple[list[str], dict]:
     f'memory reads {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
     ' bytes of weights that a pass reads with head 1 alone over those read;'
     ' efficiency: speed-up over tokens a row and pass, until the last row ends',
-  ], dict(
-    rows=table, bandwidth=bandwidth, checkpoint=opened.name,
-    config=dataclasses.asdict(cfg),
-  )  # fmt: skip
+  ], dict(rows=table, bandwidth=bandwidth, checkpoint=opened.name, config=dataclasses.asdict(cfg))
 
 
 def _bandwidth(mesh) -> float:

@@ -31,9 +31,7 @@ def one_line(value: object, most: int = 200) -> str:
   if len(text) > most:
     half = most // 2
     text = f'{text[:half]}…({len(text):,} characters)…{text[-half:]}'
-  return ''.join(
-    c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
-  )
+  return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
 def loads(text: bytes | str, form: Any = object) -> Any:

@@ -66,9 +66,8 @@ class Rows(NamedTuple):
 
 
 def mtp_loss(
-  model: lm.LM, probe_K, batch: dict, *, count_K, weight_K, n_active: int,
-  cfg: config.Config,
-):  # fmt: skip
+  model: lm.LM, probe_K, batch: dict, *, count_K, weight_K, n_active: int, cfg: config.Config
+):
   """The multi-head loss of one micro-batch.
 
   Args:
@@ -106,20 +105,28 @@ def mtp_loss(
   over_K = 1 / jnp.maximum(count_K, 1)[:m]
   ordered = model.order is not None
   rows = Rows(
-    jnp.arange(1, m + 1), targets_KBT[:m], valid_KBT[:m],
-    weight_K[:m] * over_K, tokens_BU,
+    jnp.arange(1, m + 1),
+    targets_KBT[:m],
+    valid_KBT[:m],
+    weight_K[:m] * over_K,
+    tokens_BU,
     targets.order(batch, cfg) if ordered else None,
-    cfg.loss.order_weight * over_K[0], ctx,
-  )  # fmt: skip
+    cfg.loss.order_weight * over_K[0],
+    ctx,
+  )
   in_use = 0 if family.one_module else slice(heads.n_modules(cfg, m))
   unembed = model.embed if model.unembed is None else model.unembed
   if cfg.heads.unembedding == 'replicated':
     unembed = unembed[:m]
   weights = Weights(
-    jax.tree.map(lambda w: w[in_use], model.heads), z_BTD,
-    emb_BUD.astype(held_dtype) if feeds else None, model.norm, unembed,
-    model.order, probe_K[:m],
-  )  # fmt: skip
+    jax.tree.map(lambda w: w[in_use], model.heads),
+    z_BTD,
+    emb_BUD.astype(held_dtype) if feeds else None,
+    model.norm,
+    unembed,
+    model.order,
+    probe_K[:m],
+  )
   weights = _together(weights)
   with jax.named_scope('heads'):
     total, (stats, order) = SCHEDULES[cfg.loss.schedule](weights, rows, cfg)
@@ -127,9 +134,7 @@ def mtp_loss(
     loss_sum_K=stats.loss,
     z_loss_sum_K=stats.z_loss,
     correct_K=stats.correct,
-    accepted_K=targets.acceptance(
-      stats.argmax_BT, jnp.all(valid_KBT, axis=0), cfg.heads.stride
-    ),
+    accepted_K=targets.acceptance(stats.argmax_BT, jnp.all(valid_KBT, axis=0), cfg.heads.stride),
   )
   if ordered:
     sums['order_loss_sum'] = order
@@ -176,18 +181,14 @@ def gather_shared(norm_D, unembed, order_VD, cfg) -> Shared:
     'replicated': lambda: None,
   }[cfg.heads.unembedding]()
   return Shared(
-    params.gather(norm_D, specs.norm, cfg),
-    unembed_DV,
-    params.gather(order_VD, specs.order, cfg),
+    params.gather(norm_D, specs.norm, cfg), unembed_DV, params.gather(order_VD, specs.order, cfg)
   )
 
 
 def gather_own(unembed_DV, cfg):
   """One head's unembedding, where each has one."""
   axes = ('embed', 'vocab')
-  return sharding.gather(
-    unembed_DV, axes, cfg.model.compute_dtype, cfg.loss.grad_dtype
-  )
+  return sharding.gather(unembed_DV, axes, cfg.model.compute_dtype, cfg.loss.grad_dtype)
 
 
 @jax.custom_vjp
@@ -237,9 +238,7 @@ def _remat(w: Weights, rows: Rows, cfg):
   @functools.partial(jax.checkpoint, static_argnums=0)
   def head(step, carry_BTD, module, of_head):
     k, probe, target_BT, valid_BT, own_DV = of_head
-    carry_BTD, h_BTD = _hidden(
-      step, module, w, shared.norm_D, carry_BTD, k, probe, rows.ctx, cfg
-    )
+    carry_BTD, h_BTD = _hidden(step, module, w, shared.norm_D, carry_BTD, k, probe, rows.ctx, cfg)
     if own_DV is None:
       unembed_DV = shared.unembed_DV
     else:
@@ -255,23 +254,14 @@ def _remat(w: Weights, rows: Rows, cfg):
         lse, _ = cross_entropy.sum_chunks(
           cross_entropy.log_sum_exp, h_BTD, order_VD, (valid_BT,), cfg
         )
-        return lse - cross_entropy.in_order(
-          h_BTD, order_VD, rows.tokens_BU, rows.order_WBT
-        )
+        return lse - cross_entropy.in_order(h_BTD, order_VD, rows.tokens_BU, rows.order_WBT)
 
-    order = _at_head_1(
-      step, k, shared, cfg, ordered, lambda _: jnp.zeros(()), h_BTD
-    )
-    return carry_BTD, (
-      (loss, cross_entropy.total_over_chunks(stats), order),
-      None,
-    )
+    order = _at_head_1(step, k, shared, cfg, ordered, lambda _: jnp.zeros(()), h_BTD)
+    return carry_BTD, ((loss, cross_entropy.total_over_chunks(stats), order), None)
 
   of_heads = (rows.k_K, w.probe_K, rows.targets_KBT, rows.valid_KBT, own)
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
-  _, ((loss_K, stats, order_K), _) = heads.walk(
-    head, z_BTD, w.modules, of_heads, cfg
-  )
+  _, ((loss_K, stats, order_K), _) = heads.walk(head, z_BTD, w.modules, of_heads, cfg)
   return _summed(loss_K, stats, jnp.sum(order_K), rows)
 
 
@@ -300,13 +290,7 @@ def _unembedded(h_BTD, own_DV, dshared_DV, shared: Shared, of_head, cfg):
     dunembed_DV = sharding.zeros_cotangent(unembed_DV)
   with jax.named_scope('ce'):
     dunembed_DV, dh_BTD, loss, stats = cross_entropy.grad_chunks(
-      cross_entropy.of_targets,
-      h_BTD,
-      unembed_DV,
-      dunembed_DV,
-      of_tokens,
-      scale,
-      cfg,
+      cross_entropy.of_targets, h_BTD, unembed_DV, dunembed_DV, of_tokens, scale, cfg
     )
   out = dh_BTD, loss, cross_entropy.total_over_chunks(stats)
   if own_DV is None:
@@ -314,51 +298,54 @@ def _unembedded(h_BTD, own_DV, dshared_DV, shared: Shared, of_head, cfg):
   return dshared_DV, *scatter(dunembed_DV), *out
 
 
-def _order_at_head_1(
-  step, k, dorder_VD, dh_BTD, h_BTD, of_ce, shared, rows, cfg
-):  # fmt: skip
+def _order_at_head_1(step, k, dorder_VD, dh_BTD, h_BTD, of_ce, shared, rows, cfg):
   """`_order_grads` at head 1, what came in elsewhere."""
   return _at_head_1(
-    step, k, shared, cfg,
+    step,
+    k,
+    shared,
+    cfg,
     lambda *grads: _order_grads(*grads, h_BTD, of_ce[1], shared, rows, cfg),
     lambda *grads: (*grads, jnp.zeros(())),
-    dorder_VD, dh_BTD,
-  )  # fmt: skip
+    dorder_VD,
+    dh_BTD,
+  )
 
 
 def _order_grads(dorder_VD, dh_BTD, h_BTD, valid_BT, shared, rows, cfg):
   """(dorder_VD, dh_BTD, each with the order's part added, its loss)."""
 
   def in_order(h_BTD, order_VD):
-    score = cross_entropy.in_order(
-      h_BTD, order_VD, rows.tokens_BU, rows.order_WBT
-    )
+    score = cross_entropy.in_order(h_BTD, order_VD, rows.tokens_BU, rows.order_WBT)
     return -rows.order_scale * score, score
 
   with jax.named_scope('order'):
     dorder_VD, d_BTD, lse, _ = cross_entropy.grad_chunks(
-      cross_entropy.log_sum_exp, h_BTD, shared.order_VD, dorder_VD, (valid_BT,),
-      rows.order_scale, cfg,
-    )  # fmt: skip
-    (_, score), (d2_BTD, d_VD) = jax.value_and_grad(
-      in_order, argnums=(0, 1), has_aux=True
-    )(h_BTD, shared.order_VD)
+      cross_entropy.log_sum_exp,
+      h_BTD,
+      shared.order_VD,
+      dorder_VD,
+      (valid_BT,),
+      rows.order_scale,
+      cfg,
+    )
+    (_, score), (d2_BTD, d_VD) = jax.value_and_grad(in_order, argnums=(0, 1), has_aux=True)(
+      h_BTD, shared.order_VD
+    )
   return dorder_VD + d_VD, dh_BTD + d_BTD + d2_BTD, lse - score
 
 
 def _eager_fwd(w: Weights, rows: Rows, cfg):
   shared, scatter = jax.vjp(
-    lambda norm_D, unembed, order_VD: gather_shared(
-      norm_D, unembed, order_VD, cfg
-    ),
-    w.norm_D, w.unembed, w.order_VD,
-  )  # fmt: skip
+    lambda norm_D, unembed, order_VD: gather_shared(norm_D, unembed, order_VD, cfg),
+    w.norm_D,
+    w.unembed,
+    w.order_VD,
+  )
   own = w.unembed if cfg.heads.unembedding == 'replicated' else None
   of_heads = rows.targets_KBT, rows.valid_KBT, rows.scale_K
   run = _eager_chain if heads.family(cfg).dependent else _eager_each
-  dw, dshared, down, loss_K, stats, order = run(
-    w, shared, own, of_heads, rows, cfg
-  )
+  dw, dshared, down, loss_K, stats, order = run(w, shared, own, of_heads, rows, cfg)
   dnorm_D, dunembed, dorder_VD = scatter(dshared)
   if own is not None:
     dunembed = down
@@ -376,9 +363,7 @@ def _eager_each(w, shared, own, of_heads, rows, cfg):
 
     def hidden(module, z_BTD, norm_D, probe):
       here = w._replace(z_BTD=z_BTD)
-      return _hidden(
-        step, module, here, norm_D, z_BTD, k, probe, rows.ctx, cfg
-      )[1]
+      return _hidden(step, module, here, norm_D, z_BTD, k, probe, rows.ctx, cfg)[1]
 
     h_BTD, pull = jax.vjp(hidden, module, w.z_BTD, shared.norm_D, probe)
     dunembed_DV, down_DV, dh_BTD, loss, stats = _unembedded(
@@ -394,10 +379,7 @@ def _eager_each(w, shared, own, of_heads, rows, cfg):
     )
     return carry, ((loss, stats, norm2, down_DV, order), dmodule)
 
-  zeros = (
-    sharding.zeros_cotangent(w.z_BTD),
-    jax.tree.map(sharding.zeros_cotangent, shared),
-  )
+  zeros = (sharding.zeros_cotangent(w.z_BTD), jax.tree.map(sharding.zeros_cotangent, shared))
   (dz_BTD, dshared), (outs, dmodules) = heads.walk(
     head, zeros, w.modules, (rows.k_K, w.probe_K, own, of_heads), cfg
   )
@@ -417,9 +399,7 @@ def _eager_chain(w, shared, own, of_heads, rows, cfg):
 
     @functools.partial(jax.checkpoint, static_argnums=0)
     def hidden(step, carry_BTD, module, k, probe):
-      return _hidden(
-        step, module, here, norm_D, carry_BTD, k, probe, rows.ctx, cfg
-      )
+      return _hidden(step, module, here, norm_D, carry_BTD, k, probe, rows.ctx, cfg)
 
     def head(step, carry, module, of_head):
       carry_BTD, dshared = carry
@@ -435,10 +415,7 @@ def _eager_chain(w, shared, own, of_heads, rows, cfg):
       dshared = Shared(None, dunembed_DV, dorder_VD)
       # Of which the gradient by h is dL/dh: that of the chain follows.
       stand_in = jnp.sum(h_BTD * dh_BTD, dtype=jnp.float32)
-      return (carry_BTD, dshared), (
-        (stand_in, loss, stats, down_DV, order),
-        None,
-      )
+      return (carry_BTD, dshared), ((stand_in, loss, stats, down_DV, order), None)
 
     carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
     zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
@@ -449,13 +426,10 @@ def _eager_chain(w, shared, own, of_heads, rows, cfg):
     return jnp.sum(stand_in_K), (dshared, *outs)
 
   total, pull, (dshared, loss_K, stats, down, order_K) = jax.vjp(
-    chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K,
-    has_aux=True,
-  )  # fmt: skip
-  dmodules, dz_BTD, demb_BUD, dnorm_D, norm2_K = pull(jnp.ones_like(total))
-  dw = w._replace(
-    modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=norm2_K
+    chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K, has_aux=True
   )
+  dmodules, dz_BTD, demb_BUD, dnorm_D, norm2_K = pull(jnp.ones_like(total))
+  dw = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=norm2_K)
   dshared = dshared._replace(norm_D=dnorm_D)
   return dw, dshared, down, loss_K, stats, jnp.sum(order_K)
 

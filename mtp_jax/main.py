@@ -27,9 +27,7 @@ class Command(NamedTuple):
 
 def _absolute_stores(cfg: config.Config, flag: str) -> str:
   refs = config.parse_stores(config.get(cfg, flag))
-  return config.format_stores(
-    ref._replace(path=paths.absolute(ref.path, flag)) for ref in refs
-  )
+  return config.format_stores(ref._replace(path=paths.absolute(ref.path, flag)) for ref in refs)
 
 
 def _need(cfg: config.Config, name: str, what: str) -> None:
@@ -37,9 +35,7 @@ def _need(cfg: config.Config, name: str, what: str) -> None:
     raise config.ConfigError(name, '', f'give {what}')
 
 
-def _report(
-  lines: list[str], values: dict, out: str, writes: bool = True
-) -> None:
+def _report(lines: list[str], values: dict, out: str, writes: bool = True) -> None:
   for line in lines:
     print(line, flush=True)
   if out and writes:
@@ -52,10 +48,7 @@ def _start_jax(cfg: config.Config) -> None:
   import jax
 
   if cfg.train.compilation_cache:
-    jax.config.update(
-      'jax_compilation_cache_dir',
-      os.path.expanduser(cfg.train.compilation_cache),
-    )
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser(cfg.train.compilation_cache))
 
 
 def _parse(args: list[str], name: str) -> flags.Parsed:
@@ -64,9 +57,7 @@ def _parse(args: list[str], name: str) -> flags.Parsed:
     given = getattr(parsed, text)
     if given and text not in COMMANDS[name].sections:
       raise config.ConfigError(
-        text,
-        given,
-        f'{name} does not use it; mtp {name} --help lists its flags',
+        text, given, f'{name} does not use it; mtp {name} --help lists its flags'
       )
   out = paths.absolute(parsed.out, 'out')
   if parsed.out and paths.of(out).is_dir():
@@ -81,9 +72,7 @@ def _parse(args: list[str], name: str) -> flags.Parsed:
       open(parsed.out, 'x').close()
       os.remove(parsed.out)
     except OSError as error:
-      raise config.ConfigError(
-        'out', parsed.out, f'cannot be written: {error.strerror}'
-      ) from error
+      raise config.ConfigError('out', parsed.out, f'cannot be written: {error.strerror}') from error
   return parsed
 
 
@@ -109,18 +98,19 @@ def _prepare(parsed: flags.Parsed) -> int:
   def found(report):
     skipped.clear()
     return documents.read(
-      cfg.data.documents, skipped, report=report, whole=False,
+      cfg.data.documents,
+      skipped,
+      report=report,
+      whole=False,
       max_bytes=cfg.data.max_document_mib * 2**20,
-    )  # fmt: skip
+    )
 
   def report(line):
     print(f'mtp: {line}', file=sys.stderr, flush=True)
 
   if name.startswith('train:'):
     with progress.timed(f'tokenizer {name}'):
-      tokenizer = vocabulary.train(
-        name, found(lambda line: None), cfg.data.valid_fraction
-      )
+      tokenizer = vocabulary.train(name, found(lambda line: None), cfg.data.valid_fraction)
   else:
     tokenizer = tokenizers.get(name)
   shard_bytes = cfg.data.max_shard_gib * 2**30
@@ -152,10 +142,7 @@ def _train(parsed: flags.Parsed) -> int:
   # A run repeats from any working directory.
   cfg = config.replace(
     cfg,
-    **{
-      flag: _absolute_stores(cfg, flag)
-      for flag in ('data.store', 'eval.stores')
-    },
+    **{flag: _absolute_stores(cfg, flag) for flag in ('data.store', 'eval.stores')},
     **{
       flag: paths.absolute(path, flag)
       for flag in ('train.workdir', 'train.init_from')
@@ -212,9 +199,7 @@ def _plan(parsed: flags.Parsed) -> int:
 
     jax.config.update('jax_platforms', 'cpu')  # none of it runs
   elif cfg.plan.slices > 1:
-    raise config.ConfigError(
-      'plan.slices', cfg.plan.slices, 'needs --plan.topology'
-    )
+    raise config.ConfigError('plan.slices', cfg.plan.slices, 'needs --plan.topology')
   else:
     _start_jax(cfg)
   from mtp_jax.plan import report
@@ -251,9 +236,10 @@ def _alone(parsed: flags.Parsed) -> config.Config:
   cfg = config.replace(config.Config(), **parsed.given)
   if cfg.processes.coordinator:
     raise config.ConfigError(
-      'processes.coordinator', cfg.processes.coordinator,
+      'processes.coordinator',
+      cfg.processes.coordinator,
       'this command runs in one process, on all of its devices',
-    )  # fmt: skip
+    )
   return cfg
 
 
@@ -267,15 +253,13 @@ def _generate(parsed: flags.Parsed) -> int:
   if d.compare and (d.batch_size or as_rows):
     name = 'decode.batch_size' if d.batch_size else 'out'
     raise config.ConfigError(
-      name, d.batch_size or parsed.out,
-      'not with --decode.compare, which decodes all prompts at once and reports'
-      ' figures as .json',
-    )  # fmt: skip
+      name,
+      d.batch_size or parsed.out,
+      'not with --decode.compare, which decodes all prompts at once and reports figures as .json',
+    )
   if parsed.out and d.prompts:
     if os.path.realpath(parsed.out) == os.path.realpath(d.prompts):
-      raise config.ConfigError(
-        'out', parsed.out, 'is the file of --decode.prompts'
-      )
+      raise config.ConfigError('out', parsed.out, 'is the file of --decode.prompts')
   prompts = generate.read_prompts(parsed, found)
   opened = generate.load(found)
   if d.compare and opened.decoder.widths:
@@ -336,17 +320,7 @@ COMMANDS = {
   ),
   'train': Command(
     'train, or go on with, the model of a flag file',
-    (
-      'train',
-      'model',
-      'heads',
-      'loss',
-      'data',
-      'optim',
-      'mesh',
-      'processes',
-      'eval',
-    ),
+    ('train', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes', 'eval'),
     _train,
   ),
   'eval': Command(
@@ -366,14 +340,7 @@ COMMANDS = {
   ),
   'import': Command(
     "another tool's checkpoint into --train.workdir",
-    (
-      'import',
-      'train.workdir',
-      'heads.family',
-      'model.param_dtype',
-      'model.compute_dtype',
-      'mesh',
-    ),
+    ('import', 'train.workdir', 'heads.family', 'model.param_dtype', 'model.compute_dtype', 'mesh'),
     _import,
   ),
   'plan': Command(
@@ -384,17 +351,7 @@ COMMANDS = {
   ),
   'bench': Command(
     'time and memory of the loss, the step, the loader or decoding here',
-    (
-      'bench',
-      'model',
-      'heads',
-      'loss',
-      'data',
-      'optim',
-      'mesh',
-      'train',
-      'out',
-    ),
+    ('bench', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train', 'out'),
     _bench,
   ),
   'report': Command(
@@ -407,13 +364,15 @@ COMMANDS = {
 
 def _usage() -> str:
   width = max(map(len, COMMANDS))
-  return '\n'.join([
-    'mtp COMMAND [--flagfile=FILE] [--section.field=VALUE …]',
-    '',
-    *(f'  {name:{width}}  {c.help}' for name, c in COMMANDS.items()),
-    '',
-    'mtp COMMAND --help lists the flags that matter there, with defaults.',
-  ])  # fmt: skip
+  return '\n'.join(
+    [
+      'mtp COMMAND [--flagfile=FILE] [--section.field=VALUE …]',
+      '',
+      *(f'  {name:{width}}  {c.help}' for name, c in COMMANDS.items()),
+      '',
+      'mtp COMMAND --help lists the flags that matter there, with defaults.',
+    ]
+  )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -429,9 +388,7 @@ def main(argv: list[str] | None = None) -> int:
   name, *args = args
   try:
     if name not in COMMANDS:
-      raise absl_flags.Error(
-        f'no command {name!r}; there are {", ".join(COMMANDS)}'
-      )
+      raise absl_flags.Error(f'no command {name!r}; there are {", ".join(COMMANDS)}')
     command = COMMANDS[name]
     if '--help' in args or '-h' in args:
       print(f'mtp {name}: {command.help}\n\n{flags.usage(command.sections)}')

@@ -56,9 +56,7 @@ def damage(folder: epath.Path) -> str:
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     # Sizes first: they cost nothing.
     for check in (_wrong_size, _wrong_bytes):
-      futures = [
-        pool.submit(check, folder, name, file) for name, file in wanted.items()
-      ]
+      futures = [pool.submit(check, folder, name, file) for name, file in wanted.items()]
       for future in futures:
         if future.result():
           pool.shutdown(cancel_futures=True)

@@ -24,15 +24,10 @@ def learning_rate(cfg: config.Config) -> optax.Schedule:
   end, last = o.lr * o.end_ratio, steps - o.warmup_steps - 1
   after = {
     'cosine': lambda: (
-      optax.cosine_decay_schedule(o.lr, last, o.end_ratio)
-      if last
-      else optax.constant_schedule(end)
+      optax.cosine_decay_schedule(o.lr, last, o.end_ratio) if last else optax.constant_schedule(end)
     ),
     'wsd': lambda: optax.join_schedules(
-      [
-        optax.constant_schedule(o.lr),
-        optax.linear_schedule(o.lr, end, o.decay_steps),
-      ],
+      [optax.constant_schedule(o.lr), optax.linear_schedule(o.lr, end, o.decay_steps)],
       [last - o.decay_steps],
     ),
     'constant': lambda: optax.constant_schedule(o.lr),
@@ -53,21 +48,15 @@ def transform(cfg: config.Config) -> optax.GradientTransformation:
   trains = jax.tree.map(bool, learning_rates(cfg))
   rule = optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.moment_dtype)
   if o.name == 'muon':
-    hidden = jax.tree.map(
-      lambda s, t: t and s.hidden is not None, specs, trains
-    )
+    hidden = jax.tree.map(lambda s, t: t and s.hidden is not None, specs, trains)
     others = jax.tree.map(lambda s, t: t and s.hidden is None, specs, trains)
-    rule = optax.chain(
-      optax.masked(rule, others), optax.masked(_muon(o, specs, hidden), hidden)
-    )
+    rule = optax.chain(optax.masked(rule, others), optax.masked(_muon(o, specs, hidden), hidden))
   elif not all(jax.tree.leaves(trains)):
     rule = optax.masked(rule, trains)  # no moments of what is frozen
   return optax.chain(
     optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
     rule,
-    optax.add_decayed_weights(
-      o.weight_decay, mask=jax.tree.map(lambda spec: spec.decay, specs)
-    ),
+    optax.add_decayed_weights(o.weight_decay, mask=jax.tree.map(lambda spec: spec.decay, specs)),
   )
 
 
@@ -83,12 +72,8 @@ def _muon(o: config.Optim, specs, hidden) -> optax.GradientTransformation:
   needs a learning rate of its own, and another one at another width.)
   """
   # As optax.masked hands over a tree: without what is masked.
-  specs = jax.tree.map(
-    lambda s, h: s if h else optax.MaskedNode(), specs, hidden
-  )
-  momentum = optax.trace(
-    o.momentum, nesterov=True, accumulator_dtype=o.moment_dtype
-  )
+  specs = jax.tree.map(lambda s, h: s if h else optax.MaskedNode(), specs, hidden)
+  momentum = optax.trace(o.momentum, nesterov=True, accumulator_dtype=o.moment_dtype)
 
   def update(grads, state, params=None):
     del params
@@ -110,9 +95,7 @@ def _orthogonal(x, grad, spec):
   is filled up with zeros, which takes no longer than the fullest device does.
   """
   n_in, n_out = spec.hidden
-  rows, columns = (
-    math.prod(x.shape[1 : 1 + n_in]), math.prod(x.shape[1 + n_in :])
-  )  # fmt: skip
+  rows, columns = (math.prod(x.shape[1 : 1 + n_in]), math.prod(x.shape[1 + n_in :]))
   L, places = x.shape[0], _places(jax.typeof(x).sharding.spec)
   mesh = jax.sharding.get_abstract_mesh()
   devices = math.prod(mesh.shape[axis] for axis in sharding.RULES['stack'])
@@ -174,22 +157,19 @@ def learning_rates(cfg: config.Config) -> lm.LM:
   head = 0 if frozen == 'heads' else cfg.optim.heads_lr
   own = cfg.heads.unembedding == 'replicated'
   groups = lm.LM(
-    embed=trunk, trunk=trunk, heads=head, norm=trunk,
-    unembed=head if own else trunk, order=head,
-  )  # fmt: skip
+    embed=trunk, trunk=trunk, heads=head, norm=trunk, unembed=head if own else trunk, order=head
+  )
   return jax.tree.map(
-    lambda rate, specs: jax.tree.map(lambda _: rate, specs),
-    groups, lm.specs(cfg),
-  )  # fmt: skip
+    lambda rate, specs: jax.tree.map(lambda _: rate, specs), groups, lm.specs(cfg)
+  )
 
 
 def freeze(params, cfg: config.Config):
   """The parameters, those of a frozen group without a gradient: none is made,
   so that none counts in the norm that clips."""
   return jax.tree.map(
-    lambda w, rate: w if rate else jax.lax.stop_gradient(w),
-    params, learning_rates(cfg),
-  )  # fmt: skip
+    lambda w, rate: w if rate else jax.lax.stop_gradient(w), params, learning_rates(cfg)
+  )
 
 
 def update(params, opt_state, grads, step, n_active: int, cfg: config.Config):
@@ -210,9 +190,7 @@ def update(params, opt_state, grads, step, n_active: int, cfg: config.Config):
   Returns:
     (params, opt_state).
   """
-  direction, new_state = transform(cfg).update(
-    grads, opt_state, _float32(params)
-  )
+  direction, new_state = transform(cfg).update(grads, opt_state, _float32(params))
   lr = learning_rate(cfg)(step)
   key = jax.random.fold_in(jax.random.key(cfg.train.seed), step)
 
@@ -223,28 +201,18 @@ def update(params, opt_state, grads, step, n_active: int, cfg: config.Config):
     if w.dtype == jnp.float32:
       return new
     name = jax.tree_util.keystr(path)
-    return round_at_random(
-      new, jax.random.fold_in(key, zlib.crc32(name.encode()))
-    )
+    return round_at_random(new, jax.random.fold_in(key, zlib.crc32(name.encode())))
 
-  new = jax.tree_util.tree_map_with_path(
-    leaf, params, direction, learning_rates(cfg)
-  )
-  return _keep_inactive_heads(
-    (new, new_state), (params, opt_state), n_active, cfg
-  )
+  new = jax.tree_util.tree_map_with_path(leaf, params, direction, learning_rates(cfg))
+  return _keep_inactive_heads((new, new_state), (params, opt_state), n_active, cfg)
 
 
 def round_at_random(x, key):
   """float32 -> bfloat16: to one of its two neighbours, with the probability of
   the nearness to it. x that is a bfloat16 stays; so do infinities and NaN."""
-  noise = jax.random.bits(
-    key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding
-  )
+  noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-  rounded = jax.lax.bitcast_convert_type(
-    (bits >> 16).astype(jnp.uint16), jnp.bfloat16
-  )
+  rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
   return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 

@@ -36,8 +36,7 @@ class Spec:
 def stack(n: int, specs):
   """The specs of n equal modules, stacked on a new leading axis."""
   return jax.tree.map(
-    lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)),
-    specs,
+    lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)), specs
   )
 
 
@@ -79,9 +78,7 @@ def abstract(specs, dtype, mesh: Mesh):
 def gather(tree, specs, cfg: config.Config):
   """`sharding.gather` for each leaf of a tree."""
   compute, grad = cfg.model.compute_dtype, cfg.loss.grad_dtype
-  return jax.tree.map(
-    lambda w, s: sharding.gather(w, s.axes, compute, grad), tree, specs
-  )
+  return jax.tree.map(lambda w, s: sharding.gather(w, s.axes, compute, grad), tree, specs)
 
 
 def gather_cast(tree, specs, cfg: config.Config):
@@ -89,8 +86,9 @@ def gather_cast(tree, specs, cfg: config.Config):
   of one is often below the spacing of bfloat16."""
   return jax.tree.map(
     lambda w, s: w.astype(cfg.model.compute_dtype) if s.decay else w,
-    gather(tree, specs, cfg), specs,
-  )  # fmt: skip
+    gather(tree, specs, cfg),
+    specs,
+  )
 
 
 def count(specs) -> int:
@@ -100,6 +98,5 @@ def count(specs) -> int:
 def bytes_per_device(tree) -> int:
   """Bytes that one device holds of abstract or real arrays."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )

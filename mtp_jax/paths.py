@@ -70,15 +70,11 @@ def absolute(path: str, flag: str) -> str:
     known = ', '.join(f'{k}://' for k in REMOTE)
     raise config.ConfigError(flag, path, f'of object storage only {known}')
   if not importlib.util.find_spec(REMOTE[kind]):
-    raise config.ConfigError(
-      flag, path, f"needs {REMOTE[kind]}: pip install 'mtp_jax[gcs]'"
-    )
+    raise config.ConfigError(flag, path, f"needs {REMOTE[kind]}: pip install 'mtp_jax[gcs]'")
   try:
     of(path).exists()
   except Exception as error:  # of a client: of any class
-    raise config.ConfigError(
-      flag, path, f'cannot be reached: {first_line(error)}'
-    ) from error
+    raise config.ConfigError(flag, path, f'cannot be reached: {first_line(error)}') from error
   return path.rstrip('/')
 
 
@@ -120,9 +116,7 @@ def write(path, data: bytes) -> None:
     try:
       of(path).write_bytes(data)  # appears when it is complete
     except FileNotFoundError as error:
-      raise FileNotFoundError(
-        errno.ENOENT, 'there is no such bucket', str(path)
-      ) from error
+      raise FileNotFoundError(errno.ENOENT, 'there is no such bucket', str(path)) from error
     return
   path = os.path.realpath(path)  # of a link, what it points to
   if os.path.exists(path) and not os.path.isfile(path):
@@ -196,9 +190,7 @@ class _Object:
       self._changed = False
     except Exception as error:  # of a client: of any class
       print(
-        f'{self._path} could not be written: {first_line(error)}; it is tried'
-        ' again',
-        flush=True,
+        f'{self._path} could not be written: {first_line(error)}; it is tried again', flush=True
       )
     end = time.monotonic()
     self._next_s = end + max(EVERY_S, (end - begin) / SHARE)
@@ -280,10 +272,7 @@ def _sweep(path: str) -> None:
     if int(found[1]) != os.getpid() and _lives(int(found[1])):
       continue
     try:
-      handle = os.open(
-        os.path.join(folder, other),
-        os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW,
-      )
+      handle = os.open(os.path.join(folder, other), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
       continue
     if _lock(handle):

@@ -34,9 +34,13 @@ from mtp_jax import config, paths
 # What may differ from one process to another: where it is, what its machine
 # calls things.
 OWN = (
-  'processes.index', 'data.store', 'eval.stores', 'data.read_threads',
-  'data.verify', 'train.compilation_cache',
-)  # fmt: skip
+  'processes.index',
+  'data.store',
+  'eval.stores',
+  'data.read_threads',
+  'data.verify',
+  'train.compilation_cache',
+)
 
 
 class Ended(Exception):
@@ -85,9 +89,7 @@ def run(cfg: config.Config, command: Callable[[], int]) -> int:
 
 # What is said of another process that answers no more, by who carries numbers
 # between processes (Gloo, NCCL) or counts them (JAX's coordination service).
-_OF_ANOTHER = re.compile(
-  'gloo|nccl|connection|heartbeat|barrier|coordination', re.IGNORECASE
-)
+_OF_ANOTHER = re.compile('gloo|nccl|connection|heartbeat|barrier|coordination', re.IGNORECASE)
 _STATUS = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # what XLA's errors begin with
 
 
@@ -105,9 +107,7 @@ def _lost(error: BaseException) -> str:
 
 def _say(text: str) -> None:
   """A line of this process, with its rank. Only process 0 has a stdout."""
-  print(
-    f'[{jax.process_index()}/{jax.process_count()}] {text}', file=sys.stderr
-  )
+  print(f'[{jax.process_index()}/{jax.process_count()}] {text}', file=sys.stderr)
 
 
 FAILED = 'mtp/failed'  # the culprit's words, in the coordinator's store
@@ -184,16 +184,13 @@ def _join(p: config.Processes) -> None:
     )
   try:
     jax.distributed.initialize(
-      **told,
-      heartbeat_timeout_seconds=p.timeout_s,
-      shutdown_timeout_seconds=p.timeout_s,
+      **told, heartbeat_timeout_seconds=p.timeout_s, shutdown_timeout_seconds=p.timeout_s
     )
   except (RuntimeError, ValueError) as error:
     why = (str(error).strip() or repr(error)).splitlines()[0][:300]
     raise config.ConfigError(
-      'processes.coordinator', p.coordinator,
-      f'the processes do not find each other: {why}',
-    ) from error  # fmt: skip
+      'processes.coordinator', p.coordinator, f'the processes do not find each other: {why}'
+    ) from error
   if not first():
     # Also what libraries print past Python.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -276,10 +273,10 @@ def _check_same_flags(cfg: config.Config) -> None:
       mine, wanted = config.get(cfg, name), config.get(theirs, name)
       if mine != wanted and name not in OWN:
         raise config.ConfigError(
-          name, mine,
-          f'process {jax.process_index()} has it, process 0 has {wanted};'
-          ' give all the same flags',
-        )  # fmt: skip
+          name,
+          mine,
+          f'process {jax.process_index()} has it, process 0 has {wanted}; give all the same flags',
+        )
 
 
 class Interrupted(BaseException):

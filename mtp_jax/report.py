@@ -10,15 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mtp_jax import (
-  checkpoint,
-  config,
-  flags,
-  generate,
-  processes,
-  sharding,
-  targets,
-)
+from mtp_jax import checkpoint, config, flags, generate, processes, sharding, targets
 from mtp_jax.data import loader
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.evals import calibration, heldout, registry, suites
@@ -63,19 +55,23 @@ def _opened(path, parsed):
 def _subject(parsed: flags.Parsed, opened) -> subject_lib.Subject:
   if processes.several():
     raise config.ConfigError(
-      'eval.suite', parsed.given.get('eval.suite', ''),
+      'eval.suite',
+      parsed.given.get('eval.suite', ''),
       f'one process; {registry.HELDOUT} alone runs on several',
-    )  # fmt: skip
+    )
   found = generate.of_opened(parsed, opened, False, 'eval.checkpoint')
   cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)
-  model = checkpoint.restore_model(
-    found.workdir, found.step, cfg, mesh, 'eval.checkpoint'
-  )
+  model = checkpoint.restore_model(found.workdir, found.step, cfg, mesh, 'eval.checkpoint')
   return subject_lib.Subject(
-    f'{found.workdir}, step {found.step}', cfg, model, mesh, found.tokenizer,
-    found.step, decoder_lib.Decoder(model, cfg, mesh, found.active),
+    f'{found.workdir}, step {found.step}',
+    cfg,
+    model,
+    mesh,
+    found.tokenizer,
+    found.step,
+    decoder_lib.Decoder(model, cfg, mesh, found.active),
     _say,
-  )  # fmt: skip
+  )
 
 
 def _say(line: str) -> None:
@@ -90,9 +86,7 @@ def _held_out(workdir: str, step: int, cfg: config.Config):
     tokens, mesh = loop.open_tokens(cfg), sharding.make_mesh(cfg)
   loop.check_same_store(tokens, cfg)
   model = checkpoint.restore_model(workdir, step, cfg, mesh, 'eval.checkpoint')
-  evaluate_on = heldout.evaluator(
-    cfg, mesh, loop.bytes_of_tokens(tokens, cfg, mesh)
-  )
+  evaluate_on = heldout.evaluator(cfg, mesh, loop.bytes_of_tokens(tokens, cfg, mesh))
   sets = loop.eval_batches(tokens, cfg, mesh)
   if not sets:
     tokens.sources[0].store.split(cfg.eval.split)  # says what there is
@@ -106,8 +100,7 @@ def _held_out(workdir: str, step: int, cfg: config.Config):
     if name not in {source.ref.name for source in tokens.further}:
       of = f'{cfg.eval.split} split of {of}'  # a further one may have no split
     lines += [
-      f'{workdir}, step {step}, {of}:'
-      f' {raw["count_K"][0]:,.0f} targets of head 1',
+      f'{workdir}, step {step}, {of}: {raw["count_K"][0]:,.0f} targets of head 1',
       *metrics.table(values),
     ]
     more = how_sure(model, again[name], step)
@@ -128,9 +121,8 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
   mixture, window = tokens.train(), (cfg.data.seq_len, cfg.span)
   batch = next(loop.train_batches(tokens, cfg, cfg.inspect.step))
   rows = loader.row_indices(
-    mixture.sizes(*window), mixture.weights, cfg.train.seed,
-    cfg.data.batch_size, cfg.inspect.step,
-  )  # fmt: skip
+    mixture.sizes(*window), mixture.weights, cfg.train.seed, cfg.data.batch_size, cfg.inspect.step
+  )
   of_row = [mixture.find(row, *window) for row in rows]
   names = [tokens.sources[s].ref.name for s, _ in of_row]
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
@@ -148,10 +140,7 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
   ]
   for b in range(min(cfg.inspect.rows, len(rows))):
     of = f' of {names[b]}' if len(tokens.sources) > 1 else ''
-    lines.append(
-      f'window {of_row[b][1]}{of}:'
-      f' {tokens.tokenizer.decode(flat["tokens"][b])!r}'
-    )
+    lines.append(f'window {of_row[b][1]}{of}: {tokens.tokenizer.decode(flat["tokens"][b])!r}')
     lines.append(
       '    t  token     position  segment  targets '
       + ' '.join(f't+{offset}' for offset in cfg.heads.offsets)
@@ -167,8 +156,7 @@ def inspect(cfg: config.Config) -> tuple[list[str], dict]:
         f'  {flat["position"][b, t]:8d}  {segment_U[t]:7d}  {"  ".join(shown)}'
       )
   lines.append(
-    '[x]: not a target: another document'
-    + (', or not to be scored' if 'scored' in flat else '')
+    '[x]: not a target: another document' + (', or not to be scored' if 'scored' in flat else '')
   )
   return lines, dict(
     step=cfg.inspect.step,

@@ -67,8 +67,7 @@ def mesh_sizes(cfg: config.Config, n_devices: int) -> dict[str, int]:
     raise config.ConfigError(
       f'mesh.{name}',
       sizes[name],
-      f'{" x ".join(f"{a}={s}" for a, s in sizes.items())} does not fit'
-      f' {n_devices} devices',
+      f'{" x ".join(f"{a}={s}" for a, s in sizes.items())} does not fit {n_devices} devices',
     )
   for axis in free:
     sizes[axis] = n_devices // fixed
@@ -89,16 +88,12 @@ def _arranged(sizes: dict[str, int], devices) -> np.ndarray:
   slices = len({getattr(d, 'slice_index', None) for d in devices})
   if slices > 1:
     if sizes['data'] % slices:
-      raise config.ConfigError(
-        'mesh.data', sizes['data'], f'must be a multiple of {slices} slices'
-      )
+      raise config.ConfigError('mesh.data', sizes['data'], f'must be a multiple of {slices} slices')
     inside = (sizes['data'] // slices, *shape[1:])
     return mesh_utils.create_hybrid_device_mesh(
       inside, (slices, 1, 1), devices, allow_split_physical_axes=True
     )
-  return mesh_utils.create_device_mesh(
-    shape, devices, allow_split_physical_axes=True
-  )
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _check_divisible(cfg, sizes):
@@ -119,9 +114,7 @@ def _check_divisible(cfg, sizes):
     ('model.vocab_size', m.vocab_size, 'tensor'),
   ):
     if size % sizes[axis]:
-      raise config.ConfigError(
-        name, size, f'must be a multiple of mesh {axis}={sizes[axis]}'
-      )
+      raise config.ConfigError(name, size, f'must be a multiple of mesh {axis}={sizes[axis]}')
 
 
 def _check_platform(cfg, platform):
@@ -129,10 +122,10 @@ def _check_platform(cfg, platform):
   wanted = config.KERNELS.get(kernel, platform)
   if platform != wanted:
     raise config.ConfigError(
-      'model.attention', kernel,
-      f'is a kernel for {wanted}, and these devices are {platform}; auto takes'
-      ' what they have',
-    )  # fmt: skip
+      'model.attention',
+      kernel,
+      f'is a kernel for {wanted}, and these devices are {platform}; auto takes what they have',
+    )
 
 
 def pspec(*axes) -> P:
@@ -153,10 +146,7 @@ def by_rows(f, *rowwise, same=()):
   """
   rows = pspec('batch')
   return jax.shard_map(
-    f,
-    in_specs=(rows,) * len(rowwise) + (P(),) * len(same),
-    out_specs=rows,
-    check_vma=False,
+    f, in_specs=(rows,) * len(rowwise) + (P(),) * len(same), out_specs=rows, check_vma=False
   )(*rowwise, *same)
 
 
@@ -227,9 +217,7 @@ def _axes(part) -> tuple[str, ...]:
 def zeros_cotangent(w):
   """Zeros of the type that a gradient of the gathered array w has."""
   spec = jax.typeof(w).sharding.spec
-  return jnp.zeros(
-    w.shape, w.dtype, out_sharding=P(*spec.partitions, unreduced=spec.reduced)
-  )
+  return jnp.zeros(w.shape, w.dtype, out_sharding=P(*spec.partitions, unreduced=spec.reduced))
 
 
 def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
@@ -237,9 +225,7 @@ def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
 
   Where a `tensor` axis spans processes they hold, hence read, the same rows.
   """
-  held = NamedSharding(mesh, pspec('batch')).addressable_devices_indices_map(
-    (n_rows,)
-  )
+  held = NamedSharding(mesh, pspec('batch')).addressable_devices_indices_map((n_rows,))
   rows_B = np.arange(n_rows)
   return np.unique(np.concatenate([rows_B[i] for i in held.values()]))
 

@@ -54,9 +54,7 @@ def counts(batch: dict, cfg: config.Config, bytes_V):
   of_micro_batch = jax.vmap(functools.partial(targets, cfg=cfg))
   targets_AKBT, valid_AKBT = of_micro_batch(batch)
   count_K = jnp.sum(valid_AKBT, axis=(0, 2, 3))
-  bytes_ABT = bytes_V.at[targets_AKBT[:, 0]].get(
-    out_sharding=sharding.pspec(None, 'batch', None)
-  )
+  bytes_ABT = bytes_V.at[targets_AKBT[:, 0]].get(out_sharding=sharding.pspec(None, 'batch', None))
   n_bytes = jnp.sum(bytes_ABT * valid_AKBT[:, 0])
   return count_K.astype(jnp.float32), n_bytes.astype(jnp.float32)
 

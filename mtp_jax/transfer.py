@@ -2,15 +2,7 @@
 
 import os
 
-from mtp_jax import (
-  checkpoint,
-  config,
-  flags,
-  generate,
-  params,
-  paths,
-  sharding,
-)
+from mtp_jax import checkpoint, config, flags, generate, params, paths, sharding
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import files, folder, mapping, tokens
 from mtp_jax.model import lm
@@ -51,9 +43,7 @@ def export(parsed: flags.Parsed) -> list[str]:
   for library in (*libraries, 'tokenizers'):
     files.need('export.format', form, library, extra)
   path = paths.absolute(path, 'export.checkpoint')
-  workdir, step, saved, cfg = checkpoint.opened(
-    path, 'export.checkpoint', parsed
-  )
+  workdir, step, saved, cfg = checkpoint.opened(path, 'export.checkpoint', parsed)
   tokenizer = generate.tokenizer_of(parsed, saved, workdir)
   if tokenizer is not None:
     generate.check_rows(tokenizer, cfg)
@@ -63,10 +53,13 @@ def export(parsed: flags.Parsed) -> list[str]:
   )
   dtype = cfg.export.dtype
   lines = folder.export(
-    model, cfg, tokenizer, out,
+    model,
+    cfg,
+    tokenizer,
+    out,
     dtype=cfg.model.param_dtype if dtype == 'param' else dtype,
     about=f'{os.path.basename(workdir)}, step {step}',
-  )  # fmt: skip
+  )
   trained = begin.trained_heads(cfg, step)
   if trained < cfg.heads.n:
     lines.append(
@@ -78,10 +71,17 @@ def export(parsed: flags.Parsed) -> list[str]:
 
 # What a flag may say of an imported model.
 GIVEN = (
-  'model.param_dtype', 'model.compute_dtype', 'model.remat', 'model.attention',
-  'heads.family', 'data.seq_len', 'data.batch_size', 'mesh.', 'train.',
+  'model.param_dtype',
+  'model.compute_dtype',
+  'model.remat',
+  'model.attention',
+  'heads.family',
+  'data.seq_len',
+  'data.batch_size',
+  'mesh.',
+  'train.',
   'import.',
-)  # fmt: skip
+)
 
 
 def import_(parsed: flags.Parsed) -> list[str]:
@@ -91,16 +91,12 @@ def import_(parsed: flags.Parsed) -> list[str]:
     raise config.ConfigError('import.path', '', 'give a directory')
   path = paths.absolute(path, 'import.path')
   if paths.scheme(path):
-    raise config.ConfigError(
-      'import.path', path, 'copy it to a disk of this machine'
-    )
+    raise config.ConfigError('import.path', path, 'copy it to a disk of this machine')
   if not os.path.isdir(path):
     raise config.ConfigError('import.path', path, 'is no directory')
   for name, value in parsed.given.items():
     if not name.startswith(GIVEN) or name == 'train.init_from':
-      raise config.ConfigError(
-        name, value, 'an import takes that from what it reads'
-      )
+      raise config.ConfigError(name, value, 'an import takes that from what it reads')
   workdir = _absent('train.workdir', parsed.given.get('train.workdir', ''))
   checkpoint.check_workdir(workdir)
   form = parsed.given.get('import.format', 'hf')
@@ -116,9 +112,8 @@ def import_(parsed: flags.Parsed) -> list[str]:
   tokenizer, dropped = _tokenizer(path, cfg, ours)
   recorded = tokenizers.recorded_name(tokenizer) if tokenizer else ''
   cfg = config.replace(
-    cfg, **{'data.tokenizer': recorded, 'data.store': '',
-            'train.workdir': workdir},
-  )  # fmt: skip
+    cfg, **{'data.tokenizer': recorded, 'data.store': '', 'train.workdir': workdir}
+  )
   model = folder.read(path, cfg, sharding.serving_mesh(cfg))
   if paths.scheme(workdir):  # the checkpoint is marked when it is complete
     checkpoint.save_params(model, cfg, tokenizer, workdir)
@@ -153,9 +148,8 @@ def _tokenizer(path: str, cfg: config.Config, ours: bool):
 
   def unfit(problem):
     return config.ConfigError(
-      'import.path', path,
-      f'{problem}; --import.tokenizer=skip imports the weights without it',
-    )  # fmt: skip
+      'import.path', path, f'{problem}; --import.tokenizer=skip imports the weights without it'
+    )
 
   rows = cfg.model.vocab_size
   try:
@@ -167,14 +161,10 @@ def _tokenizer(path: str, cfg: config.Config, ours: bool):
     _, name, problem = error.args
     raise unfit(f'its tokenizer {name} {problem}') from error
   if fitted.vocab_size > rows:
-    raise unfit(
-      f'its tokenizer {found.name} has {found.vocab_size} tokens, the model'
-      f' {rows}'
-    )
+    raise unfit(f'its tokenizer {found.name} has {found.vocab_size} tokens, the model {rows}')
   beyond = [i for i in fitted.stop_ids if i >= rows]
   if beyond:
     raise unfit(
-      f'its tokenizer {found.name} ends texts with {beyond[0]}, the model has'
-      f' {rows} tokens'
+      f'its tokenizer {found.name} ends texts with {beyond[0]}, the model has {rows} tokens'
     )
   return fitted, dropped

@@ -35,9 +35,8 @@ def variants(cfg: config.Config) -> tuple[config.Config, ...]:
   b = cfg.bench
   if b.documents > cfg.data.seq_len:
     raise config.ConfigError(
-      'bench.documents', b.documents,
-      f'must be at most --data.seq_len={cfg.data.seq_len}',
-    )  # fmt: skip
+      'bench.documents', b.documents, f'must be at most --data.seq_len={cfg.data.seq_len}'
+    )
   wanted = itertools.product(
     b.schedules.split(',') if b.schedules else (cfg.loss.schedule,),
     config.parse_numbers(b.chunks) or (cfg.loss.chunk,),
@@ -46,18 +45,19 @@ def variants(cfg: config.Config) -> tuple[config.Config, ...]:
   found = []
   for schedule, chunk, n in wanted:
     values = {
-      'loss.schedule': schedule, 'loss.chunk': chunk, 'heads.n': n,
-      'loss.weights': '0:1', 'loss.curriculum': '',
-    }  # fmt: skip
+      'loss.schedule': schedule,
+      'loss.chunk': chunk,
+      'heads.n': n,
+      'loss.weights': '0:1',
+      'loss.curriculum': '',
+    }
     try:
       found.append(validate(config.replace(cfg, **values)))
     except config.ConfigError as error:
       flag = {'loss.chunk': 'chunks', 'heads.n': 'heads'}.get(error.args[0])
       if not flag:
         raise
-      raise config.ConfigError(
-        f'bench.{flag}', getattr(b, flag), str(error)
-      ) from error
+      raise config.ConfigError(f'bench.{flag}', getattr(b, flag), str(error)) from error
   return tuple(found)
 
 
@@ -95,33 +95,33 @@ def _check_model(cfg):
   m, n = cfg.model, cfg.heads.n
   if not m.d_head and m.d_model % m.n_attn_heads:
     raise config.ConfigError(
-      'model.d_model', m.d_model,
+      'model.d_model',
+      m.d_model,
       f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}, unless'
       ' --model.d_head says how wide a head is',
-    )  # fmt: skip
+    )
   if m.head_width % 2:
     raise config.ConfigError(
-      *(('model.d_head', m.d_head) if m.d_head else (
-        'model.d_model', m.d_model
-      )),
+      *(('model.d_head', m.d_head) if m.d_head else ('model.d_model', m.d_model)),
       f'a head is {m.head_width} wide; it must be even (RoPE pairs)',
-    )  # fmt: skip
+    )
   if m.rope_factor > 1 and m.rope_high_freq <= m.rope_low_freq:
     raise config.ConfigError(
-      'model.rope_high_freq', m.rope_high_freq,
+      'model.rope_high_freq',
+      m.rope_high_freq,
       f'must be above --model.rope_low_freq={m.rope_low_freq}',
-    )  # fmt: skip
+    )
   if m.n_attn_heads % m.kv_heads:
     raise config.ConfigError(
-      'model.n_kv_heads', m.n_kv_heads,
-      f'must divide --model.n_attn_heads={m.n_attn_heads}',
-    )  # fmt: skip
+      'model.n_kv_heads', m.n_kv_heads, f'must divide --model.n_attn_heads={m.n_attn_heads}'
+    )
   if cfg.heads.block_first and m.n_layers - n < 1:
     raise config.ConfigError(
-      'heads.n', n,
+      'heads.n',
+      n,
       f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
       f' needs at least one; at most {m.n_layers - 1}',
-    )  # fmt: skip
+    )
   unfit = config.unfit(cfg, m.attention)
   if unfit:
     raise unfit
@@ -129,18 +129,17 @@ def _check_model(cfg):
   reach = cfg.heads.offsets[-1] + cfg.heads.stride - 1
   if reach >= cfg.data.seq_len:
     raise config.ConfigError(
-      'heads.n', n,
+      'heads.n',
+      n,
       f'with --heads.stride={cfg.heads.stride} that spans {reach} tokens, must'
       f' be below --data.seq_len={cfg.data.seq_len}',
-    )  # fmt: skip
+    )
 
 
 def _check_loss(cfg):
   n, seq_len, chunk = cfg.heads.n, cfg.data.seq_len, cfg.loss.chunk
   if chunk and seq_len % chunk:
-    raise config.ConfigError(
-      'loss.chunk', chunk, f'must divide --data.seq_len={seq_len}'
-    )
+    raise config.ConfigError('loss.chunk', chunk, f'must divide --data.seq_len={seq_len}')
   for name, ok, allowed in (
     (
       'weights',
@@ -151,8 +150,7 @@ def _check_loss(cfg):
     (
       'curriculum',
       lambda v: len(v) == 1 and v[0] == int(v[0]) and 1 <= v[0] <= n,
-      f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start'
-      ' at 0 and rise',
+      f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start at 0 and rise',
     ),
   ):
     text = getattr(cfg.loss, name)
@@ -172,9 +170,7 @@ def _check_loss(cfg):
     if step < cfg.train.steps
   ):
     raise config.ConfigError(
-      'loss.weights',
-      cfg.loss.weights,
-      'no head that is active at any step has a weight above 0',
+      'loss.weights', cfg.loss.weights, 'no head that is active at any step has a weight above 0'
     )
 
 
@@ -189,30 +185,28 @@ def _check_groups(cfg):
   )
   if freeze == 'trunk' and no_heads:
     raise config.ConfigError(
-      'train.freeze', freeze,
-      f'with {min(n_active)} active heads of {h.family} nothing else would'
-      ' train',
-    )  # fmt: skip
+      'train.freeze',
+      freeze,
+      f'with {min(n_active)} active heads of {h.family} nothing else would train',
+    )
 
 
 def _check_steps(cfg):
   t, o, batch_size = cfg.train, cfg.optim, cfg.data.batch_size
   if batch_size % t.accumulate:
     raise config.ConfigError(
-      'train.accumulate', t.accumulate,
-      f'must divide --data.batch_size={batch_size}',
-    )  # fmt: skip
+      'train.accumulate', t.accumulate, f'must divide --data.batch_size={batch_size}'
+    )
   if o.warmup_steps >= t.steps:
     raise config.ConfigError(
-      'optim.warmup_steps', o.warmup_steps,
-      f'must be below --train.steps={t.steps}',
-    )  # fmt: skip
+      'optim.warmup_steps', o.warmup_steps, f'must be below --train.steps={t.steps}'
+    )
   if o.schedule == 'wsd' and not 1 <= o.decay_steps <= t.steps - o.warmup_steps:
     raise config.ConfigError(
-      'optim.decay_steps', o.decay_steps,
-      'wsd needs 1 to steps - warmup_steps ='
-      f' {t.steps - o.warmup_steps} of them',
-    )  # fmt: skip
+      'optim.decay_steps',
+      o.decay_steps,
+      f'wsd needs 1 to steps - warmup_steps = {t.steps - o.warmup_steps} of them',
+    )
   sizes = dataclasses.asdict(cfg.mesh)
   rest = [axis for axis, size in sizes.items() if size == -1]
   for axis, size in sizes.items():
@@ -222,9 +216,8 @@ def _check_steps(cfg):
     default = config.Mesh()
     rest.sort(key=lambda axis: getattr(default, axis) == -1)  # not given: last
     raise config.ConfigError(
-      f'mesh.{rest[0]}', -1,
-      f'at least 1, or -1 on a single axis, and --mesh.{rest[-1]} is -1',
-    )  # fmt: skip
+      f'mesh.{rest[0]}', -1, f'at least 1, or -1 on a single axis, and --mesh.{rest[-1]} is -1'
+    )
 
 
 def _check_processes(p):
@@ -233,13 +226,10 @@ def _check_processes(p):
     for name, default in (('count', 1), ('index', 0)):
       if getattr(p, name) != default:
         raise config.ConfigError(
-          f'processes.{name}', getattr(p, name),
-          'needs --processes.coordinator=HOST:PORT',
-        )  # fmt: skip
+          f'processes.{name}', getattr(p, name), 'needs --processes.coordinator=HOST:PORT'
+        )
   elif not (host and port.isdigit() and 0 < int(port) < 2**16):
-    raise config.ConfigError(
-      'processes.coordinator', p.coordinator, 'HOST:PORT, auto or empty'
-    )
+    raise config.ConfigError('processes.coordinator', p.coordinator, 'HOST:PORT, auto or empty')
   if p.index >= p.count:
     raise config.ConfigError(
       'processes.index', p.index, f'must be below --processes.count={p.count}'
@@ -262,14 +252,13 @@ def _check_stores(cfg):
     for ref in refs:
       if '://' in ref.path:
         raise config.ConfigError(
-          flag, text,
+          flag,
+          text,
           'a store is read in place: copy it to a disk of each host, or mount'
           ' the bucket, and give that path',
-        )  # fmt: skip
-      if ref.name in names:
-        raise config.ConfigError(
-          flag, text, f'two stores are called {ref.name!r}; give NAME=PATH'
         )
+      if ref.name in names:
+        raise config.ConfigError(flag, text, f'two stores are called {ref.name!r}; give NAME=PATH')
       names.add(ref.name)
 
 
@@ -289,34 +278,33 @@ def _check_decode(cfg):
     widths = (0,)
   slots, level = 1, 1
   for width in widths:
-    level = min(
-      level * width, 2 * TREE
-    )  # so that no number has a million digits
+    level = min(level * width, 2 * TREE)  # so that no number has a million digits
     slots = min(slots + level, 2 * TREE)
   need(
-    all(width >= 1 for width in widths) and slots <= TREE, 'tree',
+    all(width >= 1 for width in widths) and slots <= TREE,
+    'tree',
     'candidates of heads 2, 3 …, above 0, with commas, that make a window of at'
     f' most {TREE} tokens',
-  )  # fmt: skip
+  )
   need(
-    len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size, 'tree',
+    len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size,
+    'tree',
     f'with --heads.n={n} at most {n - 1} numbers, none above the vocabulary',
-  )  # fmt: skip
-  need(
-    not d.temperature or d.temperature >= 1e-6, 'temperature',
-    '0, or at least 1e-6',
-  )  # fmt: skip
+  )
+  need(not d.temperature or d.temperature >= 1e-6, 'temperature', '0, or at least 1e-6')
   sampled = d.temperature or cfg.eval.samples > 1 or cfg.eval.temperatures
   for flag, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
     need(
-      sampled or getattr(d, flag) == unused, flag,
+      sampled or getattr(d, flag) == unused,
+      flag,
       'a filter of samples: needs --decode.temperature above 0',
-    )  # fmt: skip
+    )
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
   need(
-    not d.draft or not widths or d.draft == len(widths) + 1, 'draft',
+    not d.draft or not widths or d.draft == len(widths) + 1,
+    'draft',
     f'--decode.tree={d.tree} uses {len(widths) + 1} heads',
-  )  # fmt: skip
+  )
   need(d.draft <= n, 'draft', f'must be at most --heads.n={n}')
   leaps = f'heads that leap (--heads.stride={stride}) leave gaps between drafts'
   need(stride == 1 or d.draft <= 1, 'draft', f'must be 1: {leaps}')
@@ -326,10 +314,10 @@ def _check_decode(cfg):
   except ValueError:
     stops = (-1,)
   need(
-    all(0 <= stop < cfg.model.vocab_size for stop in stops), 'stop_ids',
-    'none, or ids from 0 to --model.vocab_size - 1 ='
-    f' {cfg.model.vocab_size - 1}, with commas',
-  )  # fmt: skip
+    all(0 <= stop < cfg.model.vocab_size for stop in stops),
+    'stop_ids',
+    f'none, or ids from 0 to --model.vocab_size - 1 = {cfg.model.vocab_size - 1}, with commas',
+  )
 
 
 def _check_bench(cfg):
@@ -339,12 +327,7 @@ def _check_bench(cfg):
   for flag, parse, ok, allowed in (
     ('heads', config.parse_numbers, lambda n: n >= 1, 'numbers above 0'),
     ('chunks', config.parse_numbers, lambda c: c >= 0, 'numbers of positions'),
-    (
-      'batches',
-      config.parse_numbers,
-      lambda b: 1 <= b <= 2**20,
-      f'numbers from 1 to {2**20:,}',
-    ),
+    ('batches', config.parse_numbers, lambda b: 1 <= b <= 2**20, f'numbers from 1 to {2**20:,}'),
     (
       'drafts',
       config.parse_numbers,
@@ -364,6 +347,4 @@ def _check_bench(cfg):
     except ValueError:
       values = (-1,)
     if not all(map(ok, values)) or len(set(values)) < len(values):
-      raise config.ConfigError(
-        f'bench.{flag}', text, f'different ones, with commas: {allowed}'
-      )
+      raise config.ConfigError(f'bench.{flag}', text, f'different ones, with commas: {allowed}')

@@ -22,9 +22,7 @@ VARIABLES = dict(
 def tpu_step(c: config.Config, topology: str = 'v5e:2x2') -> str:
   """The training step, compiled for the chips of a topology, as HLO."""
   chips.answer_libtpu()
-  described = topologies.get_topology_desc(
-    platform='tpu', topology_name=topology
-  )
+  described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
   mesh = sharding.make_mesh(c, described.devices)
   with jax.set_mesh(mesh):
     return step.trace(c, mesh, c.heads.n).lower().compile().as_text()

@@ -11,11 +11,7 @@ from mtp_jax import bench, chips, config, flags, flops, main
 from tests import runs, tiny
 from tests.baselines import compare, n_logits
 
-TINY = runs.FLAGS | {
-  'model.n_layers': 5,
-  'bench.rounds': 2,
-  'optim.warmup_steps': 1,
-}
+TINY = runs.FLAGS | {'model.n_layers': 5, 'bench.rounds': 2, 'optim.warmup_steps': 1}
 
 
 def _args(*more, **changes):
@@ -71,9 +67,7 @@ def _one_program_a_number_of_heads(monkeypatch, name) -> list:
 
 def test_loss_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
   asked = _one_program_a_number_of_heads(monkeypatch, 'loss_program')
-  out, values = _bench(
-    tmp_path, capsys, bench__heads='1,3', bench__chunks='0,4'
-  )
+  out, values = _bench(tmp_path, capsys, bench__heads='1,3', bench__chunks='0,4')
   rows = values['rows']
   assert [(r['schedule'], r['chunk'], r['n']) for r in rows] == list(
     itertools.product(('remat', 'eager'), (0, 4), (1, 3))
@@ -97,12 +91,12 @@ def test_loss_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
   'more',
   [
     dict(heads__family='sequential', loss__order_weight=0.5),
-    dict(heads__unembedding='tied', loss__curriculum='0:1;5:2',
-         loss__weights='0:1,.3'),
-    dict(heads__unembedding='replicated', train__accumulate=2,
-         data__batch_size=16, bench__documents=3),
+    dict(heads__unembedding='tied', loss__curriculum='0:1;5:2', loss__weights='0:1,.3'),
+    dict(
+      heads__unembedding='replicated', train__accumulate=2, data__batch_size=16, bench__documents=3
+    ),
   ],
-)  # fmt: skip
+)
 def test_loss_of_every_kind_of_heads(tmp_path, capsys, more):
   _, values = _bench(
     tmp_path,
@@ -121,16 +115,15 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
   peak = chips.CHIPS['NVIDIA H100']
   monkeypatch.setattr(chips, 'chip', lambda kind: peak)
   asked = _one_program_a_number_of_heads(monkeypatch, '_step_program')
-  out, values = _bench(
-    tmp_path, capsys, bench__what='step', bench__heads='1,2', bench__calls=2
-  )
+  out, values = _bench(tmp_path, capsys, bench__what='step', bench__heads='1,2', bench__calls=2)
   rows = values['rows']
   assert [(r['schedule'], r['n']) for r in rows] == [
-    ('remat', 1), ('remat', 2), ('eager', 1), ('eager', 2),
-  ]  # fmt: skip
-  assert [(c.loss.schedule, c.heads.n) for c in asked] == [
-    (r['schedule'], r['n']) for r in rows
+    ('remat', 1),
+    ('remat', 2),
+    ('eager', 1),
+    ('eager', 2),
   ]
+  assert [(c.loss.schedule, c.heads.n) for c in asked] == [(r['schedule'], r['n']) for r in rows]
   _of_itself(rows)
   cfg = flags.parse(_args()[1:]).config()
   for row in rows:
@@ -140,13 +133,9 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
     assert row['tokens_per_s'] == pytest.approx(8 * 16 / row['time_s'])
     done = row['tokens_per_s'] * flops.flops_per_token(c, n)
     assert row['mfu'] == pytest.approx(done / (8 * peak.flops_per_s))
-    assert row['of_matmul'] == pytest.approx(
-      done / values['matmul_flops_per_s']
-    )
+    assert row['of_matmul'] == pytest.approx(done / values['matmul_flops_per_s'])
     one = config.replace(cfg, **{'heads.n': 1})
-    ratio = flops.flops_per_token(c, n, False) / flops.flops_per_token(
-      one, 1, False
-    )
+    ratio = flops.flops_per_token(c, n, False) / flops.flops_per_token(one, 1, False)
     assert row['flops_ratio'] == pytest.approx(ratio)
     for name in ('', 'cpu_'):
       over = row['cpu_over_flops' if name else 'time_over_flops']['median']
@@ -157,9 +146,8 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
 
 def test_a_cpu_has_no_mfu(tmp_path, capsys):
   out, values = _bench(
-    tmp_path, capsys, bench__what='step', bench__heads='2',
-    bench__schedules='', bench__rounds=1,
-  )  # fmt: skip
+    tmp_path, capsys, bench__what='step', bench__heads='2', bench__schedules='', bench__rounds=1
+  )
   (row,) = values['rows']
   assert row['mfu'] is None and row['of_matmul'] > 0
   assert row['schedule'] == 'remat' and row['time_over_flops'] == ONE
@@ -168,9 +156,14 @@ def test_a_cpu_has_no_mfu(tmp_path, capsys):
 
 def test_data_is_set_beside_the_step(store, tmp_path, capsys):
   out, values = _bench(
-    tmp_path, capsys, bench__what='data', data__store=store, bench__rounds=1,
-    model__vocab_size=264, data__batch_size=64,
-  )  # fmt: skip
+    tmp_path,
+    capsys,
+    bench__what='data',
+    data__store=store,
+    bench__rounds=1,
+    model__vocab_size=264,
+    data__batch_size=64,
+  )
   assert values['n_batches'] == 2**18 // (64 * 16)
   assert values['loader_tokens_per_s'] > 0 < values['step_tokens_per_s']
   assert values['loader_over_step']['median'] == pytest.approx(
@@ -223,17 +216,13 @@ def _ours():
 def _same(found, wanted):
   assert found.keys() == wanted.keys()
   for name, x in found.items():
-    np.testing.assert_allclose(
-      x, wanted[name], rtol=2e-4, atol=2e-6, err_msg=name
-    )
+    np.testing.assert_allclose(x, wanted[name], rtol=2e-4, atol=2e-6, err_msg=name)
 
 
 def test_n_logits_computes_ours():
   c, model, tokens_BU, total, wanted = _ours()
   step = jax.jit(jax.value_and_grad(n_logits.loss), static_argnums=(2, 3))
-  value, grads = step(
-    jax.tree.map(jax.numpy.asarray, model), tokens_BU, 3, c.model
-  )
+  value, grads = step(jax.tree.map(jax.numpy.asarray, model), tokens_BU, 3, c.model)
   np.testing.assert_allclose(value, total, rtol=1e-5)
   _same(tiny.flat(grads), wanted)
 
@@ -260,9 +249,7 @@ def test_compare_takes_no_other_model():
 
 def test_ratios_of_a_comparison():
   found = {
-    (contender, n): dict(
-      loss=1.0, grown_bytes=None, seconds=[s * n, 2 * s * n], cpu=[n, s]
-    )
+    (contender, n): dict(loss=1.0, grown_bytes=None, seconds=[s * n, 2 * s * n], cpu=[n, s])
     for contender, s in (('eager', 2.0), ('torch', 3.0))
     for n in (1, 4)
   }

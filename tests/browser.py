@@ -15,10 +15,16 @@ import pytest
 
 MISSING = 'a page needs a browser: apt-get install chromium-driver'
 ARGS = (
-  '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic',
-  '--no-first-run', '--disable-background-networking',
-  '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage',
-)  # fmt: skip
+  '--headless',
+  '--no-sandbox',
+  '--disable-gpu',
+  '--disable-quic',
+  '--no-first-run',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-sync',
+  '--disable-dev-shm-usage',
+)
 LIMIT_S = 120  # of one answer
 # Scripts: what is wrong with a page of figures and tables; its ground and ink.
 FAULTS = """
@@ -69,9 +75,8 @@ class Page:
 
   def _post(self, path: str, **body):
     request = urllib.request.Request(
-      f'{self._url}/{path}', json.dumps(body).encode(),
-      {'Content-Type': 'application/json'},
-    )  # fmt: skip
+      f'{self._url}/{path}', json.dumps(body).encode(), {'Content-Type': 'application/json'}
+    )
     try:
       with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
         return json.load(answer)['value']
@@ -84,12 +89,13 @@ class Page:
   def look(self, width: int, dark: bool = False) -> None:
     """As a screen of that many pixels; of a phone if it is narrow."""
     self.cdp(
-      'Emulation.setDeviceMetricsOverride', width=width, height=800,
-      deviceScaleFactor=1, mobile=width < 600,
-    )  # fmt: skip
-    scheme = dict(
-      name='prefers-color-scheme', value='dark' if dark else 'light'
+      'Emulation.setDeviceMetricsOverride',
+      width=width,
+      height=800,
+      deviceScaleFactor=1,
+      mobile=width < 600,
     )
+    scheme = dict(name='prefers-color-scheme', value='dark' if dark else 'light')
     self.cdp('Emulation.setEmulatedMedia', features=[scheme])
 
   def open(self, path) -> None:
@@ -104,21 +110,16 @@ class Page:
 
   def asked_for(self) -> list[str]:
     """Every URL that the page wanted, itself too, since the last call."""
-    said = [
-      json.loads(r['message'])['message'] for r in self.log('performance')
-    ]
+    said = [json.loads(r['message'])['message'] for r in self.log('performance')]
     return [
-      m['params']['request']['url'] for m in said
-      if m['method'] == 'Network.requestWillBeSent'
-    ]  # fmt: skip
+      m['params']['request']['url'] for m in said if m['method'] == 'Network.requestWillBeSent'
+    ]
 
   def picture(self, path, height: int = 0) -> None:
     """The whole page as a PNG, or its first pixels."""
     size = self.cdp('Page.getLayoutMetrics')['cssContentSize']
     clip = dict(size, scale=1) | (dict(height=height) if height else {})
-    found = self.cdp(
-      'Page.captureScreenshot', captureBeyondViewport=True, clip=clip
-    )
+    found = self.cdp('Page.captureScreenshot', captureBeyondViewport=True, clip=clip)
     pathlib.Path(path).write_bytes(base64.b64decode(found['data']))
 
   def close(self) -> None:
@@ -132,9 +133,7 @@ def page() -> Iterator[Page]:
   if not driver:
     pytest.skip(MISSING)
   with tempfile.TemporaryFile('w+') as log:
-    process = subprocess.Popen(
-      [driver, '--port=0'], stdout=subprocess.PIPE, stderr=log, text=True
-    )
+    process = subprocess.Popen([driver, '--port=0'], stdout=subprocess.PIPE, stderr=log, text=True)
     try:
       port = None
       for line in process.stdout:  # … started successfully on port 1234.
@@ -155,10 +154,7 @@ def page() -> Iterator[Page]:
 
 def luminance(rgb) -> float:
   """Of WCAG 2."""
-  linear = [
-    c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4
-    for c in rgb
-  ]
+  linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
   red, green, blue = linear
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 

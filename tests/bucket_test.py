@@ -81,14 +81,15 @@ def test_stopped_and_resumed_it_is_the_run_on_a_disk(
   runs.assert_same(runs.restored(where, 6), runs.restored(undisturbed, 6))
   assert runs.records(where) == runs.records(undisturbed)
   sessions = goodput.summary(goodput.read(where))['sessions']
-  assert [(s['start'], s['end']) for s in sessions] == [
-    (0, 'interrupted'), (4, 'finished'),
-  ]  # fmt: skip
+  assert [(s['start'], s['end']) for s in sessions] == [(0, 'interrupted'), (4, 'finished')]
   names = [n for n in _names(server, 'stopped') if 'checkpoints/' not in n]
   events = [n for n in names if n.startswith('tensorboard/')]
   assert sorted(set(names) - set(events)) == [
-    'config.json', 'goodput.jsonl', 'metrics.jsonl', 'run.flags',
-  ]  # fmt: skip
+    'config.json',
+    'goodput.jsonl',
+    'metrics.jsonl',
+    'run.flags',
+  ]
   found = [server.objects['bucket'][f'stopped/{name}'].data for name in events]
   # Two starts within a second share a name, on a disk as here.
   assert any(b'train/loss' in data for data in found)
@@ -96,9 +97,7 @@ def test_stopped_and_resumed_it_is_the_run_on_a_disk(
   assert 'is trained already, to step 6' in capsys.readouterr().out
 
 
-def test_a_save_that_was_killed_is_no_checkpoint(
-  server, store, undisturbed, finished
-):
+def test_a_save_that_was_killed_is_no_checkpoint(server, store, undisturbed, finished):
   where = _copy(server, finished, 'killed')
   objects = server.objects['bucket']
   # What the kill leaves: all but the mark, which is written last.
@@ -147,9 +146,7 @@ def _copy(server, where, name) -> str:
   return f'gs://bucket/{name}'
 
 
-def test_commands_read_it_and_write_there(
-  server, undisturbed, finished, tmp_path, capsys
-):
+def test_commands_read_it_and_write_there(server, undisturbed, finished, tmp_path, capsys):
   found = {}
   for name, of in (('here', undisturbed), ('there', finished)):
     out = f'gs://bucket/{name}.json'
@@ -162,9 +159,13 @@ def test_commands_read_it_and_write_there(
   rows = 'gs://bucket/rows.jsonl'
   server.put('bucket', 'prompts.txt', b'ab\r\ncd\n')
   args = [
-    'generate', f'--decode.checkpoint={finished}', '--decode.max_new=4',
-    '--decode.prompts=gs://bucket/prompts.txt', f'--out={rows}', *HERE,
-  ]  # fmt: skip
+    'generate',
+    f'--decode.checkpoint={finished}',
+    '--decode.max_new=4',
+    '--decode.prompts=gs://bucket/prompts.txt',
+    f'--out={rows}',
+    *HERE,
+  ]
   assert main.main(args) == 0
   lines = server.get('bucket', 'rows.jsonl').data.splitlines()
   assert [json.loads(line)['prompt'] for line in lines] == ['ab', 'cd']
@@ -176,12 +177,9 @@ def test_commands_read_it_and_write_there(
   for path in (tmp_path / 'hf').iterdir():
     assert server.get('bucket', f'hf/{path.name}').data == path.read_bytes()
   again = _fails(
-    capsys, 'export', f'--export.checkpoint={finished}',
-    '--export.out=gs://bucket/hf', *HERE,
-  )  # fmt: skip
-  assert again == (
-    '--export.out=gs://bucket/hf: is not empty; give another directory'
+    capsys, 'export', f'--export.checkpoint={finished}', '--export.out=gs://bucket/hf', *HERE
   )
+  assert again == ('--export.out=gs://bucket/hf: is not empty; give another directory')
 
   args = [f'--import.path={tmp_path / "hf"}', '--train.workdir=gs://bucket/in']
   assert main.main(['import', *args, *HERE]) == 0
@@ -199,14 +197,16 @@ def test_commands_read_it_and_write_there(
   assert server.get('bucket', png).data[:4] == b'\x89PNG'
 
 
-def test_a_run_begins_with_one_there_by_its_flags(
-  server, undisturbed, finished, tmp_path, capsys
-):
+def test_a_run_begins_with_one_there_by_its_flags(server, undisturbed, finished, tmp_path, capsys):
   args = [
-    'train', f'--flagfile={finished}/run.flags', '--train.steps=7',
-    f'--train.init_from={finished}', f'--train.workdir={tmp_path}',
-    '--train.profile_start=1', '--train.profile_steps=1',
-  ]  # fmt: skip
+    'train',
+    f'--flagfile={finished}/run.flags',
+    '--train.steps=7',
+    f'--train.init_from={finished}',
+    f'--train.workdir={tmp_path}',
+    '--train.profile_start=1',
+    '--train.profile_steps=1',
+  ]
   assert main.main([*args, *HERE]) == 0
   assert f'begins with {finished}, step 6' in capsys.readouterr().out
   there = 'gs://bucket/profiled'
@@ -265,9 +265,7 @@ def test_uploads_take_a_small_part_of_the_time(server, monkeypatch):
   assert server.get('bucket', 'slow').data == b'12'
 
 
-def test_an_upload_that_fails_is_told_and_tried_again(
-  server, monkeypatch, capsys
-):
+def test_an_upload_that_fails_is_told_and_tried_again(server, monkeypatch, capsys):
   file = paths.growing('gs://bucket/tried')
   with monkeypatch.context() as m:
     m.setattr(server, 'refuses', 403)
@@ -311,9 +309,7 @@ def test_a_second_run_is_refused(server, store, capsys):
 def test_another_machine_that_writes_its_lock_again_lives(server, monkeypatch):
   _other(server)
   later = iter(range(1, 99))
-  monkeypatch.setattr(
-    time, 'sleep', lambda _: _other(server, time=time.time() + next(later))
-  )
+  monkeypatch.setattr(time, 'sleep', lambda _: _other(server, time=time.time() + next(later)))
   with pytest.raises(config.ConfigError, match='on elsewhere'):
     lock.Lock('gs://bucket/l')
 
@@ -386,12 +382,11 @@ def test_what_cannot_be_is_told_in_one_line(server, store, capsys, monkeypatch):
     '--train.workdir=s3://bucket/run: of object storage only gs://'
   )
   assert train('gs://nothing/run').startswith(
-    '--train.workdir=gs://nothing/run: cannot write there: there is no such'
-    ' bucket'
+    '--train.workdir=gs://nothing/run: cannot write there: there is no such bucket'
   )
-  assert _fails(
-    capsys, 'eval', '--eval.checkpoint=gs://bucket/none', *HERE
-  ).startswith('--eval.checkpoint=gs://bucket/none: no complete checkpoint')
+  assert _fails(capsys, 'eval', '--eval.checkpoint=gs://bucket/none', *HERE).startswith(
+    '--eval.checkpoint=gs://bucket/none: no complete checkpoint'
+  )
   wanted = (
     'gs://bucket/store: a store is read in place: copy it to a disk of each'
     ' host, or mount the bucket, and give that path'

@@ -23,9 +23,7 @@ from tests import runs, tiny
 
 # The shapes of the runs, so that orbax's small programs are compiled once; and
 # moments whose dtype is not that of the parameters.
-CFG = config.replace(
-  config.Config(), **runs.FLAGS, **{'optim.moment_dtype': 'bfloat16'}
-)
+CFG = config.replace(config.Config(), **runs.FLAGS, **{'optim.moment_dtype': 'bfloat16'})
 MESHES = {
   'as saved': dict(data=2, fsdp=2, tensor=2),
   'fsdp': dict(data=1, fsdp=8, tensor=1),
@@ -55,12 +53,8 @@ def saved(tmp_path_factory):
   """(workdir, the state of step 7 on the host); sharded when it was saved."""
   workdir = tmp_path_factory.mktemp('saved')
   cfg, rng = _cfg('as saved'), np.random.default_rng(0)
-  values = jax.tree.map(
-    lambda x: (1000 * rng.normal(size=x.shape)).astype(x.dtype), _abstract(cfg)
-  )
-  state = jax.tree.map(
-    lambda v, a: jax.device_put(v, a.sharding), values, _abstract(cfg)
-  )
+  values = jax.tree.map(lambda x: (1000 * rng.normal(size=x.shape)).astype(x.dtype), _abstract(cfg))
+  state = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), values, _abstract(cfg))
   _save(workdir, cfg, {7: state})
   return workdir, values
 
@@ -71,8 +65,7 @@ def test_a_state_restores_onto_any_mesh(saved, mesh):
   abstract = _abstract(_cfg(mesh))
   state = checkpoint.restore(str(workdir), 7, abstract)
   runs.assert_same(jax.device_get(state), values)
-  for a, x in zip(jax.tree.leaves(abstract), jax.tree.leaves(state),
-                  strict=True):  # fmt: skip
+  for a, x in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
     assert (x.dtype, x.sharding) == (a.dtype, a.sharding)
 
 
@@ -91,9 +84,14 @@ def test_what_it_says_about_itself(saved):
 
 @pytest.mark.parametrize(
   'last, every, kept',
-  [(1, 0, [6, 7]), (2, 0, [6, 7]), (2, 3, [3, 6, 7]), (1, 2, [2, 4, 6, 7]),
-   (9, 0, [1, 2, 3, 4, 5, 6, 7])],
-)  # fmt: skip
+  [
+    (1, 0, [6, 7]),
+    (2, 0, [6, 7]),
+    (2, 3, [3, 6, 7]),
+    (1, 2, [2, 4, 6, 7]),
+    (9, 0, [1, 2, 3, 4, 5, 6, 7]),
+  ],
+)
 def test_the_last_and_every_mth_stay(tmp_path, last, every, kept):
   cfg = tiny.cfg(train__keep_last=last, train__keep_every=every)
   _save(tmp_path, cfg, {s: dict(x=jnp.ones(2) * s) for s in range(1, 8)})
@@ -170,25 +168,24 @@ def test_no_checkpoint_to_find(tmp_path, path):
     (dict(store=None), 'store=null: must be text'),
     (dict(config=[]), 'config=[]: must be an object'),
     (dict(config={'version': 2}), 'config version 2, this program reads 1'),
-    (dict(config={'version': 1, 'model': {'d_modle': 1}}),
-     'model.d_modle: no such field'),
-    (dict(config={'version': 1, 'model': {'d_model': '16'}}),
-     'model.d_model="16": must be an integer'),
-    (dict(config={'version': 1, 'model': {'d_model': 0}}),
-     '--model.d_model=0: must be at least 1'),
+    (dict(config={'version': 1, 'model': {'d_modle': 1}}), 'model.d_modle: no such field'),
+    (
+      dict(config={'version': 1, 'model': {'d_model': '16'}}),
+      'model.d_model="16": must be an integer',
+    ),
+    (dict(config={'version': 1, 'model': {'d_model': 0}}), '--model.d_model=0: must be at least 1'),
     (dict(left_out=[[1]]), 'left_out must be pairs'),
     (dict(left_out=[[1, 'x']]), 'left_out[0][1]="x": must be an integer'),
     (dict(of_a_newer_program=1), 'of_a_newer_program: no such field'),
   ],
-)  # fmt: skip
+)
 def test_about_of_another_program_or_type_is_one_line(tmp_path, changes, said):
   folder = tmp_path / 'checkpoints' / '7'
   path = folder / 'about' / 'metadata'
   path.parent.mkdir(parents=True)
   about = dict(
-    format=checkpoint.FORMAT, store='', left_out=[],
-    config=json.loads(config.to_json(tiny.cfg())),
-  )  # fmt: skip
+    format=checkpoint.FORMAT, store='', left_out=[], config=json.loads(config.to_json(tiny.cfg()))
+  )
   path.write_text(json.dumps(about))
   assert checkpoint.about(str(tmp_path), 7) == (tiny.cfg(), '')
   path.write_text(json.dumps(about | changes))
@@ -209,8 +206,7 @@ def _read_all(workdir):
   'name, damage',
   [
     *itertools.product(
-      ['about/metadata', 'state/manifest.ocdbt', 'data'],
-      ['missing', 'empty', 'half'],
+      ['about/metadata', 'state/manifest.ocdbt', 'data'], ['missing', 'empty', 'half']
     ),
     ('state/_METADATA', 'empty'),  # orbax does without it, not with half of it
     ('state/_METADATA', 'half'),
@@ -314,10 +310,12 @@ def _zero(path):
     (_delete, lambda folder: folder / 'state'),
     (_delete, lambda folder: folder / 'about'),
     (_delete, lambda folder: folder / 'state' / 'manifest.ocdbt'),
-    (_delete, _largest), (_cut, _largest), (_zero, _largest),
+    (_delete, _largest),
+    (_cut, _largest),
+    (_zero, _largest),
     (_cut, _of_array_metadatas),
   ],
-)  # fmt: skip
+)
 def test_a_copy_that_broke_off_is_not_good(damage, of, saved, tmp_path):
   """It has no manifest either, as one that was killed before it was hashed."""
   workdir = tmp_path / 'run'
@@ -347,14 +345,13 @@ def test_what_cannot_be_opened_again_is_not_saved(tmp_path, capsys):
   assert checkpoint.steps(str(workdir)) == []
 
 
-def test_the_one_before_stays_until_the_newest_was_opened(
-  tmp_path, monkeypatch
-):
+def test_the_one_before_stays_until_the_newest_was_opened(tmp_path, monkeypatch):
   cfg, unreadable = tiny.cfg(train__keep_last=1), checkpoint.unreadable
   monkeypatch.setattr(
-    checkpoint, 'unreadable',
+    checkpoint,
+    'unreadable',
     lambda path: 'cannot be opened' if path.name == '4' else unreadable(path),
-  )  # fmt: skip
+  )
   with checkpoint.Saver(str(tmp_path), cfg) as to:
     for step in (2, 4):
       checkpoint.save(to, step, ONE, cfg, '')
@@ -371,9 +368,7 @@ def test_the_newest_that_is_good(tmp_path):
     (folder / str(step) / 'commit_success.txt').unlink()
     good, damaged = checkpoint.newest_good(str(tmp_path))
     assert good == found
-    assert damaged == [
-      (s, 'commit_success.txt is missing') for s in range(6, step - 1, -2)
-    ]
+    assert damaged == [(s, 'commit_success.txt is missing') for s in range(6, step - 1, -2)]
   (folder / '0' / 'about' / 'metadata').write_text('')
   before = sorted(os.listdir(folder))
   with pytest.raises(config.ConfigError) as error:
@@ -394,13 +389,15 @@ def test_what_is_set_aside_is_no_checkpoint_and_stays(tmp_path):
     assert checkpoint.steps(str(tmp_path)) == []
   _save(tmp_path, cfg, {4: ONE, 6: ONE, 8: ONE})
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == [
-    '6', '6.damaged', '6.damaged2', '6.damaged3', '8',
-  ]  # fmt: skip
+    '6',
+    '6.damaged',
+    '6.damaged2',
+    '6.damaged3',
+    '8',
+  ]
 
 
-def test_a_manifest_holds_up_the_next_save_and_the_end_but_no_step(
-  tmp_path, monkeypatch
-):
+def test_a_manifest_holds_up_the_next_save_and_the_end_but_no_step(tmp_path, monkeypatch):
   write, slow = manifest.write, threading.Event()
 
   def patched(folder):
@@ -424,9 +421,7 @@ def _patch_save_of(monkeypatch, step, where):
   """No space for a step: when a save begins, when all but the last of it is
   written, or for the manifest alone."""
   owner, name = dict(
-    begin=(ocp.AsyncCheckpointer, 'save'),
-    commit=(os, 'rename'),
-    manifest=(manifest, 'write'),
+    begin=(ocp.AsyncCheckpointer, 'save'), commit=(os, 'rename'), manifest=(manifest, 'write')
   )[where]
   function = getattr(owner, name)
 
@@ -471,20 +466,15 @@ def test_a_save_that_fails_leaves_nothing_and_takes_nothing(
   gc.collect()
   out, error = capfd.readouterr()
   assert out == (
-    'checkpoint 4 could not be saved: no space left on the device; those before'
-    ' it stay\n'
+    'checkpoint 4 could not be saved: no space left on the device; those before it stay\n'
   )
   assert error == ''
 
 
-def test_a_manifest_that_cannot_be_written_costs_no_checkpoint(
-  tmp_path, monkeypatch, capsys
-):
+def test_a_manifest_that_cannot_be_written_costs_no_checkpoint(tmp_path, monkeypatch, capsys):
   _patch_save_of(monkeypatch, 4, 'manifest')
   _save(tmp_path, tiny.cfg(), {2: ONE, 4: ONE})
-  assert capsys.readouterr().out == (
-    'checkpoint 4 has no manifest: no space left on the device\n'
-  )
+  assert capsys.readouterr().out == ('checkpoint 4 has no manifest: no space left on the device\n')
   assert checkpoint.newest_good(str(tmp_path)) == (4, [])
 
 

@@ -42,7 +42,5 @@ def test_figures_are_of_one_unit(kind):
 
 
 def test_a_smaller_card_of_a_name_has_less_memory():
-  large, small = map(
-    chips.chip, ('NVIDIA A100-SXM4-80GB', 'NVIDIA A100-SXM4-40GB')
-  )
+  large, small = map(chips.chip, ('NVIDIA A100-SXM4-80GB', 'NVIDIA A100-SXM4-40GB'))
   assert small.hbm_bytes < 40 * 2**30 < large.hbm_bytes

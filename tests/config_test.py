@@ -60,8 +60,7 @@ def test_json_round_trip():
   assert config.from_json(config.to_json(cfg)) == cfg
   for name, value in OTHER.items():
     assert config.get(cfg, name) == value
-  changed = [n for n in config.fields() if config.get(_cfg(), n) !=
-             config.get(cfg, n)]  # fmt: skip
+  changed = [n for n in config.fields() if config.get(_cfg(), n) != config.get(cfg, n)]
   assert sorted(changed) == sorted(OTHER)
 
 
@@ -101,30 +100,25 @@ def test_json_of_another_program_is_refused():
     (b'\xff', 'is not JSON: it is not UTF-8'),
     ('[]', 'it=[]: must be an object'),
     ('{"version": 1, "model": []}', 'model=[]: must be an object'),
-    ('{"version": 1, "model": {"d_model": null}}',
-     'model.d_model=null: must be an integer'),
-    ('{"version": 1, "model": {"d_model": true}}',
-     'model.d_model=true: must be an integer'),
-    ('{"version": 1, "model": {"d_model": 1e2}}',
-     'model.d_model=100.0: must be an integer'),
-    (f'{{"version": 1, "model": {{"d_model": {2**63}}}}}',
-     'model.d_model=9223372036854775808: must be an integer'),
-    ('{"version": 1, "optim": {"lr": "fast"}}',
-     'optim.lr="fast": must be a number, at most 1e100'),
-    ('{"version": 1, "optim": {"lr": NaN}}',
-     'optim.lr=null: must be a number, at most 1e100'),
-    ('{"version": 1, "optim": {"lr": 1e999}}',
-     'optim.lr=Infinity: must be a number, at most 1e100'),
-    ('{"version": 1, "plan": {"sweep": [3]}}',
-     'plan.sweep[0]=3: must be text'),
-    ('{"version": 1, "plan": {"sweep": "a"}}',
-     'plan.sweep="a": must be a list'),
-    ('{"version": 1, "data": {"store": "\\ud800"}}',
-     'data.store="\\ud800": must be text'),
-    ('{"version": 1, "data": {"verify": 0}}',
-     'data.verify=0: must be true or false'),
+    ('{"version": 1, "model": {"d_model": null}}', 'model.d_model=null: must be an integer'),
+    ('{"version": 1, "model": {"d_model": true}}', 'model.d_model=true: must be an integer'),
+    ('{"version": 1, "model": {"d_model": 1e2}}', 'model.d_model=100.0: must be an integer'),
+    (
+      f'{{"version": 1, "model": {{"d_model": {2**63}}}}}',
+      'model.d_model=9223372036854775808: must be an integer',
+    ),
+    ('{"version": 1, "optim": {"lr": "fast"}}', 'optim.lr="fast": must be a number, at most 1e100'),
+    ('{"version": 1, "optim": {"lr": NaN}}', 'optim.lr=null: must be a number, at most 1e100'),
+    (
+      '{"version": 1, "optim": {"lr": 1e999}}',
+      'optim.lr=Infinity: must be a number, at most 1e100',
+    ),
+    ('{"version": 1, "plan": {"sweep": [3]}}', 'plan.sweep[0]=3: must be text'),
+    ('{"version": 1, "plan": {"sweep": "a"}}', 'plan.sweep="a": must be a list'),
+    ('{"version": 1, "data": {"store": "\\ud800"}}', 'data.store="\\ud800": must be text'),
+    ('{"version": 1, "data": {"verify": 0}}', 'data.verify=0: must be true or false'),
   ],
-)  # fmt: skip
+)
 def test_json_of_a_wrong_type_names_the_field(text, said):
   with pytest.raises(ValueError) as error:
     config.from_json(text)
@@ -147,8 +141,7 @@ def test_every_number_has_limits():
   [
     (dict(mesh__tensor=-1), 'mesh.tensor', '--mesh.fsdp is -1'),
     (dict(mesh__data=-1), 'mesh.data', '--mesh.fsdp is -1'),
-    (dict(mesh__data=-1, mesh__tensor=-1, mesh__fsdp=1), 'mesh.data',
-     '--mesh.tensor is -1'),
+    (dict(mesh__data=-1, mesh__tensor=-1, mesh__fsdp=1), 'mesh.data', '--mesh.tensor is -1'),
     (dict(mesh__fsdp=0), 'mesh.fsdp', 'at least 1, or -1'),
     (dict(mesh__fsdp=-2), 'mesh.fsdp', 'must be at least -1'),
     (dict(optim__eps=1e300), 'optim.eps', 'must be at most 1'),
@@ -158,8 +151,7 @@ def test_every_number_has_limits():
     (dict(inspect__step=10**23), 'inspect.step', 'must be at most'),
     (dict(loss__weights='0:0'), 'loss.weights', 'no head that is active'),
     (dict(loss__weights='0:0;2000:1'), 'loss.weights', 'no head that is'),
-    (dict(loss__weights='0:0,1', loss__curriculum='0:1'), 'loss.weights',
-     'no head that is active'),
+    (dict(loss__weights='0:0,1', loss__curriculum='0:1'), 'loss.weights', 'no head that is active'),
     (dict(loss__weights=f'0:1;{10**23}:0'), 'loss.weights', 'steps that'),
     (dict(loss__weights='0:1e7'), 'loss.weights', 'at most 1e6'),
     (dict(decode__tree=','.join(['9' * 4000] * 2)), 'decode.tree', 'at most'),
@@ -171,7 +163,7 @@ def test_every_number_has_limits():
     (dict(train__workdir='run\udcff'), 'train.workdir', 'must be UTF-8'),
     (dict(plan__sweep=('\udcff',)), 'plan.sweep', 'must be UTF-8'),
   ],
-)  # fmt: skip
+)
 def test_what_is_refused_names_the_flag_that_was_given(given, blamed, said):
   with pytest.raises(config.ConfigError) as error:
     validate.validate(_cfg(**given))
@@ -182,11 +174,12 @@ def test_what_is_refused_names_the_flag_that_was_given(given, blamed, said):
 @pytest.mark.parametrize(
   'given',
   [
-    dict(loss__weights='0:0;5:1'), dict(loss__weights='0:0,1'),
+    dict(loss__weights='0:0;5:1'),
+    dict(loss__weights='0:0,1'),
     dict(loss__weights='0:0,1', loss__curriculum='0:1;9:2'),
     dict(loss__weights='0:0', loss__order_weight=0.5),
   ],
-)  # fmt: skip
+)
 def test_weights_of_which_one_is_ever_above_0(given):
   validate.validate(_cfg(**given))
 
@@ -240,9 +233,22 @@ def test_parse_steps(text, phases):
 
 
 @pytest.mark.parametrize(
-  'text', ['', '1', '1:1', '0:', '0:a', '0:1;', '0:1;5', '0:1;5:1;5:2',
-           '0:1;9:1;5:1', '0.5:1', '0:1;-1:1', '0:1:2'],
-)  # fmt: skip
+  'text',
+  [
+    '',
+    '1',
+    '1:1',
+    '0:',
+    '0:a',
+    '0:1;',
+    '0:1;5',
+    '0:1;5:1;5:2',
+    '0:1;9:1;5:1',
+    '0.5:1',
+    '0:1;-1:1',
+    '0:1:2',
+  ],
+)
 def test_parse_steps_refuses(text):
   with pytest.raises(ValueError):
     config.parse_steps(text)

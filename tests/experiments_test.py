@@ -147,10 +147,20 @@ def test_it_is_as_long_as_published(name):
 
 # As published, at 32,000 rows of vocabulary.
 TOTALS = {
-  '1m': 9.5e6, '3m': 19.8e6, '10m': 35.2e6, '30m': 66.9e6, '100m': 148e6,
-  '300m': 387e6, '1b': 1.12e9, '0.3b': 297e6, '0.6b': 630e6, '1.3b': 1.36e9,
-  '3b': 3.02e9, '7b': 6.74e9, '13b': 13.02e9,
-}  # fmt: skip
+  '1m': 9.5e6,
+  '3m': 19.8e6,
+  '10m': 35.2e6,
+  '30m': 66.9e6,
+  '100m': 148e6,
+  '300m': 387e6,
+  '1b': 1.12e9,
+  '0.3b': 297e6,
+  '0.6b': 630e6,
+  '1.3b': 1.36e9,
+  '3b': 3.02e9,
+  '7b': 6.74e9,
+  '13b': 13.02e9,
+}
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -162,10 +172,7 @@ def test_it_is_as_large_as_published(name):
   if folder == 'bytes':
     assert heads.trunk_layers(cfg) == 31
     assert cfg.heads.n > 1 or cfg.model.n_layers == 32
-    cfg = config.replace(
-      cfg,
-      **{'heads.n': 1, 'model.n_layers': 32, 'heads.unembedding': 'shared'},
-    )
+    cfg = config.replace(cfg, **{'heads.n': 1, 'model.n_layers': 32, 'heads.unembedding': 'shared'})
   cfg = config.replace(cfg, **{'model.vocab_size': 32_000})
   assert abs(params.count(lm.specs(cfg)) / TOTALS[size] - 1) < 0.01
 
@@ -173,17 +180,18 @@ def test_it_is_as_large_as_published(name):
 def test_families_are_equal_in_parameters_and_differ_in_nothing_else():
   cfgs = [_config(name) for name in PAPER if name.startswith('families/')]
   kinds = {(c.heads.family, c.heads.unembedding) for c in cfgs}
-  assert kinds == {(family, 'shared') for family in heads.FAMILIES} | {
-    ('parallel', 'replicated')
-  }
+  assert kinds == {(family, 'shared') for family in heads.FAMILIES} | {('parallel', 'replicated')}
   totals = [params.count(lm.specs(c)) for c in cfgs]
   assert max(totals) < 1.01 * min(totals)
   (parallel,) = [_config(n) for n in PAPER if n == 'families/parallel.flags']
   assert parallel == _config('code/7b_200b_n4.flags')
   for cfg in cfgs:
     assert {name for name, _, _ in config.changed(parallel, cfg)} <= {
-      'heads.family', 'heads.unembedding', 'model.n_layers', 'model.d_ff',
-    }  # fmt: skip
+      'heads.family',
+      'heads.unembedding',
+      'model.n_layers',
+      'model.d_ff',
+    }
 
 
 def test_which_experiments_there_are():
@@ -222,10 +230,16 @@ def test_siblings_keep_what_makes_the_experiment():
       assert small.train.accumulate == cfg.train.accumulate
       shrunk = {name for name, _, _ in config.changed(cfg, small)}
       assert shrunk <= {
-        'model.d_model', 'model.n_layers', 'model.n_attn_heads', 'model.d_ff',
-        'model.vocab_size', 'data.tokenizer', 'data.seq_len', 'data.batch_size',
+        'model.d_model',
+        'model.n_layers',
+        'model.n_attn_heads',
+        'model.d_ff',
+        'model.vocab_size',
+        'data.tokenizer',
+        'data.seq_len',
+        'data.batch_size',
         'optim.warmup_steps',
-      }  # fmt: skip
+      }
       assert small.optim.warmup_steps > 0
   assert len(SIBLINGS) < len(RUNS) / 2
 
@@ -235,8 +249,7 @@ def test_siblings_keep_what_makes_the_experiment():
 # those of float64 in tests/loss_test.py, and no optimizer knows of families.
 TRAINED = ('parallel', 'anticausal', 'recursive')
 MOST_HEADS = {  # of each family
-  small.heads.family: small
-  for small in sorted(SIBLINGS, key=lambda c: c.heads.n)
+  small.heads.family: small for small in sorted(SIBLINGS, key=lambda c: c.heads.n)
 }
 
 

@@ -42,11 +42,18 @@ STEPS, EVERY, STEP_S = 24, 3, 0.12
 DEVICES = 4
 EVAL_EVERY = 4
 FLAGS = dict(
-  mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1,
-  train__steps=STEPS, train__checkpoint_every=EVERY, train__keep_last=3,
+  mesh__data=2,
+  mesh__fsdp=2,
+  model__n_layers=2,
+  heads__n=1,
+  train__steps=STEPS,
+  train__checkpoint_every=EVERY,
+  train__keep_last=3,
   train__eval_every=EVAL_EVERY,
-  train__watchdog_s=60, eval__batches=1, processes__timeout_s=TIMEOUT_S,
-)  # fmt: skip
+  train__watchdog_s=60,
+  eval__batches=1,
+  processes__timeout_s=TIMEOUT_S,
+)
 
 # The program, but no step is shorter than STEP_S: else a run would be over
 # before it is disturbed.
@@ -126,9 +133,7 @@ class Session(NamedTuple):
     return (self.logs / f'{index}.log').read_text(errors='replace')
 
 
-def start(
-  store: str, workdir: pathlib.Path, n: int, logs: pathlib.Path, of=()
-) -> Session:
+def start(store: str, workdir: pathlib.Path, n: int, logs: pathlib.Path, of=()) -> Session:
   """`of`: a command that starts the processes in a place of their own."""
   logs.mkdir(exist_ok=True)
   clock = logs / 'clock'
@@ -139,17 +144,20 @@ def start(
   processes = []
   for index in range(n):
     own = dict(
-      processes__coordinator=f'localhost:{port}', processes__count=n,
-      processes__index=index,
-    )  # fmt: skip
+      processes__coordinator=f'localhost:{port}', processes__count=n, processes__index=index
+    )
     args = runs.args(store, str(workdir), **FLAGS | (own if n > 1 else {}))
     with open(logs / f'{index}.log', 'w') as log:
       processes.append(
         runs.process(
-          ['-c', SLOWLY, 'train', *args], devices=DEVICES // n, stdout=log,
-          stderr=subprocess.STDOUT, variables={CLOCK: str(clock)}, of=of,
+          ['-c', SLOWLY, 'train', *args],
+          devices=DEVICES // n,
+          stdout=log,
+          stderr=subprocess.STDOUT,
+          variables={CLOCK: str(clock)},
+          of=of,
         )
-      )  # fmt: skip
+      )
   return Session(store, workdir, logs, processes, time.monotonic())
 
 
@@ -250,9 +258,7 @@ def limit_files(session, rng):
   _wait(session, rng)
   size = rng.choice((1, 16, 64)) * 2**10
   with contextlib.suppress(ProcessLookupError):
-    resource.prlimit(
-      session.processes[0].pid, resource.RLIMIT_FSIZE, (size, size)
-    )
+    resource.prlimit(session.processes[0].pid, resource.RLIMIT_FSIZE, (size, size))
   _sigterm_later(session, rng)
 
 
@@ -317,9 +323,7 @@ def start_in_a_container(session, rng):
     time.sleep(0.02)
   _sleep(session, rng.uniform(0, 2))
   session.check_running()
-  second = start(
-    session.store, session.workdir, 1, session.logs / 'container', of=CONTAINER
-  )
+  second = start(session.store, session.workdir, 1, session.logs / 'container', of=CONTAINER)
   statuses, _ = second.end()
   alone = statuses == [2] and 'one run a workdir' in second.log(0)
   if session.running() and not alone:
@@ -384,8 +388,7 @@ def copy_by_halves(workdir, store, rng) -> Callable[[], None]:
   or half of its files."""
   del store
   newest = max(
-    (p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()),
-    key=lambda p: int(p.name),
+    (p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
   )
   (newest / 'manifest.json').unlink()
   if rng.random() < 0.5:
@@ -454,9 +457,7 @@ def _before(store, workdir, n, logs, name, rng) -> Row:
     mend()
     return row
   limit = time.monotonic() + LIMIT_S
-  while (
-    session.running() and time.monotonic() < limit and not _noticed(session)
-  ):
+  while session.running() and time.monotonic() < limit and not _noticed(session):
     time.sleep(0.05)
   _sleep(session, rng.uniform(0, 6))
   for p in session.processes:
@@ -526,8 +527,7 @@ def small_disk(folder: pathlib.Path, size: str) -> Iterator[bool]:
   needs root."""
   folder.mkdir()
   mounted = not subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)],
-    capture_output=True,
+    ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(folder)], capture_output=True
   ).returncode
   try:
     yield mounted
@@ -547,9 +547,7 @@ def compare(workdir, reference) -> None:
     raise AssertionError(f'{workdir}: metrics.jsonl differs')
 
 
-def campaign(
-  n_faults: int, seed: int, folder: pathlib.Path, kinds: list[str], say, done
-) -> None:
+def campaign(n_faults: int, seed: int, folder: pathlib.Path, kinds: list[str], say, done) -> None:
   """done(rows) when a run has ended and equals the undisturbed one."""
   rng = random.Random(seed)
   store = runs.make_store(str(folder / 'store'))
@@ -584,16 +582,18 @@ def campaign(
 def report(rows: list[Row]) -> str:
   kills = sum(row.fault.startswith(KILLS) for row in rows)
   lines = [
-    '## Faults', '',
+    '## Faults',
+    '',
     'Written by `python -m tests.faults`: runs of 1, 2 and 4 processes,'
     ' disturbed, started again with the same command until they are done, and'
     ' compared bit for bit (parameters, moments, counters, every record of'
     ' metrics.jsonl)'
     f' with a run that nobody disturbed. {len(rows)} faults, {kills} of them'
-    f' kills; --processes.timeout_s={TIMEOUT_S}.', '',
+    f' kills; --processes.timeout_s={TIMEOUT_S}.',
+    '',
     '| fault | tried | survived | longest until all processes had ended |',
     '|---|---|---|---|',
-  ]  # fmt: skip
+  ]
   for name in dict.fromkeys([*DURING, *BEFORE]):
     mine = [row for row in rows if row.fault == name]
     if mine:
@@ -618,9 +618,7 @@ def main(args: list[str]) -> int:
   parser.add_argument('--out', type=pathlib.Path, default='build/faults.jsonl')
   given = parser.parse_args(args)
   wanted = given.kinds.split(',')
-  kinds = [
-    name for name in [*DURING, *BEFORE] if any(part in name for part in wanted)
-  ]
+  kinds = [name for name in [*DURING, *BEFORE] if any(part in name for part in wanted)]
   if not kinds:
     parser.error(f'--kinds={given.kinds}: none of {[*DURING, *BEFORE]}')
   rows, begin = read(given.out), time.monotonic()
@@ -657,7 +655,5 @@ if __name__ == '__main__':
   chips.answer_libtpu()
   import jax
 
-  jax.config.update(
-    'jax_compilation_cache_dir', tempfile.mkdtemp(prefix='mtp_faults')
-  )
+  jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp(prefix='mtp_faults'))
   sys.exit(main(sys.argv[1:]))

@@ -17,13 +17,13 @@ def test_a_short_campaign(tmp_path):
   statuses, _ = session.end(300.0)
   assert statuses == [0, 0], session.log(0)
   names = [
-    'a flipped bit in the newest checkpoint', 'SIGKILL to all during a save',
+    'a flipped bit in the newest checkpoint',
+    'SIGKILL to all during a save',
     'SIGKILL to one process',
-  ]  # fmt: skip
+  ]
   rows = faults.disturbed(
-    store, tmp_path / 'run', 2, logs, random.Random(1), list(names),
-    lambda row: None,
-  )  # fmt: skip
+    store, tmp_path / 'run', 2, logs, random.Random(1), list(names), lambda row: None
+  )
   assert {row.fault for row in rows} <= set(names) and len(rows) >= 2
   faults.compare(tmp_path / 'run', reference)
 
@@ -70,8 +70,7 @@ def test_a_section_of_a_page_is_replaced_alone(tmp_path):
   runs.write_section('b', 'two\n', page)
   runs.write_section('a', 'three\n', page)
   assert page.read_text() == (
-    '# Page\n\n<!-- a -->\nthree\n<!-- end of a -->\n'
-    '\n<!-- b -->\ntwo\n<!-- end of b -->\n'
+    '# Page\n\n<!-- a -->\nthree\n<!-- end of a -->\n\n<!-- b -->\ntwo\n<!-- end of b -->\n'
   )
 
 
@@ -85,8 +84,6 @@ def test_a_hang_is_a_failure(tmp_path):
 
 def test_a_traceback_is_a_failure(tmp_path):
   (tmp_path / '0.log').write_text('Traceback (most recent call last):\n')
-  session = faults.Session(
-    '', tmp_path / 'run', tmp_path, [runs.process(['-c', ''])], 0.0
-  )
+  session = faults.Session('', tmp_path / 'run', tmp_path, [runs.process(['-c', ''])], 0.0)
   with pytest.raises(RuntimeError, match='process 0\nTraceback'):
     session.end()

@@ -33,9 +33,12 @@ def test_nothing_given_is_the_default():
 
 def test_every_field_is_a_flag():
   values = {
-    int: lambda v: v + 2, float: lambda v: v / 2, bool: lambda v: not v,
-    str: lambda v: v + 'x', tuple: lambda v: (*v, 'x', 'y=1,2'),
-  }  # fmt: skip
+    int: lambda v: v + 2,
+    float: lambda v: v / 2,
+    bool: lambda v: not v,
+    str: lambda v: v + 'x',
+    tuple: lambda v: (*v, 'x', 'y=1,2'),
+  }
   for name, field in config.fields().items():
     value = values[field.type](field.default)
     given = value if field.type is tuple else (value,)
@@ -45,9 +48,7 @@ def test_every_field_is_a_flag():
 
 
 def test_spellings_of_a_flag():
-  cfg = _config(
-    '--model.d_model', '64', '-heads.n=3', '--nodata.verify', '--data.overwrite'
-  )
+  cfg = _config('--model.d_model', '64', '-heads.n=3', '--nodata.verify', '--data.overwrite')
   assert cfg.model.d_model == 64 and cfg.heads.n == 3
   assert not cfg.data.verify and cfg.data.overwrite
 
@@ -67,16 +68,18 @@ def test_flag_file_round_trip(tmp_path):
   cfg = config.replace(config.Config(), **config_test.OTHER)
   text = flags.to_flag_file(cfg)
   beside = (
-    config.Processes, config.Decode, config.Export, config.Import,
-    config.Bench, config.Plan,
-  )  # fmt: skip
+    config.Processes,
+    config.Decode,
+    config.Export,
+    config.Import,
+    config.Bench,
+    config.Plan,
+  )
   assert 'workdir' not in text
   for cls in beside:
     assert f'--{cls.__name__.lower()}.' not in text
   got = _config(_file(tmp_path / 'run.flags', *text.splitlines()))
-  assert got == config.replace(
-    cfg, **{'train.workdir': '', 'plan.sweep': ()}
-  )  # fmt: skip
+  assert got == config.replace(cfg, **{'train.workdir': '', 'plan.sweep': ()})
   left_out = 1 + sum(len(dataclasses.fields(cls)) for cls in beside)
   assert len(text.splitlines()) == len(config.fields()) - left_out
 
@@ -102,9 +105,7 @@ def test_a_later_line_wins(tmp_path):
   assert _config(outer).heads.n == 2
 
 
-def test_a_nested_file_is_found_beside_the_including_one_then_from_here(
-  tmp_path, monkeypatch
-):
+def test_a_nested_file_is_found_beside_the_including_one_then_from_here(tmp_path, monkeypatch):
   here, there = tmp_path / 'here', tmp_path / 'there'
   monkeypatch.chdir(_made(here))
   outer = _file(there / 'deep' / 'outer', '--flagfile=size/inner')
@@ -116,8 +117,7 @@ def test_a_nested_file_is_found_beside_the_including_one_then_from_here(
   assert (cfg.heads.n, cfg.model.d_model) == (2, 32)
   # From the command line a path is relative to the working directory.
   _file(here / 'mine', '--heads.n=3')
-  for spelling in (['--flagfile=mine'], ['--flagfile', 'mine'],
-                   ['-flagfile=mine']):  # fmt: skip
+  for spelling in (['--flagfile=mine'], ['--flagfile', 'mine'], ['-flagfile=mine']):
     assert _config(*spelling).heads.n == 3
 
 
@@ -193,14 +193,10 @@ def test_an_unknown_flag_or_type_is_fatal(tmp_path, arg, said):
     assert said in error and '\n' not in error
 
 
-@pytest.mark.parametrize(
-  'value', ['/x\n--train.seed=5', '/x ', '/x\n', '/x\u2028y']
-)
+@pytest.mark.parametrize('value', ['/x\n--train.seed=5', '/x ', '/x\n', '/x\u2028y'])
 def test_run_flags_are_the_run(value):
   """What a line of a flag file cannot hold is refused."""
-  with pytest.raises(
-    config.ConfigError, match='--eval.data=.*must be one line'
-  ):
+  with pytest.raises(config.ConfigError, match='--eval.data=.*must be one line'):
     validate.validate(flags.parse([f'--eval.data={value}']).config())
 
 
@@ -216,7 +212,6 @@ def test_usage_shows_the_flags_of_some_sections():
   assert '--out' not in text
   assert "  --out=''\n" in flags.usage(('heads', 'out'))
   assert '[cosine | wsd | constant]' in text
-  shown = [line.strip().split('=')[0][2:] for line in text.splitlines()
-           if line.startswith('  --')]  # fmt: skip
+  shown = [line.strip().split('=')[0][2:] for line in text.splitlines() if line.startswith('  --')]
   wanted = [n for n in config.fields() if n.startswith(('heads.', 'optim.'))]
   assert shown == wanted

@@ -46,24 +46,16 @@ def test_of_a_family(family, module):
   cfg = tiny.cfg(heads__n=3, heads__family=family)
   causal = family in ('causal', 'anticausal')
   trunk, modules = (3, 3) if causal else (6, 2)
-  assert flops.flops_per_token(cfg, 3) == 3 * (
-    trunk * LAYER + modules * module + 3 * UNEMBEDDING
-  )
-  assert flops.flops_per_token(cfg, 1) == 3 * (
-    trunk * LAYER + (modules - 2) * module + UNEMBEDDING
-  )
+  assert flops.flops_per_token(cfg, 3) == 3 * (trunk * LAYER + modules * module + 3 * UNEMBEDDING)
+  assert flops.flops_per_token(cfg, 1) == 3 * (trunk * LAYER + (modules - 2) * module + UNEMBEDDING)
 
 
 def test_of_frozen_groups():
   cfg = tiny.cfg(heads__n=2, train__freeze='trunk')  # shared unembedding
   trunk = heads.trunk_layers(cfg) * LAYER
-  assert flops.flops_per_token(cfg, 2) == (
-    trunk + 3 * 2 * LAYER + 2 * 2 * UNEMBEDDING
-  )
+  assert flops.flops_per_token(cfg, 2) == (trunk + 3 * 2 * LAYER + 2 * 2 * UNEMBEDDING)
   cfg = tiny.cfg(heads__n=2, train__freeze='heads')
-  assert flops.flops_per_token(cfg, 2) == (
-    3 * trunk + 2 * 2 * LAYER + 3 * 2 * UNEMBEDDING
-  )
+  assert flops.flops_per_token(cfg, 2) == (3 * trunk + 2 * 2 * LAYER + 3 * 2 * UNEMBEDDING)
 
 
 def test_heads_cost_what_layers_do():
@@ -73,18 +65,21 @@ def test_heads_cost_what_layers_do():
 
 
 @pytest.mark.parametrize('n', [1, 4])
-@pytest.mark.parametrize(
-  'family', ['parallel', 'anticausal', 'residual', 'sequential']
-)
+@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'residual', 'sequential'])
 def test_xla_counts_as_many(family, n):
   """Of a model that is unrolled, because XLA counts a loop's body once, and
   wide, because it counts norms and softmax too."""
   c = tiny.cfg(
-    heads__family=family, heads__n=n, model__d_model=256, model__d_ff=768,
+    heads__family=family,
+    heads__n=n,
+    model__d_model=256,
+    model__d_ff=768,
     model__n_layers=2 if family in ('residual', 'sequential') else n + 1,
-    model__vocab_size=1024, data__seq_len=64, data__batch_size=2,
+    model__vocab_size=1024,
+    data__seq_len=64,
+    data__batch_size=2,
     model__attention='reference',
-  )  # fmt: skip
+  )
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     f = jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True)
@@ -100,11 +95,7 @@ def test_xla_counts_as_many(family, n):
 def test_four_heads_over_one_as_published(size, ratio):
   four, one = (
     flags.parse(
-      [
-        f'--flagfile=experiments/size/{size}.flags',
-        f'--heads.n={n}',
-        '--data.seq_len=4096',
-      ]
+      [f'--flagfile=experiments/size/{size}.flags', f'--heads.n={n}', '--data.seq_len=4096']
     ).config()
     for n in (4, 1)
   )
@@ -127,17 +118,13 @@ def _executed(**changes):
 
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_a_step_that_recomputes_nothing_executes_the_formula(accumulate):
-  executed, parts = _executed(
-    loss__schedule='eager', train__accumulate=accumulate
-  )
+  executed, parts = _executed(loss__schedule='eager', train__accumulate=accumulate)
   assert executed == 3 * sum(parts)
 
 
 @pytest.mark.parametrize('family', ['parallel', 'linear'])
 def test_what_is_recomputed_is_executed_again(family):
-  executed, (trunk, heads, unembeddings, _) = _executed(
-    heads__family=family, model__remat='block'
-  )
+  executed, (trunk, heads, unembeddings, _) = _executed(heads__family=family, model__remat='block')
   # But for the last product of a trunk layer, whose result nobody asks for.
   down = 2 * 24 * 16 * (3 if family == 'parallel' else 6)
   assert executed == 4 * (trunk + heads + unembeddings) - down
@@ -192,9 +179,7 @@ def test_what_every_replica_repeats_counts_on_each():
   """Muon's products are shared out over fsdp x tensor, not over data."""
 
   def executed(optimizer, **mesh):
-    c = tiny.cfg(
-      heads__n=2, optim__name=optimizer, model__n_layers=6, **mesh
-    )  # fmt: skip
+    c = tiny.cfg(heads__n=2, optim__name=optimizer, model__n_layers=6, **mesh)
     m = tiny.mesh(c)
     with jax.set_mesh(m):
       jaxpr = step.trace(c, m, c.heads.n).jaxpr

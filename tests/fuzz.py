@@ -67,25 +67,93 @@ class Outcome(NamedTuple):
 
 # Values that are wrong, or nearly.
 
-INTEGERS = (
-  0, 1, -1, 2, 3, 7, 2**15, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 10**23,
-  -(2**63),
-)  # fmt: skip
+INTEGERS = (0, 1, -1, 2, 3, 7, 2**15, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 10**23, -(2**63))
 NUMBERS = (
-  '0', '-0.0', '1e300', '-1e300', '1e-320', 'nan', 'inf', '-inf', '1e', '0x10',
-  '1_0', '٣', '1.5', '9' * 5000, '', ' ', '+1', '1e400', 'NaN',
-)  # fmt: skip
+  '0',
+  '-0.0',
+  '1e300',
+  '-1e300',
+  '1e-320',
+  'nan',
+  'inf',
+  '-inf',
+  '1e',
+  '0x10',
+  '1_0',
+  '٣',
+  '1.5',
+  '9' * 5000,
+  '',
+  ' ',
+  '+1',
+  '1e400',
+  'NaN',
+)
 TEXTS = (
-  '', ' ', 'x', 'a\nb', 'a\0b', '\ud800', 'é' * 200, 'x' * 300, '../..',
-  '/dev/null', '/dev/zero/x', '~nobody/x', '[x]', '*', 's3://x', 'file:///x',
-  '://', ',', ',,,', '=', ':', 'a=b=c', '%s', '{0}', '-', '--', 'a:0', 'a:1e9',
-  '\u2028', '0' * 10_000, '1,' * 20_000, 'null', '[]',
-)  # fmt: skip
+  '',
+  ' ',
+  'x',
+  'a\nb',
+  'a\0b',
+  '\ud800',
+  'é' * 200,
+  'x' * 300,
+  '../..',
+  '/dev/null',
+  '/dev/zero/x',
+  '~nobody/x',
+  '[x]',
+  '*',
+  's3://x',
+  'file:///x',
+  '://',
+  ',',
+  ',,,',
+  '=',
+  ':',
+  'a=b=c',
+  '%s',
+  '{0}',
+  '-',
+  '--',
+  'a:0',
+  'a:1e9',
+  '\u2028',
+  '0' * 10_000,
+  '1,' * 20_000,
+  'null',
+  '[]',
+)
 JSON = (
-  None, True, False, [], {}, '', 'x', 0, 1, -1, 1.5, -0.0, 2**31, 2**63, 10**23,
-  1e308, float('nan'), float('inf'), [None], {'a': None}, '\ud800', 'a\nb',
-  'x' * 5000, [[]] * 3, -1e308, '1', '../..', '/dev/null',
-)  # fmt: skip
+  None,
+  True,
+  False,
+  [],
+  {},
+  '',
+  'x',
+  0,
+  1,
+  -1,
+  1.5,
+  -0.0,
+  2**31,
+  2**63,
+  10**23,
+  1e308,
+  float('nan'),
+  float('inf'),
+  [None],
+  {'a': None},
+  '\ud800',
+  'a\nb',
+  'x' * 5000,
+  [[]] * 3,
+  -1e308,
+  '1',
+  '../..',
+  '/dev/null',
+)
 
 
 def hostile(rng: random.Random) -> str:
@@ -95,9 +163,7 @@ def hostile(rng: random.Random) -> str:
       lambda: str(rng.choice(INTEGERS)),
       lambda: rng.choice(NUMBERS),
       lambda: rng.choice(TEXTS),
-      lambda: ''.join(
-        rng.choices('0123456789,;:=.-/abe ', k=rng.randint(1, 12))
-      ),
+      lambda: ''.join(rng.choices('0123456789,;:=.-/abe ', k=rng.randint(1, 12))),
     )
   )()
 
@@ -149,10 +215,20 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
       del data[rng.randrange(len(data)) :]
     case 'insert':
       at = rng.randint(0, len(data))
-      data[at:at] = rng.choice((
-        b'\0', b'\xff\xfe', b'\xef\xbb\xbf', b'\n', b'{', b'"', b'[' * 10**5,
-        b'9' * 5000, b'\r\n', '\u2028'.encode(),
-      ))  # fmt: skip
+      data[at:at] = rng.choice(
+        (
+          b'\0',
+          b'\xff\xfe',
+          b'\xef\xbb\xbf',
+          b'\n',
+          b'{',
+          b'"',
+          b'[' * 10**5,
+          b'9' * 5000,
+          b'\r\n',
+          '\u2028'.encode(),
+        )
+      )
     case 'noise':
       data = rng.randbytes(rng.choice((1, 100, 5000)))
     case 'twice':
@@ -179,9 +255,7 @@ def damage(path: pathlib.Path, rng: random.Random) -> None:
     except (ValueError, IndexError):  # no JSON
       how = 1
     if how < 0.7:
-      path.write_bytes(
-        data.replace(lines[i], json.dumps(value).encode() + b'\n')
-      )
+      path.write_bytes(data.replace(lines[i], json.dumps(value).encode() + b'\n'))
     else:
       path.write_bytes(mutate_bytes(data, rng))
 
@@ -200,9 +274,7 @@ def _flags(values: dict) -> list[str]:
 
 def _run(world: World, **changes) -> list[str]:
   """Flags of the run that `base` holds, in a new workdir."""
-  return runs.args(
-    str(world.base / 'store'), str(world.here / 'new'), **changes
-  )
+  return runs.args(str(world.base / 'store'), str(world.here / 'new'), **changes)
 
 
 # Kinds of cases: (rng, world) -> a command line.
@@ -212,21 +284,24 @@ def flag_values(rng, world) -> list[str]:
   name, field = rng.choice(sorted(config.fields().items()))
   section = name.split('.')[0]
   command = {
-    'eval': 'eval', 'decode': 'generate', 'export': 'export', 'plan': 'plan',
-    'import': 'import', 'inspect': 'inspect', 'bench': 'bench',
-  }.get(section) or rng.choice(
-    ('train', 'train', 'plan', 'bench', 'prepare')
-  )  # fmt: skip
+    'eval': 'eval',
+    'decode': 'generate',
+    'export': 'export',
+    'plan': 'plan',
+    'import': 'import',
+    'inspect': 'inspect',
+    'bench': 'bench',
+  }.get(section) or rng.choice(('train', 'train', 'plan', 'bench', 'prepare'))
   args = {
     'eval': [f'--eval.checkpoint={world.base}/run'],
     'generate': [f'--decode.checkpoint={world.base}/run', '--prompt=a'],
-    'export': [f'--export.checkpoint={world.base}/run',
-               f'--export.out={world.here}/out'],
-    'import': [f'--import.path={world.base}/hf',
-               f'--train.workdir={world.here}/new'],
-    'prepare': [f'--data.documents=text:{world.base}/texts/a.txt',
-                f'--data.store={world.here}/store'],
-  }.get(command) or _run(world)  # fmt: skip
+    'export': [f'--export.checkpoint={world.base}/run', f'--export.out={world.here}/out'],
+    'import': [f'--import.path={world.base}/hf', f'--train.workdir={world.here}/new'],
+    'prepare': [
+      f'--data.documents=text:{world.base}/texts/a.txt',
+      f'--data.store={world.here}/store',
+    ],
+  }.get(command) or _run(world)
   value = hostile(rng)
   if field.type is bool:
     value = rng.choice((value, 'true', 'False', '1'))
@@ -243,15 +318,25 @@ def flag_values(rng, world) -> list[str]:
 
 
 SMALL = {
-  'loss.weights': '0123456789.,;:e-n', 'loss.curriculum': '0123:;,.',
-  'data.store': 'ab/=:,.123 ', 'eval.stores': 'ab/=:,.1 ',
-  'decode.tree': '0123,-', 'decode.stop_ids': '0123,-none',
-  'bench.heads': '0123,', 'bench.chunks': '0148,', 'bench.drafts': '012,',
-  'bench.batches': '018,', 'bench.schedules': 'remat,eager',
-  'eval.suite': 'heldout,:ab', 'eval.k': '012,.', 'eval.temperatures': '01.,-e',
-  'plan.sweep': 'heads.n=12,loss', 'plan.topology': 'v5epx:4816',
-  'processes.coordinator': 'auto:host123456', 'mesh.data': '-0128',
-}  # fmt: skip
+  'loss.weights': '0123456789.,;:e-n',
+  'loss.curriculum': '0123:;,.',
+  'data.store': 'ab/=:,.123 ',
+  'eval.stores': 'ab/=:,.1 ',
+  'decode.tree': '0123,-',
+  'decode.stop_ids': '0123,-none',
+  'bench.heads': '0123,',
+  'bench.chunks': '0148,',
+  'bench.drafts': '012,',
+  'bench.batches': '018,',
+  'bench.schedules': 'remat,eager',
+  'eval.suite': 'heldout,:ab',
+  'eval.k': '012,.',
+  'eval.temperatures': '01.,-e',
+  'plan.sweep': 'heads.n=12,loss',
+  'plan.topology': 'v5epx:4816',
+  'processes.coordinator': 'auto:host123456',
+  'mesh.data': '-0128',
+}
 
 
 def small_languages(rng, world) -> list[str]:
@@ -260,10 +345,11 @@ def small_languages(rng, world) -> list[str]:
   value = ''.join(rng.choices(SMALL[name], k=rng.randint(0, 12)))
   if rng.random() < 0.2:
     value = value.replace(rng.choice('0123'), str(rng.choice(INTEGERS)))
-  command = rng.choice({
-    'eval': ('eval',), 'decode': ('generate',), 'bench': ('bench',),
-    'plan': ('plan',),
-  }.get(name.split('.')[0], ('train', 'inspect', 'plan')))  # fmt: skip
+  command = rng.choice(
+    {'eval': ('eval',), 'decode': ('generate',), 'bench': ('bench',), 'plan': ('plan',)}.get(
+      name.split('.')[0], ('train', 'inspect', 'plan')
+    )
+  )
   args = {
     'eval': [f'--eval.checkpoint={world.base}/run', '--eval.samples=2'],
     'generate': [f'--decode.checkpoint={world.base}/run', '--prompt=a'],
@@ -275,18 +361,37 @@ def flag_files(rng, world) -> list[str]:
   n = rng.randint(1, 6)
   names = [f'{i}.flags' for i in range(n)]
   lines = [
-    '--heads.n=2', '# text', '', '--flagfile=0.flags', '--flagfile=none',
-    '--flagfile', '--flagfile=', 'heads.n=2', '--heads.n', '--heads.n 2',
-    '-heads.n=2', '--nodata.verify', '--nodata.verify=1', '--=', '--', '-',
-    '--heads.n=2\r', '--data.store=a\0b', '--prompt=x', '--undefok=x', '--help',
-    '--x=' + 'y' * 5000, '--loss.weights=0:1', '--train.seed=\u2028',
-    f'--flagfile={world.here}', '--flagfile=s3://x', '--flagfile=' + 'z' * 300,
-  ]  # fmt: skip
+    '--heads.n=2',
+    '# text',
+    '',
+    '--flagfile=0.flags',
+    '--flagfile=none',
+    '--flagfile',
+    '--flagfile=',
+    'heads.n=2',
+    '--heads.n',
+    '--heads.n 2',
+    '-heads.n=2',
+    '--nodata.verify',
+    '--nodata.verify=1',
+    '--=',
+    '--',
+    '-',
+    '--heads.n=2\r',
+    '--data.store=a\0b',
+    '--prompt=x',
+    '--undefok=x',
+    '--help',
+    '--x=' + 'y' * 5000,
+    '--loss.weights=0:1',
+    '--train.seed=\u2028',
+    f'--flagfile={world.here}',
+    '--flagfile=s3://x',
+    '--flagfile=' + 'z' * 300,
+  ]
   for name in names:
     chosen = rng.choices(lines, k=rng.randint(0, 4))
-    chosen += [
-      f'--flagfile={x}' for x in rng.choices(names, k=rng.randint(0, 2))
-    ]
+    chosen += [f'--flagfile={x}' for x in rng.choices(names, k=rng.randint(0, 2))]
     rng.shuffle(chosen)
     text = '\n'.join(chosen).encode()
     if rng.random() < 0.2:
@@ -323,10 +428,16 @@ def stores(rng, world) -> list[str]:
 
 def documents(rng, world) -> list[str]:
   folder = _copy(world, 'texts')
-  kind, name = rng.choice((
-    ('text', 'a.txt'), ('text', 'a.txt.gz'), ('jsonl', 'b.jsonl'),
-    ('jsonl', 'b.jsonl.gz'), ('parquet', 'c.parquet'), ('dir', ''),
-  ))  # fmt: skip
+  kind, name = rng.choice(
+    (
+      ('text', 'a.txt'),
+      ('text', 'a.txt.gz'),
+      ('jsonl', 'b.jsonl'),
+      ('jsonl', 'b.jsonl.gz'),
+      ('parquet', 'c.parquet'),
+      ('dir', ''),
+    )
+  )
   for _ in range(rng.choice((1, 1, 2))):
     files = [p for p in _files(folder) if not name or p.name == name]
     if files:
@@ -334,38 +445,48 @@ def documents(rng, world) -> list[str]:
   field = rng.choice(('', '', '#text', '#prompt+text', '#x', '#', '#a+b+c'))
   source = f'{kind}:{folder / name}{field if kind != "text" else ""}'
   if rng.random() < 0.15:
-    source = rng.choice((
-      f'{source},{source}', f'{source},', hostile(rng), f'task:{hostile(rng)}',
-      f'task:star_graph/{hostile(rng)}', f'task:polynomial/p={hostile(rng)}',
-      f'python:{hostile(rng)}', f'{kind}:{hostile(rng)}',
-    ))  # fmt: skip
+    source = rng.choice(
+      (
+        f'{source},{source}',
+        f'{source},',
+        hostile(rng),
+        f'task:{hostile(rng)}',
+        f'task:star_graph/{hostile(rng)}',
+        f'task:polynomial/p={hostile(rng)}',
+        f'python:{hostile(rng)}',
+        f'{kind}:{hostile(rng)}',
+      )
+    )
   return [
-    'prepare', f'--data.documents={source}', f'--data.store={world.here}/new',
-    '--data.workers=1', '--data.valid_fraction=0',
+    'prepare',
+    f'--data.documents={source}',
+    f'--data.store={world.here}/new',
+    '--data.workers=1',
+    '--data.valid_fraction=0',
     f'--data.tokenizer={rng.choice(("bytes", "bytes", "train:300", ""))}',
-  ]  # fmt: skip
+  ]
 
 
 def tokenizers(rng, world) -> list[str]:
   folder = _copy(world, 'tokenizers')
-  kind, name = rng.choice((
-    ('hf', 'tokenizer.json'), ('hf', 'tokenizer.json'),
-    ('sentencepiece', 'm.model'),
-  ))  # fmt: skip
+  kind, name = rng.choice(
+    (('hf', 'tokenizer.json'), ('hf', 'tokenizer.json'), ('sentencepiece', 'm.model'))
+  )
   wanted = [folder / name]
   if kind == 'hf' and rng.random() < 0.4:
     wanted = [folder / 'tokenizer_config.json']
   damage(wanted[0], rng)
   named = f'{kind}:{folder}/{name}'
   if rng.random() < 0.1:
-    named = rng.choice((
-      f'train:{hostile(rng)}', f'{kind}:{hostile(rng)}', hostile(rng),
-    ))  # fmt: skip
+    named = rng.choice((f'train:{hostile(rng)}', f'{kind}:{hostile(rng)}', hostile(rng)))
   return [
-    'prepare', f'--data.documents=text:{world.base}/texts/a.txt',
-    f'--data.store={world.here}/new', '--data.workers=1',
-    '--data.valid_fraction=0', f'--data.tokenizer={named}',
-  ]  # fmt: skip
+    'prepare',
+    f'--data.documents=text:{world.base}/texts/a.txt',
+    f'--data.store={world.here}/new',
+    '--data.workers=1',
+    '--data.valid_fraction=0',
+    f'--data.tokenizer={named}',
+  ]
 
 
 def checkpoints(rng, world) -> list[str]:
@@ -383,23 +504,27 @@ def checkpoints(rng, world) -> list[str]:
     target = rng.choice(_files(run))
     damage(target, rng)
   at = rng.choice((run, run, step))
-  return rng.choice((
-    ['train', *runs.args(str(world.base / 'store'), str(run),
-                         train__steps=9)],
-    ['eval', f'--eval.checkpoint={at}', '--eval.batches=1'],
-    ['generate', f'--decode.checkpoint={at}', '--prompt=a'],
-    ['export', f'--export.checkpoint={at}', f'--export.out={world.here}/out'],
-    ['train', *_run(world, train__init_from=at)],
-  ))  # fmt: skip
+  return rng.choice(
+    (
+      ['train', *runs.args(str(world.base / 'store'), str(run), train__steps=9)],
+      ['eval', f'--eval.checkpoint={at}', '--eval.batches=1'],
+      ['generate', f'--decode.checkpoint={at}', '--prompt=a'],
+      ['export', f'--export.checkpoint={at}', f'--export.out={world.here}/out'],
+      ['train', *_run(world, train__init_from=at)],
+    )
+  )
 
 
 def locks(rng, world) -> list[str]:
   run = world.here / 'new'
   run.mkdir()
   lock = dict(
-    run='0' * 32, host=rng.choice((os.uname().nodename, 'elsewhere')),
-    pid=rng.choice((1, 2**22 + 7, os.getppid())), started='1', time=1.0,
-  )  # fmt: skip
+    run='0' * 32,
+    host=rng.choice((os.uname().nodename, 'elsewhere')),
+    pid=rng.choice((1, 2**22 + 7, os.getppid())),
+    started='1',
+    time=1.0,
+  )
   path = run / 'lock.json'
   path.write_text(json.dumps(lock))
   damage(path, rng)
@@ -425,9 +550,11 @@ def _import(rng, world, form: str) -> list[str]:
   if rng.random() < 0.7 and ours.is_file():  # as of a stranger
     ours.unlink()
   return [
-    'import', f'--import.path={folder}', f'--train.workdir={world.here}/new',
+    'import',
+    f'--import.path={folder}',
+    f'--train.workdir={world.here}/new',
     f'--import.format={"meta" if form == "meta" else "hf"}',
-  ]  # fmt: skip
+  ]
 
 
 def imports_hf(rng, world) -> list[str]:
@@ -450,11 +577,7 @@ def imports_gguf(rng, world) -> list[str]:
       number = rng.choice((0, 1, 7, 2**31, 2**63, 2**64 - 1)) % 2 ** (8 * n)
       data[at : at + n] = number.to_bytes(n, 'little')
     path.write_bytes(data)
-  return [
-    'import',
-    f'--import.path={folder}',
-    f'--train.workdir={world.here}/new',
-  ]
+  return ['import', f'--import.path={folder}', f'--train.workdir={world.here}/new']
 
 
 def prompts(rng, world) -> list[str]:
@@ -470,8 +593,7 @@ def prompts(rng, world) -> list[str]:
   path = world.here / rng.choice(('p.txt', 'p.jsonl'))
   record = {'prompt': 'abc', 'other': {'x': [1, None]}}
   lines = [
-    json.dumps(rng.choice((record, {'prompt_ids': [1, 2]}, {'prompt': ''})))
-    for _ in range(3)
+    json.dumps(rng.choice((record, {'prompt_ids': [1, 2]}, {'prompt': ''}))) for _ in range(3)
   ]
   i = rng.randrange(3)
   lines[i] = json.dumps(mutate_json(json.loads(lines[i]), rng))
@@ -491,9 +613,7 @@ def reports(rng, world) -> list[str]:
       damage(run / name, rng)
   if rng.random() < 0.1:
     (run / 'report').write_text('')
-  other = rng.choice((
-    [], [], [str(world.base / 'run')], [hostile(rng)], [str(run) + '/.'],
-  ))  # fmt: skip
+  other = rng.choice(([], [], [str(world.base / 'run')], [hostile(rng)], [str(run) + '/.']))
   return ['report', str(run), *other]
 
 
@@ -541,11 +661,18 @@ def _hooks() -> list[tuple]:
   from mtp_jax.train import loop
 
   return [
-    (loop, '_loop'), (targets, 'targets'), (heldout, 'evaluator'),
-    (decoder, 'Decoder'), (folder, 'export'), (checkpoint, 'save_params'),
-    (ahead, 'plan'), (bench, '_loss'), (bench, '_step'), (bench, '_data'),
+    (loop, '_loop'),
+    (targets, 'targets'),
+    (heldout, 'evaluator'),
+    (decoder, 'Decoder'),
+    (folder, 'export'),
+    (checkpoint, 'save_params'),
+    (ahead, 'plan'),
+    (bench, '_loss'),
+    (bench, '_step'),
+    (bench, '_data'),
     (processes, '_join'),
-  ]  # fmt: skip
+  ]
 
 
 @contextlib.contextmanager
@@ -561,9 +688,10 @@ def _hooked(kind: str):
   changes = [(owner, name, accepted) for owner, name in _hooks()]
   changes += [
     (figures, 'draw', lambda plot: ('', b'')),
-    (lock, 'STALE_S', 0.05), (lock, 'LIVES_S', 0.05),
+    (lock, 'STALE_S', 0.05),
+    (lock, 'LIVES_S', 0.05),
     (lock, 'LOOK_S', 0.02),
-  ]  # fmt: skip
+  ]
   if kind in ('flags', 'small-languages'):  # of workers, of every document
     changes.append((store, 'write', accepted))
   cache = jax.config.jax_compilation_cache_dir
@@ -615,9 +743,11 @@ def _ended(kind: str, args: list[str], here: pathlib.Path) -> tuple[str, str]:
   cwd = os.getcwd()
   try:
     with (
-      _hooked(kind), contextlib.redirect_stdout(out),
-      contextlib.redirect_stderr(err), _limited(LIMIT_S),
-    ):  # fmt: skip
+      _hooked(kind),
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(err),
+      _limited(LIMIT_S),
+    ):
       os.chdir(here)
       status = main.main(args)
   except Accepted:
@@ -627,9 +757,7 @@ def _ended(kind: str, args: list[str], here: pathlib.Path) -> tuple[str, str]:
   except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if 'mtp_jax' in f.filename] or frames
-    where = ' < '.join(
-      f'{pathlib.Path(f.filename).name}:{f.lineno}' for f in ours[:-4:-1]
-    )
+    where = ' < '.join(f'{pathlib.Path(f.filename).name}:{f.lineno}' for f in ours[:-4:-1])
     return 'traceback', jsonl.one_line(
       f'{type(error).__name__}: {jsonl.one_line(error)} ({where})', 500
     )
@@ -645,9 +773,7 @@ def judged(status: int, said: str) -> str:
     return 'accepted'
   line = said.removesuffix('\n')
   one = said.startswith('mtp: ') and '\n' not in line and len(line) < LINE
-  names = any(
-    word in line for word in ('--', '/', 'flag', 'command', 'argument')
-  )
+  names = any(word in line for word in ('--', '/', 'flag', 'command', 'argument'))
   return 'refused' if status == 2 and one and names else 'unclear'
 
 
@@ -667,60 +793,70 @@ def build(base: pathlib.Path, run_of: Callable[[str, str], object]) -> None:
   texts.mkdir(parents=True)
   tokenizer.mkdir()
   rng = random.Random(0)
-  words = [
-    ''.join(rng.choices('abcde', k=rng.randint(1, 6))) for _ in range(80)
-  ]
+  words = [''.join(rng.choices('abcde', k=rng.randint(1, 6))) for _ in range(80)]
   rows = [' '.join(rng.choices(words, k=30)) for _ in range(40)]
   (texts / 'a.txt').write_text('\n'.join(rows))
   (texts / 'a.txt.gz').write_bytes(gzip.compress('\n'.join(rows).encode()))
   lines = '\n'.join(json.dumps(dict(text=x, prompt='a b')) for x in rows)
   (texts / 'b.jsonl').write_text(lines)
   (texts / 'b.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
-  pyarrow.parquet.write_table(
-    pyarrow.table(dict(text=rows, prompt=rows)), texts / 'c.parquet'
-  )
+  pyarrow.parquet.write_table(pyarrow.table(dict(text=rows, prompt=rows)), texts / 'c.parquet')
   fast = Tokenizer(models.BPE())
   fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   fast.train_from_iterator(
-    rows, trainers.BpeTrainer(
-      vocab_size=300, special_tokens=['<s>', '</s>'], show_progress=False,
+    rows,
+    trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=['<s>', '</s>'],
+      show_progress=False,
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     ),
-  )  # fmt: skip
+  )
   fast.save(str(tokenizer / 'tokenizer.json'))
   (tokenizer / 'tokenizer_config.json').write_text(
     json.dumps(dict(bos_token='<s>', eos_token=dict(content='</s>')))
   )
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(rows), model_prefix=str(tokenizer / 'm'),
-    vocab_size=280, byte_fallback=True, minloglevel=2,
+    sentence_iterator=iter(rows),
+    model_prefix=str(tokenizer / 'm'),
+    vocab_size=280,
+    byte_fallback=True,
+    minloglevel=2,
     hard_vocab_limit=False,
-  )  # fmt: skip
+  )
   store = str(base / 'store')
   runs.make_store(store)
   run_of(store, str(base / 'run'))
   prepared = [
-    'prepare', f'--data.documents=text:{texts}/a.txt', '--data.workers=1',
-    f'--data.store={base}/store_hf', '--data.valid_fraction=0',
+    'prepare',
+    f'--data.documents=text:{texts}/a.txt',
+    '--data.workers=1',
+    f'--data.store={base}/store_hf',
+    '--data.valid_fraction=0',
     f'--data.tokenizer=hf:{tokenizer}/tokenizer.json',
-  ]  # fmt: skip
-  export = [
-    'export', f'--export.checkpoint={base}/run', '--train.compilation_cache=',
-  ]  # fmt: skip
+  ]
+  export = ['export', f'--export.checkpoint={base}/run', '--train.compilation_cache=']
   meta = [*export, f'--export.out={base}/meta', '--export.format=meta']
   for args in (
-    prepared, [*export, f'--export.out={base}/hf'],
+    prepared,
+    [*export, f'--export.out={base}/hf'],
     [*export, f'--export.out={base}/hf_sharded', '--export.shard_gib=1e-5'],
     *([meta] if 'imports-meta' in possible() else []),
     [  # its tokenizer of bytes has no place in the next
-      'import', f'--import.path={base}/hf', f'--train.workdir={base}/ids',
-      '--import.tokenizer=skip', '--train.compilation_cache=',
+      'import',
+      f'--import.path={base}/hf',
+      f'--train.workdir={base}/ids',
+      '--import.tokenizer=skip',
+      '--train.compilation_cache=',
     ],
     [
-      'export', f'--export.checkpoint={base}/ids', '--export.format=gguf',
-      f'--export.out={base}/gguf', '--train.compilation_cache=',
+      'export',
+      f'--export.checkpoint={base}/ids',
+      '--export.format=gguf',
+      f'--export.out={base}/gguf',
+      '--train.compilation_cache=',
     ],
-  ):  # fmt: skip
+  ):
     with contextlib.redirect_stdout(io.StringIO()):
       if main.main(args):
         raise RuntimeError(f'{args}: refused')
@@ -740,15 +876,17 @@ def table(found: list[Outcome], seed: int) -> str:
   faults = sum(o.outcome not in FINE for o in found)
   slowest = max((o.seconds for o in found), default=0.0)
   lines = [
-    '## Bad input', '',
+    '## Bad input',
+    '',
     'Written by `python -m tests.fuzz`: command lines with one wrong value, and'
     ' files with one wrong bit, type, extreme or structure, in process. A'
     ' command must accept it or end with status 2 and one line that names the'
     f' flag or the file. Seed {seed}, {len(found):,} cases, {faults:,} faults,'
-    f' slowest {slowest:.1f} s.', '',
+    f' slowest {slowest:.1f} s.',
+    '',
     f'| kind | cases | {" | ".join(OUTCOMES)} | slowest |',
     '|---' * (len(OUTCOMES) + 3) + '|',
-  ]  # fmt: skip
+  ]
   for kind in KINDS:
     mine = [o for o in found if o.kind == kind]
     counts = collections.Counter(o.outcome for o in mine)
@@ -759,9 +897,13 @@ def table(found: list[Outcome], seed: int) -> str:
 
 
 def campaign(
-  kinds: list[str], cases: int, seed: int, base: pathlib.Path,
-  out: pathlib.Path, say: Callable[[Outcome], None],
-) -> list[Outcome]:  # fmt: skip
+  kinds: list[str],
+  cases: int,
+  seed: int,
+  base: pathlib.Path,
+  out: pathlib.Path,
+  say: Callable[[Outcome], None],
+) -> list[Outcome]:
   """Runs what `out` has no outcome of, and adds it; returns all there is."""
   found, current = read(out), out.with_suffix('.current')
   with open(out, 'a', encoding='utf-8') as file:

@@ -50,12 +50,16 @@ def test_what_is_no_line_is_a_fault(base, monkeypatch):
 
   monkeypatch.setattr(fuzz, 'LIMIT_S', 0.2)
   for command, outcome in (
-    (fails, 'traceback'), (hangs, 'hang'), (ends(2), 'unclear'),
-    (ends(2, 'mtp: --a=b: c\n'), 'refused'), (ends(0), 'accepted'),
-    (ends(2, 'mtp: --a=b: c\nd\n'), 'unclear'), (ends(1), 'unclear'),
+    (fails, 'traceback'),
+    (hangs, 'hang'),
+    (ends(2), 'unclear'),
+    (ends(2, 'mtp: --a=b: c\n'), 'refused'),
+    (ends(0), 'accepted'),
+    (ends(2, 'mtp: --a=b: c\nd\n'), 'unclear'),
+    (ends(1), 'unclear'),
     (ends(2, 'mtp: it failed\n'), 'unclear'),
     (ends(2, f'mtp: --a={"b" * 2000}: c\n'), 'unclear'),
-  ):  # fmt: skip
+  ):
     monkeypatch.setattr(main, 'main', command)
     assert fuzz.run('flags', 0, 0, base).outcome == outcome
   monkeypatch.setattr(main, 'main', fails)

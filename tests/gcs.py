@@ -17,9 +17,7 @@ import urllib.parse
 from typing import NamedTuple
 
 OBJECT = re.compile(r'(?:/download)?/storage/v1/b/([^/]+)/o(?:/([^/]+))?')
-REWRITE = re.compile(
-  r'/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)'
-)
+REWRITE = re.compile(r'/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)')
 MOVE = re.compile(r'/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)')
 UPLOAD = re.compile(r'/upload/storage/v1/b/([^/]+)/o')
 BUCKET = re.compile(r'/storage/v1/b/([^/]+)')
@@ -108,9 +106,7 @@ class Server:
         prefixes.add(prefix + folder + delimiter)
       else:
         items.append(_resource(bucket, name, there[name]))
-    return dict(
-      kind='storage#objects', items=items, prefixes=sorted(prefixes)
-    )  # in one page
+    return dict(kind='storage#objects', items=items, prefixes=sorted(prefixes))  # in one page
 
 
 class _Http(http.server.ThreadingHTTPServer):
@@ -127,12 +123,19 @@ class _Refused(Exception):
 
 def _resource(bucket: str, name: str, found: Object) -> dict:
   return dict(
-    kind='storage#object', bucket=bucket, name=name, size=str(len(found.data)),
-    generation=str(found.generation), metageneration='1',
-    id=f'{bucket}/{name}/{found.generation}', contentType='binary/octet-stream',
-    updated=found.updated, timeCreated=found.updated, storageClass='STANDARD',
+    kind='storage#object',
+    bucket=bucket,
+    name=name,
+    size=str(len(found.data)),
+    generation=str(found.generation),
+    metageneration='1',
+    id=f'{bucket}/{name}/{found.generation}',
+    contentType='binary/octet-stream',
+    updated=found.updated,
+    timeCreated=found.updated,
+    storageClass='STANDARD',
     md5Hash=base64.b64encode(hashlib.md5(found.data).digest()).decode(),
-  )  # fmt: skip
+  )
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -188,8 +191,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       server.log.append(('COPY', name))
       found = server.put(to, new, server.get(b, name).data)
       resource = _resource(to, new, found)
-      return 200, dict(kind='storage#rewriteResponse', done=True,
-                       resource=resource) | resource, {}  # fmt: skip
+      return 200, dict(kind='storage#rewriteResponse', done=True, resource=resource) | resource, {}
     if match := MOVE.fullmatch(path):
       b, name, new = map(urllib.parse.unquote, match.groups())
       server.log.append(('MOVE', name))
@@ -255,9 +257,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _part(self, number, body):
     bucket, name, wanted, data = self.server_._uploads[number]
-    match = re.fullmatch(
-      r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)', self.headers['Content-Range']
-    )
+    match = re.fullmatch(r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)', self.headers['Content-Range'])
     data += body
     if match[3] == '*' or len(data) < int(match[3]):
       return 308, b'', {'Range': f'bytes=0-{len(data) - 1}'}

@@ -18,13 +18,7 @@ NO_CACHE = '--train.compilation_cache='
 
 def _generate(workdir, *args):
   return main.main(
-    [
-      'generate',
-      f'--decode.checkpoint={workdir}',
-      '--mesh.fsdp=-1',
-      NO_CACHE,
-      *args,
-    ]
+    ['generate', f'--decode.checkpoint={workdir}', '--mesh.fsdp=-1', NO_CACHE, *args]
   )
 
 
@@ -51,31 +45,32 @@ def test_text_is_that_of_float64_and_says_how_it_went(undisturbed, capsys):
 def test_ids_in_ids_out(undisturbed, capsys):
   ids = ','.join(map(str, _oracle(undisturbed, [1, 5, 9], 12)))
   for draft in (1, 2):
-    assert _generate(
-      undisturbed, '--prompt_ids=1,5,9', '--decode.max_new=12',
-      f'--decode.draft={draft}',
-    ) == 0  # fmt: skip
+    assert (
+      _generate(undisturbed, '--prompt_ids=1,5,9', '--decode.max_new=12', f'--decode.draft={draft}')
+      == 0
+    )
     assert capsys.readouterr().out.splitlines()[0] == ids
 
 
 def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
   prompts = tmp_path / 'prompts.jsonl'
   records = [
-    dict(prompt='a', id='é7', half='\ud800'), dict(prompt='bcd e'),
+    dict(prompt='a', id='é7', half='\ud800'),
+    dict(prompt='bcd e'),
     dict(prompt_ids=[256, 98]),
-  ]  # fmt: skip
+  ]
   prompts.write_text('\n'.join(json.dumps(r) + '\n' for r in records))
   out = tmp_path / 'rows.jsonl'
   common = ('--decode.max_new=6', '--decode.stop_ids=none')
-  assert _generate(
-    undisturbed, f'--decode.prompts={prompts}', f'--out={out}',
-    '--decode.batch_size=2', *common,
-  ) == 0  # fmt: skip
+  assert (
+    _generate(
+      undisturbed, f'--decode.prompts={prompts}', f'--out={out}', '--decode.batch_size=2', *common
+    )
+    == 0
+  )
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [r.get('prompt') for r in rows] == ['a', 'bcd e', None]
-  for row, prompt in zip(
-    rows, ([256, *b'a'], [256, *b'bcd e'], [256, 98]), strict=True
-  ):
+  for row, prompt in zip(rows, ([256, *b'a'], [256, *b'bcd e'], [256, 98]), strict=True):
     assert row['ids'] == _oracle(undisturbed, prompt, 6)
     assert (row['finish'], len(row['ids'])) == ('length', 6)
   assert [row['line'] for row in rows] == [1, 3, 5]
@@ -86,9 +81,7 @@ def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\n\nbcd e\n')
   report = tmp_path / 'report.json'
-  assert _generate(
-    undisturbed, f'--decode.prompts={lines}', f'--out={report}', *common
-  ) == 0  # fmt: skip
+  assert _generate(undisturbed, f'--decode.prompts={lines}', f'--out={report}', *common) == 0
   found = json.loads(report.read_text())
   assert [r['ids'] for r in found['rows']] == [r['ids'] for r in rows[:2]]
   assert found['tokens'] == 12 and len(found['acceptance']) == 1
@@ -100,11 +93,18 @@ def test_samples_are_those_of_their_seed(undisturbed, tmp_path):
 
   def texts(*flags):
     out = tmp_path / 'rows.jsonl'
-    assert _generate(
-      undisturbed, f'--decode.prompts={lines}', f'--out={out}',
-      '--decode.temperature=1', '--decode.max_new=20',
-      '--decode.stop_ids=none', *flags,
-    ) == 0  # fmt: skip
+    assert (
+      _generate(
+        undisturbed,
+        f'--decode.prompts={lines}',
+        f'--out={out}',
+        '--decode.temperature=1',
+        '--decode.max_new=20',
+        '--decode.stop_ids=none',
+        *flags,
+      )
+      == 0
+    )
     return [json.loads(x)['ids'] for x in out.read_text().splitlines()]
 
   first = texts()
@@ -116,20 +116,28 @@ def test_samples_are_those_of_their_seed(undisturbed, tmp_path):
 def test_a_stop_token_ends_a_row(undisturbed, tmp_path, capsys):
   ids = _oracle(undisturbed, [1, 5, 9], 12)
   stop = ids[3]
-  assert _generate(
-    undisturbed, '--prompt_ids=1,5,9', f'--decode.stop_ids={stop}',
-    '--decode.max_new=12',
-  ) == 0  # fmt: skip
+  assert (
+    _generate(undisturbed, '--prompt_ids=1,5,9', f'--decode.stop_ids={stop}', '--decode.max_new=12')
+    == 0
+  )
   wanted = ids[: ids.index(stop) + 1]
   assert capsys.readouterr().out.splitlines()[0] == ','.join(map(str, wanted))
 
 
 def test_compare_says_that_the_text_is_the_same(undisturbed, tmp_path, capsys):
   out = tmp_path / 'compare.json'
-  assert _generate(
-    undisturbed, '--prompt=ab', '--decode.compare', '--decode.max_new=12',
-    '--bench.rounds=2', f'--out={out}', '--decode.stop_ids=none',
-  ) == 0  # fmt: skip
+  assert (
+    _generate(
+      undisturbed,
+      '--prompt=ab',
+      '--decode.compare',
+      '--decode.max_new=12',
+      '--bench.rounds=2',
+      f'--out={out}',
+      '--decode.stop_ids=none',
+    )
+    == 0
+  )
   shown = capsys.readouterr().out
   assert 'identical, all 1 rows' in shown
   assert re.search(r'speed-up [\d.]+ \([\d.]+-[\d.]+\), tokens a pass', shown)
@@ -141,10 +149,12 @@ def test_compare_says_that_the_text_is_the_same(undisturbed, tmp_path, capsys):
 
 
 def test_head_1_alone_is_compared_with_nothing(undisturbed, capsys):
-  assert _generate(
-    undisturbed, '--prompt=ab', '--decode.compare', '--decode.draft=1',
-    '--decode.max_new=4',
-  ) == 0  # fmt: skip
+  assert (
+    _generate(
+      undisturbed, '--prompt=ab', '--decode.compare', '--decode.draft=1', '--decode.max_new=4'
+    )
+    == 0
+  )
   assert 'nothing to compare it with' in capsys.readouterr().err
 
 
@@ -161,21 +171,28 @@ def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
     return found
 
   monkeypatch.setattr(decoder.Decoder, '__call__', other)
-  assert _generate(
-    undisturbed, '--prompt=ab', '--decode.compare', '--decode.max_new=12',
-    '--bench.rounds=1', '--decode.stop_ids=none',
-  ) == 0  # fmt: skip
-  out = capsys.readouterr().out
-  found = re.search(
-    r'row 0 parts at its new token 5, where .* are (\S+) apart', out
+  assert (
+    _generate(
+      undisturbed,
+      '--prompt=ab',
+      '--decode.compare',
+      '--decode.max_new=12',
+      '--bench.rounds=1',
+      '--decode.stop_ids=none',
+    )
+    == 0
   )
+  out = capsys.readouterr().out
+  found = re.search(r'row 0 parts at its new token 5, where .* are (\S+) apart', out)
   state = runs.restored(undisturbed, 6)
   prompt = [256, *b'ab']
   ids = prompt + _oracle(undisturbed, prompt, 5)
   logits = oracle.forward(
-    tiny.flat(state.params), np.array([ids + [0, 0]]),
-    np.arange(len(ids) + 2)[None], oracle.Shape('parallel', 2),
-  )[0, 0, -1]  # fmt: skip
+    tiny.flat(state.params),
+    np.array([ids + [0, 0]]),
+    np.arange(len(ids) + 2)[None],
+    oracle.Shape('parallel', 2),
+  )[0, 0, -1]
   best, second = np.sort(logits)[::-1][:2]
   assert float(found[1]) == pytest.approx(best - second, rel=0.05)
   assert 'identical' not in out
@@ -183,12 +200,24 @@ def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
 
 def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   out = tmp_path / 'decode.json'
-  assert main.main([
-    'bench', '--bench.what=decode', f'--decode.checkpoint={undisturbed}',
-    '--bench.batches=1,2', '--bench.pieces=3', '--bench.prompt=8',
-    '--decode.max_new=10', '--bench.rounds=1', '--mesh.fsdp=-1', NO_CACHE,
-    f'--out={out}',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'bench',
+        '--bench.what=decode',
+        f'--decode.checkpoint={undisturbed}',
+        '--bench.batches=1,2',
+        '--bench.pieces=3',
+        '--bench.prompt=8',
+        '--decode.max_new=10',
+        '--bench.rounds=1',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+        f'--out={out}',
+      ]
+    )
+    == 0
+  )
   found = json.loads(out.read_text())
   keys = [(r['batch'], r['heads']) for r in found['rows']]
   assert keys == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -199,10 +228,7 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   for one, other in zip((plain, drafted), two, strict=True):
     assert one['forwards'] == other['forwards']
     # A batch waits for its slowest row.
-    held = [
-      r['efficiency'] * r['tokens'] / r['speed_up']['median']
-      for r in (one, other)
-    ]
+    held = [r['efficiency'] * r['tokens'] / r['speed_up']['median'] for r in (one, other)]
     assert held[0] == pytest.approx(one['forwards'])
     assert -1e-6 < held[1] - held[0] < 10
   assert plain['efficiency'] == two[0]['efficiency'] == 1
@@ -220,15 +246,24 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
   # Four characters: as many tokens as bytes have, and so the step compiled for
   # `undisturbed`.
   rng, text = np.random.default_rng(0), tmp_path / 'text.jsonl'
-  text.write_text(''.join(
-    json.dumps(dict(text=' '.join(rng.choice(['def', 'f', 'fed'], 40)))) + '\n'
-    for _ in range(40)
-  ))  # fmt: skip
+  text.write_text(
+    ''.join(
+      json.dumps(dict(text=' '.join(rng.choice(['def', 'f', 'fed'], 40)))) + '\n' for _ in range(40)
+    )
+  )
   pieces = tmp_path / 'pieces'
-  assert main.main([
-    'prepare', f'--data.store={pieces}', '--data.tokenizer=train:264',
-    f'--data.documents=jsonl:{text}', '--data.valid_fraction=0',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'prepare',
+        f'--data.store={pieces}',
+        '--data.tokenizer=train:264',
+        f'--data.documents=jsonl:{text}',
+        '--data.valid_fraction=0',
+      ]
+    )
+    == 0
+  )
   workdir = tmp_path / 'run'
   assert runs.train(str(pieces), workdir) == 0
   shutil.rmtree(pieces)
@@ -250,10 +285,7 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
   'args, error',
   [
     (['--prompt=a', '--decode.draft=3'], '--decode.draft=3: must be at most'),
-    (
-      ['--prompt=a', '--decode.tree=2,2'],
-      '--decode.tree=2,2: with --heads.n=2 at most 1 numbers',
-    ),
+    (['--prompt=a', '--decode.tree=2,2'], '--decode.tree=2,2: with --heads.n=2 at most 1 numbers'),
     (
       ['--prompt=a', '--decode.tree=2', '--decode.temperature=1'],
       '--decode.tree=2: needs --decode.temperature=0',
@@ -312,10 +344,16 @@ def test_a_cache_that_cannot_be_is_told(undisturbed, tmp_path, capsys):
   size, rows = 1_000_000, 8_000
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\n' * rows)
-  assert _generate(
-    undisturbed, f'--decode.prompts={lines}', f'--decode.cache={size}',
-    f'--decode.max_new={size}', f'--decode.batch_size={rows}',
-  ) == 2  # fmt: skip
+  assert (
+    _generate(
+      undisturbed,
+      f'--decode.prompts={lines}',
+      f'--decode.cache={size}',
+      f'--decode.max_new={size}',
+      f'--decode.batch_size={rows}',
+    )
+    == 2
+  )
   line = capsys.readouterr().err.splitlines()[-1]
   # Two layers of the trunk and two heads, a thousand rows on each device.
   gib = 1000 * 2 * (1 + 2) * 2 * 8 * 4 * (size // 64 + 1) * 64 / 2**30
@@ -330,9 +368,7 @@ def test_a_cache_that_cannot_be_is_told(undisturbed, tmp_path, capsys):
 def test_a_missing_checkpoint_is_told(tmp_path, capsys):
   assert _generate(tmp_path, '--prompt=a') == 2
   error = capsys.readouterr().err
-  assert error == (
-    f'mtp: --decode.checkpoint={tmp_path}: no complete checkpoint there\n'
-  )
+  assert error == (f'mtp: --decode.checkpoint={tmp_path}: no complete checkpoint there\n')
   assert main.main(['generate', '--prompt=a', NO_CACHE]) == 2
   assert 'decode.checkpoint=: give a workdir' in capsys.readouterr().err
 
@@ -382,9 +418,7 @@ def test_streamed_text_is_all_of_it(undisturbed):
     ([256, 0xE2], [0x82, 0xAC, 97], '€a'),
   ):
     shown = []
-    stream = generate._stream(
-      opened, generate.Prompt(np.array(prompt), None), shown.append
-    )
+    stream = generate._stream(opened, generate.Prompt(np.array(prompt), None), shown.append)
     for n in range(len(new) + 1):
       stream([np.array(new[:n], int)])
     stream([np.array(new)], last=True)
@@ -394,11 +428,17 @@ def test_streamed_text_is_all_of_it(undisturbed):
 def test_the_last_seed_has_a_next_one(undisturbed, tmp_path):
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\nb\n')
-  assert _generate(
-    undisturbed, f'--decode.prompts={lines}', '--decode.temperature=1',
-    f'--decode.seed={2**31 - 1}', '--decode.max_new=3',
-    '--decode.top_k=2000000000',
-  ) == 0  # fmt: skip
+  assert (
+    _generate(
+      undisturbed,
+      f'--decode.prompts={lines}',
+      '--decode.temperature=1',
+      f'--decode.seed={2**31 - 1}',
+      '--decode.max_new=3',
+      '--decode.top_k=2000000000',
+    )
+    == 0
+  )
 
 
 def test_what_is_there_is_not_lost(undisturbed, tmp_path, capsys):
@@ -426,9 +466,7 @@ def test_what_is_there_is_not_lost(undisturbed, tmp_path, capsys):
   out = tmp_path / 'rows.jsonl'
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(decoder.Decoder, '__call__', second_fails)
-    assert _generate(
-      undisturbed, *args, f'--out={out}', '--decode.batch_size=2'
-    ) == 130  # fmt: skip
+    assert _generate(undisturbed, *args, f'--out={out}', '--decode.batch_size=2') == 130
   assert not out.exists()
   part = (tmp_path / 'rows.jsonl.part').read_text().splitlines()
   assert [json.loads(row)['prompt'] for row in part] == ['a', 'b']
@@ -436,10 +474,12 @@ def test_what_is_there_is_not_lost(undisturbed, tmp_path, capsys):
 
 def test_a_row_that_fills_the_cache_says_so(undisturbed, tmp_path):
   out = tmp_path / 'one.jsonl'
-  assert _generate(
-    undisturbed, '--prompt=abc', '--decode.cache=6', '--decode.stop_ids=none',
-    f'--out={out}',
-  ) == 0  # fmt: skip
+  assert (
+    _generate(
+      undisturbed, '--prompt=abc', '--decode.cache=6', '--decode.stop_ids=none', f'--out={out}'
+    )
+    == 0
+  )
   row = json.loads(out.read_text())
   assert (row['finish'], len(row['ids'])) == ('cache', 2)
 

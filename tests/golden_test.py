@@ -23,9 +23,7 @@ def kept(tmp_path_factory):
 def _params(workdir, step):
   cfg, _ = checkpoint.about(str(workdir), step)
   return jax.device_get(
-    checkpoint.restore_model(
-      str(workdir), step, cfg, sharding.serving_mesh(cfg), 'import.path'
-    )
+    checkpoint.restore_model(str(workdir), step, cfg, sharding.serving_mesh(cfg), 'import.path')
   )
 
 
@@ -40,10 +38,18 @@ def test_kept_exports_hold_the_kept_parameters(kept, form):
 
 def test_a_kept_run_goes_on_by_its_own_flags(kept):
   assert kept.joinpath('run/run.flags').is_file()
-  assert main.main([
-    'train', f'--flagfile={kept}/run/run.flags', f'--train.workdir={kept}/run',
-    f'--data.store={golden.mixture(kept)}', '--train.steps=6',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'train',
+        f'--flagfile={kept}/run/run.flags',
+        f'--train.workdir={kept}/run',
+        f'--data.store={golden.mixture(kept)}',
+        '--train.steps=6',
+      ]
+    )
+    == 0
+  )
   expected = json.loads((kept / 'expected.json').read_text())['losses']
   for record in runs.records(kept / 'run'):
     if record['kind'] == 'train' and record['step'] > 3:

@@ -32,15 +32,40 @@ import ml_dtypes
 import numpy as np
 
 LAYER = ('attn_norm', 'q', 'k', 'v', 'o', 'mlp_norm', 'gate', 'up', 'down')
-LLAMA = dict(zip(LAYER, (
-  'input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj',
-  'self_attn.o_proj', 'post_attention_layernorm', 'mlp.gate_proj',
-  'mlp.up_proj', 'mlp.down_proj',
-), strict=True))  # fmt: skip
-BLOCK = dict(zip(LAYER, (
-  'attn_norm', 'attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_norm',
-  'ffn_gate', 'ffn_up', 'ffn_down',
-), strict=True))  # fmt: skip
+LLAMA = dict(
+  zip(
+    LAYER,
+    (
+      'input_layernorm',
+      'self_attn.q_proj',
+      'self_attn.k_proj',
+      'self_attn.v_proj',
+      'self_attn.o_proj',
+      'post_attention_layernorm',
+      'mlp.gate_proj',
+      'mlp.up_proj',
+      'mlp.down_proj',
+    ),
+    strict=True,
+  )
+)
+BLOCK = dict(
+  zip(
+    LAYER,
+    (
+      'attn_norm',
+      'attn_q',
+      'attn_k',
+      'attn_v',
+      'attn_output',
+      'ffn_norm',
+      'ffn_gate',
+      'ffn_up',
+      'ffn_down',
+    ),
+    strict=True,
+  )
+)
 
 
 class Sizes(NamedTuple):
@@ -81,11 +106,12 @@ def _safetensors(path: str) -> dict[str, np.ndarray]:
   header = json.loads(data[8 : 8 + length])
   dtypes = {'F32': np.float32, 'BF16': ml_dtypes.bfloat16}
   return {
-    name: np.frombuffer(
-      data[8 + length :][slice(*about['data_offsets'])], dtypes[about['dtype']]
-    ).reshape(about['shape']).astype(np.float64)
-    for name, about in header.items() if name != '__metadata__'
-  }  # fmt: skip
+    name: np.frombuffer(data[8 + length :][slice(*about['data_offsets'])], dtypes[about['dtype']])
+    .reshape(about['shape'])
+    .astype(np.float64)
+    for name, about in header.items()
+    if name != '__metadata__'
+  }
 
 
 def _folder(folder: str) -> tuple[dict[str, np.ndarray], dict]:
@@ -121,27 +147,40 @@ def of_folder(folder: str) -> Model:
   w, about = _folder(folder)
   width, n = about['head_dim'], about['num_hidden_layers']
   sizes = Sizes(
-    about['num_attention_heads'], about['num_key_value_heads'], width,
+    about['num_attention_heads'],
+    about['num_key_value_heads'],
+    width,
     about['rms_norm_eps'],
-    _rates(about['rope_theta'], width, about.get('rope_scaling')), False,
-  )  # fmt: skip
+    _rates(about['rope_theta'], width, about.get('rope_scaling')),
+    False,
+  )
   embed = w['model.embed_tokens.weight']
   unembed = embed if about['tie_word_embeddings'] else w['lm_head.weight']
   modules = []
   for j in range(about.get('num_mtp_layers', 0)):
     p = f'model.layers.{n + j}.'
-    modules.append(Module(
-      w[f'{p}hnorm.weight'], w[f'{p}enorm.weight'],
-      np.roll(w[f'{p}eh_proj.weight'], embed.shape[1], 1),
-      _layer(w, p, LLAMA), w[f'{p}shared_head.norm.weight'], unembed,
-    ))  # fmt: skip
+    modules.append(
+      Module(
+        w[f'{p}hnorm.weight'],
+        w[f'{p}enorm.weight'],
+        np.roll(w[f'{p}eh_proj.weight'], embed.shape[1], 1),
+        _layer(w, p, LLAMA),
+        w[f'{p}shared_head.norm.weight'],
+        unembed,
+      )
+    )
   for j in range(about.get('num_nextn_predict_layers', 0)):
     p = f'model.mtp_layers.{j}.'
-    modules.append(Module(
-      w[f'{p}hidden_layernorm.weight'], w[f'{p}token_layernorm.weight'],
-      w[f'{p}input_proj.weight'], _layer(w, p, LLAMA),
-      w[f'{p}final_layernorm.weight'], unembed,
-    ))  # fmt: skip
+    modules.append(
+      Module(
+        w[f'{p}hidden_layernorm.weight'],
+        w[f'{p}token_layernorm.weight'],
+        w[f'{p}input_proj.weight'],
+        _layer(w, p, LLAMA),
+        w[f'{p}final_layernorm.weight'],
+        unembed,
+      )
+    )
   medusa = []
   if os.path.isdir(beside := os.path.join(folder, 'medusa')):
     m, more = _folder(beside)
@@ -158,20 +197,13 @@ def of_gguf(path: str) -> Model:
   import gguf
 
   reader = gguf.GGUFReader(path)
-  says = {
-    name.partition('.')[2]: field.contents()
-    for name, field in reader.fields.items()
-  }
+  says = {name.partition('.')[2]: field.contents() for name, field in reader.fields.items()}
   kinds = gguf.GGMLQuantizationType
   w = {
-    x.name: gguf.dequantize(x.data, kinds(x.tensor_type)).astype(np.float64)
-    for x in reader.tensors
+    x.name: gguf.dequantize(x.data, kinds(x.tensor_type)).astype(np.float64) for x in reader.tensors
   }
   width = says['attention.key_length']
-  heads, kv_heads = (
-    says['attention.head_count'],
-    says['attention.head_count_kv'],
-  )
+  heads, kv_heads = (says['attention.head_count'], says['attention.head_count_kv'])
   for name in [x for x in w if x.endswith('attn_qkv.weight')]:
     parts = np.split(w[name], np.cumsum([heads * width, kv_heads * width]))
     for part, x in zip(parts, 'qkv', strict=True):
@@ -180,20 +212,23 @@ def of_gguf(path: str) -> Model:
   n = says['block_count'] - modules
   rates = _rates(says['rope.freq_base'], width) / w.get('rope_freqs.weight', 1)
   sizes = Sizes(
-    heads, kv_heads, width, says['attention.layer_norm_rms_epsilon'], rates,
-    not modules,
-  )  # fmt: skip
+    heads, kv_heads, width, says['attention.layer_norm_rms_epsilon'], rates, not modules
+  )
   embed = w['token_embd.weight']
   unembed = w.get('output.weight', embed)
   found = []
   for l in range(n, n + modules):
     p = f'blk.{l}.'
-    found.append(Module(
-      w[f'{p}nextn.hnorm.weight'], w[f'{p}nextn.enorm.weight'],
-      np.roll(w[f'{p}nextn.eh_proj.weight'], embed.shape[1], 1),
-      _layer(w, p, BLOCK), w[f'{p}nextn.shared_head_norm.weight'],
-      w.get(f'{p}nextn.shared_head_head.weight', unembed),
-    ))  # fmt: skip
+    found.append(
+      Module(
+        w[f'{p}nextn.hnorm.weight'],
+        w[f'{p}nextn.enorm.weight'],
+        np.roll(w[f'{p}nextn.eh_proj.weight'], embed.shape[1], 1),
+        _layer(w, p, BLOCK),
+        w[f'{p}nextn.shared_head_norm.weight'],
+        w.get(f'{p}nextn.shared_head_head.weight', unembed),
+      )
+    )
   layers = [_layer(w, f'blk.{i}.', BLOCK) for i in range(n)]
   norm = w['output_norm.weight']
   return Model(embed, layers, norm, unembed, found, [], sizes)
@@ -264,10 +299,7 @@ def next_tokens(m: Model, ids_T) -> np.ndarray:
 def _module(x: Module, m: Model, emb_TD, states_TD, position_T, before=None):
   """(states before the norm, keys and values) of places that read the embedding
   of a token and a state."""
-  pair = [
-    _norm(states_TD, x.hidden_norm, m.sizes),
-    _norm(emb_TD, x.embed_norm, m.sizes),
-  ]
+  pair = [_norm(states_TD, x.hidden_norm, m.sizes), _norm(emb_TD, x.embed_norm, m.sizes)]
   y = np.concatenate(pair, -1) @ x.proj.T
   return _run(x.layer, y, position_T, m.sizes, before)
 
@@ -321,19 +353,15 @@ def drafts(m: Model, ids_T, hand_over: str, steps: int) -> np.ndarray:
   # Row p: the token at p, and the state of the place before it.
   given = np.concatenate([np.zeros_like(first[:1]), first[:-1]])
   begin = 1 if normed else 0
-  earlier = [
-    _module(x, m, emb[begin:], given[begin:], place[begin:])[1]
-    for x in m.modules
-  ]
+  earlier = [_module(x, m, emb[begin:], given[begin:], place[begin:])[1] for x in m.modules]
   for t in range(T - 1):
     chain = [first[t]]
     for j, x in enumerate(chosen[: T - 1 - t]):
       keys, values = earlier[j % len(m.modules)]
       rows, seen = slice(t + 1, t + 2 + j), t + 1 - begin
       states, _ = _module(
-        x, m, emb[rows], np.stack(chain), place[rows],
-        (keys[:seen], values[:seen]),
-      )  # fmt: skip
+        x, m, emb[rows], np.stack(chain), place[rows], (keys[:seen], values[:seen])
+      )
       out[j, t] = _best(x, m, states[-1:])[0]
       last = states[-1]
       chain.append(_norm(last, x.final_norm, m.sizes) if normed else last)
@@ -357,10 +385,7 @@ def passes(m: Model, ids_T, begin: int, hand_over: str, steps: int) -> int:
   while at < len(ids_T) - 1:
     t = at - 1  # the last place whose state is known
     stood = 0
-    while (
-      stood < steps and at + 1 + stood < len(ids_T)
-      and made[stood, t] == ids_T[at + 1 + stood]
-    ):  # fmt: skip
+    while stood < steps and at + 1 + stood < len(ids_T) and made[stood, t] == ids_T[at + 1 + stood]:
       stood += 1
     at = min(at + stood + 1, len(ids_T) - 1)
     n += 1

@@ -85,9 +85,7 @@ LAZY = ('torch', 'safetensors', 'gguf', 'matplotlib')  # inside functions only
 
 
 def _within(name, places):
-  return any(
-    name == p or (p.endswith('/') and name.startswith(p)) for p in places
-  )
+  return any(name == p or (p.endswith('/') and name.startswith(p)) for p in places)
 
 
 def _floor(name):
@@ -128,13 +126,9 @@ def _module(imported):
   return '/'.join(parts)
 
 
-FILES = {
-  _name(p): p for p in PACKAGE.rglob('*.py') if p.name != '__init__.py'
-}  # fmt: skip
+FILES = {_name(p): p for p in PACKAGE.rglob('*.py') if p.name != '__init__.py'}
 IMPORTS = [
-  (name, imported, top)
-  for name, path in FILES.items()
-  for imported, top in _imports(path)
+  (name, imported, top) for name, path in FILES.items() for imported, top in _imports(path)
 ]
 
 
@@ -143,9 +137,7 @@ def test_the_walk_sees_the_package():
   assert ('train/loop', 'mtp_jax.train.metrics') in found
   assert ('model/block', 'mtp_jax.model.layers') in found
   assert ('main', 'mtp_jax.report') in found  # inside a function
-  assert {name for name, _, top in IMPORTS if not top} >= {
-    'main', 'run_report/figures',
-  }  # fmt: skip
+  assert {name for name, _, top in IMPORTS if not top} >= {'main', 'run_report/figures'}
 
 
 def test_no_import_goes_up():
@@ -191,9 +183,7 @@ def test_every_place_of_the_table_exists():
 def test_init_files_hold_no_code():
   for path in PACKAGE.rglob('__init__.py'):
     for node in ast.parse(path.read_text()).body:
-      assert isinstance(node, ast.Expr) and isinstance(
-        node.value, ast.Constant
-      ), path
+      assert isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant), path
 
 
 BARE = """

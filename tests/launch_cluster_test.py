@@ -34,19 +34,19 @@ WHERE = ['--data.store=gs://b/store', '--train.workdir=gs://b/run']
 # Flags that every shell on their way would like to change.
 HARD = ['--a=b c', "--b=it's", '--c="$HOME" `id` $(id) $$ \\ * {x} ; & # ~', '']
 ASKED = [FLAGFILE, *WHERE, *HARD]
-TRAIN = [
-  'train', f'--flagfile={FLAGFILE}', '--processes.coordinator=auto', *WHERE,
-  *HARD,
-]  # fmt: skip
+TRAIN = ['train', f'--flagfile={FLAGFILE}', '--processes.coordinator=auto', *WHERE, *HARD]
 PLAIN = f'train --flagfile={FLAGFILE} --processes.coordinator=auto'
 
 AT = ['--name=run', '--zone=z1', '--project=p1']
 TPU = 'gcloud compute tpus queued-resources'
 XPK = [*AT, '--cluster=c1', '--type=v5litepod-16', '--image=reg/i:1']
 JOBSET = [
-  '--name=run', '--context=c1', '--image=reg/i:1', '--topology=4x4',
+  '--name=run',
+  '--context=c1',
+  '--image=reg/i:1',
+  '--topology=4x4',
   '--accelerator=tpu-v5-lite-podslice',
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -91,9 +91,13 @@ def _calls(log) -> list[list[str]]:
 
 def _run(command, path, cwd=ROOT, **variables):
   return subprocess.run(
-    command, cwd=cwd, text=True, capture_output=True, timeout=60,
+    command,
+    cwd=cwd,
+    text=True,
+    capture_output=True,
+    timeout=60,
     env=dict(PATH=path, HOME='/nowhere', **variables),
-  )  # fmt: skip
+  )
 
 
 def _says(script, *args, path, **kwargs) -> list[str]:
@@ -118,11 +122,17 @@ def test_shellcheck(script):
     off += ',SC2154'  # $python is the caller's
   done = subprocess.run(
     [
-      f'{sysconfig.get_path("scripts")}/shellcheck', '--shell=bash',
-      '--external-sources', '--source-path=SCRIPTDIR', f'--exclude={off}',
+      f'{sysconfig.get_path("scripts")}/shellcheck',
+      '--shell=bash',
+      '--external-sources',
+      '--source-path=SCRIPTDIR',
+      f'--exclude={off}',
       f'launch/{script.name}',
-    ], cwd=ROOT, text=True, capture_output=True,
-  )  # fmt: skip
+    ],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+  )
   assert (done.returncode, done.stdout + done.stderr) == (0, '')
 
 
@@ -137,24 +147,19 @@ SAYS = {
     ],
   ),
   'create-slices': (
-    ['tpu_vm.sh', 'create', *AT, '--type=v6e-256', '--runtime=r1']
-    + ['--slices=2', '--spot'],
+    ['tpu_vm.sh', 'create', *AT, '--type=v6e-256', '--runtime=r1'] + ['--slices=2', '--spot'],
     [
       f'{TPU} create run --accelerator-type=v6e-256 --runtime-version=r1'
       ' --node-count=2 --node-prefix=run --spot --zone=z1 --project=p1'
     ],
   ),
-  'status': (
-    ['tpu_vm.sh', 'status', *AT],
-    [f'{TPU} describe run --zone=z1 --project=p1'],
-  ),
+  'status': (['tpu_vm.sh', 'status', *AT], [f'{TPU} describe run --zone=z1 --project=p1']),
   'setup': (
     ['tpu_vm.sh', 'setup', *AT],
     [
       'mkdir -p build',
       'git archive --prefix=mtp_jax/ --output=build/mtp_jax.tar.gz HEAD',
-      f'{TPU} scp build/mtp_jax.tar.gz run: --node=all --worker=all'
-      ' --zone=z1 --project=p1',
+      f'{TPU} scp build/mtp_jax.tar.gz run: --node=all --worker=all --zone=z1 --project=p1',
       f"{TPU} ssh run --node=all --worker=all '--command=set -e;"
       ' tar xzf mtp_jax.tar.gz; cd mtp_jax;'
       ' curl -LsSf https://astral.sh/uv/install.sh | sh;'
@@ -187,10 +192,7 @@ SAYS = {
       ' --zone=z1 --project=p1'
     ],
   ),
-  'delete': (
-    ['tpu_vm.sh', 'delete', *AT],
-    [f'{TPU} delete run --force --zone=z1 --project=p1'],
-  ),
+  'delete': (['tpu_vm.sh', 'delete', *AT], [f'{TPU} delete run --force --zone=z1 --project=p1']),
   'xpk': (
     ['xpk.sh', *XPK, '--slices=2', '--spot', FLAGFILE, *WHERE],
     [
@@ -205,8 +207,7 @@ SAYS = {
   'slurm': (
     ['slurm.sbatch', FLAGFILE, *WHERE],
     [
-      'srun --export=ALL --gpu-bind=none --kill-on-bad-exit=0 mtp'
-      f' {PLAIN} {" ".join(WHERE)}',
+      f'srun --export=ALL --gpu-bind=none --kill-on-bad-exit=0 mtp {PLAIN} {" ".join(WHERE)}',
       '# status 75: scontrol requeue $SLURM_JOB_ID',
     ],
   ),
@@ -325,16 +326,19 @@ def test_flags_reach_the_nodes_of_sky(path, log, tmp_path):
   (tmp_path / '.venv/bin/activate').touch()
   (tmp_path / 'launch').symlink_to(LAUNCH)
   done = _run(
-    ['bash', '-c', _sky()['run']], path, cwd=tmp_path, FLAGFILE=FLAGFILE,
-    STORE='gs://b/store', WORKDIR='gs://b/run', FLAGS=shlex.join(HARD),
-    SKYPILOT_NODE_IPS='10.0.0.1\n10.0.0.2', SKYPILOT_NUM_NODES='2',
+    ['bash', '-c', _sky()['run']],
+    path,
+    cwd=tmp_path,
+    FLAGFILE=FLAGFILE,
+    STORE='gs://b/store',
+    WORKDIR='gs://b/run',
+    FLAGS=shlex.join(HARD),
+    SKYPILOT_NODE_IPS='10.0.0.1\n10.0.0.2',
+    SKYPILOT_NUM_NODES='2',
     SKYPILOT_NODE_RANK='1',
-  )  # fmt: skip
+  )
   assert (done.returncode, done.stderr) == (0, '')
-  where = [
-    '--processes.coordinator=10.0.0.1:8476', '--processes.count=2',
-    '--processes.index=1',
-  ]  # fmt: skip
+  where = ['--processes.coordinator=10.0.0.1:8476', '--processes.count=2', '--processes.index=1']
   expected = ['mtp', 'train', f'--flagfile={FLAGFILE}', *WHERE, *where, *HARD]
   assert _calls(log) == [expected]
 
@@ -381,9 +385,8 @@ def test_a_number_of_devices_is_one(path):
 
 def _object(required, **properties):
   return dict(
-    type='object', required=required.split(), properties=properties,
-    additionalProperties=False,
-  )  # fmt: skip
+    type='object', required=required.split(), properties=properties, additionalProperties=False
+  )
 
 
 def _list(items):
@@ -400,9 +403,7 @@ CONTAINER = _object(
   command=_list(TEXT),
   args=dict(type='array', items=dict(type='string')),
   ports=_list(_object('containerPort', containerPort=NUMBER)),
-  resources=_object(
-    'limits', limits=_object('google.com/tpu', **{'google.com/tpu': NUMBER})
-  ),
+  resources=_object('limits', limits=_object('google.com/tpu', **{'google.com/tpu': NUMBER})),
 )
 POD = _object(
   'restartPolicy containers nodeSelector terminationGracePeriodSeconds',
@@ -415,8 +416,7 @@ POD = _object(
   containers=_list(CONTAINER),
 )
 JOB = _object(
-  'parallelism completions completionMode backoffLimit podFailurePolicy'
-  ' template',
+  'parallelism completions completionMode backoffLimit podFailurePolicy template',
   parallelism=NUMBER,
   completions=NUMBER,
   completionMode=dict(const='Indexed'),
@@ -458,23 +458,16 @@ JOBSET_SCHEMA = _object(
           'name action',
           name=dict(pattern='^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$'),
           action=dict(enum=ACTIONS),
-          onJobFailureReasons=_list(
-            dict(enum=['PodFailurePolicy', 'BackoffLimitExceeded'])
-          ),
+          onJobFailureReasons=_list(dict(enum=['PodFailurePolicy', 'BackoffLimitExceeded'])),
           onJobFailureMessagePatterns=_list(TEXT),
         )
       ),
     ),
     replicatedJobs=_list(
-      _object(
-        'name template',
-        name=TEXT,
-        replicas=NUMBER,
-        template=_object('spec', spec=JOB),
-      )
+      _object('name template', name=TEXT, replicas=NUMBER, template=_object('spec', spec=JOB))
     ),
   ),
-)  # fmt: skip
+)
 
 
 def _manifest(path, *options):
@@ -505,10 +498,19 @@ def _pod(manifest):
   ],
 )
 def test_a_jobset(path, options, changed):
-  wanted = dict(
-    spot=None, slices=1, topology='4x4', hosts=4, chips=4, max_restarts=10,
-    grace_s=300, account='default',
-  ) | changed  # fmt: skip
+  wanted = (
+    dict(
+      spot=None,
+      slices=1,
+      topology='4x4',
+      hosts=4,
+      chips=4,
+      max_restarts=10,
+      grace_s=300,
+      account='default',
+    )
+    | changed
+  )
   manifest = _manifest(path, *options)
   jsonschema.validate(manifest, JOBSET_SCHEMA)
   job, pod = _job(manifest), _pod(manifest)
@@ -569,9 +571,7 @@ def _after(manifest, exit_code=None) -> str:
     break
   for rule in manifest['spec']['failurePolicy']['rules']:
     patterns = rule['onJobFailureMessagePatterns']
-    if reason in rule['onJobFailureReasons'] and any(
-      re.search(p, message) for p in patterns
-    ):
+    if reason in rule['onJobFailureReasons'] and any(re.search(p, message) for p in patterns):
       return rule['action']
   return 'RestartJobSet'  # if it was not often enough
 
@@ -660,21 +660,26 @@ def test_what_is_asked_of_slurm():
 )
 def test_a_process_a_node_or_a_gpu(path, gpus, tasks, own):
   says, _ = _says(
-    'slurm.sbatch', '--dry-run', FLAGFILE, *WHERE, path=path,
-    SLURM_GPUS_PER_NODE=gpus, SLURM_NTASKS_PER_NODE=tasks,
-  )  # fmt: skip
+    'slurm.sbatch',
+    '--dry-run',
+    FLAGFILE,
+    *WHERE,
+    path=path,
+    SLURM_GPUS_PER_NODE=gpus,
+    SLURM_NTASKS_PER_NODE=tasks,
+  )
   assert says.startswith(f'{own}srun ')
 
 
 def test_another_number_of_processes_is_refused(path):
   done = _run(
-    ['bash', 'launch/slurm.sbatch', '--dry-run', FLAGFILE, *WHERE], path,
-    SLURM_GPUS_PER_NODE='8', SLURM_NTASKS_PER_NODE='4',
-  )  # fmt: skip
-  assert (done.returncode, done.stdout) == (2, '')
-  assert done.stderr == (
-    'slurm.sbatch: --ntasks-per-node=4: 1, or as many as --gpus-per-node=8\n'
+    ['bash', 'launch/slurm.sbatch', '--dry-run', FLAGFILE, *WHERE],
+    path,
+    SLURM_GPUS_PER_NODE='8',
+    SLURM_NTASKS_PER_NODE='4',
   )
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr == ('slurm.sbatch: --ntasks-per-node=4: 1, or as many as --gpus-per-node=8\n')
 
 
 @pytest.fixture
@@ -691,9 +696,7 @@ def submitted(tmp_path):
 
 
 @pytest.mark.parametrize('status', [0, loop.EXIT_INTERRUPTED, 76, 77, 1])
-def test_75_alone_is_put_back_into_the_queue(
-  submitted, stand_in, log, tmp_path, status
-):
+def test_75_alone_is_put_back_into_the_queue(submitted, stand_in, log, tmp_path, status):
   stand_in('scontrol')
   path = stand_in('srun', f'sys.exit({status})')
   done = _run([*submitted, *ASKED], path, cwd=tmp_path, SLURM_JOB_ID='17')
@@ -720,18 +723,22 @@ def _job_id() -> int:
 
 def _slurm(index: int, number: int) -> dict:
   return dict(
-    SLURM_JOB_ID=str(number), SLURM_STEP_NODELIST='localhost',
-    SLURM_NTASKS='2', SLURM_PROCID=str(index), SLURM_LOCALID=str(index),
+    SLURM_JOB_ID=str(number),
+    SLURM_STEP_NODELIST='localhost',
+    SLURM_NTASKS='2',
+    SLURM_PROCID=str(index),
+    SLURM_LOCALID=str(index),
     SLURM_STEP_NUM_NODES='1',
-  )  # fmt: skip
+  )
 
 
 def _open_mpi(index: int, number: int) -> dict:
   return dict(
     OMPI_MCA_orte_hnp_uri=f'{number * 4096}.0;tcp://127.0.0.1:34911',
-    OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK=str(index),
+    OMPI_COMM_WORLD_SIZE='2',
+    OMPI_COMM_WORLD_RANK=str(index),
     OMPI_COMM_WORLD_LOCAL_RANK=str(index),
-  )  # fmt: skip
+  )
 
 
 JOIN = """
@@ -752,10 +759,7 @@ sys.exit(processes.run(flags.parse(sys.argv[1:]).config(), said))
 def test_processes_join_by_what_the_cluster_says(cluster):
   number = _job_id()
   flags = ['--processes.coordinator=auto', '--processes.timeout_s=10']
-  running = [
-    runs.process(['-c', JOIN, *flags], 2, cluster(index, number))
-    for index in (0, 1)
-  ]
+  running = [runs.process(['-c', JOIN, *flags], 2, cluster(index, number)) for index in (0, 1)]
   limit = time.monotonic() + LIMIT_S
   try:
     ends = [p.communicate(timeout=limit - time.monotonic()) for p in running]
@@ -768,10 +772,7 @@ def test_processes_join_by_what_the_cluster_says(cluster):
 
 
 # Four devices, two of either process: without the other there is no such mesh.
-MESH = dict(
-  mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1,
-  processes__timeout_s=10,
-)  # fmt: skip
+MESH = dict(mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1, processes__timeout_s=10)
 
 
 # As srun: N tasks, each told who it is; SIGTERM goes on to all; the highest
@@ -794,17 +795,13 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 @pytest.mark.slow
-def test_a_job_at_its_limit_is_queued_again_and_goes_on(
-  submitted, stand_in, log, store, tmp_path
-):
+def test_a_job_at_its_limit_is_queued_again_and_goes_on(submitted, stand_in, log, store, tmp_path):
   flagfile = tmp_path / 'run.flags'
   workdir = tmp_path / 'run'
   flags = runs.args(store, str(workdir), **MESH, train__steps=40)
   flagfile.write_text('\n'.join(flags))
   names = list(_slurm(0, 0))[:5]
-  srun = SRUN.format(
-    mark=str(tmp_path / 'signalled'), job=str(_job_id()), names=names
-  )
+  srun = SRUN.format(mark=str(tmp_path / 'signalled'), job=str(_job_id()), names=names)
   stand_in('scontrol')
   mtp = f'os.execv({sys.executable!r}, [{sys.executable!r}, "-m", "mtp_jax", *sys.argv[1:]])'  # noqa: E501
   path = stand_in('mtp', mtp)
@@ -813,10 +810,13 @@ def test_a_job_at_its_limit_is_queued_again_and_goes_on(
 
   def job():
     done = subprocess.run(
-      [*submitted, str(flagfile), *where], cwd=tmp_path, text=True,
-      capture_output=True, timeout=LIMIT_S,
+      [*submitted, str(flagfile), *where],
+      cwd=tmp_path,
+      text=True,
+      capture_output=True,
+      timeout=LIMIT_S,
       env=runs.environment(devices=2) | dict(PATH=path, SLURM_JOB_ID='17'),
-    )  # fmt: skip
+    )
     queued = _calls(log).count(['scontrol', 'requeue', '17'])
     return done, queued
 
@@ -834,9 +834,12 @@ def test_sigterm_reaches_the_process_that_xpk_runs(stand_in, log):
   (line,) = _says('xpk.sh', '--dry-run', *XPK, *ASKED, path=path)
   command = shlex.split(line)[-1].removeprefix('--command=')
   shell = subprocess.Popen(
-    ['bash', '-c', f'({command}) & echo $!; wait $!'], cwd=ROOT, text=True,
-    stdout=subprocess.PIPE, env=dict(PATH=path),
-  )  # fmt: skip
+    ['bash', '-c', f'({command}) & echo $!; wait $!'],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    env=dict(PATH=path),
+  )
   pid = int(shell.stdout.readline())
   assert _wait_for(log) == [['mtp', *TRAIN]]
   os.kill(pid, signal.SIGTERM)
@@ -847,9 +850,7 @@ def test_sigterm_reaches_the_process_that_xpk_runs(stand_in, log):
 # Images.
 
 
-@pytest.mark.parametrize(
-  'name, extra', [('Dockerfile', 'tpu'), ('Dockerfile.cuda', 'cuda')]
-)
+@pytest.mark.parametrize('name, extra', [('Dockerfile', 'tpu'), ('Dockerfile.cuda', 'cuda')])
 def test_an_image(name, extra):
   text = (LAUNCH / name).read_text()
   text = re.sub(r'^#.*\n', '', text, flags=re.MULTILINE).replace('\\\n', ' ')
@@ -878,9 +879,7 @@ def test_no_file_names_a_project_or_a_bucket():
 
 
 def test_a_local_run_in_processes_is_said_and_wrong_numbers_refused(path):
-  lines = _says(
-    'local.sh', '--dry-run', '--processes=2x4', '--heads.n=8', path=path
-  )
+  lines = _says('local.sh', '--dry-run', '--processes=2x4', '--heads.n=8', path=path)
   assert (
     'env DEVICES=4 launch/processes.sh 2 train'
     ' --flagfile=experiments/smoke.flags'
@@ -895,17 +894,28 @@ def test_a_local_run_in_processes_is_said_and_wrong_numbers_refused(path):
   assert done.stderr == 'local.sh: --processes=two: give N or NxM\n'
 
 
-SCRIPTS = ('local.sh', 'test.sh', 'processes.sh', 'tpu_vm.sh', 'xpk.sh',
-           'jobset.sh', 'slurm.sbatch')  # fmt: skip
+SCRIPTS = (
+  'local.sh',
+  'test.sh',
+  'processes.sh',
+  'tpu_vm.sh',
+  'xpk.sh',
+  'jobset.sh',
+  'slurm.sbatch',
+)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help_is_the_head_comment_and_does_nothing_else(script, tmp_path):
   """From any folder."""
   found = subprocess.run(
-    ['bash', str(LAUNCH / script), '--help'], cwd=tmp_path, text=True,
-    capture_output=True, env=dict(PATH='/usr/bin:/bin'), timeout=20,
-  )  # fmt: skip
+    ['bash', str(LAUNCH / script), '--help'],
+    cwd=tmp_path,
+    text=True,
+    capture_output=True,
+    env=dict(PATH='/usr/bin:/bin'),
+    timeout=20,
+  )
   assert (found.returncode, found.stderr) == (0, '')
   head = (LAUNCH / script).read_text().splitlines()[1]
   assert found.stdout.startswith(head.removeprefix('# ') + '\n')

@@ -21,9 +21,12 @@ topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
 
 def _bash(command, *, path='', **variables):
   return subprocess.run(
-    ['bash', '-euo', 'pipefail', '-c', command], cwd=runs.ROOT, text=True,
-    capture_output=True, env=dict(PATH=f'{path}:/usr/bin:/bin', **variables),
-  )  # fmt: skip
+    ['bash', '-euo', 'pipefail', '-c', command],
+    cwd=runs.ROOT,
+    text=True,
+    capture_output=True,
+    env=dict(PATH=f'{path}:/usr/bin:/bin', **variables),
+  )
 
 
 def _flags(platform, **kwargs):
@@ -56,9 +59,7 @@ def machine(tmp_path):
   return make
 
 
-@pytest.mark.parametrize(
-  'script', sorted(LAUNCH.glob('*.sh')), ids=lambda p: p.name
-)
+@pytest.mark.parametrize('script', sorted(LAUNCH.glob('*.sh')), ids=lambda p: p.name)
 def test_a_script_is_bash(script):
   done = subprocess.run(['bash', '-n', script], capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (0, '')
@@ -84,9 +85,7 @@ def test_what_trains_sources_the_flags(script):
 def test_auto_goes_by_the_devices(machine, devices, nvidia, platform):
   found = _flags('auto', **machine(devices, nvidia))
   assert found == _flags(platform)
-  assert {name for name, flags in found.items() if flags} == (
-    {platform} & VARIABLES.keys()
-  )
+  assert {name for name, flags in found.items() if flags} == ({platform} & VARIABLES.keys())
 
 
 @pytest.mark.parametrize('platform', VARIABLES)
@@ -109,23 +108,26 @@ def test_another_platform_is_refused():
 
 def _starts(code, **variables):
   return subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True,
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
     env=os.environ | ahead.VARIABLES | variables,
-  )  # fmt: skip
+  )
 
 
 @pytest.mark.parametrize(
   'platform, code',
   [
     pytest.param(
-      'tpu', TOPOLOGY, marks=pytest.mark.skipif(
-        importlib.util.find_spec('libtpu') is None,
-        reason='libtpu is not installed',
-      )
+      'tpu',
+      TOPOLOGY,
+      marks=pytest.mark.skipif(
+        importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed'
+      ),
     ),
     ('gpu', 'import jax; jax.devices()'),
   ],
-)  # fmt: skip
+)
 def test_the_compiler_knows_each_flag(platform, code):
   """One that it does not know ends it at the start."""
   flags = ' '.join(_flags(platform)[platform])

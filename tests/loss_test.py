@@ -36,20 +36,41 @@ HOW = dict(  # must not
 )
 
 
-def _cfg(family='parallel', n=2, unembedding='shared', weights='0:1',
-         z_loss=0.0, stride=1, order=0.0, schedule='remat', chunk=0,
-         accumulate=1, mesh=(1, 1, 1), remat='none'):  # fmt: skip
+def _cfg(
+  family='parallel',
+  n=2,
+  unembedding='shared',
+  weights='0:1',
+  z_loss=0.0,
+  stride=1,
+  order=0.0,
+  schedule='remat',
+  chunk=0,
+  accumulate=1,
+  mesh=(1, 1, 1),
+  remat='none',
+):
   # Two layers of trunk, which the dense loss has to unroll.
   n_layers = 2 + (n if family in config.BLOCK_FIRST else 0)
   return tiny.cfg(
     model__n_layers=n_layers,
-    heads__family=family, heads__n=n, heads__unembedding=unembedding,
-    heads__stride=stride, loss__order_weight=order, loss__order_window=9,
+    heads__family=family,
+    heads__n=n,
+    heads__unembedding=unembedding,
+    heads__stride=stride,
+    loss__order_weight=order,
+    loss__order_window=9,
     loss__weights=weights if n > 1 else '0:1',
-    loss__z_loss=z_loss, loss__schedule=schedule, loss__chunk=chunk,
-    train__accumulate=accumulate, mesh__data=mesh[0], mesh__fsdp=mesh[1],
-    mesh__tensor=mesh[2], model__remat=remat, data__batch_size=16,
-  )  # fmt: skip
+    loss__z_loss=z_loss,
+    loss__schedule=schedule,
+    loss__chunk=chunk,
+    train__accumulate=accumulate,
+    mesh__data=mesh[0],
+    mesh__fsdp=mesh[1],
+    mesh__tensor=mesh[2],
+    model__remat=remat,
+    data__batch_size=16,
+  )
 
 
 @functools.cache
@@ -59,9 +80,7 @@ def _dense(packed, **what):
   m = tiny.mesh(c)
   rows = sharding.put_batch(m, tiny.batch(c, packed=packed))
   with jax.set_mesh(m):
-    f = jax.jit(
-      jax.value_and_grad(functools.partial(tiny.dense_loss, c=c), has_aux=True)
-    )
+    f = jax.jit(jax.value_and_grad(functools.partial(tiny.dense_loss, c=c), has_aux=True))
     (total, loss_K), grads = jax.device_get(f(tiny.model(c, m), rows))
   return total, loss_K, grads
 
@@ -72,14 +91,10 @@ def _equals_dense(row):
   total, loss_K, grads = _dense(**what)
   packed = what.pop('packed')
   c = _cfg(**what, **how)
-  (got, sums), (got_grads, _) = tiny.value_and_grad(
-    c, tiny.batch(c, packed=packed)
-  )
+  (got, sums), (got_grads, _) = tiny.value_and_grad(c, tiny.batch(c, packed=packed))
   np.testing.assert_allclose(got, total, **TOLERANCE)
   np.testing.assert_allclose(sums['loss_K'], loss_K, **TOLERANCE)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got_grads, grads
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got_grads, grads)
 
 
 def _id(row):
@@ -97,17 +112,14 @@ def test_equals_oracle(row):
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
   window = c.loss.order_window if row['order'] else 0
   shape = oracle.Shape(
-    row['family'], row['n'], z_loss=row['z_loss'], stride=row['stride'],
-    window=window,
-  )  # fmt: skip
+    row['family'], row['n'], z_loss=row['z_loss'], stride=row['stride'], window=window
+  )
   w = tiny.flat(tiny.model(c, tiny.mesh(c)))
   weights = [1.0, *[0.3 if '.3' in row['weights'] else 1.0] * (row['n'] - 1)]
 
   def losses(w):
     logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
-    out = oracle.losses(
-      logits, flat['tokens'], flat['position'], shape, weights
-    )
+    out = oracle.losses(logits, flat['tokens'], flat['position'], shape, weights)
     if window:
       out['order'] = oracle.order(w, flat['tokens'], flat['position'], shape)
       out['total'] += row['order'] * out['order']
@@ -125,16 +137,11 @@ def test_equals_oracle(row):
   # differences: one wrong entry changes it. If it does, whose is it?
   rng = np.random.default_rng(0)
   grads = tiny.flat(grads)
-  along = {
-    path: rng.normal(size=grad.shape) / np.linalg.norm(grad)
-    for path, grad in grads.items()
-  }
+  along = {path: rng.normal(size=grad.shape) / np.linalg.norm(grad) for path, grad in grads.items()}
 
   def off(along):
     numeric = oracle.derivative(lambda w: losses(w)[1]['total'], w, along)
-    return abs(
-      sum(np.sum(grads[path] * along[path]) for path in along) - numeric
-    )
+    return abs(sum(np.sum(grads[path] * along[path]) for path in along) - numeric)
 
   if off(along) > 1e-5:
     wrong = {path: off({path: along[path]}) for path in along}
@@ -145,9 +152,13 @@ def test_equals_oracle(row):
 def test_a_single_row_and_a_single_kv_head_on_one_device(schedule, chunk):
   """Of dimensions of size 1 JAX cannot tell which one is sharded."""
   c = tiny.cfg(
-    heads__n=2, data__batch_size=1, model__n_kv_heads=1, model__n_layers=4,
-    loss__schedule=schedule, loss__chunk=chunk,
-  )  # fmt: skip
+    heads__n=2,
+    data__batch_size=1,
+    model__n_kv_heads=1,
+    model__n_layers=4,
+    loss__schedule=schedule,
+    loss__chunk=chunk,
+  )
   rows = tiny.batch(c)
   (got, sums), _ = tiny.value_and_grad(c, rows)
   want = tiny.oracle_losses(c, rows)
@@ -164,22 +175,20 @@ def test_chunks_unless_told_hold_half_a_gib_of_logits_a_device():
   assert cross_entropy.chunk(of(**{'loss.chunk': 64}), 1000) == 64
   assert cross_entropy.chunk(of(**{'data.seq_len': 3 * 641}), 4) == 641
   sharded = tiny.cfg(
-    data__seq_len=2048, model__vocab_size=32_000, mesh__data=2, mesh__fsdp=2,
-    mesh__tensor=2, data__batch_size=64,
-  )  # fmt: skip
+    data__seq_len=2048,
+    model__vocab_size=32_000,
+    mesh__data=2,
+    mesh__fsdp=2,
+    mesh__tensor=2,
+    data__batch_size=64,
+  )
   with jax.set_mesh(tiny.mesh(sharded)):
     assert cross_entropy.chunk(sharded, 32) == 1024  # 8 rows, half the logits
 
 
 # All of the paper's own family; the others differ in their blocks only, and
 # all seven with all else would be 48,384 cases.
-FULL = (
-  WHAT
-  | HOW
-  | dict(
-    family=('parallel',), unembedding=('shared',), stride=(1,), order=(0.0,)
-  )
-)
+FULL = WHAT | HOW | dict(family=('parallel',), unembedding=('shared',), stride=(1,), order=(0.0,))
 
 
 @pytest.mark.slow
@@ -202,18 +211,14 @@ def test_targets_on_a_periodic_sequence():
   targets_KBT, valid_KBT = targets.targets(rows, tiny.cfg(heads__n=4))
   assert targets_KBT.shape == (4, 1, 16) and valid_KBT.all()
   for k in range(1, 5):
-    np.testing.assert_array_equal(
-      targets_KBT[k - 1, 0], (np.arange(16) + k) % 5
-    )
+    np.testing.assert_array_equal(targets_KBT[k - 1, 0], (np.arange(16) + k) % 5)
 
 
 def test_leaping_heads_ask_for_tokens_a_stride_apart():
   tokens_BU = jnp.arange(23)[None]
   c = tiny.cfg(heads__n=3, heads__stride=3)
   assert c.heads.offsets == (1, 4, 7) and c.span == 7
-  targets_KBT, valid_KBT = targets.targets(
-    dict(tokens=tokens_BU, position=tokens_BU), c
-  )
+  targets_KBT, valid_KBT = targets.targets(dict(tokens=tokens_BU, position=tokens_BU), c)
   assert valid_KBT.all()
   for k, offset in enumerate((1, 4, 7)):
     np.testing.assert_array_equal(targets_KBT[k, 0], np.arange(16) + offset)
@@ -224,8 +229,7 @@ def test_targets_never_cross_a_document():
   rows = dict(tokens=jnp.zeros((1, 10), int), position=position_BU)
   _, valid_KBT = targets.targets(rows, tiny.cfg(heads__n=3))
   brute = [
-    [int(all(position_BU[0, t + j] for j in range(1, k + 1))) for t in range(7)]
-    for k in (1, 2, 3)
+    [int(all(position_BU[0, t + j] for j in range(1, k + 1))) for t in range(7)] for k in (1, 2, 3)
   ]
   np.testing.assert_array_equal(valid_KBT[:, 0], brute)
 
@@ -266,20 +270,15 @@ def test_micro_batches_of_unequal_counts_sum_exactly():
   (b, b_sums), (b_grads, _) = tiny.value_and_grad(four, cut)
   np.testing.assert_allclose(a, b, rtol=1e-6)
   jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE),
-    (a_sums, a_grads), (b_sums, b_grads),
-  )  # fmt: skip
+    lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), (a_sums, a_grads), (b_sums, b_grads)
+  )
 
 
 @pytest.mark.parametrize(
-  'family, schedule',
-  [('parallel', 'remat'), ('parallel', 'eager'), ('residual', 'eager')],
+  'family, schedule', [('parallel', 'remat'), ('parallel', 'eager'), ('residual', 'eager')]
 )
 def test_head_gradient_norms_are_those_of_each_head_alone(schedule, family):
-  c = tiny.cfg(
-    heads__n=3, loss__schedule=schedule, train__accumulate=2,
-    heads__family=family,
-  )  # fmt: skip
+  c = tiny.cfg(heads__n=3, loss__schedule=schedule, train__accumulate=2, heads__family=family)
   _, (_, norm2_K) = tiny.value_and_grad(c, tiny.batch(c))
   want_K = _dz_norm2(tiny.cfg(heads__n=3, heads__family=family))
   np.testing.assert_allclose(norm2_K, want_K, rtol=1e-4)
@@ -300,9 +299,7 @@ def _dz_norm2(c):
   """(K,) |d loss_k / dz|^2 with z a free variable and all logits kept."""
   m, rows = tiny.mesh(c), tiny.batch(c)
   T = c.data.seq_len
-  targets_KBT, valid_KBT = targets.targets(
-    {name: x[0] for name, x in rows.items()}, c
-  )
+  targets_KBT, valid_KBT = targets.targets({name: x[0] for name, x in rows.items()}, c)
 
   @jax.jit
   def norms(w, tokens_BU, position_BU):
@@ -313,10 +310,12 @@ def _dz_norm2(c):
       h_KBTD = [
         heads.step(
           jax.tree.map(lambda p: p[k], w.heads),  # noqa: B023
-          heads.Inputs(w.norm, z_BTD, z_BTD, None), ctx, c,
+          heads.Inputs(w.norm, z_BTD, z_BTD, None),
+          ctx,
+          c,
         )[1]
         for k in range(c.heads.n - 1 + c.heads.block_first)
-      ]  # fmt: skip
+      ]
       if not c.heads.block_first:
         first = heads.Inputs(w.norm, z_BTD, z_BTD, None)
         module = jax.tree.map(lambda p: p[0], w.heads)
@@ -340,47 +339,42 @@ def test_z_loss_is_reported_apart_and_inside():
   (_, a), _ = tiny.value_and_grad(c, tiny.batch(c))
   (_, b), _ = tiny.value_and_grad(plain, tiny.batch(c))
   assert (a['z_loss_K'] > 0).all()
-  np.testing.assert_allclose(
-    a['loss_K'] - a['z_loss_K'], b['loss_K'], rtol=1e-5
-  )
+  np.testing.assert_allclose(a['loss_K'] - a['z_loss_K'], b['loss_K'], rtol=1e-5)
 
 
 def test_weights_by_step():
   c = tiny.cfg(heads__n=3, loss__weights='0:1,.3;10:1,.1,.2')
-  for step, want in (
-    (0, [1, 0.3, 0.3]),
-    (9, [1, 0.3, 0.3]),
-    (10, [1, 0.1, 0.2]),
-  ):
+  for step, want in ((0, [1, 0.3, 0.3]), (9, [1, 0.3, 0.3]), (10, [1, 0.1, 0.2])):
     np.testing.assert_allclose(targets.weights(jnp.int32(step), c), want)
 
 
 @pytest.mark.parametrize(
   'family',
   [
-    'parallel', 'anticausal', 'recursive',
-    *(pytest.param(family, marks=pytest.mark.slow)
-      for family in ('causal', 'linear', 'residual', 'sequential')),
+    'parallel',
+    'anticausal',
+    'recursive',
+    *(
+      pytest.param(family, marks=pytest.mark.slow)
+      for family in ('causal', 'linear', 'residual', 'sequential')
+    ),
   ],
-)  # fmt: skip
+)
 def test_inactive_heads_cost_nothing_and_get_no_gradient(family):
   c = tiny.cfg(heads__n=3, heads__family=family)
   rows = tiny.batch(c)
   (total, sums), (grads, _) = tiny.value_and_grad(c, rows, n_active=2)
   (_, all_sums), _ = tiny.value_and_grad(c, rows)
   if family != 'anticausal':  # there the near heads sit on the far ones
-    np.testing.assert_allclose(
-      sums['loss_K'], all_sums['loss_K'][:2], rtol=1e-6
-    )
+    np.testing.assert_allclose(sums['loss_K'], all_sums['loss_K'][:2], rtol=1e-6)
   np.testing.assert_allclose(total, sum(sums['loss_K']), rtol=1e-6)
   used = heads.n_modules(c, 2)
   for g in jax.tree.leaves(grads.heads):
     assert np.any(g[:used]) and not np.any(g[used:])
   # No FLOP for them: as many as a model has that never heard of them.
   one = tiny.cfg(
-    heads__n=1, heads__family=family,
-    model__n_layers=c.model.n_layers - 2 * c.heads.block_first,
-  )  # fmt: skip
+    heads__n=1, heads__family=family, model__n_layers=c.model.n_layers - 2 * c.heads.block_first
+  )
   # XLA counts the body of a loop once: a head is 0.2% here, hence 0.1%.
   np.testing.assert_allclose(_flops(c, 1), _flops(one, 1), rtol=1e-3)
 
@@ -417,9 +411,7 @@ def test_acceptance_is_agreement_with_head_1_not_label_accuracy():
   argmax_KBT = jnp.array([[[7, 8, 9, 7]], [[8, 9, 5, 0]], [[9, 0, 0, 0]]])
   accepted_K = targets.acceptance(argmax_KBT, jnp.ones((1, 4), bool))
   np.testing.assert_array_equal(accepted_K, [2, 2, 1])
-  masked = targets.acceptance(
-    argmax_KBT, jnp.array([[False, True, True, True]])
-  )
+  masked = targets.acceptance(argmax_KBT, jnp.array([[False, True, True, True]]))
   np.testing.assert_array_equal(masked, [1, 1, 0])
 
 
@@ -447,9 +439,7 @@ def test_the_order_is_a_softmax_of_nearness_over_first_occurrences():
   np.testing.assert_allclose(p_WBT[:, 0, 0], at_0 / at_0.sum(), rtol=1e-6)
   np.testing.assert_allclose(p_WBT[:, 0, 3], at_3 / at_3.sum(), rtol=1e-6)
   np.testing.assert_array_equal(p_WBT[:, 0, 5], 0)  # its last token
-  masked = dict(
-    tokens=tokens_BU, position=position_BU, scored=jnp.arange(12)[None] >= 2
-  )
+  masked = dict(tokens=tokens_BU, position=position_BU, scored=jnp.arange(12)[None] >= 2)
   np.testing.assert_array_equal(targets.order(masked, c)[:, 0, 0], 0)
 
 
@@ -469,9 +459,12 @@ def test_the_log_sum_exp_of_one_token_is_float32():
   """A mean over tokens hides it: their errors cancel."""
   # 32 logits of 10: 13.4657, of which bfloat16 would make 13.4375.
   loss, stats = cross_entropy.of_targets(
-    jnp.full((1, 1, 4), 2.5, jnp.bfloat16), jnp.ones((4, 32), jnp.bfloat16),
-    jnp.array([[3]]), jnp.ones((1, 1), bool), tiny.cfg(loss__z_loss=1.0),
-  )  # fmt: skip
+    jnp.full((1, 1, 4), 2.5, jnp.bfloat16),
+    jnp.ones((4, 32), jnp.bfloat16),
+    jnp.array([[3]]),
+    jnp.ones((1, 1), bool),
+    tiny.cfg(loss__z_loss=1.0),
+  )
   lse = 10 + np.log(32)
   np.testing.assert_allclose(stats.z_loss, lse**2, rtol=1e-6)
   np.testing.assert_allclose(loss - stats.z_loss, np.log(32), rtol=1e-4)
@@ -480,25 +473,30 @@ def test_the_log_sum_exp_of_one_token_is_float32():
 @functools.cache
 def _temp_bytes(n, schedule, chunk=0, order=0.0):
   c = tiny.cfg(
-    heads__n=n, model__n_layers=10, model__vocab_size=4096, data__seq_len=64,
+    heads__n=n,
+    model__n_layers=10,
+    model__vocab_size=4096,
+    data__seq_len=64,
     loss__schedule='remat' if schedule == 'dense' else schedule,
-    loss__chunk=chunk, data__batch_size=4, model__remat='block',
-    loss__order_weight=order, loss__order_window=8,
-  )  # fmt: skip
+    loss__chunk=chunk,
+    data__batch_size=4,
+    model__remat='block',
+    loss__order_weight=order,
+    loss__order_window=8,
+  )
   m = tiny.mesh(c)
   rows = {
     name: jax.ShapeDtypeStruct(
-      (1, 4, 64 + c.span), np.int32,
+      (1, 4, 64 + c.span),
+      np.int32,
       sharding=jax.NamedSharding(m, sharding.pspec(None, 'batch', None)),
     )
     for name in ('tokens', 'position')
-  }  # fmt: skip
+  }
   with jax.set_mesh(m):
     w = params.abstract(lm.specs(c), jnp.float32, m)
     if schedule == 'dense':
-      f = jax.jit(
-        jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True)
-      )
+      f = jax.jit(jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True))
       lowered = f.lower(w, rows)
     else:
       lowered = tiny._value_and_grad.lower(w, rows, c=c, n_active=n)
@@ -527,15 +525,16 @@ def test_keeping_all_logits_is_not():
 @pytest.mark.parametrize('grad_dtype', ['float32', 'bfloat16'])
 def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
   c = tiny.cfg(
-    model__compute_dtype='bfloat16', loss__grad_dtype=grad_dtype, mesh__fsdp=4,
-    loss__schedule=schedule, heads__n=2,
-  )  # fmt: skip
+    model__compute_dtype='bfloat16',
+    loss__grad_dtype=grad_dtype,
+    mesh__fsdp=4,
+    loss__schedule=schedule,
+    heads__n=2,
+  )
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
-    jaxpr = jax.make_jaxpr(
-      lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2)
-    )(w, rows)
+    jaxpr = jax.make_jaxpr(lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2))(w, rows)
   found = tiny.reductions(jaxpr.jaxpr)
   assert len(found) >= 4 and set(found) == {jnp.dtype(grad_dtype)}
 
@@ -554,18 +553,14 @@ def _reshards_of_a_step(**changes):
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
-    jaxpr = jax.make_jaxpr(
-      lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2)
-    )(w, rows)
+    jaxpr = jax.make_jaxpr(lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2))(w, rows)
   return list(_reshards(jaxpr.jaxpr))
 
 
 @pytest.mark.parametrize('family', ['parallel', 'causal'])
 @pytest.mark.parametrize('schedule', ['remat', 'eager'])
 def test_the_unembedding_is_gathered_once_not_once_a_head(schedule, family):
-  found = _reshards_of_a_step(
-    loss__schedule=schedule, heads__family=family, model__vocab_size=40
-  )
+  found = _reshards_of_a_step(loss__schedule=schedule, heads__family=family, model__vocab_size=40)
   unembed_DV = [in_loop for x, in_loop in found if x.shape == (16, 40)]
   # Gathered, and its gradient scattered over fsdp, then added over data.
   assert unembed_DV == [False, False, False]
@@ -591,21 +586,15 @@ def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient(family):
       return jax.grad(total, argnums=(0, 1))(w, 0 * two)
 
     (one, norm2_one_K), (four, norm2_four_K) = grads(1.0), grads(4.0)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(4 * a, b, **TOLERANCE), one, four
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(4 * a, b, **TOLERANCE), one, four)
   np.testing.assert_allclose(16 * norm2_one_K, norm2_four_K, rtol=1e-5)
 
 
 @pytest.mark.parametrize('schedule', ['remat', 'eager'])
 def test_shared_bfloat16_parameters_sum_their_gradients_in_float32(schedule):
   """Rounded once: what float32 parameters of the same values have."""
-  of = dict(
-    heads__n=4, heads__family='recursive', heads__unembedding='tied',
-  )  # fmt: skip
-  narrow = tiny.cfg(
-    **of, loss__schedule=schedule, model__param_dtype='bfloat16'
-  )
+  of = dict(heads__n=4, heads__family='recursive', heads__unembedding='tied')
+  narrow = tiny.cfg(**of, loss__schedule=schedule, model__param_dtype='bfloat16')
   wide = tiny.cfg(**of)
   m = tiny.mesh(wide)
   w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.model(wide, m))
@@ -615,11 +604,10 @@ def test_shared_bfloat16_parameters_sum_their_gradients_in_float32(schedule):
   _, (want, _) = tiny.value_and_grad(wide, rows, exact)
   for name in ('norm', 'embed', 'heads'):
     jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(
-        a.astype(np.float32), b, rtol=2**-8, atol=1e-7
-      ),
-      getattr(got, name), getattr(want, name),
-    )  # fmt: skip
+      lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-8, atol=1e-7),
+      getattr(got, name),
+      getattr(want, name),
+    )
 
 
 def test_the_gradients_dtype_is_not_the_forwards():
@@ -633,9 +621,8 @@ def test_the_gradients_dtype_is_not_the_forwards():
 def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
   """A change below the spacing of bfloat16 is seen in a norm, in no matrix."""
   c = tiny.cfg(
-    heads__n=2, heads__family='sequential', model__n_layers=1,
-    model__compute_dtype='bfloat16',
-  )  # fmt: skip
+    heads__n=2, heads__family='sequential', model__n_layers=1, model__compute_dtype='bfloat16'
+  )
   m = tiny.mesh(c)
 
   @jax.jit
@@ -643,16 +630,19 @@ def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
     bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
     count_K, _ = targets.counts(rows, c, bytes_V)
     _, sums = loss.mtp_loss(
-      w, jnp.zeros(2), jax.tree.map(lambda x: x[0], rows), count_K=count_K,
-      weight_K=jnp.ones(2), n_active=2, cfg=c,
-    )  # fmt: skip
+      w,
+      jnp.zeros(2),
+      jax.tree.map(lambda x: x[0], rows),
+      count_K=count_K,
+      weight_K=jnp.ones(2),
+      n_active=2,
+      cfg=c,
+    )
     return sums['loss_sum_K'] / count_K
 
   with jax.set_mesh(m):
     rows = sharding.put_batch(m, tiny.batch(c))
-    w = jax.tree.map(
-      lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tiny.model(c, m)
-    )
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tiny.model(c, m))
     want_K, seen = losses(w, rows), {}
     for changed, _ in jax.tree_util.tree_leaves_with_path(w):
       other = jax.tree_util.tree_map_with_path(
@@ -674,9 +664,5 @@ def test_the_schedule_that_keeps_all_logits_computes_ours(monkeypatch):
   want, _ = tiny.value_and_grad(c, rows)
   tiny._value_and_grad.clear_cache()  # or a schedule of before would answer
   monkeypatch.setitem(loss.SCHEDULES, 'eager', ahead.keeps_all_logits)
-  got, _ = tiny.value_and_grad(
-    tiny.cfg(heads__n=3, loss__schedule='eager'), rows
-  )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want
-  )
+  got, _ = tiny.value_and_grad(tiny.cfg(heads__n=3, loss__schedule='eager'), rows)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)

@@ -16,23 +16,22 @@ from tests import runs
 SECTIONS = {
   'prepare': ['data'],
   'inspect': ['inspect', 'data', 'heads', 'train'],
-  'train': [
-    'train', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes',
-    'eval',
-  ],
+  'train': ['train', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes', 'eval'],
   'eval': ['eval', 'data', 'decode', 'bench.prompt', 'mesh', 'processes'],
-  'bench': [
-    'bench', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train',
-  ],
+  'bench': ['bench', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train'],
   'plan': ['plan', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train'],
   'generate': ['decode', 'mesh', 'bench'],
   'export': ['export', 'data', 'mesh'],
   'import': [
-    'import', 'train.workdir', 'heads.family', 'model.param_dtype',
-    'model.compute_dtype', 'mesh',
+    'import',
+    'train.workdir',
+    'heads.family',
+    'model.param_dtype',
+    'model.compute_dtype',
+    'mesh',
   ],
   'report': [],
-}  # fmt: skip
+}
 
 
 NO_CACHE = '--train.compilation_cache='
@@ -88,8 +87,7 @@ IMPOSSIBLE = [
   ('heads.n', 3, {}, 'at most 2'),  # of FLAGS' three layers
   ('heads.n', 0, {}, 'must be at least 1'),
   ('heads.n', 16, {'model.n_layers': 20}, 'must be below --data.seq_len=16'),
-  ('model.d_model', 18, {'model.n_attn_heads': 4},
-   'must be a multiple of --model.n_attn_heads=4'),
+  ('model.d_model', 18, {'model.n_attn_heads': 4}, 'must be a multiple of --model.n_attn_heads=4'),
   ('model.d_model', 18, {}, 'a head is 9 wide; it must be even'),
   ('model.d_model', 0, {}, 'must be at least 1'),
   ('model.n_kv_heads', 3, {}, 'must divide --model.n_attn_heads=2'),
@@ -99,12 +97,19 @@ IMPOSSIBLE = [
   ('model.compute_dtype', 'float16', {}, 'one of float32, bfloat16'),
   ('model.remat', 'all', {}, 'one of none, block, dots'),
   ('model.attention', 'fast', {}, 'one of auto, reference, splash, flash'),
-  ('model.attention', 'splash', {},
-   'needs a multiple of 128 as --data.seq_len, not 16'),
-  ('model.attention', 'flash', {'data.seq_len': 128},
-   'needs d_model / n_attn_heads of 16 to 256, not 8'),
-  ('model.attention', 'splash', {'data.seq_len': 128},
-   'is a kernel for tpu, and these devices are cpu'),
+  ('model.attention', 'splash', {}, 'needs a multiple of 128 as --data.seq_len, not 16'),
+  (
+    'model.attention',
+    'flash',
+    {'data.seq_len': 128},
+    'needs d_model / n_attn_heads of 16 to 256, not 8',
+  ),
+  (
+    'model.attention',
+    'splash',
+    {'data.seq_len': 128},
+    'is a kernel for tpu, and these devices are cpu',
+  ),
   ('model.norm_eps', 0, {}, 'must be above 0'),
   ('heads.family', 'serial', {}, 'one of parallel'),
   ('loss.schedule', 'lazy', {}, 'one of remat, eager'),
@@ -138,8 +143,7 @@ IMPOSSIBLE = [
   ('optim.heads_lr', -1, {}, 'must be above 0'),
   ('optim.trunk_lr', 0, {}, 'must be above 0'),
   ('train.freeze', 'all', {}, 'one of none, trunk, heads'),
-  ('train.freeze', 'trunk', {'heads.n': 1, 'heads.family': 'linear'},
-   'nothing else would train'),
+  ('train.freeze', 'trunk', {'heads.n': 1, 'heads.family': 'linear'}, 'nothing else would train'),
   ('optim.warmup_steps', 6, {}, 'must be below --train.steps=6'),
   ('optim.decay_steps', 0, {'optim.schedule': 'wsd'}, '1 to steps'),
   ('optim.decay_steps', 2, {'optim.schedule': 'wsd'}, 'warmup_steps = 1'),
@@ -152,10 +156,18 @@ IMPOSSIBLE = [
   ('train.max_nonfinite', 0, {}, 'must be at least 1'),
   ('train.workdir', '', {}, 'give the directory of the run'),
   ('data.store', '', {}, 'give the store that `mtp prepare` wrote'),
-  ('data.batch_size', 4, {},
-   'must be a multiple of mesh data x fsdp = 8 times --train.accumulate=1'),
-  ('data.batch_size', 8, {'train.accumulate': 2},
-   'must be a multiple of mesh data x fsdp = 8 times --train.accumulate=2'),
+  (
+    'data.batch_size',
+    4,
+    {},
+    'must be a multiple of mesh data x fsdp = 8 times --train.accumulate=1',
+  ),
+  (
+    'data.batch_size',
+    8,
+    {'train.accumulate': 2},
+    'must be a multiple of mesh data x fsdp = 8 times --train.accumulate=2',
+  ),
   ('mesh.fsdp', 3, {}, 'data=1 x fsdp=3 x tensor=1 does not fit 8 devices'),
   ('mesh.fsdp', 4, {}, 'does not fit 8 devices'),
   ('mesh.data', 16, {}, 'does not fit 8 devices'),
@@ -167,27 +179,31 @@ IMPOSSIBLE = [
   ('processes.coordinator', ':1234', {}, 'HOST:PORT, auto or empty'),
   ('processes.coordinator', 'here:99999', {}, 'HOST:PORT, auto or empty'),
   ('processes.count', 2, {}, 'needs --processes.coordinator=HOST:PORT'),
-  ('processes.index', 1, {'processes.coordinator': 'auto'},
-   'needs --processes.coordinator=HOST:PORT'),
-  ('processes.index', 2,
-   {'processes.coordinator': 'here:1234', 'processes.count': 2},
-   'must be below --processes.count=2'),
+  (
+    'processes.index',
+    1,
+    {'processes.coordinator': 'auto'},
+    'needs --processes.coordinator=HOST:PORT',
+  ),
+  (
+    'processes.index',
+    2,
+    {'processes.coordinator': 'here:1234', 'processes.count': 2},
+    'must be below --processes.count=2',
+  ),
   ('processes.timeout_s', 0, {}, 'must be at least 1'),
-  ('model.n_kv_heads', 2, {'mesh.tensor': 4},
-   'must be a multiple of mesh tensor=4'),
+  ('model.n_kv_heads', 2, {'mesh.tensor': 4}, 'must be a multiple of mesh tensor=4'),
   ('model.d_model', 12, {}, 'must be a multiple of mesh fsdp=8'),
   ('model.d_ff', 33, {'mesh.tensor': 2}, 'must be a multiple of mesh tensor=2'),
-  ('model.vocab_size', 265, {'mesh.tensor': 2},
-   'must be a multiple of mesh tensor=2'),
-]  # fmt: skip
+  ('model.vocab_size', 265, {'mesh.tensor': 2}, 'must be a multiple of mesh tensor=2'),
+]
 
 
 @pytest.mark.parametrize('name, value, others, allowed', IMPOSSIBLE)
 def test_the_impossible_is_refused(
   store, tmp_path, capsys, monkeypatch, name, value, others, allowed
 ):
-  for owner, function in ((jax.stages.Lowered, 'compile'),
-                          (loop.state_lib, 'init')):  # fmt: skip
+  for owner, function in ((jax.stages.Lowered, 'compile'), (loop.state_lib, 'init')):
     monkeypatch.setattr(owner, function, lambda *_: pytest.fail('too late'))
   workdir = tmp_path / 'run'
   args = runs.args(store, str(workdir))
@@ -219,11 +235,16 @@ def test_what_is_no_command_or_flag_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize(
   'command, given',
   [
-    ('import', '--out=x'), ('import', '--prompt=x'), ('export', '--out=x'),
-    ('train', '--out=x'), ('train', '--prompt=x'), ('eval', '--prompt_ids=1'),
-    ('report', '--prompt=x'), ('prepare', '--prompt=x'),
+    ('import', '--out=x'),
+    ('import', '--prompt=x'),
+    ('export', '--out=x'),
+    ('train', '--out=x'),
+    ('train', '--prompt=x'),
+    ('eval', '--prompt_ids=1'),
+    ('report', '--prompt=x'),
+    ('prepare', '--prompt=x'),
   ],
-)  # fmt: skip
+)
 def test_a_flag_without_a_use_is_refused(capsys, command, given):
   line = _fails(capsys, command, given)
   assert line.startswith(f'{given}: {command} does not use it')
@@ -231,16 +252,18 @@ def test_a_flag_without_a_use_is_refused(capsys, command, given):
 
 def test_import_refuses_what_only_training_reads(capsys, tmp_path):
   line = _fails(
-    capsys, 'import', f'--import.path={tmp_path}', NO_CACHE,
-    f'--train.workdir={tmp_path}/new', '--train.init_from=x',
-  )  # fmt: skip
+    capsys,
+    'import',
+    f'--import.path={tmp_path}',
+    NO_CACHE,
+    f'--train.workdir={tmp_path}/new',
+    '--train.init_from=x',
+  )
   assert line.startswith('--train.init_from=x: an import takes that from')
 
 
 def test_a_refusal_is_one_line_whatever_the_value(capsys, tmp_path, store):
-  assert _fails(capsys, 'train', '--heads.n=1\n2') == (
-    r'--heads.n=1\n2: a whole number'
-  )
+  assert _fails(capsys, 'train', '--heads.n=1\n2') == (r'--heads.n=1\n2: a whole number')
   assert _fails(capsys, 'report', 'a\nb').startswith(r'a\nb/metrics.jsonl: ')
   long = 'x' * 300
   for command, flag in (
@@ -257,9 +280,7 @@ def test_a_refusal_is_one_line_whatever_the_value(capsys, tmp_path, store):
   assert not os.listdir(tmp_path)
 
 
-def test_paths_that_are_not_there_are_refused(
-  capsys, tmp_path, store, undisturbed
-):
+def test_paths_that_are_not_there_are_refused(capsys, tmp_path, store, undisturbed):
   out = f'--out={tmp_path}/none/x.json'
   line = _fails(capsys, 'eval', f'--eval.checkpoint={undisturbed}', out)
   assert line == f'{out}: there is no {tmp_path}/none'
@@ -271,13 +292,9 @@ def test_paths_that_are_not_there_are_refused(
   for path in ('file', 'none'):
     line = _fails(capsys, 'report', tmp_path / path)
     assert line.startswith(f'{tmp_path}/{path}/metrics.jsonl: has no record')
-    line = _fails(
-      capsys, 'eval', f'--eval.checkpoint={tmp_path}/{path}', NO_CACHE
-    )
+    line = _fails(capsys, 'eval', f'--eval.checkpoint={tmp_path}/{path}', NO_CACHE)
     assert 'no complete checkpoint there' in line
-    line = _fails(
-      capsys, 'train', *runs.args(f'{tmp_path}/{path}', f'{tmp_path}/run')
-    )
+    line = _fails(capsys, 'train', *runs.args(f'{tmp_path}/{path}', f'{tmp_path}/run'))
     assert line.startswith(f'--data.store={tmp_path}/{path}: no such directory')
   assert os.listdir(tmp_path) == ['file']
 
@@ -313,9 +330,13 @@ def test_from_documents_to_a_report(tmp_path, capsys, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
 
   out, manifest = _with_report(
-    tmp_path, capsys, 'prepare', f'--data.documents=dir:{texts}',
-    '--data.store=~/store', '--data.valid_fraction=0.2',
-  )  # fmt: skip
+    tmp_path,
+    capsys,
+    'prepare',
+    f'--data.documents=dir:{texts}',
+    '--data.store=~/store',
+    '--data.valid_fraction=0.2',
+  )
   documents = [s['documents'] for s in manifest['splits'].values()]
   assert sum(documents) == 40 and len(documents) == 2
   assert store_lib.open_store(store).manifest == manifest
@@ -325,9 +346,7 @@ def test_from_documents_to_a_report(tmp_path, capsys, monkeypatch):
   assert main.main(['train', *args]) == 0
   assert capsys.readouterr().out.splitlines()[3] == f'writing to {run}'
 
-  out, values = _with_report(
-    tmp_path, capsys, 'eval', '--eval.checkpoint=~/run', NO_CACHE
-  )  # fmt: skip
+  out, values = _with_report(tmp_path, capsys, 'eval', '--eval.checkpoint=~/run', NO_CACHE)
   (logged,) = [r for r in metrics.read(str(run)) if r['kind'] == 'eval']
   assert values.pop('workdir') == str(run)
   assert values.pop('step') == logged.pop('step') == 6
@@ -354,9 +373,7 @@ def test_from_documents_to_a_report(tmp_path, capsys, monkeypatch):
 
 def test_run_flags_repeat_the_run(undisturbed, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert 0 == main.main([
-    'train', f'--flagfile={undisturbed}/run.flags', '--train.workdir=again',
-  ])  # fmt: skip
+  assert 0 == main.main(['train', f'--flagfile={undisturbed}/run.flags', '--train.workdir=again'])
   again = tmp_path / 'again'
   runs.assert_same(runs.restored(again, 6), runs.restored(undisturbed, 6))
   assert runs.records(again) == runs.records(undisturbed)
@@ -366,14 +383,10 @@ def test_run_flags_repeat_the_run(undisturbed, tmp_path, monkeypatch):
 
 
 def _evaluate(tmp_path, capsys, path, *args):
-  return _with_report(
-    tmp_path, capsys, 'eval', f'--eval.checkpoint={path}', NO_CACHE, *args
-  )[1]  # fmt: skip
+  return _with_report(tmp_path, capsys, 'eval', f'--eval.checkpoint={path}', NO_CACHE, *args)[1]
 
 
-def test_eval_of_an_older_checkpoint_or_another_split(
-  undisturbed, tmp_path, capsys, monkeypatch
-):
+def test_eval_of_an_older_checkpoint_or_another_split(undisturbed, tmp_path, capsys, monkeypatch):
   last = _evaluate(tmp_path, capsys, undisturbed)
   older = _evaluate(tmp_path, capsys, undisturbed / 'checkpoints' / '3')
   assert (last['step'], older['step']) == (6, 3)
@@ -383,32 +396,35 @@ def test_eval_of_an_older_checkpoint_or_another_split(
   fewer = _evaluate(tmp_path, capsys, undisturbed, '--eval.batches=1')
   assert fewer['loss_1'] != last['loss_1']
   scalars = metrics.scalars
-  monkeypatch.setattr(
-    metrics, 'scalars', lambda raw: scalars(raw) | dict(acceptance_2=np.nan)
-  )
+  monkeypatch.setattr(metrics, 'scalars', lambda raw: scalars(raw) | dict(acceptance_2=np.nan))
   undefined = _evaluate(tmp_path, capsys, undisturbed)
   assert undefined == last | dict(acceptance_2=None)
 
 
-def test_what_a_suite_found_is_kept_when_a_later_one_fails(
-  undisturbed, tmp_path, capsys
-):
+def test_what_a_suite_found_is_kept_when_a_later_one_fails(undisturbed, tmp_path, capsys):
   text = tmp_path / 'no_name.txt'
   text.write_text('there is no name in this')
   out = tmp_path / 'out.json'
-  assert main.main([
-    'eval', f'--eval.checkpoint={undisturbed}', NO_CACHE, f'--out={out}',
-    '--eval.suite=heldout,induction', f'--eval.data=text:{text}',
-  ]) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        'eval',
+        f'--eval.checkpoint={undisturbed}',
+        NO_CACHE,
+        f'--out={out}',
+        '--eval.suite=heldout,induction',
+        f'--eval.data=text:{text}',
+      ]
+    )
+    == 2
+  )
   shown = capsys.readouterr()
   assert 'targets of head 1' in shown.out
   assert shown.err.startswith('mtp: --eval.data=') and 'no name' in shown.err
   assert json.loads(out.read_text())['loss_1'] > 0
 
 
-@pytest.mark.parametrize(
-  'flag', ['heads.n=1', 'model.d_model=32', 'loss.order_weight=0.5']
-)
+@pytest.mark.parametrize('flag', ['heads.n=1', 'model.d_model=32', 'loss.order_weight=0.5'])
 def test_eval_of_another_model_is_refused(undisturbed, capsys, flag):
   path = f'--eval.checkpoint={undisturbed}'
   line = _fails(capsys, 'eval', path, f'--{flag}', NO_CACHE)
@@ -418,9 +434,15 @@ def test_eval_of_another_model_is_refused(undisturbed, capsys, flag):
 def test_inspect_shows_the_batch_of_a_step(store, tmp_path, capsys):
   args = [f'--{n}={v}' for n, v in runs.FLAGS.items()]
   out, shown = _with_report(
-    tmp_path, capsys, 'inspect', *args, f'--data.store={store}',
-    '--inspect.step=3', '--inspect.rows=8', '--inspect.tokens=16',
-  )  # fmt: skip
+    tmp_path,
+    capsys,
+    'inspect',
+    *args,
+    f'--data.store={store}',
+    '--inspect.step=3',
+    '--inspect.rows=8',
+    '--inspect.tokens=16',
+  )
   split = store_lib.open_store(store).split('train')
   rows = loader.row_indices([split.n_windows(16, 2)], [1], 0, 8, 3).tolist()
   assert shown['step'] == 3 and shown['windows'] == rows
@@ -448,9 +470,7 @@ def test_report_of_several_runs(undisturbed, tmp_path, capsys):
   run.mkdir()
   records = metrics.read(str(undisturbed))[:3]
   records[-1]['loss_1'] = None  # a step that was not finite
-  (run / 'metrics.jsonl').write_text(
-    ''.join(json.dumps(r) + '\n' for r in records)
-  )
+  (run / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
   out, shown = _with_report(tmp_path, capsys, 'report', run, undisturbed)
   assert out[0].startswith(f'{run}: step 3, head 1 -, head 2 ')
   assert out[1].startswith(f'{undisturbed}: step 6, head 1 ')

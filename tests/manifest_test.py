@@ -38,8 +38,7 @@ def test_what_was_written_is_whole(folder):
   assert sorted(files) == ['about', 'state/d/large', 'state/empty']
   # Of sha256sum.
   assert files['about'] == dict(
-    size=2,
-    sha256='44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a',
+    size=2, sha256='44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a'
   )
   assert files['state/d/large']['size'] == 3 * manifest.BLOCK + 1
   manifest.write(folder)  # not of itself
@@ -49,17 +48,13 @@ def test_what_was_written_is_whole(folder):
 @pytest.mark.parametrize('at', [0, manifest.BLOCK, 3 * manifest.BLOCK])
 def test_a_flipped_bit(folder, at):
   flip(folder / 'state' / 'd' / 'large', at)
-  assert manifest.damage(folder) == (
-    'state/d/large has other bytes than were saved'
-  )
+  assert manifest.damage(folder) == ('state/d/large has other bytes than were saved')
 
 
 @pytest.mark.parametrize('size', [0, 1, 3 * manifest.BLOCK + 2])
 def test_another_size(folder, size):
   (folder / 'state' / 'd' / 'large').write_bytes(bytes(size))
-  assert manifest.damage(folder) == (
-    f'state/d/large has {size:,} bytes, not 12,582,913'
-  )
+  assert manifest.damage(folder) == (f'state/d/large has {size:,} bytes, not 12,582,913')
 
 
 def test_a_missing_file(folder):
@@ -89,18 +84,23 @@ def test_without_a_manifest_nothing_is_known(folder):
 @pytest.mark.parametrize(
   'text, said',
   [
-    ('', 'is not JSON'), ('{"files": ', 'is not JSON'),
+    ('', 'is not JSON'),
+    ('{"files": ', 'is not JSON'),
     ('[]', 'it=[]: must be an object'),
     ('{"files": []}', 'files=[]: must be an object'),
     ('{"files": {"about": 1}}', 'files.about=1: must be an object'),
     ('{"files": {"about": {"size": 2}}}', 'has no field files.about.sha256'),
-    ('{"files": {"about": {"size": null, "sha256": ""}}}',
-     'files.about.size=null: must be an integer from 0'),
-    ('{"files": {"about": {"size": -1, "sha256": ""}}}',
-     'files.about.size=-1: must be an integer from 0'),
+    (
+      '{"files": {"about": {"size": null, "sha256": ""}}}',
+      'files.about.size=null: must be an integer from 0',
+    ),
+    (
+      '{"files": {"about": {"size": -1, "sha256": ""}}}',
+      'files.about.size=-1: must be an integer from 0',
+    ),
     ('{"files": {}, "x": 1}', 'x: no such field'),
   ],
-)  # fmt: skip
+)
 def test_a_damaged_manifest(folder, text, said):
   (folder / manifest.NAME).write_text(text)
   found = manifest.damage(folder)
@@ -109,9 +109,19 @@ def test_a_damaged_manifest(folder, text, said):
 
 @pytest.mark.parametrize(
   'name',
-  ['../8/about', '../..', '..', '.', '', '/dev/zero', 'state/../../x', 'a\0',
-   './about', 'state//d'],
-)  # fmt: skip
+  [
+    '../8/about',
+    '../..',
+    '..',
+    '.',
+    '',
+    '/dev/zero',
+    'state/../../x',
+    'a\0',
+    './about',
+    'state//d',
+  ],
+)
 def test_a_manifest_names_files_of_its_folder_only(folder, name):
   """Another file must not be read: /dev/zero never ends."""
   file = dict(size=0, sha256='')
@@ -154,13 +164,9 @@ def bucket(monkeypatch):
 
     @classmethod
     def _strip_protocol(cls, path):
-      return memory.MemoryFileSystem._strip_protocol(
-        str(path).removeprefix('gs:/')
-      )
+      return memory.MemoryFileSystem._strip_protocol(str(path).removeprefix('gs:/'))
 
-  monkeypatch.setattr(
-    backend.fsspec_backend, '_get_filesystem', lambda _: Bucket()
-  )
+  monkeypatch.setattr(backend.fsspec_backend, '_get_filesystem', lambda _: Bucket())
   return epath.Path('gs://bucket')
 
 

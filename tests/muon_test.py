@@ -15,16 +15,31 @@ from tests import optim_test, tiny
 # Written out, not read from the Spec: how a leaf without its stacking is the
 # matrix (numbers read, numbers written).
 HIDDEN = dict(
-  q=(16, 16), k=(16, 8), v=(16, 8), o=(16, 16), gate=(16, 24), up=(16, 24),
-  down=(24, 16), proj=(32, 16),
-)  # fmt: skip
+  q=(16, 16),
+  k=(16, 8),
+  v=(16, 8),
+  o=(16, 16),
+  gate=(16, 24),
+  up=(16, 24),
+  down=(24, 16),
+  proj=(32, 16),
+)
 LR, DECAY, CLIP, MOMENTUM = 0.1, 0.2, 0.5, 0.8
 BASE = dict(
-  heads__n=3, heads__family='sequential', heads__unembedding='replicated',
-  model__n_layers=2, optim__name='muon', optim__lr=LR, optim__warmup_steps=0,
-  optim__schedule='constant', optim__weight_decay=DECAY, optim__clip_norm=CLIP,
-  optim__momentum=MOMENTUM, optim__trunk_lr=0.5, optim__heads_lr=2.0,
-)  # fmt: skip
+  heads__n=3,
+  heads__family='sequential',
+  heads__unembedding='replicated',
+  model__n_layers=2,
+  optim__name='muon',
+  optim__lr=LR,
+  optim__warmup_steps=0,
+  optim__schedule='constant',
+  optim__weight_decay=DECAY,
+  optim__clip_norm=CLIP,
+  optim__momentum=MOMENTUM,
+  optim__trunk_lr=0.5,
+  optim__heads_lr=2.0,
+)
 
 
 @pytest.fixture(scope='module')
@@ -56,9 +71,7 @@ def test_two_updates_are_muon_by_hand(run):
   w = tiny.flat(run.start[0])
   mu = {name: np.zeros_like(x) for name, x in w.items()}
   nu = {name: np.zeros_like(x) for name, x in w.items()}
-  for t, (grads, after) in enumerate(
-    zip(run.gradients, run.states, strict=True), 1
-  ):
+  for t, (grads, after) in enumerate(zip(run.gradients, run.states, strict=True), 1):
     g = tiny.flat(grads)
     norm = np.sqrt(sum((x**2).sum() for x in g.values()))
     for name, x in g.items():
@@ -66,17 +79,15 @@ def test_two_updates_are_muon_by_hand(run):
       if _matrices(name, x) is None:
         mu[name] = 0.9 * mu[name] + 0.1 * x
         nu[name] = 0.95 * nu[name] + 0.05 * x**2
-        direction = mu[name] / (1 - 0.9**t) / (
-          np.sqrt(nu[name] / (1 - 0.95**t)) + 1e-8
-        )  # fmt: skip
+        direction = mu[name] / (1 - 0.9**t) / (np.sqrt(nu[name] / (1 - 0.95**t)) + 1e-8)
       else:
         b = MOMENTUM
         mu[name] = b * mu[name] + (1 - b) * x
         ahead = b * mu[name] + (1 - b) * x
         m = _matrices(name, ahead)
-        direction = 0.2 * np.sqrt(max(m.shape[1:])) * np.reshape(
-          [_newton_schulz(one) for one in m], x.shape
-        )  # fmt: skip
+        direction = (
+          0.2 * np.sqrt(max(m.shape[1:])) * np.reshape([_newton_schulz(one) for one in m], x.shape)
+        )
       decay = 0.0 if 'norm' in name else DECAY
       rate = LR * (2.0 if name.split('.')[0] in ('heads', 'unembed') else 0.5)
       w[name] = w[name] - rate * (direction + decay * w[name])
@@ -88,9 +99,8 @@ def test_two_updates_are_muon_by_hand(run):
 def test_newton_schulz_is_that_of_optax(shape):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   muon = optax.contrib.scale_by_muon(
-    beta=0, nesterov=False,
-    weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2),
-  )  # fmt: skip
+    beta=0, nesterov=False, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2)
+  )
   want, _ = jax.jit(lambda x: muon.update(x, muon.init(x)))(x)
   got = jax.jit(optim.newton_schulz)(x)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -111,9 +121,7 @@ def test_a_matrix_without_a_gradient_rests(run):
   one, two = optim_test.updated(c, run.start, [first, rests])
   before, after = one[0].heads.proj, two[0].heads.proj
   # Nothing but decay; the other module's moves on.
-  np.testing.assert_allclose(
-    after[1], before[1] * (1 - 2 * LR * DECAY), rtol=1e-5
-  )
+  np.testing.assert_allclose(after[1], before[1] * (1 - 2 * LR * DECAY), rtol=1e-5)
   # As before, but for the norm that clips, hence what momentum is mixed of.
   usual = run.states[1][0].heads.proj[0]
   np.testing.assert_allclose(after[0], usual, atol=2e-3, rtol=0)
@@ -150,8 +158,9 @@ def test_in_shards_and_with_a_head_that_rests(run):
     for (path, x), y, old in zip(
       jax.tree_util.tree_leaves_with_path((new, opt)),
       jax.tree.leaves((want, want_opt)),
-      jax.tree.leaves(run.start), strict=True,
-    ):  # fmt: skip
+      jax.tree.leaves(run.start),
+      strict=True,
+    ):
       name = jax.tree_util.keystr(path)
       used = None
       if '.heads' in name or '.unembed' in name:
@@ -159,14 +168,12 @@ def test_in_shards_and_with_a_head_that_rests(run):
         np.testing.assert_array_equal(x[used:], old[used:], err_msg=name)
         assert not np.array_equal(y[used:], old[used:]), name
       np.testing.assert_allclose(
-        x[:used] if x.ndim else x, y[:used] if x.ndim else y,
-        rtol=1e-4, atol=1e-6, err_msg=name,
-      )  # fmt: skip
+        x[:used] if x.ndim else x, y[:used] if x.ndim else y, rtol=1e-4, atol=1e-6, err_msg=name
+      )
 
 
 @pytest.mark.parametrize('unembedding', ['shared', 'replicated', 'tied'])
-@pytest.mark.parametrize('family', config.fields()['heads.family'].metadata[
-  'choices'])  # fmt: skip
+@pytest.mark.parametrize('family', config.fields()['heads.family'].metadata['choices'])
 def test_one_moment_for_hidden_matrices_two_for_the_rest(family, unembedding):
   of = dict(heads__family=family, heads__unembedding=unembedding)
   c, adamw = (tiny.cfg(**of, optim__name=name) for name in ('muon', 'adamw'))
@@ -180,9 +187,6 @@ def test_one_moment_for_hidden_matrices_two_for_the_rest(family, unembedding):
     )
     for kind in (True, False)
   }
-  got, want = (
-    params.bytes_per_device(state_lib.abstract(c, m).opt_state)
-    for c in (c, adamw)
-  )
+  got, want = (params.bytes_per_device(state_lib.abstract(c, m).opt_state) for c in (c, adamw))
   assert got == 4 * count[True] + 8 * count[False] + 4  # and Adam's counter
   assert want == 8 * count[True] + 8 * count[False] + 4

@@ -24,9 +24,7 @@ from typing import NamedTuple
 from tests import mutations
 
 ROOT = pathlib.Path(__file__).parents[1]
-COPIED = (
-  'mtp_jax', 'tests', 'experiments', 'launch', 'pyproject.toml', 'setup.cfg',
-)  # fmt: skip
+COPIED = ('mtp_jax', 'tests', 'experiments', 'launch', 'pyproject.toml', 'setup.cfg')
 REPORT = ROOT / 'docs' / 'MUTANTS.md'
 TIMEOUT_S = 1800.0
 
@@ -57,25 +55,47 @@ def run_tests(tree: pathlib.Path, tests: tuple[str, ...]) -> Outcome:
   command = [sys.executable, '-m', 'pytest', '-x', '-p', 'no:cacheprovider']
   try:
     done = subprocess.run(
-      [*command, *tests], cwd=tree, env=environment, text=True,
-      capture_output=True, timeout=TIMEOUT_S,
-    )  # fmt: skip
+      [*command, *tests],
+      cwd=tree,
+      env=environment,
+      text=True,
+      capture_output=True,
+      timeout=TIMEOUT_S,
+    )
     status, output = done.returncode, done.stdout + done.stderr
   except subprocess.TimeoutExpired:
     status, output = None, 'out of time'
   failed = re.search(r'^FAILED ([\w/.]+::\w+)', output, re.M)
-  return Outcome(
-    status, failed[1] if failed else '', time.perf_counter() - begin, output
+  return Outcome(status, failed[1] if failed else '', time.perf_counter() - begin, output)
+
+
+def replaced(whole: str, fault: mutations.Fault) -> str:
+  """Returns the file's text with the fault in it.
+
+  Line breaks, spaces between tokens and trailing commas are the formatter's, so
+  they are not compared.
+
+  Raises:
+    ValueError: the fault's old text does not occur exactly once.
+  """
+  pattern = r'\s*'.join(
+    (r',?\s*' if token in ')]}' else '') + re.escape(token)
+    for token in re.findall(r'\w+|[^\w\s]', fault.old)
   )
+  # Words stay whole: `n` is not found in `new`.
+  left = r'(?<!\w)' if re.match(r'\w', fault.old.strip()) else ''
+  right = r'(?!\w)' if re.search(r'\w$', fault.old.strip()) else ''
+  found = list(re.finditer(left + pattern + right, whole))
+  if len(found) != 1:
+    raise ValueError(f'{fault.name}: {len(found)} times: {fault.old!r}')
+  return whole[: found[0].start()] + fault.new.strip() + whole[found[0].end() :]
 
 
 def with_fault(tree: pathlib.Path, fault: mutations.Fault) -> Outcome:
   """Its tests, in a tree that has the fault for as long as they run."""
   path = tree / fault.file
   whole = path.read_text()
-  if whole.count(fault.old) != 1:
-    raise ValueError(f'{fault.name}: not exactly once: {fault.old!r}')
-  path.write_text(whole.replace(fault.old, fault.new))
+  path.write_text(replaced(whole, fault))
   try:
     return run_tests(tree, fault.tests)
   finally:
@@ -86,9 +106,7 @@ def copy_tree(to: pathlib.Path) -> pathlib.Path:
   to.mkdir(parents=True)
   for name in COPIED:
     if (ROOT / name).is_dir():
-      shutil.copytree(
-        ROOT / name, to / name, ignore=shutil.ignore_patterns('__pycache__')
-      )
+      shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns('__pycache__'))
     else:
       shutil.copy(ROOT / name, to / name)
   return to
@@ -159,9 +177,7 @@ def main(args: list[str]) -> int:
 
   with tempfile.TemporaryDirectory(prefix='mutants-') as folder:
     trees = [copy_tree(pathlib.Path(folder, str(i))) for i in range(given.j)]
-    plain = run_tests(
-      trees[0], (f'-n{given.j}', *{t for fault in chosen for t in fault.tests})
-    )
+    plain = run_tests(trees[0], (f'-n{given.j}', *{t for fault in chosen for t in fault.tests}))
     print(f'{plain.seconds:4.0f} s  without a fault', flush=True)
     if plain.status != 0:
       print(f'{plain.output}\npytest: {plain.status}', file=sys.stderr)

@@ -30,9 +30,7 @@ from tests import pairwise, tiny
   ],
 )
 def test_learning_rate(changes, values):
-  c = tiny.cfg(
-    optim__lr=2.0, optim__warmup_steps=10, train__steps=100, **changes
-  )
+  c = tiny.cfg(optim__lr=2.0, optim__warmup_steps=10, train__steps=100, **changes)
   for step, want in values.items():
     got = optim.learning_rate(c)(jnp.int32(step))
     np.testing.assert_allclose(got, 2 * want, rtol=1e-5, err_msg=str(step))
@@ -42,9 +40,13 @@ def test_learning_rate(changes, values):
 @pytest.mark.parametrize('steps, warmup', [(10, 2), (10, 0), (3, 2), (1, 0)])
 def test_the_last_step_is_at_the_end_of_the_schedule(schedule, steps, warmup):
   c = tiny.cfg(
-    optim__lr=2.0, optim__warmup_steps=warmup, train__steps=steps,
-    optim__schedule=schedule, optim__end_ratio=0.1, optim__decay_steps=1,
-  )  # fmt: skip
+    optim__lr=2.0,
+    optim__warmup_steps=warmup,
+    train__steps=steps,
+    optim__schedule=schedule,
+    optim__end_ratio=0.1,
+    optim__decay_steps=1,
+  )
   rate = optim.learning_rate(c)
   np.testing.assert_allclose(rate(steps - 1), 0.2, rtol=1e-6)
   if schedule == 'wsd' and steps - warmup > 1:  # a decay of one step
@@ -68,9 +70,14 @@ def _steps(c, n_steps, n_active=None):
 
 
 BY_HAND = dict(
-  heads__n=2, optim__lr=1e-2, optim__warmup_steps=0, optim__clip_norm=0.5,
-  optim__schedule='constant', optim__weight_decay=0.2, optim__eps=1e-6,
-)  # fmt: skip
+  heads__n=2,
+  optim__lr=1e-2,
+  optim__warmup_steps=0,
+  optim__clip_norm=0.5,
+  optim__schedule='constant',
+  optim__weight_decay=0.2,
+  optim__eps=1e-6,
+)
 
 
 def start(c):
@@ -82,9 +89,7 @@ def start(c):
 def gradients(c, seed):
   """Normal numbers of the parameters' shapes, on the host."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda s: rng.normal(size=s.shape).astype(np.float32), lm.specs(c)
-  )
+  return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), lm.specs(c))
 
 
 def updated(c, start, gradients, n_active=None):
@@ -97,9 +102,7 @@ def updated(c, start, gradients, n_active=None):
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, like)
 
   with jax.set_mesh(m):
-    update = jax.jit(
-      lambda w, s, g, i: optim.update(w, s, g, i, n_active or c.heads.n, c)
-    )
+    update = jax.jit(lambda w, s, g, i: optim.update(w, s, g, i, n_active or c.heads.n, c))
     now, states = place(start, abstract), []
     for i, grads in enumerate(gradients):
       now = update(*now, place(grads, abstract[0]), jnp.int32(i))
@@ -125,18 +128,14 @@ def test_two_updates_are_adamw_by_hand():
       x = x * min(1, 0.5 / norm)
       mu[name] = 0.9 * mu[name] + 0.1 * x
       nu[name] = 0.95 * nu[name] + 0.05 * x**2
-      direction = mu[name] / (1 - 0.9**t) / (
-        np.sqrt(nu[name] / (1 - 0.95**t)) + 1e-6
-      )  # fmt: skip
+      direction = mu[name] / (1 - 0.9**t) / (np.sqrt(nu[name] / (1 - 0.95**t)) + 1e-6)
       decay = 0.0 if 'norm' in name else 0.2
       w[name] = w[name] - 1e-2 * (direction + decay * w[name])
     after, values = _steps(c, 2)[t - 1]
     np.testing.assert_allclose(values['grad_norm'], norm, rtol=1e-4)
     for name, x in tiny.flat(after.params).items():
       np.testing.assert_allclose(x, w[name], rtol=1e-3, atol=2e-5, err_msg=name)
-    params = jax.tree.map(
-      lambda x, p: jax.device_put(x, p.sharding), after.params, params
-    )
+    params = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), after.params, params)
 
 
 @pytest.mark.parametrize(
@@ -154,26 +153,17 @@ def test_a_step_does_not_depend_on_how_it_is_cut(changes):
   rows = tiny.batch(tiny.cfg(**BY_HAND))
   cut = tiny.batch(c)
   for name in rows:  # the same windows, only cut into micro-batches
-    np.testing.assert_array_equal(
-      rows[name].reshape(cut[name].shape), cut[name]
-    )
+    np.testing.assert_array_equal(rows[name].reshape(cut[name].shape), cut[name])
   got, got_values = _steps(c, 2)[-1]
-  for name in (
-    'total',
-    'loss_sum_K',
-    'grad_norm',
-    'head_grad_norm_K',
-    'count_K',
-  ):
+  for name in ('total', 'loss_sum_K', 'grad_norm', 'head_grad_norm_K', 'count_K'):
     np.testing.assert_allclose(got_values[name], want_values[name], rtol=1e-4)
-  np.testing.assert_allclose(
-    got_values['accepted_K'], want_values['accepted_K']
-  )
+  np.testing.assert_allclose(got_values['accepted_K'], want_values['accepted_K'])
   jax.tree.map(
     # Adam divides by the root of a tiny second moment.
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
-    got.params, want.params,
-  )  # fmt: skip
+    got.params,
+    want.params,
+  )
 
 
 def test_inactive_heads_move_in_nothing():
@@ -183,10 +173,9 @@ def test_inactive_heads_move_in_nothing():
   assert values['loss_sum_K'].shape == (1,)
   adam = after.opt_state[1]
   for new, old, mu, nu in zip(
-    *map(jax.tree.leaves, (
-      after.params.heads, start.params.heads, adam.mu.heads, adam.nu.heads,
-    )), strict=True,
-  ):  # fmt: skip
+    *map(jax.tree.leaves, (after.params.heads, start.params.heads, adam.mu.heads, adam.nu.heads)),
+    strict=True,
+  ):
     np.testing.assert_array_equal(new[1:], old[1:])
     assert not mu[1:].any() and not nu[1:].any()
     assert (new[0] != old[0]).any() and mu[0].any()
@@ -196,32 +185,41 @@ def _of(tree) -> set:
   return {str(x.dtype) for x in jax.tree.leaves(tree)}
 
 
-@pytest.mark.parametrize('row', pairwise.rows(dict(
-  param_dtype=config.DTYPES, compute_dtype=config.DTYPES,
-  grad_dtype=config.DTYPES, moment_dtype=config.DTYPES,
-)), ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+  'row',
+  pairwise.rows(
+    dict(
+      param_dtype=config.DTYPES,
+      compute_dtype=config.DTYPES,
+      grad_dtype=config.DTYPES,
+      moment_dtype=config.DTYPES,
+    )
+  ),
+  ids=str,
+)
 def test_four_dtypes(row):
   c = tiny.cfg(
-    heads__n=2, model__param_dtype=row['param_dtype'], mesh__fsdp=2,
-    model__compute_dtype=row['compute_dtype'], train__accumulate=2,
-    loss__grad_dtype=row['grad_dtype'], optim__moment_dtype=row['moment_dtype'],
-  )  # fmt: skip
+    heads__n=2,
+    model__param_dtype=row['param_dtype'],
+    mesh__fsdp=2,
+    model__compute_dtype=row['compute_dtype'],
+    train__accumulate=2,
+    loss__grad_dtype=row['grad_dtype'],
+    optim__moment_dtype=row['moment_dtype'],
+  )
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     state = state_lib.abstract(c, m)
     traced = step_lib.compiled(c, 2).trace(
-      state, sharding.put_batch(m, tiny.batch(c)),
-      jnp.ones(c.model.vocab_size, jnp.int32),
-    )  # fmt: skip
+      state, sharding.put_batch(m, tiny.batch(c)), jnp.ones(c.model.vocab_size, jnp.int32)
+    )
   after, values = traced.out_info
   for s in (state, after):
     assert _of(s.params) == {row['param_dtype']}
     assert _of(s.opt_state[1].mu) == {row['moment_dtype']}
     # In bfloat16 a second moment under b2 = .999 never decays.
     assert _of(s.opt_state[1].nu) == {'float32'}
-  assert _of([values[k] for k in ('total', 'loss_sum_K', 'grad_norm')]) == {
-    'float32'
-  }
+  assert _of([values[k] for k in ('total', 'loss_sum_K', 'grad_norm')]) == {'float32'}
   reduced = tiny.reductions(traced.jaxpr.jaxpr)
   assert len(reduced) >= 4 and set(map(str, reduced)) == {row['grad_dtype']}
   products = [
@@ -235,9 +233,7 @@ def test_four_dtypes(row):
 
 
 def _rates(**changes):
-  rates = optim.learning_rates(
-    tiny.cfg(optim__trunk_lr=0.5, optim__heads_lr=3, **changes)
-  )
+  rates = optim.learning_rates(tiny.cfg(optim__trunk_lr=0.5, optim__heads_lr=3, **changes))
   return {
     name: set(jax.tree.leaves(getattr(rates, name)))
     for name in ('embed', 'trunk', 'heads', 'norm', 'unembed', 'order')
@@ -245,15 +241,13 @@ def _rates(**changes):
 
 
 def test_what_belongs_to_the_trunk_and_what_to_the_heads():
-  shared = dict(
-    embed={0.5}, trunk={0.5}, heads={3}, norm={0.5}, unembed={0.5}, order=set()
-  )
+  shared = dict(embed={0.5}, trunk={0.5}, heads={3}, norm={0.5}, unembed={0.5}, order=set())
   for family in ('parallel', 'sequential', 'linear'):
     assert _rates(heads__family=family) == shared
     for unembedding, its in (('replicated', {3}), ('tied', set())):
-      assert _rates(
-        heads__family=family, heads__unembedding=unembedding
-      ) == shared | dict(unembed=its)
+      assert _rates(heads__family=family, heads__unembedding=unembedding) == shared | dict(
+        unembed=its
+      )
   plain = _rates(heads__family='linear', heads__n=1)
   assert plain == shared | dict(heads=set())
   assert _rates(loss__order_weight=1)['order'] == {3}
@@ -261,10 +255,17 @@ def test_what_belongs_to_the_trunk_and_what_to_the_heads():
 
 def test_two_updates_of_two_groups_are_adamw_by_hand():
   c = tiny.cfg(
-    model__n_layers=2, heads__n=2, heads__family='linear', optim__lr=0.1,
-    optim__warmup_steps=0, optim__schedule='constant', optim__clip_norm=0,
-    optim__trunk_lr=0.5, optim__heads_lr=3, optim__weight_decay=0.2,
-  )  # fmt: skip
+    model__n_layers=2,
+    heads__n=2,
+    heads__family='linear',
+    optim__lr=0.1,
+    optim__warmup_steps=0,
+    optim__schedule='constant',
+    optim__clip_norm=0,
+    optim__trunk_lr=0.5,
+    optim__heads_lr=3,
+    optim__weight_decay=0.2,
+  )
   first = start(c)
   both = [gradients(c, 1), gradients(c, 2)]
   (_, _), (got, _) = updated(c, first, both)
@@ -283,10 +284,7 @@ def test_two_updates_of_two_groups_are_adamw_by_hand():
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 @pytest.mark.parametrize('frozen, others', [('trunk', 1), ('heads', 12)])
 def test_a_frozen_group_has_no_moments(name, frozen, others):
-  c = tiny.cfg(
-    heads__family='linear', optim__name=name, mesh__fsdp=2,
-    train__freeze=frozen,
-  )  # fmt: skip
+  c = tiny.cfg(heads__family='linear', optim__name=name, mesh__fsdp=2, train__freeze=frozen)
   m = tiny.mesh(c)
   state = state_lib.abstract(c, m)
   moments = [
@@ -299,8 +297,7 @@ def test_a_frozen_group_has_no_moments(name, frozen, others):
   assert any('heads' in str(path) for path in moments) == (frozen == 'trunk')
   with jax.set_mesh(m):
     params, opt_state = jax.eval_shape(
-      lambda s: optim.update(s.params, s.opt_state, s.params, s.step, 4, c),
-      state,
+      lambda s: optim.update(s.params, s.opt_state, s.params, s.step, 4, c), state
     )
   after = state.replace(params=params, opt_state=opt_state)
   assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -310,16 +307,16 @@ def _lowered(c):
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     return step_lib.compiled(c, c.heads.n).lower(
-      state_lib.abstract(c, m), sharding.put_batch(m, tiny.batch(c)),
+      state_lib.abstract(c, m),
+      sharding.put_batch(m, tiny.batch(c)),
       jnp.ones(c.model.vocab_size, jnp.int32),
-    )  # fmt: skip
+    )
 
 
 def test_a_frozen_trunk_stays_has_no_moments_and_clips_nobody():
   of = dict(
-    heads__n=2, heads__family='linear', optim__warmup_steps=0, mesh__fsdp=2,
-    optim__clip_norm=0,
-  )  # fmt: skip
+    heads__n=2, heads__family='linear', optim__warmup_steps=0, mesh__fsdp=2, optim__clip_norm=0
+  )
   c = tiny.cfg(train__freeze='trunk', **of)
   before, ((after, values),) = start(c)[0], _steps(c, 1)
   for name, x in tiny.flat(after.params).items():
@@ -329,9 +326,7 @@ def test_a_frozen_trunk_stays_has_no_moments_and_clips_nobody():
   assert mu.shape == after.params.heads.proj.shape
   norm = np.sqrt(np.sum((mu / 0.1) ** 2))
   np.testing.assert_allclose(values['grad_norm'], norm, rtol=1e-5)
-  flops, all_flops = (
-    _lowered(c).cost_analysis()['flops'] for c in (c, tiny.cfg(**of))
-  )
+  flops, all_flops = (_lowered(c).cost_analysis()['flops'] for c in (c, tiny.cfg(**of)))
   assert flops < 0.7 * all_flops
 
 
@@ -341,13 +336,11 @@ def _rounded(x, n, seed=0):
   return np.asarray(optim.round_at_random(x_N, jax.random.key(seed)))
 
 
-@pytest.mark.parametrize('below, above', [
-  (1.0, 1 + 2**-7), (-1 - 2**-7, -1.0), (1 - 2**-8, 1.0), (0.0, 2.0**-133),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  'below, above', [(1.0, 1 + 2**-7), (-1 - 2**-7, -1.0), (1 - 2**-8, 1.0), (0.0, 2.0**-133)]
+)
 @pytest.mark.parametrize('share', [0.01, 0.5, 0.7])
-def test_a_number_is_rounded_to_a_neighbour_and_on_average_not(
-  below, above, share
-):
+def test_a_number_is_rounded_to_a_neighbour_and_on_average_not(below, above, share):
   n = 2**14
   got = _rounded(below + share * (above - below), n)
   assert got.dtype == jnp.bfloat16
@@ -376,11 +369,18 @@ def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
   """Adam under a constant gradient moves each weight by the learning rate."""
   lr, steps = 1e-4, 200
   c = tiny.cfg(
-    model__param_dtype='bfloat16', model__n_layers=1, model__d_model=128,
-    heads__n=2, heads__family='linear', heads__unembedding='replicated',
-    optim__lr=lr, optim__warmup_steps=0, optim__schedule='constant',
-    optim__clip_norm=0, train__freeze='heads',
-  )  # fmt: skip
+    model__param_dtype='bfloat16',
+    model__n_layers=1,
+    model__d_model=128,
+    heads__n=2,
+    heads__family='linear',
+    heads__unembedding='replicated',
+    optim__lr=lr,
+    optim__warmup_steps=0,
+    optim__schedule='constant',
+    optim__clip_norm=0,
+    train__freeze='heads',
+  )
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     state = state_lib.init(c, m)
@@ -388,9 +388,7 @@ def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
 
     @jax.jit
     def run(first):
-      return jax.lax.fori_loop(
-        0, steps, lambda i, s: optim.update(*s, ones, i, 2, c), first
-      )[0]
+      return jax.lax.fori_loop(0, steps, lambda i, s: optim.update(*s, ones, i, 2, c), first)[0]
 
     first = (state.params, state.opt_state)
     one, two, old = map(tiny.flat, (run(first), run(first), state.params))
@@ -403,17 +401,12 @@ def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
   p = lr / 2**-8  # of a step down, in the spacing below 1
   spread = 2**-8 * np.sqrt(steps * p * (1 - p) / one['norm'].size)
   assert 4 * spread < 0.2 * steps * lr
-  np.testing.assert_allclose(
-    one['norm'].mean(), 1 - steps * lr, atol=4 * spread
-  )
+  np.testing.assert_allclose(one['norm'].mean(), 1 - steps * lr, atol=4 * spread)
 
 
 def test_many_micro_batches_are_not_rounded_away():
   """Gradients of bfloat16 parameters are added up in float32."""
-  c = tiny.cfg(
-    heads__n=2, model__param_dtype='bfloat16', train__accumulate=4,
-    model__n_layers=5,
-  )  # fmt: skip
+  c = tiny.cfg(heads__n=2, model__param_dtype='bfloat16', train__accumulate=4, model__n_layers=5)
   m = tiny.mesh(c)
   with jax.set_mesh(m):
     jaxpr = jax.make_jaxpr(
@@ -422,9 +415,7 @@ def test_many_micro_batches_are_not_rounded_away():
       )
     )(state_lib.abstract(c, m), sharding.put_batch(m, tiny.batch(c)))
   (scan,) = (
-    eqn
-    for eqn in jaxpr.eqns
-    if eqn.primitive.name == 'scan' and eqn.params['length'] == 4
+    eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'scan' and eqn.params['length'] == 4
   )
   carried = [x.aval for x in scan.outvars]  # it stacks nothing
   assert any(x.shape == (16, 32) for x in carried)  # the unembedding's

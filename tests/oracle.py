@@ -168,9 +168,7 @@ def _valid(position_U, t, k):
   return bool(position_U[t + k] == position_U[t] + k)
 
 
-def losses(
-  logits_KBTV, tokens_BU, position_BU, shape, weights_K=None, mask_BU=None
-):
+def losses(logits_KBTV, tokens_BU, position_BU, shape, weights_K=None, mask_BU=None):
   logits_KBTV = np.asarray(logits_KBTV, np.float64)
   tokens_BU, position_BU = np.asarray(tokens_BU), np.asarray(position_BU)
   K, B, T, _ = logits_KBTV.shape
@@ -196,9 +194,7 @@ def losses(
     if count > 0:
       loss_K[k - 1], accuracy_K[k - 1] = loss / count, right / count
   total = float(sum(weights_K[i] * loss_K[i] for i in range(K)))
-  return dict(
-    total=total, loss_K=loss_K, accuracy_K=accuracy_K, count_K=count_K
-  )
+  return dict(total=total, loss_K=loss_K, accuracy_K=accuracy_K, count_K=count_K)
 
 
 def order(params, tokens_BU, position_BU, shape):
@@ -251,10 +247,7 @@ def acceptance(logits_KBTV, position_BU, shape):
       accepted[0] += 1
       for j in range(2, far + 1):
         [(k, made)] = [
-          (k, made)
-          for made in made_at
-          for k in range(1, n + 1)
-          if made + shape.offset(k) == t + j
+          (k, made) for made in made_at for k in range(1, n + 1) if made + shape.offset(k) == t + j
         ]
         if choice_KBT[k - 1, b, made] != choice_KBT[0, b, t + j - 1]:
           break
@@ -282,8 +275,7 @@ def derivative(f, params, along, eps=1e-6):
       f(
         params
         | {
-          path: np.asarray(params[path], np.float64) + step * array
-          for path, array in along.items()
+          path: np.asarray(params[path], np.float64) + step * array for path, array in along.items()
         }
       )
     )

@@ -22,9 +22,7 @@ def rows(factors: dict[str, tuple]) -> list[dict]:
     row = dict(min(pairs, key=lambda p: sorted(map(str, p))))
     for name in names:
       if name not in row:
-        row[name] = max(
-          factors[name], key=lambda x: len(pairs & _pairs(row | {name: x}))
-        )
+        row[name] = max(factors[name], key=lambda x: len(pairs & _pairs(row | {name: x})))
     pairs -= _pairs(row)
     out.append({name: row[name] for name in names})
   return out

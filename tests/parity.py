@@ -20,7 +20,4 @@ def library(name: str):
 
 def marked(rows: list, needs) -> list:
   """Rows of parametrize; those of which needs(row) holds are of parity."""
-  return [
-    pytest.param(*row, marks=pytest.mark.parity) if needs(row) else row
-    for row in rows
-  ]
+  return [pytest.param(*row, marks=pytest.mark.parity) if needs(row) else row for row in rows]

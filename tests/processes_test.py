@@ -23,9 +23,14 @@ LIMIT_S = 240.0
 # Small: on a CPU jax's cache serves process 0 alone, and the other compiles for
 # itself each time.
 MESH = dict(
-  mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1, train__steps=9,
-  train__checkpoint_every=3, train__keep_last=9,
-)  # fmt: skip
+  mesh__data=2,
+  mesh__fsdp=2,
+  model__n_layers=2,
+  heads__n=1,
+  train__steps=9,
+  train__checkpoint_every=3,
+  train__keep_last=9,
+)
 # A tensor axis over all four devices, i.e. over both processes.
 WIDE = dict(mesh__fsdp=1, mesh__tensor=4, model__n_attn_heads=4)
 
@@ -91,9 +96,11 @@ def _port() -> int:
 
 def _flags(index: int, port: int) -> dict:
   return dict(
-    processes__coordinator=f'localhost:{port}', processes__count=2,
-    processes__index=index, processes__timeout_s=10,
-  )  # fmt: skip
+    processes__coordinator=f'localhost:{port}',
+    processes__count=2,
+    processes__index=index,
+    processes__timeout_s=10,
+  )
 
 
 def _ends(running) -> list[tuple[int, str, str]]:
@@ -132,9 +139,7 @@ def four_devices(monkeypatch):
 
 def _of_four(monkeypatch):
   make = sharding.make_mesh
-  monkeypatch.setattr(
-    sharding, 'make_mesh', lambda cfg: make(cfg, jax.devices()[:4])
-  )
+  monkeypatch.setattr(sharding, 'make_mesh', lambda cfg: make(cfg, jax.devices()[:4]))
 
 
 @pytest.fixture(scope='module')
@@ -200,9 +205,7 @@ def _assert_close(mine, theirs):
 # What is computed.
 
 
-def test_two_processes_are_one(
-  session, one, store, folder, tmp_path, four_devices
-):
+def test_two_processes_are_one(session, one, store, folder, tmp_path, four_devices):
   """One test, since tests that run beside each other share no session."""
   for process in (0, 1):
     held = json.loads((folder / f'rows{process}').read_text())
@@ -241,17 +244,17 @@ def test_two_go_on_with_one_s_run_stop_together_and_one_goes_on(
 def _slurm_pair(stores, workdir):
   """As Slurm's srun starts them: the variables differ, the flags need not."""
   job = dict(
-    SLURM_JOB_ID=str(_port()), SLURM_STEP_NODELIST='localhost',
-    SLURM_NTASKS='2', SLURM_STEP_NUM_NODES='1',
-  )  # fmt: skip
+    SLURM_JOB_ID=str(_port()),
+    SLURM_STEP_NODELIST='localhost',
+    SLURM_NTASKS='2',
+    SLURM_STEP_NUM_NODES='1',
+  )
   running = []
   for index, store in enumerate(stores):
     auto = dict(processes__coordinator='auto', processes__timeout_s=10)
     args = runs.args(store, str(workdir), **MESH, **auto)
     task = dict(SLURM_PROCID=str(index), SLURM_LOCALID=str(index))
-    running.append(
-      runs.process([*MAIN, *args], devices=2, variables=job | task)
-    )
+    running.append(runs.process([*MAIN, *args], devices=2, variables=job | task))
   return running
 
 
@@ -274,9 +277,7 @@ def test_a_crash_of_one_ends_both(store, tmp_path):
   assert ends[0][0] != 0 and ends[1][0] == 1, ends
   # Process 0 has the culprit's traceback too.
   assert '[1/2] Traceback' in ends[1][2] and 'disk gone' in ends[1][2]
-  assert (
-    '[0/2] ends, since another process failed:\n[1] Traceback' in (ends[0][2])
-  )
+  assert '[0/2] ends, since another process failed:\n[1] Traceback' in (ends[0][2])
   assert 'disk gone' in ends[0][2]
 
 
@@ -286,10 +287,7 @@ def test_process_0_stays_until_the_other_has_heard(store, tmp_path):
   ends = _ends(_pair(store, tmp_path, of_0=full))
   assert [e[0] for e in ends] == [2, 1], ends
   assert '[0/2] metrics.jsonl: no space left on device' in ends[0][2]
-  assert (
-    '[1/2] ends, since another process failed:\n[0] metrics.jsonl: no space'
-    in ends[1][2]
-  )
+  assert '[1/2] ends, since another process failed:\n[0] metrics.jsonl: no space' in ends[1][2]
   assert 'Traceback' not in ends[0][2] + ends[1][2]
 
 
@@ -306,23 +304,25 @@ def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
   assert 'step 2/9' in end[1] and 'Traceback' not in end[2], end[2]
 
 
-@pytest.mark.parametrize('error, said', [
-  (
-    jax.errors.JaxRuntimeError(
-      'UNKNOWN: Gloo all-reduce failed: Read error [::1]:9: Connection reset by'
-      ' peer\nmore'
+@pytest.mark.parametrize(
+  'error, said',
+  [
+    (
+      jax.errors.JaxRuntimeError(
+        'UNKNOWN: Gloo all-reduce failed: Read error [::1]:9: Connection reset by peer\nmore'
+      ),
+      'aborting: another process was lost: UNKNOWN: Gloo all-reduce failed: Read'
+      ' error [::1]:9: Connection reset by peer',
     ),
-    'aborting: another process was lost: UNKNOWN: Gloo all-reduce failed: Read'
-    ' error [::1]:9: Connection reset by peer',
-  ),
-  (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), ''),
-  (
-    ValueError('UNKNOWN: Gloo AllGather failed: Connection closed by peer'),
-    'aborting: another process was lost: UNKNOWN: Gloo AllGather failed:'
-    ' Connection closed by peer',
-  ),
-  (ValueError('a barrier'), ''),
-])  # fmt: skip
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), ''),
+    (
+      ValueError('UNKNOWN: Gloo AllGather failed: Connection closed by peer'),
+      'aborting: another process was lost: UNKNOWN: Gloo AllGather failed:'
+      ' Connection closed by peer',
+    ),
+    (ValueError('a barrier'), ''),
+  ],
+)
 def test_the_end_of_another_is_a_line(error, said, monkeypatch):
   monkeypatch.setattr(processes, 'several', lambda: True)
   assert processes._lost(error) == said
@@ -359,8 +359,7 @@ def test_other_flags_are_refused(store, tmp_path):
   ends = _ends(_pair(store, tmp_path, only_1='--optim.lr=0.5'))
   assert [e[0] for e in ends] == [2, 2], ends
   assert ends[1][2].splitlines()[-1] == (
-    'mtp: --optim.lr=0.5: process 1 has it, process 0 has 0.01; give all the'
-    ' same flags'
+    'mtp: --optim.lr=0.5: process 1 has it, process 0 has 0.01; give all the same flags'
   )
 
 
@@ -386,8 +385,7 @@ def test_a_workdir_that_is_taken_is_refused(store, tmp_path):
 def test_who_lost_the_lock_ends_both(store, tmp_path):
   path = str(tmp_path / 'lock.json')
   lose = _happens(
-    f'held = json.load(open({path!r}));'
-    f' json.dump(held | dict(run="other"), open({path!r}, "w"))'
+    f'held = json.load(open({path!r})); json.dump(held | dict(run="other"), open({path!r}, "w"))'
   )
   ends = _ends(_pair(store, tmp_path, of_0=lose))
   assert [e[0] for e in ends] == [loop.EXIT_REPLACED] * 2, ends
@@ -397,15 +395,16 @@ def test_who_lost_the_lock_ends_both(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_launch_script_hands_signals_on_and_the_status_back(
-  store, tmp_path
-):
+def test_the_launch_script_hands_signals_on_and_the_status_back(store, tmp_path):
   args = runs.args(store, str(tmp_path), **MESH | dict(train__steps=200))
   script = subprocess.Popen(
     ['launch/processes.sh', '2', 'train', *args],
-    cwd=runs.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    cwd=runs.ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     env=runs.environment(devices=2),
-  )  # fmt: skip
+  )
   for line in script.stdout:
     if line.startswith('step 2/'):
       script.terminate()
@@ -419,9 +418,7 @@ def test_the_launch_script_hands_signals_on_and_the_status_back(
 def test_two_evaluate_as_one(session, tmp_path):
   port, running = _port(), []
   for index in (0, 1):
-    flags = [
-      f'--{k.replace("__", ".")}={v}' for k, v in _flags(index, port).items()
-    ]
+    flags = [f'--{k.replace("__", ".")}={v}' for k, v in _flags(index, port).items()]
     out = tmp_path / f'{index}.json'
     command = [
       '-m',
@@ -443,26 +440,24 @@ def test_two_evaluate_as_one(session, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_1_2_and_4_processes_and_other_meshes(
-  store, one, tmp_path
-):
+def test_a_run_goes_on_on_1_2_and_4_processes_and_other_meshes(store, one, tmp_path):
   """The same rows in the same order, whoever reads them."""
   run = tmp_path / 'run'
   meshes = (
     (1, dict(mesh__data=2, mesh__fsdp=2)),
     (2, dict(mesh__data=4, mesh__fsdp=1)),
     (4, dict(mesh__data=1, mesh__fsdp=4)),
-  )  # fmt: skip
+  )
   for (n, mesh), steps in zip(meshes, (3, 6, 9), strict=True):
     port, running = _port(), []
     for index in range(n):
       own = dict(
         processes__coordinator=f'localhost:{port}' if n > 1 else '',
-        processes__count=n, processes__index=index, processes__timeout_s=10,
-      )  # fmt: skip
-      changes = MESH | mesh | own | dict(
-        train__steps=steps, optim__warmup_steps=2,
-      )  # fmt: skip
+        processes__count=n,
+        processes__index=index,
+        processes__timeout_s=10,
+      )
+      changes = MESH | mesh | own | dict(train__steps=steps, optim__warmup_steps=2)
       args = runs.args(store, str(run), **changes)
       running.append(runs.process([*MAIN, *args], devices=4 // n))
     for status, _, error in _ends(running):
@@ -471,10 +466,7 @@ def test_a_run_goes_on_on_1_2_and_4_processes_and_other_meshes(
   args = runs.args(store, str(whole), **MESH | dict(optim__warmup_steps=2))
   ((status, _, error),) = _ends([runs.process([*MAIN, *args], devices=4)])
   assert status == 0, error
-  mine, theirs = (
-    [r for r in runs.records(path) if r['kind'] == 'train']
-    for path in (run, whole)
-  )
+  mine, theirs = ([r for r in runs.records(path) if r['kind'] == 'train'] for path in (run, whole))
   assert [r['step'] for r in mine] == list(range(1, 10))
   for a, b in zip(mine, theirs, strict=True):
     for name in set(a) - {'kind'}:
@@ -515,17 +507,22 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_all_begin_with_the_checkpoint_that_process_0_sees(
-  one, store, tmp_path
-):
+def test_all_begin_with_the_checkpoint_that_process_0_sees(one, store, tmp_path):
   source, found = tmp_path / 'source', []
   shutil.copytree(one, source)
   port, running = _port(), []
   for index, command in enumerate((MAIN, ['-c', BLIND, 'train'])):
-    changes = MESH | _flags(index, port) | dict(
-      train__init_from=source, train__steps=2, optim__warmup_steps=1,
-      optim__lr=1e-9, optim__weight_decay=0,
-    )  # fmt: skip
+    changes = (
+      MESH
+      | _flags(index, port)
+      | dict(
+        train__init_from=source,
+        train__steps=2,
+        optim__warmup_steps=1,
+        optim__lr=1e-9,
+        optim__weight_decay=0,
+      )
+    )
     args = runs.args(store, str(tmp_path / 'run'), **changes)
     running.append(runs.process([*command, *args], devices=2))
   for status, _, error in _ends(running):

@@ -16,9 +16,7 @@ from mtp_jax.train import loop, state, step
 # Flags that the programs of a run depend on, though its result may not (another
 # kernel), or only by them (a learning rate that falls until the last step).
 OF_A_PROGRAM = {
-  name
-  for name, field in config.fields().items()
-  if field.metadata.get('result', True)
+  name for name, field in config.fields().items() if field.metadata.get('result', True)
 } | {'model.attention', 'train.steps'}
 OF_NO_PROGRAM = {'data.tokenizer', 'train.init_from'}
 
@@ -67,10 +65,7 @@ def shared_programs():
 
   def shared_evaluator(cfg, mesh, bytes_V):
     of_tokens = np.asarray(bytes_V).tobytes()
-    return _once(
-      ('eval', _key(cfg), mesh, of_tokens),
-      lambda: evaluator(cfg, mesh, bytes_V),
-    )
+    return _once(('eval', _key(cfg), mesh, of_tokens), lambda: evaluator(cfg, mesh, bytes_V))
 
   def shared_init(cfg, was):
     return _once(('init', _key(cfg), was and _key(was)), lambda: init(cfg, was))

@@ -26,9 +26,7 @@ def _config(result, label) -> config.Config:
   return flags.parse(args).config()
 
 
-@pytest.mark.parametrize(
-  'result, label', RUNS, ids=lambda x: x if isinstance(x, str) else x.name
-)
+@pytest.mark.parametrize('result, label', RUNS, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
   monkeypatch.chdir(runs.ROOT)
   cfg = _config(result, label)
@@ -55,10 +53,7 @@ def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
 def test_families_are_equal_in_parameters(monkeypatch):
   monkeypatch.chdir(runs.ROOT)
   (families,) = [r for r in results.RESULTS if r.name == 'families']
-  totals = {
-    label: params.count(lm.specs(_config(families, label)))
-    for label in families.variants
-  }
+  totals = {label: params.count(lm.specs(_config(families, label))) for label in families.variants}
   assert max(totals.values()) < 1.01 * totals['parallel'], totals
   assert min(totals.values()) > 0.99 * totals['parallel'], totals
 
@@ -73,20 +68,27 @@ def there(tmp_path, monkeypatch):
   """Rows of two results: several seeds, and one run with an interval."""
   rows = [
     dict(
-      run=f'a_{seed}', seed=seed, cpu_s=1800, made_of=_made_of('code', 'n = 1'),
+      run=f'a_{seed}',
+      seed=seed,
+      cpu_s=1800,
+      made_of=_made_of('code', 'n = 1'),
       values={'eval/loss_1': 2.0 + seed, 'eval/bits_per_byte': 3.0},
     )
     for seed in (0, 1)
-  ]  # fmt: skip
+  ]
   rows.append(
     dict(
-      run='b_0', seed=0, cpu_s=3600, made_of=_made_of('star_graph', 'n = 2'),
+      run='b_0',
+      seed=0,
+      cpu_s=3600,
+      made_of=_made_of('star_graph', 'n = 2'),
       values={
-        'star_graph/accuracy': 0.5, 'star_graph/accuracy_low': 0.4,
+        'star_graph/accuracy': 0.5,
+        'star_graph/accuracy_low': 0.4,
         'star_graph/accuracy_high': 0.6,
       },
     )
-  )  # fmt: skip
+  )
   monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
   monkeypatch.setattr(results, 'REPORT', tmp_path / 'RESULTS.md')
   results.ROWS.write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -96,18 +98,13 @@ def there(tmp_path, monkeypatch):
 def test_the_document(there):
   results.main(['--write'])
   lines = results.REPORT.read_text().splitlines()
-  code = next(line for line in lines if line.startswith('| n = 1 `--heads.n=1`')
-              and '2.5' in line)  # fmt: skip
-  assert code.split(' | ')[1:4] == [
-    '2.500 ± 0.707 [2 of 3]', '3.000 ± 0.000 [2 of 3]', '-',
-  ]  # fmt: skip
+  code = next(line for line in lines if line.startswith('| n = 1 `--heads.n=1`') and '2.5' in line)
+  assert code.split(' | ')[1:4] == ['2.500 ± 0.707 [2 of 3]', '3.000 ± 0.000 [2 of 3]', '-']
   star = next(line for line in lines if '40.0%' in line)
   assert star.split(' | ')[1] == '50.0% (40.0% to 60.0%) [1 of 3]'
   assert '3 runs, 2.0 CPU-hours in all.' in lines
   assert 'Seeds 0, 1, 2; 2 of 12 runs, 1.00 CPU-hours.' in lines
-  assert any(
-    '`--heads.family=sequential --model.n_layers=7' in x for x in lines
-  )
+  assert any('`--heads.family=sequential --model.n_layers=7' in x for x in lines)
   n_open = sum('open' in line for line in lines if line.startswith('| '))
   assert n_open == len(RUNS) - 3  # curricula have a run of n = 1 as well
 
@@ -126,29 +123,28 @@ def test_the_newest_row_counts_and_a_shared_run_once(there):
 
 def test_values_are_the_last_of_each_source(tmp_path):
   records = [
-    dict(kind='eval', step=step, loss_1=loss)
-    | (dict(source=source) if source else {})
-    for step, loss in ((5, 3.0), (9, 2.0)) for source in ('', 'star_graph')
-  ]  # fmt: skip
+    dict(kind='eval', step=step, loss_1=loss) | (dict(source=source) if source else {})
+    for step, loss in ((5, 3.0), (9, 2.0))
+    for source in ('', 'star_graph')
+  ]
   lines = [json.dumps(record) for record in records]
   (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
-  rows = [
-    dict(heads=n, tokens_per_forward=n / 2, speed_up=dict(median=n / 4))
-    for n in (2, 6)
-  ]
+  rows = [dict(heads=n, tokens_per_forward=n / 2, speed_up=dict(median=n / 4)) for n in (2, 6)]
   (tmp_path / 'bench.json').write_text(json.dumps(dict(rows=rows)))
   found = results.values(
     results.RESULTS[0]._replace(
-      columns=(*results.HELD_OUT, *results.SPED_UP,
-               ('', 'star_graph', 'loss_1', '')),
+      columns=(*results.HELD_OUT, *results.SPED_UP, ('', 'star_graph', 'loss_1', '')),
       asks=(('bench',),),
     ),
     tmp_path,
-  )  # fmt: skip
+  )
   assert found == {
-    'eval/loss_1': 2.0, 'star_graph/loss_1': 2.0, 'bench/speed_up': 1.5,
-    'bench/tokens_per_forward': 3.0, 'bench/pass_cost': 2.0,
-  }  # fmt: skip
+    'eval/loss_1': 2.0,
+    'star_graph/loss_1': 2.0,
+    'bench/speed_up': 1.5,
+    'bench/tokens_per_forward': 3.0,
+    'bench/pass_cost': 2.0,
+  }
 
 
 def test_what_is_there_is_not_run_again(there, monkeypatch):
@@ -157,9 +153,12 @@ def test_what_is_there_is_not_run_again(there, monkeypatch):
   def measure(result, label, seed, folder, data):
     ran.append((label, seed))
     return dict(
-      run=f'{result.name}_{label}_{seed}', seed=seed, cpu_s=0, values={},
+      run=f'{result.name}_{label}_{seed}',
+      seed=seed,
+      cpu_s=0,
+      values={},
       made_of=results.made_of(result, label),
-    )  # fmt: skip
+    )
 
   monkeypatch.setattr(results, 'measure', measure)
   main = ['--data=.', f'--runs={there}/runs', 'star_graph']
@@ -178,9 +177,7 @@ def test_what_is_there_is_not_run_again(there, monkeypatch):
     (['star_graph'], ''),  # reads no texts
   ],
 )
-def test_what_is_not_there_is_said_at_once(
-  there, monkeypatch, capsys, args, said
-):
+def test_what_is_not_there_is_said_at_once(there, monkeypatch, capsys, args, said):
   monkeypatch.setattr(results, '_mtp', lambda _: sys.exit(2))
   with pytest.raises(SystemExit):
     results.main([arg.format(there) for arg in args])
@@ -202,9 +199,7 @@ def test_flags_are_those_of_included_files_too(monkeypatch):
     name = f'experiments/small/{result.flags or result.name}.flags'
     flat = results.flags_of(pathlib.Path(name))
     assert not any(line.startswith('--flagfile') for line in flat)
-    assert (
-      flags.parse(flat).config() == flags.parse([f'--flagfile={name}']).config()
-    )
+    assert flags.parse(flat).config() == flags.parse([f'--flagfile={name}']).config()
 
 
 def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
@@ -217,9 +212,7 @@ def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
 
   monkeypatch.setattr(results, 'measure', measure)
   results.main(['--data=.', f'--runs={there}/runs', 'code', 'curriculum'])
-  assert {label for name, label in ran if name == 'curriculum'} == {
-    'forward', 'reverse',
-  }  # fmt: skip
+  assert {label for name, label in ran if name == 'curriculum'} == {'forward', 'reverse'}
 
 
 @pytest.mark.slow
@@ -227,25 +220,43 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   """Prepared, trained and evaluated by the commands that the document shows."""
   monkeypatch.setenv('XLA_FLAGS', runs.environment(1)['XLA_FLAGS'])
   shrunk = (
-    '--model.d_model=16', '--model.n_layers=3', '--model.n_attn_heads=2',
-    '--model.d_ff=32', '--data.batch_size=8', '--train.steps=2',
-    '--optim.warmup_steps=1', '--eval.items=6', '--train.log_every=1',
-  )  # fmt: skip
+    '--model.d_model=16',
+    '--model.n_layers=3',
+    '--model.n_attn_heads=2',
+    '--model.d_ff=32',
+    '--data.batch_size=8',
+    '--train.steps=2',
+    '--optim.warmup_steps=1',
+    '--eval.items=6',
+    '--train.log_every=1',
+  )
   monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
   monkeypatch.setattr(results, 'REPORT', tmp_path / 'RESULTS.md')
   star = results.RESULTS[0]
   star = star._replace(
     documents='task:star_graph/d=2/length=3/nodes=20/items=200',
-    variants={'small': ('--heads.n=2', *shrunk)}, figure='loss-small',
+    variants={'small': ('--heads.n=2', *shrunk)},
+    figure='loss-small',
     prepare=('--data.valid_fraction=0.2',),
     asks=(
-      ('eval', '--eval.suite=heldout,acceptance', '--eval.split=train',
-       '--bench.prompt=4', '--decode.max_new=4'),
-      ('bench', '--bench.what=decode', '--bench.batches=1', '--bench.prompt=4',
-       '--decode.max_new=4', '--bench.rounds=1'),
+      (
+        'eval',
+        '--eval.suite=heldout,acceptance',
+        '--eval.split=train',
+        '--bench.prompt=4',
+        '--decode.max_new=4',
+      ),
+      (
+        'bench',
+        '--bench.what=decode',
+        '--bench.batches=1',
+        '--bench.prompt=4',
+        '--decode.max_new=4',
+        '--bench.rounds=1',
+      ),
     ),
     columns=(*star.columns, *results.ACCEPTED, *results.SPED_UP),
-  )  # fmt: skip
+  )
   row = results.measure(star, 'small', 0, tmp_path, '.')
   assert row['name'] == 'star_graph, small' and row['cpu_s'] > 1
   assert 0 <= row['values']['star_graph/first_step'] <= 1
@@ -264,9 +275,7 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   assert again['cpu_s'] > row['cpu_s']
   # A command that fails has said why.
   with pytest.raises(SystemExit, match='2'):
-    results.measure(
-      star._replace(documents='task:sudoku'), 'small', 0, tmp_path, '.'
-    )
+    results.measure(star._replace(documents='task:sudoku'), 'small', 0, tmp_path, '.')
   # The picture of the report, where the document looks for it.
   monkeypatch.setattr(results, 'RESULTS', (star,))
   results.picture_of(star).write_text('of rows before')

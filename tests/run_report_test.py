@@ -15,12 +15,18 @@ from tests import browser, runs
 
 SUITE = [
   dict(
-    kind='suite', source='star <b>graph', step=step, accuracy=step / 10,
-    accuracy_low=step / 10 - 0.05, accuracy_high=step / 10 + 0.05,
-    recall_1=0.5, recall_2=0.25 * step, examples=200,
+    kind='suite',
+    source='star <b>graph',
+    step=step,
+    accuracy=step / 10,
+    accuracy_low=step / 10 - 0.05,
+    accuracy_high=step / 10 + 0.05,
+    recall_1=0.5,
+    recall_2=0.25 * step,
+    examples=200,
   )
   for step in (2, 4, 6)
-]  # fmt: skip
+]
 
 
 def _append(path: pathlib.Path, records: list[dict]) -> None:
@@ -35,9 +41,7 @@ def trained(undisturbed, store, tmp_path_factory):
   folder = tmp_path_factory.mktemp('report')
   multi, single = folder / 'two <i>heads & "n"', folder / 'one'
   assert runs.train(store, single, heads__n=1) == 0
-  shutil.copytree(
-    undisturbed, multi, ignore=shutil.ignore_patterns('checkpoints')
-  )
+  shutil.copytree(undisturbed, multi, ignore=shutil.ignore_patterns('checkpoints'))
   _append(multi / 'metrics.jsonl', SUITE)
   last = goodput.read(str(multi))[-1]
   _append(multi / 'goodput.jsonl', [last | dict(spike=3, loss=5.5)] * 2)
@@ -79,9 +83,7 @@ def test_the_page_in_a_browser(trained, page):
       assert browser.contrast(ground, ink) > 10
       grounds.append(browser.luminance(ground))
     assert grounds[0] == grounds[2] > 0.9 and grounds[1] == grounds[3] < 0.05
-    titles = shown.run(
-      'return [...document.querySelectorAll("h1, h2")].map(h => h.textContent)'
-    )
+    titles = shown.run('return [...document.querySelectorAll("h1, h2")].map(h => h.textContent)')
     assert titles[0] == f'Report on {trained[0].name} and one'
     assert len(titles) == 1 + len(_sections(page))
     # It asks nobody for anything, and complains about nothing.
@@ -93,16 +95,13 @@ def test_what_asks_or_complains_is_seen(tmp_path):
   """The test above could fail."""
   path = tmp_path / 'page.html'
   path.write_text(
-    '<img src="none.png"><figure></figure><script>nothing()</script>'
-    '<p style="width: 900px">wide'
+    '<img src="none.png"><figure></figure><script>nothing()</script><p style="width: 900px">wide'
   )
   with browser.page() as shown:
     shown.look(360)
     shown.open(path)
     assert shown.run('return document.documentElement.scrollWidth') > 360
-    assert {'img', 'empty figure', 'a name became an element'} <= set(
-      shown.run(browser.FAULTS)
-    )
+    assert {'img', 'empty figure', 'a name became an element'} <= set(shown.run(browser.FAULTS))
     assert (tmp_path / 'none.png').as_uri() in shown.asked_for()
     assert len(shown.log('browser')) == 2
 
@@ -121,20 +120,34 @@ def test_colours_read_on_light_and_on_dark():
 
 def test_all_there_is_has_its_section(trained, page):
   assert _sections(page) == [
-    'runs', 'loss', 'acceptance', 'evaluators', 'speed', 'memory', 'goodput',
-    'spikes', 'flags',
-  ]  # fmt: skip
+    'runs',
+    'loss',
+    'acceptance',
+    'evaluators',
+    'speed',
+    'memory',
+    'goodput',
+    'spikes',
+    'flags',
+  ]
   assert 'only the loss of head 1' in page
   drawn = {p.name for p in (trained[0] / 'report').glob('*.png')}
   two = 'two-i-heads-n'
   assert drawn == {
     f'{name}.png'
     for name in (
-      'head-1-held-out', f'loss-{two}', 'loss-one', f'acceptance-{two}',
-      'suite-star-b-graph-accuracy', 'suite-star-b-graph-recall',
-      'tokens-per-s', 'step-time', 'memory', 'goodput',
+      'head-1-held-out',
+      f'loss-{two}',
+      'loss-one',
+      f'acceptance-{two}',
+      'suite-star-b-graph-accuracy',
+      'suite-star-b-graph-recall',
+      'tokens-per-s',
+      'step-time',
+      'memory',
+      'goodput',
     )
-  }  # fmt: skip
+  }
   for path in (trained[0] / 'report').glob('*.png'):
     assert path.read_bytes().startswith(b'\x89PNG')
   assert len(page) < 2_000_000
@@ -178,14 +191,7 @@ def test_what_a_run_has_not_is_left_out(trained, tmp_path):
   shutil.copytree(trained[1], single)
   files.write([str(single)])
   page = (single / 'report.html').read_text()
-  assert _sections(page) == [
-    'runs',
-    'loss',
-    'speed',
-    'memory',
-    'goodput',
-    'flags',
-  ]
+  assert _sections(page) == ['runs', 'loss', 'speed', 'memory', 'goodput', 'flags']
   assert 'against n = 1' not in page and 'accepted<' not in page
   bare = _written(tmp_path / 'bare', dict(kind='train', step=1, loss_1=None))
   _, values = files.write([bare])
@@ -208,17 +214,12 @@ def test_the_table_has_what_was_measured(trained):
   assert rows['held-out loss of head 1 (nats)'] == [f'{x:.4f}' for x in loss]
   assert rows['against n = 1'] == [f'{loss[0] - loss[1]:+.4f}', '+0.0000']
   assert rows['accuracy of head 1'] == [f'{e["accuracy_1"]:.2%}' for e in ends]
-  assert section.text[0] == (
-    'All have the same number of parameters and tokens.'
-  )
+  assert section.text[0] == ('All have the same number of parameters and tokens.')
   (plot,) = section.plots
   assert [s.points for s in plot.series] == [[(6 * 8 * 16, x)] for x in loss]
-  more = found[1]._replace(
-    records=[*found[1].records, dict(kind='train', step=9)]
-  )
+  more = found[1]._replace(records=[*found[1].records, dict(kind='train', step=9)])
   assert learned.compared([found[0], more]).text[0] == (
-    'All have the same number of parameters. They differ in tokens by up to'
-    ' 50.0%.'
+    'All have the same number of parameters. They differ in tokens by up to 50.0%.'
   )
   unread = more._replace(cfg=None)
   assert learned.compared([found[0], unread]).text[0] == (
@@ -231,29 +232,25 @@ def test_suites_have_bands_and_intervals(trained):
   accuracy, recall = section.plots
   (line,) = accuracy.series
   assert line.points == [(r['step'], r['accuracy']) for r in SUITE]
-  assert line.band == (
-    [r['accuracy_low'] for r in SUITE], [r['accuracy_high'] for r in SUITE],
-  )  # fmt: skip
+  assert line.band == ([r['accuracy_low'] for r in SUITE], [r['accuracy_high'] for r in SUITE])
   assert [s.band for s in recall.series] == [None, None]
   (table,) = section.tables
   assert table.rows == [
-    ['accuracy', '0.6 [0.55, 0.65]', '–'], ['recall_1', '0.5', '–'],
-    ['recall_2', '1.5', '–'], ['examples', '200', '–'],
-  ]  # fmt: skip
+    ['accuracy', '0.6 [0.55, 0.65]', '–'],
+    ['recall_1', '0.5', '–'],
+    ['recall_2', '1.5', '–'],
+    ['examples', '200', '–'],
+  ]
 
 
 def test_levels_of_several_runs_have_a_figure_each(tmp_path):
   def record(step):
-    return dict(
-      kind='suite', source='s', step=step, right_1=0.1 * step, right_2=0.2
-    )
+    return dict(kind='suite', source='s', step=step, right_1=0.1 * step, right_2=0.2)
 
   records = [record(step) for step in (1, 2)]
   runs = [_written(tmp_path / name, *records) for name in 'ab']
   one = learned.suites(history.read(runs[:1]))
-  assert [[s.label for s in p.series] for p in one.plots] == [
-    ['right_1', 'right_2']
-  ]
+  assert [[s.label for s in p.series] for p in one.plots] == [['right_1', 'right_2']]
   two = learned.suites(history.read(runs))
   assert [p.name for p in two.plots] == ['suite-s-right-1']  # 2 never changes
   assert [s.label for s in two.plots[0].series] == ['a', 'b']
@@ -276,42 +273,44 @@ def test_memory_and_time_are_those_recorded(trained, store, tmp_path):
   )
   assert spent.spikes(found).tables[0].rows == [['3', found[0].name, '5.5000']]
   assert spent.flags(found).tables[0].rows == [
-    ['heads.n', '2', '1'], ['train.checkpoint_every', '3', '0'],
-  ]  # fmt: skip
+    ['heads.n', '2', '1'],
+    ['train.checkpoint_every', '3', '0'],
+  ]
   # Each number of heads is a program; the largest counts.
-  curriculum = dict(
-    loss__curriculum='0:1;3:2', train__steps=4, optim__warmup_steps=1
-  )
+  curriculum = dict(loss__curriculum='0:1;3:2', train__steps=4, optim__warmup_steps=1)
   assert runs.train(store, tmp_path / 'run', **curriculum) == 0
   records = goodput.read(str(tmp_path / 'run'))
   memory = {
-    r['memory']['heads']: (r['step'], r['memory']['temporaries'])
-    for r in records
-    if 'memory' in r
+    r['memory']['heads']: (r['step'], r['memory']['temporaries']) for r in records if 'memory' in r
   }
   assert [memory[n][0] for n in (1, 2)] == [0, 3]
   (run,) = history.read([str(tmp_path / 'run')])
-  assert history.memory(run)['temporaries'] == max(
-    m for _, m in memory.values()
-  )
+  assert history.memory(run)['temporaries'] == max(m for _, m in memory.values())
 
 
 def test_sources_and_leaps_have_rows_of_their_own(tmp_path):
   last = dict(
-    kind='eval', step=8, loss_1=1.0, loss_2=2.0, accuracy_1=0.5,
-    accuracy_2=0.25, acceptance_2=0.5, acceptance_3=0.125, bits_per_byte=None,
-  )  # fmt: skip
-  path = _written(
-    tmp_path / 'run', last | dict(source='code'), last | dict(source='chat')
+    kind='eval',
+    step=8,
+    loss_1=1.0,
+    loss_2=2.0,
+    accuracy_1=0.5,
+    accuracy_2=0.25,
+    acceptance_2=0.5,
+    acceptance_3=0.125,
+    bits_per_byte=None,
   )
+  path = _written(tmp_path / 'run', last | dict(source='code'), last | dict(source='chat'))
   found = history.read([path])
   assert [t.caption for t in learned.losses(found).tables] == [
-    'run, code: held out after step 8', 'run, chat: held out after step 8',
-  ]  # fmt: skip
+    'run, code: held out after step 8',
+    'run, chat: held out after step 8',
+  ]
   assert learned.losses(found).tables[0].rows == [
-    ['1', '1.0000', '50.00%', '–'], ['2', '2.0000', '25.00%', '50.00%'],
+    ['1', '1.0000', '50.00%', '–'],
+    ['2', '2.0000', '25.00%', '50.00%'],
     ['3', '–', '–', '12.50%'],
-  ]  # fmt: skip
+  ]
   (plot,) = learned.losses(found).plots
   assert plot.note.endswith('code: circles; chat: squares.')
 
@@ -329,8 +328,10 @@ def test_runs_are_named_apart(tmp_path):
   odd = [_written(tmp_path / name, record) for name in names]
   found = history.read([one, two, f'{one}/', *odd])
   assert [run.name for run in found] == [
-    'a/run', 'b/run', *(f'{tmp_path.name}/{name}' for name in names),
-  ]  # fmt: skip
+    'a/run',
+    'b/run',
+    *(f'{tmp_path.name}/{name}' for name in names),
+  ]
   _, values = files.write([one, two, *odd])
   assert len(values['figures']) == len(set(values['figures'])) == 5
   page = pathlib.Path(values['report']).read_text()
@@ -351,16 +352,12 @@ def test_a_high_loss_does_not_flatten_the_rest(tmp_path):
     dict(kind='train', step=s, loss_1=60.0 if s < 5 or s == 50 else 3 - s / 100)
     for s in range(1, 101)
   ]
-  (calm,) = learned.losses(
-    history.read([_written(tmp_path / 'calm', *records[5:49])])
-  ).plots
+  (calm,) = learned.losses(history.read([_written(tmp_path / 'calm', *records[5:49])])).plots
   section = learned.losses(history.read([_written(tmp_path / 'run', *records)]))
   (plot,) = section.plots
   low, high = plot.limits
   assert low < 2 and 3 < high < 5 and calm.limits[1] < 3.1
-  assert section.text == [
-    'The highest losses, as of the first steps, leave the frame.'
-  ]
+  assert section.text == ['The highest losses, as of the first steps, leave the frame.']
 
 
 def test_labels_and_values_are_short():
@@ -369,8 +366,11 @@ def test_labels_and_values_are_short():
   assert len(cut) == figures.LABEL and cut.endswith('a, session 12')
   assert figures.short('_$x$') == r'_\$x\$'
   assert [figures.plain(x) for x in (86400.4, 123.4, 12.34, 0.01234)] == [
-    '86,400', '123', '12.3', '0.0123',
-  ]  # fmt: skip
+    '86,400',
+    '123',
+    '12.3',
+    '0.0123',
+  ]
 
 
 def test_what_cannot_be_written_is_said(trained, tmp_path, capsys, monkeypatch):
@@ -394,13 +394,16 @@ def test_a_damaged_record_is_named(tmp_path, capsys):
     ('{"kind": "train", "st', 'is not JSON: '),
     ('[1]', 'it=[1]: must be an object\n'),
     ('{"step": 2}', 'has no field kind\n'),
-    ('{"kind": "train", "step": null}',
-     'step=null: must be an integer from 0 to 2,147,483,647\n'),
-    ('{"kind": "train", "step": 2, "loss_1": "low"}',
-     'loss_1="low": must be a number, at most 1e100 or null\n'),
-    ('{"kind": "train", "step": 2, "loss_1": [2.0]}',
-     'loss_1=[2.0]: must be a number, at most 1e100 or null\n'),
-  ):  # fmt: skip
+    ('{"kind": "train", "step": null}', 'step=null: must be an integer from 0 to 2,147,483,647\n'),
+    (
+      '{"kind": "train", "step": 2, "loss_1": "low"}',
+      'loss_1="low": must be a number, at most 1e100 or null\n',
+    ),
+    (
+      '{"kind": "train", "step": 2, "loss_1": [2.0]}',
+      'loss_1=[2.0]: must be a number, at most 1e100 or null\n',
+    ),
+  ):
     lines = path.read_text().splitlines()[:1]
     path.write_text('\n'.join([*lines, bad, *lines, '']))
     assert main.main(['report', str(run)]) == 2
@@ -415,18 +418,25 @@ def test_other_files_of_a_wrong_type_are_named(tmp_path, capsys):
   run = tmp_path / 'run'
   _written(run, dict(kind='train', step=1, loss_1=2.0))
   good = dict(
-    session=0, start=0, began=1.0, step=1, time=2.0, end='finished',
+    session=0,
+    start=0,
+    began=1.0,
+    step=1,
+    time=2.0,
+    end='finished',
     seconds=dict.fromkeys(goodput.CAUSES, 1.0),
-  )  # fmt: skip
+  )
   for name, record, said in (
     ('goodput.jsonl', good | dict(step='x'), ':1: step="x": must be an int'),
-    ('goodput.jsonl', good | dict(seconds=dict(good['seconds'], data=None)),
-     ':1: seconds.data=null: must be a number'),
+    (
+      'goodput.jsonl',
+      good | dict(seconds=dict(good['seconds'], data=None)),
+      ':1: seconds.data=null: must be a number',
+    ),
     ('goodput.jsonl', [good], ':1: it=[{'),
-    ('config.json', dict(version=1, heads=dict(n='4')),
-     ': heads.n="4": must be an integer'),
+    ('config.json', dict(version=1, heads=dict(n='4')), ': heads.n="4": must be an integer'),
     ('config.json', 3, ': it=3: must be an object'),
-  ):  # fmt: skip
+  ):
     (run / name).write_text(json.dumps(record) + '\n')
     assert main.main(['report', str(run)]) == 2
     error = capsys.readouterr().err

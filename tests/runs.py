@@ -32,18 +32,12 @@ FLAGS = {
   'eval.batches': 2,
   'train.compilation_cache': '',
 }
-TIMES = (
-  'step_time_s', 'tokens_per_s', 'model_flops_per_s', 'time_left_s',
-  'data_wait',
-)  # fmt: skip
+TIMES = ('step_time_s', 'tokens_per_s', 'model_flops_per_s', 'time_left_s', 'data_wait')
 
 
 def make_store(path: str, seed: int = 0) -> str:
   rng = np.random.default_rng(seed)
-  texts = [
-    ''.join(rng.choice(list('abcde ()\n'), size=rng.integers(20, 200)))
-    for _ in range(60)
-  ]
+  texts = [''.join(rng.choice(list('abcde ()\n'), size=rng.integers(20, 200))) for _ in range(60)]
   store.write(
     path,
     (documents.Document(str(i), text) for i, text in enumerate(texts)),
@@ -77,15 +71,16 @@ def environment(devices: int = 8) -> dict:
 
 
 def process(
-  command: list[str], devices: int = 8, variables: dict | None = None, of=(),
-  **kwargs,
-) -> subprocess.Popen:  # fmt: skip
+  command: list[str], devices: int = 8, variables: dict | None = None, of=(), **kwargs
+) -> subprocess.Popen:
   """Python in a process of its own; `of` is a command that starts it."""
   return subprocess.Popen(
-    [*of, sys.executable, *command], text=True, cwd=ROOT,
+    [*of, sys.executable, *command],
+    text=True,
+    cwd=ROOT,
     env=environment(devices) | (variables or {}),
     **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | kwargs,
-  )  # fmt: skip
+  )
 
 
 def restored(workdir, step: int, **mesh) -> state.State:
@@ -95,16 +90,13 @@ def restored(workdir, step: int, **mesh) -> state.State:
   cfg = config.replace(cfg, **{f'mesh.{k}': v for k, v in sizes.items()})
   devices = jax.devices()[: np.prod(list(sizes.values()))]
   m = sharding.make_mesh(cfg, devices)
-  return jax.device_get(
-    checkpoint.restore(str(workdir), step, state.abstract(cfg, m))
-  )
+  return jax.device_get(checkpoint.restore(str(workdir), step, state.abstract(cfg, m)))
 
 
 def records(workdir) -> list[dict]:
   """metrics.jsonl without what a clock wrote."""
   return [
-    {k: v for k, v in record.items() if k not in TIMES}
-    for record in metrics.read(str(workdir))
+    {k: v for k, v in record.items() if k not in TIMES} for record in metrics.read(str(workdir))
   ]
 
 

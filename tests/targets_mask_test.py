@@ -14,9 +14,12 @@ from tests import tiny
 # One program a schedule serves all tests.
 REMAT = tiny.cfg(heads__n=2, model__n_layers=3, loss__chunk=8)
 EAGER = tiny.cfg(
-  heads__n=2, model__n_layers=2, heads__family='sequential',
-  loss__schedule='eager', train__accumulate=2,
-)  # fmt: skip
+  heads__n=2,
+  model__n_layers=2,
+  heads__family='sequential',
+  loss__schedule='eager',
+  train__accumulate=2,
+)
 BOTH = pytest.mark.parametrize('c', [REMAT, EAGER], ids=['remat', 'eager'])
 
 
@@ -62,9 +65,7 @@ def _by_hand(w, flat, counted_KBT, *, c):
 def _wanted(rows, c):
   m = tiny.mesh(c)
   with jax.set_mesh(m):
-    return jax.device_get(
-      _by_hand(tiny.model(c, m), _flat(rows), _mask_by_hand(rows, c), c=c)
-    )
+    return jax.device_get(_by_hand(tiny.model(c, m), _flat(rows), _mask_by_hand(rows, c), c=c))
 
 
 @BOTH
@@ -74,11 +75,7 @@ def test_equals_a_mask_by_hand(c):
   (want, loss_K), wanted = _wanted(rows, c)
   np.testing.assert_allclose(total, want, rtol=1e-5)
   np.testing.assert_allclose(sums['loss_K'], loss_K, rtol=1e-5)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6),
-    grads,
-    wanted,
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), grads, wanted)
 
 
 @BOTH
@@ -95,9 +92,7 @@ def test_a_token_that_is_not_scored_counts_for_nothing(c):
   if c.heads.family == 'sequential':  # which also reads token T
     rows['position'][..., T:] = other['position'][..., T:] = 0
   jax.tree.map(
-    np.testing.assert_array_equal,
-    tiny.value_and_grad(c, rows),
-    tiny.value_and_grad(c, other),
+    np.testing.assert_array_equal, tiny.value_and_grad(c, rows), tiny.value_and_grad(c, other)
   )
 
 
@@ -121,9 +116,7 @@ def test_prompts_alone_give_zero(c):
 
 def test_held_out_losses_are_those_of_what_is_scored():
   rows, m = _rows(REMAT), tiny.mesh(REMAT)
-  bytes_V = jax.device_put(
-    np.full(32, 3, np.int32), jax.NamedSharding(m, jax.P())
-  )
+  bytes_V = jax.device_put(np.full(32, 3, np.int32), jax.NamedSharding(m, jax.P()))
   w = tiny.model(REMAT, m)
   got = heldout.evaluator(REMAT, m, bytes_V)(w, [rows], 1)
   (total, loss_K), _ = _wanted(rows, REMAT)
@@ -134,6 +127,4 @@ def test_held_out_losses_are_those_of_what_is_scored():
   np.testing.assert_array_equal(got['count_K'], count_K)
   assert count_K[0] != count_K[1]  # each head's is its own
   assert got['bytes'] == 3 * count_K[0]
-  np.testing.assert_allclose(
-    got['loss_sum_K'][0], loss_K[0] * count_K[0], rtol=1e-5
-  )
+  np.testing.assert_allclose(got['loss_sum_K'][0], loss_K[0] * count_K[0], rtol=1e-5)

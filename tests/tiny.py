@@ -46,9 +46,7 @@ def sibling(c: config.Config) -> config.Config:
   steps, accumulate = 10, c.train.accumulate
   warmup_steps = math.ceil(steps * c.optim.warmup_steps / c.train.steps)
   kept = {
-    name: config.get(c, name)
-    for name, field in config.fields().items()
-    if field.metadata['result']
+    name: config.get(c, name) for name, field in config.fields().items() if field.metadata['result']
   }
   small = {
     'model.d_model': 16,
@@ -87,9 +85,7 @@ def model(c: config.Config, m) -> lm.LM:
 @functools.cache
 def _values(model: config.Model, head: config.Heads, order_weight: float):
   """By NumPy: to compile params.init takes seconds, for each shape anew."""
-  c = dataclasses.replace(
-    cfg(loss__order_weight=order_weight), model=model, heads=head
-  )
+  c = dataclasses.replace(cfg(loss__order_weight=order_weight), model=model, heads=head)
 
   def leaf(path, spec):
     size = math.prod(spec.shape)
@@ -123,9 +119,7 @@ def batch(c: config.Config, *, packed=True, seed=0) -> dict[str, np.ndarray]:
   start_BU = rng.random(tokens_BU.shape) < (0.15 if packed else 0)
   start_BU[:, 0] = True
   index_U = np.arange(U)
-  position_BU = index_U - np.maximum.accumulate(
-    np.where(start_BU, index_U, 0), axis=1
-  )
+  position_BU = index_U - np.maximum.accumulate(np.where(start_BU, index_U, 0), axis=1)
   return {
     'tokens': tokens_BU.astype(np.int32).reshape(A, -1, U),
     'position': position_BU.astype(np.int32).reshape(A, -1, U),
@@ -140,9 +134,14 @@ def _value_and_grad(w, rows, *, c, n_active):
 
   def micro_batch(rows):
     return grad(
-      w, jnp.zeros(c.heads.n), rows, count_K=count_K,
-      weight_K=targets.weights(0, c), n_active=n_active, cfg=c,
-    )  # fmt: skip
+      w,
+      jnp.zeros(c.heads.n),
+      rows,
+      count_K=count_K,
+      weight_K=targets.weights(0, c),
+      n_active=n_active,
+      cfg=c,
+    )
 
   if rows['tokens'].shape[0] == 1:
     return micro_batch(jax.tree.map(lambda x: x[0], rows))
@@ -154,9 +153,10 @@ def means(sums: dict, count_K) -> dict:
   """Sums of `mtp_loss` as means over valid targets; 0 where there is none."""
   over_K = 1 / np.maximum(count_K, 1)[: len(sums['loss_sum_K'])]
   out = dict(
-    loss_K=sums['loss_sum_K'] * over_K, z_loss_K=sums['z_loss_sum_K'] * over_K,
+    loss_K=sums['loss_sum_K'] * over_K,
+    z_loss_K=sums['z_loss_sum_K'] * over_K,
     accuracy_K=sums['correct_K'] * over_K,
-  )  # fmt: skip
+  )
   if 'order_loss_sum' in sums:
     out['order_loss'] = sums['order_loss_sum'] * over_K[0]
   return sums | out
@@ -168,9 +168,7 @@ def value_and_grad(c: config.Config, rows, w=None, n_active=None):
   m = mesh(c)
   w = model(c, m) if w is None else w
   with jax.set_mesh(m):
-    out = _value_and_grad(
-      w, sharding.put_batch(m, rows), c=c, n_active=n_active or c.heads.n
-    )
+    out = _value_and_grad(w, sharding.put_batch(m, rows), c=c, n_active=n_active or c.heads.n)
   (total, sums), grads = jax.device_get(out)
   valid_AKBT = [
     targets.targets(dict(zip(rows, of, strict=True)), c)[1]
@@ -182,8 +180,7 @@ def value_and_grad(c: config.Config, rows, w=None, n_active=None):
 def oracle_losses(c: config.Config, rows) -> dict:
   """Of `model` in float64; rows (…, U)."""
   tokens_BU, position_BU = (
-    rows[name].reshape(-1, rows[name].shape[-1])
-    for name in ('tokens', 'position')
+    rows[name].reshape(-1, rows[name].shape[-1]) for name in ('tokens', 'position')
   )
   w, shape = flat(model(c, mesh(c))), oracle.Shape(c.heads.family, c.heads.n)
   logits_KBTV = oracle.forward(w, tokens_BU, position_BU, shape)
@@ -203,16 +200,13 @@ def reductions(jaxpr) -> list:
   return [
     eqn.invars[0].aval.dtype
     for eqn in equations(jaxpr)
-    if eqn.primitive.name == 'reshard'
-    and eqn.invars[0].aval.sharding.spec.unreduced
+    if eqn.primitive.name == 'reshard' and eqn.invars[0].aval.sharding.spec.unreduced
   ]
 
 
 def dense_logits(w: lm.LM, tokens_BU, position_BU, c: config.Config):
   """Logits of all heads at once, layers and heads unrolled: (K, B, T, V)."""
-  return logits_of_embeddings(
-    w, layers.embed(w.embed, tokens_BU), position_BU, c
-  )
+  return logits_of_embeddings(w, layers.embed(w.embed, tokens_BU), position_BU, c)
 
 
 def logits_of_embeddings(w: lm.LM, emb_BUD, position_BU, c: config.Config):
@@ -253,8 +247,7 @@ def _hidden(w: lm.LM, emb_BUD, position_BU, c: config.Config):
 def dense_loss(w: lm.LM, rows, c: config.Config):
   """The same loss with n logits alive: nothing scanned, rematerialised, cut."""
   tokens_BU, position_BU = (
-    rows[name].reshape(-1, rows[name].shape[-1])
-    for name in ('tokens', 'position')
+    rows[name].reshape(-1, rows[name].shape[-1]) for name in ('tokens', 'position')
   )
   flat = dict(tokens=tokens_BU, position=position_BU)
   targets_KBT, valid_KBT = targets.targets(flat, c)

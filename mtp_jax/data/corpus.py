@@ -53,9 +53,7 @@ class Corpus(NamedTuple):
     return tokenizers.recorded_name(self.tokenizer)
 
   def train(self) -> windows.Mixture:
-    splits = {
-      source.ref.name: source.store.split('train') for source in self.sources
-    }
+    splits = {source.ref.name: source.store.split('train') for source in self.sources}
     return windows.Mixture(tuple(_told_apart(splits).values()), self._weights())
 
   def held_out(self, split: str) -> dict[str, windows.Split]:
@@ -88,18 +86,13 @@ def _told_apart(splits: dict) -> dict[str, windows.Split]:
   """Splits whose names, in errors, say of which of several stores they are."""
   if len(splits) == 1:
     return splits
-  return {
-    name: split._replace(name=f'{name} {split.name}')
-    for name, split in splits.items()
-  }
+  return {name: split._replace(name=f'{name} {split.name}') for name, split in splits.items()}
 
 
 def open_corpus(cfg: config.Config) -> Corpus:
   """The stores of a Config, refused unless whole and of one tokenizer, which is
   that of --data.tokenizer where one is given."""
-  sources, further = (
-    _open(cfg, flag) for flag in ('data.store', 'eval.stores')
-  )
+  sources, further = (_open(cfg, flag) for flag in ('data.store', 'eval.stores'))
   first = sources[0].store
   made = first.manifest['tokenizer']
   for flag, group in (('data.store', sources), ('eval.stores', further)):
@@ -107,10 +100,11 @@ def open_corpus(cfg: config.Config) -> Corpus:
       other = source.store.manifest['tokenizer']
       if other['fingerprint'] != made['fingerprint']:
         raise config.ConfigError(
-          flag, config.get(cfg, flag),
+          flag,
+          config.get(cfg, flag),
           f'{first.path} was made with the tokenizer {made["name"]},'
           f' {source.store.path} with {other["name"]}, which is another',
-        )  # fmt: skip
+        )
   _check_given(cfg.data.tokenizer, first)
   return Corpus(sources, further, store_lib.tokenizer_of(first))
 
@@ -139,7 +133,8 @@ def _check_given(given: str, store: store_lib.Store) -> None:
     same = tokenizers.get(given).fingerprint == made['fingerprint']
   if not same:
     raise config.ConfigError(
-      'data.tokenizer', given,
+      'data.tokenizer',
+      given,
       f'the store {store.path} was made with another, {made["name"]} of'
       f' fingerprint {made["fingerprint"][:12]}; leave out the flag to take it',
-    )  # fmt: skip
+    )

@@ -78,15 +78,17 @@ class How(NamedTuple):
     return False
 
 
-NOT_STDLIB = frozenset(
-  'site-packages dist-packages test tests idle_test __pycache__'.split()
-)
+NOT_STDLIB = frozenset('site-packages dist-packages test tests idle_test __pycache__'.split())
 
 
 def read(
-  sources: str, skipped: Skipped | None = None, *, max_bytes: int | None = None,
-  whole: bool = True, report: Callable[[str], None] = lambda line: None,
-) -> Iterator[Document]:  # fmt: skip
+  sources: str,
+  skipped: Skipped | None = None,
+  *,
+  max_bytes: int | None = None,
+  whole: bool = True,
+  report: Callable[[str], None] = lambda line: None,
+) -> Iterator[Document]:
   """Streams the documents of `KIND:ARG,KIND:ARG…`.
 
   Kinds: python:stdlib, python:PACKAGE, dir:PATH, text:PATH, jsonl:PATH#FIELD,
@@ -177,9 +179,7 @@ def _dir(arg: str, fail: Fail, how: How) -> Iterator[Document]:
 VANISHED = 'files that vanished'
 
 
-def _walk(
-  root, label, fail, how, *, suffix='', without=frozenset()
-) -> list[File]:
+def _walk(root, label, fail, how, *, suffix='', without=frozenset()) -> list[File]:
   """Regular files under root, sorted by name."""
 
   def unreadable(error):  # os.walk would pass over it in silence
@@ -375,9 +375,7 @@ def _of_texts(name: str, texts: list) -> Document:
   if all(isinstance(text, str) for text in texts):
     cuts = (len(texts[0]),) if len(texts) == 2 else ()
     return Document(name, ''.join(texts), cuts)
-  texts = [
-    Document('', text) if isinstance(text, str) else text for text in texts
-  ]
+  texts = [Document('', text) if isinstance(text, str) else text for text in texts]
   cuts = ()
   if len(texts) == 2:
     cuts = (sum(len(block) for block in texts[0].blocks()),)
@@ -389,9 +387,7 @@ def _of_texts(name: str, texts: list) -> Document:
   return Document(name, '', cuts, read=read)
 
 
-def records(
-  path: str, fields: list[str], fail: Fail
-) -> Iterator[tuple[int, list[str]]]:
+def records(path: str, fields: list[str], fail: Fail) -> Iterator[tuple[int, list[str]]]:
   """(number of the line, texts of `fields`) of each object of a jsonl file.
 
   Reads .gz and .zst as well; null is ''. Raises fail(what is wrong, and where).
@@ -463,15 +459,11 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
       has = ', '.join(columns) or 'none'
       raise fail(f'{path}: no field {field!r}, its fields are: {has}')
     kind = table.schema_arrow.field(field).type
-    if not (
-      pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-    ):
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
       raise fail(f'{path}: field {field!r} is {kind}, not a string')
     # As many rows as a block holds, going by the mean of the file.
     groups = table.metadata
-    n_bytes = sum(
-      groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)
-    )
+    n_bytes = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
     rows = max(1, ROWS * groups.num_rows // max(n_bytes, 1))
     number = 0
     for batch in table.iter_batches(min(rows, 2**16), columns=[field]):
@@ -537,10 +529,7 @@ def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
       raise fail(f'{place}: field {field!r} is {kind}, not a string')
   # JSON can spell half a character, which UTF-8 (and a byte count) cannot.
   texts = [record[field] or '' for field in fields]
-  return [
-    SURROGATE.sub('\ufffd', text) if SURROGATE.search(text) else text
-    for text in texts
-  ]
+  return [SURROGATE.sub('\ufffd', text) if SURROGATE.search(text) else text for text in texts]
 
 
 STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
@@ -568,9 +557,7 @@ def _large_fields(line: bytes, fields: list) -> list[str | Text] | None:
     return None
   if not all(isinstance(value, str | None) for value in values):
     return None
-  return [
-    long.get(value) or SURROGATE.sub('\ufffd', value or '') for value in values
-  ]
+  return [long.get(value) or SURROGATE.sub('\ufffd', value or '') for value in values]
 
 
 def _match(pattern: str, fail: Fail) -> list[File]:
@@ -638,10 +625,7 @@ def _task(arg: str, fail: Fail, how: How) -> Iterator[Document]:
     kept = 0
     for index, found in tasks.train(of, items):
       kept += 1
-      yield Document(
-        f'{of}:{index}', found.prompt + found.answer, (len(found.prompt),),
-        drawn=True,
-      )  # fmt: skip
+      yield Document(f'{of}:{index}', found.prompt + found.answer, (len(found.prompt),), drawn=True)
     if not kept:
       raise fail('a test asks all of its items: none is left to train on')
     how.skipped['items that a test asks'] += items - kept

@@ -61,8 +61,7 @@ def dtype(vocab_size: int) -> str:
 
 
 def encode(
-  batch: list[documents.Document] | list[Part] | Encoded,
-  tokenizer: tokenizers.Tokenizer,
+  batch: list[documents.Document] | list[Part] | Encoded, tokenizer: tokenizers.Tokenizer
 ) -> Encoded:
   """Encodes documents, or one part of one."""
   if isinstance(batch, Encoded):
@@ -91,9 +90,7 @@ def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
   parts = []
   for first, last in itertools.pairwise(bounds):
     text = document.text[first:last]
-    parts.append(
-      np.asarray((_after_cut if first else _encode)(text, tokenizer))
-    )
+    parts.append(np.asarray((_after_cut if first else _encode)(text, tokenizer)))
   cuts = 1 + np.cumsum([ids_T.size for ids_T in parts])[:-1]
   tokens_T = _checked(document.name, np.concatenate(parts), tokenizer, 1, 1)
   return tokens_T, tuple(cuts.tolist())
@@ -114,10 +111,11 @@ def _checked(name, ids_T, tokenizer, begins, ends) -> np.ndarray:
   """The ids as they are stored, framed where a document begins or ends."""
   if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
     raise config.ConfigError(  # it would wrap around in silence
-      'data.tokenizer', tokenizer.name,
+      'data.tokenizer',
+      tokenizer.name,
       f'gave an id from {ids_T.min()} to {ids_T.max()} in {name}, its'
       f' vocab_size is {tokenizer.vocab_size}',
-    )  # fmt: skip
+    )
   tokens_T = np.empty(begins + ids_T.size + ends, dtype(tokenizer.vocab_size))
   tokens_T[begins : begins + ids_T.size] = ids_T
   if begins:
@@ -151,9 +149,7 @@ def _head(text: str, tokenizer) -> tuple[str, int]:
 
 
 def run(
-  found: Iterable[documents.Document],
-  tokenizer: tokenizers.Tokenizer,
-  workers: int,
+  found: Iterable[documents.Document], tokenizer: tokenizers.Tokenizer, workers: int
 ) -> Iterator[Encoded]:
   """Encodes documents batch by batch, in their order; a large one in parts,
   where it is known that this gives the same tokens."""
@@ -182,9 +178,7 @@ def _gives_back() -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)
 
 
-def _batches(
-  found, tokenizer
-) -> Iterator[list[documents.Document] | list[Part]]:
+def _batches(found, tokenizer) -> Iterator[list[documents.Document] | list[Part]]:
   is_safe = functools.cache(lambda: splitting.rule(tokenizer))
   encoder = functools.cache(lambda: unigram.of(tokenizer))
   batch, size = [], 0
@@ -227,9 +221,8 @@ def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
         yield part
       at_start = not before
       part = Part(
-        document.name, text, before, first > 0, part is None,
-        at_start and part is not None, False,
-      )  # fmt: skip
+        document.name, text, before, first > 0, part is None, at_start and part is not None, False
+      )
       before = text[-1:]
   yield part._replace(ends=True)
 
@@ -245,9 +238,12 @@ def _in_turn(document, encoder, tokenizer) -> Iterator[Encoded]:
     ids_T, score = encoder.encode(before + part.text, None if begins else score)
     tokens_T = _checked(part.name, ids_T[n:], tokenizer, part.begins, part.ends)
     yield Encoded(
-      tokens_T, np.array([tokens_T.size], np.int64), [(0,) * part.is_cut],
-      len(part.text.encode()), not part.ends,
-    )  # fmt: skip
+      tokens_T,
+      np.array([tokens_T.size], np.int64),
+      [(0,) * part.is_cut],
+      len(part.text.encode()),
+      not part.ends,
+    )
 
 
 def _between(document, first: int, last: int) -> Iterator[str]:
@@ -314,9 +310,10 @@ def _said_if_killed(workers: int):
     yield
   except (EOFError, OSError) as error:
     raise config.ConfigError(
-      'data.workers', workers, 'a process that encodes was killed, perhaps for'
-      ' want of memory; fewer of them need less',
-    ) from error  # fmt: skip
+      'data.workers',
+      workers,
+      'a process that encodes was killed, perhaps for want of memory; fewer of them need less',
+    ) from error
 
 
 def _received(under_way: dict, done: dict, turn: int, workers: int) -> list:

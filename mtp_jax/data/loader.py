@@ -69,17 +69,13 @@ def train_batches(
     rows_AB = rows_B.reshape(accumulate, -1)[:, columns]
     return _read(split, rows_AB, seq_len, span)
 
-  order = _index_batches(
-    split.sizes(seq_len, span), split.weights, seed, batch_size
-  )
+  order = _index_batches(split.sizes(seq_len, span), split.weights, seed, batch_size)
   steps = (
     grain.MapDataset.range(start_step, sys.maxsize)
     .map(lambda step: order[index_of(int(step), left_out)])
     .map(read)
   )
-  options = grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=max(prefetch, threads)
-  )
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
   return iter(steps.to_iter_dataset(options))
 
 
@@ -104,9 +100,8 @@ def leave_out(left_out: Ranges, first: int, last: int) -> Ranges:
 
 
 def row_indices(
-  sizes: Sequence[int], weights: Sequence[int], seed: int, batch_size: int,
-  step: int,
-) -> np.ndarray:  # fmt: skip
+  sizes: Sequence[int], weights: Sequence[int], seed: int, batch_size: int, step: int
+) -> np.ndarray:
   """Windows that a training step reads, in the order of the global batch.
 
   Args:
@@ -206,14 +201,14 @@ def _read(split, rows_AB: np.ndarray, seq_len: int, span: int) -> Batch:
 def _check_windows(split, seq_len: int, span: int):
   if not split.n_windows(seq_len, span):
     raise config.ConfigError(
-      'data.seq_len', seq_len,
-      f'no shard of the {split.name} split has {seq_len} + {span} tokens',
-    )  # fmt: skip
+      'data.seq_len', seq_len, f'no shard of the {split.name} split has {seq_len} + {span} tokens'
+    )
 
 
 def _check_divides(batch_size: int, accumulate: int):
   if batch_size < 1 or batch_size % accumulate:
     raise config.ConfigError(
-      'data.batch_size', batch_size,
+      'data.batch_size',
+      batch_size,
       f'must be a multiple of {accumulate} micro-batches (--train.accumulate)',
-    )  # fmt: skip
+    )

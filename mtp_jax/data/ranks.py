@@ -18,9 +18,7 @@ BEGIN, END, TURN = '<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>'
 
 def specials() -> list[str]:
   """Llama 3's special tokens, by id after the last rank."""
-  named = {
-    0: BEGIN, 1: END, 6: '<|start_header_id|>', 7: '<|end_header_id|>', 9: TURN,
-  }  # fmt: skip
+  named = {0: BEGIN, 1: END, 6: '<|start_header_id|>', 7: '<|end_header_id|>', 9: TURN}
   reserved = (f'<|reserved_special_token_{i}|>' for i in range(256))
   return [named.get(i) or next(reserved) for i in range(256)]
 
@@ -50,45 +48,50 @@ def files(data: bytes) -> dict[str, bytes]:
   first = len(ranks)
   added = [
     dict(
-      id=first + i, content=name, single_word=False, lstrip=False, rstrip=False,
-      normalized=False, special=True,
+      id=first + i,
+      content=name,
+      single_word=False,
+      lstrip=False,
+      rstrip=False,
+      normalized=False,
+      special=True,
     )
     for i, name in enumerate(specials())
-  ]  # fmt: skip
-  begin, end, turn = (
-    first + specials().index(name) for name in (BEGIN, END, TURN)
-  )
-  split = dict(
-    type='Split', pattern={'Regex': WORDS}, behavior='Isolated', invert=False
-  )
-  level = dict(
-    type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False
-  )
+  ]
+  begin, end, turn = (first + specials().index(name) for name in (BEGIN, END, TURN))
+  split = dict(type='Split', pattern={'Regex': WORDS}, behavior='Isolated', invert=False)
+  level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
   about = dict(
-    version='1.0', truncation=None, padding=None, added_tokens=added,
+    version='1.0',
+    truncation=None,
+    padding=None,
+    added_tokens=added,
     normalizer=None,
     pre_tokenizer=dict(type='Sequence', pretokenizers=[split, level]),
-    post_processor=_begins_with(BEGIN, begin), decoder=level,
+    post_processor=_begins_with(BEGIN, begin),
+    decoder=level,
     model=dict(
-      type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None,
-      end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
+      type='BPE',
+      dropout=None,
+      unk_token=None,
+      continuing_subword_prefix=None,
+      end_of_word_suffix=None,
+      fuse_unk=False,
+      byte_fallback=False,
       ignore_merges=True,  # a word that is a token is that token
       vocab={spelled(token): rank for token, rank in ranks.items()},
       merges=[[spelled(x), spelled(y)] for x, y in _merges(ranks)],
     ),
-  )  # fmt: skip
+  )
   return {
     'tokenizer.json': json.dumps(about, ensure_ascii=False).encode(),
     'tokenizer_config.json': json.dumps(
-      dict(
-        tokenizer_class='PreTrainedTokenizerFast', bos_token=BEGIN,
-        eos_token=END,
-      ), indent=2,
+      dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=BEGIN, eos_token=END), indent=2
     ).encode(),
     'generation_config.json': json.dumps(
       dict(bos_token_id=begin, eos_token_id=[end, turn]), indent=2
     ).encode(),
-  }  # fmt: skip
+  }
 
 
 def _begins_with(name: str, token: int) -> dict:
@@ -99,10 +102,11 @@ def _begins_with(name: str, token: int) -> dict:
     return {'SpecialToken': dict(id=name, type_id=number)}
 
   return dict(
-    type='TemplateProcessing', single=[special(0), sequence('A', 0)],
+    type='TemplateProcessing',
+    single=[special(0), sequence('A', 0)],
     pair=[special(0), sequence('A', 0), special(1), sequence('B', 1)],
     special_tokens={name: dict(id=name, ids=[token], tokens=[name])},
-  )  # fmt: skip
+  )
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -62,15 +62,9 @@ def always_takes(found: list[Node], char: str) -> bool:
   """Whether a match that begins at this character exists, whatever follows."""
   for node in found:
     starts = [p for p in node.first if p.looks_ahead or p.accepts(char)]
-    everywhere = (
-      node.first | node.last | {p for pair in node.follow for p in pair}
-    )
+    everywhere = node.first | node.last | {p for pair in node.follow for p in pair}
     # One of them alone, since a possessive quantifier gives nothing back.
-    if (
-      len(starts) == 1
-      and starts[0] in node.last
-      and not any(p.looks_ahead for p in everywhere)
-    ):
+    if len(starts) == 1 and starts[0] in node.last and not any(p.looks_ahead for p in everywhere):
       return True
   return False
 

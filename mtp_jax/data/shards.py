@@ -23,10 +23,7 @@ OFFSET_DTYPE = '<u8'
 
 
 def write_split(
-  folder: pathlib.Path,
-  spool: spool_lib.Spool,
-  rows_M: np.ndarray,
-  shard_tokens: int,
+  folder: pathlib.Path, spool: spool_lib.Spool, rows_M: np.ndarray, shard_tokens: int
 ) -> dict:
   """Writes rows of the spool in this order; returns the manifest's entry."""
   folder.mkdir()
@@ -38,11 +35,16 @@ def write_split(
   with open(spool.path, 'rb', buffering=0) as file:
     entries = [
       _write_shard(
-        folder, number, file.fileno(), width, start_M[first:last],
-        length_M[first:last], cuts[first:last],
+        folder,
+        number,
+        file.fileno(),
+        width,
+        start_M[first:last],
+        length_M[first:last],
+        cuts[first:last],
       )
       for number, (first, last) in enumerate(_bounds(length_M, shard_tokens))
-    ]  # fmt: skip
+    ]
   sync_folder(folder)
   entry = {
     'documents': len(rows_M),
@@ -55,9 +57,7 @@ def write_split(
   return entry
 
 
-def _write_shard(
-  folder, number: int, spool: int, width: int, start_M, length_M, cuts
-) -> dict:
+def _write_shard(folder, number: int, spool: int, width: int, start_M, length_M, cuts) -> dict:
   pairs = zip(start_M.tolist(), length_M.tolist(), strict=True)
   parts = (  # not mapped, or all of it would be counted as memory in use
     os.pread(spool, min(width * length - at, COPIED), width * start + at)
@@ -69,9 +69,7 @@ def _write_shard(
     'tokens': int(length_M.sum()),
     'documents': len(length_M),
     'tokens_file': write_file(folder / f'tokens-{number:05d}.bin', parts),
-    'offsets_file': write_file(
-      folder / f'offsets-{number:05d}.bin', [offset_M]
-    ),
+    'offsets_file': write_file(folder / f'offsets-{number:05d}.bin', [offset_M]),
   }
   if cuts:
     entry['scored'] = 0
@@ -82,9 +80,7 @@ def _write_shard(
         entry['scored'] += int(scored_T.sum())
         yield scored_T
 
-    entry['scored_file'] = write_file(
-      folder / f'scored-{number:05d}.bin', masks()
-    )
+    entry['scored_file'] = write_file(folder / f'scored-{number:05d}.bin', masks())
   return entry
 
 
@@ -166,9 +162,8 @@ class File:
 
   def _changed(self, how: str) -> config.FileChanged:
     return config.FileChanged(
-      'data.store', self.root,
-      f'{self.name} was changed after the store was opened ({how})',
-    )  # fmt: skip
+      'data.store', self.root, f'{self.name} was changed after the store was opened ({how})'
+    )
 
   def open(self) -> int:
     return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
@@ -195,9 +190,7 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
     return data
   parts = [data]
   while parts[-1] and size > (got := sum(map(len, parts))):
-    parts.append(
-      os.pread(descriptor, min(size - got, READ_BYTES), offset + got)
-    )
+    parts.append(os.pread(descriptor, min(size - got, READ_BYTES), offset + got))
   return b''.join(parts)
 
 
@@ -210,11 +203,7 @@ def open_split(
 ) -> windows.Split:
   """The files of the manifest's entry, once they are known to be whole."""
   files = [
-    tuple(
-      File(root, shard[key], of_file, verify)
-      for shard in entry['shards']
-      if key in shard
-    )
+    tuple(File(root, shard[key], of_file, verify) for shard in entry['shards'] if key in shard)
     for key, of_file in (
       ('tokens_file', dtype),
       ('offsets_file', OFFSET_DTYPE),
@@ -224,9 +213,7 @@ def open_split(
   return windows.Split(name, *files)
 
 
-def checked(
-  root: pathlib.Path, record: dict, verify: bool
-) -> tuple[pathlib.Path, tuple[int, int]]:
+def checked(root: pathlib.Path, record: dict, verify: bool) -> tuple[pathlib.Path, tuple[int, int]]:
   """Path and stamp of a file that is as write_file left it, or raises
   ConfigError."""
   path = root / record['file']

@@ -42,9 +42,7 @@ def rule(tokenizer: tokenizers.Tokenizer) -> SafeSplit | None:
   return None
 
 
-def pieces(
-  blocks: Iterable[str], is_safe: SafeSplit, size: int
-) -> Iterator[str]:
+def pieces(blocks: Iterable[str], is_safe: SafeSplit, size: int) -> Iterator[str]:
   """Splits a text, given in blocks, at safe places: '' for ''.
 
   A piece has at most twice `size` characters, or up to the next block that has
@@ -102,21 +100,16 @@ def between_pieces(model: bytes, *kinds: str) -> SafeSplit | None:
   known = {
     piece.piece
     for piece in proto.pieces
-    if len(piece.piece) == 1
-    and piece.type in (piece.NORMAL, piece.USER_DEFINED)
+    if len(piece.piece) == 1 and piece.type in (piece.NORMAL, piece.USER_DEFINED)
   }
   if tokenizers.SPACE not in known or not known.intersection(USUAL_LETTERS):
     return None
   if not is_plain:
     if _takes_spaces(spec.precompiled_charsmap):
       return None
-    normalize = sentencepiece.SentencePieceProcessor(
-      model_proto=model
-    ).normalize
+    normalize = sentencepiece.SentencePieceProcessor(model_proto=model).normalize
     known.intersection_update(
-      x
-      for x in USUAL_LETTERS
-      if normalize(f'a{x} {x}a').endswith(f'{x}{tokenizers.SPACE}{x}a')
+      x for x in USUAL_LETTERS if normalize(f'a{x} {x}a').endswith(f'{x}{tokenizers.SPACE}{x}a')
     )
 
   def is_safe(before, after):
@@ -179,8 +172,7 @@ def between_pairs(names: Iterable[str]) -> SafeSplit:
 def _of_json(about: dict) -> SafeSplit | None:
   added = about.get('added_tokens') or []
   if any(
-    not token['special']
-    and (token['lstrip'] or token['rstrip'] or token['single_word'])
+    not token['special'] and (token['lstrip'] or token['rstrip'] or token['single_word'])
     for token in added
   ):
     return None
@@ -199,11 +191,7 @@ def _of_json(about: dict) -> SafeSplit | None:
 
   def is_between_merges(before, after):
     spaced = after.replace(' ', tokenizers.SPACE)
-    return (
-      is_away(before, after)
-      and is_away(before, spaced)
-      and is_apart(before, after)
-    )
+    return is_away(before, after) and is_away(before, spaced) and is_apart(before, after)
 
   return is_between_merges
 
@@ -268,9 +256,7 @@ def _between_words(about: dict, names: dict[str, set[str]]) -> SafeSplit:
   normalizers = _steps(about['normalizer'], 'normalizers')
   if normalizers and not all(name.isascii() for name in names):
     return lambda before, after: False
-  steps = [
-    _parsed(step) for step in _steps(about['pre_tokenizer'], 'pretokenizers')
-  ]
+  steps = [_parsed(step) for step in _steps(about['pre_tokenizer'], 'pretokenizers')]
 
   is_away = _away_from(names)
 
@@ -283,9 +269,7 @@ def _between_words(about: dict, names: dict[str, set[str]]) -> SafeSplit:
       afters = _normalized(step, before, afters)
       if not afters:
         return False
-    return all(
-      is_away(before, one) and _is_parted(steps, before, one) for one in afters
-    )
+    return all(is_away(before, one) and _is_parted(steps, before, one) for one in afters)
 
   return is_safe
 
@@ -298,20 +282,15 @@ def _is_plain(char: str) -> bool:
   if char in '\xb2\xb3\xb9\xbc\xbd\xbe':
     return False
   category = unicodedata.category(char)
-  return (
-    category == unicodedata.ucd_3_2_0.category(char) and category[0] in 'LNPSZ'
-  )
+  return category == unicodedata.ucd_3_2_0.category(char) and category[0] in 'LNPSZ'
 
 
 def _is_steady(char: str) -> bool:
   """Whether normal forms leave it alone, and what stands before it."""
   if char.isascii():
     return True
-  return (
-    unicodedata.category(char)[0] in 'PZ' or '\u4e00' <= char <= '\u9fa5'
-  ) and all(
-    unicodedata.normalize(form, char) == char
-    for form in ('NFC', 'NFD', 'NFKC', 'NFKD')
+  return (unicodedata.category(char)[0] in 'PZ' or '\u4e00' <= char <= '\u9fa5') and all(
+    unicodedata.normalize(form, char) == char for form in ('NFC', 'NFD', 'NFKC', 'NFKD')
   )
 
 
@@ -324,9 +303,7 @@ def _normalized(step: dict, before: str, afters: set[str]) -> set[str]:
     joins = any(x.isascii() and (x.isalpha() or x in '<=>') for x in afters)
     known = afters if all(map(_is_steady, both)) and not joins else known
   elif kind == 'Lowercase':
-    known = (
-      afters if all(x.isascii() and x == x.lower() for x in both) else known
-    )
+    known = afters if all(x.isascii() and x == x.lower() for x in both) else known
   elif kind == 'Prepend':
     known = afters
   elif kind == 'Strip':  # what it strips is at an end, which neither is
@@ -374,9 +351,7 @@ def _replaced(step: dict, before: str, afters: set[str]) -> set[str]:
   return set()
 
 
-GPT_2 = (
-  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def _parsed(step: dict) -> tuple[dict, list[regexes.Node]]:

@@ -100,9 +100,8 @@ def fill(
         progress(len(lengths), n_tokens, n_bytes)
   length_M, bytes_M = (np.array(x, np.int64) for x in (lengths, sizes))
   return Spool(
-    path, encoding.dtype(tokenizer.vocab_size), words(digests), length_M,
-    bytes_M, cuts, **left_out,
-  )  # fmt: skip
+    path, encoding.dtype(tokenizer.vocab_size), words(digests), length_M, bytes_M, cuts, **left_out
+  )
 
 
 def _new(found, digests, sizes, left_out) -> Iterator[documents.Document]:

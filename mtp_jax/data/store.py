@@ -38,22 +38,28 @@ MAX_SHARDS = 512  # or more tokens: of 10**12, 4,096 files hold a store
 
 # Of manifest.json; a field of a newer version does not change what these mean.
 RECORD = {'file': str, 'size': jsonl.NATURAL, 'sha256': str}
-SHARD = {
-  'tokens_file': RECORD, 'offsets_file': RECORD, 'scored_file?': RECORD,
-  ...: object,
-}  # fmt: skip
+SHARD = {'tokens_file': RECORD, 'offsets_file': RECORD, 'scored_file?': RECORD, ...: object}
 SPLIT = {
   **dict.fromkeys(('documents', 'tokens', 'bytes'), jsonl.NATURAL),
-  'scored?': jsonl.NATURAL, 'shards': [SHARD], ...: object,
-}  # fmt: skip
+  'scored?': jsonl.NATURAL,
+  'shards': [SHARD],
+  ...: object,
+}
 TOKENIZER = {
   **dict.fromkeys(('vocab_size', 'bos', 'eos'), jsonl.NATURAL),
-  'name': str, 'fingerprint': str, 'files': [RECORD], ...: object,
-}  # fmt: skip
+  'name': str,
+  'fingerprint': str,
+  'files': [RECORD],
+  ...: object,
+}
 MANIFEST = {
-  'sources': str, 'dtype': str, 'tokenizer': TOKENIZER, 'splits': {...: SPLIT},
-  **dict.fromkeys(('duplicates', 'empty'), jsonl.NATURAL), ...: object,
-}  # fmt: skip
+  'sources': str,
+  'dtype': str,
+  'tokenizer': TOKENIZER,
+  'splits': {...: SPLIT},
+  **dict.fromkeys(('duplicates', 'empty'), jsonl.NATURAL),
+  ...: object,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,26 +119,20 @@ def write(
   """
   out = check_target(out_dir, overwrite)
   if not 0 <= valid_fraction < 1:
-    raise config.ConfigError(
-      'data.valid_fraction', valid_fraction, 'from 0 to below 1'
-    )
+    raise config.ConfigError('data.valid_fraction', valid_fraction, 'from 0 to below 1')
   with contextlib.ExitStack() as stack:
     try:
       tmp = pathlib.Path(stack.enter_context(paths.temporary_folder(out)))
     except OSError as error:
       raise _error(out_dir, f'cannot write there: {error.strerror}') from error
-    spool = spool_lib.fill(
-      tmp / 'spool', documents, tokenizer, progress, workers
-    )
+    spool = spool_lib.fill(tmp / 'spool', documents, tokenizer, progress, workers)
     manifest = _describe(tokenizer, sources, valid_fraction, spool)
     manifest['tokenizer']['files'] = _write_tokenizer(tmp, tokenizer)
     shard_tokens = shard_tokens or max(
       MIN_SHARD_TOKENS, -(-int(spool.length_M.sum()) // MAX_SHARDS)
     )
     for name, rows_M in _split_rows(spool, valid_fraction, sources).items():
-      manifest['splits'][name] = shards.write_split(
-        tmp / name, spool, rows_M, shard_tokens
-      )
+      manifest['splits'][name] = shards.write_split(tmp / name, spool, rows_M, shard_tokens)
     spool.path.unlink()
     manifest['sha256'] = _manifest_sha256(manifest)
     shards.write_file(tmp / 'manifest.json', [_to_json(manifest).encode()])
@@ -166,10 +166,7 @@ def _write_tokenizer(tmp: pathlib.Path, tokenizer) -> list[dict]:
   if not tokenizer.files:
     return []
   folder.mkdir()
-  records = [
-    shards.write_file(folder / name, [data])
-    for name, data in tokenizer.files.items()
-  ]
+  records = [shards.write_file(folder / name, [data]) for name, data in tokenizer.files.items()]
   shards.sync_folder(folder)
   return records
 
@@ -198,9 +195,7 @@ def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
   """Rows of the spool of each split in the order of the store."""
   n, key_M4 = len(spool.digest_M4), spool.digest_M4
   if not n:
-    raise config.ConfigError(
-      'data.documents', sources, 'there is no document with text in it'
-    )
+    raise config.ConfigError('data.documents', sources, 'there is no document with text in it')
   order_M = np.lexsort((key_M4[:, 2], key_M4[:, 1], key_M4[:, 0]))
   valid_M = spool_lib.held_out(key_M4[order_M], valid_fraction)
   rows = {'train': order_M[~valid_M], 'valid': order_M[valid_M]}
@@ -209,9 +204,8 @@ def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
   for name, rows_M in rows.items():
     if not rows_M.size:
       raise config.ConfigError(
-        'data.valid_fraction', valid_fraction,
-        f'it leaves the {name} split of {n} documents empty',
-      )  # fmt: skip
+        'data.valid_fraction', valid_fraction, f'it leaves the {name} split of {n} documents empty'
+      )
   return rows
 
 
@@ -280,8 +274,7 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
   if manifest['format'] != FORMAT:
     raise _error(
       path,
-      f'has format {manifest["format"]}, this program reads {FORMAT};'
-      ' mtp prepare makes it anew',
+      f'has format {manifest["format"]}, this program reads {FORMAT}; mtp prepare makes it anew',
     )
   if manifest.get('sha256') != _manifest_sha256(manifest):
     raise _error(path, 'manifest.json is damaged: its checksum is wrong')
@@ -292,14 +285,10 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
   for name, split in manifest['splits'].items():
     masked = {'scored_file' in shard for shard in split['shards']}
     if len(masked) != 1:
-      raise _error(
-        path, f'manifest.json: {name} has no shards, or of two kinds'
-      )
+      raise _error(path, f'manifest.json: {name} has no shards, or of two kinds')
   if manifest['dtype'] not in encoding.DTYPES:
     raise _error(
-      path,
-      f'manifest.json: dtype={manifest["dtype"]}: must be one of'
-      f' {", ".join(encoding.DTYPES)}',
+      path, f'manifest.json: dtype={manifest["dtype"]}: must be one of {", ".join(encoding.DTYPES)}'
     )
   return manifest
 
@@ -336,7 +325,4 @@ def summary(manifest: dict) -> list[str]:
       + (f', {split["scored"]:,} tokens scored' if 'scored' in split else '')
     )
   left_out = f'{manifest["duplicates"]:,} duplicates'
-  return [
-    *lines,
-    f'left out   {left_out}, {manifest["empty"]:,} empty documents',
-  ]
+  return [*lines, f'left out   {left_out}, {manifest["empty"]:,} empty documents']

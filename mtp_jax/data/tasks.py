@@ -56,10 +56,7 @@ def _star(rng: random.Random, level: int, params: dict) -> Item:
   d, length = params['d'], params['length']
   labels = rng.sample(NODES[: params['nodes']], d * (length - 1) + 1)
   centre, rest = labels[0], labels[1:]
-  arms = [
-    centre + ''.join(rest[i * (length - 1) : (i + 1) * (length - 1)])
-    for i in range(d)
-  ]
+  arms = [centre + ''.join(rest[i * (length - 1) : (i + 1) * (length - 1)]) for i in range(d)]
   edges = [a + b for arm in arms for a, b in zip(arm, arm[1:])]  # noqa: B905
   rng.shuffle(edges)
   path = rng.choice(arms)
@@ -76,9 +73,7 @@ def _check_star(params: dict) -> str:
   if d < 1 or length < 2:
     return 'd >= 1 arms of length >= 2 nodes'
   if not d * (length - 1) + 1 <= nodes <= len(NODES):
-    return (
-      f'nodes from {d * (length - 1) + 1}, which the graph has, to {len(NODES)}'
-    )
+    return f'nodes from {d * (length - 1) + 1}, which the graph has, to {len(NODES)}'
   return ''
 
 
@@ -160,14 +155,15 @@ def _check_polynomial(params: dict) -> str:
 
 TASKS = {
   'star_graph': Task(
-    dict(d=2, length=5, nodes=50), _star, lambda params, part: range(1),
-    _check_star, _sorted_edges,
+    dict(d=2, length=5, nodes=50), _star, lambda params, part: range(1), _check_star, _sorted_edges
   ),
   'polynomial': Task(
-    dict(p=7, n=5, train=5, test=10), _polynomial,
-    lambda params, part: range(1, params[part] + 1), _check_polynomial,
+    dict(p=7, n=5, train=5, test=10),
+    _polynomial,
+    lambda params, part: range(1, params[part] + 1),
+    _check_polynomial,
   ),
-}  # fmt: skip
+}
 
 
 class Named(NamedTuple):
@@ -222,9 +218,7 @@ def item(of: Named, part: str, index: int, level: int | None = None) -> Item:
 def tests(of: Named, n: int, parts: tuple[str, ...] = ('test',)) -> list[Item]:
   """The first n test items of each level that one of `parts` may have."""
   levels = {x for part in parts for x in of.task.levels(of.params, part)}
-  return [
-    item(of, 'test', i, level) for level in sorted(levels) for i in range(n)
-  ]
+  return [item(of, 'test', i, level) for level in sorted(levels) for i in range(n)]
 
 
 N_TESTS = 2000  # of each level; what these ask is not trained on

@@ -155,10 +155,7 @@ def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
   except (RuntimeError, UnicodeDecodeError) as error:
     raise _error(name, 'is not a SentencePiece model') from error
   size = pieces.vocab_size()
-  marks = [
-    pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)
-    for i in range(size)
-  ]
+  marks = [pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(size)]
 
   def n_bytes(i):
     if marks[i]:
@@ -176,9 +173,7 @@ def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
     eos=_special(name, 'EOS', pieces.eos_id()),
     encode=_piece_encoder(pieces),
     decode=decode,
-    piece=lambda i: (
-      _printable(pieces.id_to_piece(int(i))) if 0 <= i < size else f'<id {i}>'
-    ),
+    piece=lambda i: _printable(pieces.id_to_piece(int(i))) if 0 <= i < size else f'<id {i}>',
     token_bytes_V=np.array([n_bytes(i) for i in range(size)], np.int64),
     fingerprint=hashlib.sha256(model).hexdigest(),
     files=files,
@@ -208,12 +203,9 @@ def _piece_encoder(pieces) -> Callable[[str], np.ndarray]:
 
 ENDS = 'tokenizer_config.json'
 ENDS_FORM = {
-  **dict.fromkeys(
-    ('bos_token?', 'eos_token?'),
-    (str, {'content': str, ...: object}, None),
-  ),
+  **dict.fromkeys(('bos_token?', 'eos_token?'), (str, {'content': str, ...: object}, None)),
   ...: object,
-}  # fmt: skip
+}
 GENERATION = 'generation_config.json'
 # What lies beside a tokenizer.json, and leaves with it as it came.
 BESIDE = ENDS, 'special_tokens_map.json', 'chat_template.jinja', GENERATION
@@ -262,9 +254,7 @@ def _more_eos(name: str, files: Files, eos: int) -> tuple[int, ...]:
   found = about.get('eos_token_id')
   found = found if isinstance(found, list) else [found] * (found is not None)
   if not all(type(i) is int and 0 <= i < MOST_IDS for i in found):
-    raise _error(
-      name, f'{GENERATION} beside it has eos_token_id={found!r}, no token ids'
-    )
+    raise _error(name, f'{GENERATION} beside it has eos_token_id={found!r}, no token ids')
   return tuple(i for i in dict.fromkeys(found) if i != eos)
 
 
@@ -285,9 +275,7 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
   try:
     import tokenizers
   except ImportError as error:
-    raise _error(
-      name, 'needs tokenizers: pip install "mtp_jax[data]"'
-    ) from error
+    raise _error(name, 'needs tokenizers: pip install "mtp_jax[data]"') from error
   try:
     fast = tokenizers.Tokenizer.from_buffer(model)
   except BaseException as error:
@@ -306,9 +294,10 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     known = fast.token_to_id(token['content'])
     if known != token['id']:  # it counts on from the number of tokens
       raise _error(
-        name, f'has {token["content"]!r} as {token["id"]}, which the tokenizers'
+        name,
+        f'has {token["content"]!r} as {token["id"]}, which the tokenizers'
         f' library reads as {known}: ids before it have a gap',
-      )  # fmt: skip
+      )
   byte_level = b'"ByteLevel"' in model
 
   def n_bytes(i):
@@ -403,9 +392,11 @@ def of_files(name: str, files: Files) -> Tokenizer:
 
 def load(folder: str) -> Tokenizer:
   """The tokenizer whose files lie in a folder."""
-  files = {path.name: _read_model(folder, str(path))
-           for path in sorted(paths.of(folder).iterdir())
-           if path.suffix != '.tmp'}  # fmt: skip
+  files = {
+    path.name: _read_model(folder, str(path))
+    for path in sorted(paths.of(folder).iterdir())
+    if path.suffix != '.tmp'
+  }
   return of_files(kind_of_files(files), files)
 
 

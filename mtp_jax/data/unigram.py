@@ -46,9 +46,7 @@ class Encoder:
     # that is unknown is on all paths.
     self._build(self._about.all_letters | USUAL, set())
 
-  def encode(
-    self, text: str, score: np.float32 | None = None
-  ) -> tuple[np.ndarray, np.float32]:
+  def encode(self, text: str, score: np.float32 | None = None) -> tuple[np.ndarray, np.float32]:
     """(ids, the sum of scores after them); without a score, a text begins."""
     if not self._about.splits_marks:
       return self._encode(text, score)
@@ -108,9 +106,7 @@ class Encoder:
       proto.pieces.add(piece=sign, score=score)
     for letter in (self._nul, *self._unknown):
       proto.pieces.add(piece=letter, score=self._about.unknown_score)
-    self._model = sentencepiece.SentencePieceProcessor(
-      model_proto=proto.SerializeToString()
-    )
+    self._model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     self._tables(proto.pieces)
 
   def _tables(self, pieces):
@@ -119,17 +115,12 @@ class Encoder:
     self._score_V = np.array([piece.score for piece in pieces], np.float32)
     self._size_V = np.array([len(name) for name in self._names])
     self._starts_V = np.array([x[:1] == tokenizers.SPACE for x in self._names])
-    is_apart = {
-      letter: self._apart(letter, ' ')
-      for letter in {x[-1:] for x in self._names}
-    }
+    is_apart = {letter: self._apart(letter, ' ') for letter in {x[-1:] for x in self._names}}
     self._ends_V = np.array([is_apart[x[-1:]] for x in self._names])
     real = [piece.type == piece.NORMAL for piece in pieces]
     real[self._n : self._n + len(self._signs)] = [False] * len(self._signs)
     self._odd_V = ~np.array(real)
-    self._pieces = {
-      self._names[i]: self._score_V[i] for i in np.flatnonzero(real)
-    }
+    self._pieces = {self._names[i]: self._score_V[i] for i in np.flatnonzero(real)}
     self._longest = max(map(len, self._pieces))
     self._unknown_score = np.float32(about.unknown_score)
 
@@ -151,9 +142,7 @@ class Encoder:
     nth = 0
     while True:
       first = int(meet_N[nth])
-      sums_T = np.add.accumulate(
-        np.concatenate([[score], self._score_V[found_T[first:]]])
-      )
+      sums_T = np.add.accumulate(np.concatenate([[score], self._score_V[found_T[first:]]]))
       near = sums_T[meet_N[nth:] - first] + below_N[nth:] < -RESET
       if not near.any():
         return sums_T[-1]
@@ -239,16 +228,10 @@ class _About(NamedTuple):
     mark = [bytes_[b] for b in tokenizers.SPACE.encode()]
     dummy = proto.normalizer_spec.add_dummy_prefix
     return cls(
-      letters={
-        p.piece
-        for p in proto.pieces
-        if len(p.piece) == 1 and p.type == kinds.NORMAL
-      },
+      letters={p.piece for p in proto.pieces if len(p.piece) == 1 and p.type == kinds.NORMAL},
       all_letters=set().union(*(p.piece for p in proto.pieces)),
       unknown_score=float(worst),
-      unknown=next(
-        i for i, p in enumerate(proto.pieces) if p.type == kinds.UNKNOWN
-      ),
+      unknown=next(i for i, p in enumerate(proto.pieces) if p.type == kinds.UNKNOWN),
       byte_ids=bytes_ if proto.trainer_spec.byte_fallback else [],
       splits_marks=-1 not in mark and not dummy,
       mark_T=np.array(mark, np.int32),

@@ -26,10 +26,10 @@ def size_of(name: str) -> int:
   ok = size.isascii() and size.isdigit() and SPECIALS < int(size) < 2**31
   if not ok:
     raise config.ConfigError(
-      'data.tokenizer', name,
-      f'train:SIZE takes a number of tokens above {SPECIALS}, the bytes and'
-      ' special tokens',
-    )  # fmt: skip
+      'data.tokenizer',
+      name,
+      f'train:SIZE takes a number of tokens above {SPECIALS}, the bytes and special tokens',
+    )
   return int(size)
 
 
@@ -46,22 +46,26 @@ def train(
   size = size_of(name)
   texts = sample(found, valid_fraction, SAMPLE_BYTES)
   if not texts:
-    raise config.ConfigError(
-      'data.tokenizer', name, 'there is no text to train it on'
-    )
+    raise config.ConfigError('data.tokenizer', name, 'there is no text to train it on')
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_chunks(texts), model_writer=model, vocab_size=size,
-      model_type='bpe', byte_fallback=True, split_digits=True,
-      normalization_rule_name='identity', add_dummy_prefix=False,
-      remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-      max_sentence_length=4 * CHUNK, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+      sentence_iterator=_chunks(texts),
+      model_writer=model,
+      vocab_size=size,
+      model_type='bpe',
+      byte_fallback=True,
+      split_digits=True,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      max_sentence_length=4 * CHUNK,
+      num_threads=1,
+      minloglevel=2,
+    )
   except RuntimeError as error:
-    raise config.ConfigError(
-      'data.tokenizer', name, _problem(str(error))
-    ) from error
+    raise config.ConfigError('data.tokenizer', name, _problem(str(error))) from error
   return tokenizers.of_files(name, {tokenizers.PIECES: model.getvalue()})
 
 
@@ -75,9 +79,7 @@ def _problem(message: str) -> str:
   return f'cannot be trained: {message.splitlines()[0]}'
 
 
-def sample(
-  found: Iterable[documents.Document], valid_fraction: float, limit: int
-) -> list[str]:
+def sample(found: Iterable[documents.Document], valid_fraction: float, limit: int) -> list[str]:
   """Texts of the training documents with the smallest digests, in that order,
   until they have `limit` characters. Holds about twice that at any time."""
   heap, seen, total = [], set(), 0

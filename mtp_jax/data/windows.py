@@ -34,9 +34,7 @@ class Split(_Shards):
     """The tokens of each document, in store order."""
     for tokens, offset_M in zip(self.tokens, self.offsets, strict=True):
       bounds = itertools.chain(offset_M[:].tolist(), [tokens.size])
-      yield from (
-        tokens[begin:end] for begin, end in itertools.pairwise(bounds)
-      )
+      yield from (tokens[begin:end] for begin, end in itertools.pairwise(bounds))
 
   def n_windows(self, seq_len: int, span: int) -> int:
     """Windows of seq_len + span tokens, seq_len apart, within a shard."""
@@ -47,9 +45,7 @@ class Split(_Shards):
     s, start = self._find(index, seq_len, span)
     length = seq_len + span
     tokens_U = self.tokens[s][start : start + length].astype(np.int32)
-    offset_M = between(
-      self.offsets[s], start, start + length, self.tokens[s].size
-    )
+    offset_M = between(self.offsets[s], start, start + length, self.tokens[s].size)
     at_M = (offset_M - np.uint64(start)).astype(np.int32)
     begin_U = np.zeros(length, np.int32)
     begin_U[at_M] = at_M

@@ -40,23 +40,25 @@ def write(layer: Layer, k_BTGH, v_BTGH, slot) -> Layer:
   the slot of the first position of all rows.
   """
   if jnp.ndim(slot):
-    return Layer(*(
-      _sharded(_put, (cache, new, slot))
-      for cache, new in zip(layer, (k_BTGH, v_BTGH), strict=True)
-    ))  # fmt: skip
-  return Layer(*(
-    jax.lax.dynamic_update_slice_in_dim(
-      cache, new.swapaxes(1, 2).astype(cache.dtype), slot, axis=2
+    return Layer(
+      *(
+        _sharded(_put, (cache, new, slot))
+        for cache, new in zip(layer, (k_BTGH, v_BTGH), strict=True)
+      )
     )
-    for cache, new in zip(layer, (k_BTGH, v_BTGH), strict=True)
-  ))  # fmt: skip
+  return Layer(
+    *(
+      jax.lax.dynamic_update_slice_in_dim(
+        cache, new.swapaxes(1, 2).astype(cache.dtype), slot, axis=2
+      )
+      for cache, new in zip(layer, (k_BTGH, v_BTGH), strict=True)
+    )
+  )
 
 
 def move(layer: Layer, from_BT, to_BT) -> Layer:
   """Copies what is in some slots of a row to others of it."""
-  return Layer(*(
-    _sharded(_move, (cache, from_BT, to_BT)) for cache in layer
-  ))  # fmt: skip
+  return Layer(*(_sharded(_move, (cache, from_BT, to_BT)) for cache in layer))
 
 
 def _sharded(f, args):
@@ -65,17 +67,13 @@ def _sharded(f, args):
   specs = [sharding.pspec(*axes[x.ndim]) for x in args]
   if len(args) == 3 and args[1].ndim == 4:  # new ones come as (B, T, G, H)
     specs[1] = sharding.pspec('batch', None, 'kv_heads', None)
-  return jax.shard_map(
-    f, in_specs=tuple(specs), out_specs=specs[0], check_vma=False
-  )(*args)
+  return jax.shard_map(f, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*args)
 
 
 def _put(cache_BGSH, new_BTGH, slot_BT):
   b_B1 = jnp.arange(cache_BGSH.shape[0])[:, None]
   slot_BT = jnp.where(slot_BT < 0, cache_BGSH.shape[2], slot_BT)
-  return cache_BGSH.at[b_B1, :, slot_BT].set(
-    new_BTGH.astype(cache_BGSH.dtype), mode='drop'
-  )
+  return cache_BGSH.at[b_B1, :, slot_BT].set(new_BTGH.astype(cache_BGSH.dtype), mode='drop')
 
 
 def _move(cache_BGSH, from_BT, to_BT):
@@ -96,25 +94,14 @@ def attend(q_BTNH, layer: Layer, seen_BTS):
   G = k_BGSH.shape[1]
   R = N // G
   axes = 'batch', 'kv_heads'
-  q_BTGRH = H**-0.5 * sharding.reshape(
-    q_BTNH, (B, T, G, R, H), 'batch', None, 'kv_heads'
-  )
-  q_BGXH = sharding.reshape(
-    q_BTGRH.transpose(0, 2, 3, 1, 4), (B, G, R * T, H), *axes
-  )
+  q_BTGRH = H**-0.5 * sharding.reshape(q_BTNH, (B, T, G, R, H), 'batch', None, 'kv_heads')
+  q_BGXH = sharding.reshape(q_BTGRH.transpose(0, 2, 3, 1, 4), (B, G, R * T, H), *axes)
   scores_BGXS = jnp.einsum(
-    'BGXH,BGSH->BGXS', q_BGXH.astype(k_BGSH.dtype), k_BGSH,
-    preferred_element_type=jnp.float32,
-  )  # fmt: skip
-  seen_BXS = jnp.tile(seen_BTS, (1, R, 1)) if R > 1 else seen_BTS
-  scores_BGXS = jnp.where(
-    seen_BXS[:, None], scores_BGXS, jnp.finfo(jnp.float32).min
+    'BGXH,BGSH->BGXS', q_BGXH.astype(k_BGSH.dtype), k_BGSH, preferred_element_type=jnp.float32
   )
+  seen_BXS = jnp.tile(seen_BTS, (1, R, 1)) if R > 1 else seen_BTS
+  scores_BGXS = jnp.where(seen_BXS[:, None], scores_BGXS, jnp.finfo(jnp.float32).min)
   weights_BGXS = jax.nn.softmax(scores_BGXS, axis=-1).astype(v_BGSH.dtype)
   out_BGXH = jnp.einsum('BGXS,BGSH->BGXH', weights_BGXS, v_BGSH)
-  out_BTGRH = sharding.reshape(out_BGXH, (B, G, R, T, H), *axes).transpose(
-    0, 3, 1, 2, 4
-  )
-  return sharding.reshape(
-    out_BTGRH, (B, T, N, H), 'batch', None, 'attn_heads'
-  ).astype(q_BTNH.dtype)
+  out_BTGRH = sharding.reshape(out_BGXH, (B, G, R, T, H), *axes).transpose(0, 3, 1, 2, 4)
+  return sharding.reshape(out_BTGRH, (B, T, N, H), 'batch', None, 'attn_heads').astype(q_BTNH.dtype)

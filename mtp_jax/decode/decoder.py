@@ -137,29 +137,22 @@ class Decoder:
       if shape not in self._compiled:
         # A first call each, of no effect: it is what the second will repeat.
         if chunks:
-          state, caches = speculative.prefill(
-            weights, state, caches, 0, C=C, s=s
-          )
-        state, caches = speculative.run(
-          weights, state, caches, 0, max_accept, sampling, s=s
-        )
+          state, caches = speculative.prefill(weights, state, caches, 0, C=C, s=s)
+        state, caches = speculative.run(weights, state, caches, 0, max_accept, sampling, s=s)
         jax.block_until_ready(state)
         self._compiled.add(shape)
         compile_s = time.perf_counter() - begin
       begin = time.perf_counter()
       for first in chunks:
-        state, caches = speculative.prefill(
-          weights, state, caches, first, C=C, s=s
-        )
+        state, caches = speculative.prefill(weights, state, caches, first, C=C, s=s)
       jax.block_until_ready((state, caches))
       prefill_s = time.perf_counter() - begin
       done = False
       while not done:
         begin = time.perf_counter()
         state, caches = speculative.run(
-          weights, state, caches, d.segment if each else FOREVER, max_accept,
-          sampling, s=s,
-        )  # fmt: skip
+          weights, state, caches, d.segment if each else FOREVER, max_accept, sampling, s=s
+        )
         done = bool(np.all(jax.device_get(state.done_B)))
         decode_s += time.perf_counter() - begin
         if each:
@@ -172,9 +165,14 @@ class Decoder:
         (state.forwards_B, state.asked_BJ, state.accepted_BJ)
       )
       return Decoded(
-        _new_tokens(state, prompts), forwards_B[: len(prompts)],
-        asked_BJ.sum(0), accepted_BJ.sum(0), prefill_s, decode_s, compile_s,
-      )  # fmt: skip
+        _new_tokens(state, prompts),
+        forwards_B[: len(prompts)],
+        asked_BJ.sum(0),
+        accepted_BJ.sum(0),
+        prefill_s,
+        decode_s,
+        compile_s,
+      )
 
   def next_logits(self, ids: np.ndarray) -> np.ndarray:
     """Head 1's after some tokens, by one pass over all of them."""
@@ -185,9 +183,8 @@ class Decoder:
     length_B = np.full(self._batch_shards, len(ids), np.int32)
     with jax.set_mesh(self.mesh):
       logits_BV = _next_logits(
-        speculative.in_use(self._weights, s),
-        *self._rows((tokens_BT, length_B)), s=s,
-      )  # fmt: skip
+        speculative.in_use(self._weights, s), *self._rows((tokens_BT, length_B)), s=s
+      )
     return np.asarray(jax.device_get(logits_BV))[0]
 
   def _rows(self, arrays):
@@ -207,16 +204,15 @@ class Decoder:
     n_bytes = 2 * values * B * slots * itemsize
     n_bytes /= self._batch_shards * self.mesh.shape['tensor']
     stats = device.memory_stats() or {}
-    there = stats.get('bytes_limit') or (
-      os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    )
+    there = stats.get('bytes_limit') or (os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
     if n_bytes > there:
       raise config.ConfigError(
-        'decode.cache', cache,
+        'decode.cache',
+        cache,
         f'keys and values of {B} rows are {n_bytes / 2**30:,.0f} GiB a device,'
         f' which has {there / 2**30:,.0f}; give less --decode.cache, max_new or'
         ' batch_size',
-      )  # fmt: skip
+      )
 
   @property
   def _cache_dtype(self) -> str:
@@ -262,9 +258,7 @@ _next_logits = jax.jit(speculative.next_logits, static_argnames='s')
 
 def _new_tokens(state, prompts) -> list[np.ndarray]:
   tokens_BS, length_B = jax.device_get((state.tokens_BS, state.length_B))
-  return [
-    tokens_BS[b, len(prompt) : length_B[b]] for b, prompt in enumerate(prompts)
-  ]
+  return [tokens_BS[b, len(prompt) : length_B[b]] for b, prompt in enumerate(prompts)]
 
 
 def room(prompts: Sequence[np.ndarray], cfg: config.Config) -> int:
@@ -274,9 +268,13 @@ def room(prompts: Sequence[np.ndarray], cfg: config.Config) -> int:
 
 
 def check(
-  prompts: Sequence[np.ndarray], cache: int, cfg: config.Config,
-  flag: str = 'prompt_ids', value: str = '', names: Sequence[str] = (),
-) -> None:  # fmt: skip
+  prompts: Sequence[np.ndarray],
+  cache: int,
+  cfg: config.Config,
+  flag: str = 'prompt_ids',
+  value: str = '',
+  names: Sequence[str] = (),
+) -> None:
   """ConfigError for the first prompt that cannot be decoded; names the flag
   that it came from, its value, and the prompt."""
   vocab_size = cfg.model.vocab_size
@@ -286,23 +284,21 @@ def check(
       raise config.ConfigError(flag, value, f'{name} has no token')
     if cache > config.MOST_POSITIONS:
       raise config.ConfigError(
-        flag, value,
+        flag,
+        value,
         f'{name} has {len(prompt):,} tokens; with --decode.max_new='
         f'{cfg.decode.max_new} more than {config.MOST_POSITIONS:,}, the most'
         ' that a row has room for',
-      )  # fmt: skip
+      )
     wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
     if wrong:
       raise config.ConfigError(
-        flag, value,
-        f'{name} has {wrong[0]}; from 0 to --model.vocab_size - 1 ='
-        f' {vocab_size - 1}',
-      )  # fmt: skip
+        flag, value, f'{name} has {wrong[0]}; from 0 to --model.vocab_size - 1 = {vocab_size - 1}'
+      )
     if len(prompt) >= cache:
       raise config.ConfigError(
-        'decode.cache', cache,
-        f'{name} has {len(prompt)} tokens; no room for a new one',
-      )  # fmt: skip
+        'decode.cache', cache, f'{name} has {len(prompt)} tokens; no room for a new one'
+      )
 
 
 def widths(cfg: config.Config, active: int) -> tuple[int, ...]:
@@ -318,7 +314,8 @@ def widths(cfg: config.Config, active: int) -> tuple[int, ...]:
     return (1,) * (active - 1) if cfg.heads.stride == 1 else ()
   if len(asked) + 1 > active:
     raise config.ConfigError(
-      'decode.tree' if d.tree else 'decode.draft', d.tree or d.draft,
+      'decode.tree' if d.tree else 'decode.draft',
+      d.tree or d.draft,
       f'that is {len(asked) + 1} heads; {active} trained',
-    )  # fmt: skip
+    )
   return asked

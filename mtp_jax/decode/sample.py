@@ -65,9 +65,7 @@ def probabilities(logits, s: Sampling):
   if s.top_p is not None:
     p = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
-    least = jnp.min(
-      jnp.where(before < s.top_p, ranked, jnp.inf), axis=-1, keepdims=True
-    )
+    least = jnp.min(jnp.where(before < s.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits < least, -jnp.inf, logits)
   p = jax.nn.softmax(logits, axis=-1)
   if s.min_p is not None:
@@ -89,9 +87,7 @@ def _random(f, seed_B, index_BT, purpose: int):
 def draw(p_BTV, seed_B, index_BT, purpose: int):
   """A token of each distribution, which need not sum to 1."""
   shape = p_BTV.shape[-1:]
-  noise_BTV = _random(
-    lambda key: jax.random.gumbel(key, shape), seed_B, index_BT, purpose
-  )
+  noise_BTV = _random(lambda key: jax.random.gumbel(key, shape), seed_B, index_BT, purpose)
   return jnp.argmax(jnp.log(p_BTV) + noise_BTV, axis=-1).astype(jnp.int32)
 
 
@@ -115,9 +111,7 @@ def accept_greedy(tokens_BM, logits_BMV, allowed_B, levels):
   for level, (slots, parents) in enumerate(levels, 1):
     for slot, parent in zip(slots, parents, strict=True):
       stands[slot] = (
-        stands[parent]
-        & (tokens_BM[:, slot] == best_BM[:, parent])
-        & (level <= allowed_B)
+        stands[parent] & (tokens_BM[:, slot] == best_BM[:, parent]) & (level <= allowed_B)
       )
     stands_BX = jnp.stack([stands[slot] for slot in slots], axis=1)
     # Siblings are different tokens: at most one of a level stands.
@@ -127,9 +121,7 @@ def accept_greedy(tokens_BM, logits_BMV, allowed_B, levels):
   return n_accepted, path_BW, jnp.take_along_axis(best_BM, path_BW, axis=1)
 
 
-def accept_sampled(
-  tokens_BW, logits_BWV, q_BJV, allowed_B, seed_B, index_BW, s
-):
+def accept_sampled(tokens_BW, logits_BWV, q_BJV, allowed_B, seed_B, index_BW, s):
   """Rejection sampling along a chain of drafts.
 
   Args:
@@ -164,8 +156,6 @@ def accept_sampled(
   # All of it may round to 0, where p = q; then p is as good.
   rejected_B1 = ((n_B < allowed_B) & jnp.any(rest_BV > 0, axis=1))[:, None]
   last_index_B = jnp.take_along_axis(index_BW, n_B[:, None], axis=1)
-  last_B1 = draw(
-    jnp.where(rejected_B1, rest_BV, p_BV)[:, None], seed_B, last_index_B, DRAW
-  )
+  last_B1 = draw(jnp.where(rejected_B1, rest_BV, p_BV)[:, None], seed_B, last_index_B, DRAW)
   drafts_BW = jnp.pad(tokens_BW[:, 1:], ((0, 0), (0, 1)))
   return n_B, jnp.where(jnp.arange(W)[None] < n_B[:, None], drafts_BW, last_B1)

@@ -90,9 +90,7 @@ class Setup(NamedTuple):
     return max(self.window - 2, 0) * heads.family(self.cfg).feeds_tokens
 
 
-def setup(
-  cfg: config.Config, active: int, widths: tuple[int, ...], stop_ids=()
-) -> Setup:
+def setup(cfg: config.Config, active: int, widths: tuple[int, ...], stop_ids=()) -> Setup:
   only = config.Config(model=cfg.model, heads=cfg.heads)
   only = config.replace(only, **{'loss.grad_dtype': cfg.model.compute_dtype})
   return Setup(only, active, tree(widths), tuple(stop_ids))
@@ -135,23 +133,21 @@ def weights(model: lm.LM, s: Setup) -> Weights:
     n_modules = heads.n_modules(cfg, s.window)
     modules = [at(i, model.heads) for i in range(n_modules)]
   return Weights(
-    model.embed, tuple(stem), tuple(modules), model.norm,
+    model.embed,
+    tuple(stem),
+    tuple(modules),
+    model.norm,
     {
       'shared': lambda: (model.unembed,),
       'tied': lambda: (),
-      'replicated': lambda: tuple(
-        at(k, model.unembed) for k in range(s.window)
-      ),
+      'replicated': lambda: tuple(at(k, model.unembed) for k in range(s.window)),
     }[cfg.heads.unembedding](),
-  )  # fmt: skip
+  )
 
 
 def in_use(w: Weights, s: Setup) -> Weights:
   """Those of fewer heads than w was made for; nothing is copied."""
-  return w._replace(
-    heads=w.heads[: s.window - 1],
-    unembed=w.unembed[: s.window],
-  )
+  return w._replace(heads=w.heads[: s.window - 1], unembed=w.unembed[: s.window])
 
 
 def read_bytes(w: Weights, s: Setup) -> int:
@@ -204,13 +200,19 @@ def start(tokens_BS, length_B, limit_B, seed_B, sampled: bool, s: Setup):
       return jnp.zeros((B, *shape), dtype)
 
     return State(
-      tokens_BS, length_B, limit_B, length_B >= limit_B, seed_B,
-      zeros(dtype=bool), zeros(J, width),
+      tokens_BS,
+      length_B,
+      limit_B,
+      length_B >= limit_B,
+      seed_B,
+      zeros(dtype=bool),
+      zeros(J, width),
       zeros(J, V, dtype=jnp.float32) if sampled else None,
-      zeros(s.again, s.cfg.model.d_model, dtype=s.cfg.model.compute_dtype)
-      if s.again else None,
-      zeros(), zeros(J), zeros(J),
-    )  # fmt: skip
+      zeros(s.again, s.cfg.model.d_model, dtype=s.cfg.model.compute_dtype) if s.again else None,
+      zeros(),
+      zeros(J),
+      zeros(J),
+    )
 
   return sharding.by_rows(rows, tokens_BS, length_B, limit_B, seed_B)
 
@@ -228,8 +230,7 @@ def empty(B: int, S: int, dtype, s: Setup) -> Caches:
   """Of S slots. Under jit; S needs room for M - 1 beyond the longest row."""
   stem, further = cached_layers(s)
   return Caches(
-    cache_lib.empty(stem, B, S, s.cfg, dtype),
-    cache_lib.empty(further, B, S, s.cfg, dtype),
+    cache_lib.empty(stem, B, S, s.cfg, dtype), cache_lib.empty(further, B, S, s.cfg, dtype)
   )
 
 
@@ -303,9 +304,13 @@ def _head(w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s: Setup):
     return *f.leave(module, f.enter(module, x, None, cfg), x, cfg), None
   at_once = k == s.window or not f.dependent
   y_BTD, kv = _layer(
-    heads.layer(module), f.enter(module, x, here.ctx, cfg), kv, here, cfg,
+    heads.layer(module),
+    f.enter(module, x, here.ctx, cfg),
+    kv,
+    here,
+    cfg,
     asked if at_once else None,
-  )  # fmt: skip
+  )
   carry_BTD, h_BTD = f.leave(module, y_BTD, x, cfg)
   if asked is not None and not at_once:
     h_BTD = _take(h_BTD, asked.at_B)
@@ -320,9 +325,7 @@ def _logits(w: Weights, h_BTD, k: int, cfg):
     one = k - 1 if cfg.heads.unembedding == 'replicated' else 0
     unembed, product = w.unembed[one], 'BTD,DV->BTV'
   with jax.named_scope('unembed'):
-    logits_BTV = jnp.einsum(
-      product, h_BTD, unembed, preferred_element_type=jnp.float32
-    )
+    logits_BTV = jnp.einsum(product, h_BTD, unembed, preferred_element_type=jnp.float32)
   return jax.reshard(logits_BTV, sharding.pspec('batch', None, None))
 
 
@@ -357,17 +360,11 @@ def _window(position_BT, slot, S: int, cfg) -> Window:
   def rows(position_BT):
     return jnp.arange(S)[None, None] <= position_BT[:, :, None]
 
-  return Window(
-    block.context(position_BT, cfg), slot, sharding.by_rows(rows, position_BT)
-  )
+  return Window(block.context(position_BT, cfg), slot, sharding.by_rows(rows, position_BT))
 
 
-@functools.partial(
-  jax.jit, static_argnames=('C', 's'), donate_argnames=('state', 'caches')
-)
-def prefill(
-  w: Weights, state: State, caches: Caches, first, *, C: int, s: Setup
-):
+@functools.partial(jax.jit, static_argnames=('C', 's'), donate_argnames=('state', 'caches'))
+def prefill(w: Weights, state: State, caches: Caches, first, *, C: int, s: Setup):
   """Reads C tokens of all rows, from position `first` on; a prompt but for its
   last token, which the first window reads.
 
@@ -392,15 +389,11 @@ def prefill(
   z_BCD = _z(states, s)
   carry_BCD, written = states[-1], []
   for k, kv in enumerate(caches.heads, 2):
-    carry_BCD, _, kv = _head(
-      w, k, z_BCD, carry_BCD, read(k - 1), kv, here, None, s
-    )
+    carry_BCD, _, kv = _head(w, k, z_BCD, carry_BCD, read(k - 1), kv, here, None, s)
     written.append(kv)
   if f.feeds_tokens and s.again:
     state = state._replace(
-      tail_BRD=sharding.by_rows(
-        _tail, state.tail_BRD, z_BCD, state.length_B, same=(first,)
-      )
+      tail_BRD=sharding.by_rows(_tail, state.tail_BRD, z_BCD, state.length_B, same=(first,))
     )
   return state, caches._replace(heads=tuple(written))
 
@@ -409,9 +402,7 @@ def _tail(tail_BRD, z_BCD, length_B, first):
   """z of the positions before a row's last token, as far as they are here."""
   R, C = tail_BRD.shape[1], z_BCD.shape[1]
   at_BR = length_B[:, None] - 1 - R + jnp.arange(R)[None] - first
-  here_BRD = jnp.take_along_axis(
-    z_BCD, jnp.clip(at_BR, 0, C - 1)[:, :, None], axis=1
-  )
+  here_BRD = jnp.take_along_axis(z_BCD, jnp.clip(at_BR, 0, C - 1)[:, :, None], axis=1)
   inside_BR1 = ((at_BR >= 0) & (at_BR < C))[:, :, None]
   return jnp.where(inside_BR1, here_BRD, tail_BRD)
 
@@ -419,13 +410,8 @@ def _tail(tail_BRD, z_BCD, length_B, first):
 # One pass, and the loop.
 
 
-@functools.partial(
-  jax.jit, static_argnames=('s',), donate_argnames=('state', 'caches')
-)
-def run(
-  w: Weights, state: State, caches: Caches, max_forwards, max_accept, sampling,
-  *, s: Setup,
-):  # fmt: skip
+@functools.partial(jax.jit, static_argnames=('s',), donate_argnames=('state', 'caches'))
+def run(w: Weights, state: State, caches: Caches, max_forwards, max_accept, sampling, *, s: Setup):
   """Decodes until all rows are done, at most so many forward passes.
 
   Args:
@@ -450,9 +436,7 @@ def run(
     state, caches, i = carry
     return *_forward(w, state, caches, max_accept, sampling, s), i + 1
 
-  state, caches, _ = jax.lax.while_loop(
-    more, forward, (state, caches, jnp.int32(0))
-  )
+  state, caches, _ = jax.lax.while_loop(more, forward, (state, caches, jnp.int32(0)))
   return state, caches
 
 
@@ -470,9 +454,8 @@ def _forward(w, state: State, caches: Caches, max_accept, sampling, s: Setup):
   with jax.named_scope('verify'):
     root_B = state.length_B - 1
     state, n_accepted_B, path_BW = sharding.by_rows(
-      functools.partial(_verify, s=s), state, tokens_BM, logits_BMV,
-      same=(max_accept, sampling),
-    )  # fmt: skip
+      functools.partial(_verify, s=s), state, tokens_BM, logits_BMV, same=(max_accept, sampling)
+    )
   if s.window == 1:
     return state, caches
   if not s.tree.is_chain:
@@ -513,14 +496,17 @@ def _verify(state: State, tokens_BM, logits_BMV, max_accept, sampling, s):
   allowed_B = jnp.where(state.drafted_B & live_B, jnp.minimum(max_accept, J), 0)
   index_1W = jnp.arange(W)[None]
   if sampling is None:
-    n_B, path_BW, emitted_BW = sample.accept_greedy(
-      tokens_BM, logits_BMV, allowed_B, s.tree.levels
-    )
+    n_B, path_BW, emitted_BW = sample.accept_greedy(tokens_BM, logits_BMV, allowed_B, s.tree.levels)
   else:
     n_B, emitted_BW = sample.accept_sampled(
-      tokens_BM, logits_BMV, state.q_BJV, allowed_B, state.seed_B,
-      length_B[:, None] + index_1W, sampling,
-    )  # fmt: skip
+      tokens_BM,
+      logits_BMV,
+      state.q_BJV,
+      allowed_B,
+      state.seed_B,
+      length_B[:, None] + index_1W,
+      sampling,
+    )
     path_BW = jnp.broadcast_to(index_1W, emitted_BW.shape)
   new_B = jnp.minimum(n_B + 1, state.limit_B - length_B)
   stops_BW = jnp.zeros(emitted_BW.shape, bool)
@@ -530,15 +516,10 @@ def _verify(state: State, tokens_BM, logits_BMV, max_accept, sampling, s):
   stopped_B = jnp.any(stops_BW, axis=1)
   new_B = jnp.where(stopped_B, 1 + jnp.argmax(stops_BW, axis=1), new_B)
   new_B = jnp.where(live_B, new_B, 0)
-  at_BW = jnp.where(
-    index_1W < new_B[:, None], length_B[:, None] + index_1W,
-    tokens_BS.shape[1],
-  )  # fmt: skip
+  at_BW = jnp.where(index_1W < new_B[:, None], length_B[:, None] + index_1W, tokens_BS.shape[1])
   b_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
   draft_1J = 1 + jnp.arange(J)[None]
-  asked_BJ = (draft_1J <= allowed_B[:, None]) & (
-    draft_1J <= jnp.minimum(n_B + 1, new_B)[:, None]
-  )
+  asked_BJ = (draft_1J <= allowed_B[:, None]) & (draft_1J <= jnp.minimum(n_B + 1, new_B)[:, None])
   return (
     state._replace(
       tokens_BS=tokens_BS.at[b_B1, at_BW].set(emitted_BW, mode='drop'),
@@ -570,9 +551,7 @@ def _keep_path(states, caches: Caches, root_B, path_BW):
   return states, caches._replace(stem=stem)
 
 
-def _draft(
-  w, states, state: State, caches, root_B, n_accepted_B, sampling, s: Setup
-):  # fmt: skip
+def _draft(w, states, state: State, caches, root_B, n_accepted_B, sampling, s: Setup):
   """Heads 2..W read the window and draft after its last token that stands."""
   cfg, f, W, R = s.cfg, heads.family(s.cfg), s.window, s.again
   S = caches.stem[0].k_BGSH.shape[2]
@@ -594,15 +573,15 @@ def _draft(
         lambda x_BTD, n_B: jnp.take_along_axis(
           x_BTD, (1 + n_B[:, None] + jnp.arange(R)[None])[:, :, None], axis=1
         ),
-        z_BTD, n_accepted_B,
+        z_BTD,
+        n_accepted_B,
       )
-    )  # fmt: skip
+    )
 
   def propose(state, logits_BKV, first):
     return sharding.by_rows(
-      functools.partial(_propose, first=first, s=s), state, logits_BKV, last_B1,
-      same=(sampling,),
-    )  # fmt: skip
+      functools.partial(_propose, first=first, s=s), state, logits_BKV, last_B1, same=(sampling,)
+    )
 
   hidden, written = [], []
   for k in range(2, W + 1):
@@ -612,13 +591,9 @@ def _draft(
     else:
       next_BT = None
       if f.feeds_tokens:
-        next_BT = sharding.by_rows(
-          functools.partial(_ahead, k=k), state.tokens_BS, position_BT
-        )
+        next_BT = sharding.by_rows(functools.partial(_ahead, k=k), state.tokens_BS, position_BT)
       kv = caches.heads[k - 2] if f.has_block else None
-      carry_BTD, h_B1D, kv = _head(
-        w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s
-      )
+      carry_BTD, h_B1D, kv = _head(w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s)
       written.append(kv)
     if f.feeds_tokens:
       state = propose(state, _logits(w, h_B1D, k, cfg), k)
@@ -654,9 +629,7 @@ def _propose(state: State, logits_BKV, last_B1, sampling, first: int, s: Setup):
     _, new_BKX = jax.lax.top_k(logits_BKV, X)
   b_B1 = jnp.arange(logits_BKV.shape[0])[:, None]
   return state._replace(
-    tokens_BS=state.tokens_BS.at[b_B1, at_BK].set(
-      new_BKX[:, :, 0], mode='drop'
-    ),
+    tokens_BS=state.tokens_BS.at[b_B1, at_BK].set(new_BKX[:, :, 0], mode='drop'),
     candidates_BJX=candidates_BJX.at[:, of_heads].set(new_BKX),
     q_BJV=q_BJV,
   )

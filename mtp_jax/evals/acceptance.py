@@ -16,9 +16,7 @@ PIECES = 32  # unless --eval.items says how many
 
 def check(arg: str, cfg: config.Config) -> None:
   if arg:
-    raise config.ConfigError(
-      'eval.suite', f'acceptance:{arg}', 'takes nothing after it'
-    )
+    raise config.ConfigError('eval.suite', f'acceptance:{arg}', 'takes nothing after it')
   if not cfg.data.store:
     raise config.ConfigError('data.store', '', 'what acceptance goes on with')
   pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
@@ -27,9 +25,7 @@ def check(arg: str, cfg: config.Config) -> None:
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   prompts = pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
-  decoded = subject.decoder(
-    prompts, stop_ids=subject.tokenizer.stop_ids, each=lambda tokens: None
-  )
+  decoded = subject.decoder(prompts, stop_ids=subject.tokenizer.stop_ids, each=lambda tokens: None)
   scalars = dict(tokens_per_forward=decoded.tokens_per_forward)
   asked_J, accepted_J = decoded.asked_J, decoded.accepted_J
   for j, (n, stood) in enumerate(zip(asked_J, accepted_J, strict=True), 2):
@@ -63,6 +59,4 @@ def pieces(cfg: config.Config, n: int, flag: str) -> list[np.ndarray]:
   held_out = f'{path} has {len(found)} held-out pieces of so many tokens'
   if not found:
     raise config.ConfigError('bench.prompt', P, held_out)
-  raise config.ConfigError(
-    flag, config.get(cfg, flag), f'{held_out} (--bench.prompt={P})'
-  )
+  raise config.ConfigError(flag, config.get(cfg, flag), f'{held_out} (--bench.prompt={P})')

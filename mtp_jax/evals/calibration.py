@@ -30,11 +30,7 @@ def evaluator(cfg: config.Config, mesh) -> Callable:
 
     def by_bin(x_KBT):
       return jnp.stack(
-        [
-          jnp.sum(x_KBT, axis=(1, 2), where=s.valid & (bin_KBT == x))
-          for x in range(BINS)
-        ],
-        axis=1,
+        [jnp.sum(x_KBT, axis=(1, 2), where=s.valid & (bin_KBT == x)) for x in range(BINS)], axis=1
       )
 
     return dict(
@@ -87,8 +83,7 @@ def table(found: dict[str, float]) -> list[str]:
   return [
     f'head   top-{TOP}  calibration error',
     *(
-      f'{k:4d}  {shown(found[f"top{TOP}_{k}"], 6)}'
-      f'  {shown(found[f"calibration_error_{k}"], 17)}'
+      f'{k:4d}  {shown(found[f"top{TOP}_{k}"], 6)}  {shown(found[f"calibration_error_{k}"], 17)}'
       for k in range(1, n + 1)
     ),
   ]

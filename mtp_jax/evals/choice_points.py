@@ -30,16 +30,14 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   n = cfg.eval.items or DOCUMENTS
   documents = list(itertools.islice(induction.texts(cfg, tokenizer), n))
   rows = [
-    np.array([tokenizer.bos, *tokenizer.encode(d.text)])[: cfg.data.seq_len]
-    for d in documents
+    np.array([tokenizer.bos, *tokenizer.encode(d.text)])[: cfg.data.seq_len] for d in documents
   ]
   if not any(len(row) > 1 for row in rows):
     raise induction.refused(cfg, 'has no text in it')
   active = config.active_heads(cfg, max(subject.step - 1, 0))
   found = scores.of_rows(
-    subject.model, rows, subject.mesh, cfg, active,
-    cfg.decode.batch_size or subject_lib.ROWS,
-  )  # fmt: skip
+    subject.model, rows, subject.mesh, cfg, active, cfg.decode.batch_size or subject_lib.ROWS
+  )
   nats = [
     by_token(score, len(row), cfg.heads.offsets[:active])
     for row, score in zip(rows, found, strict=True)
@@ -108,9 +106,7 @@ def render(name: str, texts: list[tuple[str, list[str], np.ndarray]]) -> str:
   a network."""
   n = texts[0][2].shape[0]
   steps = (0, 1, 2, 4, 6)
-  key = ' '.join(
-    f'<i style="opacity:{_opacity(x):.2f}"></i>&nbsp;{x}' for x in steps
-  )
+  key = ' '.join(f'<i style="opacity:{_opacity(x):.2f}"></i>&nbsp;{x}' for x in steps)
   body = [
     '<!doctype html><html lang="en"><head><meta charset="utf-8">',
     '<meta name="viewport" content="width=device-width, initial-scale=1">',

@@ -57,24 +57,19 @@ def sampling(cfg: config.Config) -> Sampling:
   temperatures = (0.0,) if n == 1 else (0.2, 0.8)
   if e.temperatures:
     allowed = 'different numbers, 0 or more, with commas'
-    temperatures = numbers(
-      'temperatures', float, allowed, lambda t: 0 <= t < float('inf')
-    )
+    temperatures = numbers('temperatures', float, allowed, lambda t: 0 <= t < float('inf'))
   if n > 1 and 0 in temperatures:
     raise config.ConfigError(
-      'eval.temperatures', e.temperatures,
+      'eval.temperatures',
+      e.temperatures,
       f'0 writes the same text --eval.samples={n} times; above 0',
-    )  # fmt: skip
-  if cfg.decode.tree and max(temperatures):
-    raise config.ConfigError(
-      'decode.tree', cfg.decode.tree, 'needs --eval.temperatures=0'
     )
+  if cfg.decode.tree and max(temperatures):
+    raise config.ConfigError('decode.tree', cfg.decode.tree, 'needs --eval.temperatures=0')
   for name, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
     value = getattr(cfg.decode, name)
     if value != unused and not max(cfg.decode.temperature, *temperatures):
-      raise config.ConfigError(
-        f'decode.{name}', value, 'needs --eval.temperatures above 0'
-      )
+      raise config.ConfigError(f'decode.{name}', value, 'needs --eval.temperatures above 0')
   return Sampling(n, ks, temperatures)
 
 
@@ -82,10 +77,11 @@ def check(name: str, arg: str, cfg: config.Config) -> None:
   """Refuses what cannot run, before a model is read."""
   if not cfg.eval.allow_code_execution:
     raise config.ConfigError(
-      'eval.allow_code_execution', False,
+      'eval.allow_code_execution',
+      False,
       f'{name} runs programs that a model wrote; where this machine may,'
       ' say --eval.allow_code_execution',
-    )  # fmt: skip
+    )
   sampling(cfg)
   problems.read(name, arg, cfg)
   sandbox.check(cfg.eval.sandbox)
@@ -97,9 +93,7 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   asked, how = problems.read(name, arg, cfg), sampling(cfg)
   scalars, items, lines = {}, [], [_asked(asked, how, cfg)]
-  lines += subject_lib.beyond(
-    subject, [p.prompt for p in asked], cfg.decode.max_new
-  )
+  lines += subject_lib.beyond(subject, [p.prompt for p in asked], cfg.decode.max_new)
   passed_TP = []  # right answers of each problem, by temperature
   for temperature in how.temperatures:
     of = f'/t{temperature:g}' if len(how.temperatures) > 1 else ''
@@ -123,38 +117,45 @@ def _answers(name, subject, asked, how: Sampling, temperature) -> list[dict]:
   """An item for each answer, judged."""
   cfg = subject.cfg
   texts = subject_lib.continuations(
-    subject, [p.prompt for p in asked],
+    subject,
+    [p.prompt for p in asked],
     subject_lib.Ask(
-      cfg.decode.max_new, asked[0].stop, how.samples, temperature,
-      cfg.decode.top_p, cfg.decode.seed, joined=True,
+      cfg.decode.max_new,
+      asked[0].stop,
+      how.samples,
+      temperature,
+      cfg.decode.top_p,
+      cfg.decode.seed,
+      joined=True,
     ),
-  )  # fmt: skip
+  )
   each = [(p, t) for p, row in zip(asked, texts, strict=True) for t in row]
   judge = functools.partial(judged, name, cfg.eval)
-  ended = sandbox.together(
-    lambda job: judge(job[0], job[1].text), each, subject.say
-  )
+  ended = sandbox.together(lambda job: judge(job[0], job[1].text), each, subject.say)
   return [
     dict(
-      id=p.id, temperature=temperature, sample=i % how.samples,
-      completion=text.text, outcome=e.outcome, status=e.status, error=e.err,
-      finish=text.finish, tokens=len(text.ids), forwards=text.forwards,
+      id=p.id,
+      temperature=temperature,
+      sample=i % how.samples,
+      completion=text.text,
+      outcome=e.outcome,
+      status=e.status,
+      error=e.err,
+      finish=text.finish,
+      tokens=len(text.ids),
+      forwards=text.forwards,
     )
     for i, ((p, text), e) in enumerate(zip(each, ended, strict=True))
-  ]  # fmt: skip
+  ]
 
 
-def judged(
-  name: str, flags: config.Eval, problem: problems.Problem, answer: str
-) -> sandbox.Ended:
+def judged(name: str, flags: config.Eval, problem: problems.Problem, answer: str) -> sandbox.Ended:
   """Runs an answer: its tests once, or its cases until one is not passed; what
   it printed is not kept."""
   source = f'{problem.before}{answer}\n'
   seconds, ended = max(flags.timeout_s, problem.seconds), None
   for given, expected in problem.cases or (('', None),):
-    ended = sandbox.run(
-      sandbox.Program(source, problem.tests, given, seconds), flags.sandbox
-    )
+    ended = sandbox.run(sandbox.Program(source, problem.tests, given, seconds), flags.sandbox)
     if ended.outcome == 'passed' and expected is not None:
       if not problems.FORMATS[name].same(ended.out, expected):
         ended = ended._replace(outcome='failed', err='another output')
@@ -171,9 +172,7 @@ def _scores(of: str, how: Sampling, passed_TP) -> dict[str, float]:
   """
   found = {}
   for k in how.ks:
-    score_TP = np.array(
-      [[pass_at_k(how.samples, c, k) for c in row] for row in passed_TP]
-    )
+    score_TP = np.array([[pass_at_k(how.samples, c, k) for c in row] for row in passed_TP])
     best = score_TP.sum(axis=1).max()
     found |= intervals.share(f'pass@{k}{of}', float(best), score_TP.shape[1])
   return found
@@ -200,9 +199,7 @@ def _asked(asked, how: Sampling, cfg) -> str:
 
 def _table(scalars: dict[str, float], how: Sampling) -> list[str]:
   several = len(how.temperatures) > 1
-  rows = [
-    (f'temperature {t:g}', f'/t{t:g}' * several) for t in how.temperatures
-  ]
+  rows = [(f'temperature {t:g}', f'/t{t:g}' * several) for t in how.temperatures]
   rows += [('oracle over temperatures', '/oracle')] * several
   lines = []
   for label, of in rows:

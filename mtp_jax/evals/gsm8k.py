@@ -51,9 +51,7 @@ def problems(path: str) -> list[Problem]:
   if not path:
     raise fail('gsm8k needs its problems, a .jsonl or .jsonl.gz')
   found = []
-  for line, (question, worked) in documents.records(
-    path, ['question', 'answer'], fail
-  ):
+  for line, (question, worked) in documents.records(path, ['question', 'answer'], fail):
     _, mark, said = worked.rpartition('####')
     answer = number(mark + said) if mark else None
     if answer is None:
@@ -102,9 +100,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   n = len(SHOTS) if cfg.eval.shots < 0 else cfg.eval.shots
   room = subject_lib.context(cfg) - cfg.decode.max_new
   examples = [_that_fit(p, SHOTS[:n], subject, room) for p in asked]
-  prompts = [
-    prompt(p.question, e) for p, e in zip(asked, examples, strict=True)
-  ]
+  prompts = [prompt(p.question, e) for p, e in zip(asked, examples, strict=True)]
   found = subject_lib.continuations(
     subject, prompts, subject_lib.Ask(max_new=cfg.decode.max_new, stop=STOP)
   )
@@ -121,7 +117,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
         answer=_shown(answer),
         expected=_shown(p.answer),
         correct=answer == p.answer,
-      )  # fmt: skip
+      )
     )
   beyond = subject_lib.beyond(subject, prompts, cfg.decode.max_new)
   return _result(items, n, cfg, [text for (text,) in found], beyond)
@@ -161,9 +157,7 @@ def _result(items, n: int, cfg, texts, beyond) -> suites.Result:
     )
   cut = sum(item['finish'] == 'length' for item in items)
   if cut:
-    lines.append(
-      f'  {cut:,} texts were cut off at --decode.max_new={cfg.decode.max_new}'
-    )
+    lines.append(f'  {cut:,} texts were cut off at --decode.max_new={cfg.decode.max_new}')
   return suites.Result(lines, scalars, items)
 
 
@@ -178,8 +172,7 @@ SHOTS = (
   Example(
     'If there are 3 cars in the parking lot and 2 more cars arrive, how many '
     'cars are in the parking lot?',
-    'There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer '
-    'is 5.',
+    'There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer is 5.',
   ),
   Example(
     'Leah had 32 chocolates and her sister had 42. If they ate 35, how many '
@@ -217,8 +210,7 @@ SHOTS = (
     'answer is 33.',
   ),
   Example(
-    'Olivia has $23. She bought five bagels for $3 each. How much money does '
-    'she have left?',
+    'Olivia has $23. She bought five bagels for $3 each. How much money does she have left?',
     'Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 '
     'dollars. So she has 23 - 15 dollars left. 23 - 15 is 8. The answer is 8.',
   ),

@@ -39,9 +39,7 @@ def check(arg: str, cfg: config.Config) -> None:
   if importlib.util.find_spec('lm_eval') is None:
     raise fail('needs lm_eval: pip install "mtp_jax[evals]"')
   if folder and not os.path.isdir(folder):
-    raise config.ConfigError(
-      'eval.data', folder, 'lm_eval takes a directory of tasks, .yaml'
-    )
+    raise config.ConfigError('eval.data', folder, 'lm_eval takes a directory of tasks, .yaml')
   names = arg.split('+')
   known = _tasks(tuple(names), folder).all_tasks
   unknown = [name for name in names if name not in known]
@@ -60,10 +58,13 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   with _contained():
     try:
       found = evaluator.simple_evaluate(
-        model, tasks=names, task_manager=_tasks(tuple(names), cfg.eval.data),
+        model,
+        tasks=names,
+        task_manager=_tasks(tuple(names), cfg.eval.data),
         num_fewshot=None if cfg.eval.shots < 0 else cfg.eval.shots,
-        limit=cfg.eval.items or None, bootstrap_iters=BOOTSTRAP,
-      )  # fmt: skip
+        limit=cfg.eval.items or None,
+        bootstrap_iters=BOOTSTRAP,
+      )
     except Exception as error:
       if model.asked or isinstance(error, config.ConfigError):
         raise
@@ -153,9 +154,7 @@ def _model(subject: subject_lib.Subject, fail: Fail):
       for of_kwargs in by_kwargs.values():
         ask = _ask(requests[of_kwargs[0]].args[1], subject.cfg, fail)
         if ask.max_new >= context:
-          raise fail(
-            f'asks for {ask.max_new} new tokens in a context of {context}'
-          )
+          raise fail(f'asks for {ask.max_new} new tokens in a context of {context}')
         room = context - ask.max_new
         ids = [self.tok_encode(requests[i].args[0])[-room:] for i in of_kwargs]
         prompts = [np.array(x or [tokenizer.bos]) for x in ids]
@@ -176,8 +175,7 @@ def _loglikelihoods(
     if not 0 < len(ids) <= context:
       text = subject.tokenizer.decode(ids)
       raise fail(
-        f'has a continuation of {len(ids)} tokens, {text[:40]!r}; from 1 to'
-        f' {context}, the context'
+        f'has a continuation of {len(ids)} tokens, {text[:40]!r}; from 1 to {context}, the context'
       )
   cfg = subject.cfg
   n_active = subject_lib.next_token_heads(subject)
@@ -188,9 +186,7 @@ def _loglikelihoods(
   at_once = 16 * B  # what is known of each token is kept no longer
   for first in range(0, len(order), at_once):
     of = order[first : first + at_once]
-    got = scores.of_rows(
-      subject.model, [rows[i] for i in of], subject.mesh, cfg, n_active, B
-    )
+    got = scores.of_rows(subject.model, [rows[i] for i in of], subject.mesh, cfg, n_active, B)
     for i, row in zip(of, got, strict=True):
       n = len(pairs[i][1])
       nats, rank = row.nats[0, -n:], row.rank[0, -n:]
@@ -215,10 +211,12 @@ def _ask(kwargs: dict, cfg: config.Config, fail: Fail) -> subject_lib.Ask:
   if samples and cfg.decode.tree:
     raise fail('generation_kwargs with do_sample; --decode.tree is greedy')
   return subject_lib.Ask(
-    said['max_gen_toks'], tuple(filter(None, until)), seed=cfg.decode.seed,
+    said['max_gen_toks'],
+    tuple(filter(None, until)),
+    seed=cfg.decode.seed,
     temperature=float(said['temperature']) if samples else 0.0,
     top_p=said.get('top_p', 1.0),
-  )  # fmt: skip
+  )
 
 
 def _result(found: dict) -> suites.Result:
@@ -252,9 +250,12 @@ def _result(found: dict) -> suites.Result:
 
 def _item(task: str, sample: dict) -> dict:
   kept = dict(
-    task=task, id=sample['doc_id'], filter=sample['filter'],
-    target=sample['target'], responses=sample['resps'],
+    task=task,
+    id=sample['doc_id'],
+    filter=sample['filter'],
+    target=sample['target'],
+    responses=sample['resps'],
     answers=sample['filtered_resps'],
     **{name: sample[name] for name in sample['metrics']},
-  )  # fmt: skip
+  )
   return json.loads(json.dumps(kept, default=str))

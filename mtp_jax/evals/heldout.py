@@ -31,9 +31,8 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
     rows = jax.tree.map(lambda x: x[0], batch)
     one_K = jnp.ones(n)  # the total is made of all batches' sums, at the end
     _, sums = loss.mtp_loss(
-      params, jnp.zeros(n), rows,
-      count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg,
-    )  # fmt: skip
+      params, jnp.zeros(n), rows, count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg
+    )
     return sums | dict(count_K=count_K[:n_active], bytes=n_bytes)
 
   def run(params, batches: Iterable[dict], step: int) -> dict:

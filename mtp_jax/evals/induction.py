@@ -56,9 +56,8 @@ def check_documents(name: str, arg: str, cfg: config.Config) -> None:
   """ConfigError unless there are texts, and nothing after the suite's name."""
   if arg:
     raise config.ConfigError(
-      'eval.suite', f'{name}:{arg}',
-      'takes nothing after it; --eval.data names documents',
-    )  # fmt: skip
+      'eval.suite', f'{name}:{arg}', 'takes nothing after it; --eval.data names documents'
+    )
   if cfg.eval.data:
     _named(cfg)
   elif not cfg.data.store:
@@ -69,27 +68,25 @@ def check_documents(name: str, arg: str, cfg: config.Config) -> None:
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
-  items = make(
-    texts(cfg, subject.tokenizer), subject.tokenizer, cfg.data.seq_len,
-    cfg.eval.items,
-  )  # fmt: skip
+  items = make(texts(cfg, subject.tokenizer), subject.tokenizer, cfg.data.seq_len, cfg.eval.items)
   if not items:
     raise refused(
       cfg,
-      f'has no name that occurs {OCCURRENCES} times in --data.seq_len='
-      f'{cfg.data.seq_len} tokens',
-    )  # fmt: skip
+      f'has no name that occurs {OCCURRENCES} times in --data.seq_len={cfg.data.seq_len} tokens',
+    )
   batch = cfg.decode.batch_size or subject_lib.ROWS
   found = scores.of_rows(
-    subject.model, [item.ids for item in items], subject.mesh, cfg,
-    subject_lib.next_token_heads(subject), batch,
-  )  # fmt: skip
+    subject.model,
+    [item.ids for item in items],
+    subject.mesh,
+    cfg,
+    subject_lib.next_token_heads(subject),
+    batch,
+  )
   # Position p of a row predicts ids[p + 1].
   seconds = [
     [
-      Second(
-        n, bool(row.argmax[0, p] == item.ids[p + 1]), float(row.nats[0, p])
-      )
+      Second(n, bool(row.argmax[0, p] == item.ids[p + 1]), float(row.nats[0, p]))
       for n, p in zip(item.before, item.at, strict=True)
     ]
     for item, row in zip(items, found, strict=True)
@@ -106,18 +103,16 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
       f'  read {times} before: {intervals.shown(scalars, f"accuracy_{of}")}'
       for of, times in BEFORE.items()
     ),
-    f'  nats of it: {scalars["nats"]:.2f}, of first ones'
-    f' {scalars["first_nats"]:.2f}',
+    f'  nats of it: {scalars["nats"]:.2f}, of first ones {scalars["first_nats"]:.2f}',
   ]
   return suites.Result(
-    lines, scalars,
+    lines,
+    scalars,
     [
-      dict(
-        document=item.document, name=item.name, right=[s.right for s in of_item]
-      )
+      dict(document=item.document, name=item.name, right=[s.right for s in of_item])
       for item, of_item in zip(items, seconds, strict=True)
     ],
-  )  # fmt: skip
+  )
 
 
 def score(seconds: list[Second]) -> dict[str, float]:
@@ -127,10 +122,7 @@ def score(seconds: list[Second]) -> dict[str, float]:
   narrow, the more so the fewer documents there are."""
 
   def of(first, after=None):
-    return [
-      s for s in seconds
-      if s.before >= first and (after is None or s.before < after)
-    ]  # fmt: skip
+    return [s for s in seconds if s.before >= first and (after is None or s.before < after)]
 
   def share(name, asked):
     return intervals.share(name, sum(s.right for s in asked), len(asked))
@@ -222,14 +214,10 @@ def _item(document, passage, names, pool, tokenizer, seq_len, rng):
   ids = np.array([tokenizer.bos, *tokenizer.encode(text)])[: seq_len + 1]
   # Where it is not these two tokens, as after a quotation mark, it is not
   # scored; what the tokens stand for elsewhere would be.
-  at = [
-    int(p) for p in np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1]))
-  ]
+  at = [int(p) for p in np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1]))]
   if len(at) < OCCURRENCES or passage.count(name):
     return None
-  before = [
-    len(re.findall(rf'\b{name}\b', tokenizer.decode(ids[:p]))) for p in at
-  ]
+  before = [len(re.findall(rf'\b{name}\b', tokenizer.decode(ids[:p]))) for p in at]
   return Item(document, name, ids, at, before)
 
 
@@ -256,6 +244,4 @@ def _name(pool, tokenizer, rng) -> tuple[str, tuple[int, int]]:
     ids = list(tokenizer.encode(f'the {name} was'))
     if len(name) > 1 and (a, b) in zip(ids, ids[1:]):  # noqa: B905
       return name, (a, b)
-  raise config.ConfigError(
-    'data.tokenizer', tokenizer.name, 'makes no name of two tokens'
-  )
+  raise config.ConfigError('data.tokenizer', tokenizer.name, 'makes no name of two tokens')

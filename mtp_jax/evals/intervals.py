@@ -20,10 +20,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
   half = Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
   low, high = ((middle + side * half) / (1 + z2 / n) for side in (-1, 1))
   # Rounding must not say that what was seen always may happen less than so.
-  return (
-    0.0 if successes == 0 else low,
-    1.0 if successes == n else high,
-  )
+  return (0.0 if successes == 0 else low, 1.0 if successes == n else high)
 
 
 def share(name: str, successes: int, n: int) -> dict[str, float]:

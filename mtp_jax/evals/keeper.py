@@ -24,16 +24,18 @@ NOBODY = 65534
 HANDED = ('stdin', 'source', 'tests')
 ASKS = b'tests'  # what driver.py sends when the source has run
 TOKEN = 32  # bytes
-SEALS = (
-  fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-  | fcntl.F_SEAL_WRITE
-)  # fmt: skip
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 TICK = 0.02  # seconds from one look at clock and memory to the next
 MIB = 2**20
 # linux/sched.h, linux/mount.h, linux/prctl.h
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
-  0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
-)  # fmt: skip
+  0x20000,
+  0x4000000,
+  0x8000000,
+  0x10000000,
+  0x20000000,
+  0x40000000,
+)
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
 REMOUNT, BIND, REC, PRIVATE, DETACH = 0x20, 0x1000, 0x4000, 0x40000, 2
 PDEATHSIG, DUMPABLE, SECCOMP, CAPBSET_DROP = 1, 4, 22, 24
@@ -91,9 +93,7 @@ def _new_root(work_mib: int) -> None:
   devices = [f'/dev/{d}' for d in ('null', 'zero', 'random', 'urandom', 'full')]
   paths = _python_needs()
   # Opened before anything hides them, and by who may look into their parents.
-  held = {
-    p: os.open(p, os.O_PATH) for p in [*paths, *devices] if os.path.exists(p)
-  }
+  held = {p: os.open(p, os.O_PATH) for p in [*paths, *devices] if os.path.exists(p)}
   folders = {p for p in held if os.path.isdir(p)}
   private, options = NOSUID | NODEV | NOEXEC, f'size={work_mib}m,nr_inodes=1024'
   _mount(None, '/', None, REC | PRIVATE)
@@ -208,9 +208,8 @@ def _program(spec: dict, fds: list[int], full: bool) -> None:
   os.execve(
     sys.executable,
     [sys.executable, '-s', '-S', '-B', '-X', 'utf8', '-c', spec['driver']],
-    dict(PATH='/usr/bin:/bin', HOME='/tmp', LANG='C.UTF-8',
-         PYTHONHASHSEED='0', **kept),
-  )  # fmt: skip
+    dict(PATH='/usr/bin:/bin', HOME='/tmp', LANG='C.UTF-8', PYTHONHASHSEED='0', **kept),
+  )
 
 
 def _memory() -> int:
@@ -266,9 +265,7 @@ def _start(spec: dict, full: bool) -> tuple:
   """(program, its pipes: stdout, stderr; the channel; when)."""
   pipes = [os.pipe() for _ in range(2)]
   ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-  stdin, source, tests = (
-    _handed(spec[k].encode(errors='replace')) for k in HANDED
-  )
+  stdin, source, tests = (_handed(spec[k].encode(errors='replace')) for k in HANDED)
   fds = [stdin, pipes[0][1], pipes[1][1], source, theirs.fileno()]
   begun = time.monotonic()
   child = os.fork()
@@ -333,9 +330,12 @@ def _watched(spec, full, child, pipes, channel, begun) -> dict:
       outcome = 'memory'
   _kill(child, full)
   return dict(
-    outcome=outcome, status=status, seconds=seconds,
-    out=kept[0].decode(errors='replace'), err=kept[1].decode(errors='replace'),
-  )  # fmt: skip
+    outcome=outcome,
+    status=status,
+    seconds=seconds,
+    out=kept[0].decode(errors='replace'),
+    err=kept[1].decode(errors='replace'),
+  )
 
 
 def _read(fd: int) -> bytes:

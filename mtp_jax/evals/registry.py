@@ -29,15 +29,12 @@ SUITES = {
   'lm_eval': suites.Suite(harness.check, harness.run),
   **{
     name: suites.Suite(
-      functools.partial(synthetic.check, name),
-      functools.partial(synthetic.run, name),
+      functools.partial(synthetic.check, name), functools.partial(synthetic.run, name)
     )
     for name in ('star_graph', 'polynomial')
   },
   **{
-    name: suites.Suite(
-      functools.partial(code.check, name), functools.partial(code.run, name)
-    )
+    name: suites.Suite(functools.partial(code.check, name), functools.partial(code.run, name))
     for name in problems.FORMATS
   },
 }
@@ -56,9 +53,8 @@ def asked(cfg: config.Config) -> list[tuple[str, str]]:
       raise config.ConfigError('eval.suite', entry, f'{HELDOUT}, no more')
     if name not in SUITES and name != HELDOUT:
       raise config.ConfigError(
-        'eval.suite', entry,
-        f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}',
-      )  # fmt: skip
+        'eval.suite', entry, f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}'
+      )
     if (name, arg) in found:
       raise config.ConfigError('eval.suite', entry, 'is there twice')
     if name in SUITES:

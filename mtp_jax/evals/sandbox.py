@@ -86,21 +86,26 @@ def _run(program: Program, kind: str, limits: Limits) -> Ended:
   with open(DRIVER) as f:
     driver = f.read()
   spec = dict(
-    program._asdict(), **limits._asdict(), full=kind == 'full', driver=driver,
+    program._asdict(),
+    **limits._asdict(),
+    full=kind == 'full',
+    driver=driver,
     filter=filter_lib.packed().hex(),
-  )  # fmt: skip
+  )
   kept = ('PATH', 'LD_LIBRARY_PATH')
   with _folder(kind) as folder:
     process = subprocess.Popen(
-      _command(), cwd=folder, start_new_session=True,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      _command(),
+      cwd=folder,
+      start_new_session=True,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
       env={k: os.environ[k] for k in kept if k in os.environ},
-    )  # fmt: skip
+    )
     _running.add(process)
     try:
-      out, err = process.communicate(
-        json.dumps(spec).encode(), timeout=program.wall_s + SLACK_S
-      )
+      out, err = process.communicate(json.dumps(spec).encode(), timeout=program.wall_s + SLACK_S)
     except subprocess.TimeoutExpired:
       return Ended('timeout', None, '', '', program.wall_s + SLACK_S)
     finally:
@@ -120,9 +125,7 @@ def _folder(kind: str):
   """Where the keeper starts; a full one mounts a folder of its own."""
   if kind == 'full':
     return contextlib.nullcontext('/')
-  return tempfile.TemporaryDirectory(
-    prefix='mtp-run-', ignore_cleanup_errors=True
-  )
+  return tempfile.TemporaryDirectory(prefix='mtp-run-', ignore_cleanup_errors=True)
 
 
 def _command() -> list[str]:
@@ -178,9 +181,10 @@ def check(kind: str) -> None:
       raise Refused(f'a first program {ended.outcome}: {ended.err[-200:]}')
   except (Refused, OSError) as e:
     hint = (
-      '; in a container or machine that may be lost, --eval.sandbox=weak runs'
-      ' programs without one' if kind == 'full' else ''
-    )  # fmt: skip
+      '; in a container or machine that may be lost, --eval.sandbox=weak runs programs without one'
+      if kind == 'full'
+      else ''
+    )
     raise config.ConfigError(
       'eval.sandbox', kind, f'this system does not give one ({e}){hint}'
     ) from e

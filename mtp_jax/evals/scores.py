@@ -46,19 +46,18 @@ def scores(model: lm.LM, batch: dict, *, n_active: int, cfg) -> Scores:
     z = carry_BTD if f.dependent and step is heads.identity else z_BTD
     inputs = heads.Inputs(shared.norm_D, z, carry_BTD, next_emb_BTD)
     carry_BTD, h_BTD = step(module, inputs, ctx, cfg)
-    unembed_DV = (
-      shared.unembed_DV if own_DV is None else loss.gather_own(own_DV, cfg)
-    )
-    _, found = cross_entropy.sum_chunks(
-      _of_targets, h_BTD, unembed_DV, (target_BT,), cfg
-    )
+    unembed_DV = shared.unembed_DV if own_DV is None else loss.gather_own(own_DV, cfg)
+    _, found = cross_entropy.sum_chunks(_of_targets, h_BTD, unembed_DV, (target_BT,), cfg)
     return carry_BTD, (jax.tree.map(cross_entropy.out_of_chunks, found), None)
 
   in_use = 0 if f.one_module else slice(heads.n_modules(cfg, m))
   _, (found, _) = heads.walk(
-    head, z_BTD, jax.tree.map(lambda w: w[in_use], model.heads),
-    (jnp.arange(1, m + 1), targets_KBT[:m], own), cfg,
-  )  # fmt: skip
+    head,
+    z_BTD,
+    jax.tree.map(lambda w: w[in_use], model.heads),
+    (jnp.arange(1, m + 1), targets_KBT[:m], own),
+    cfg,
+  )
   return Scores(*found, valid_KBT[:m])
 
 
@@ -116,9 +115,7 @@ def of_rows(
     for b, i in enumerate(batch):
       tokens_BU[b, : len(rows[i])] = rows[i]
       position_BU[b, : len(rows[i])] = np.arange(len(rows[i]))
-    of = of_batch(
-      model, dict(tokens=tokens_BU, position=position_BU), mesh, cfg, n_active
-    )
+    of = of_batch(model, dict(tokens=tokens_BU, position=position_BU), mesh, cfg, n_active)
     for b, i in enumerate(batch):
       end = len(rows[i]) - 1
       found[i] = Scores(*(x[:, b, :end] for x in of))

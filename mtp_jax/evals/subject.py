@@ -92,9 +92,7 @@ def continuations(
   """
   cfg, tokenizer = subject.cfg, subject.tokenizer
   ids = [
-    np.array([tokenizer.bos, *tokenizer.encode(p)], np.int64)
-    if isinstance(p, str)
-    else p
+    np.array([tokenizer.bos, *tokenizer.encode(p)], np.int64) if isinstance(p, str) else p
     for p in prompts
   ]
   jobs = [(i, j) for i in range(len(ids)) for j in range(ask.samples)]
@@ -107,9 +105,7 @@ def continuations(
   for first in range(0, len(jobs), B):
     batch = jobs[first : first + B]
     rows = [ids[i] for i, _ in batch]
-    for (i, j), text in zip(
-      batch, _batch(decoder, tokenizer, rows, batch, B, ask), strict=True
-    ):
+    for (i, j), text in zip(batch, _batch(decoder, tokenizer, rows, batch, B, ask), strict=True):
       found[i][j] = text
     done = min(first + B, len(jobs))
     subject.say(f'{done:,} of {len(jobs):,} texts')
@@ -132,19 +128,18 @@ def _batch(decoder, tokenizer, rows, jobs, B: int, ask: Ask) -> list[Text]:
     # there, where all of it at once would be one call of minutes.
     if not ask.stop:
       return None
-    return np.array(
-      [_cut(text_of(b, ids), ask.stop)[1] for b, ids in enumerate(tokens)]
-    )
+    return np.array([_cut(text_of(b, ids), ask.stop)[1] for b, ids in enumerate(tokens)])
 
   decoded = decoder(
-    rows, rows=B, cache=decoder.cfg.decode.cache or longest + ask.max_new,
+    rows,
+    rows=B,
+    cache=decoder.cfg.decode.cache or longest + ask.max_new,
     seeds=[seed(ask.seed, i, j) for i, j in jobs],
-    stop_ids=tokenizer.stop_ids, each=ended,
-  )  # fmt: skip
+    stop_ids=tokenizer.stop_ids,
+    each=ended,
+  )
   texts = []
-  for b, (ids, forwards) in enumerate(
-    zip(decoded.tokens, decoded.forwards, strict=True)
-  ):
+  for b, (ids, forwards) in enumerate(zip(decoded.tokens, decoded.forwards, strict=True)):
     text, stopped = _cut(text_of(b, ids), ask.stop)
     stopped |= len(ids) > 0 and int(ids[-1]) in tokenizer.stop_ids
     finish = 'stop' if stopped else 'length'

@@ -26,9 +26,10 @@ def check(name: str, arg: str, cfg: config.Config) -> tasks.Named:
   of.params.pop('items')
   if cfg.eval.items > tasks.N_TESTS:
     raise config.ConfigError(
-      'eval.items', cfg.eval.items,
+      'eval.items',
+      cfg.eval.items,
       f'at most {tasks.N_TESTS} of each level are kept out of training',
-    )  # fmt: skip
+    )
   return of
 
 
@@ -37,10 +38,10 @@ def _of_store(name: str, cfg: config.Config) -> str:
   for ref in config.parse_stores(cfg.data.store):
     if not os.path.isdir(ref.path):
       raise config.ConfigError(
-        'data.store', ref.path,
-        f'is not there to say which {name} it was made of; give'
-        f' --eval.suite={name}:KEY=VALUE/…',
-      )  # fmt: skip
+        'data.store',
+        ref.path,
+        f'is not there to say which {name} it was made of; give --eval.suite={name}:KEY=VALUE/…',
+      )
     found = store_lib.open_store(ref.path, verify=False)
     for source in found.manifest['sources'].split(','):
       if source.strip().startswith(f'task:{name}'):
@@ -53,24 +54,22 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
   items = tasks.tests(of, subject.cfg.eval.items or tasks.N_TESTS)
   longest = max(len(item.answer.encode()) for item in items)
   texts = subject_lib.continuations(
-    subject, [item.prompt for item in items],
-    subject_lib.Ask(max_new=longest + 1),
-  )  # fmt: skip
-  beyond = subject_lib.beyond(
-    subject, [item.prompt for item in items], longest + 1
+    subject, [item.prompt for item in items], subject_lib.Ask(max_new=longest + 1)
   )
+  beyond = subject_lib.beyond(subject, [item.prompt for item in items], longest + 1)
   answers = [text.text for (text,) in texts]
   forwards = sum(text.forwards for (text,) in texts)
   scalars = score(name, items, answers)
   tokens = sum(len(text.ids) for (text,) in texts)
   scalars['tokens_per_forward'] = tokens / max(forwards, 1)
   return suites.Result(
-    [str(of), *_table(items, scalars), *beyond], scalars,
+    [str(of), *_table(items, scalars), *beyond],
+    scalars,
     [
       dict(level=item.level, prompt=item.prompt, right=item.answer, said=said)
       for item, said in zip(items, answers, strict=True)
     ],
-  )  # fmt: skip
+  )
 
 
 def score(name: str, items, answers: list[str]) -> dict[str, float]:
@@ -88,9 +87,7 @@ def score(name: str, items, answers: list[str]) -> dict[str, float]:
     scalars |= intervals.share('first_step', first, n)
   if len(asked) > 1:
     for level in sorted(asked):
-      scalars |= intervals.share(
-        f'accuracy_{level}', right[level], asked[level]
-      )
+      scalars |= intervals.share(f'accuracy_{level}', right[level], asked[level])
   return scalars
 
 
@@ -104,7 +101,6 @@ def _table(items, scalars: dict[str, float]) -> list[str]:
   levels = sorted({item.level for item in items})
   if len(levels) > 1:
     lines += [
-      f'  {level} operations: {intervals.shown(scalars, f"accuracy_{level}")}'
-      for level in levels
+      f'  {level} operations: {intervals.shown(scalars, f"accuracy_{level}")}' for level in levels
     ]
   return lines

@@ -19,18 +19,14 @@ import numpy as np
 
 from mtp_jax import config, jsonl
 
-DTYPES = {
-  'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
-  'BF16': ml_dtypes.bfloat16,
-}  # fmt: skip
+DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 HEADER_BYTES = 100 * 2**20  # at most, as the library has it
 
 HEADER = {
   '__metadata__?': object,
-  ...: {'dtype': str, 'shape': [jsonl.NATURAL], 'data_offsets': [int],
-        ...: object},
-}  # fmt: skip
+  ...: {'dtype': str, 'shape': [jsonl.NATURAL], 'data_offsets': [int], ...: object},
+}
 WEIGHT_MAP = {'weight_map': {...: str}, ...: object}
 
 
@@ -65,9 +61,8 @@ def write(path: str, arrays: dict[str, np.ndarray]) -> None:
 
   try:
     library.save_file(
-      {name: np.ascontiguousarray(x) for name, x in arrays.items()}, path,
-      {'format': 'pt'},
-    )  # fmt: skip
+      {name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, {'format': 'pt'}
+    )
   except safetensors.SafetensorError as error:  # whatever went wrong
     number = re.search(r'\(os error (\d+)\)', str(error))
     if not number:
@@ -127,9 +122,7 @@ def read(path: str, flag: str) -> dict[str, Tensor]:
     if end - begin != dtype.itemsize * math.prod(shape):
       raise wrong(f'{name} has {end - begin} bytes, not those of {shape}')
     if 8 + length + end > size:
-      raise wrong(
-        f'is cut off: {name} ends at byte {8 + length + end:,} of {size:,}'
-      )
+      raise wrong(f'is cut off: {name} ends at byte {8 + length + end:,} of {size:,}')
     found[name] = Tensor(path, name, dtype, shape, 8 + length + begin)
     if begin < end:
       ends.append((begin, end, name))
@@ -154,8 +147,7 @@ def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
     if missing:
       raise wrong(f'{min(missing)} is missing; the index names it')
     tensors = {
-      name: read(os.path.join(folder, name), flag)
-      for name in sorted(set(file_of.values()))
+      name: read(os.path.join(folder, name), flag) for name in sorted(set(file_of.values()))
     }
     for name, file in file_of.items():
       if name not in tensors[file]:
@@ -233,10 +225,5 @@ def read_torch(path: str, flag: str) -> dict[str, Loaded]:
   for name, x in found.items():
     if not isinstance(x, torch.Tensor) or x.dtype not in kinds:
       what = getattr(x, 'dtype', type(x).__name__)
-      raise config.ConfigError(
-        flag, path, f'{name} is {what}; only tensors of floats can be read'
-      )
-  return {
-    name: Loaded(path, x.contiguous(), tuple(x.shape))
-    for name, x in found.items()
-  }
+      raise config.ConfigError(flag, path, f'{name} is {what}; only tensors of floats can be read')
+  return {name: Loaded(path, x.contiguous(), tuple(x.shape)) for name, x in found.items()}

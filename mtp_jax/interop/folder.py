@@ -36,9 +36,8 @@ def check(cfg: config.Config, tokenizer) -> None:
 
 
 def export(
-  model: lm.LM, cfg: config.Config, tokenizer, out: str, *, dtype: str,
-  about: str,
-) -> list[str]:  # fmt: skip
+  model: lm.LM, cfg: config.Config, tokenizer, out: str, *, dtype: str, about: str
+) -> list[str]:
   """Writes a folder, complete or not at all, and reads it again.
 
   Args:
@@ -58,10 +57,7 @@ def export(
   check(cfg, tokenizer)
   form = mapping.of(cfg)
   describe = meta.describe if form == 'meta' else hf.describe
-  written = {
-    name: text.encode()
-    for name, text in describe(cfg, tokenizer, dtype, about).items()
-  }
+  written = {name: text.encode() for name, text in describe(cfg, tokenizer, dtype, about).items()}
   written[OURS] = config.to_json(_what_it_is(cfg)).encode()
   if tokenizer is not None:
     written |= tokens.files_of(tokenizer)
@@ -78,7 +74,7 @@ def export(
   lines = [
     f'{out}: {len(wanted) - extra} tensors of a Llama of'
     f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
-    f'{f" in {where}" if where else ""}; all read again and equal',
+    f'{f" in {where}" if where else ""}; all read again and equal'
   ]
   if form == 'gguf' and cfg.heads.n > 1:
     lines.append(f'llama.cpp drafts with no head: {mapping.undrafted(cfg)}')
@@ -106,32 +102,32 @@ def run_by(form: str, out: str, n: int) -> str:
   drafts = dict(method='mtp', num_speculative_tokens=n)
   medusa = dict(drafts, method='medusa', model=os.path.join(out, 'medusa'))
   vllm = ['vllm', 'serve', out]
-  return shlex.join({
-    'hf': vllm,
-    'transformers_mtp': ['python', '-c', GENERATE, out],
-    'gguf': gguf,
-    'gguf_mtp': [
-      *gguf, '--spec-type', 'draft-mtp', '--spec-draft-n-max', str(n)
-    ],
-    'mimo': [
-      *vllm, '--trust-remote-code', '--speculative-config', json.dumps(drafts)
-    ],
-    'medusa': [*vllm, '--speculative-config', json.dumps(medusa)],
-  }.get(form, []))  # fmt: skip
+  return shlex.join(
+    {
+      'hf': vllm,
+      'transformers_mtp': ['python', '-c', GENERATE, out],
+      'gguf': gguf,
+      'gguf_mtp': [*gguf, '--spec-type', 'draft-mtp', '--spec-draft-n-max', str(n)],
+      'mimo': [*vllm, '--trust-remote-code', '--speculative-config', json.dumps(drafts)],
+      'medusa': [*vllm, '--speculative-config', json.dumps(medusa)],
+    }.get(form, [])
+  )
 
 
 def _what_it_is(cfg: config.Config) -> config.Config:
   """Without where it was trained, and what was asked of it since."""
   return dataclasses.replace(
-    config.Config(), model=cfg.model, heads=cfg.heads, loss=cfg.loss,
-    optim=cfg.optim, export=config.Export(format=cfg.export.format),
+    config.Config(),
+    model=cfg.model,
+    heads=cfg.heads,
+    loss=cfg.loss,
+    optim=cfg.optim,
+    export=config.Export(format=cfg.export.format),
     data=dataclasses.replace(cfg.data, store='', documents=''),
-  )  # fmt: skip
+  )
 
 
-def _write_tensors(
-  model, cfg, tokenizer, folder, dtype, about
-) -> dict[str, str]:
+def _write_tensors(model, cfg, tokenizer, folder, dtype, about) -> dict[str, str]:
   """Digest of each tensor written."""
   form, leaves, digests = mapping.of(cfg), mapping.leaves(model), {}
   extra_file = mapping.FORMS[form].file
@@ -163,17 +159,18 @@ def _write_tensors(
     files.write_torch(os.path.join(folder, meta.TENSORS), dict(arrays()))
   elif form in llama_cpp.ARCHITECTURES:
     shapes = {
-      name: place.form.shape(
-        leaves[place.path].shape[place.index is not None :]
-      )
+      name: place.form.shape(leaves[place.path].shape[place.index is not None :])
       for name, place in places.items()
       if not (place.extra and extra_file)
     }
     llama_cpp.write(
-      os.path.join(folder, llama_cpp.TENSORS), cfg, tokenizer, about,
+      os.path.join(folder, llama_cpp.TENSORS),
+      cfg,
+      tokenizer,
+      about,
       {name: (shape, dtype_of(shape)) for name, shape in shapes.items()},
       arrays(),
-    )  # fmt: skip
+    )
   else:
     shards = _write_shards(folder, arrays(), cfg.export.shard_gib * 2**30)
     _name_shards(folder, shards, indexed=bool(extra) and not beside)
@@ -222,8 +219,7 @@ def _name_shards(folder: str, shards: list[list[str]], indexed: bool) -> None:
     path = os.path.join(folder, name)
     os.rename(_shard(folder, i), path)
     total += sum(
-      math.prod(x.shape) * x.dtype.itemsize
-      for x in files.read(path, 'export.out').values()
+      math.prod(x.shape) * x.dtype.itemsize for x in files.read(path, 'export.out').values()
     )
     weight_map |= dict.fromkeys(names, name)
   index = dict(metadata=dict(total_size=total), weight_map=weight_map)
@@ -236,19 +232,13 @@ def _check(folder, cfg, wanted: dict[str, str], extra: bool) -> None:
   found = _tensors_of(folder, cfg, 'export.out', extra)
   if found.keys() != wanted.keys():
     odd = sorted(found.keys() ^ wanted.keys())
-    raise config.ConfigError(
-      'export.out', folder, f'missing or surplus after writing: {odd[0]}'
-    )
+    raise config.ConfigError('export.out', folder, f'missing or surplus after writing: {odd[0]}')
   for name, tensor in found.items():
     if files.digest(np.array(tensor.read())) != wanted[name]:
-      raise config.ConfigError(
-        'export.out', folder, f'{name} is not what was written'
-      )
+      raise config.ConfigError('export.out', folder, f'{name} is not what was written')
 
 
-def _tensors_of(
-  folder: str, cfg: config.Config, flag: str, extra: bool
-) -> dict[str, files.Tensor]:
+def _tensors_of(folder: str, cfg: config.Config, flag: str, extra: bool) -> dict[str, files.Tensor]:
   """Of a folder; extra: also of the file of further heads, where a form has
   one."""
   form = mapping.of(cfg)
@@ -290,9 +280,10 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
       other = 'hf' if wanted == 'meta' else 'meta'
       there = os.path.exists(os.path.join(folder, DESCRIPTIONS[other]))
       raise _error(
-        folder, f'{name} cannot be read: {error.strerror}'
-        + (f'; --import.format={other} reads what is there' if there else '')
-      ) from error  # fmt: skip
+        folder,
+        f'{name} cannot be read: {error.strerror}'
+        + (f'; --import.format={other} reads what is there' if there else ''),
+      ) from error
     except ValueError as error:
       raise _error(folder, f'{name}: {error}') from error
 
@@ -306,9 +297,7 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
       raise _error(folder, f'{OURS}: {error}') from error
     family = given.get('heads.family', ours.heads.family)
     if ours.heads.n > 1 and family != ours.heads.family:
-      raise config.ConfigError(
-        'heads.family', family, f'{OURS} says {ours.heads.family}'
-      )
+      raise config.ConfigError('heads.family', family, f'{OURS} says {ours.heads.family}')
     _check_layers(folder, OURS, 'n_layers', ours.model.n_layers)
     _check_layers(folder, OURS, 'heads.n', ours.heads.n)
     return ours, True
@@ -323,8 +312,7 @@ def find(folder: str, given: dict) -> tuple[config.Config, bool]:
   return cfg, False
 
 
-LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers',
-          'n_future_tokens', 'num_mtp_layers')  # fmt: skip
+LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers', 'n_future_tokens', 'num_mtp_layers')
 
 
 def _repeated(folder: str, cfg: config.Config) -> bool:
@@ -336,12 +324,12 @@ def _repeated(folder: str, cfg: config.Config) -> bool:
   places = mapping.tensors(one, 'transformers_mtp')
   first = {(p.path, p.index): k for k, p in places.items() if not p.copy}
   return all(
-    name in found and first[place.path, place.index] in found
-    and np.array_equal(
-      found[name].read(), found[first[place.path, place.index]].read()
-    )
-    for name, place in places.items() if place.copy
-  )  # fmt: skip
+    name in found
+    and first[place.path, place.index] in found
+    and np.array_equal(found[name].read(), found[first[place.path, place.index]].read())
+    for name, place in places.items()
+    if place.copy
+  )
 
 
 def _check_layers(folder: str, file: str, field: str, value) -> None:
@@ -375,9 +363,8 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
   leaves = mapping.leaves(abstract)
   head = found.pop(HEAD, None) if cfg.heads.unembedding == 'tied' else None
   found = {
-    name: x for name, x in found.items()
-    if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))
-  }  # fmt: skip
+    name: x for name, x in found.items() if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))
+  }
   for odd, said in (
     (wanted.keys() - found.keys(), 'is missing'),
     (found.keys() - wanted.keys(), 'has no place in this model'),
@@ -389,9 +376,7 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
     shape = leaves[place.path].shape
     shape = place.form.shape(shape if place.index is None else shape[1:])
     if found[name].shape != shape:
-      raise _error(
-        folder, f'{name} has shape {found[name].shape}, the model {shape}'
-      )
+      raise _error(folder, f'{name} has shape {found[name].shape}, the model {shape}')
     if not place.copy:
       names.setdefault(place.path, {})[place.index] = name
   _check_copies(folder, cfg, found, wanted, names)
@@ -401,7 +386,7 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
       folder,
       f'{HEAD} differs from {EMBEDDING}, although config.json has'
       ' tie_word_embeddings=true; set it to false to import both',
-    )  # fmt: skip
+    )
 
   def leaf(path, target):
     of_index = names[jax.tree_util.keystr(path, simple=True, separator='.')]
@@ -410,9 +395,7 @@ def read(folder: str, cfg: config.Config, mesh) -> lm.LM:
       return _shard_of(folder, index, target, of_index, found, wanted, cfg)
 
     # Ready, or its copy on the host would still be there beside the next one's.
-    return jax.block_until_ready(
-      jax.make_array_from_callback(target.shape, target.sharding, shard)
-    )
+    return jax.block_until_ready(jax.make_array_from_callback(target.shape, target.sharding, shard))
 
   return jax.tree_util.tree_map_with_path(leaf, abstract)
 
@@ -426,9 +409,10 @@ def _check_copies(folder, cfg, found, wanted, names) -> None:
     if not np.array_equal(place.form.out(ours, cfg), found[name].read()):
       raise _error(
         folder,
-        f'{name} must be 0' if place.form is mapping.NO_BIAS
+        f'{name} must be 0'
+        if place.form is mapping.NO_BIAS
         else f'{name} must be equal to {first}',
-      )  # fmt: skip
+      )
 
 
 def _shard_of(folder, index, target, of_index, found, wanted, cfg) -> Any:
@@ -443,7 +427,7 @@ def _shard_of(folder, index, target, of_index, found, wanted, cfg) -> Any:
         folder,
         f'{name} in {os.path.basename(found[name].path)} has numbers that are'
         f' NaN or infinite in {target.dtype.name}',
-      )  # fmt: skip
+      )
     return part
 
   if None in of_index:

@@ -34,10 +34,12 @@ def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
   rope = dict(rope_type='default', rope_theta=m.rope_theta)
   if m.rope_factor > 1:
     rope |= dict(
-      rope_type='llama3', factor=m.rope_factor,
-      low_freq_factor=m.rope_low_freq, high_freq_factor=m.rope_high_freq,
+      rope_type='llama3',
+      factor=m.rope_factor,
+      low_freq_factor=m.rope_low_freq,
+      high_freq_factor=m.rope_high_freq,
       original_max_position_embeddings=m.rope_context,
-    )  # fmt: skip
+    )
   return dict(
     architectures=['LlamaForCausalLM'],
     model_type='llama',
@@ -70,8 +72,7 @@ def _ends(tokenizer) -> dict:
     return {}
   several = len(tokenizer.stop_ids) > 1
   return dict(
-    bos_token_id=tokenizer.bos,
-    eos_token_id=list(tokenizer.stop_ids) if several else tokenizer.eos,
+    bos_token_id=tokenizer.bos, eos_token_id=list(tokenizer.stop_ids) if several else tokenizer.eos
   )
 
 
@@ -82,17 +83,12 @@ def _modules(cfg: config.Config) -> int:
 # What a form's config.json says besides, or otherwise.
 KINDS = {
   'mtp_llama': lambda cfg: dict(
-    architectures=['MTPLlamaForCausalLM'],
-    model_type='mtp_llama',
-    prediction_heads=cfg.heads.n,
+    architectures=['MTPLlamaForCausalLM'], model_type='mtp_llama', prediction_heads=cfg.heads.n
   ),
   'mimo': lambda cfg: dict(
     architectures=['MiMoForCausalLM'],
     model_type='mimo',
-    auto_map={
-      'AutoConfig': 'mimo.MiMoConfig',
-      'AutoModelForCausalLM': 'mimo.MiMoForCausalLM',
-    },
+    auto_map={'AutoConfig': 'mimo.MiMoConfig', 'AutoModelForCausalLM': 'mimo.MiMoForCausalLM'},
     attention_bias=True,
     use_sliding_window=False,
     num_nextn_predict_layers=_modules(cfg),
@@ -156,9 +152,7 @@ class LlamaMtpModel(_Ignores, LlamaModel):
 class LlamaMtpForCausalLM(_Ignores, LlamaForCausalLM):
   pass
 '''
-CODE = {
-  'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('llama_mtp.py', LLAMA_MTP)
-}  # fmt: skip
+CODE = {'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('llama_mtp.py', LLAMA_MTP)}
 
 
 def _medusa(cfg: config.Config, dtype: str) -> dict:
@@ -183,14 +177,20 @@ def _card(cfg: config.Config, about: str) -> str:
   form = mapping.of(cfg)
   extra = [k for k, p in mapping.tensors(cfg, form).items() if p.extra]
   lines = [
-    '---', 'library_name: transformers', 'tags: [multi-token-prediction]',
-    '---', '', f'# {about}', '',
+    '---',
+    'library_name: transformers',
+    'tags: [multi-token-prediction]',
+    '---',
+    '',
+    f'# {about}',
+    '',
     f'A Llama of {mapping.layers_in_all(cfg)} layers, the trunk and next-token'
     ' head of a model that was trained to predict'
     f' {cfg.heads.n} tokens at once ({cfg.heads.family} heads; Gloeckle et al.'
     ' 2024, https://arxiv.org/abs/2404.19737). Written by mtp_jax; mtp_jax.json'
-    ' says how the whole is put together.', '',
-  ]  # fmt: skip
+    ' says how the whole is put together.',
+    '',
+  ]
   if extra:
     where = mapping.FORMS[form].file or 'the same files'
     lines += [
@@ -214,47 +214,55 @@ USE = {
     ' num_speculative_tokens the number of its heads.',
     '',
   ],
-  'mtp_llama': [
-    "The layout is that of Fast-LLM's mtp_llama, whose modeling code runs it.",
-    '',
-  ],
+  'mtp_llama': ["The layout is that of Fast-LLM's mtp_llama, whose modeling code runs it.", ''],
 }
 
 # In.
 
 SIZE = range(1, 2**31)
 ROPE = {
-  **dict.fromkeys(
-    ('rope_theta?', 'factor?', 'low_freq_factor?', 'high_freq_factor?'), float
-  ),
+  **dict.fromkeys(('rope_theta?', 'factor?', 'low_freq_factor?', 'high_freq_factor?'), float),
   **dict.fromkeys(('rope_type?', 'type?'), str),
-  'original_max_position_embeddings?': SIZE, ...: object,
-}  # fmt: skip
+  'original_max_position_embeddings?': SIZE,
+  ...: object,
+}
 # Of a config.json, the fields that are read here.
 ABOUT = {
   **dict.fromkeys(
-    ('hidden_size', 'num_hidden_layers', 'num_attention_heads',
-     'intermediate_size', 'vocab_size'), SIZE,
+    ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'vocab_size'),
+    SIZE,
   ),
   **dict.fromkeys(
-    ('num_key_value_heads?', 'head_dim?', 'max_position_embeddings?',
-     'prediction_heads?', 'num_mtp_layers?'), (SIZE, None),
+    (
+      'num_key_value_heads?',
+      'head_dim?',
+      'max_position_embeddings?',
+      'prediction_heads?',
+      'num_mtp_layers?',
+    ),
+    (SIZE, None),
   ),
   **dict.fromkeys(('rope_parameters?', 'rope_scaling?'), (ROPE, None)),
   **dict.fromkeys(('dtype?', 'torch_dtype?'), (str, None)),
-  'rms_norm_eps?': (float, None), 'rope_theta?': (float, None),
-  'tie_word_embeddings?': (bool, None), ...: object,
-}  # fmt: skip
+  'rms_norm_eps?': (float, None),
+  'rope_theta?': (float, None),
+  'tie_word_embeddings?': (bool, None),
+  ...: object,
+}
 # By model_type: the form, and whether its further heads are layers of ours.
 READ = {
-  'llama': ('hf', True), 'mtp_llama': ('mtp_llama', True),
+  'llama': ('hf', True),
+  'mtp_llama': ('mtp_llama', True),
   'llama_mtp': ('transformers_mtp', False),
-}  # fmt: skip
+}
 # Fields of a config.json that must have this value, if they are there.
 FIXED = {
-  'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
-  'quantization_config': None, 'partial_rotary_factor': 1.0,
-}  # fmt: skip
+  'hidden_act': 'silu',
+  'attention_bias': False,
+  'mlp_bias': False,
+  'quantization_config': None,
+  'partial_rotary_factor': 1.0,
+}
 
 
 def _error(folder: str, problem: str) -> config.ConfigError:
@@ -265,30 +273,27 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
   """The Config of a config.json that others wrote."""
   kind = about.get('model_type', 'llama')
   if kind not in READ:
-    raise _error(
-      folder, f'model_type={kind!r} in config.json; only'
-      f' {", ".join(map(repr, READ))}'
-    )  # fmt: skip
+    raise _error(folder, f'model_type={kind!r} in config.json; only {", ".join(map(repr, READ))}')
   form, block_first = READ[kind]
   if kind == 'llama_mtp' and about.get('tie_last_hidden_states', True):
     raise _error(
-      folder, 'tie_last_hidden_states is not false in config.json: its modules'
+      folder,
+      'tie_last_hidden_states is not false in config.json: its modules'
       ' read states after the final norm, not before it',
-    )  # fmt: skip
+    )
   for field, wanted in FIXED.items():
     if about.get(field, wanted) != wanted:
-      raise _error(
-        folder, f'{field}={about[field]!r} in config.json; only {wanted!r}'
-      )
+      raise _error(folder, f'{field}={about[field]!r} in config.json; only {wanted!r}')
   try:
     jsonl.check(about, ABOUT)
   except ValueError as error:
     raise _error(folder, f'config.json: {error}') from error
   about = {name: value for name, value in about.items() if value is not None}
   n = {
-    'hf': 1, 'mtp_llama': about.get('prediction_heads', 1),
+    'hf': 1,
+    'mtp_llama': about.get('prediction_heads', 1),
     'transformers_mtp': about.get('num_mtp_layers', 0) + 1,
-  }[form]  # fmt: skip
+  }[form]
   heads, d_model = about['num_attention_heads'], about['hidden_size']
   head_dim = about.get('head_dim') or d_model // heads
   values = {
@@ -302,15 +307,11 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'model.norm_eps': about.get('rms_norm_eps', 1e-6),
     'heads.n': n,
     'heads.family': 'parallel' if block_first else 'sequential',
-    'heads.unembedding': (
-      'tied' if about.get('tie_word_embeddings', False) else 'shared'
-    ),
+    'heads.unembedding': ('tied' if about.get('tie_word_embeddings', False) else 'shared'),
     'model.context': about.get('max_position_embeddings', 2048),
     'data.seq_len': about.get('max_position_embeddings', 2048),
     # What it was is what it computes, unless another is asked for.
-    'model.compute_dtype': (
-      'float32' if _dtype(about) == 'float32' else 'bfloat16'
-    ),
+    'model.compute_dtype': ('float32' if _dtype(about) == 'float32' else 'bfloat16'),
     'export.format': form,
     **_rope(folder, about),
     **given,
@@ -331,9 +332,7 @@ def _rope(folder: str, about: dict) -> dict:
   if kind == 'default':
     return values
   if kind != 'llama3':
-    raise _error(
-      folder, f'rope_type={kind!r} in config.json; only default and llama3'
-    )
+    raise _error(folder, f'rope_type={kind!r} in config.json; only default and llama3')
   wanted = 'factor', 'low_freq_factor', 'high_freq_factor'
   for field in (*wanted, 'original_max_position_embeddings'):
     if field not in rope:

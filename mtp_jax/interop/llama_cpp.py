@@ -80,13 +80,14 @@ def write(
   kinds = gguf.GGMLQuantizationType
   for name, (shape, dtype) in whole.items():
     writer.add_tensor_info(
-      name, shape, dtype, math.prod(shape) * dtype.itemsize,
+      name,
+      shape,
+      dtype,
+      math.prod(shape) * dtype.itemsize,
       kinds[{'float32': 'F32', 'bfloat16': 'BF16'}[dtype.name]],
-    )  # fmt: skip
-  if stretched is not None:
-    writer.add_tensor_info(
-      FREQUENCIES, stretched.shape, stretched.dtype, stretched.nbytes
     )
+  if stretched is not None:
+    writer.add_tensor_info(FREQUENCIES, stretched.shape, stretched.dtype, stretched.nbytes)
   writer.write_header_to_file(path)
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
@@ -156,20 +157,19 @@ def _sizes(cfg: config.Config, about: str) -> dict:
       # mimo2 wants layers with a window among the others: one of the trunk and
       # the modules, with a window that never ends within the context.
       'attention.sliding_window': context,
-      'attention.sliding_window_pattern': [True] + [False] * (n - 1)
-      + [True] * modules,
-    }  # fmt: skip
-  return {
-    'general.name': about,
-    **{f'{arch}.{key}': value for key, value in sizes.items()},
-  }
+      'attention.sliding_window_pattern': [True] + [False] * (n - 1) + [True] * modules,
+    }
+  return {'general.name': about, **{f'{arch}.{key}': value for key, value in sizes.items()}}
 
 
 def _add(writer, key: str, value) -> None:
   add = {
-    bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
-    str: writer.add_string, list: writer.add_array,
-  }  # fmt: skip
+    bool: writer.add_bool,
+    int: writer.add_uint32,
+    float: writer.add_float32,
+    str: writer.add_string,
+    list: writer.add_array,
+  }
   add[type(value)](key, value)
 
 
@@ -281,18 +281,19 @@ def _unfit_json(tokenizer) -> str:
 
 
 # Names of tokens that are special to llama.cpp whatever a file says.
-NAMED = frozenset((
-  '</s> <eos> <EOT> _<EOT> [EOS] [EOT] [PAD] <PAD> <PRE> <SUF> <MID> <REPO>'
-  ' <end_of_turn> <end_of_utterance> <turn|> <|endoftext|> <|end_of_text|>'
-  ' <|end|> <|eot_id|> <|eom_id|> <|im_end|> <|return|> <|call|> <|calls|>'
-  ' <|flush|> <|start|> <|message|> <|channel|> <|constrain|> <|tool_response>'
-  ' <|prefix|> <|suffix|> <|middle|> <|code_prefix|> <|code_suffix|>'
-  ' <|code_middle|> <|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|fim_pad|>'
-  ' <|fim_repo|> <|repo_name|> <|file_sep|> <fim-prefix> <fim-suffix>'
-  ' <fim-middle> <fim-pad> <fim-repo> <fim_prefix> <fim_suffix> <fim_middle>'
-  ' <fim_pad> <reponame> [e~['
-).split()) | {'<｜end▁of▁sentence｜>', '<｜fim▁begin｜>', '<｜fim▁end｜>',
-              '<｜fim▁hole｜>'}  # fmt: skip
+NAMED = frozenset(
+  (
+    '</s> <eos> <EOT> _<EOT> [EOS] [EOT] [PAD] <PAD> <PRE> <SUF> <MID> <REPO>'
+    ' <end_of_turn> <end_of_utterance> <turn|> <|endoftext|> <|end_of_text|>'
+    ' <|end|> <|eot_id|> <|eom_id|> <|im_end|> <|return|> <|call|> <|calls|>'
+    ' <|flush|> <|start|> <|message|> <|channel|> <|constrain|> <|tool_response>'
+    ' <|prefix|> <|suffix|> <|middle|> <|code_prefix|> <|code_suffix|>'
+    ' <|code_middle|> <|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|fim_pad|>'
+    ' <|fim_repo|> <|repo_name|> <|file_sep|> <fim-prefix> <fim-suffix>'
+    ' <fim-middle> <fim-pad> <fim-repo> <fim_prefix> <fim_suffix> <fim_middle>'
+    ' <fim_pad> <reponame> [e~['
+  ).split()
+) | {'<｜end▁of▁sentence｜>', '<｜fim▁begin｜>', '<｜fim▁end｜>', '<｜fim▁hole｜>'}
 
 
 def _overlap(contents: list[str]) -> tuple[str, str] | None:
@@ -387,10 +388,7 @@ def _of_json(tokenizer) -> dict:
     i = added['id']
     found[i] = added['content']
     kinds[i] = CONTROL if added.get('special') else USER_DEFINED
-  merges = [
-    merge if isinstance(merge, str) else ' '.join(merge)
-    for merge in model['merges']
-  ]
+  merges = [merge if isinstance(merge, str) else ' '.join(merge) for merge in model['merges']]
   return {
     'model': 'gpt2',
     'pre': _words(about),
@@ -405,9 +403,7 @@ def _of_json(tokenizer) -> dict:
 
 # By hand, since the library believes every length that a file states
 # (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
-SIZES = {
-  0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8
-}  # fmt: skip
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY, UINT32 = 8, 9, 4
 DTYPES = {0: np.dtype(np.float32), 30: np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 'general.alignment'
@@ -494,13 +490,9 @@ def read(folder: str, cfg: config.Config, flag: str) -> dict[str, files.Tensor]:
   try:
     whole = _tensors(path)
   except OSError as error:
-    raise config.ConfigError(
-      flag, path, f'cannot be read: {error.strerror}'
-    ) from error
+    raise config.ConfigError(flag, path, f'cannot be read: {error.strerror}') from error
   except ValueError as error:
-    raise config.ConfigError(
-      flag, path, f'is no GGUF file that can be read: {error}'
-    ) from error
+    raise config.ConfigError(flag, path, f'is no GGUF file that can be read: {error}') from error
   whole.pop(FREQUENCIES, None)
   found = {}
   for name, tensor in whole.items():

@@ -94,9 +94,7 @@ HEADS_OUT = Form(
   lambda w_DE, cfg: w_DE.T.reshape(-1, cfg.model.head_width, w_DE.shape[0]),
   lambda s: (s[2], s[0] * s[1]),
 )
-EMBEDDING_FIRST = Form(
-  lambda w, _: _swapped(w).T, lambda w, _: _swapped(w.T), TRANSPOSED.shape
-)
+EMBEDDING_FIRST = Form(lambda w, _: _swapped(w).T, lambda w, _: _swapped(w.T), TRANSPOSED.shape)
 
 
 def _zeros_of(w_DNH, cfg):
@@ -129,52 +127,35 @@ def _row(ours: str, form: Form, **names) -> Row:
 
 
 LAYER = (
+  _row('attn_norm', SAME, hf='input_layernorm', meta='attention_norm', gguf='attn_norm'),
   _row(
-    'attn_norm', SAME, hf='input_layernorm', meta='attention_norm',
-    gguf='attn_norm',
+    'q',
+    HEADS_IN,
+    hf='self_attn.q_proj',
+    meta=('attention.wq', HEADS_IN_PAIRS),
+    gguf=('attn_q', HEADS_IN_PAIRS),
+    gguf_mtp='attn_q',
   ),
   _row(
-    'q', HEADS_IN, hf='self_attn.q_proj', meta=('attention.wq', HEADS_IN_PAIRS),
-    gguf=('attn_q', HEADS_IN_PAIRS), gguf_mtp='attn_q',
+    'k',
+    HEADS_IN,
+    hf='self_attn.k_proj',
+    meta=('attention.wk', HEADS_IN_PAIRS),
+    gguf=('attn_k', HEADS_IN_PAIRS),
+    gguf_mtp='attn_k',
   ),
-  _row(
-    'k', HEADS_IN, hf='self_attn.k_proj', meta=('attention.wk', HEADS_IN_PAIRS),
-    gguf=('attn_k', HEADS_IN_PAIRS), gguf_mtp='attn_k',
-  ),
-  _row(
-    'v', HEADS_IN, hf='self_attn.v_proj', meta='attention.wv', gguf='attn_v'
-  ),
-  _row(
-    'o', HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo',
-    gguf='attn_output',
-  ),
-  _row(
-    'mlp_norm', SAME, hf='post_attention_layernorm', meta='ffn_norm',
-    gguf='ffn_norm',
-  ),
-  _row(
-    'gate', TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1',
-    gguf='ffn_gate',
-  ),
-  _row(
-    'up', TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3', gguf='ffn_up'
-  ),
-  _row(
-    'down', TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2',
-    gguf='ffn_down',
-  ),
-)  # fmt: skip
-EMBED = _row(
-  'embed', SAME, hf='model.embed_tokens', meta='tok_embeddings',
-  gguf='token_embd',
-)  # fmt: skip
-NORM = _row(
-  'norm', SAME, hf='model.norm', meta='norm', mtp_llama='model.mtp_norms.0',
-  gguf='output_norm',
-)  # fmt: skip
-UNEMBED = _row(
-  'unembed', TRANSPOSED, hf='lm_head', meta='output', gguf='output'
+  _row('v', HEADS_IN, hf='self_attn.v_proj', meta='attention.wv', gguf='attn_v'),
+  _row('o', HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo', gguf='attn_output'),
+  _row('mlp_norm', SAME, hf='post_attention_layernorm', meta='ffn_norm', gguf='ffn_norm'),
+  _row('gate', TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1', gguf='ffn_gate'),
+  _row('up', TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3', gguf='ffn_up'),
+  _row('down', TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2', gguf='ffn_down'),
 )
+EMBED = _row('embed', SAME, hf='model.embed_tokens', meta='tok_embeddings', gguf='token_embd')
+NORM = _row(
+  'norm', SAME, hf='model.norm', meta='norm', mtp_llama='model.mtp_norms.0', gguf='output_norm'
+)
+UNEMBED = _row('unembed', TRANSPOSED, hf='lm_head', meta='output', gguf='output')
 TIED = _row('embed', SAME, hf='lm_head', meta='output', gguf='output')
 ORDER = _row('order', SAME, hf='mtp_order')
 # Of a head's module, around its layer or instead of one.
@@ -183,24 +164,39 @@ MODULE = {
   'residual': (_row('proj', TRANSPOSED, hf='proj', medusa='layers.0'),),
   'sequential': (
     _row(
-      'hidden_norm', SAME, hf='hidden_norm', mimo='hidden_layernorm',
-      transformers_mtp='hnorm', gguf_mtp='nextn.hnorm',
+      'hidden_norm',
+      SAME,
+      hf='hidden_norm',
+      mimo='hidden_layernorm',
+      transformers_mtp='hnorm',
+      gguf_mtp='nextn.hnorm',
     ),
     _row(
-      'embed_norm', SAME, hf='embed_norm', mimo='token_layernorm',
-      transformers_mtp='enorm', gguf_mtp='nextn.enorm',
+      'embed_norm',
+      SAME,
+      hf='embed_norm',
+      mimo='token_layernorm',
+      transformers_mtp='enorm',
+      gguf_mtp='nextn.enorm',
     ),
     _row(
-      'proj', TRANSPOSED, hf='proj', mimo='input_proj',
+      'proj',
+      TRANSPOSED,
+      hf='proj',
+      mimo='input_proj',
       transformers_mtp=('eh_proj', EMBEDDING_FIRST),
       gguf_mtp=('nextn.eh_proj', EMBEDDING_FIRST),
     ),
     _row(
-      'final_norm', SAME, hf='final_norm', mimo='final_layernorm',
-      transformers_mtp='shared_head.norm', gguf_mtp='nextn.shared_head_norm',
+      'final_norm',
+      SAME,
+      hf='final_norm',
+      mimo='final_layernorm',
+      transformers_mtp='shared_head.norm',
+      gguf_mtp='nextn.shared_head_norm',
     ),
   ),
-}  # fmt: skip
+}
 MODULE['recursive'] = MODULE['sequential']
 
 
@@ -224,11 +220,10 @@ def _norm_of_each_head(cfg, found):
 def _no_biases(cfg, found):
   ends = tuple(f'self_attn.{x}_proj.weight' for x in 'qkv')
   return {
-    name.removesuffix('weight') + 'bias': place._replace(
-      form=NO_BIAS, copy=True
-    )
-    for name, place in found.items() if name.endswith(ends)
-  }  # fmt: skip
+    name.removesuffix('weight') + 'bias': place._replace(form=NO_BIAS, copy=True)
+    for name, place in found.items()
+    if name.endswith(ends)
+  }
 
 
 def _module_of_each_step(cfg, found):
@@ -237,11 +232,11 @@ def _module_of_each_step(cfg, found):
     return {}
   first = _prefix('transformers_mtp', cfg, 0)
   return {
-    _prefix('transformers_mtp', cfg, j) + name.removeprefix(first):
-      place._replace(copy=True)
+    _prefix('transformers_mtp', cfg, j) + name.removeprefix(first): place._replace(copy=True)
     for j in range(1, cfg.heads.n - 1)
-    for name, place in found.items() if name.startswith(first)
-  }  # fmt: skip
+    for name, place in found.items()
+    if name.startswith(first)
+  }
 
 
 def _unembedding_of_llama_cpp(cfg, found):
@@ -283,29 +278,33 @@ class Layout(NamedTuple):
 
 FORMS = {
   'hf': Layout(
-    tuple(heads_lib.FAMILIES), 'mtp_heads.{k}.', one_module='mtp_heads.shared.',
-    replicated='mtp_heads.{k}.lm_head.weight', file='mtp_heads.safetensors',
+    tuple(heads_lib.FAMILIES),
+    'mtp_heads.{k}.',
+    one_module='mtp_heads.shared.',
+    replicated='mtp_heads.{k}.lm_head.weight',
+    file='mtp_heads.safetensors',
   ),
   'meta': Layout(('parallel',), 'extra_heads.{j}.', 'layers.{i}.'),
-  'mtp_llama': Layout(
-    ('parallel',), 'model.mtp_heads.{j}.', more=_norm_of_each_head
-  ),
-  'mimo': Layout(
-    ('sequential', 'recursive'), 'model.mtp_layers.{j}.', more=_no_biases
-  ),
+  'mtp_llama': Layout(('parallel',), 'model.mtp_heads.{j}.', more=_norm_of_each_head),
+  'mimo': Layout(('sequential', 'recursive'), 'model.mtp_layers.{j}.', more=_no_biases),
   'transformers_mtp': Layout(
     ('sequential', 'recursive'), 'model.layers.{l}.', more=_module_of_each_step
   ),
   'gguf_mtp': Layout(
-    ('sequential', 'recursive'), 'blk.{l}.', 'blk.{i}.',
+    ('sequential', 'recursive'),
+    'blk.{l}.',
+    'blk.{i}.',
     replicated='blk.{l}.nextn.shared_head_head.weight',
     more=_unembedding_of_llama_cpp,
   ),
   'medusa': Layout(
-    ('residual',), 'medusa/blocks.{j}.', file='medusa/model.safetensors',
-    replicated='medusa/lm_heads.{j}.weight', more=_unembedding_of_drafts,
+    ('residual',),
+    'medusa/blocks.{j}.',
+    file='medusa/model.safetensors',
+    replicated='medusa/lm_heads.{j}.weight',
+    more=_unembedding_of_drafts,
   ),
-}  # fmt: skip
+}
 FORMS['gguf'] = FORMS['hf']._replace(layer='blk.{i}.', heads_like='hf')
 
 
@@ -351,9 +350,7 @@ def unfit(cfg: config.Config, form: str) -> str:
   if form in ('hf', 'gguf'):
     return ''
   if h.family not in f.families and not (h.n == 1 and 'parallel' in f.families):
-    return (
-      f'has a place for {" and ".join(f.families)} heads; these are {h.family}'
-    )
+    return f'has a place for {" and ".join(f.families)} heads; these are {h.family}'
   if form == 'medusa' and h.n == 1:
     return 'has further heads; this is a model of one'
   if h.unembedding == 'replicated' and not f.replicated:
@@ -392,9 +389,7 @@ def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
 
   def put(row, prefix='', path='', index=None, extra=False):
     name, transform = row.of((extra and layout.heads_like) or form)
-    found[f'{prefix}{name}.weight'] = Place(
-      path + row.ours, index, transform, extra
-    )
+    found[f'{prefix}{name}.weight'] = Place(path + row.ours, index, transform, extra)
 
   def put_layer(prefix, path, index, extra=False):
     for row in LAYER:

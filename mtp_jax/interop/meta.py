@@ -21,11 +21,9 @@ ABOUT = {
   **dict.fromkeys(('dim', 'n_layers', 'n_heads', 'vocab_size'), SIZE),
   **dict.fromkeys(('n_kv_heads?', 'n_future_tokens?'), (SIZE, None)),
   'multiple_of?': SIZE,
-  **dict.fromkeys(
-    ('ffn_dim_multiplier?', 'norm_eps?', 'rope_theta?'), (float, None)
-  ),
+  **dict.fromkeys(('ffn_dim_multiplier?', 'norm_eps?', 'rope_theta?'), (float, None)),
   ...: object,
-}  # fmt: skip
+}
 
 # Fields that must have this value, if they are there.
 FIXED = {'use_scaled_rope': False}
@@ -100,8 +98,7 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'model.n_attn_heads': about['n_heads'],
     'model.n_kv_heads': about.get('n_kv_heads') or about['n_heads'],
     'model.d_ff': width(
-      about['dim'], about.get('multiple_of', 256),
-      about.get('ffn_dim_multiplier'),
+      about['dim'], about.get('multiple_of', 256), about.get('ffn_dim_multiplier')
     ),
     'model.vocab_size': about['vocab_size'],
     'model.norm_eps': about.get('norm_eps', 1e-5),
@@ -111,5 +108,5 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'data.seq_len': CONTEXT,
     'export.format': 'meta',
     **given,
-  }  # fmt: skip
+  }
   return validate.validate(config.replace(config.Config(), **values))

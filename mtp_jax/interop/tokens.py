@@ -41,17 +41,20 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     from tokenizers import processors
 
     fast.post_processor = processors.TemplateProcessing(
-      single=f'{bos} $A', pair=f'{bos} $A $B',
-      special_tokens=[(bos, tokenizer.bos)],
-    )  # fmt: skip
+      single=f'{bos} $A', pair=f'{bos} $A $B', special_tokens=[(bos, tokenizer.bos)]
+    )
     files[JSON] = fast.to_str().encode()
   about = dict(
     tokenizer_class='PreTrainedTokenizerFast' if fast else 'LlamaTokenizer',
-    bos_token=bos, eos_token=eos, add_bos_token=True, add_eos_token=False,
-    split_special_tokens=True, clean_up_tokenization_spaces=False,
+    bos_token=bos,
+    eos_token=eos,
+    add_bos_token=True,
+    add_eos_token=False,
+    split_special_tokens=True,
+    clean_up_tokenization_spaces=False,
     model_max_length=10**30,
     add_prefix_space=prefix,  # llama.cpp puts a space before, unless told
-  )  # fmt: skip
+  )
   files[tokenizers.ENDS] = json.dumps(about, indent=2).encode()
   return files
 
@@ -63,12 +66,8 @@ def _of_bytes():
 
   # The letters that a byte-level vocabulary writes for bytes, in their order.
   letters = ranks.byte_letters()
-  fast = library.Tokenizer(
-    models.BPE({letter: b for b, letter in enumerate(letters)}, [])
-  )
-  fast.pre_tokenizer = pre_tokenizers.ByteLevel(
-    add_prefix_space=False, use_regex=False
-  )
+  fast = library.Tokenizer(models.BPE({letter: b for b, letter in enumerate(letters)}, []))
+  fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   fast.decoder = decoders.ByteLevel()
   fast.add_special_tokens(['<bos>', '<eos>'])
   return fast
@@ -110,23 +109,21 @@ def _of_pieces(model: bytes, tokenizer):
   ):
     return None, bos, eos, spec.add_dummy_prefix
   if about.model_type == about.UNIGRAM:
-    scores = [
-      (p.piece, p.score if p.type == NORMAL else NEVER) for p in proto.pieces
-    ]
-    fast = library.Tokenizer(
-      models.Unigram(scores, kinds.index(UNKNOWN), about.byte_fallback)
-    )
+    scores = [(p.piece, p.score if p.type == NORMAL else NEVER) for p in proto.pieces]
+    fast = library.Tokenizer(models.Unigram(scores, kinds.index(UNKNOWN), about.byte_fallback))
     cut = _cuts(names, kinds)
     if cut:
       fast.pre_tokenizer = pre_tokenizers.Split(library.Regex(cut), 'isolated')
   elif about.model_type == about.BPE:
     fast = library.Tokenizer(
       models.BPE(
-        {name: i for i, name in enumerate(names)}, _merges(proto.pieces),
-        unk_token=names[kinds.index(UNKNOWN)], fuse_unk=True,
+        {name: i for i, name in enumerate(names)},
+        _merges(proto.pieces),
+        unk_token=names[kinds.index(UNKNOWN)],
+        fuse_unk=True,
         byte_fallback=about.byte_fallback,
       )
-    )  # fmt: skip
+    )
   else:
     return None, bos, eos, spec.add_dummy_prefix
   steps = []
@@ -142,14 +139,12 @@ def _of_pieces(model: bytes, tokenizer):
   steps.append(normalizers.Replace(' ', tokenizers.SPACE))
   fast.normalizer = normalizers.Sequence(steps)
   last = [decoders.Strip(' ', 1, 0)] if spec.add_dummy_prefix else []
-  fast.decoder = decoders.Sequence([
-    decoders.Replace(tokenizers.SPACE, ' '), decoders.ByteFallback(),
-    decoders.Fuse(), *last,
-  ])  # fmt: skip
+  fast.decoder = decoders.Sequence(
+    [decoders.Replace(tokenizers.SPACE, ' '), decoders.ByteFallback(), decoders.Fuse(), *last]
+  )
   fast.add_special_tokens(
-    [n for n, kind in zip(names, kinds, strict=True)
-     if kind in (CONTROL, UNKNOWN)]
-  )  # fmt: skip
+    [n for n, kind in zip(names, kinds, strict=True) if kind in (CONTROL, UNKNOWN)]
+  )
   return fast, bos, eos, spec.add_dummy_prefix
 
 
@@ -164,8 +159,7 @@ def _cuts(names, kinds) -> str:
     if kind == NORMAL or not unknown:
       continue
     before, letter, after = (
-      re.escape(x)
-      for x in (name[: unknown[0]], name[unknown[0]], name[unknown[0] + 1 :])
+      re.escape(x) for x in (name[: unknown[0]], name[unknown[0]], name[unknown[0] + 1 :])
     )
     found.append(f'(?<={before}){letter}(?={after})')
   return '|'.join(found)
@@ -205,14 +199,10 @@ def read(folder: str, ours: str | None) -> tokenizers.Tokenizer | None:
 def _is_ranks(path: str) -> bool:
   """Whether a file's first line is a token in base64 and a number."""
   with open(path, 'rb') as file:
-    return bool(
-      re.fullmatch(rb'[A-Za-z0-9+/]+=* [0-9]+\s*', file.readline(999))
-    )
+    return bool(re.fullmatch(rb'[A-Za-z0-9+/]+=* [0-9]+\s*', file.readline(999)))
 
 
-def fitted(
-  tokenizer: tokenizers.Tokenizer, rows: int
-) -> tuple[tokenizers.Tokenizer, list[str]]:
+def fitted(tokenizer: tokenizers.Tokenizer, rows: int) -> tuple[tokenizers.Tokenizer, list[str]]:
   """(a tokenizer without the added tokens that a model of so many rows has no
   row for, their names). As it is if that is not all that is too much."""
   model = tokenizer.files.get(JSON)
@@ -226,9 +216,5 @@ def fitted(
   ):
     return tokenizer, []
   about['added_tokens'] = [x for x in about['added_tokens'] if x['id'] < rows]
-  files = tokenizer.files | {
-    JSON: json.dumps(about, ensure_ascii=False).encode()
-  }
-  return (
-    tokenizers.of_files(tokenizer.name, files), [x['content'] for x in beyond]
-  )  # fmt: skip
+  files = tokenizer.files | {JSON: json.dumps(about, ensure_ascii=False).encode()}
+  return (tokenizers.of_files(tokenizer.name, files), [x['content'] for x in beyond])

@@ -33,10 +33,7 @@ def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: config.Config):
   kv_spec = sharding.pspec('batch', None, 'kv_heads', None)
   # Each device runs the kernel on its own rows and heads.
   return jax.shard_map(
-    kernel,
-    in_specs=(q_spec, kv_spec, kv_spec, rows),
-    out_specs=q_spec,
-    check_vma=False,
+    kernel, in_specs=(q_spec, kv_spec, kv_spec, rows), out_specs=q_spec, check_vma=False
   )(q_BTNH, k_BSGH, v_BSGH, segment_BT)
 
 
@@ -55,18 +52,14 @@ def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
   """Scores of all T x S pairs, in float32."""
   B, T, N, H = q_BTNH.shape
   G = k_BSGH.shape[2]
-  q_BTGRH = H**-0.5 * sharding.reshape(
-    q_BTNH, (B, T, G, N // G, H), 'batch', None, 'kv_heads'
-  )
+  q_BTGRH = H**-0.5 * sharding.reshape(q_BTNH, (B, T, G, N // G, H), 'batch', None, 'kv_heads')
   scores_BGRTS = jnp.einsum(
     'BTGRH,BSGH->BGRTS', q_BTGRH, k_BSGH, preferred_element_type=jnp.float32
   )
   t = jnp.arange(T)
   seen_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
   seen_BTS &= (t[:, None] >= t[None, :])[None]
-  scores_BGRTS = jnp.where(
-    seen_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min
-  )
+  scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
   weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGH.dtype)
   out_BTGRH = jnp.einsum('BGRTS,BSGH->BTGRH', weights_BGRTS, v_BSGH)
   return sharding.reshape(out_BTGRH, (B, T, N, H), 'batch', None, 'attn_heads')
@@ -115,9 +108,8 @@ def flash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
   if interpret or q_BTNH.dtype != jnp.bfloat16 or H % 8 or H > 128:
     return packed(q_BTNH, k_BSGH, v_BSGH, segment_BT)
   return jax.lax.cond(
-    jnp.all(segment_BT == segment_BT[:, :1]),
-    _cudnn, packed, q_BTNH, k_BSGH, v_BSGH, segment_BT,
-  )  # fmt: skip
+    jnp.all(segment_BT == segment_BT[:, :1]), _cudnn, packed, q_BTNH, k_BSGH, v_BSGH, segment_BT
+  )
 
 
 def _cudnn(q_BTNH, k_BSGH, v_BSGH, segment_BT):
@@ -150,8 +142,4 @@ def _triton(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret):
   )
 
 
-KERNELS: dict[str, Callable] = {
-  'reference': reference,
-  'splash': splash,
-  'flash': flash,
-}
+KERNELS: dict[str, Callable] = {'reference': reference, 'splash': splash, 'flash': flash}

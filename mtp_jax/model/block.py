@@ -39,9 +39,7 @@ class Context(NamedTuple):
 
 def specs(cfg: config.Config) -> Block:
   m = cfg.model
-  D, N, G, H, F = (
-    m.d_model, m.n_attn_heads, m.kv_heads, m.head_width, m.ff_width
-  )  # fmt: skip
+  D, N, G, H, F = (m.d_model, m.n_attn_heads, m.kv_heads, m.head_width, m.ff_width)
   std = D**-0.5
   # What is added to the residual stream 2L times starts that much smaller.
   depth = (2 * m.n_layers) ** -0.5
@@ -51,9 +49,7 @@ def specs(cfg: config.Config) -> Block:
     q=S((D, N, H), ('embed', 'attn_heads', None), std, (1, 2)),
     k=S((D, G, H), ('embed', 'kv_heads', None), std, (1, 2)),
     v=S((D, G, H), ('embed', 'kv_heads', None), std, (1, 2)),
-    o=S(
-      (N, H, D), ('attn_heads', None, 'embed'), (N * H) ** -0.5 * depth, (2, 1)
-    ),
+    o=S((N, H, D), ('attn_heads', None, 'embed'), (N * H) ** -0.5 * depth, (2, 1)),
     mlp_norm=S((D,), (None,), None),
     gate=S((D, F), ('embed', 'mlp'), std, (1, 1)),
     up=S((D, F), ('embed', 'mlp'), std, (1, 1)),
@@ -98,9 +94,7 @@ def keys_values(w: Block, y_BTD, ctx: Context):
 
 def add_attended(w: Block, x_BTD, a_BTNH):
   with jax.named_scope('attend'):
-    return x_BTD + jnp.einsum(
-      'BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL
-    )
+    return x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
 
 
 def add_mlp(w: Block, x_BTD, cfg: config.Config):
@@ -109,9 +103,8 @@ def add_mlp(w: Block, x_BTD, cfg: config.Config):
     gate_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.gate)
     up_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.up)
     return x_BTD + jnp.einsum(
-      'BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, w.down,
-      out_sharding=_RESIDUAL,
-    )  # fmt: skip
+      'BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, w.down, out_sharding=_RESIDUAL
+    )
 
 
 _RESIDUAL = sharding.pspec('batch', None, None)

@@ -137,8 +137,7 @@ def _enter_sequential(module, x: Inputs, ctx, cfg):
   known_BT1 = (ctx.position_BT > 0)[:, :, None]
   next_BTD = jnp.where(known_BT1, x.next_emb_BTD, 0)
   pair_BTE = jnp.concatenate(
-    [norm(x.carry_BTD, w.hidden_norm, cfg), norm(next_BTD, w.embed_norm, cfg)],
-    axis=-1,
+    [norm(x.carry_BTD, w.hidden_norm, cfg), norm(next_BTD, w.embed_norm, cfg)], axis=-1
   )
   return jnp.einsum('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
 
@@ -196,20 +195,21 @@ def sequential_specs(cfg: config.Config) -> Sequential:
 FAMILIES = {
   'parallel': Family(block.specs, _enter_z, _leave),
   'causal': Family(block.specs, _enter_chain, _leave_chain, dependent=True),
-  'anticausal': Family(
-    block.specs, _enter_chain, _leave_chain, dependent=True, reverse=True
-  ),
+  'anticausal': Family(block.specs, _enter_chain, _leave_chain, dependent=True, reverse=True),
   'linear': Family(linear_specs, _linear, _leave, has_block=False),
   'residual': Family(linear_specs, _residual, _leave_residual, has_block=False),
   'sequential': Family(
-    sequential_specs, _enter_sequential, _leave_sequential, dependent=True,
-    feeds_tokens=True,
+    sequential_specs, _enter_sequential, _leave_sequential, dependent=True, feeds_tokens=True
   ),
   'recursive': Family(
-    sequential_specs, _enter_sequential, _leave_sequential, dependent=True,
-    feeds_tokens=True, one_module=True,
+    sequential_specs,
+    _enter_sequential,
+    _leave_sequential,
+    dependent=True,
+    feeds_tokens=True,
+    one_module=True,
   ),
-}  # fmt: skip
+}
 
 
 def family(cfg: config.Config) -> Family:
@@ -262,9 +262,8 @@ def walk(body, carry, modules, per_head, cfg: config.Config):
   f = family(cfg)
   if cfg.heads.block_first:
     return jax.lax.scan(
-      lambda carry, xs: body(step, carry, *xs),
-      carry, (modules, per_head), reverse=f.reverse,
-    )  # fmt: skip
+      lambda carry, xs: body(step, carry, *xs), carry, (modules, per_head), reverse=f.reverse
+    )
   first, rest = (
     jax.tree.map(lambda x: x[at], per_head)  # noqa: B023
     for at in (0, slice(1, None))
@@ -275,11 +274,10 @@ def walk(body, carry, modules, per_head, cfg: config.Config):
     return carry, (outs, jax.tree.map(jnp.zeros_like, modules))
   scanned, fixed = (None, modules) if f.one_module else (modules, None)
   carry, (more, of_modules) = jax.lax.scan(
-    lambda carry, xs: body(
-      step, carry, fixed if f.one_module else xs[0], xs[1]
-    ),
-    carry, (scanned, rest),
-  )  # fmt: skip
+    lambda carry, xs: body(step, carry, fixed if f.one_module else xs[0], xs[1]),
+    carry,
+    (scanned, rest),
+  )
   return carry, (jax.tree.map(_prepend, outs, more), of_modules)
 
 

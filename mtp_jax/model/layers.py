@@ -26,9 +26,7 @@ def rope_rates(m: config.Model):
   rate = m.rope_theta ** (-i / m.head_width)
   if m.rope_factor > 1:
     turns = m.rope_context * rate / (2 * jnp.pi)  # within that context
-    kept = jnp.clip(
-      (turns - m.rope_low_freq) / (m.rope_high_freq - m.rope_low_freq), 0, 1
-    )
+    kept = jnp.clip((turns - m.rope_low_freq) / (m.rope_high_freq - m.rope_low_freq), 0, 1)
     rate = rate * (kept + (1 - kept) / m.rope_factor)
   return rate
 
@@ -52,6 +50,4 @@ def rope(x_BTNH, sin, cos):
 
 def embed(table_VD, tokens_BT):
   """Rows of a gathered table; the vocabulary may stay sharded."""
-  return table_VD.at[tokens_BT].get(
-    out_sharding=sharding.pspec('batch', None, None)
-  )
+  return table_VD.at[tokens_BT].get(out_sharding=sharding.pspec('batch', None, None))

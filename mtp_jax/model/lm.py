@@ -31,11 +31,9 @@ def specs(cfg: config.Config) -> LM:
     trunk=params.stack(heads.trunk_layers(cfg), block.specs(cfg)),
     heads=heads.specs(cfg),
     norm=S((D,), (None,), None),
-    unembed={
-      'shared': unembed,
-      'replicated': params.stack(cfg.heads.n, unembed),
-      'tied': None,
-    }[cfg.heads.unembedding],
+    unembed={'shared': unembed, 'replicated': params.stack(cfg.heads.n, unembed), 'tied': None}[
+      cfg.heads.unembedding
+    ],
     order=table if cfg.loss.order_weight else None,
   )
 

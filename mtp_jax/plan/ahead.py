@@ -16,8 +16,11 @@ NO_LIBTPU = (
   ' below is what the shardings alone say, without activations'
 )
 GENERATIONS = {  # of --plan.topology -> as jax names the chip
-  'v4': 'TPU v4', 'v5e': 'TPU v5 lite', 'v5p': 'TPU v5', 'v6e': 'TPU v6 lite',
-}  # fmt: skip
+  'v4': 'TPU v4',
+  'v5e': 'TPU v5 lite',
+  'v5p': 'TPU v5',
+  'v6e': 'TPU v6 lite',
+}
 
 
 class Plan(NamedTuple):
@@ -109,15 +112,14 @@ def devices(cfg: config.Config) -> list:
 
   several = dict(num_slices=p.slices) if p.slices > 1 else {}
   try:
-    return topologies.get_topology_desc(
-      p.topology, platform='tpu', **several
-    ).devices
+    return topologies.get_topology_desc(p.topology, platform='tpu', **several).devices
   except Exception as error:  # of several types, by what is wrong
     raise config.ConfigError(
-      'plan.topology', p.topology,
+      'plan.topology',
+      p.topology,
       'e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16; the TPU compiler says:'
       f' {str(error).splitlines()[0][:120]}',
-    ) from error  # fmt: skip
+    ) from error
 
 
 def check_mesh(cfg: config.Config) -> None:
@@ -155,9 +157,8 @@ def plan(cfg: config.Config) -> Plan:
       if needed is None:
         raise
       return found._replace(
-        temp_bytes=needed(found), compile_s=time.perf_counter() - begin,
-        refused=True,
-      )  # fmt: skip
+        temp_bytes=needed(found), compile_s=time.perf_counter() - begin, refused=True
+      )
   compile_s = time.perf_counter() - begin
   memory = compiled.memory_analysis()
   return found._replace(
@@ -187,9 +188,8 @@ def of_shardings(cfg: config.Config) -> Plan:
   sizes = re.findall(r'\d+', shape)
   if generation not in GENERATIONS or not sizes:
     raise config.ConfigError(
-      'plan.topology', cfg.plan.topology,
-      f'{" or ".join(GENERATIONS)}, a colon, and e.g. 4x4',
-    )  # fmt: skip
+      'plan.topology', cfg.plan.topology, f'{" or ".join(GENERATIONS)}, a colon, and e.g. 4x4'
+    )
   n = cfg.plan.slices
   for size in sizes:
     n *= int(size)

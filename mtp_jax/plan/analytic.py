@@ -11,15 +11,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mtp_jax import (
-  chips,
-  config,
-  cross_entropy,
-  flops,
-  params,
-  sharding,
-  validate,
-)
+from mtp_jax import chips, config, cross_entropy, flops, params, sharding, validate
 from mtp_jax.model import block, heads
 from mtp_jax.plan import ahead
 from mtp_jax.train import state
@@ -67,9 +59,7 @@ def estimate(cfg: config.Config, mesh: dict[str, int], chip) -> Estimate:
     mesh['tensor'],
     batch,
   )
-  held = _state_bytes(
-    dataclasses.replace(cfg, mesh=config.Mesh(**mesh)), tuple(mesh.values())
-  )
+  held = _state_bytes(dataclasses.replace(cfg, mesh=config.Mesh(**mesh)), tuple(mesh.values()))
   total = sum(held) + _temp_bytes(cfg, sizes, held[0])
   return Estimate(cfg, mesh, total, _seconds(cfg, sizes, mesh, held, chip))
 
@@ -78,18 +68,13 @@ def estimate(cfg: config.Config, mesh: dict[str, int], chip) -> Estimate:
 def _state_of(cfg, shape) -> tuple[int, int]:
   n = shape[0] * shape[1] * shape[2]
   abstract = state.abstract(cfg, sharding.abstract_mesh(cfg, n))
-  return (
-    params.bytes_per_device(abstract.params),
-    params.bytes_per_device(abstract.opt_state),
-  )
+  return (params.bytes_per_device(abstract.params), params.bytes_per_device(abstract.opt_state))
 
 
 def _state_bytes(cfg, shape) -> tuple[int, int]:
   """(parameters, optimizer state); neither micro-batches nor remat change it,
   so that a search asks once a mesh."""
-  same = config.replace(
-    cfg, **{'train.accumulate': 1, 'model.remat': 'block', 'loss.chunk': 0}
-  )
+  same = config.replace(cfg, **{'train.accumulate': 1, 'model.remat': 'block', 'loss.chunk': 0})
   return _state_of(same, shape)
 
 
@@ -110,9 +95,7 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     'none': inside,
   }[m.remat]
   kernel = cfg.model.attention
-  if kernel == 'reference' or (
-    kernel == 'auto' and config.unfit(cfg, 'splash')
-  ):
+  if kernel == 'reference' or (kernel == 'auto' and config.unfit(cfg, 'splash')):
     scores = 6 * s.rows * m.n_attn_heads * cfg.data.seq_len**2 / s.tensor
     inside += scores
     kept += scores if m.remat == 'none' else 0
@@ -164,9 +147,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   slices = cfg.plan.slices
   inside, shard = mesh['data'] // slices, 2 * 4 * weights / f
   of_data = shard * (inside - 1) / inside
-  of_tensor = (
-    blocks * (4 + 2 * again_trunk) * tokens * w * m.d_model * 2 * (t - 1) / t
-  )
+  of_tensor = blocks * (4 + 2 * again_trunk) * tokens * w * m.d_model * 2 * (t - 1) / t
   return dict(
     compute=A * tokens * executed / t / chip.flops_per_s,
     memory=memory / chip.hbm_bytes_per_s,
@@ -188,11 +169,13 @@ def candidates(cfg: config.Config, n_devices: int) -> Iterator[config.Config]:
         one = config.replace(
           cfg,
           **{
-            'mesh.data': data, 'mesh.fsdp': fsdp,
+            'mesh.data': data,
+            'mesh.fsdp': fsdp,
             'mesh.tensor': n_devices // (data * fsdp),
-            'train.accumulate': accumulate, 'model.remat': remat,
+            'train.accumulate': accumulate,
+            'model.remat': remat,
           },
-        )  # fmt: skip
+        )
         try:
           sharding.mesh_sizes(validate.validate(one), n_devices)
         except config.ConfigError:
@@ -209,22 +192,16 @@ def ranked(cfg: config.Config, n_devices: int, device_kind: str):
   chip = chips.chip(device_kind)
   if chip is None:
     raise config.ConfigError(
-      'plan.search_mesh', True,
-      f'needs a chip whose peaks are known, not {device_kind}; give'
-      ' --plan.topology',
-    )  # fmt: skip
-  found = [
-    estimate(one, dataclasses.asdict(one.mesh), chip)
-    for one in candidates(cfg, n_devices)
-  ]
+      'plan.search_mesh',
+      True,
+      f'needs a chip whose peaks are known, not {device_kind}; give --plan.topology',
+    )
+  found = [estimate(one, dataclasses.asdict(one.mesh), chip) for one in candidates(cfg, n_devices)]
   # What overlaps not at all would take: of equal rooflines the one with the
   # least beside it.
   return sorted(
-    found,
-    key=lambda e: (
-      e.total_bytes > chip.hbm_bytes, e.step_s, sum(e.seconds.values()),
-    ),
-  )  # fmt: skip
+    found, key=lambda e: (e.total_bytes > chip.hbm_bytes, e.step_s, sum(e.seconds.values()))
+  )
 
 
 def check(plan: ahead.Plan) -> Estimate:

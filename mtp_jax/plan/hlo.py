@@ -19,21 +19,60 @@ import re
 from typing import NamedTuple
 
 BYTES = {
-  'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2,
-  'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8,
-  'f64': 8, 'c64': 8, 'c128': 16, 'f8e4m3fn': 1, 'f8e5m2': 1, 'token': 0,
-}  # fmt: skip
+  'pred': 1,
+  's4': 0.5,
+  'u4': 0.5,
+  's8': 1,
+  'u8': 1,
+  's16': 2,
+  'u16': 2,
+  'bf16': 2,
+  'f16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+  's64': 8,
+  'u64': 8,
+  'f64': 8,
+  'c64': 8,
+  'c128': 16,
+  'f8e4m3fn': 1,
+  'f8e5m2': 1,
+  'token': 0,
+}
 COLLECTIVES = (
-  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
-  'collective-permute', 'send',
-)  # fmt: skip
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'send',
+)
 # Neither work nor traffic of their own.
 FREE = (
-  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
-  'conditional', 'call', 'after-all', 'partition-id', 'replica-id', 'send',
-  'send-done', 'recv', 'recv-done', 'opt-barrier', 'async-start',
-  'async-update', 'async-done', 'copy-done', 'slice-done', 'add-dependency',
-)  # fmt: skip
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'while',
+  'conditional',
+  'call',
+  'after-all',
+  'partition-id',
+  'replica-id',
+  'send',
+  'send-done',
+  'recv',
+  'recv-done',
+  'opt-barrier',
+  'async-start',
+  'async-update',
+  'async-done',
+  'copy-done',
+  'slice-done',
+  'add-dependency',
+)
 NOTHING = 0.05  # of what another choice of a branch moves
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -53,9 +92,7 @@ class Array(NamedTuple):
 
   @property
   def bytes(self) -> float:
-    return BYTES.get(self.dtype, 4) * functools.reduce(
-      lambda a, b: a * b, self.dims, 1
-    )
+    return BYTES.get(self.dtype, 4) * functools.reduce(lambda a, b: a * b, self.dims, 1)
 
 
 class Instruction(NamedTuple):
@@ -97,9 +134,7 @@ class Collective(NamedTuple):
   def sent_bytes(self) -> float:
     """That one device sends in a step."""
     share = (self.group - 1) / self.group if self.group else 1.0
-    factor = {
-      'all-reduce': 2 * share, 'collective-permute': 1.0, 'send': 1.0,
-    }.get(self.kind, share)  # fmt: skip
+    factor = {'all-reduce': 2 * share, 'collective-permute': 1.0, 'send': 1.0}.get(self.kind, share)
     return factor * self.bytes * self.times
 
 
@@ -124,9 +159,7 @@ class Ledger(NamedTuple):
   def sent_bytes(self, *, network: bool) -> float:
     """Over links within a slice, or over the network between slices: there XLA
     sends and receives, and nothing else does."""
-    return sum(
-      c.sent_bytes for c in self.collectives if (c.kind == 'send') == network
-    )
+    return sum(c.sent_bytes for c in self.collectives if (c.kind == 'send') == network)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -255,9 +288,7 @@ def trip_count(loop: Instruction, computations) -> int:
 def _called(i: Instruction) -> list[str]:
   """Computations that an instruction runs once."""
   if i.opcode in ('fusion', 'call', 'async-start', 'custom-call'):
-    found = re.findall(
-      r'(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)', i.rest
-    )
+    found = re.findall(r'(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)', i.rest)
     return found
   if i.opcode == 'conditional':
     branches = i.attribute(r'branch_computations=\{([^}]*)\}')
@@ -282,10 +313,14 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
   elif computation.startswith('all-reduce-scatter'):
     kind = 'reduce-scatter'
   return Collective(
-    kind, arrays, group, times,
-    i.attribute(r'op_name="([^"]*)"') or '', loops,
+    kind,
+    arrays,
+    group,
+    times,
+    i.attribute(r'op_name="([^"]*)"') or '',
+    loops,
     i.attribute(r'chain_id="(\d+)"'),
-  )  # fmt: skip
+  )
 
 
 def _group_size(i: Instruction) -> int:

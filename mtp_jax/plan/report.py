@@ -24,8 +24,7 @@ def status(plans: list[ahead.Plan]) -> int:
     return TOO_LARGE
   # A CPU has no limit that is known, and takes what is asked for.
   known = all(
-    plan.fits or (plan.device_kind == 'cpu' and plan.temp_bytes is not None)
-    for plan in plans
+    plan.fits or (plan.device_kind == 'cpu' and plan.temp_bytes is not None) for plan in plans
   )
   return FITS if known else UNKNOWN
 
@@ -88,11 +87,7 @@ def values_of(plan: ahead.Plan) -> dict:
     roofline_by_formula=by_formula,
     step_s=step_s,
     tokens_per_s_all=plan.tokens / step_s if step_s else None,
-    mfu=(
-      plan.model_flops / plan.devices / chip.flops_per_s / step_s
-      if step_s
-      else None
-    ),
+    mfu=(plan.model_flops / plan.devices / chip.flops_per_s / step_s if step_s else None),
     steps=cfg.train.steps,
     tokens_all=plan.tokens * cfg.train.steps,
     days=step_s * cfg.train.steps / 86400 if step_s else None,
@@ -165,18 +160,12 @@ def lines_of(plan: ahead.Plan) -> list[str]:
       f' TFLOP a step and device, {share:.2f} times the model FLOPs'
     ]
   if plan.ledger:
-    lines += [
-      '',
-      'collectives of a step, per device' + ' ' * 8 + 'count       MiB',
-    ]
+    lines += ['', 'collectives of a step, per device' + ' ' * 8 + 'count       MiB']
     lines += [
       f'  {kind:36} {row["count"]:7,} {row["sent_bytes"] / 2**20:9,.1f}'
       for kind, row in plan.ledger.by_kind().items()
     ]
-    lines += [
-      f'memory traffic of a step, per device:'
-      f' {plan.ledger.memory_bytes / 2**30:,.1f} GiB'
-    ]
+    lines += [f'memory traffic of a step, per device: {plan.ledger.memory_bytes / 2**30:,.1f} GiB']
   if unread(plan):
     lines += [
       '',
@@ -202,12 +191,9 @@ def _time_lines(v) -> list[str]:
   parts = ', '.join(f'{k} {s:.3g}' for k, s in v['roofline_s'].items() if s)
   return [
     '',
-    f'roofline: {v["step_s"]:.3g} s a step, the largest of (seconds at peak)'
-    f' {parts}',
-    f'  {v["tokens_per_s_all"]:,.0f} tokens/s over all devices, MFU'
-    f' {v["mfu"]:.1%} at best',
-    f'  {v["steps"]:,} steps: {v["tokens_all"] / 1e9:,.3g}B tokens,'
-    f' {v["days"]:,.3g} days at best',
+    f'roofline: {v["step_s"]:.3g} s a step, the largest of (seconds at peak) {parts}',
+    f'  {v["tokens_per_s_all"]:,.0f} tokens/s over all devices, MFU {v["mfu"]:.1%} at best',
+    f'  {v["steps"]:,} steps: {v["tokens_all"] / 1e9:,.3g}B tokens, {v["days"]:,.3g} days at best',
   ]
 
 
@@ -238,9 +224,7 @@ def variants(cfg: config.Config) -> list[tuple[dict, config.Config]]:
     }
     if any(wrong.values()):
       reason = next(text for text, is_so in wrong.items() if is_so)
-      raise config.ConfigError(
-        'plan.sweep', text, f'{reason}; FLAG=VALUE,VALUE,… of a run'
-      )
+      raise config.ConfigError('plan.sweep', text, f'{reason}; FLAG=VALUE,VALUE,… of a run')
     if name in swept:
       raise config.ConfigError('plan.sweep', text, f'sweeps {name} again')
     swept.add(name)
@@ -251,10 +235,7 @@ def variants(cfg: config.Config) -> list[tuple[dict, config.Config]]:
         'plan.sweep', text, f'values must be {field.type.__name__}'
       ) from None
   return [
-    (
-      dict(point),
-      validate.validate(config.replace(cfg, **dict(point))),
-    )
+    (dict(point), validate.validate(config.replace(cfg, **dict(point))))
     for point in itertools.product(*axes)
   ]
 
@@ -321,23 +302,17 @@ def search(cfg: config.Config, say) -> tuple[dict, int]:
   found = analytic.ranked(cfg, n, kind)
   if not found:
     raise config.ConfigError(
-      'plan.search_mesh', True,
-      f'no mesh of {n} devices divides --data.batch_size={cfg.data.batch_size}'
-      ' and the model',
-    )  # fmt: skip
+      'plan.search_mesh',
+      True,
+      f'no mesh of {n} devices divides --data.batch_size={cfg.data.batch_size} and the model',
+    )
   hbm = chips.chip(kind).hbm_bytes
   fitting = sum(e.total_bytes <= hbm for e in found)
   say(
-    f'{n} x {kind}: {len(found)} candidates, {fitting} of them fit by formula;'
-    ' the best, compiled:'
+    f'{n} x {kind}: {len(found)} candidates, {fitting} of them fit by formula; the best, compiled:'
   )
   columns = ('by formula', 'step s', *COLUMNS)
-  say(
-    '  '.join(
-      [f'{"data x fsdp x tensor":>20}', *_cells(('micro', 'remat'))]
-      + _cells(columns)
-    )
-  )
+  say('  '.join([f'{"data x fsdp x tensor":>20}', *_cells(('micro', 'remat'))] + _cells(columns)))
   plans, rows, begin = [], [], time.perf_counter()
   for e in found:
     if sum(p.fits is not False for p in plans) == COMPILES:
@@ -351,27 +326,20 @@ def search(cfg: config.Config, say) -> tuple[dict, int]:
     formula = _gib(e.total_bytes), f'{e.step_s:.3f}'
     mesh = ' x '.join(map(str, plan.mesh.values()))
     say('  '.join([f'{mesh:>20}', *_cells((*chosen, *formula)), *_row(plan)]))
-    rows.append(
-      dict(formula_bytes=e.total_bytes, formula_s=e.seconds) | values_of(plan)
-    )
+    rows.append(dict(formula_bytes=e.total_bytes, formula_s=e.seconds) | values_of(plan))
   best = min(
-    (p for p in plans if p.fits), default=None,
-    key=lambda p: values_of(p)['step_s'] or math.inf,
-  )  # fmt: skip
+    (p for p in plans if p.fits), default=None, key=lambda p: values_of(p)['step_s'] or math.inf
+  )
   if best:
     say('')
     say('the fastest of them that fits:')
     say(_flags(best.cfg))
   return (
-    dict(
-      candidates=len(found), rows=rows, best=_flags(best.cfg) if best else None
-    ),
+    dict(candidates=len(found), rows=rows, best=_flags(best.cfg) if best else None),
     FITS if best else status(plans),
   )
 
 
 def _flags(cfg: config.Config) -> str:
-  names = (
-    'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.accumulate', 'model.remat',
-  )  # fmt: skip
+  names = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.accumulate', 'model.remat')
   return ' '.join(f'--{name}={config.get(cfg, name)}' for name in names)

@@ -35,14 +35,13 @@ def slug(*parts) -> str:
   return text.strip('-')[:80]
 
 
-def by_run(
-  caption: str, runs: list[history.Run], rows: dict[str, list]
-) -> Table:
+def by_run(caption: str, runs: list[history.Run], rows: dict[str, list]) -> Table:
   """A column for each run; a row that no run has is left out."""
   return Table(
-    caption, ['', *(run.name for run in runs)],
+    caption,
+    ['', *(run.name for run in runs)],
     [[name, *row] for name, row in rows.items() if set(row) - {NONE}],
-  )  # fmt: skip
+  )
 
 
 def drawn(*plots: figures.Lines) -> list[figures.Plot]:

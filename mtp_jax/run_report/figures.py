@@ -11,9 +11,16 @@ from typing import NamedTuple
 LIGHT, DARK = '#ffffff', '#15181d'  # grounds of the page
 INK = '#1f2329'  # replaced by currentColor
 COLORS = (
-  '#2f7de1', '#d97706', '#16a065', '#d6409f', '#8b5cf6', '#0e93a8', '#e5484d',
-  '#8a7a3d', '#6f7782',
-)  # fmt: skip
+  '#2f7de1',
+  '#d97706',
+  '#16a065',
+  '#d6409f',
+  '#8b5cf6',
+  '#0e93a8',
+  '#e5484d',
+  '#8a7a3d',
+  '#6f7782',
+)
 MARKERS = 'osv^D*P<>'
 WIDTH_IN, HEIGHT_IN = 4.4, 3.3
 LABEL = 34  # characters
@@ -48,11 +55,7 @@ class Lines(NamedTuple):
 
   def said(self) -> str:
     """For a reader who does not see it."""
-    ends = [
-      f'{s.label} ends at {plain(s.points[-1][1])}'
-      for s in self.series
-      if s.label
-    ]
+    ends = [f'{s.label} ends at {plain(s.points[-1][1])}' for s in self.series if s.label]
     return f'{self.title}: {self.y} over {self.x}. ' + '; '.join(ends)
 
 
@@ -80,15 +83,14 @@ STYLE = {
   'svg.fonttype': 'none',  # text stays text, in the reader's font
   'svg.hashsalt': 'mtp',  # the same ids each time
   **dict.fromkeys(
-    ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color',
-     'ytick.color', 'grid.color'),
+    ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'grid.color'),
     INK,
   ),
   'grid.alpha': 0.15,
   'axes.spines.top': False,
   'axes.spines.right': False,
   'legend.frameon': False,
-}  # fmt: skip
+}
 
 
 def draw(plot: Plot) -> tuple[str, bytes]:
@@ -105,10 +107,14 @@ def draw(plot: Plot) -> tuple[str, bytes]:
     if key:
       longest = max(map(len, key))
       legend = drawn.legend(
-        key.values(), key, loc='outside upper left',
-        ncols=max(1, min(5, 50 // (longest + 5))), borderaxespad=0,
-        handlelength=1.4, columnspacing=1.2,
-      )  # fmt: skip
+        key.values(),
+        key,
+        loc='outside upper left',
+        ncols=max(1, min(5, 50 // (longest + 5))),
+        borderaxespad=0,
+        handlelength=1.4,
+        columnspacing=1.2,
+      )
       for line in legend.get_lines():
         line.set_alpha(1)
     return _svg(drawn, plot), _png(drawn)
@@ -133,11 +139,16 @@ def _lines(axes, plot: Lines) -> dict:
     color = COLORS[s.color % len(COLORS)]
     marker = s.marker or ('.' if len(x) == 1 else '')
     (line,) = axes.plot(
-      x, y, color=color, marker=marker, markersize=4.5,
-      linewidth=1.3, linestyle='-' if s.joined else '',
+      x,
+      y,
+      color=color,
+      marker=marker,
+      markersize=4.5,
+      linewidth=1.3,
+      linestyle='-' if s.joined else '',
       zorder=3 if marker else 2,
       alpha=1 if marker else behind,
-    )  # fmt: skip
+    )
     if s.label:
       key.setdefault(short(s.label), line)
     if s.band:
@@ -163,13 +174,14 @@ def _bars(axes, plot: Bars) -> dict:
   for i, part in enumerate(parts):
     left = [sum(row.get(p, 0) for p in parts[:i]) for row in plot.rows.values()]
     key[part] = axes.barh(
-      range(len(plot.rows)), [row.get(part, 0) for row in plot.rows.values()],
-      left=left, height=0.42, color=COLORS[i % len(COLORS)],
-    )  # fmt: skip
-  for i, (name, row) in enumerate(plot.rows.items()):
-    axes.text(
-      0, i - 0.3, f'{short(name)}: {plain(sum(row.values()))}', va='bottom'
+      range(len(plot.rows)),
+      [row.get(part, 0) for row in plot.rows.values()],
+      left=left,
+      height=0.42,
+      color=COLORS[i % len(COLORS)],
     )
+  for i, (name, row) in enumerate(plot.rows.items()):
+    axes.text(0, i - 0.3, f'{short(name)}: {plain(sum(row.values()))}', va='bottom')
   axes.set(xlabel=plot.x, xlim=(0, whole * 1.02 or 1), yticks=[])
   axes.set_ylim(len(plot.rows) - 0.7, -0.75)
   if whole >= 1e4:

@@ -8,9 +8,16 @@ from mtp_jax.run_report import content, figures, history, learned, page, spent
 from mtp_jax.train import goodput, metrics
 
 SECTIONS = (
-  learned.compared, learned.losses, learned.acceptance, learned.suites,
-  spent.speed, spent.memory, spent.where_time_went, spent.spikes, spent.flags,
-)  # fmt: skip
+  learned.compared,
+  learned.losses,
+  learned.acceptance,
+  learned.suites,
+  spent.speed,
+  spent.memory,
+  spent.where_time_went,
+  spent.spikes,
+  spent.flags,
+)
 
 
 def write(workdirs: list[str]) -> tuple[list[str], dict]:
@@ -35,11 +42,7 @@ def write(workdirs: list[str]) -> tuple[list[str], dict]:
     svgs[plot.name], pngs[f'{plot.name}.png'] = figures.draw(plot)
   _write_figures(folder, pngs)
   html = os.path.join(workdir, 'report.html')
-  title = (
-    ' and '.join(run.name for run in runs)
-    if len(runs) < 3
-    else f'{len(runs)} runs'
-  )
+  title = ' and '.join(run.name for run in runs) if len(runs) < 3 else f'{len(runs)} runs'
   about = [f'{run.name}: {paths.of(run.path)}' for run in runs]
   text = page.render(f'Report on {title}', about, found, svgs)
   paths.write(html, text.encode())

@@ -35,9 +35,7 @@ def read(workdirs: list[str]) -> list[Run]:
   for path, name in zip(found, _names(found), strict=True):
     records = metrics.read(path)
     if not records:
-      raise ValueError(
-        f'{metrics.jsonl_path(path)}: has no record; report takes workdirs'
-      )
+      raise ValueError(f'{metrics.jsonl_path(path)}: has no record; report takes workdirs')
     runs.append(Run(path, name, _config(path), records, goodput.read(path)))
   return runs
 
@@ -66,11 +64,7 @@ def _names(workdirs: list[str]) -> list[str]:
 
 
 def number(value) -> bool:
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and math.isfinite(value)
-  )
+  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def points(records: Iterable[dict], name: str) -> Points:
@@ -157,18 +151,12 @@ def memory(run: Run) -> dict[str, int] | None:
   compiled one."""
   found = [r for r in run.sessions if 'memory' in r]
   of_last = [r for r in found if r['session'] == found[-1]['session']]
-  return max(
-    (r['memory'] for r in of_last), key=lambda m: m['temporaries'], default=None
-  )
+  return max((r['memory'] for r in of_last), key=lambda m: m['temporaries'], default=None)
 
 
 def spikes(run: Run) -> Points:
   """(step, loss of head 1), each once."""
-  found = {
-    (r['spike'], r['loss'])
-    for r in run.sessions
-    if 'spike' in r and number(r.get('loss'))
-  }
+  found = {(r['spike'], r['loss']) for r in run.sessions if 'spike' in r and number(r.get('loss'))}
   return sorted(found, key=lambda point: point[0])
 
 
@@ -204,8 +192,7 @@ def differing(runs: list[Run]) -> dict[str, tuple]:
   return {
     name: tuple(config.get(run.cfg, name) if run.cfg else None for run in runs)
     for name in config.fields()
-    if name != 'train.workdir'
-    and len({repr(config.get(cfg, name)) for cfg in cfgs}) > 1
+    if name != 'train.workdir' and len({repr(config.get(cfg, name)) for cfg in cfgs}) > 1
   }
 
 

@@ -32,30 +32,26 @@ def compared(runs: list[history.Run]) -> content.Section:
   text = []
   if several:
     text = [
-      _alike(
-        {
-          'parameters': [count(run) for run in runs],
-          'tokens': [tokens(run) for run in runs],
-        }
-      ),
+      _alike({'parameters': [count(run) for run in runs], 'tokens': [tokens(run) for run in runs]}),
       'Between different n only the loss of head 1, the next token, is'
       ' comparable: a total over heads is a sum of different things. Accepted'
       ' lengths are teacher-forced estimates of the tokens of a forward pass.',
     ]
   title = 'The runs compared' if several else 'The run'
   return content.Section(
-    'runs', title, text, _head_1(runs) if several else [],
+    'runs',
+    title,
+    text,
+    _head_1(runs) if several else [],
     [content.by_run('Size, and the last held-out results', runs, rows)],
-  )  # fmt: skip
+  )
 
 
 def _held_out(runs, evals: list[list[dict]], source: str) -> dict[str, list]:
   last = [found[-1] if found else {} for found in evals]
   of = f', {source}' if source else ''
   rows = {
-    f'held-out loss of head 1 (nats){of}': [
-      content.shown(r.get('loss_1'), '.4f') for r in last
-    ]
+    f'held-out loss of head 1 (nats){of}': [content.shown(r.get('loss_1'), '.4f') for r in last]
   }
   plain = [
     r['loss_1']
@@ -70,12 +66,8 @@ def _held_out(runs, evals: list[list[dict]], source: str) -> dict[str, list]:
       for r in last
     ]
   return rows | {
-    f'bits per byte{of}': [
-      content.shown(r.get('bits_per_byte'), '.4f') for r in last
-    ],
-    f'accuracy of head 1{of}': [
-      content.shown(r.get('accuracy_1'), '.2%') for r in last
-    ],
+    f'bits per byte{of}': [content.shown(r.get('bits_per_byte'), '.4f') for r in last],
+    f'accuracy of head 1{of}': [content.shown(r.get('accuracy_1'), '.2%') for r in last],
     f'expected accepted length (tokens){of}': [
       content.shown(r.get('accepted_length'), '.3f') for r in last
     ],
@@ -87,11 +79,7 @@ def _alike(counts: dict[str, list[int | None]]) -> str:
   apart = {what: max(v) / min(v) - 1 for what, v in known.items()}
   same = [what for what, by in apart.items() if not by]
   said = [f'All have the same number of {" and ".join(same)}.'] if same else []
-  said += [
-    f'They differ in {what} by up to {by:.1%}.'
-    for what, by in apart.items()
-    if by
-  ]
+  said += [f'They differ in {what} by up to {by:.1%}.' for what, by in apart.items() if by]
   unknown = [what for what in counts if what not in known]
   if unknown:
     said.append(f'Not all say their {" and ".join(unknown)}.')
@@ -110,10 +98,15 @@ def _head_1(runs: list[history.Run]) -> list[figures.Plot]:
       label = f'{run.name}, {source}' if source else run.name
       if found:
         series.append(_dotted(label, found, i, marker))
-  return content.drawn(figures.Lines(
-    'head-1-held-out', 'Held-out loss of head 1, by run',
-    'tokens seen' if over_tokens else 'steps', 'nats a token', series,
-  ))  # fmt: skip
+  return content.drawn(
+    figures.Lines(
+      'head-1-held-out',
+      'Held-out loss of head 1, by run',
+      'tokens seen' if over_tokens else 'steps',
+      'nats a token',
+      series,
+    )
+  )
 
 
 def _dotted(label, found, color, marker=0, **more) -> figures.Series:
@@ -125,11 +118,7 @@ def _dotted(label, found, color, marker=0, **more) -> figures.Series:
 
 
 def losses(runs: list[history.Run]) -> content.Section:
-  plots = [
-    plot
-    for run in runs
-    for plot in content.drawn(_by_head(run, 'loss', 'head '))
-  ]
+  plots = [plot for run in runs for plot in content.drawn(_by_head(run, 'loss', 'head '))]
   limits = _limits(plots)
   plots = [plot._replace(limits=limits) for plot in plots]
   text = []
@@ -138,9 +127,12 @@ def losses(runs: list[history.Run]) -> content.Section:
   if any(y > limits[1] for p in plots for s in p.series for _, y in s.points):
     text.append('The highest losses, as of the first steps, leave the frame.')
   return content.Section(
-    'loss', 'Loss by head', [' '.join(text)] if text else [], plots,
+    'loss',
+    'Loss by head',
+    [' '.join(text)] if text else [],
+    plots,
     [table for run in runs for table in _heads_table(run)],
-  )  # fmt: skip
+  )
 
 
 def acceptance(runs: list[history.Run]) -> content.Section:
@@ -175,12 +167,8 @@ def _by_head(run: history.Run, name: str, what: str) -> figures.Lines:
         series.append(_dotted(label, held, k - 1, marker, joined=False))
         label = ''
   if name == 'loss' and history.spikes(run):
-    series.append(
-      figures.Series('spike', history.spikes(run), 6, marker='x', joined=False)
-    )
-  note = 'Lines: training' + (
-    f', means of {each} log lines' if each > 1 else ''
-  )
+    series.append(figures.Series('spike', history.spikes(run), 6, marker='x', joined=False))
+  note = 'Lines: training' + (f', means of {each} log lines' if each > 1 else '')
   if any(evals):
     shapes = ('circles', 'squares', 'triangles', 'triangles down', 'diamonds')
     note += '. Marks: held out' + ''.join(
@@ -189,9 +177,13 @@ def _by_head(run: history.Run, name: str, what: str) -> figures.Lines:
   elif evals:
     note += '. Circles: held out'
   return figures.Lines(
-    content.slug(name, run.name), f'{TITLES[name]}, {run.name}', 'step',
-    'nats a token' if name == 'loss' else 'rate', series, note=f'{note}.',
-  )  # fmt: skip
+    content.slug(name, run.name),
+    f'{TITLES[name]}, {run.name}',
+    'step',
+    'nats a token' if name == 'loss' else 'rate',
+    series,
+    note=f'{note}.',
+  )
 
 
 def _limits(plots: list[figures.Lines]) -> tuple[float, float] | None:
@@ -201,10 +193,7 @@ def _limits(plots: list[figures.Lines]) -> tuple[float, float] | None:
   if not plots:
     return None
   end = max(x for plot in plots for s in plot.series for x, _ in s.points)
-  ys = sorted(
-    y for plot in plots for s in plot.series for x, y in s.points
-    if x > end / 20
-  )  # fmt: skip
+  ys = sorted(y for plot in plots for s in plot.series for x, y in s.points if x > end / 20)
   low, usual = ys[0], ys[math.ceil(0.98 * (len(ys) - 1))]
   high = min(ys[-1], low + 2 * (usual - low))
   pad = 0.04 * (high - low) or 0.1
@@ -222,17 +211,21 @@ def _heads_table(run: history.Run) -> list[content.Table]:
     header = ['head', 'loss (nats)', 'accuracy']
     rows = [
       [
-        str(k), content.shown(r.get(f'loss_{k}'), '.4f'),
+        str(k),
+        content.shown(r.get(f'loss_{k}'), '.4f'),
         content.shown(r.get(f'accuracy_{k}'), '.2%'),
         *([content.shown(r.get(f'acceptance_{k}'), '.2%')] if rates else []),
       ]
       for k in sorted(ks)
-    ]  # fmt: skip
+    ]
     of = f', {source}' if source else ''
-    tables.append(content.Table(
-      f'{run.name}{of}: held out after step {r["step"]:,}',
-      [*header, *(['accepted'] if rates else [])], rows,
-    ))  # fmt: skip
+    tables.append(
+      content.Table(
+        f'{run.name}{of}: held out after step {r["step"]:,}',
+        [*header, *(['accepted'] if rates else [])],
+        rows,
+      )
+    )
   return tables
 
 
@@ -244,24 +237,23 @@ def suites(runs: list[history.Run]) -> content.Section:
   for (source, group), names in history.suites(runs).items():
     several = sum(_has(run, source, names) for run in runs) > 1
     # One run: its levels in a figure. Several: a figure a level, of the runs.
-    for title, shown in (
-      [(name, [name]) for name in names] if several else [(group, names)]
-    ):
+    for title, shown in [(name, [name]) for name in names] if several else [(group, names)]:
       plots += _suite_plot(runs, source, title, shown)
     rows = tables.setdefault(source, {})
     for name in names:
-      rows[name] = [
-        _with_band(history.suite_records(run, source), name) for run in runs
-      ]
+      rows[name] = [_with_band(history.suite_records(run, source), name) for run in runs]
   text = 'Bands, and brackets in the tables, are intervals as recorded.'
   has_bands = any(s.band for plot in plots for s in plot.series)
   return content.Section(
-    'evaluators', 'Evaluators', [text] if has_bands else [], plots,
+    'evaluators',
+    'Evaluators',
+    [text] if has_bands else [],
+    plots,
     [
       content.by_run(f'{source or "suite"}: last values', runs, rows)
       for source, rows in tables.items()
     ],
-  )  # fmt: skip
+  )
 
 
 def _has(run: history.Run, source: str, names: list[str]) -> bool:
@@ -280,17 +272,12 @@ def _suite_plot(runs, source, group, names) -> list[figures.Plot]:
       if found:
         color = i if len(names) == 1 else i * len(names) + j
         series.append(
-          _dotted(
-            ', '.join(parts) or name, found, color, i,
-            band=history.band(records, name),
-          )
-        )  # fmt: skip
+          _dotted(', '.join(parts) or name, found, color, i, band=history.band(records, name))
+        )
   changes = any(len({y for _, y in s.points}) > 1 for s in series)
   title = f'{source}: {group}' if source else group
   return [
-    figures.Lines(
-      content.slug('suite', source, group), title, 'step', group, series
-    )
+    figures.Lines(content.slug('suite', source, group), title, 'step', group, series)
   ] * changes
 
 

@@ -63,24 +63,22 @@ dd { margin: 0 0 .3rem 1rem; }
 """
 
 
-def render(
-  title: str, about: list[str], sections: list[content.Section], svgs
-) -> str:
+def render(title: str, about: list[str], sections: list[content.Section], svgs) -> str:
   """svgs: the SVG element of each plot's name."""
-  links = ''.join(
-    f'<li><a href="#{s.key}">{_text(s.title)}</a></li>' for s in sections
+  links = ''.join(f'<li><a href="#{s.key}">{_text(s.title)}</a></li>' for s in sections)
+  return ''.join(
+    [
+      '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+      '<link rel="icon" href="data:,">\n',  # or a server would be asked for one
+      f'<title>{_text(title)}</title>\n<style>{GROUNDS}{CSS}</style>\n</head>\n<body>\n',
+      f'<header>\n<h1>{_text(title)}</h1>\n',
+      *(f'<p class="soft">{_text(line)}</p>\n' for line in about),
+      f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n',
+      *(_section(s, svgs) for s in sections),
+      '</main>\n</body>\n</html>\n',
+    ]
   )
-  return ''.join([
-    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
-    '<link rel="icon" href="data:,">\n',  # or a server would be asked for one
-    f'<title>{_text(title)}</title>\n<style>{GROUNDS}{CSS}</style>\n</head>\n<body>\n',
-    f'<header>\n<h1>{_text(title)}</h1>\n',
-    *(f'<p class="soft">{_text(line)}</p>\n' for line in about),
-    f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n',
-    *(_section(s, svgs) for s in sections),
-    '</main>\n</body>\n</html>\n',
-  ])  # fmt: skip
 
 
 def _text(text: str) -> str:
@@ -92,38 +90,31 @@ def _section(s: content.Section, svgs) -> str:
   narrow = [t for t in s.tables if len(t.header) <= 4]
   wide = [t for t in s.tables if len(t.header) > 4]
   cells = figures + ''.join(map(_table, narrow))
-  return ''.join([
-    f'<section aria-labelledby="{s.key}">\n',
-    f'<h2 id="{s.key}">{_text(s.title)}</h2>\n',
-    *(f'<p>{_text(line)}</p>\n' for line in s.text),
-    _terms(s.terms),
-    f'<div class="grid">\n{cells}</div>\n' if cells else '',
-    *map(_table, wide),
-    '</section>\n',
-  ])  # fmt: skip
+  return ''.join(
+    [
+      f'<section aria-labelledby="{s.key}">\n',
+      f'<h2 id="{s.key}">{_text(s.title)}</h2>\n',
+      *(f'<p>{_text(line)}</p>\n' for line in s.text),
+      _terms(s.terms),
+      f'<div class="grid">\n{cells}</div>\n' if cells else '',
+      *map(_table, wide),
+      '</section>\n',
+    ]
+  )
 
 
 def _terms(terms: dict[str, str]) -> str:
   if not terms:
     return ''
-  rows = ''.join(
-    f'<dt>{_text(term)}</dt><dd>{_text(what)}</dd>\n'
-    for term, what in terms.items()
-  )
-  return (
-    f'<details><summary>What the words mean</summary>\n<dl>\n{rows}</dl>'
-    '</details>\n'
-  )
+  rows = ''.join(f'<dt>{_text(term)}</dt><dd>{_text(what)}</dd>\n' for term, what in terms.items())
+  return f'<details><summary>What the words mean</summary>\n<dl>\n{rows}</dl></details>\n'
 
 
 def _figure(plot, svg: str) -> str:
   said = html.escape(plot.said())
   svg = svg.replace('<svg', f'<svg role="img" aria-label="{said}"', 1)
   note = f'<span>{_text(plot.note)}</span>' if plot.note else ''
-  return (
-    f'<figure><figcaption>{_text(plot.title)}{note}</figcaption>\n{svg}'
-    '</figure>\n'
-  )
+  return f'<figure><figcaption>{_text(plot.title)}{note}</figcaption>\n{svg}</figure>\n'
 
 
 def _table(t: content.Table) -> str:

@@ -17,23 +17,20 @@ def speed(runs: list[history.Run]) -> content.Section:
   rows = {}
   for label, (name, scale, form) in medians.items():
     values = [history.median(run, name) for run in runs]
-    rows[label] = [
-      content.NONE if v is None else content.shown(v * scale, form)
-      for v in values
-    ]
+    rows[label] = [content.NONE if v is None else content.shown(v * scale, form) for v in values]
   causes = {run.name: history.step_seconds(run) for run in runs}
   bars = figures.Bars(
-    'step-time', 'Time of a step, by cause', 'milliseconds',
-    {
-      name: {NAMES[cause]: 1e3 * s for cause, s in of.items()}
-      for name, of in causes.items()
-      if of
-    },
+    'step-time',
+    'Time of a step, by cause',
+    'milliseconds',
+    {name: {NAMES[cause]: 1e3 * s for cause, s in of.items()} for name, of in causes.items() if of},
     note='Means over all sessions.',
-  )  # fmt: skip
+  )
   table = content.by_run('Medians of the log lines of training', runs, rows)
   return content.Section(
-    'speed', 'Speed', [],
+    'speed',
+    'Speed',
+    [],
     [
       *content.drawn(
         _training(runs, 'tokens_per_s', 'Tokens a second', 'tokens/s'),
@@ -42,7 +39,7 @@ def speed(runs: list[history.Run]) -> content.Section:
       *([bars] if bars.rows else []),
     ],
     [table] if table.rows else [],
-  )  # fmt: skip
+  )
 
 
 def _training(runs, name, title, unit) -> figures.Lines:
@@ -54,26 +51,20 @@ def _training(runs, name, title, unit) -> figures.Lines:
       series.append(figures.Series(run.name, found, i))
   top = max((y for s in series for _, y in s.points), default=1)
   note = f'Means of {most} log lines.' if most > 1 else ''
-  return figures.Lines(
-    content.slug(name), title, 'step', unit, series, (0, 1.08 * top or 1), note
-  )
+  return figures.Lines(content.slug(name), title, 'step', unit, series, (0, 1.08 * top or 1), note)
 
 
 def memory(runs: list[history.Run]) -> content.Section:
   found = {run.name: history.memory(run) for run in runs}
   parts = ('parameters', 'optimizer', 'temporaries')
   bars = figures.Bars(
-    'memory', 'Memory of the compiled step', 'MiB a device',
-    {
-      name: {part: m[part] / 2**20 for part in parts}
-      for name, m in found.items()
-      if m
-    },
-  )  # fmt: skip
+    'memory',
+    'Memory of the compiled step',
+    'MiB a device',
+    {name: {part: m[part] / 2**20 for part in parts} for name, m in found.items() if m},
+  )
   rows = {
-    f'{part} (MiB)': [
-      content.shown(m and m[part] / 2**20, ',.1f') for m in found.values()
-    ]
+    f'{part} (MiB)': [content.shown(m and m[part] / 2**20, ',.1f') for m in found.values()]
     for part in parts
   }
   text = (
@@ -82,16 +73,11 @@ def memory(runs: list[history.Run]) -> content.Section:
   )
   table = content.by_run('Memory a device', runs, rows)
   return content.Section(
-    'memory', 'Memory', [text], [bars] if bars.rows else [],
-    [table] if table.rows else [],
-  )  # fmt: skip
+    'memory', 'Memory', [text], [bars] if bars.rows else [], [table] if table.rows else []
+  )
 
 
-NAMES = {
-  'data': 'waiting for data',
-  'host': 'host at work',
-  'device': 'waiting for device',
-}
+NAMES = {'data': 'waiting for data', 'host': 'host at work', 'device': 'waiting for device'}
 
 
 def where_time_went(runs: list[history.Run]) -> content.Section:
@@ -100,9 +86,7 @@ def where_time_went(runs: list[history.Run]) -> content.Section:
 
   def shares(name):
     return [
-      content.shown(s[f'{name}_s'] / s['whole_s'], '.1%')
-      if s and s['whole_s']
-      else content.NONE
+      content.shown(s[f'{name}_s'] / s['whole_s'], '.1%') if s and s['whole_s'] else content.NONE
       for s in sums
     ]
 
@@ -119,20 +103,22 @@ def where_time_went(runs: list[history.Run]) -> content.Section:
     ):
       name = f'{run.name}, session {i}' if len(runs) > 1 else f'session {i}'
       bars[name] = {cause: at['seconds'][cause] for cause in goodput.CAUSES}
-      by_session.append([
-        name, f'{said["start"]:,} to {said["step"]:,}', said['end'],
-        f'{said["repeated_steps"]:,}',
-        *(f'{at["seconds"][cause]:,.1f}' for cause in goodput.CAUSES),
-      ])  # fmt: skip
+      by_session.append(
+        [
+          name,
+          f'{said["start"]:,} to {said["step"]:,}',
+          said['end'],
+          f'{said["repeated_steps"]:,}',
+          *(f'{at["seconds"][cause]:,.1f}' for cause in goodput.CAUSES),
+        ]
+      )
   of = f', the last {BARS}' if len(bars) > BARS else ''
   plot = figures.Bars(
-    'goodput', f'Seconds of each session, by cause{of}', 'seconds',
-    dict(list(bars.items())[-BARS:]),
-  )  # fmt: skip
+    'goodput', f'Seconds of each session, by cause{of}', 'seconds', dict(list(bars.items())[-BARS:])
+  )
   header = ['', 'steps', 'ended', 'done again', *goodput.CAUSES]
   terms = goodput.CAUSES | dict(
-    repeated='steps done again: a session ended without saving them',
-    down='between two sessions',
+    repeated='steps done again: a session ended without saving them', down='between two sessions'
   )
   text = (
     'Goodput is the share of the time since the first start in steps that did'
@@ -141,13 +127,16 @@ def where_time_went(runs: list[history.Run]) -> content.Section:
   if not bars:
     return content.Section('goodput', 'Goodput', [])
   return content.Section(
-    'goodput', 'Goodput', [text], [plot],
+    'goodput',
+    'Goodput',
+    [text],
+    [plot],
     [
       content.by_run('Share of the whole time', runs, rows),
       content.Table('Sessions, in seconds', header, by_session),
     ],
     terms,
-  )  # fmt: skip
+  )
 
 
 def spikes(runs: list[history.Run]) -> content.Section:

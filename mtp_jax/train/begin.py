@@ -15,9 +15,7 @@ from mtp_jax import config
 from mtp_jax.model import block, heads, lm
 
 # Fields of the model that may be others.
-FREE = (
-  'model.n_layers', 'model.param_dtype', 'model.compute_dtype', 'model.remat',
-)  # fmt: skip
+FREE = ('model.n_layers', 'model.param_dtype', 'model.compute_dtype', 'model.remat')
 
 
 def check(was: config.Config, cfg: config.Config, path: str) -> None:
@@ -29,17 +27,17 @@ def check(was: config.Config, cfg: config.Config, path: str) -> None:
       )
   if cfg.heads.unembedding == 'tied' and was.heads.unembedding != 'tied':
     raise config.ConfigError(
-      'heads.unembedding', 'tied',
-      f'embedding and unembedding of {path} are two arrays',
-    )  # fmt: skip
+      'heads.unembedding', 'tied', f'embedding and unembedding of {path} are two arrays'
+    )
   layers = len(heads.next_token_layers(was))
   more = cfg.heads.n - 1 if _beside_head_1(cfg) else 0
   if cfg.model.n_layers != layers + more:
     raise config.ConfigError(
-      'model.n_layers', cfg.model.n_layers,
+      'model.n_layers',
+      cfg.model.n_layers,
       f'trunk and head 1 of {path} are {layers} layers; with --heads.n='
       f'{cfg.heads.n} of {cfg.heads.family} that is {layers + more}',
-    )  # fmt: skip
+    )
 
 
 def _beside_head_1(cfg: config.Config) -> bool:
@@ -61,12 +59,7 @@ def as_trained(was: config.Config, step: int) -> config.Config:
   n = trained_heads(was, step)
   fewer = was.heads.n - n if was.heads.block_first else 0
   return config.replace(
-    was,
-    **{
-      'heads.n': n,
-      'model.n_layers': was.model.n_layers - fewer,
-      'loss.curriculum': '',
-    },
+    was, **{'heads.n': n, 'model.n_layers': was.model.n_layers - fewer, 'loss.curriculum': ''}
   )
 
 
@@ -110,9 +103,7 @@ def _numbers(first: int, last: int) -> str:
   return f'head {last}' if first == last else f'heads {first} to {last}'
 
 
-def parameters(
-  fresh: lm.LM, old: lm.LM, was: config.Config, cfg: config.Config
-) -> lm.LM:
+def parameters(fresh: lm.LM, old: lm.LM, was: config.Config, cfg: config.Config) -> lm.LM:
   """The parameters to begin with.
 
   Args:
@@ -139,9 +130,8 @@ def _next_token_layers(old: lm.LM, was: config.Config) -> block.Block:
     return old.trunk
   last = slice(None, None, -1) if heads.family(was).reverse else slice(0, 1)
   return jax.tree.map(
-    lambda trunk, head: jnp.concatenate([trunk, head[last]]),
-    old.trunk, old.heads,
-  )  # fmt: skip
+    lambda trunk, head: jnp.concatenate([trunk, head[last]]), old.trunk, old.heads
+  )
 
 
 def _heads(fresh, old, layers, was, cfg):

@@ -23,15 +23,23 @@ CAUSES = {
 KILLED = 'killed'  # of a session that did not say how it ended
 
 FORM = {
-  'session': jsonl.STEP, 'start': jsonl.STEP, 'began': float,
-  'step': jsonl.STEP, 'time': float, 'end': str,
+  'session': jsonl.STEP,
+  'start': jsonl.STEP,
+  'began': float,
+  'step': jsonl.STEP,
+  'time': float,
+  'end': str,
   'seconds': {c: float for c in CAUSES} | {...: float},
   'memory?': {
-    'heads?': int, 'parameters': jsonl.NATURAL, 'optimizer': jsonl.NATURAL,
+    'heads?': int,
+    'parameters': jsonl.NATURAL,
+    'optimizer': jsonl.NATURAL,
     'temporaries': jsonl.NATURAL,
   },
-  'spike?': jsonl.STEP, 'loss?': jsonl.NUMBER, ...: object,
-}  # fmt: skip
+  'spike?': jsonl.STEP,
+  'loss?': jsonl.NUMBER,
+  ...: object,
+}
 
 
 class Clock:
@@ -52,9 +60,7 @@ class Clock:
     """(seconds of a step, the shares of them that waited for data and that the
     host was at work) since the last one; NaN if there was no step."""
     self.at(self._cause)
-    data, host, device = (
-      self.seconds[c] - self._lap[c] for c in ('data', 'host', 'device')
-    )
+    data, host, device = (self.seconds[c] - self._lap[c] for c in ('data', 'host', 'device'))
     n, self.steps, self._lap = self.steps, 0, dict(self.seconds)
     if not n:
       return (float('nan'),) * 3
@@ -138,22 +144,26 @@ def summary(records: list[dict]) -> dict:
       repeated_s += again * before['step_s']
     sessions.append(
       dict(
-        start=r['start'], step=r['step'], end=r['end'] or KILLED,
+        start=r['start'],
+        step=r['step'],
+        end=r['end'] or KILLED,
         repeated_steps=again,
-        step_s=sum(r['seconds'][c] for c in ('data', 'host', 'device'))
-        / max(done, 1),
+        step_s=sum(r['seconds'][c] for c in ('data', 'host', 'device')) / max(done, 1),
       )
-    )  # fmt: skip
+    )
   parts = {c: sum(r['seconds'][c] for r in last.values()) for c in CAUSES}
   first = min(r['began'] for r in last.values())
   whole = max(r['time'] for r in last.values()) - first
   useful = max(0.0, parts['host'] + parts['device'] - repeated_s)
   return dict(
-    whole_s=whole, **{f'{c}_s': s for c, s in parts.items()},
-    repeated_s=repeated_s, down_s=max(0.0, whole - sum(parts.values())),
-    goodput=useful / whole if whole else 0.0, sessions=sessions,
+    whole_s=whole,
+    **{f'{c}_s': s for c, s in parts.items()},
+    repeated_s=repeated_s,
+    down_s=max(0.0, whole - sum(parts.values())),
+    goodput=useful / whole if whole else 0.0,
+    sessions=sessions,
     spikes=sum('spike' in r for r in records),
-  )  # fmt: skip
+  )
 
 
 def lines(found: dict) -> list[str]:

@@ -78,10 +78,10 @@ class Lock:
           patience_s = time.monotonic() + wait_s
       if _here(holder) or touched not in (None, now):
         raise config.ConfigError(
-          'train.workdir', workdir,
-          f'is being written by process {holder["pid"]} on {holder["host"]};'
-          ' one run a workdir',
-        )  # fmt: skip
+          'train.workdir',
+          workdir,
+          f'is being written by process {holder["pid"]} on {holder["host"]}; one run a workdir',
+        )
       if touched is None:
         print(
           f'{self._path} is that of process {holder["pid"]} on'
@@ -139,9 +139,10 @@ class Lock:
     """Raises what has become of it."""
     if not paths.of(self._workdir).exists():
       raise config.ConfigError(
-        'train.workdir', self._workdir,
+        'train.workdir',
+        self._workdir,
         'is gone: it was deleted, or has another name now; nothing was written',
-      )  # fmt: skip
+      )
     there = paths.of(self._path).exists()
     how = 'taken by another run' if there else 'deleted'
     raise Lost(f'{self._path} was {how}; nothing was written')
@@ -199,9 +200,14 @@ def _one_at_a_time(workdir):
 
 
 FORM = {
-  'run': str, 'host': str, 'pid': int, 'started': str, 'machine?': str,
-  'time?': float, ...: object,
-}  # fmt: skip
+  'run': str,
+  'host': str,
+  'pid': int,
+  'started': str,
+  'machine?': str,
+  'time?': float,
+  ...: object,
+}
 
 
 def _read(path) -> dict | None:

@@ -25,30 +25,12 @@ import jax
 import numpy as np
 import rich.progress
 
-from mtp_jax import (
-  checkpoint,
-  chips,
-  config,
-  flops,
-  params,
-  paths,
-  processes,
-  sharding,
-)
+from mtp_jax import checkpoint, chips, config, flops, params, paths, processes, sharding
 from mtp_jax.data import corpus, loader
 from mtp_jax.evals import heldout, registry
 from mtp_jax.evals import suites as eval_suites
 from mtp_jax.model import heads, lm
-from mtp_jax.train import (
-  begin,
-  goodput,
-  lock,
-  metrics,
-  origin,
-  spikes,
-  suites,
-  watchdog,
-)
+from mtp_jax.train import begin, goodput, lock, metrics, origin, spikes, suites, watchdog
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
@@ -65,9 +47,10 @@ def open_tokens(cfg: config.Config) -> corpus.Corpus:
   tokenizer = tokens.tokenizer
   if tokenizer.vocab_size > cfg.model.vocab_size:
     raise config.ConfigError(
-      'model.vocab_size', cfg.model.vocab_size,
+      'model.vocab_size',
+      cfg.model.vocab_size,
       f'tokenizer {tokenizer.name} needs at least {tokenizer.vocab_size}',
-    )  # fmt: skip
+    )
   return tokens
 
 
@@ -77,9 +60,10 @@ def check_same_store(tokens: corpus.Corpus, cfg: config.Config) -> None:
   with processes.together():
     if tokens.fingerprint_of_all != wanted:
       raise config.ConfigError(
-        'data.store', cfg.data.store,
+        'data.store',
+        cfg.data.store,
         f'process {jax.process_index()} reads another store than process 0',
-      )  # fmt: skip
+      )
 
 
 def bytes_of_tokens(tokens: corpus.Corpus, cfg: config.Config, mesh):
@@ -90,9 +74,12 @@ def bytes_of_tokens(tokens: corpus.Corpus, cfg: config.Config, mesh):
 
 
 def train_batches(
-  tokens: corpus.Corpus, cfg: config.Config, start_step: int, mesh=None,
+  tokens: corpus.Corpus,
+  cfg: config.Config,
+  start_step: int,
+  mesh=None,
   left_out: loader.Ranges = (),
-) -> Iterator[dict]:  # fmt: skip
+) -> Iterator[dict]:
   """Batches of each step from start_step on, endlessly, but for those that are
   left out; with a mesh, the rows of this process."""
   n_rows = cfg.data.batch_size // cfg.train.accumulate
@@ -110,9 +97,7 @@ def train_batches(
   )
 
 
-def eval_batches(
-  tokens: corpus.Corpus, cfg: config.Config, mesh=None
-) -> dict[str, Iterator[dict]]:
+def eval_batches(tokens: corpus.Corpus, cfg: config.Config, mesh=None) -> dict[str, Iterator[dict]]:
   """Batches of each set to evaluate on, by name; with a mesh, the rows of this
   process. Every process has as many batches."""
   n_rows = cfg.data.batch_size // cfg.train.accumulate
@@ -170,10 +155,18 @@ def train(cfg: config.Config) -> int:
     stack.callback(saver.close)  # waits for the save that is under way
     stop = stack.enter_context(processes.Stop(mesh).on_signal())
     run = _Run(
-      cfg, mesh, tokens, bytes_of_tokens(tokens, cfg, mesh), held, sinks,
-      saver, stop, clock, ledger,
+      cfg,
+      mesh,
+      tokens,
+      bytes_of_tokens(tokens, cfg, mesh),
+      held,
+      sinks,
+      saver,
+      stop,
+      clock,
+      ledger,
       stack.enter_context(watchdog.watchdog(cfg.train.watchdog_s)),
-    )  # fmt: skip
+    )
     left_out = checkpoint.left_out(workdir, start) if start else ()
     back_to = collections.Counter()
     try:
@@ -216,9 +209,7 @@ def _take(workdir: str) -> lock.Lock:
     raise
   except Exception as error:  # of a bucket: of any class
     why = getattr(error, 'strerror', None) or paths.first_line(error)
-    raise config.ConfigError(
-      'train.workdir', workdir, f'cannot write there: {why}'
-    ) from error
+    raise config.ConfigError('train.workdir', workdir, f'cannot write there: {why}') from error
 
 
 class _Spike(NamedTuple):
@@ -243,10 +234,7 @@ def _go_back(run: _Run, spike: _Spike, left_out, stack):
   run.saver.wait_until_finished()
   _check_held(run)
   start = origin.newest_good(
-    workdir,
-    lambda step: (
-      step < spike.step and checkpoint.is_at_cadence(step, cfg.train)
-    ),
+    workdir, lambda step: step < spike.step and checkpoint.is_at_cadence(step, cfg.train)
   )
   if not start and spike.step > (cfg.train.checkpoint_every or cfg.train.steps):
     # Of a run that had another cadence before.
@@ -255,31 +243,21 @@ def _go_back(run: _Run, spike: _Spike, left_out, stack):
     for step in checkpoint.steps(workdir) if processes.first() else ():
       if step > start:
         checkpoint.set_aside(workdir, step, 'spike')
-  spike.say(
-    f'goes back to step {start}; batches {first} to {batch} of the order are'
-    ' left out'
-  )
+  spike.say(f'goes back to step {start}; batches {first} to {batch} of the order are left out')
   saver = checkpoint.Saver(workdir, cfg)
   stack.callback(saver.close)
   run = run._replace(saver=saver)
   if run.sinks:
-    run.ledger.write(
-      spike.done, run.clock, 'went back', left_out=[first, batch]
-    )
+    run.ledger.write(spike.done, run.clock, 'went back', left_out=[first, batch])
     run.sinks.close()
     run.ledger.close()
-    run = run._replace(
-      sinks=metrics.Sinks(workdir, start),
-      ledger=goodput.Ledger(workdir, start),
-    )
+    run = run._replace(sinks=metrics.Sinks(workdir, start), ledger=goodput.Ledger(workdir, start))
     stack.callback(run.sinks.close)
     stack.callback(run.ledger.close)
   return run._replace(clock=goodput.Clock()), start, left_out
 
 
-def _loop(
-  run: _Run, start: int, source, batches: Iterator[dict], left_out
-) -> int | _Spike:
+def _loop(run: _Run, start: int, source, batches: Iterator[dict], left_out) -> int | _Spike:
   cfg, t = run.cfg, run.cfg.train
   abstract = state_lib.abstract(cfg, run.mesh)
   if start:
@@ -291,11 +269,7 @@ def _loop(
   evaluate = _evaluations(run)
   clock = run.clock
   spikes = _Spikes(run, checkpoint.spikes(t.workdir, start) if start else {})
-  with (
-    _progress(start, t.steps) as say,
-    _profile(cfg) as profile,
-    _transfers_are_explicit(),
-  ):
+  with _progress(start, t.steps) as say, _profile(cfg) as profile, _transfers_are_explicit():
     clock.at('eval')
     if not evaluate(start, state, _missing(cfg, run.tokens, start), say):
       return _interrupted(run, start, say)
@@ -359,10 +333,7 @@ def _save(run: _Run, done: int, state, left_out, spikes: '_Spikes') -> None:
   if run.sinks:
     run.sinks.sync()
     run.ledger.sync()
-  checkpoint.save(
-    run.saver, done, state, run.cfg, run.tokens.fingerprint, left_out,
-    spikes.state(),
-  )  # fmt: skip
+  checkpoint.save(run.saver, done, state, run.cfg, run.tokens.fingerprint, left_out, spikes.state())
 
 
 def _interrupted(run: _Run, done: int, say) -> int:
@@ -391,13 +362,9 @@ def _first_state(cfg, mesh, source: origin.Source | None) -> state_lib.State:
     return state_lib.init(cfg, mesh)
   dtype = {'model.param_dtype': cfg.model.param_dtype}
   old = checkpoint.restore_model(
-    source.workdir, source.step, config.replace(source.cfg, **dtype), mesh,
-    'train.init_from',
-  )  # fmt: skip
-  print(
-    f'begins with {source.workdir}, step {source.step}:'
-    f' {begin.described(source.was, cfg)}'
+    source.workdir, source.step, config.replace(source.cfg, **dtype), mesh, 'train.init_from'
   )
+  print(f'begins with {source.workdir}, step {source.step}: {begin.described(source.was, cfg)}')
   return state_lib.init(cfg, mesh, (old, source.was))
 
 
@@ -419,24 +386,21 @@ def _compiler(run: _Run, abstract):
       say(
         f'compiled the step with {n_active} heads in'
         f' {time.perf_counter() - begin:.1f} s'
-        + (
-          f'; temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB a device'
-          if memory
-          else ''
-        )
+        + (f'; temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB a device' if memory else '')
       )
       processes.meet('compiled')  # or the first step would wait, unsaid
       run.clock.at('host')
       if run.ledger and memory:
         run.ledger.write(
-          done, run.clock,
+          done,
+          run.clock,
           memory=dict(
             heads=n_active,
             parameters=params.bytes_per_device(abstract.params),
             optimizer=params.bytes_per_device(abstract.opt_state),
             temporaries=memory.temp_size_in_bytes,
           ),
-        )  # fmt: skip
+        )
     return steps[n_active]
 
   return step_of
@@ -454,9 +418,7 @@ class _Spikes:
 
   def __init__(self, run: _Run, saved: dict):
     self._run = run
-    self._spike = spikes.Detector(
-      run.cfg.train.spike_sigma, saved.get('losses', ())
-    )
+    self._spike = spikes.Detector(run.cfg.train.spike_sigma, saved.get('losses', ()))
     self._pending = collections.deque(map(tuple, saved.get('pending', ())))
 
   def __call__(self, done: int, values: dict, say) -> int | None:
@@ -483,9 +445,7 @@ class _Spikes:
 
   def state(self) -> dict:
     """All of it as JSON has it; waits for the steps that are under way."""
-    self._pending = collections.deque(
-      (step, self._read(loss)) for step, loss in self._pending
-    )
+    self._pending = collections.deque((step, self._read(loss)) for step, loss in self._pending)
     # JSON has neither NaN nor infinity; a step of either is no spike.
     return dict(
       losses=list(self._spike.losses),
@@ -561,10 +521,7 @@ def _due(cfg: config.Config, done: int) -> tuple[bool, bool]:
 
   suites_too = at(t.suite_every)
   names = {name for name, _ in registry.named(cfg)}
-  return (
-    at(t.eval_every) or (suites_too and registry.HELDOUT in names),
-    suites_too,
-  )
+  return (at(t.eval_every) or (suites_too and registry.HELDOUT in names), suites_too)
 
 
 def _wanted(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
@@ -637,9 +594,8 @@ def _ask_suites(run, done, state, wanted, say):
     try:
       with run.stop.interrupting():
         result = suites.evaluate(
-          name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer,
-          done, alive,
-        )  # fmt: skip
+          name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, alive
+        )
     except config.FileChanged:
       raise
     except config.ConfigError as error:  # not worth a run; the next start tries
@@ -670,10 +626,8 @@ def _say_what(run: _Run, abstract, start: int) -> None:
       print(f'{source.ref.name} has no {split} split: not evaluated on')
   trunk, head, ends = (
     params.count(tree)
-    for tree in (
-      specs.trunk, specs.heads, (specs.embed, specs.unembed, specs.order),
-    )
-  )  # fmt: skip
+    for tree in (specs.trunk, specs.heads, (specs.embed, specs.unembed, specs.order))
+  )
   held = params.bytes_per_device(abstract.params)
   moments = params.bytes_per_device(abstract.opt_state)
   axes = ' x '.join(f'{a}={s}' for a, s in run.mesh.shape.items())
@@ -706,8 +660,7 @@ def _progress(start: int, steps: int):
     yield lambda text, step=None: print(text, flush=True)
     return
   with rich.progress.Progress(
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.MofNCompleteColumn(),
+    *rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()
   ) as bar:
     task = bar.add_task('training', total=steps, completed=start)
 

@@ -17,9 +17,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from mtp_jax import config, jsonl, paths
 
 # Of metrics.jsonl; all other fields are scalars.
-RECORD = {
-  'kind': str, 'step': jsonl.STEP, 'source?': str, ...: jsonl.NUMBER,
-}  # fmt: skip
+RECORD = {'kind': str, 'step': jsonl.STEP, 'source?': str, ...: jsonl.NUMBER}
 
 
 def mean(total, count) -> float | None:
@@ -49,15 +47,10 @@ def scalars(metrics: dict) -> dict[str, float | None]:
   their counts. Means of nothing are None."""
   count_K = metrics['count_K']
   out = dict(loss=float(metrics['total']) if np.any(count_K) else None)
-  for name, total in dict(
-    loss='loss_sum_K', z_loss='z_loss_sum_K', accuracy='correct_K'
-  ).items():
+  for name, total in dict(loss='loss_sum_K', z_loss='z_loss_sum_K', accuracy='correct_K').items():
     sum_K = metrics[total]
     if name != 'z_loss' or np.any(sum_K):
-      out |= {
-        f'{name}_{k}': mean(*of)
-        for k, of in enumerate(zip(sum_K, count_K, strict=True), 1)
-      }
+      out |= {f'{name}_{k}': mean(*of) for k, of in enumerate(zip(sum_K, count_K, strict=True), 1)}
   for name in ('head_grad_norm', 'weight'):
     for k, value in enumerate(metrics.get(f'{name}_K', ()), 1):
       out[f'{name}_{k}'] = float(value)
@@ -108,9 +101,7 @@ def table(values: dict[str, float | None]) -> list[str]:
   lines = ['head    loss  accuracy  acceptance']
   n = sum(name.startswith('accuracy_') for name in values)
   rates = {
-    int(name.split('_')[1]): rate
-    for name, rate in values.items()
-    if name.startswith('acceptance_')
+    int(name.split('_')[1]): rate for name, rate in values.items() if name.startswith('acceptance_')
   }
   leaps = len(rates) > n - 1  # several drafts a head
   for k in range(1, n + 1):
@@ -152,9 +143,7 @@ def read(workdir: str) -> list[dict]:
     try:
       records.append(jsonl.loads(line, RECORD))
     except ValueError as error:
-      raise ValueError(
-        f'{path}:{number}: is no record, damaged: {error}'
-      ) from error
+      raise ValueError(f'{path}:{number}: is no record, damaged: {error}') from error
   return records
 
 
@@ -165,9 +154,7 @@ def recorded(workdir: str, step: int) -> list[tuple[str, str | None]]:
     ConfigError: a line of metrics.jsonl is damaged.
   """
   return [
-    (record['kind'], record.get('source'))
-    for record in _read(workdir)
-    if record['step'] == step
+    (record['kind'], record.get('source')) for record in _read(workdir) if record['step'] == step
   ]
 
 
@@ -181,10 +168,7 @@ def _read(workdir: str) -> list[dict]:
 def jsonable(values: dict[str, float | None]) -> dict[str, float | None]:
   """NaN, infinities and what is as good as one as None, i.e. null: JSON has no
   other word for them."""
-  return {
-    k: v if v is not None and abs(v) <= 1e100 else None
-    for k, v in values.items()
-  }
+  return {k: v if v is not None and abs(v) <= 1e100 else None for k, v in values.items()}
 
 
 class Sinks:
@@ -205,9 +189,7 @@ class Sinks:
     self._folder = os.path.join(workdir, 'tensorboard')
     paths.make_folder(self._folder)
     with paths.naming(self._folder):
-      self._board = event_file_writer.EventsWriter(
-        os.path.join(self._folder, 'events')
-      )
+      self._board = event_file_writer.EventsWriter(os.path.join(self._folder, 'events'))
     forget = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._event(start_step + 1, session_log=forget)
 
@@ -217,9 +199,7 @@ class Sinks:
       self._board.write_event(event)
       self._board.flush()
 
-  def write(
-    self, kind: str, step: int, values: dict[str, float | None], source=None
-  ) -> None:
+  def write(self, kind: str, step: int, values: dict[str, float | None], source=None) -> None:
     """A record; `source` says of which of several validation sets it is."""
     of = dict(source=source) if source else {}
     values = jsonable(values)

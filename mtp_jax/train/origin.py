@@ -40,10 +40,11 @@ def source(cfg) -> Source | None:
   with processes.together():
     if imported is not None and path:
       raise config.ConfigError(
-        flag, path,
+        flag,
+        path,
         f'--train.workdir={cfg.train.workdir} holds what was imported, which a'
         ' run there begins with; give another workdir',
-      )  # fmt: skip
+      )
     if imported is not None:
       path, flag = cfg.train.workdir, 'train.workdir'
     # The other run may save meanwhile: all begin with what process 0 has found.
@@ -59,10 +60,11 @@ def source(cfg) -> Source | None:
     begin.check(was, cfg, path)
     if was.data.tokenizer not in ('', cfg.data.tokenizer):
       raise config.ConfigError(
-        'data.store', cfg.data.store,
+        'data.store',
+        cfg.data.store,
         f'its tokenizer is {cfg.data.tokenizer}; that of the model in {path} is'
         f' {was.data.tokenizer}',
-      )  # fmt: skip
+      )
   return Source(workdir, step, saved, was)
 
 
@@ -88,10 +90,11 @@ def start_step(cfg, tokens) -> int | None:
   with processes.together():
     if not lock.held(workdir):
       raise config.ConfigError(
-        'train.workdir', workdir,
+        'train.workdir',
+        workdir,
         f'process {jax.process_index()} does not see what process 0 wrote'
         ' there; all machines must share it',
-      )  # fmt: skip
+      )
     if step:
       _check_same_run(cfg, tokens, step)
   with processes.together():  # nobody lists them before they are renamed
@@ -109,10 +112,10 @@ def _check_same_run(cfg, tokens, start) -> None:
   old, fingerprint = checkpoint.about(workdir, start)
   for name, was, now in config.changed(old, cfg):
     raise config.ConfigError(
-      name, now,
-      f'the run in --train.workdir={workdir} was started with {was}; give that,'
-      ' or another workdir',
-    )  # fmt: skip
+      name,
+      now,
+      f'the run in --train.workdir={workdir} was started with {was}; give that, or another workdir',
+    )
   if old.train.steps != cfg.train.steps and cfg.optim.schedule != 'constant':
     print(
       f'--train.steps was {old.train.steps}, is {cfg.train.steps}: the learning'
@@ -120,7 +123,7 @@ def _check_same_run(cfg, tokens, start) -> None:
     )
   if fingerprint != tokens.fingerprint:
     raise config.ConfigError(
-      'data.store', cfg.data.store,
-      'is not the store, or not the mixture, that the run in'
-      f' --train.workdir={workdir} reads',
-    )  # fmt: skip
+      'data.store',
+      cfg.data.store,
+      f'is not the store, or not the mixture, that the run in --train.workdir={workdir} reads',
+    )

@@ -28,10 +28,7 @@ class State:
   skipped_in_a_row: Any
 
 
-def init(
-  cfg: config.Config, mesh: Mesh,
-  other: tuple[lm.LM, config.Config] | None = None,
-) -> State:  # fmt: skip
+def init(cfg: config.Config, mesh: Mesh, other: tuple[lm.LM, config.Config] | None = None) -> State:
   """The state of step 0, made in its shards: never whole on one device.
 
   other: parameters to begin with, and what they are; see begin.py.

@@ -10,10 +10,7 @@ from mtp_jax import config, loss, optim, sharding, targets
 from mtp_jax.train import state as state_lib
 
 
-def train_step(
-  state: state_lib.State, batch: dict, bytes_V, *, n_active: int,
-  cfg: config.Config,
-):  # fmt: skip
+def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, cfg: config.Config):
   """Loss, gradients, update.
 
   Args:
@@ -33,9 +30,14 @@ def train_step(
 
   def mtp_loss(params, probe_K, rows):
     return loss.mtp_loss(
-      optim.freeze(params, cfg), probe_K, rows,
-      count_K=count_K, weight_K=weight_K, n_active=n_active, cfg=cfg,
-    )  # fmt: skip
+      optim.freeze(params, cfg),
+      probe_K,
+      rows,
+      count_K=count_K,
+      weight_K=weight_K,
+      n_active=n_active,
+      cfg=cfg,
+    )
 
   def micro_batch(rows):
     return jax.value_and_grad(mtp_loss, argnums=(0, 1), has_aux=True)(
@@ -48,26 +50,25 @@ def train_step(
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-    new = optim.update(
-      state.params, state.opt_state, grads, state.step, n_active, cfg
-    )
+    new = optim.update(state.params, state.opt_state, grads, state.step, n_active, cfg)
     new = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old),
-      new, (state.params, state.opt_state),
-    )  # fmt: skip
+      lambda new, old: jnp.where(finite, new, old), new, (state.params, state.opt_state)
+    )
   bad = 1 - finite.astype(jnp.int32)
   metrics = sums | dict(
-    total=total, head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]),
+    total=total,
+    head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]),
     lr=optim.learning_rate(cfg)(state.step),
-    grad_norm=grad_norm, weight_K=weight_K[:n_active],
-    count_K=count_K[:n_active], bytes=n_bytes, skipped=state.skipped + bad,
+    grad_norm=grad_norm,
+    weight_K=weight_K[:n_active],
+    count_K=count_K[:n_active],
+    bytes=n_bytes,
+    skipped=state.skipped + bad,
     # Steps without a target say nothing of the run's health.
     skipped_in_a_row=jnp.where(
-      jnp.any(count_K[:n_active] > 0),
-      (state.skipped_in_a_row + bad) * bad,
-      state.skipped_in_a_row,
+      jnp.any(count_K[:n_active] > 0), (state.skipped_in_a_row + bad) * bad, state.skipped_in_a_row
     ),
-  )  # fmt: skip
+  )
   return state_lib.State(
     *new,
     step=state.step + 1,
@@ -85,11 +86,10 @@ def _summed(micro_batch, batch, cfg):
     return micro_batch(first)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(
-      x.shape, jnp.promote_types(x.dtype, cfg.loss.grad_dtype),
-      out_sharding=x.sharding.spec,
+      x.shape, jnp.promote_types(x.dtype, cfg.loss.grad_dtype), out_sharding=x.sharding.spec
     ),
     jax.eval_shape(micro_batch, first),
-  )  # fmt: skip
+  )
 
   def add(summed, rows):
     out = micro_batch(rows)
@@ -122,13 +122,8 @@ def trace(cfg: config.Config, mesh: Mesh, n_active: int, masked: bool = False):
   dtypes = dict(tokens=jnp.int32, position=jnp.int32)
   if masked:
     dtypes['scored'] = jnp.bool_
-  batch = {
-    name: jax.ShapeDtypeStruct(rows, dtype, sharding=cut)
-    for name, dtype in dtypes.items()
-  }
+  batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=cut) for name, dtype in dtypes.items()}
   bytes_V = jax.ShapeDtypeStruct(
     (cfg.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P())
   )
-  return compiled(cfg, n_active).trace(
-    state_lib.abstract(cfg, mesh), batch, bytes_V
-  )
+  return compiled(cfg, n_active).trace(state_lib.abstract(cfg, mesh), batch, bytes_V)

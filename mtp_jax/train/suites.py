@@ -17,9 +17,10 @@ def check(cfg: config.Config) -> None:
   registry.asked(cfg)
   if named(cfg) and processes.several():
     raise config.ConfigError(
-      'eval.suite', cfg.eval.suite,
+      'eval.suite',
+      cfg.eval.suite,
       'one process; on several, give these to `mtp eval` beside the run',
-    )  # fmt: skip
+    )
 
 
 def named(cfg: config.Config) -> list[tuple[str, str]]:
@@ -28,9 +29,15 @@ def named(cfg: config.Config) -> list[tuple[str, str]]:
 
 
 def evaluate(
-  name: str, arg: str, model, cfg: config.Config, mesh,
-  tokenizer: tokenizers.Tokenizer, step: int, alive: Callable[[], None],
-) -> suites.Result:  # fmt: skip
+  name: str,
+  arg: str,
+  model,
+  cfg: config.Config,
+  mesh,
+  tokenizer: tokenizers.Tokenizer,
+  step: int,
+  alive: Callable[[], None],
+) -> suites.Result:
   """What a suite finds of the parameters after `step` steps; alive() is called
   while it runs.
 
@@ -40,7 +47,13 @@ def evaluate(
   active = config.active_heads(cfg, max(step - 1, 0))
   with jax.transfer_guard('allow'):  # prompts come from the host
     subject = subject_lib.Subject(
-      f'{cfg.train.workdir}, step {step}', cfg, model, mesh, tokenizer, step,
-      decoder_lib.Decoder(model, cfg, mesh, active), lambda line: alive(),
-    )  # fmt: skip
+      f'{cfg.train.workdir}, step {step}',
+      cfg,
+      model,
+      mesh,
+      tokenizer,
+      step,
+      decoder_lib.Decoder(model, cfg, mesh, active),
+      lambda line: alive(),
+    )
     return registry.SUITES[name].run(subject, arg)

@@ -37,13 +37,13 @@ def keeps_all_logits(w: loss.Weights, rows: loss.Rows, cfg):
     return carry_BTD, (h_BTD, None)
 
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
-  _, (h_KBTD, _) = heads.walk(
-    head, z_BTD, w.modules, (rows.k_K, w.probe_K), cfg
-  )
+  _, (h_KBTD, _) = heads.walk(head, z_BTD, w.modules, (rows.k_K, w.probe_K), cfg)
   logits_KBTV = jnp.einsum(
-    'KBTD,DV->KBTV', h_KBTD, shared.unembed_DV.astype(h_KBTD.dtype),
+    'KBTD,DV->KBTV',
+    h_KBTD,
+    shared.unembed_DV.astype(h_KBTD.dtype),
     preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  )
   lse_KBT = jax.nn.logsumexp(logits_KBTV, axis=-1)
   ids = jnp.arange(logits_KBTV.shape[-1])[None, None, None, :]
   is_label = ids == rows.targets_KBT[..., None]
@@ -51,9 +51,8 @@ def keeps_all_logits(w: loss.Weights, rows: loss.Rows, cfg):
   loss_K = jnp.sum(rows.valid_KBT * (lse_KBT - label_KBT), axis=(1, 2))
   argmax_KBT = jnp.argmax(logits_KBTV, axis=-1).astype(jnp.int32)
   correct_K = jnp.sum(
-    rows.valid_KBT * (argmax_KBT == rows.targets_KBT), axis=(1, 2),
-    dtype=jnp.float32,
-  )  # fmt: skip
+    rows.valid_KBT * (argmax_KBT == rows.targets_KBT), axis=(1, 2), dtype=jnp.float32
+  )
   stats = cross_entropy.Stats(loss_K, 0 * loss_K, correct_K, argmax_KBT)
   return jnp.sum(rows.scale_K * loss_K), (stats, 0.0)
 

@@ -53,29 +53,26 @@ def _ours(cfg):
   n = cfg.heads.n
   mesh = sharding.make_mesh(cfg, jax.devices()[:1])
   tokens_BU = _tokens(cfg)
-  position_BU = np.broadcast_to(
-    np.arange(tokens_BU.shape[1], dtype=np.int32), tokens_BU.shape
-  )
+  position_BU = np.broadcast_to(np.arange(tokens_BU.shape[1], dtype=np.int32), tokens_BU.shape)
   with jax.set_mesh(mesh):
     rows = dict(tokens=tokens_BU[None], position=position_BU[None])
     rows = jax.tree.map(lambda x: x[0], sharding.put_batch(mesh, rows))
     abstract = params.abstract(lm.specs(cfg), 'float32', mesh)
-    model = jax.tree.map(
-      lambda x, a: jax.device_put(x, a.sharding), _model(cfg), abstract
-    )
+    model = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), _model(cfg), abstract)
     count_K = jnp.full(n, tokens_BU.shape[0] * cfg.data.seq_len)
 
     def value(model, rows):
       return loss.mtp_loss(
-        model, jnp.zeros(n), rows, count_K=count_K,
-        weight_K=targets.weights(0, cfg), n_active=n, cfg=cfg,
-      )  # fmt: skip
+        model,
+        jnp.zeros(n),
+        rows,
+        count_K=count_K,
+        weight_K=targets.weights(0, cfg),
+        n_active=n,
+        cfg=cfg,
+      )
 
-    compiled = (
-      jax.jit(jax.value_and_grad(value, has_aux=True))
-      .lower(model, rows)
-      .compile()
-    )
+    compiled = jax.jit(jax.value_and_grad(value, has_aux=True)).lower(model, rows).compile()
 
   def call():
     (total, _), _ = jax.block_until_ready(compiled(model, rows))
@@ -94,9 +91,7 @@ def _n_logits(cfg):
   model = jax.tree.map(jax.numpy.asarray, _model(cfg))
   tokens_BU = jax.numpy.asarray(_tokens(cfg))
   value = functools.partial(n_logits.loss, n=cfg.heads.n, m=cfg.model)
-  compiled = (
-    jax.jit(jax.value_and_grad(value)).lower(model, tokens_BU).compile()
-  )
+  compiled = jax.jit(jax.value_and_grad(value)).lower(model, tokens_BU).compile()
 
   def call():
     total, _ = jax.block_until_ready(compiled(model, tokens_BU))
@@ -151,9 +146,7 @@ def _work(contender: str, cfg: config.Config, pipe) -> None:
     for _ in range(cfg.bench.calls):
       call()
     end = time.perf_counter(), time.process_time()
-    pipe.send(
-      [(b - a) / cfg.bench.calls for a, b in zip(begin, end, strict=True)]
-    )
+    pipe.send([(b - a) / cfg.bench.calls for a, b in zip(begin, end, strict=True)])
 
 
 def compare(cfg: config.Config) -> dict[tuple[str, int], dict]:
@@ -166,23 +159,17 @@ def compare(cfg: config.Config) -> dict[tuple[str, int], dict]:
         schedule = contender if contender in ('eager', 'remat') else 'remat'
         c = config.replace(cfg, **{'heads.n': n, 'loss.schedule': schedule})
         ours, theirs = context.Pipe()
-        process = context.Process(
-          target=_work, args=(contender, validate.validate(c), theirs)
-        )
+        process = context.Process(target=_work, args=(contender, validate.validate(c), theirs))
         process.start()
         theirs.close()  # so that the end of the process is seen here
         started[contender, n] = process, ours
         total, grown = ours.recv()
-        found[contender, n] = dict(
-          loss=total, grown_bytes=grown, seconds=[], cpu=[]
-        )
+        found[contender, n] = dict(loss=total, grown_bytes=grown, seconds=[], cpu=[])
     for r in range(cfg.bench.rounds):
       keys = list(started)
       for key in keys[r % len(keys) :] + keys[: r % len(keys)]:
         started[key][1].send(True)
-        for name, seconds in zip(
-          ('seconds', 'cpu'), started[key][1].recv(), strict=True
-        ):
+        for name, seconds in zip(('seconds', 'cpu'), started[key][1].recv(), strict=True):
           found[key][name].append(seconds)
   finally:
     for process, pipe in started.values():
@@ -197,19 +184,19 @@ def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
   (_, first), *_ = found
   rows = [
     dict(
-      contender=contender, n=n, loss=x['loss'],
+      contender=contender,
+      n=n,
+      loss=x['loss'],
       time_s=statistics.median(x['seconds']),
       **{
         f'{kind}over_{what}': bench.ratio(x[name], found[other][name])
         for kind, name in (('', 'seconds'), ('cpu_', 'cpu'))
-        for what, other in (
-          ('eager', ('eager', n)), ('first_n', (contender, first)),
-        )
+        for what, other in (('eager', ('eager', n)), ('first_n', (contender, first)))
       },
       grown_bytes=x['grown_bytes'],
     )
     for (contender, n), x in found.items()
-  ]  # fmt: skip
+  ]
   lines = [
     f'{r["contender"]:>8} n={r["n"]}  loss {r["loss"]:.4f}'
     f'  {r["time_s"]:7.3f} s  over eager {bench.shown(r["over_eager"])}'

@@ -50,16 +50,11 @@ def loss(w, tokens_BU, n: int, m):
   """
   T = tokens_BU.shape[1] - n
   z_BTD, _ = jax.lax.scan(
-    lambda x, layer: (_block(layer, x, m), None),
-    w.embed[tokens_BU[:, :T]], w.trunk,
-  )  # fmt: skip
-  h_KBTD = jax.vmap(
-    lambda head: _norm(_block(head, z_BTD, m), w.norm, m.norm_eps)
-  )(w.heads)
+    lambda x, layer: (_block(layer, x, m), None), w.embed[tokens_BU[:, :T]], w.trunk
+  )
+  h_KBTD = jax.vmap(lambda head: _norm(_block(head, z_BTD, m), w.norm, m.norm_eps))(w.heads)
   logits_KBTV = jnp.einsum('kbtd,dv->kbtv', h_KBTD, w.unembed)
   targets_KBT = jnp.stack([tokens_BU[:, k : k + T] for k in range(1, n + 1)])
-  label_KBT = jnp.take_along_axis(
-    logits_KBTV, targets_KBT[..., None], axis=-1
-  )[..., 0]  # fmt: skip
+  label_KBT = jnp.take_along_axis(logits_KBTV, targets_KBT[..., None], axis=-1)[..., 0]
   nll_KBT = jax.nn.logsumexp(logits_KBTV, axis=-1) - label_KBT
   return jnp.sum(jnp.mean(nll_KBT, axis=(1, 2)))

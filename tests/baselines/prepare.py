@@ -57,9 +57,11 @@ def make(data: str, work: pathlib.Path) -> None:
   (work / 'books.txt').write_text(text)
   lines = text[:4_000_000].split('\n')
   lossless = dict(
-    byte_fallback=True, normalization_rule_name='identity',
-    remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-  )  # fmt: skip
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+  )
   for name, options in {
     'bpe': dict(model_type='bpe', add_dummy_prefix=False) | lossless,
     'bpe-nfkc': dict(model_type='bpe'),
@@ -77,9 +79,13 @@ def _sentencepiece(path, lines, **options):
     return
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(lines), model_writer=model, vocab_size=4096,
-    num_threads=1, minloglevel=2, **options,
-  )  # fmt: skip
+    sentence_iterator=iter(lines),
+    model_writer=model,
+    vocab_size=4096,
+    num_threads=1,
+    minloglevel=2,
+    **options,
+  )
   path.write_bytes(model.getvalue())
 
 
@@ -103,9 +109,8 @@ def _hugging_face(work, lines):
 
   def bpe(specials, alphabet=()):
     return hf.trainers.BpeTrainer(
-      vocab_size=4096, special_tokens=specials, show_progress=False,
-      initial_alphabet=list(alphabet),
-    )  # fmt: skip
+      vocab_size=4096, special_tokens=specials, show_progress=False, initial_alphabet=list(alphabet)
+    )
 
   def as_llama(about):
     about['model'] |= dict(byte_fallback=True, fuse_unk=True)
@@ -114,42 +119,36 @@ def _hugging_face(work, lines):
   marks = hf.normalizers.Sequence(
     [hf.normalizers.Prepend('\u2581'), hf.normalizers.Replace(' ', '\u2581')]
   )
-  save(
-    'hf-llama', hf.models.BPE(unk_token='<unk>'), bpe([*ends, *every]), marks,
-    None, as_llama,
-  )  # fmt: skip
+  save('hf-llama', hf.models.BPE(unk_token='<unk>'), bpe([*ends, *every]), marks, None, as_llama)
   letters = pre.ByteLevel.alphabet()
   level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+  save('hf-gpt2', hf.models.BPE(), bpe(ends, letters), None, pre.ByteLevel(add_prefix_space=False))
   save(
-    'hf-gpt2', hf.models.BPE(), bpe(ends, letters), None,
-    pre.ByteLevel(add_prefix_space=False),
-  )  # fmt: skip
-  save(
-    'hf-split', hf.models.BPE(), bpe(ends, letters), hf.normalizers.NFKC(),
+    'hf-split',
+    hf.models.BPE(),
+    bpe(ends, letters),
+    hf.normalizers.NFKC(),
     pre.Sequence([pre.Split(hf.Regex(OTHER_WORDS), 'isolated'), level]),
-  )  # fmt: skip
+  )
   save(
-    'hf-unigram', hf.models.Unigram(),
+    'hf-unigram',
+    hf.models.Unigram(),
     hf.trainers.UnigramTrainer(
-      vocab_size=4096, special_tokens=ends, unk_token='<unk>',
-      show_progress=False,
-    ), hf.normalizers.NFKC(), pre.Metaspace(),
-  )  # fmt: skip
+      vocab_size=4096, special_tokens=ends, unk_token='<unk>', show_progress=False
+    ),
+    hf.normalizers.NFKC(),
+    pre.Metaspace(),
+  )
   about = json.loads((work / 'hf-gpt2/tokenizer.json').read_text())
   from mtp_jax.data import ranks
 
   byte_of = {letter: byte for byte, letter in enumerate(ranks.byte_letters())}
   tokens = [
-    bytes(byte_of[x] for x in token)
-    for token in about['model']['vocab']
-    if token not in ends
+    bytes(byte_of[x] for x in token) for token in about['model']['vocab'] if token not in ends
   ]
   tokens.sort(key=lambda token: len(token) > 1)  # bytes first, else in order
   (work / 'ranks.tiktoken').write_bytes(
-    b''.join(
-      base64.b64encode(token) + b' %d\n' % rank
-      for rank, token in enumerate(tokens)
-    )
+    b''.join(base64.b64encode(token) + b' %d\n' % rank for rank, token in enumerate(tokens))
   )
 
 
@@ -203,9 +202,12 @@ def write_source(kind: str, folder: pathlib.Path, text: str, mb: int) -> str:
 
 def _run(code, *args, checkout=ROOT, timeout=3000):
   done = subprocess.run(
-    [sys.executable, '-c', code, *args], capture_output=True, text=True,
-    env=os.environ | dict(PYTHONPATH=str(checkout)), timeout=timeout,
-  )  # fmt: skip
+    [sys.executable, '-c', code, *args],
+    capture_output=True,
+    text=True,
+    env=os.environ | dict(PYTHONPATH=str(checkout)),
+    timeout=timeout,
+  )
   if done.returncode:
     return dict(failed=done.returncode, why=done.stderr.strip()[-300:])
   return json.loads(done.stdout.splitlines()[-1])
@@ -277,7 +279,7 @@ def speed(work, before, tokenizers, mbs, pairs) -> None:
         f'  {statistics.median(ratios):.3f} of the time before'
         f' ({min(ratios):.3f} to {max(ratios):.3f}, {pairs} pairs)',
         flush=True,
-      )  # fmt: skip
+      )
 
 
 def main() -> None:
@@ -291,10 +293,7 @@ def main() -> None:
   parser.add_argument('--mb', default='20,60,200')
   parser.add_argument('--pairs', type=int, default=6)
   given = parser.parse_args()
-  kinds, mbs = (
-    given.tokenizers.split(','),
-    [int(x) for x in given.mb.split(',')],
-  )
+  kinds, mbs = (given.tokenizers.split(','), [int(x) for x in given.mb.split(',')])
   if given.command == 'make':
     make(given.data, given.work)
   elif given.command == 'memory':

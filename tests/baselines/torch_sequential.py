@@ -32,15 +32,9 @@ def load(w) -> Parameters:
 
   def layers(stack):
     fields = vars(stack)
-    return [
-      {name: leaf(x[i]) for name, x in fields.items()}
-      for i in range(len(stack.q))
-    ]
+    return [{name: leaf(x[i]) for name, x in fields.items()} for i in range(len(stack.q))]
 
-  return Parameters(
-    leaf(w.embed), layers(w.trunk), layers(w.heads), leaf(w.norm),
-    leaf(w.unembed),
-  )  # fmt: skip
+  return Parameters(leaf(w.embed), layers(w.trunk), layers(w.heads), leaf(w.norm), leaf(w.unembed))
 
 
 def gradients(p: Parameters) -> dict:
@@ -60,9 +54,7 @@ def _norm(x, w, eps):
 
 def _rotate(x_bnth, theta):
   T, H = x_bnth.shape[-2:]
-  angle = torch.outer(
-    torch.arange(T).float(), theta ** (-torch.arange(0, H, 2) / H)
-  )
+  angle = torch.outer(torch.arange(T).float(), theta ** (-torch.arange(0, H, 2) / H))
   a, b = x_bnth.chunk(2, dim=-1)
   sin, cos = angle.sin(), angle.cos()
   return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -70,13 +62,9 @@ def _rotate(x_bnth, theta):
 
 def _block(w, x, m):
   y = _norm(x, w['attn_norm'], m.norm_eps)
-  q, k, v = (
-    torch.einsum('btd,dnh->bnth', y, w[name]) for name in ('q', 'k', 'v')
-  )
+  q, k, v = (torch.einsum('btd,dnh->bnth', y, w[name]) for name in ('q', 'k', 'v'))
   q, k = _rotate(q, m.rope_theta), _rotate(k, m.rope_theta)
-  mixed = F.scaled_dot_product_attention(
-    q, k, v, is_causal=True, enable_gqa=True
-  )
+  mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
   x = x + torch.einsum('bnth,nhd->btd', mixed, w['o'])
   y = _norm(x, w['mlp_norm'], m.norm_eps)
   return x + (F.silu(y @ w['gate']) * (y @ w['up'])) @ w['down']

@@ -30,15 +30,11 @@ def main(args: list[str]) -> None:
   found = generate.find(parsed, only_ids=True)
   opened = generate.load(found)
   cfg = opened.cfg
-  model = checkpoint.restore_model(
-    found.workdir, found.step, cfg, opened.mesh, 'decode.checkpoint'
-  )
+  model = checkpoint.restore_model(found.workdir, found.step, cfg, opened.mesh, 'decode.checkpoint')
   with tempfile.TemporaryDirectory() as parent:
     out = f'{parent}/llama'
     folder.export(model, cfg, None, out, dtype='float32', about='bench')
-    llama = transformers.AutoModelForCausalLM.from_pretrained(
-      out, dtype=torch.float32
-    )
+    llama = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
   del model
   widths = opened.decoder.widths
   print(
@@ -51,9 +47,7 @@ def main(args: list[str]) -> None:
     batches = [ids[i : i + B] for i in range(0, len(ids), B)]
 
     def ours(which, batches=batches):
-      decoded = decoder.joined(
-        [opened.decoder(batch, widths=which) for batch in batches]
-      )
+      decoded = decoder.joined([opened.decoder(batch, widths=which) for batch in batches])
       return decoded.prefill_s + decoded.decode_s, decoded.tokens
 
     def theirs(batches=batches):
@@ -62,10 +56,13 @@ def main(args: list[str]) -> None:
         asked = torch.tensor(np.stack(batch))
         with torch.inference_mode():
           rows = llama.generate(
-            asked, do_sample=False, attention_mask=torch.ones_like(asked),
-            max_new_tokens=cfg.decode.max_new, eos_token_id=None,
+            asked,
+            do_sample=False,
+            attention_mask=torch.ones_like(asked),
+            max_new_tokens=cfg.decode.max_new,
+            eos_token_id=None,
             pad_token_id=0,
-          )  # fmt: skip
+          )
         texts += list(rows[:, cfg.bench.prompt :].numpy())
       return time.perf_counter() - begin, texts
 
@@ -83,8 +80,7 @@ def main(args: list[str]) -> None:
     n = len(ids) * cfg.decode.max_new
     for name in contenders:
       same = sum(
-        a.tolist() == b.tolist()
-        for a, b in zip(texts[name], texts['transformers'], strict=True)
+        a.tolist() == b.tolist() for a, b in zip(texts[name], texts['transformers'], strict=True)
       )
       print(
         f'batch {B}, {name}: {n / statistics.median(times[name]):,.0f}'

@@ -121,9 +121,7 @@ def test_the_fingerprint_is_of_stores_and_weights(stores):
   assert one.fingerprint == one.sources[0].store.manifest['sha256']
   texts = ['@a', '@b', '@a,@b', '@b,@a', '@a:2,@b', '@a,@b:2', '@a,@b,@whole']
   assert len({_open(stores, t).fingerprint for t in texts}) == len(texts)
-  for text, same in (
-    ('@a', 'n=@a:3'), ('@a,@b', 'n=@a:.5,@b:.5'), ('@a:2,@b', '@a:3,@b:1.5'),
-  ):  # fmt: skip
+  for text, same in (('@a', 'n=@a:3'), ('@a,@b', 'n=@a:.5,@b:.5'), ('@a:2,@b', '@a:3,@b:1.5')):
     a, b = (_open(stores, t).fingerprint for t in (text, same))
     assert a == b
   further = _open(stores, '@a', eval__stores=f'{stores}/b')
@@ -139,9 +137,7 @@ def test_held_out_sets_have_the_names_of_their_stores(stores):
   assert sets('@whole') == {}
   assert sets('x=@a,@b,@whole') == {'x': 'x valid', 'b': 'b valid'}
   further = dict(eval__stores=f'y={stores}/b,{stores}/whole')
-  assert sets('@a', **further) == {
-    'a': 'a valid', 'y': 'y valid', 'whole': 'whole train',
-  }  # fmt: skip
+  assert sets('@a', **further) == {'a': 'a valid', 'y': 'y valid', 'whole': 'whole train'}
   assert sets('@a,@b', 'train') == {'a': 'a train', 'b': 'b train'}
 
 
@@ -170,9 +166,7 @@ def test_all_stores_must_share_one_tokenizer(stores):
 def test_the_tokenizer_is_that_of_the_store(stores):
   assert _open(stores, '@a').tokenizer.name == 'bytes'
   words = _open(stores, '@words')
-  assert (words.tokenizer.name, words.tokenizer.vocab_size) == (
-    'train:290', 290,
-  )  # fmt: skip
+  assert (words.tokenizer.name, words.tokenizer.vocab_size) == ('train:290', 290)
   assert _open(stores, '@a').recorded == 'bytes'
   fingerprint = words.tokenizer.fingerprint
   assert words.recorded == f'sentencepiece#{fingerprint[:12]}'
@@ -186,15 +180,23 @@ def test_a_tokenizer_that_is_given_must_be_the_stores(stores, tmp_path):
   words = _open(stores, '@words')
   model = f'sentencepiece:{stores}/x.model'
   for text, name in (
-    ('@a', 'bytes'), ('@words', 'train:290'), ('@words', model),
-    ('@words', words.recorded), ('@more', words.recorded), ('@more', model),
-  ):  # fmt: skip
+    ('@a', 'bytes'),
+    ('@words', 'train:290'),
+    ('@words', model),
+    ('@words', words.recorded),
+    ('@more', words.recorded),
+    ('@more', model),
+  ):
     assert given(text, name).recorded == given(text, '').recorded
   for text, name in (
-    ('@words', 'bytes'), ('@a', model), ('@words', 'train:400'),
-    ('@other', 'train:290'), ('@other', words.recorded), ('@other', model),
+    ('@words', 'bytes'),
+    ('@a', model),
+    ('@words', 'train:400'),
+    ('@other', 'train:290'),
+    ('@other', words.recorded),
+    ('@other', model),
     ('@a', words.recorded),
-  ):  # fmt: skip
+  ):
     line = _refused(given, text, name)
     path = text.replace('@', f'{stores}/')
     assert re.fullmatch(

@@ -69,10 +69,7 @@ def test_python_frozen_and_namespace_modules(tmp_path, monkeypatch):
     (tmp_path / place / 'floor_ns').mkdir(parents=True)
     (tmp_path / place / 'floor_ns' / f'{place}.py').write_text(place)
     monkeypatch.syspath_prepend(tmp_path / place)
-  assert _read('python:floor_ns') == [
-    ('floor_ns/one.py', 'one'),
-    ('floor_ns/two.py', 'two'),
-  ]
+  assert _read('python:floor_ns') == [('floor_ns/one.py', 'one'), ('floor_ns/two.py', 'two')]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +104,7 @@ def test_dir_skips_and_counts_what_is_no_text(tmp_path):
   skipped = collections.Counter()
   found = _read(f'dir:{root}', skipped)
   assert found == [('tree/b/a.md', 'a'), ('tree/z.txt', 'é\r\n')]
-  assert skipped == {
-    'files that are not UTF-8 text': 4, 'symbolic links': 2
-  }  # fmt: skip
+  assert skipped == {'files that are not UTF-8 text': 4, 'symbolic links': 2}
   assert _read(f'dir:{root}/') == found
 
 
@@ -139,10 +134,7 @@ def test_text_path_glob_and_gz(tmp_path):
     ('a/part.txt', 'one'),
     ('b/part.txt', 'two'),
   ]
-  assert [n for n, _ in _read(f'text:{tmp_path}/**/part.txt')] == [
-    'a/part.txt',
-    'b/part.txt',
-  ]
+  assert [n for n, _ in _read(f'text:{tmp_path}/**/part.txt')] == ['a/part.txt', 'b/part.txt']
   numbers = [7, 2, 9, 0, 5, 3, 8, 1, 6, 4]
   for number in numbers:
     (tmp_path / f'n{number}').write_text(f'{number}')
@@ -183,10 +175,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
 def test_jsonl(tmp_path):
   lines = '{"text": "one", "body": "eins"}\n\n  \n{"text": "\\ud83d\\ude00"}\n'
   (tmp_path / 'a.jsonl').write_text(lines)
-  assert _read(f'jsonl:{tmp_path}/a.jsonl') == [
-    ('a.jsonl:1', 'one'),
-    ('a.jsonl:4', '😀'),
-  ]
+  assert _read(f'jsonl:{tmp_path}/a.jsonl') == [('a.jsonl:1', 'one'), ('a.jsonl:4', '😀')]
   _gz(tmp_path / 'b.jsonl.gz', b'{"body": "zwei"}')
   _gz(tmp_path / 'c.jsonl.gz', b'{"body": "half \\ud83d."}')
   assert _read(f'jsonl:{tmp_path}/*.gz#body') == [
@@ -300,15 +289,21 @@ def test_documents_that_are_too_large_are_named(tmp_path):
   (tmp_path / 'e.jsonl').write_text('\n'.join(lines))
   skipped, lines = collections.Counter(), []
   found = documents.read(
-    f'dir:{tmp_path}/d,text:{tmp_path}/c.gz,jsonl:{tmp_path}/e.jsonl', skipped,
-    max_bytes=100, report=lines.append, whole=False,
-  )  # fmt: skip
+    f'dir:{tmp_path}/d,text:{tmp_path}/c.gz,jsonl:{tmp_path}/e.jsonl',
+    skipped,
+    max_bytes=100,
+    report=lines.append,
+    whole=False,
+  )
   assert [d.name for d in found] == ['d/b', 'e.jsonl:3', 'e.jsonl:4']
   (reason,) = skipped
   assert skipped[reason] == 4 and '--data.max_document_mib' in reason
   assert [line.split(':')[0] for line in lines] == [
-    'skipped d/a', 'skipped c.gz', 'skipped e.jsonl', 'skipped e.jsonl',
-  ]  # fmt: skip
+    'skipped d/a',
+    'skipped c.gz',
+    'skipped e.jsonl',
+    'skipped e.jsonl',
+  ]
 
 
 def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
@@ -336,26 +331,27 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
 LINES = [
   dict(text='plain ' * 40),
   dict(text='\u00fcber \u4e2d\u6587 \U0001f600 \n\t"\\' * 30),
-  dict(text='\\' * 101 + '"' * 50 + '\x1f' * 50), dict(text='\U0001f600' * 60),
-  dict(text='x' * 90, other='y' * 90), dict(text=None, other='\u4e2d' * 90),
+  dict(text='\\' * 101 + '"' * 50 + '\x1f' * 50),
+  dict(text='\U0001f600' * 60),
+  dict(text='x' * 90, other='y' * 90),
+  dict(text=None, other='\u4e2d' * 90),
   dict(text='a', other=['"' * 70, {'b' * 70: 1.5}]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize('block', [12, 13, 17, 64, 10**6])
 @pytest.mark.parametrize('escaped', [True, False])
-def test_a_large_line_is_decoded_in_blocks(
-  tmp_path, monkeypatch, block, escaped
-):
+def test_a_large_line_is_decoded_in_blocks(tmp_path, monkeypatch, block, escaped):
   """To what json makes of it."""
   monkeypatch.setattr(documents, 'HELD', 50)
   monkeypatch.setattr(documents, 'LONG', 20)
   monkeypatch.setattr(documents, 'BLOCK', block)
   lines = [json.dumps(x, ensure_ascii=escaped) for x in LINES]
   # Halves of characters, as JSON alone can spell them, alone and in pairs.
-  lines += [r'{"text": "%s"}' % (x * 30) for x in (
-    r'\ud83d', r'\ude00', r'\ud83d\ude00', r'\ud83dx', r'\\ud83d', r'\/\b\f',
-  )]  # fmt: skip
+  lines += [
+    r'{"text": "%s"}' % (x * 30)
+    for x in (r'\ud83d', r'\ude00', r'\ud83d\ude00', r'\ud83dx', r'\\ud83d', r'\/\b\f')
+  ]
   lines += [r'{"text": "a", "text": "%s"}' % ('b' * 99)]
   path = tmp_path / 'a.jsonl'
   path.write_text('\n'.join(lines))
@@ -368,24 +364,27 @@ def test_a_large_line_is_decoded_in_blocks(
 def test_a_prompt_of_a_large_line_keeps_its_cut(tmp_path, monkeypatch):
   monkeypatch.setattr(documents, 'HELD', 50)
   monkeypatch.setattr(documents, 'LONG', 20)
-  path, pairs = (
-    tmp_path / 'a.jsonl',
-    [('\u00e9', 'x'), ('a' * 60, 'b\u00e9' * 60)],
-  )
+  path, pairs = (tmp_path / 'a.jsonl', [('\u00e9', 'x'), ('a' * 60, 'b\u00e9' * 60)])
   pairs += [('\u00e9' * 60, 'y'), ('z', '\u4e2d' * 60), ('', 'x' * 60)]
   path.write_text('\n'.join(json.dumps(dict(p=p, c=c)) for p, c in pairs))
-  for found, (p, c) in zip(
-    documents.read(f'jsonl:{path}#p+c', whole=False), pairs, strict=True
-  ):
+  for found, (p, c) in zip(documents.read(f'jsonl:{path}#p+c', whole=False), pairs, strict=True):
     assert ''.join(found.blocks()) == p + c and found.cuts == (len(p),)
 
 
 BAD_LINES = [
-  b'{"text": "%s\x01"}', b'{"text": "%s\\x"}', b'{"text": "%s\\u12"}',
-  b'{"text": "%s\xff"}', b'{"other": "\xff%s", "text": "a"}',
-  b'{"other": "%s\\x", "text": "a"}', b'{"text": "%s', b'{"text": "%s" 1}',
-  b'["%s"]', b'{"%s": 1}', b'{"text": ["%s"]}', b'{"text": 1, "b": "%s"}',
-]  # fmt: skip
+  b'{"text": "%s\x01"}',
+  b'{"text": "%s\\x"}',
+  b'{"text": "%s\\u12"}',
+  b'{"text": "%s\xff"}',
+  b'{"other": "\xff%s", "text": "a"}',
+  b'{"other": "%s\\x", "text": "a"}',
+  b'{"text": "%s',
+  b'{"text": "%s" 1}',
+  b'["%s"]',
+  b'{"%s": 1}',
+  b'{"text": ["%s"]}',
+  b'{"text": 1, "b": "%s"}',
+]
 
 
 @pytest.mark.parametrize('line', BAD_LINES)

@@ -35,11 +35,16 @@ def words(tmp_path):
 def _prepare(tmp_path, name, texts, tokenizer, workers):
   lines = (json.dumps(dict(text=text)) + '\n' for text in texts)
   (tmp_path / 'd.jsonl').write_text(''.join(lines))
-  return main.main([
-    'prepare', f'--data.documents=jsonl:{tmp_path}/d.jsonl',
-    f'--data.store={tmp_path}/{name}', f'--data.tokenizer={tokenizer}',
-    '--data.valid_fraction=.2', f'--data.workers={workers}',
-  ])  # fmt: skip
+  return main.main(
+    [
+      'prepare',
+      f'--data.documents=jsonl:{tmp_path}/d.jsonl',
+      f'--data.store={tmp_path}/{name}',
+      f'--data.tokenizer={tokenizer}',
+      '--data.valid_fraction=.2',
+      f'--data.workers={workers}',
+    ]
+  )
 
 
 def _files(path) -> dict[str, bytes]:
@@ -47,9 +52,7 @@ def _files(path) -> dict[str, bytes]:
   return {str(p.relative_to(path)): p.read_bytes() for p in files}
 
 
-def test_one_process_or_several_make_the_same_bytes(
-  tmp_path, words, monkeypatch
-):
+def test_one_process_or_several_make_the_same_bytes(tmp_path, words, monkeypatch):
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 200)  # many batches
   texts = ['a b ' * (i % 37) + str(i) for i in range(300)]
   for workers in (1, 2):
@@ -60,9 +63,7 @@ def test_one_process_or_several_make_the_same_bytes(
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_an_error_while_encoding_is_one_line(
-  tmp_path, words, monkeypatch, capsys, workers
-):
+def test_an_error_while_encoding_is_one_line(tmp_path, words, monkeypatch, capsys, workers):
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 200)
   about = json.loads((tmp_path / 'tokenizer.json').read_text())
   del about['model']['vocab']['?']  # what an unknown word would be
@@ -90,9 +91,7 @@ def test_a_panic_of_the_library_is_one_line(words, monkeypatch):
       raise PanicException('AddedVocabulary bad split')
 
   load = hf.Tokenizer.from_buffer
-  monkeypatch.setattr(
-    hf, 'Tokenizer', types.SimpleNamespace(from_buffer=lambda x: Fast(load(x)))
-  )
+  monkeypatch.setattr(hf, 'Tokenizer', types.SimpleNamespace(from_buffer=lambda x: Fast(load(x))))
   with pytest.raises(config.ConfigError, match='cannot encode a text: Added'):
     tokenizers.get(words).encode('a')
 
@@ -156,12 +155,15 @@ def test_an_interrupt_ends_all_processes_with_one_line(tmp_path, words):
   program.write_text(INTERRUPTED)
   run = runs.process(
     [
-      str(program), 'prepare', f'--data.documents=text:{tmp_path}/*.txt',
-      f'--data.store={tmp_path}/s', f'--data.tokenizer={words}',
+      str(program),
+      'prepare',
+      f'--data.documents=text:{tmp_path}/*.txt',
+      f'--data.store={tmp_path}/s',
+      f'--data.tokenizer={words}',
       '--data.workers=2',
     ],
     start_new_session=True,
-  )  # fmt: skip
+  )
   out, error = run.communicate(timeout=60)  # pipes end with the last process
   assert (run.returncode, out, error) == (130, '', 'mtp: interrupted\n')
   assert not list(tmp_path.glob('s*'))
@@ -217,15 +219,17 @@ def test_parts_are_encoded_by_themselves(tmp_path):
   model = tmp_path / 'm.model'
   with open(model, 'wb') as file:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(['abab abab abab'] * 9), model_writer=file,
-      vocab_size=264, model_type='bpe', byte_fallback=True, minloglevel=2,
-      normalization_rule_name='identity', add_dummy_prefix=False,
-    )  # fmt: skip
+      sentence_iterator=iter(['abab abab abab'] * 9),
+      model_writer=file,
+      vocab_size=264,
+      model_type='bpe',
+      byte_fallback=True,
+      minloglevel=2,
+      normalization_rule_name='identity',
+      add_dummy_prefix=False,
+    )
   tokenizer = tokenizers.get(f'sentencepiece:{model}')
-  whole, parts = (
-    _encode(Document('', 'abab', cuts), tokenizer=tokenizer)
-    for cuts in ((), (1,))
-  )
+  whole, parts = (_encode(Document('', 'abab', cuts), tokenizer=tokenizer) for cuts in ((), (1,)))
   ids = [*tokenizer.encode('a'), *tokenizer.encode('bab')]
   assert parts.tokens_P.tolist() == [tokenizer.bos, *ids, tokenizer.eos]
   assert len(ids) > whole.tokens_P.size - 2 and parts.cuts == [(2,)]
@@ -235,11 +239,16 @@ def test_a_part_begins_without_the_space_of_a_first_one(tmp_path):
   model = tmp_path / 'm.model'
   with open(model, 'wb') as file:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(['the answer is B or C'] * 9), model_writer=file,
-      vocab_size=300, model_type='bpe', byte_fallback=True, minloglevel=2,
-      normalization_rule_name='identity', remove_extra_whitespaces=False,
+      sentence_iterator=iter(['the answer is B or C'] * 9),
+      model_writer=file,
+      vocab_size=300,
+      model_type='bpe',
+      byte_fallback=True,
+      minloglevel=2,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
       hard_vocab_limit=False,
-    )  # fmt: skip
+    )
   tokenizer = tokenizers.get(f'sentencepiece:{model}')
   text = 'the answer is B'
   for cut in (14, 13, 3):
@@ -257,22 +266,21 @@ def _write(path, found, **kwargs):
 
 def test_a_store_keeps_what_is_scored(tmp_path):
   found = [
-    Document(str(i), f'{i} prompt' * (1 + i % 3) + f'answer {i}',
-             (len(f'{i} prompt') * (1 + i % 3),) if i % 4 else ())
+    Document(
+      str(i),
+      f'{i} prompt' * (1 + i % 3) + f'answer {i}',
+      (len(f'{i} prompt') * (1 + i % 3),) if i % 4 else (),
+    )
     for i in range(60)
-  ]  # fmt: skip
+  ]
   opened = _write(tmp_path / 's', found, shard_tokens=400)
   split = opened.split('train')
   assert len(split.scored) == len(split.tokens) > 1
   texts = {d.text: d.cuts for d in found}
   total = 0
-  for tokens_P, offset_M, scored_P in zip(
-    split.tokens, split.offsets, split.scored, strict=True
-  ):
+  for tokens_P, offset_M, scored_P in zip(split.tokens, split.offsets, split.scored, strict=True):
     cut = offset_M[1:].astype(np.int64)
-    for ids_T, scored_T in zip(
-      np.split(tokens_P[:], cut), np.split(scored_P[:], cut), strict=True
-    ):
+    for ids_T, scored_T in zip(np.split(tokens_P[:], cut), np.split(scored_P[:], cut), strict=True):
       cuts = texts.pop(BYTES.decode(ids_T))
       wanted_T = np.arange(ids_T.size) > (cuts[0] if cuts else -1)
       np.testing.assert_array_equal(scored_T, wanted_T)

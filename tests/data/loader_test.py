@@ -70,9 +70,7 @@ def test_batches_are_the_windows_of_row_indices():
 @pytest.mark.parametrize('n, batch_size', [(1, 4), (2, 3), (35, 8), (1000, 7)])
 def test_every_epoch_is_a_new_permutation(n, batch_size):
   n_steps = -(-5 * n // batch_size)
-  steps = [
-    loader.row_indices([n], [1], 0, batch_size, s) for s in range(n_steps)
-  ]
+  steps = [loader.row_indices([n], [1], 0, batch_size, s) for s in range(n_steps)]
   epochs_EN = np.concatenate(steps)[: 5 * n].reshape(5, n)
   for epoch_N in epochs_EN:
     assert sorted(epoch_N) == list(range(n))
@@ -104,18 +102,14 @@ def test_processes_share_one_order(process_count, accumulate):
 
 def test_rows_need_not_lie_together():
   rows = np.array([0, 3, 6])
-  for some, whole in (
-    (_train(5, rows=rows), _train(5)),
-    (_eval(rows=rows), _eval()),
-  ):
+  for some, whole in ((_train(5, rows=rows), _train(5)), (_eval(rows=rows), _eval())):
     _assert_equal(some, [{k: x[:, rows] for k, x in b.items()} for b in whole])
 
 
 @pytest.mark.parametrize('accumulate', [2, 4, 8])
 def test_accumulate_is_a_reshape(accumulate):
   whole = [
-    {key: array.reshape(accumulate, -1, U) for key, array in batch.items()}
-    for batch in _train(5)
+    {key: array.reshape(accumulate, -1, U) for key, array in batch.items()} for batch in _train(5)
   ]
   _assert_equal(_train(5, accumulate=accumulate), whole)
 
@@ -158,20 +152,15 @@ def _mixture(weights=(3, 1), sizes=((150, 101), (99,))) -> windows.Mixture:
 
 def _rows(mixture, n_steps, seed=3, batch_size=8) -> np.ndarray:
   sizes = mixture.sizes(T, SPAN)
-  return np.concatenate([
-    loader.row_indices(sizes, mixture.weights, seed, batch_size, s)
-    for s in range(n_steps)
-  ])  # fmt: skip
+  return np.concatenate(
+    [loader.row_indices(sizes, mixture.weights, seed, batch_size, s) for s in range(n_steps)]
+  )
 
 
-@pytest.mark.parametrize(
-  'weights', [(1,), (1, 1), (3, 1), (1, 3), (7, 2, 1), (1, 997), (5, 5, 5)]
-)
+@pytest.mark.parametrize('weights', [(1,), (1, 1), (3, 1), (1, 3), (7, 2, 1), (1, 997), (5, 5, 5)])
 def test_shares_are_exact_and_evenly_spread(weights):
   W = sum(weights)
-  parts, before = zip(
-    *(loader.interleave(row, weights) for row in range(3 * W)), strict=True
-  )
+  parts, before = zip(*(loader.interleave(row, weights) for row in range(3 * W)), strict=True)
   for part, weight in enumerate(weights):
     at = [row for row in range(3 * W) if parts[row] == part]
     assert [before[row] for row in at] == list(range(3 * weight))
@@ -179,22 +168,16 @@ def test_shares_are_exact_and_evenly_spread(weights):
       inside = [row for row in at if cycle * W <= row < (cycle + 1) * W]
       assert len(inside) == weight
     for row in range(3 * W):  # never far from its share
-      assert abs(sum(r <= row for r in at) - (row + 1) * weight / W) < len(
-        weights
-      )
+      assert abs(sum(r <= row for r in at) - (row + 1) * weight / W) < len(weights)
   far = 10**15 * W
-  assert [loader.interleave(far + r, weights)[0] for r in range(3 * W)] == [
-    *parts
-  ]
+  assert [loader.interleave(far + r, weights)[0] for r in range(3 * W)] == [*parts]
 
 
 def test_each_part_of_a_mixture_is_shuffled_for_itself():
   mixture = _mixture()
   first, second = mixture.sizes(T, SPAN)
   rows = _rows(mixture, 1, batch_size=32 * first)
-  for part, (lo, hi, share) in enumerate(
-    [(0, first, 3 / 4), (first, first + second, 1 / 4)]
-  ):
+  for part, (lo, hi, share) in enumerate([(0, first, 3 / 4), (first, first + second, 1 / 4)]):
     own = rows[(lo <= rows) & (rows < hi)] - lo
     assert own.size == rows.size * share
     epochs = own[: own.size // (hi - lo) * (hi - lo)].reshape(-1, hi - lo)
@@ -224,9 +207,7 @@ def test_processes_share_one_mixture_from_any_step(process_count):
   mixture = _mixture((2, 1))
   whole = _train(12, mixture, accumulate=2)
   rows = np.arange(4).reshape(process_count, -1)
-  parts = [
-    _train(7, mixture, accumulate=2, start_step=5, rows=mine) for mine in rows
-  ]
+  parts = [_train(7, mixture, accumulate=2, start_step=5, rows=mine) for mine in rows]
   _assert_equal(_concatenate(parts), whole[5:])
 
 
@@ -250,9 +231,7 @@ def test_a_part_without_a_window_is_refused_by_name():
 
 def _masked(sizes=(150, 101, 5), seed=0) -> windows.Split:
   rng, split = np.random.default_rng(seed), _split(sizes)
-  return split._replace(
-    scored=tuple(rng.random(t.size) < 0.5 for t in split.tokens)
-  )
+  return split._replace(scored=tuple(rng.random(t.size) < 0.5 for t in split.tokens))
 
 
 def test_a_mask_goes_with_its_tokens():
@@ -288,9 +267,7 @@ def test_errors():
   for call in (_eval, lambda split: _train(1, split)):
     with pytest.raises(config.ConfigError) as error:
       call(_split((9,)))
-    assert str(error.value) == (
-      '--data.seq_len=7: no shard of the train split has 7 + 3 tokens'
-    )
+    assert str(error.value) == ('--data.seq_len=7: no shard of the train split has 7 + 3 tokens')
   with pytest.raises(config.ConfigError, match='--data.batch_size=8: must'):
     _train(1, accumulate=3)
   with pytest.raises(config.ConfigError, match='--data.batch_size=0: '):
@@ -385,11 +362,7 @@ def test_no_flags_are_needed():
   )
   root = pathlib.Path(__file__).parents[2]
   done = subprocess.run(
-    [sys.executable, '-c', program],
-    cwd=root,
-    capture_output=True,
-    text=True,
-    check=True,
+    [sys.executable, '-c', program], cwd=root, capture_output=True, text=True, check=True
   )
   assert done.stdout == '(1, 2, 5)\n'
 

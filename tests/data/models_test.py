@@ -24,10 +24,15 @@ def spm(tmp_path_factory):
   """A small model that loses nothing: no normalisation, byte fallback."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CODE.split('\n')), model_writer=model,
-    vocab_size=500, model_type='bpe', byte_fallback=True, minloglevel=2,
-    normalization_rule_name='identity', remove_extra_whitespaces=False,
-  )  # fmt: skip
+    sentence_iterator=iter(CODE.split('\n')),
+    model_writer=model,
+    vocab_size=500,
+    model_type='bpe',
+    byte_fallback=True,
+    minloglevel=2,
+    normalization_rule_name='identity',
+    remove_extra_whitespaces=False,
+  )
   path = tmp_path_factory.mktemp('spm') / 'code.model'
   path.write_bytes(model.getvalue())
   return path
@@ -41,10 +46,12 @@ def _byte_level(path):
   fast.train_from_iterator(
     CODE.split('\n'),
     hf.trainers.BpeTrainer(
-      vocab_size=400, special_tokens=['<|endoftext|>'],
-      initial_alphabet=alphabet, show_progress=False,
+      vocab_size=400,
+      special_tokens=['<|endoftext|>'],
+      initial_alphabet=alphabet,
+      show_progress=False,
     ),
-  )  # fmt: skip
+  )
   fast.save(str(path))
 
 
@@ -53,16 +60,10 @@ def _llama_like(path):
   pieces = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
   pieces += sorted(set(CODE.replace(' ', '\u2581')) - {'\n'})
   vocab = {piece: i for i, piece in enumerate(pieces)}
-  fast = hf.Tokenizer(
-    hf.models.BPE(vocab, [], byte_fallback=True, unk_token='<unk>')
-  )
+  fast = hf.Tokenizer(hf.models.BPE(vocab, [], byte_fallback=True, unk_token='<unk>'))
   fast.normalizer = hf.normalizers.Replace(' ', '\u2581')
   fast.decoder = hf.decoders.Sequence(
-    [
-      hf.decoders.Replace('\u2581', ' '),
-      hf.decoders.ByteFallback(),
-      hf.decoders.Fuse(),
-    ]
+    [hf.decoders.Replace('\u2581', ' '), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
   )
   fast.add_special_tokens(['<unk>', '<s>', '</s>'])
   fast.save(str(path))
@@ -95,9 +96,7 @@ def test_pieces_are_printable(tokenizer):
   ids = tokenizer.encode('return')
   joined = ''.join(tokenizer.piece(int(i)) for i in ids)
   assert joined.lstrip('\u2581') == 'return'
-  assert tokenizer.piece(tokenizer.vocab_size) == (
-    f'<id {tokenizer.vocab_size}>'
-  )
+  assert tokenizer.piece(tokenizer.vocab_size) == (f'<id {tokenizer.vocab_size}>')
 
 
 def test_a_store_carries_its_tokenizer(tokenizer, tmp_path):
@@ -176,9 +175,7 @@ def test_parquet_and_zst(tmp_path):
   found = list(documents.read(f'parquet:{tmp_path}/*.parquet'))
   assert [d.text for d in found] == ['a', '', 'b']
   assert found[2].name == 't.parquet:3'
-  packed = pyarrow.compress(
-    b'{"text":"x"}\n{"text":"y"}\n', codec='zstd', asbytes=True
-  )
+  packed = pyarrow.compress(b'{"text":"x"}\n{"text":"y"}\n', codec='zstd', asbytes=True)
   (tmp_path / 'a.jsonl.zst').write_bytes(packed * 2)  # two frames
   found = list(documents.read(f'jsonl:{tmp_path}/a.jsonl.zst'))
   assert [d.text for d in found] == ['x', 'y', 'x', 'y']
@@ -224,9 +221,7 @@ def test_a_vocabulary_ends_after_its_largest_id(tmp_path):
   assert tokenizer.decode([3, *ids, 39]) == 'a b b ?'
   assert tokenizer.token_bytes_V[[3, 7, 40]].tolist() == [0, 1, 1]
   about = json.loads(path.read_text())
-  about['added_tokens'].append(
-    about['added_tokens'][0] | dict(id=41, content='[PAD]')
-  )
+  about['added_tokens'].append(about['added_tokens'][0] | dict(id=41, content='[PAD]'))
   path.write_text(json.dumps(about))
   with pytest.raises(config.ConfigError, match=r"'\[PAD\]' as 41, which"):
     tokenizers.get(f'hf:{path}')
@@ -247,9 +242,7 @@ def test_all_end_tokens_are_read_beside_the_file(tmp_path, spm, file, kind):
     path.write_bytes(spm.read_bytes())
   plain = tokenizers.get(f'{kind}:{path}')
   assert plain.stop_ids == (plain.eos,)
-  for stated, wanted in (
-    ([plain.eos, 9], (9,)), ([9, 8], (9, 8)), (plain.eos, ()), (None, ()),
-  ):  # fmt: skip
+  for stated, wanted in (([plain.eos, 9], (9,)), ([9, 8], (9, 8)), (plain.eos, ()), (None, ())):
     (tmp_path / file).write_text(json.dumps(dict(eos_token_id=stated)))
     tokenizer = tokenizers.get(f'{kind}:{path}')
     assert tokenizer.stop_ids == (plain.eos, *wanted)
@@ -282,10 +275,7 @@ def _by_ranks(word: bytes, of) -> list[int]:
     return [of[word]]
   parts = [bytes([byte]) for byte in word]
   while True:
-    pairs = [
-      (of[a + b], i)
-      for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in of
-    ]  # fmt: skip
+    pairs = [(of[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in of]
     if not pairs:
       return [of[part] for part in parts]
     i = min(pairs)[1]
@@ -314,9 +304,11 @@ def test_a_file_of_ranks_is_read_as_tiktoken_reads_it(tmp_path):
   )
   assert again.fingerprint == tokenizer.fingerprint
   for wrong, said in (
-    (data[:-5], 'base64'), (b'junk', 'base64'),
-    (data + b'\nYWE= 9999', 'ranks'), (b'YQ== 0', 'a byte has no token'),
-  ):  # fmt: skip
+    (data[:-5], 'base64'),
+    (b'junk', 'base64'),
+    (data + b'\nYWE= 9999', 'ranks'),
+    (b'YQ== 0', 'a byte has no token'),
+  ):
     (tmp_path / 'tokenizer.model').write_bytes(wrong)
     with pytest.raises(config.ConfigError, match=said):
       tokenizers.get(f'tiktoken:{tmp_path}/tokenizer.model')

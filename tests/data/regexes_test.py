@@ -30,9 +30,7 @@ def _holds(regex: str) -> set[tuple[str, str]]:
     text = ''.join(rng.choices(CHARS, k=rng.randint(2, 8)))
     parts = split.pre_tokenize_str(text)
     ends = {end for _, (_, end) in parts}
-    found |= {
-      (text[i - 1], text[i]) for i in range(1, len(text)) if i not in ends
-    }
+    found |= {(text[i - 1], text[i]) for i in range(1, len(text)) if i not in ends}
   return found
 
 
@@ -51,13 +49,32 @@ def test_a_pair_that_a_match_holds_is_known(name):
 @pytest.mark.parametrize(
   'regex',
   [
-    r'(?<=a)b', r'(?<!a)b', r'^a', r'a$', r'\bword', r'a*', r'a|',
-    r'[[:alpha:]]', r'[a&&b]', r'\p{Han}', r'(?!ab)c', r'(?=a+)b', r'a)',
-    r'(a', r'[a', r'\h',
-    r'(?i:[^a])', r'(?i:[\p{Lu}])', r'(?i:\P{Ll})',
-    r'a{x}', r'\x41', r'(?>a)', '*', REGEXES['possessive'],
+    r'(?<=a)b',
+    r'(?<!a)b',
+    r'^a',
+    r'a$',
+    r'\bword',
+    r'a*',
+    r'a|',
+    r'[[:alpha:]]',
+    r'[a&&b]',
+    r'\p{Han}',
+    r'(?!ab)c',
+    r'(?=a+)b',
+    r'a)',
+    r'(a',
+    r'[a',
+    r'\h',
+    r'(?i:[^a])',
+    r'(?i:[\p{Lu}])',
+    r'(?i:\P{Ll})',
+    r'a{x}',
+    r'\x41',
+    r'(?>a)',
+    '*',
+    REGEXES['possessive'],
   ],
-)  # fmt: skip
+)
 def test_what_is_not_read_is_refused(regex):
   with pytest.raises(regexes.Unsupported):
     regexes.parse(regex)
@@ -69,16 +86,12 @@ def test_what_is_always_taken():
   assert taken == {'a', 'c', 'f'}
 
 
-@pytest.mark.parametrize(
-  'name', ['w', 's', 'd', 'p{L}', 'p{N}', 'p{P}', 'p{Lu}']
-)
+@pytest.mark.parametrize('name', ['w', 's', 'd', 'p{L}', 'p{N}', 'p{P}', 'p{Lu}'])
 def test_a_class_is_the_librarys(name):
   """Of every character that all versions of Unicode agree about."""
   plain = [x for x in map(chr, range(0x110000)) if splitting._is_plain(x)]
   split = hf.pre_tokenizers.Split(hf.Regex(rf'\{name}'), 'removed')
   parsed = regexes.parse(rf'\{name}')
-  theirs = {
-    x for x in plain if len(split.pre_tokenize_str(f'\x01{x}\x01')) == 2
-  }
+  theirs = {x for x in plain if len(split.pre_tokenize_str(f'\x01{x}\x01')) == 2}
   ours = {x for x in plain if regexes.always_takes(parsed, x)}
   assert ours == theirs

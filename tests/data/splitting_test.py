@@ -34,26 +34,12 @@ WORDS = (
   ' ...! e\u0301 \u2581 \u2581a <s> </s> <tool> \x1c \u2003 \u200b naivete'
   ' \u00bd% a\u24b6! [INST] <toolCall>'
 ).split(' ')
-GAPS = [
-  ' ',
-  '  ',
-  '   ',
-  '\n',
-  '\n\n',
-  ' \n ',
-  '\t',
-  '\r\n',
-  '',
-  '\u00a0',
-  '\u3000',
-]
+GAPS = [' ', '  ', '   ', '\n', '\n\n', ' \n ', '\t', '\r\n', '', '\u00a0', '\u3000']
 
 
 def _text(seed, n=250):
   rng = random.Random(seed)
-  return ''.join(
-    x for _ in range(n) for x in (rng.choice(WORDS), rng.choice(GAPS))
-  )
+  return ''.join(x for _ in range(n) for x in (rng.choice(WORDS), rng.choice(GAPS)))
 
 
 CORPUS = [_text(seed) for seed in range(40)]
@@ -62,16 +48,20 @@ CORPUS = [_text(seed) for seed in range(40)]
 def _sentencepiece(**options):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CORPUS), model_writer=model,
-    minloglevel=2, **dict(
-      vocab_size=400, model_type='bpe', byte_fallback=True,
+    sentence_iterator=iter(CORPUS),
+    model_writer=model,
+    minloglevel=2,
+    **dict(
+      vocab_size=400,
+      model_type='bpe',
+      byte_fallback=True,
       normalization_rule_name='identity',
-      remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-    ) | options,
-  )  # fmt: skip
-  return tokenizers.of_files(
-    'sentencepiece:x', {tokenizers.PIECES: model.getvalue()}
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+    )
+    | options,
   )
+  return tokenizers.of_files('sentencepiece:x', {tokenizers.PIECES: model.getvalue()})
 
 
 def _rule(text):
@@ -88,11 +78,14 @@ def _byte_level(regex=None, normalizer=None, added=(), prefix=False):
   fast.pre_tokenizer = pre.Sequence(steps)
   fast.normalizer, fast.decoder = normalizer, hf.decoders.ByteLevel()
   fast.train_from_iterator(
-    CORPUS, hf.trainers.BpeTrainer(
-      vocab_size=600, special_tokens=['<s>', '</s>'], show_progress=False,
+    CORPUS,
+    hf.trainers.BpeTrainer(
+      vocab_size=600,
+      special_tokens=['<s>', '</s>'],
+      show_progress=False,
       initial_alphabet=pre.ByteLevel.alphabet(),
     ),
-  )  # fmt: skip
+  )
   fast.add_tokens(list(added))
   return tokenizers.of_files('hf:x', {'tokenizer.json': fast.to_str().encode()})
 
@@ -104,29 +97,26 @@ def _spaced(split=None, added=()):
     [hf.normalizers.Prepend('\u2581'), hf.normalizers.Replace(' ', '\u2581')]
   )
   fast.train_from_iterator(
-    [x.replace('\n', ' ') for x in CORPUS], hf.trainers.BpeTrainer(
-      vocab_size=600, show_progress=False, special_tokens=[
-        '<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256)),
-      ],
+    [x.replace('\n', ' ') for x in CORPUS],
+    hf.trainers.BpeTrainer(
+      vocab_size=600,
+      show_progress=False,
+      special_tokens=['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256))],
     ),
-  )  # fmt: skip
+  )
   about = json.loads(fast.to_str())
   about['model'] |= dict(byte_fallback=True, fuse_unk=True)
   about['added_tokens'] = about['added_tokens'][:3]
   for name in added:
     about['added_tokens'].append(
-      about['added_tokens'][0]
-      | dict(id=about['model']['vocab'][name], content=name, special=False)
+      about['added_tokens'][0] | dict(id=about['model']['vocab'][name], content=name, special=False)
     )
   if split is not None:
     about['normalizer'] = None
     about['pre_tokenizer'] = dict(
-      type='Metaspace', replacement='\u2581', prepend_scheme='first',
-      split=split,
-    )  # fmt: skip
-  return tokenizers.of_files(
-    'hf:x', {'tokenizer.json': json.dumps(about).encode()}
-  )
+      type='Metaspace', replacement='\u2581', prepend_scheme='first', split=split
+    )
+  return tokenizers.of_files('hf:x', {'tokenizer.json': json.dumps(about).encode()})
 
 
 KNOWN = {
@@ -151,14 +141,13 @@ def _words(model, step, normalizer=None, **options):
   specials = ['<unk>', '<s>', '</s>']
   more = dict(unk_token='<unk>') if kind == 'Unigram' else {}
   trainer = dict(
-    BPE=hf.trainers.BpeTrainer, Unigram=hf.trainers.UnigramTrainer,
+    BPE=hf.trainers.BpeTrainer,
+    Unigram=hf.trainers.UnigramTrainer,
     WordPiece=hf.trainers.WordPieceTrainer,
-  )[kind]  # fmt: skip
+  )[kind]
   fast.train_from_iterator(
-    CORPUS, trainer(
-      vocab_size=400, special_tokens=specials, show_progress=False, **more
-    ),
-  )  # fmt: skip
+    CORPUS, trainer(vocab_size=400, special_tokens=specials, show_progress=False, **more)
+  )
   return tokenizers.of_files('hf:x', {'tokenizer.json': fast.to_str().encode()})
 
 
@@ -175,28 +164,28 @@ def _charsmap():
 def _like_t5():
   norm = hf.normalizers
   return _words(
-    hf.models.Unigram, hf.pre_tokenizers.Metaspace(),
-    norm.Sequence([
-      norm.Precompiled(_charsmap()), norm.Strip(),
-      norm.Replace(hf.Regex(' {2,}'), '\u2581'),
-    ]),
-  )  # fmt: skip
+    hf.models.Unigram,
+    hf.pre_tokenizers.Metaspace(),
+    norm.Sequence(
+      [norm.Precompiled(_charsmap()), norm.Strip(), norm.Replace(hf.Regex(' {2,}'), '\u2581')]
+    ),
+  )
 
 
 def _like_bert():
   return _words(
-    hf.models.WordPiece, hf.pre_tokenizers.BertPreTokenizer(),
-    hf.normalizers.BertNormalizer(), unk_token='<unk>',
-  )  # fmt: skip
+    hf.models.WordPiece,
+    hf.pre_tokenizers.BertPreTokenizer(),
+    hf.normalizers.BertNormalizer(),
+    unk_token='<unk>',
+  )
 
 
 TOOL = hf.AddedToken('<tool>', normalized=False)
 KNOWN |= {
   'upper-case-tokens': lambda: _byte_level(added=['[INST]', '<toolCall>']),
   'prefix-after-token': lambda: _byte_level(prefix=True, added=[TOOL]),
-  'strip-after-token': lambda: _byte_level(
-    normalizer=hf.normalizers.Strip(), added=[TOOL]
-  ),
+  'strip-after-token': lambda: _byte_level(normalizer=hf.normalizers.Strip(), added=[TOOL]),
   'prepend-after-token': lambda: _spaced(added=['<tool>']),
   'token-normalized': lambda: _byte_level(
     normalizer=hf.normalizers.Replace('e', 'y'), added=["I'ey 12ex"]
@@ -206,9 +195,7 @@ KNOWN |= {
   'nfkc': lambda: _byte_level(QWEN_2, hf.normalizers.NFKC()),
   'other-words': lambda: _byte_level(LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
   'unknown-joined': lambda: _sentencepiece(byte_fallback=False),
-  'sentencepiece-nfkc': lambda: _sentencepiece(
-    normalization_rule_name='nmt_nfkc'
-  ),
+  'sentencepiece-nfkc': lambda: _sentencepiece(normalization_rule_name='nmt_nfkc'),
   'sentencepiece-default': lambda: _sentencepiece(
     normalization_rule_name='nmt_nfkc_cf',
     byte_fallback=False,
@@ -216,9 +203,7 @@ KNOWN |= {
     vocab_size=380,
   ),
   'spaces-removed': lambda: _sentencepiece(remove_extra_whitespaces=True),
-  'characters': lambda: _sentencepiece(
-    model_type='char', normalization_rule_name='nmt_nfkc'
-  ),
+  'characters': lambda: _sentencepiece(model_type='char', normalization_rule_name='nmt_nfkc'),
   'spaced-token': lambda: _byte_level(added=['the cat']),
   'gpt-4o': lambda: _byte_level(GPT_4O),
   'deepseek': lambda: _byte_level(DEEPSEEK),
@@ -253,10 +238,16 @@ def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch, tmp_path):
   texts += [
     x * 60
     for x in (
-      '<tool>b', '<tool> b', '<tool>abc', '[INST] do this ', '<toolCall>',
-      "I'yy 12yx I'ey", '\u00bd%', 'a\u24b6!',
+      '<tool>b',
+      '<tool> b',
+      '<tool>abc',
+      '[INST] do this ',
+      '<toolCall>',
+      "I'yy 12yx I'ey",
+      '\u00bd%',
+      'a\u24b6!',
     )
-  ]  # fmt: skip
+  ]
   n_parts = 0
   for text in texts:
     for size in (7, 64):
@@ -283,9 +274,11 @@ def test_a_spool_of_parts_is_that_of_documents(kind, monkeypatch, tmp_path):
   (tmp_path / 'a.txt').write_text(CORPUS[0], newline='')
   more = [
     documents.Document('b', CORPUS[1], (0, 5, 300, len(CORPUS[1]))),
-    documents.Document('c', 'short', (2,)), documents.Document('d', ''),
-    documents.Document('e', CORPUS[2]), documents.Document('f', 'end'),
-  ]  # fmt: skip
+    documents.Document('c', 'short', (2,)),
+    documents.Document('d', ''),
+    documents.Document('e', CORPUS[2]),
+    documents.Document('f', 'end'),
+  ]
 
   def fill(name, whole):
     read = documents.read(f'text:{tmp_path}/a.txt', whole=whole)

@@ -26,9 +26,7 @@ def _documents(texts):
 
 
 def _write(path, texts=TEXTS, tokenizer=BYTES, *, valid_fraction=0.2, **kwargs):
-  return store.write(
-    path, _documents(texts), tokenizer, valid_fraction=valid_fraction, **kwargs
-  )
+  return store.write(path, _documents(texts), tokenizer, valid_fraction=valid_fraction, **kwargs)
 
 
 def _texts(opened: store.Store, name: str) -> list[str]:
@@ -57,9 +55,12 @@ def _refused(call, *args, **kwargs) -> str:
 def _wide(vocab_size: int) -> tokenizers.Tokenizer:
   """Bytes with the specials at the end of a vocabulary of this size."""
   return BYTES._replace(
-    name=f'wide{vocab_size}', vocab_size=vocab_size, fingerprint='0' * 64,
-    bos=vocab_size - 2, eos=vocab_size - 1,
-  )  # fmt: skip
+    name=f'wide{vocab_size}',
+    vocab_size=vocab_size,
+    fingerprint='0' * 64,
+    bos=vocab_size - 2,
+    eos=vocab_size - 1,
+  )
 
 
 def test_round_trip(tmp_path):
@@ -128,9 +129,7 @@ def test_duplicates_and_empty_documents(tmp_path):
   assert manifest['splits'] == same['splits']
 
 
-@pytest.mark.parametrize(
-  'vocab_size, dtype', [(258, 'u2'), (65536, 'u2'), (65537, 'u4')]
-)
+@pytest.mark.parametrize('vocab_size, dtype', [(258, 'u2'), (65536, 'u2'), (65537, 'u4')])
 def test_dtype(tmp_path, vocab_size, dtype):
   tokenizer = _wide(vocab_size)
   manifest = _write(tmp_path / 's', tokenizer=tokenizer)
@@ -181,8 +180,7 @@ def test_progress_rises_to_the_totals(tmp_path, monkeypatch):
   assert len(calls) > 3 and calls == sorted(calls)
   entries = manifest['splits'].values()
   assert calls[-1] == tuple(
-    sum(entry[key] for entry in entries)
-    for key in ('documents', 'tokens', 'bytes')
+    sum(entry[key] for entry in entries) for key in ('documents', 'tokens', 'bytes')
   )
 
 
@@ -199,9 +197,7 @@ def test_fractions(tmp_path):
     problem = f'it leaves the {name} split of 3 documents empty'
     assert line == f'--data.valid_fraction={fraction}: {problem}'
   line = _refused(_write, tmp_path / 't', ['', ''], sources='dir:x')
-  assert line == (
-    '--data.documents=dir:x: there is no document with text in it'
-  )
+  assert line == ('--data.documents=dir:x: there is no document with text in it')
   assert os.listdir(tmp_path) == ['s']
 
 
@@ -250,10 +246,7 @@ def test_killed_write_leaves_nothing(tmp_path):
   store.open_store(tmp_path / 's')
   before = _files(tmp_path / 's')
   with pytest.raises(Killed):
-    store.write(
-      tmp_path / 's', _killed_after(50), BYTES, valid_fraction=0.2,
-      overwrite=True,
-    )  # fmt: skip
+    store.write(tmp_path / 's', _killed_after(50), BYTES, valid_fraction=0.2, overwrite=True)
   assert _files(tmp_path / 's') == before
   assert os.listdir(tmp_path) == ['s']
 
@@ -331,23 +324,29 @@ def test_damaged_manifests_are_refused(tmp_path):
   'place, value, said',
   [
     (('splits',), [], 'splits=[]: must be an object'),
-    (('splits', 'train', 'shards'), None,
-     'splits.train.shards=null: must be a list'),
+    (('splits', 'train', 'shards'), None, 'splits.train.shards=null: must be a list'),
     (('splits', 'train', 'tokens'), '9', 'splits.train.tokens="9": must be'),
-    (('splits', 'valid', 'shards', 0, 'tokens_file', 'size'), 1.5,
-     'splits.valid.shards[0].tokens_file.size=1.5: must be an integer from 0'),
+    (
+      ('splits', 'valid', 'shards', 0, 'tokens_file', 'size'),
+      1.5,
+      'splits.valid.shards[0].tokens_file.size=1.5: must be an integer from 0',
+    ),
     (('splits', 'train', 'shards'), [], 'train has no shards'),
     (('tokenizer', 'bos'), None, 'tokenizer.bos=null: must be an integer'),
     (('dtype',), 'O', 'dtype=O: must be one of <u2, <u4'),
-    (('splits', 'valid', 'shards', 0, 'tokens_file', 'file'), '../../x',
-     '../../x: it lies elsewhere'),
-    (('splits', 'valid', 'shards', 0, 'tokens_file', 'file'), '/dev/zero',
-     '/dev/zero: it lies elsewhere'),
+    (
+      ('splits', 'valid', 'shards', 0, 'tokens_file', 'file'),
+      '../../x',
+      '../../x: it lies elsewhere',
+    ),
+    (
+      ('splits', 'valid', 'shards', 0, 'tokens_file', 'file'),
+      '/dev/zero',
+      '/dev/zero: it lies elsewhere',
+    ),
   ],
-)  # fmt: skip
-def test_a_manifest_of_a_wrong_type_names_the_field(
-  tmp_path, place, value, said
-):
+)
+def test_a_manifest_of_a_wrong_type_names_the_field(tmp_path, place, value, said):
   """Though its checksum is right."""
   path = tmp_path / 's'
   _write(path)
@@ -365,9 +364,7 @@ def test_a_manifest_of_a_wrong_type_names_the_field(
 def test_missing_stores(tmp_path):
   for path in ('', tmp_path / 'none', __file__):
     line = _refused(store.open_store, path)
-    assert line == (
-      f'--data.store={path}: no such directory; mtp prepare makes a store'
-    )
+    assert line == (f'--data.store={path}: no such directory; mtp prepare makes a store')
   (tmp_path / 'none.old-x1').mkdir()  # power lost between two renames
   line = _refused(store.open_store, tmp_path / 'none')
   assert line.endswith(f'; the one before it is {tmp_path}/none.old-x1')
@@ -377,10 +374,7 @@ def test_summary(tmp_path):
   manifest = _write(tmp_path / 's', [*TEXTS, ''], sources='dir:x')
   n = {name: entry['documents'] for name, entry in manifest['splits'].items()}
   lines = store.summary(manifest)
-  assert lines[:2] == [
-    'sources    dir:x',
-    'tokenizer  bytes, 258 tokens as uint16',
-  ]
+  assert lines[:2] == ['sources    dir:x', 'tokenizer  bytes, 258 tokens as uint16']
   assert lines[2].startswith(f'train      {n["train"]} documents, ')
   assert lines[3].startswith(f'valid      {n["valid"]} documents, ')
   assert lines[4] == 'left out   0 duplicates, 1 empty documents'
@@ -450,12 +444,13 @@ def test_a_store_of_20_000_shards_opens_under_256_descriptors(tmp_path):
   store.write(
     tmp_path / 's',
     (documents.Document(str(i), f'{i:06d}') for i in range(20_000)),
-    tokenizers.get('bytes'), valid_fraction=0, shard_tokens=1,
-  )  # fmt: skip
+    tokenizers.get('bytes'),
+    valid_fraction=0,
+    shard_tokens=1,
+  )
   done = subprocess.run(
-    [sys.executable, '-c', MANY, str(tmp_path / 's')], capture_output=True,
-    text=True,
-  )  # fmt: skip
+    [sys.executable, '-c', MANY, str(tmp_path / 's')], capture_output=True, text=True
+  )
   assert done.stdout.split()[:1] == ['20000'], done.stderr
 
 
@@ -470,18 +465,18 @@ def test_shards_grow_with_the_store(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_swept(tmp_path):
   """By name and lock: not of living processes, other hosts, other folders."""
-  done = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'],
-                        capture_output=True, check=True)  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, check=True
+  )
   dead, host = int(done.stdout), socket.gethostname()
-  gone = [
-    f's.tmp-{dead}',
-    f's.tmp-{dead}-{host}',
-    f's.tmp-{os.getpid()}-{host}',
-  ]
+  gone = [f's.tmp-{dead}', f's.tmp-{dead}-{host}', f's.tmp-{os.getpid()}-{host}']
   kept = [
-    f's.tmp-{dead}-other', f's.tmp-{os.getppid()}-{host}', f's2.tmp-{dead}',
-    's.tmp-x', 's.tmp',
-  ]  # fmt: skip
+    f's.tmp-{dead}-other',
+    f's.tmp-{os.getppid()}-{host}',
+    f's2.tmp-{dead}',
+    's.tmp-x',
+    's.tmp',
+  ]
   for name in gone + kept:
     (tmp_path / name).mkdir()
     (tmp_path / name / 'spool').write_text('x')
@@ -492,8 +487,6 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
   assert sorted(os.listdir(tmp_path)) == sorted([*kept, locked.name, 's'])
   os.close(handle)
   with paths.new_folder(str(tmp_path / 's')) as tmp:
-    assert sorted(os.listdir(tmp_path)) == sorted(
-      [*kept, 's', os.path.basename(tmp)]
-    )
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, 's', os.path.basename(tmp)])
     shutil.rmtree(tmp_path / 's')
   assert sorted(os.listdir(tmp_path)) == sorted([*kept, 's'])

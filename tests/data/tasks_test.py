@@ -30,9 +30,15 @@ def _paths(prompt: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-  'name', ['star_graph', 'star_graph/d=5/length=5', 'star_graph/d=1/length=2',
-           'star_graph/d=2/length=12', str(STAR)],
-)  # fmt: skip
+  'name',
+  [
+    'star_graph',
+    'star_graph/d=5/length=5',
+    'star_graph/d=1/length=2',
+    'star_graph/d=2/length=12',
+    str(STAR),
+  ],
+)
 def test_a_star_graph_has_one_path(name):
   of = tasks.named(name)
   d, length = of.params['d'], of.params['length']
@@ -50,8 +56,7 @@ def test_the_arm_and_the_order_of_edges_are_random():
   items = [tasks.item(STAR, 'train', i) for i in range(600)]
   # Where the answer's first edge stands among the nine says nothing.
   places = collections.Counter(
-    item.prompt.split('/')[0].split('|').index(item.answer[:2])
-    for item in items
+    item.prompt.split('/')[0].split('|').index(item.answer[:2]) for item in items
   )
   assert len(places) == 9 and min(places.values()) > 30
 
@@ -100,8 +105,7 @@ def _value(expression: str, p: int, n: int) -> list[int]:
   return [f.get(k, 0) for k in range(n)]
 
 
-@pytest.mark.parametrize('name', ['polynomial', 'polynomial/n=3',
-                                  'polynomial/p=5/n=1/test=4'])  # fmt: skip
+@pytest.mark.parametrize('name', ['polynomial', 'polynomial/n=3', 'polynomial/p=5/n=1/test=4'])
 def test_polynomials_are_evaluated_anew(name):
   of = tasks.named(name)
   p, n = of.params['p'], of.params['n']
@@ -130,9 +134,7 @@ def test_levels_and_operations_are_uniform():
   assert sorted(levels) == [1, 2, 3, 4, 5]
   assert max(levels.values()) < 1.25 * min(levels.values())
   ones = [item.prompt for item in items if item.level == 1]
-  roots = collections.Counter(
-    '-' if prompt[0] == '-' else prompt[6] for prompt in ones
-  )
+  roots = collections.Counter('-' if prompt[0] == '-' else prompt[6] for prompt in ones)
   assert set(roots) == set('-+*o')
   assert max(roots.values()) < 1.6 * min(roots.values())
   assert {item.level for item in tasks.tests(POLYNOMIAL, 1)} == {*range(1, 11)}
@@ -143,13 +145,9 @@ def test_an_item_is_known_by_its_index():
   assert tasks.item(STAR, 'test', 7) == tasks.item(STAR, 'test', 7)
   assert tasks.item(STAR, 'test', 7) != tasks.item(STAR, 'train', 7)
   of = tasks.named('star_graph/d=2/length=5')
-  assert tasks.item(of, 'train', 3) == tasks.Item(
-    'Wa|aQ|ol|RW|ld|Rn|no|Qr/Rr=', 'RWaQr', 0
-  )
+  assert tasks.item(of, 'train', 3) == tasks.Item('Wa|aQ|ol|RW|ld|Rn|no|Qr/Rr=', 'RWaQr', 0)
   of = tasks.named('polynomial/n=3')
-  assert tasks.item(of, 'test', 1, 2) == tasks.Item(
-    '(201o(661o423))=', '404', 2
-  )
+  assert tasks.item(of, 'test', 1, 2) == tasks.Item('(201o(661o423))=', '404', 2)
   # What is trained on does not change what is asked.
   assert tasks.item(tasks.named('polynomial/n=3/train=2'), 'test', 1, 2) == (
     tasks.item(of, 'test', 1, 2)
@@ -165,9 +163,7 @@ def test_no_test_item_is_trained_on(monkeypatch):
   assert len(trained | asked) == 14
   # Nor one of a level that another test than this task's own has.
   of = tasks.named('polynomial/n=1/p=2/train=2/test=1')
-  asked = {
-    tasks.item(of, 'test', i, m).prompt for m in (1, 2) for i in range(3)
-  }
+  asked = {tasks.item(of, 'test', i, m).prompt for m in (1, 2) for i in range(3)}
   trained = {item.prompt for _, item in tasks.train(of, 500)}
   assert trained and not trained & asked
 
@@ -212,15 +208,12 @@ def test_documents_score_the_answer_alone(tmp_path):
   found = list(documents.read(source))
   assert len(found) == 40
   store.write(
-    str(tmp_path / 's'), iter(found), tokenizers.get('bytes'),
-    valid_fraction=0.0, sources=source,
-  )  # fmt: skip
+    str(tmp_path / 's'), iter(found), tokenizers.get('bytes'), valid_fraction=0.0, sources=source
+  )
   split = store.open_store(str(tmp_path / 's')).split('train')
   tokens, scored = split.tokens[0][:], split.scored[0][:]
   assert len(tokens) == 40 * 20  # begin, 15 of the prompt, 3 + end
-  assert (
-    scored.reshape(40, 20).astype(int).tolist() == [[0] * 16 + [1] * 4] * 40
-  )
+  assert scored.reshape(40, 20).astype(int).tolist() == [[0] * 16 + [1] * 4] * 40
   answers = tokens[scored.astype(bool)].reshape(40, 4)[:, :3]
   assert {bytes(a.astype('uint8')).decode() for a in answers} == {
     d.text.split('=')[1] for d in found
@@ -233,10 +226,17 @@ def test_what_a_test_asks_is_counted(capsys, tmp_path):
   found = list(documents.read(f'{source}/items=500', skipped))
   (n,) = skipped.values()
   assert n and len(found) + n == 500
-  assert main.main([
-    'prepare', f'--data.documents={source}/items=500',
-    f'--data.store={tmp_path}/s', '--data.valid_fraction=0',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'prepare',
+        f'--data.documents={source}/items=500',
+        f'--data.store={tmp_path}/s',
+        '--data.valid_fraction=0',
+      ]
+    )
+    == 0
+  )
   out = capsys.readouterr().out
   assert f'left out   {n} items that a test asks' in out
   one = 'task:polynomial/p=2/n=1/train=1/test=1/items=50'
@@ -251,17 +251,13 @@ def test_an_item_that_is_drawn_again_is_no_duplicate(tmp_path, monkeypatch):
   source = 'task:polynomial/p=3/n=1/train=3/test=1/items=3000'
   found = list(documents.read(source))
   manifest = store.write(
-    str(tmp_path / 's'), iter(found), tokenizers.get('bytes'),
-    valid_fraction=0.3, sources=source,
-  )  # fmt: skip
+    str(tmp_path / 's'), iter(found), tokenizers.get('bytes'), valid_fraction=0.3, sources=source
+  )
   assert manifest['duplicates'] == 0
   opened, texts = store.open_store(str(tmp_path / 's')), {}
   for name in ('train', 'valid'):
-    rows = [bytes(row[1:-1].astype('uint8')) for row in
-            opened.split(name).documents()]  # fmt: skip
+    rows = [bytes(row[1:-1].astype('uint8')) for row in opened.split(name).documents()]
     texts[name] = collections.Counter(row.decode() for row in rows)
-  assert texts['train'] + texts['valid'] == collections.Counter(
-    d.text for d in found
-  )
+  assert texts['train'] + texts['valid'] == collections.Counter(d.text for d in found)
   assert not texts['train'].keys() & texts['valid'].keys()
   assert max(texts['train'].values()) > 20

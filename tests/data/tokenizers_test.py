@@ -9,9 +9,7 @@ from mtp_jax.data import tokenizers
 
 def _random_text(rng: random.Random) -> str:
   spans = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0x1F300, 0x1FAFF))
-  return ''.join(
-    chr(rng.randint(*rng.choice(spans))) for _ in range(rng.randint(0, 200))
-  )
+  return ''.join(chr(rng.randint(*rng.choice(spans))) for _ in range(rng.randint(0, 200)))
 
 
 def test_bytes_round_trip():
@@ -37,20 +35,28 @@ def test_decode_skips_what_is_no_byte():
 @pytest.mark.parametrize(
   'token, piece',
   [
-    (97, 'a'), (32, ' '), (10, '\\n'), (9, '\\t'), (13, '\\r'),
-    (0, '<0x00>'), (127, '<0x7f>'), (0xE9, '<0xe9>'), (255, '<0xff>'),
-    (256, '<bos>'), (257, '<eos>'), (258, '<id 258>'), (-1, '<id -1>'),
+    (97, 'a'),
+    (32, ' '),
+    (10, '\\n'),
+    (9, '\\t'),
+    (13, '\\r'),
+    (0, '<0x00>'),
+    (127, '<0x7f>'),
+    (0xE9, '<0xe9>'),
+    (255, '<0xff>'),
+    (256, '<bos>'),
+    (257, '<eos>'),
+    (258, '<id 258>'),
+    (-1, '<id -1>'),
   ],
-)  # fmt: skip
+)
 def test_piece(token, piece):
   assert tokenizers.get('bytes').piece(token) == piece
 
 
 def test_bytes_record():
   tok = tokenizers.get('bytes')
-  assert (tok.name, tok.vocab_size, tok.bos, tok.eos) == (
-    'bytes', 258, 256, 257,
-  )  # fmt: skip
+  assert (tok.name, tok.vocab_size, tok.bos, tok.eos) == ('bytes', 258, 256, 257)
   assert tok.token_bytes_V.shape == (tok.vocab_size,)
   assert tok.token_bytes_V[[tok.bos, tok.eos]].tolist() == [0, 0]
   assert len(tok.fingerprint) == 64

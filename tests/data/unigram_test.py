@@ -32,9 +32,11 @@ def _text(seed: int, n: int) -> str:
 
 
 LOSSLESS = dict(
-  byte_fallback=True, normalization_rule_name='identity',
-  remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-)  # fmt: skip
+  byte_fallback=True,
+  normalization_rule_name='identity',
+  remove_extra_whitespaces=False,
+  allow_whitespace_only_pieces=True,
+)
 MODELS = {
   'default': {},
   'lossless': LOSSLESS,
@@ -49,13 +51,16 @@ CORPUS = _text(0, 4000).replace('\0', '').split('\n')
 def _tokenizer(**options):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=500,
-    minloglevel=2, num_threads=1, character_coverage=0.99,
-    hard_vocab_limit=False, **dict(model_type='unigram') | options,
-  )  # fmt: skip
-  return tokenizers.of_files(
-    'sentencepiece:x', {tokenizers.PIECES: model.getvalue()}
+    sentence_iterator=iter(CORPUS),
+    model_writer=model,
+    vocab_size=500,
+    minloglevel=2,
+    num_threads=1,
+    character_coverage=0.99,
+    hard_vocab_limit=False,
+    **dict(model_type='unigram') | options,
   )
+  return tokenizers.of_files('sentencepiece:x', {tokenizers.PIECES: model.getvalue()})
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -92,9 +97,7 @@ def test_naive_parts_have_others():
   assert np.concatenate(found).tolist() != tokenizer.encode(text).tolist()
 
 
-@pytest.mark.parametrize(
-  'options', [dict(model_type='bpe'), dict(user_defined_symbols=['<tool>'])]
-)
+@pytest.mark.parametrize('options', [dict(model_type='bpe'), dict(user_defined_symbols=['<tool>'])])
 def test_what_has_no_such_encoder(options):
   assert unigram.of(_tokenizer(**(dict(LOSSLESS) | options))) is None
   assert unigram.of(tokenizers.get('bytes')) is None
@@ -108,13 +111,11 @@ def test_large_documents_among_others(kind, workers, monkeypatch):
   found = [documents.Document(str(i), text) for i, text in enumerate(texts)]
   found.append(documents.Document('cut', texts[1], (7, 20_000)))
   found.append(
-    documents.Document(
-      'read', '', (len(texts[1]),), read=lambda: iter([texts[1], texts[3]])
-    )
+    documents.Document('read', '', (len(texts[1]),), read=lambda: iter([texts[1], texts[3]]))
   )
-  wanted = [encoding.encode([x._replace(
-    text=''.join(x.blocks()), read=None
-  )], tokenizer) for x in found]  # fmt: skip
+  wanted = [
+    encoding.encode([x._replace(text=''.join(x.blocks()), read=None)], tokenizer) for x in found
+  ]
   monkeypatch.setattr(encoding, 'UNIGRAM_WHOLE', 10_000)
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 1)
   monkeypatch.setattr(encoding, 'PART', 2**12)

@@ -46,8 +46,7 @@ def test_nothing_of_a_text_is_lost(tokenizer):
 def test_the_vocabulary_is_what_was_asked_for(tokenizer):
   assert (tokenizer.name, tokenizer.vocab_size) == ('train:600', 600)
   pieces = [tokenizer.piece(i) for i in range(600)]
-  assert not any(sum(c.isdigit() for c in p) > 1 and p[0] != '<'
-                 for p in pieces)  # fmt: skip
+  assert not any(sum(c.isdigit() for c in p) > 1 and p[0] != '<' for p in pieces)
   assert ':\\n' in pieces  # ends of lines are learned, and shown
   assert '▁▁▁▁' in pieces  # an indentation
 
@@ -57,9 +56,7 @@ def test_order_duplicates_and_held_out_documents_change_nothing(tokenizer):
   empty = documents.Document('empty', '')
   again = _train(found=[*shuffled, empty, *shuffled[:7]])
   assert again.files == tokenizer.files
-  held_out = [
-    d for d in DOCUMENTS if spool.held_out(spool.words(spool.digest(d))[0], 0.1)
-  ]
+  held_out = [d for d in DOCUMENTS if spool.held_out(spool.words(spool.digest(d))[0], 0.1)]
   assert held_out
   trained_on = [d for d in DOCUMENTS if d not in held_out]
   assert _train(found=trained_on).files == tokenizer.files
@@ -93,10 +90,12 @@ def test_bad_sizes_are_one_line(tmp_path, capsys, size, problem):
   (tmp_path / 'a.txt').write_text(CODE[:20_000])
   (tmp_path / 'b.txt').write_text(CODE[20_000:])
   line = [
-    'prepare', f'--data.documents=text:{tmp_path}/*.txt',
-    f'--data.store={tmp_path}/s', f'--data.tokenizer=train:{size}',
+    'prepare',
+    f'--data.documents=text:{tmp_path}/*.txt',
+    f'--data.store={tmp_path}/s',
+    f'--data.tokenizer=train:{size}',
     '--data.valid_fraction=0',
-  ]  # fmt: skip
+  ]
   assert main.main(line) == 2
   error = capsys.readouterr().err
   assert error.startswith(f'mtp: --data.tokenizer=train:{size}: ')
@@ -113,8 +112,7 @@ def test_prepare_keeps_the_trained_model_in_the_store(tmp_path, capsys):
   for i, document in enumerate(DOCUMENTS):
     (tmp_path / f'{i}.txt').write_text(document.text)
   out, again = f'{tmp_path}/s', f'{tmp_path}/t'
-  args = ['prepare', f'--data.documents=text:{tmp_path}/*.txt',
-          '--data.valid_fraction=0.1']  # fmt: skip
+  args = ['prepare', f'--data.documents=text:{tmp_path}/*.txt', '--data.valid_fraction=0.1']
   trained = [*args, f'--data.store={out}', '--data.tokenizer=train:600']
   assert main.main(trained) == 0
   assert 'tokenizer  train:600, 600 tokens as uint16' in capsys.readouterr().out
@@ -124,11 +122,7 @@ def test_prepare_keeps_the_trained_model_in_the_store(tmp_path, capsys):
   assert 'exists; give another' in capsys.readouterr().err
   # Another store with the same tokenizer is made from the file of the first.
   file = f'{out}/tokenizer/{tokenizers.PIECES}'
-  same = [
-    *args,
-    f'--data.store={again}',
-    f'--data.tokenizer=sentencepiece:{file}',
-  ]
+  same = [*args, f'--data.store={again}', f'--data.tokenizer=sentencepiece:{file}']
   assert main.main(same) == 0
   one, two = (store.open_store(path).manifest for path in (out, again))
   assert one['splits'] == two['splits']

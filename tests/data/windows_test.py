@@ -39,9 +39,7 @@ def _by_hand(lengths, seq_len: int, span: int):
     while start + seq_len + span <= len(rows):
       window = rows[start : start + seq_len + span]
       first = window[0]
-      positions = [
-        at - first[1] if doc == first[2] else at for _, at, doc in window
-      ]
+      positions = [at - first[1] if doc == first[2] else at for _, at, doc in window]
       found.append(([t for t, _, _ in window], positions, window))
       start += seq_len
   return found
@@ -114,8 +112,6 @@ def test_offsets_between_are_those_of_a_whole_search(n, longest):
   size = int(length_M.sum())
   for first in [0, size - 1, *rng.integers(0, size, 50).tolist()]:
     for width in (1, 7, size):
-      low, high = np.searchsorted(
-        offset_M, np.array([first, first + width], np.uint64)
-      )
+      low, high = np.searchsorted(offset_M, np.array([first, first + width], np.uint64))
       found = windows.between(offset_M, first, first + width, size)
       assert found.tolist() == offset_M[low:high].tolist()

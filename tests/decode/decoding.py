@@ -11,10 +11,7 @@ from mtp_jax.decode import decoder
 from tests import oracle, tiny
 
 VOCAB = 8  # few: drafts of untrained heads are right now and then
-FAMILIES = (
-  'parallel', 'causal', 'anticausal', 'linear', 'residual', 'sequential',
-  'recursive',
-)  # fmt: skip
+FAMILIES = ('parallel', 'causal', 'anticausal', 'linear', 'residual', 'sequential', 'recursive')
 PROMPTS = ([3], [1, 5, 2, 0, 7, 7], [6, 6, 1], [2, 0, 4, 1, 3, 5, 5, 2, 6])
 NEW = 40
 ROWS = 48  # of a batch that is filled up, so that tests share its programs
@@ -25,9 +22,13 @@ def cfg(family='parallel', n=4, **changes) -> config.Config:
   layers = 1 + (n if family in config.BLOCK_FIRST else 1)
   changes = dict(decode__max_new=NEW, decode__prefill=4) | changes
   return tiny.cfg(
-    heads__family=family, heads__n=n, model__n_layers=layers,
-    model__vocab_size=VOCAB, data__seq_len=64, **changes,
-  )  # fmt: skip
+    heads__family=family,
+    heads__n=n,
+    model__n_layers=layers,
+    model__vocab_size=VOCAB,
+    data__seq_len=64,
+    **changes,
+  )
 
 
 def make(c: config.Config, model=None, active=None) -> decoder.Decoder:
@@ -60,9 +61,7 @@ def greedy(family: str, n: int = 4, new: int = NEW, unembedding='shared'):
   """What float64 says after each of PROMPTS."""
   c = cfg(family, n, heads__unembedding=unembedding)
   params = tiny.flat(tiny.model(c, tiny.mesh(c)))
-  return [
-    oracle.greedy(params, p, new, oracle.Shape(family, n)) for p in PROMPTS
-  ]
+  return [oracle.greedy(params, p, new, oracle.Shape(family, n)) for p in PROMPTS]
 
 
 def counter(n: int = 4) -> tuple[config.Config, object]:
@@ -78,12 +77,13 @@ def counter(n: int = 4) -> tuple[config.Config, object]:
   still = model.trunk.replace(o=0 * model.trunk.o, down=0 * model.trunk.down)
   proj = np.stack([np.linalg.matrix_power(ahead_DD, k) for k in range(1, n)])
   new = model.replace(
-    embed=one_hot_VD, trunk=still, norm=np.ones(D, np.float32),
-    heads=model.heads.replace(proj=proj), unembed=ahead_DD @ one_hot_VD.T,
-  )  # fmt: skip
-  return c, jax.tree.map(
-    lambda w, old: jax.device_put(jnp.asarray(w), old.sharding), new, model
+    embed=one_hot_VD,
+    trunk=still,
+    norm=np.ones(D, np.float32),
+    heads=model.heads.replace(proj=proj),
+    unembed=ahead_DD @ one_hot_VD.T,
   )
+  return c, jax.tree.map(lambda w, old: jax.device_put(jnp.asarray(w), old.sharding), new, model)
 
 
 def with_flags(c: config.Config, **changes) -> config.Config:

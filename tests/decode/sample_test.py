@@ -29,9 +29,7 @@ def test_filters_equal_ranking_one_by_one(name):
   for V in (5, 50):
     logits = 2 * rng.normal(size=(20, V))
     values = FILTERS[name]
-    s = sample.Sampling(
-      *(values.get(f) for f in ('temperature', 'top_k', 'top_p', 'min_p'))
-    )
+    s = sample.Sampling(*(values.get(f) for f in ('temperature', 'top_k', 'top_p', 'min_p')))
     got = jax.jit(sample.probabilities)(jnp.array(logits, jnp.float32), s)
     wanted = [oracle.kept(row, **values) for row in logits]
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
@@ -47,13 +45,19 @@ def _cfg(**filters):
   flags = {f'decode__{k}': v for k, v in filters.items()}
   return decoding.with_flags(
     tiny.cfg(
-      heads__family='residual', heads__n=3, model__n_layers=1,
-      model__d_model=8, model__d_ff=8, model__n_attn_heads=2,
-      model__n_kv_heads=1, model__vocab_size=VOCAB, decode__max_new=NEW,
+      heads__family='residual',
+      heads__n=3,
+      model__n_layers=1,
+      model__d_model=8,
+      model__d_ff=8,
+      model__n_attn_heads=2,
+      model__n_kv_heads=1,
+      model__vocab_size=VOCAB,
+      decode__max_new=NEW,
       data__seq_len=64,
     ),
     **flags,
-  )  # fmt: skip
+  )
 
 
 def _exact(params, filters):
@@ -64,9 +68,7 @@ def _exact(params, filters):
   def after(text):
     if text not in cached:
       window = np.array([PROMPT + list(text) + [0] * shape.span])
-      logits = oracle.forward(
-        params, window, np.arange(window.shape[1])[None], shape
-      )
+      logits = oracle.forward(params, window, np.arange(window.shape[1])[None], shape)
       cached[text] = oracle.kept(logits[0, 0, -1], **filters)
     return cached[text]
 
@@ -111,11 +113,18 @@ def test_drafts_that_are_drawn_twice_lose_nothing():
   drafted again, from what the heads say then; by heads that feed tokens."""
   V, new, rows = 3, 6, 10_000
   c = tiny.cfg(
-    heads__family='sequential', heads__n=3, model__n_layers=1,
-    model__d_model=8, model__d_ff=8, model__n_attn_heads=2,
-    model__n_kv_heads=1, model__vocab_size=V, decode__max_new=new,
-    decode__temperature=1.2, data__seq_len=64,
-  )  # fmt: skip
+    heads__family='sequential',
+    heads__n=3,
+    model__n_layers=1,
+    model__d_model=8,
+    model__d_ff=8,
+    model__n_attn_heads=2,
+    model__n_kv_heads=1,
+    model__vocab_size=V,
+    decode__max_new=new,
+    decode__temperature=1.2,
+    data__seq_len=64,
+  )
   model = tiny.model(c, tiny.mesh(c))
   model = model.replace(unembed=5 * model.unembed)
   prompt, shape = [1, 2], oracle.Shape('sequential', 3)
@@ -145,8 +154,7 @@ def test_speculation_keeps_the_distribution(name, heads):
   # large ones they are sure of something else.
   scale = {'good': 0.1, 'bad': 60.0}[heads]
   model = model.replace(
-    heads=jax.tree.map(lambda w: scale * w, model.heads),
-    unembed=6 * model.unembed,
+    heads=jax.tree.map(lambda w: scale * w, model.heads), unembed=6 * model.unembed
   )
   decode = decoding.make(c, model)
   prompts = [np.array(PROMPT)] * ROWS
@@ -189,9 +197,7 @@ def test_another_temperature_compiles_nothing():
   decoding.decode(c, prompts)
   before = speculative.run._cache_size()
   for temperature in (0.7, 1.0):
-    decoding.decode(
-      decoding.with_flags(c, decode__temperature=temperature), prompts
-    )
+    decoding.decode(decoding.with_flags(c, decode__temperature=temperature), prompts)
   assert speculative.run._cache_size() == before
 
 

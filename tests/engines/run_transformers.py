@@ -15,9 +15,7 @@ def main(request, result):
     asked = json.load(file)
   folder = asked['folder']
   # Without it the config.json would be read as that of no model in particular.
-  tokenizer = transformers.AutoTokenizer.from_pretrained(
-    folder, trust_remote_code=True
-  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=True
   )
@@ -29,16 +27,22 @@ def main(request, result):
     drafts = {'use_mtp': True} if asked['steps'] else {}
     prompt = torch.tensor([prompt])
     out = model.generate(
-      prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-      max_new_tokens=asked['new'], eos_token_id=None, pad_token_id=0, **drafts,
-    )  # fmt: skip
+      prompt,
+      attention_mask=torch.ones_like(prompt),
+      do_sample=False,
+      max_new_tokens=asked['new'],
+      eos_token_id=None,
+      pad_token_id=0,
+      **drafts,
+    )
     ids.append(out[0, prompt.shape[1] :].tolist())
     passes.append(len(forwards))
   told = dict(
-    version=f'transformers {transformers.__version__}', ids=ids,
+    version=f'transformers {transformers.__version__}',
+    ids=ids,
     passes=passes if asked['steps'] else None,
     cut=[tokenizer(text).input_ids for text in asked['texts']],
-  )  # fmt: skip
+  )
   with open(result, 'w') as file:
     json.dump(told, file)
 

@@ -12,9 +12,7 @@ from mtp_jax.evals import acceptance
 from tests import runs
 
 
-def test_it_is_what_decoding_the_same_pieces_says(
-  undisturbed, tmp_path, monkeypatch
-):
+def test_it_is_what_decoding_the_same_pieces_says(undisturbed, tmp_path, monkeypatch):
   counted, given, out = [], [], tmp_path / 'out.json'
   decode = decoder.Decoder.__call__
 
@@ -25,10 +23,15 @@ def test_it_is_what_decoding_the_same_pieces_says(
 
   monkeypatch.setattr(decoder.Decoder, '__call__', counting)
   args = [
-    'eval', f'--eval.checkpoint={undisturbed}', '--eval.suite=acceptance',
-    '--mesh.fsdp=-1', '--train.compilation_cache=', f'--out={out}',
-    '--bench.prompt=12', '--decode.max_new=20',
-  ]  # fmt: skip
+    'eval',
+    f'--eval.checkpoint={undisturbed}',
+    '--eval.suite=acceptance',
+    '--mesh.fsdp=-1',
+    '--train.compilation_cache=',
+    f'--out={out}',
+    '--bench.prompt=12',
+    '--decode.max_new=20',
+  ]
   assert not main.main([*args, '--eval.items=5'])
   found = json.loads(out.read_text())['suites']['acceptance']
   (decoded,) = counted
@@ -41,9 +44,7 @@ def test_it_is_what_decoding_the_same_pieces_says(
 
 def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
   path = runs.make_store(str(tmp_path / 'store'))
-  cfg = config.replace(
-    config.Config(), **{'data.store': path, 'bench.prompt': 10}
-  )
+  cfg = config.replace(config.Config(), **{'data.store': path, 'bench.prompt': 10})
   split = store_lib.open_store(path).split('valid')
   tokens, offsets = split.tokens[0][:], split.offsets[0][:]
   found = acceptance.pieces(cfg, len(offsets) + 2, 'eval.items')
@@ -61,11 +62,20 @@ def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
 
 def test_too_few_pieces_are_said(undisturbed, capsys):
   capsys.readouterr()
-  assert main.main([
-    'eval', f'--eval.checkpoint={undisturbed}', '--eval.suite=acceptance',
-    '--mesh.fsdp=-1', '--train.compilation_cache=', '--bench.prompt=150',
-    '--eval.items=4000',
-  ]) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        'eval',
+        f'--eval.checkpoint={undisturbed}',
+        '--eval.suite=acceptance',
+        '--mesh.fsdp=-1',
+        '--train.compilation_cache=',
+        '--bench.prompt=150',
+        '--eval.items=4000',
+      ]
+    )
+    == 2
+  )
   line = capsys.readouterr().err
   assert line.startswith('mtp: --eval.items=4000: ')
   assert 'held-out pieces of so many tokens (--bench.prompt=150)' in line

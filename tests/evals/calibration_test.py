@@ -10,13 +10,11 @@ from tests import tiny
 @pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
 def test_sums_are_those_of_single_scores(mesh):
   c = tiny.cfg(
-    heads__n=2, mesh__data=mesh[0], mesh__fsdp=mesh[1], mesh__tensor=mesh[2],
-    data__batch_size=16,
-  )  # fmt: skip
+    heads__n=2, mesh__data=mesh[0], mesh__fsdp=mesh[1], mesh__tensor=mesh[2], data__batch_size=16
+  )
   m, batch = tiny.mesh(c), tiny.batch(c)
   w = tiny.model(c, m)
-  halves = [{k: x[:, s] for k, x in batch.items()} for s in
-            (slice(8), slice(8, 16))]  # fmt: skip
+  halves = [{k: x[:, s] for k, x in batch.items()} for s in (slice(8), slice(8, 16))]
   got = calibration.evaluator(c, m)(w, halves, 1)
   s = scores.of_batch(w, {k: x[0] for k, x in batch.items()}, m, c, 2)
   for k in range(2):
@@ -28,9 +26,7 @@ def test_sums_are_those_of_single_scores(mesh):
     assert got['count_KX'][k].tolist() == n.tolist()
     right, _ = np.histogram(s.top[k][valid & (s.rank[k] == 0)], edges)
     assert got['right_KX'][k].tolist() == right.tolist()
-    np.testing.assert_allclose(
-      got['sure_KX'][k].sum(), s.top[k][valid].sum(), rtol=1e-5
-    )
+    np.testing.assert_allclose(got['sure_KX'][k].sum(), s.top[k][valid].sum(), rtol=1e-5)
 
 
 def test_heads_that_trained_are_asked():
@@ -44,10 +40,12 @@ def test_heads_that_trained_are_asked():
 def test_the_error_by_hand():
   """Ten sure of .9 of which 7 are right, ten of .3 of which 5 are."""
   total = dict(
-    count_K=np.array([20.0]), top_K=np.array([15.0]),
-    right_KX=np.array([[5.0, 7.0]]), sure_KX=np.array([[3.0, 9.0]]),
+    count_K=np.array([20.0]),
+    top_K=np.array([15.0]),
+    right_KX=np.array([[5.0, 7.0]]),
+    sure_KX=np.array([[3.0, 9.0]]),
     count_KX=np.array([[10.0, 10.0]]),
-  )  # fmt: skip
+  )
   found = calibration.scalars(total)
   assert found == dict(top5_1=0.75, calibration_error_1=pytest.approx(0.2))
   assert calibration.table(found)[1].split() == ['1', '75.00%', '20.00%']
@@ -55,10 +53,11 @@ def test_the_error_by_hand():
 
 def test_a_perfectly_calibrated_model_and_one_that_asks_nothing():
   total = dict(
-    count_K=np.array([4.0, 0.0]), top_K=np.array([4.0, 0.0]),
+    count_K=np.array([4.0, 0.0]),
+    top_K=np.array([4.0, 0.0]),
     right_KX=np.array([[1.0, 2.0], [0, 0]]),
     sure_KX=np.array([[1.0, 2.0], [0, 0]]),
-  )  # fmt: skip
+  )
   np.testing.assert_array_equal(calibration.error(total), [0, np.nan])
   found = calibration.scalars(total)
   assert (found['top5_1'], np.isnan(found['top5_2'])) == (1, True)

@@ -33,9 +33,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
 
 def _cfg(path, **changes):
   kind = sandbox_test.KIND
-  return problems_test.cfg(
-    path, allow_code_execution=True, sandbox=kind, **changes
-  )
+  return problems_test.cfg(path, allow_code_execution=True, sandbox=kind, **changes)
 
 
 @pytest.fixture
@@ -54,9 +52,7 @@ def answering(monkeypatch):
       ]
 
     monkeypatch.setattr(subject, 'continuations', continuations)
-    return subject.Subject(
-      'tiny', cfg, None, None, tokenizers.get('bytes'), 1, None
-    )
+    return subject.Subject('tiny', cfg, None, None, tokenizers.get('bytes'), 1, None)
 
   return make
 
@@ -73,14 +69,12 @@ SUITES = {
     'def add(x):\n  return x',
   ),
   'apps': (
-    [
-      problems_test.apps(['1\n2\n', '3'], ['2\n4', ['6']]),
-      problems_test.apps(['7'], ['14.0']),
-    ],
-    READS, 'print(2)\nprint(4)',
+    [problems_test.apps(['1\n2\n', '3'], ['2\n4', ['6']]), problems_test.apps(['7'], ['14.0'])],
+    READS,
+    'print(2)\nprint(4)',
   ),
   'code_contests': ([problems_test.CONTEST] * 2, READS, 'print(2)'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('name', problems.FORMATS)
@@ -89,9 +83,7 @@ def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
   cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', rows))
   registry.SUITES[name].check('', cfg)
   for answer, score in ((right, 1), (wrong, 0)):
-    found = registry.SUITES[name].run(
-      answering(cfg, lambda *a, x=answer: x), ''
-    )
+    found = registry.SUITES[name].run(answering(cfg, lambda *a, x=answer: x), '')
     assert found.scalars['pass@1'] == found.scalars['passed'] == score
     assert found.scalars[f'pass@1_{"high" if score else "low"}'] == score
     assert found.scalars['failed'] == 1 - score
@@ -106,14 +98,18 @@ def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
 @pytest.mark.parametrize(
   'source, expected, passes',
   [
-    (TWICE, 2, True), (TWICE, [2], True), (LEETCODE, [2, 1], True),
-    (TWICE, 3, False), ('', 2, False), ('def twice(x): exit()', 2, False),
+    (TWICE, 2, True),
+    (TWICE, [2], True),
+    (LEETCODE, [2, 1], True),
+    (TWICE, 3, False),
+    ('', 2, False),
+    ('def twice(x): exit()', 2, False),
     ('def twice(x): return {1: 2}', {'1': 2}, True),
     ('def twice(x): return [(1, 2)]', [[[1, 2]]], True),
     ('print(1)\n' * 9 + TWICE, 2, True),
     ('twice = lambda x: int(sqrt(4)) * len(Counter([x]))', 2, True),
   ],
-)  # fmt: skip
+)
 def test_calls_of_apps(source, expected, passes, tmp_path):
   row = problems_test.apps([[1], [1]], [expected] * 2, fn_name='twice')
   cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', [row]))
@@ -135,16 +131,24 @@ def test_a_mix_has_its_pass_at_k(answering, tmp_path):
     return '  while True: pass\n' if (i, j) == (0, 3) else '  return 3\n'
 
   cfg = _cfg(
-    problems_test.write(tmp_path / 'p.jsonl', rows), samples=4, k='1,2',
-    temperatures='0.2,0.8', timeout_s=1.5,
-  )  # fmt: skip
+    problems_test.write(tmp_path / 'p.jsonl', rows),
+    samples=4,
+    k='1,2',
+    temperatures='0.2,0.8',
+    timeout_s=1.5,
+  )
   found = code.run('humaneval', answering(cfg, answer), '').scalars
   expected = {
-    'pass@1/t0.2': 5 / 12, 'pass@2/t0.2': (0 + 1 / 2 + 1) / 3,
-    'pass@1/t0.8': 1 / 4, 'pass@2/t0.8': 1 / 2,
-    'pass@1/oracle': 5 / 12, 'pass@2/oracle': 1 / 2,
-    'passed/t0.2': 5 / 12, 'timeout/t0.2': 1 / 12, 'failed/t0.2': 6 / 12,
-  }  # fmt: skip
+    'pass@1/t0.2': 5 / 12,
+    'pass@2/t0.2': (0 + 1 / 2 + 1) / 3,
+    'pass@1/t0.8': 1 / 4,
+    'pass@2/t0.8': 1 / 2,
+    'pass@1/oracle': 5 / 12,
+    'pass@2/oracle': 1 / 2,
+    'passed/t0.2': 5 / 12,
+    'timeout/t0.2': 1 / 12,
+    'failed/t0.2': 6 / 12,
+  }
   for name, value in expected.items():
     assert found[name] == pytest.approx(value), name
     if 'pass@' in name:
@@ -172,15 +176,12 @@ def test_an_interval_is_no_narrower_than_that_of_the_scores():
     ({}, (1,), (0.0,)),
     (dict(eval__samples=10), (1, 10), (0.2, 0.8)),
     (dict(eval__samples=200), (1, 10, 100), (0.2, 0.8)),
-    (dict(eval__samples=5, eval__k='5,2', eval__temperatures='.1'),
-     (5, 2), (0.1,)),
+    (dict(eval__samples=5, eval__k='5,2', eval__temperatures='.1'), (5, 2), (0.1,)),
     (dict(eval__temperatures='0,1', eval__k='1'), (1,), (0, 1)),
   ],
-)  # fmt: skip
+)
 def test_what_flags_of_sampling_mean(changes, ks, temperatures):
-  cfg = config.replace(
-    config.Config(), **{k.replace('__', '.'): v for k, v in changes.items()}
-  )
+  cfg = config.replace(config.Config(), **{k.replace('__', '.'): v for k, v in changes.items()})
   assert code.sampling(cfg)[1:] == (ks, temperatures)
 
 
@@ -189,7 +190,8 @@ def test_what_flags_of_sampling_mean(changes, ks, temperatures):
   [
     ({'eval.allow_code_execution': False}, 'allow_code', 'a model wrote'),
     ({'eval.k': '2'}, 'k', '1 to --eval.samples=1'),
-    ({'eval.k': '0'}, 'k', 'whole numbers'), ({'eval.k': 'x'}, 'k', 'whole'),
+    ({'eval.k': '0'}, 'k', 'whole numbers'),
+    ({'eval.k': 'x'}, 'k', 'whole'),
     ({'eval.k': '1,1'}, 'k', 'different'),
     ({'eval.temperatures': '-1'}, 'temperatures', '0 or more'),
     ({'eval.temperatures': 'nan'}, 'temperatures', '0 or more'),
@@ -199,7 +201,7 @@ def test_what_flags_of_sampling_mean(changes, ks, temperatures):
     ({'decode.top_p': 0.9, 'eval.temperatures': '0'}, 'top_p', 'above 0'),
     ({'decode.min_p': 0.1}, 'min_p', 'needs --eval.temperatures above 0'),
   ],
-)  # fmt: skip
+)
 def test_refused_before_anything_is_loaded(changes, flag, says, tmp_path):
   cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', problems_test.MBPP))
   cfg = config.replace(cfg, **{'eval.suite': 'mbpp'} | changes)
@@ -212,13 +214,22 @@ def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
   path = problems_test.write(tmp_path / 'p.jsonl', problems_test.MBPP)
   out = tmp_path / 'found.json'
   args = [
-    'eval', f'--eval.checkpoint={undisturbed}', '--eval.suite=mbpp',
-    f'--eval.data={path}', '--eval.allow_code_execution', '--eval.samples=2',
-    '--eval.temperatures=0.5', '--eval.shots=0', '--eval.items=2',
-    '--decode.max_new=12', '--decode.top_p=0.95', '--mesh.fsdp=-1',
-    '--train.compilation_cache=', f'--out={out}',
+    'eval',
+    f'--eval.checkpoint={undisturbed}',
+    '--eval.suite=mbpp',
+    f'--eval.data={path}',
+    '--eval.allow_code_execution',
+    '--eval.samples=2',
+    '--eval.temperatures=0.5',
+    '--eval.shots=0',
+    '--eval.items=2',
+    '--decode.max_new=12',
+    '--decode.top_p=0.95',
+    '--mesh.fsdp=-1',
+    '--train.compilation_cache=',
+    f'--out={out}',
     f'--eval.sandbox={sandbox_test.KIND}',
-  ]  # fmt: skip
+  ]
   assert main.main(args) == 0
   text = capsys.readouterr().out
   assert '2 problems, 2 answers each at temperature 0.5' in text

@@ -120,9 +120,7 @@ def test_what_is_no_problem_is_told(line, said, tmp_path):
 
 
 def _cfg(**changes):
-  return tiny.cfg(
-    heads__n=2, model__vocab_size=258, data__tokenizer='bytes', **changes
-  )
+  return tiny.cfg(heads__n=2, model__vocab_size=258, data__tokenizer='bytes', **changes)
 
 
 @pytest.fixture(scope='module')
@@ -130,9 +128,7 @@ def asked():
   c = _cfg(decode__max_new=9, decode__segment=2)
   m = tiny.mesh(c)
   w = tiny.model(c, m)
-  return subject.Subject(
-    'tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, 2)
-  )
+  return subject.Subject('tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, 2))
 
 
 def _asking(asked, data, **changes):
@@ -152,33 +148,30 @@ def test_answers_are_counted(asked, data, monkeypatch):
     assert ask == subject.Ask(max_new=9, stop=('Q:', 'Question:'))
     questions = [p.rsplit('Q: ', 1)[1][: -len('\nA:')] for p in prompts]
     return [
-      [subject.Text(said[q], tokenizers.get('bytes').encode('abcd'), 2, 'stop')]
-      for q in questions
+      [subject.Text(said[q], tokenizers.get('bytes').encode('abcd'), 2, 'stop')] for q in questions
     ]
 
   monkeypatch.setattr(subject, 'continuations', write)
   long = _asking(asked, data, eval__shots=0, model__context=100)
   found = gsm8k.run(long, '')
   assert found.scalars == dict(
-    accuracy=1 / 3, accuracy_low=pytest.approx(0.0615, abs=1e-4),
-    accuracy_high=pytest.approx(0.7923, abs=1e-4), shots=0,
+    accuracy=1 / 3,
+    accuracy_low=pytest.approx(0.0615, abs=1e-4),
+    accuracy_high=pytest.approx(0.7923, abs=1e-4),
+    shots=0,
     tokens_per_forward=2.0,
-  )  # fmt: skip
+  )
   assert found.lines == [
-    '  3 problems, right 33.3% (6.1% to 79.2%), 0 worked examples,'
-    ' 2.00 tokens a pass'
+    '  3 problems, right 33.3% (6.1% to 79.2%), 0 worked examples, 2.00 tokens a pass'
   ]
   short = _asking(asked, data, eval__shots=0, model__context=30)
   assert '  2 of them are longer' in gsm8k.run(short, '').lines[1]
 
 
 @pytest.mark.parametrize(
-  'context, shots, kept',
-  [(10_000, -1, 8), (10_000, 2, 2), (460, 2, 1), (16, 2, 0)],
+  'context, shots, kept', [(10_000, -1, 8), (10_000, 2, 2), (460, 2, 1), (16, 2, 0)]
 )
-def test_the_first_examples_are_left_out_first(
-  context, shots, kept, asked, data, monkeypatch
-):  # fmt: skip
+def test_the_first_examples_are_left_out_first(context, shots, kept, asked, data, monkeypatch):
   seen = []
 
   def write(_, prompts, ask):
@@ -188,10 +181,7 @@ def test_the_first_examples_are_left_out_first(
 
   monkeypatch.setattr(subject, 'continuations', write)
   found = gsm8k.run(
-    _asking(
-      asked, data, eval__items=1, eval__shots=shots, model__context=context
-    ),
-    '',
+    _asking(asked, data, eval__items=1, eval__shots=shots, model__context=context), ''
   )
   first = len(gsm8k.SHOTS) if shots < 0 else shots
   examples = gsm8k.SHOTS[first - kept : first]
@@ -205,10 +195,9 @@ def test_the_first_examples_are_left_out_first(
 
 
 def _eval(workdir, *flags):
-  return main.main([
-    'eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1',
-    '--train.compilation_cache=', *flags,
-  ])  # fmt: skip
+  return main.main(
+    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *flags]
+  )
 
 
 @pytest.fixture(scope='module')
@@ -222,10 +211,18 @@ def workdir(tmp_path_factory):
 
 def test_a_user_asks(workdir, data, tmp_path, capsys):
   out = tmp_path / 'out.json'
-  assert _eval(
-    workdir, '--eval.suite=gsm8k', f'--eval.data={data}', '--eval.items=2',
-    '--eval.shots=1', '--decode.max_new=7', f'--out={out}',
-  ) == 0  # fmt: skip
+  assert (
+    _eval(
+      workdir,
+      '--eval.suite=gsm8k',
+      f'--eval.data={data}',
+      '--eval.items=2',
+      '--eval.shots=1',
+      '--decode.max_new=7',
+      f'--out={out}',
+    )
+    == 0
+  )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith('step 0, gsm8k:')
   assert '2 problems, right 0.0%' in lines[1]

@@ -27,9 +27,7 @@ HFLM = not parity.MISSING and (  # imports torch
 )
 
 CONTEXT = 64
-MODELS = [
-  ('parallel', 4), ('anticausal', 4), ('sequential', 3), ('parallel', 1)
-]  # fmt: skip
+MODELS = [('parallel', 4), ('anticausal', 4), ('sequential', 3), ('parallel', 1)]
 TASKS = {
   'tiny_mc': """
 output_type: multiple_choice
@@ -78,9 +76,7 @@ def tasks(tmp_path_factory):
     return ' '.join(rng.choice(WORDS.split(), size=n))
 
   rows = [
-    dict(
-      question=text(n), choices=[' ' + text(k) for k in (1, 2, 3)], gold=n % 3
-    )
+    dict(question=text(n), choices=[' ' + text(k) for k in (1, 2, 3)], gold=n % 3)
     for n in (1, 3, 4, 9, 30, 31, 60)
   ]
   data = path / 'data.jsonl'
@@ -97,32 +93,33 @@ def tasks(tmp_path_factory):
 def _cfg(family, n, **changes):
   layers = 2 + (n if family in config.BLOCK_FIRST else 0)
   return tiny.cfg(
-    heads__family=family, heads__n=n, model__n_layers=layers,
-    model__vocab_size=264, data__seq_len=CONTEXT, data__tokenizer='bytes',
-    decode__batch_size=4, **changes,
-  )  # fmt: skip
+    heads__family=family,
+    heads__n=n,
+    model__n_layers=layers,
+    model__vocab_size=264,
+    data__seq_len=CONTEXT,
+    data__tokenizer='bytes',
+    decode__batch_size=4,
+    **changes,
+  )
 
 
 def _subject(c):
   m = tiny.mesh(c)
   w = tiny.model(c, m)
   return subject.Subject(
-    'tiny', c, w, m, tokenizers.get('bytes'), 1,
-    decoder.Decoder(w, c, m, c.heads.n),
-  )  # fmt: skip
+    'tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, c.heads.n)
+  )
 
 
 @pytest.fixture(
-  scope='module', ids=str,
-  params=[pytest.param(m, marks=pytest.mark.parity) for m in MODELS],
-)  # fmt: skip
+  scope='module', ids=str, params=[pytest.param(m, marks=pytest.mark.parity) for m in MODELS]
+)
 def both(request, tmp_path_factory):
   """(our subject, the harness's own class on its export)."""
   ours = _subject(_cfg(*request.param))
   out = str(tmp_path_factory.mktemp('export') / 'out')
-  folder.export(
-    ours.model, ours.cfg, ours.tokenizer, out, dtype='float32', about='a test'
-  )
+  folder.export(ours.model, ours.cfg, ours.tokenizer, out, dtype='float32', about='a test')
   return ours, HFLM(out, device='cpu', dtype='float32', batch_size=3)
 
 
@@ -131,10 +128,7 @@ def _model(ours):
 
 
 def _asked(kind, args):
-  return [
-    Instance(request_type=kind, doc={}, arguments=a, idx=i)
-    for i, a in enumerate(args)
-  ]
+  return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(args)]
 
 
 LONG = ' '.join([WORDS] * 4) + '!'
@@ -158,9 +152,7 @@ def test_a_text_is_encoded_as_the_harness_does(both):
     for text in context, continuation:
       assert model.tok_encode(text) == theirs.tok_encode(text)
     if context:
-      assert model._encode_pair(context, continuation) == theirs._encode_pair(
-        context, continuation
-      )
+      assert model._encode_pair(context, continuation) == theirs._encode_pair(context, continuation)
   assert theirs.max_length == subject.context(ours.cfg) == CONTEXT
 
 
@@ -168,9 +160,7 @@ def test_loglikelihoods_are_the_same(both):
   ours, theirs = both
   asked = _asked('loglikelihood', PAIRS)
   got, wanted = _model(ours).loglikelihood(asked), theirs.loglikelihood(asked)
-  np.testing.assert_allclose(
-    *([nats for nats, _ in found] for found in (got, wanted)), atol=1e-3
-  )
+  np.testing.assert_allclose(*([nats for nats, _ in found] for found in (got, wanted)), atol=1e-3)
   assert [g for _, g in got] == [g for _, g in wanted]
 
 
@@ -196,9 +186,8 @@ def test_whole_texts_are_the_same(both):
   ours, theirs = both
   asked = _asked('loglikelihood_rolling', [('',), ('a',), (WORDS,), (LONG,)])
   np.testing.assert_allclose(
-    _model(ours).loglikelihood_rolling(asked),
-    theirs.loglikelihood_rolling(asked), atol=2e-3,
-  )  # fmt: skip
+    _model(ours).loglikelihood_rolling(asked), theirs.loglikelihood_rolling(asked), atol=2e-3
+  )
 
 
 def test_what_is_written_is_the_same(both):
@@ -215,9 +204,7 @@ def test_what_is_written_is_the_same(both):
 
 
 def _asking(ours, tasks, **flags):
-  flags = {'eval.data': str(tasks)} | {
-    k.replace('__', '.'): v for k, v in flags.items()
-  }
+  flags = {'eval.data': str(tasks)} | {k.replace('__', '.'): v for k, v in flags.items()}
   return ours._replace(cfg=config.replace(ours.cfg, **flags))
 
 
@@ -229,10 +216,13 @@ def test_scores_of_tasks_are_the_same(both, tasks):
   got = harness.run(ours, arg)
   with harness._contained():
     wanted = evaluator.simple_evaluate(
-      theirs, tasks=list(TASKS), limit=6, bootstrap_iters=harness.BOOTSTRAP,
+      theirs,
+      tasks=list(TASKS),
+      limit=6,
+      bootstrap_iters=harness.BOOTSTRAP,
       num_fewshot=2,
       task_manager=harness._tasks(tuple(TASKS), str(tasks)),
-    )['results']  # fmt: skip
+    )['results']
   names = []
   for task, values in wanted.items():
     for key, value in values.items():
@@ -247,9 +237,7 @@ def test_scores_of_tasks_are_the_same(both, tasks):
         assert got.scalars[names[-1] + '_low'] == low
         assert got.scalars[names[-1] + '_high'] == high
       elif error != 'N/A':
-        assert got.scalars[names[-1] + '_high'] == pytest.approx(
-          value + 1.959964 * error, rel=1e-3
-        )
+        assert got.scalars[names[-1] + '_high'] == pytest.approx(value + 1.959964 * error, rel=1e-3)
   assert len(names) == 8 and len(got.lines) == 8
   assert got.scalars['tiny_ll/perplexity_high'] > 0  # by the bootstrap
   assert len(got.items) == 24 and json.dumps(got.items)
@@ -306,18 +294,15 @@ def test_a_text_begins_as_its_tokenizer_says(begin, tmp_path, plain):
   tokenizer = tokenizers.get(f'hf:{tmp_path / tokens.JSON}')
   ours = plain._replace(tokenizer=tokenizer)
   out = str(tmp_path / 'out')
-  folder.export(
-    ours.model, ours.cfg, tokenizer, out, dtype='float32', about='a test'
-  )
+  folder.export(ours.model, ours.cfg, tokenizer, out, dtype='float32', about='a test')
   theirs = HFLM(out, device='cpu', dtype='float32')
   asked = _asked('loglikelihood', [('', 'ab'), ('a b', ' c')])
   got, wanted = _model(ours).loglikelihood(asked), theirs.loglikelihood(asked)
   np.testing.assert_allclose(got, wanted, atol=1e-3)
   text = _asked('loglikelihood_rolling', [(WORDS,)])
   np.testing.assert_allclose(
-    _model(ours).loglikelihood_rolling(text),
-    theirs.loglikelihood_rolling(text), atol=1e-3,
-  )  # fmt: skip
+    _model(ours).loglikelihood_rolling(text), theirs.loglikelihood_rolling(text), atol=1e-3
+  )
   assert _model(ours).tok_encode('a') == [*[256] * begin, 97]
 
 
@@ -331,25 +316,24 @@ def workdir(tmp_path_factory):
 
 
 def _eval(workdir, *flags):
-  return main.main([
-    'eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1',
-    '--train.compilation_cache=', *flags,
-  ])  # fmt: skip
+  return main.main(
+    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *flags]
+  )
 
 
 def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
   # A process forked while jax runs may hang.
   monkeypatch.setattr(multiprocessing, 'Pool', None)
   out, suite = tmp_path / 'out.json', 'lm_eval:tiny_ll+tiny_mc+tiny_gen'
-  assert _eval(
-    workdir, f'--eval.suite={suite}', f'--eval.data={tasks}', '--eval.items=3',
-    f'--out={out}',
-  ) == 0  # fmt: skip
+  assert (
+    _eval(
+      workdir, f'--eval.suite={suite}', f'--eval.data={tasks}', '--eval.items=3', f'--out={out}'
+    )
+    == 0
+  )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith(f'step 0, {suite}:') and len(lines) == 6
-  assert (
-    lines[3].startswith('  tiny_mc/acc 0.') and '3 items, 0 worked' in lines[3]
-  )
+  assert lines[3].startswith('  tiny_mc/acc 0.') and '3 items, 0 worked' in lines[3]
   found = json.loads(out.read_text())['suites'][suite]
   right = [x['acc'] for x in found['items'] if x['task'] == 'tiny_mc']
   assert len(right) == 3 and found['tiny_mc/acc'] == sum(right) / 3
@@ -365,15 +349,12 @@ def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
     ('lm_eval:torn', 'TASKS/torn', 'cannot be asked: '),
   ],
 )
-def test_what_cannot_be_asked_is_told(
-  suite, data, said, workdir, tasks, capsys
-):  # fmt: skip
+def test_what_cannot_be_asked_is_told(suite, data, said, workdir, tasks, capsys):
   torn = tasks / 'torn'
   torn.mkdir(exist_ok=True)
   (torn / 'torn.yaml').write_text(
     'task: torn\ndataset_path: json\ntest_split: test\n'
-    f'dataset_kwargs: {{data_files: {{test: {torn}/gone.jsonl}}}}\n'
-    + TASKS['tiny_mc']
+    f'dataset_kwargs: {{data_files: {{test: {torn}/gone.jsonl}}}}\n' + TASKS['tiny_mc']
   )
   data = data.replace('TASKS', str(tasks))
   assert _eval(workdir, f'--eval.suite={suite}', f'--eval.data={data}') == 2
@@ -384,9 +365,7 @@ def test_what_cannot_be_asked_is_told(
 def test_without_the_harness_its_extra_is_named(workdir, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'lm_eval', None)
   assert _eval(workdir, '--eval.suite=lm_eval:hellaswag') == 2
-  assert 'needs lm_eval: pip install "mtp_jax[evals]"' in (
-    capsys.readouterr().err
-  )
+  assert 'needs lm_eval: pip install "mtp_jax[evals]"' in (capsys.readouterr().err)
 
 
 def test_gsm8k_asks_what_the_harness_asks(tmp_path):
@@ -394,9 +373,7 @@ def test_gsm8k_asks_what_the_harness_asks(tmp_path):
   data = tmp_path / 'data.jsonl'
   row = dict(question='How many are 2 and 2?', answer='2 + 2 = 4\n#### 4')
   data.write_text(json.dumps(row) + '\n')
-  theirs = os.path.join(
-    os.path.dirname(lm_eval.__file__), 'tasks/gsm8k/gsm8k-cot.yaml'
-  )
+  theirs = os.path.join(os.path.dirname(lm_eval.__file__), 'tasks/gsm8k/gsm8k-cot.yaml')
   (tmp_path / 'task.yaml').write_text(
     f'include: {theirs}\ntask: cot\ndataset_path: json\ndataset_name: null\n'
     f'dataset_kwargs: {{data_files: {{test: {data}}}}}\n'

@@ -10,18 +10,14 @@ from tests import oracle, tiny
 
 def _evaluate(c, step, batches):
   m = tiny.mesh(c)
-  bytes_V = jax.device_put(
-    np.ones(c.model.vocab_size, np.int32), jax.NamedSharding(m, jax.P())
-  )
+  bytes_V = jax.device_put(np.ones(c.model.vocab_size, np.int32), jax.NamedSharding(m, jax.P()))
   return heldout.evaluator(c, m, bytes_V)(tiny.model(c, m), batches, step)
 
 
 def test_several_batches_are_one_and_equal_the_training_loss():
   c = tiny.cfg(heads__n=3, loss__z_loss=1e-2, loss__weights='0:1,.3')
   rows = tiny.batch(c)
-  halves = [
-    {k: x[:, s] for k, x in rows.items()} for s in (slice(4), slice(4, 8))
-  ]
+  halves = [{k: x[:, s] for k, x in rows.items()} for s in (slice(4), slice(4, 8))]
   (total, sums), _ = tiny.value_and_grad(c, rows)
   for batches in ([rows], halves):
     got = _evaluate(c, 10, batches)
@@ -34,9 +30,8 @@ def test_several_batches_are_one_and_equal_the_training_loss():
 @pytest.mark.parametrize('family', ['parallel', 'anticausal'])
 def test_heads_and_weights_in_force_at_the_last_step(family):
   c = tiny.cfg(
-    heads__n=3, heads__family=family, loss__curriculum='0:1;20:3',
-    loss__weights='0:1,.5;20:1,.1',
-  )  # fmt: skip
+    heads__n=3, heads__family=family, loss__curriculum='0:1;20:3', loss__weights='0:1,.5;20:1,.1'
+  )
   rows = tiny.batch(c)
   for step, m, weights in ((20, 1, [1]), (21, 3, [1, 0.1, 0.1])):
     got = _evaluate(c, step, [rows])
@@ -50,14 +45,10 @@ def test_heads_and_weights_in_force_at_the_last_step(family):
 def _oracle(c, rows, m):
   """Losses of a model of heads 1..m alone, in float64."""
   params = tiny.flat(tiny.model(c, tiny.mesh(c)))
-  params = {
-    name: x[:m] if name.startswith('heads.') else x
-    for name, x in params.items()
-  }
+  params = {name: x[:m] if name.startswith('heads.') else x for name, x in params.items()}
   shape = oracle.Shape(c.heads.family, m)
   tokens_BU, position_BU = (
-    rows[name][0, :, : c.data.seq_len + shape.span]
-    for name in ('tokens', 'position')
+    rows[name][0, :, : c.data.seq_len + shape.span] for name in ('tokens', 'position')
   )
   logits_KBTV = oracle.forward(params, tokens_BU, position_BU, shape)
   return oracle.losses(logits_KBTV, tokens_BU, position_BU, shape)

@@ -81,13 +81,13 @@ def test_occurrences_of_other_tokens_count_as_read():
     return np.array(ids)
 
   pieces = BYTES._replace(
-    vocab_size=len(vocabulary), bos=0, encode=encode,
+    vocab_size=len(vocabulary),
+    bos=0,
+    encode=encode,
     decode=lambda ids: ''.join(vocabulary[i] for i in ids if i),
-  )  # fmt: skip
-  pool = ([(128, ' Ab')], [(129, 'cd')])
-  item = induction._item(
-    'a', text, {'Tomkin'}, pool, pieces, 99, random.Random(0)
   )
+  pool = ([(128, ' Ab')], [(129, 'cd')])
+  item = induction._item('a', text, {'Tomkin'}, pool, pieces, 99, random.Random(0))
   assert item.name == 'Abcd' and item.before == [1, 2, 3]
 
 
@@ -101,8 +101,7 @@ def test_what_a_passage_may_not_have():
   cut = _items(STORY + 'The Tomkins met Tomkin.', seq_len=end)[0]
   assert cut.at == a.at and len(cut.ids) == end + 1
   assert len(_items(STORY + 'The Tomkins met Tomkin.', end - 1)[0].at) == 5
-  there = ' '.join(x + y for x in map(chr, range(65, 91)) for y in 'abcdefghij'
-                   'klmnopqrstuvwxyz')  # fmt: skip
+  there = ' '.join(x + y for x in map(chr, range(65, 91)) for y in 'abcdefghijklmnopqrstuvwxyz')
   assert not _items(STORY + there, seq_len=9999)
 
 
@@ -120,17 +119,19 @@ def test_a_perfect_and_a_random_model(monkeypatch):
     before = [q for q in item.at if q < p]
     return item.ids[before[-1] + 1] if before else 0
 
-  found = induction.score([
-    induction.Second(n, said(i, p) == i.ids[p + 1], 0.0)
-    for i in items for n, p in zip(i.before, i.at, strict=True)
-  ])  # fmt: skip
+  found = induction.score(
+    [
+      induction.Second(n, said(i, p) == i.ids[p + 1], 0.0)
+      for i in items
+      for n, p in zip(i.before, i.at, strict=True)
+    ]
+  )
   assert found['accuracy'] == 1 and found['first_occurrence'] == 0
   assert found['accuracy_1'] == found['accuracy_2'] == found['accuracy_4'] == 1
   rng = np.random.default_rng(0)
-  chance = induction.score([
-    induction.Second(n, bool(rng.random() < 1 / 26), 0.0)
-    for n in range(6) for _ in range(400)
-  ])  # fmt: skip
+  chance = induction.score(
+    [induction.Second(n, bool(rng.random() < 1 / 26), 0.0) for n in range(6) for _ in range(400)]
+  )
   for name in ('accuracy', 'first_occurrence', 'accuracy_1', 'accuracy_4'):
     assert chance[f'{name}_low'] < 1 / 26 < chance[f'{name}_high']
 
@@ -141,16 +142,12 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
   def of_rows(model, rows, mesh, cfg, n_active, batch_size):
     after = [np.array([[*row[1:], 0]]) for row in rows]
     nats = [np.arange(1.0, len(row) + 1)[None] for row in rows]
-    return [
-      scores.Scores(y, None, None, x, None)
-      for x, y in zip(after, nats, strict=True)
-    ]
+    return [scores.Scores(y, None, None, x, None) for x, y in zip(after, nats, strict=True)]
 
   monkeypatch.setattr(scores, 'of_rows', of_rows)
   monkeypatch.setattr(
-    induction, 'texts',
-    lambda *_: [documents.Document('a', STORY), documents.Document('b', STORY)],
-  )  # fmt: skip
+    induction, 'texts', lambda *_: [documents.Document('a', STORY), documents.Document('b', STORY)]
+  )
   cfg = config.replace(config.Config(), **{'data.seq_len': 300})
   model = subject.Subject('knows', cfg, None, None, BYTES, 1, None)
   found = induction.run(model, '')
@@ -165,9 +162,7 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
 def test_scores_by_hand():
   right = [False, True, False, True, False, True, True]
   nats = [4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 3.0]
-  found = induction.score([
-    induction.Second(n, right[n], nats[n]) for n in range(len(right))
-  ])  # fmt: skip
+  found = induction.score([induction.Second(n, right[n], nats[n]) for n in range(len(right))])
   assert found['accuracy'] == 4 / 6 and found['accuracy_1'] == 1
   assert found['accuracy_2'] == 0.5 and found['accuracy_4'] == 2 / 3
   assert found['nats'] == 1.5 and found['first_nats'] == 4
@@ -179,36 +174,40 @@ def test_scores_by_hand():
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('induction')
   text = folder / 'story.jsonl'
-  text.write_text(
-    ''.join(json.dumps(dict(text=f'{i} {STORY}')) + '\n' for i in range(40))
-  )
+  text.write_text(''.join(json.dumps(dict(text=f'{i} {STORY}')) + '\n' for i in range(40)))
   store = str(folder / 'store')
-  assert not main.main([
-    'prepare', f'--data.store={store}', f'--data.documents=jsonl:{text}',
-    '--data.valid_fraction=0.3',
-  ])  # fmt: skip
+  assert not main.main(
+    [
+      'prepare',
+      f'--data.store={store}',
+      f'--data.documents=jsonl:{text}',
+      '--data.valid_fraction=0.3',
+    ]
+  )
   workdir = folder / 'run'
   assert not runs.train(
-    store, workdir, heads__family='linear', data__seq_len=256,
-    eval__suite='induction,choice_points', train__steps=2, eval__items=6,
+    store,
+    workdir,
+    heads__family='linear',
+    data__seq_len=256,
+    eval__suite='induction,choice_points',
+    train__steps=2,
+    eval__items=6,
     optim__warmup_steps=1,
-  )  # fmt: skip
+  )
   return text, workdir
 
 
 def _eval(workdir, *args):
-  return main.main([
-    'eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1',
-    '--train.compilation_cache=', *args,
-  ])  # fmt: skip
+  return main.main(
+    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *args]
+  )
 
 
 def test_through_the_command_line(run, tmp_path, capsys):
   """Held-out documents of the store, or any that are named."""
   text, workdir = run
-  (record,) = [
-    r for r in metrics.read(str(workdir)) if r.get('source') == 'induction'
-  ]
+  (record,) = [r for r in metrics.read(str(workdir)) if r.get('source') == 'induction']
   assert record['kind'] == 'suite'
   page = workdir / 'evals' / '2' / 'choice_points.html'
   assert page.exists()  # of the run itself
@@ -218,9 +217,8 @@ def test_through_the_command_line(run, tmp_path, capsys):
   found = json.loads(out.read_text())['suites']['induction']
   assert found['accuracy'] == record['accuracy'] and len(found['items']) == 6
   assert not _eval(
-    workdir, '--eval.suite=induction', f'--eval.data=jsonl:{text}',
-    '--eval.items=0', f'--out={out}',
-  )  # fmt: skip
+    workdir, '--eval.suite=induction', f'--eval.data=jsonl:{text}', '--eval.items=0', f'--out={out}'
+  )
   found = json.loads(out.read_text())['suites']['induction']
   both = '--eval.suite=choice_points,induction'
   assert not _eval(workdir, both, f'--out={out}')
@@ -234,17 +232,11 @@ def test_through_the_command_line(run, tmp_path, capsys):
   assert 'no such file' in capsys.readouterr().err
   few = tmp_path / 'few.txt'
   few.write_text('nothing here')
-  assert _eval(
-    workdir, '--eval.suite=induction', f'--eval.data=text:{few}'
-  ) == 2  # fmt: skip
+  assert _eval(workdir, '--eval.suite=induction', f'--eval.data=text:{few}') == 2
   error = capsys.readouterr().err
-  assert (
-    error.startswith('mtp: --eval.data=') and 'no name that occurs' in error
-  )
+  assert error.startswith('mtp: --eval.data=') and 'no name that occurs' in error
   few.write_text('')
-  assert _eval(
-    workdir, '--eval.suite=choice_points', f'--eval.data=text:{few}'
-  ) == 2  # fmt: skip
+  assert _eval(workdir, '--eval.suite=choice_points', f'--eval.data=text:{few}') == 2
   assert 'has no text in it' in capsys.readouterr().err
 
 
@@ -269,9 +261,7 @@ def test_nats_stand_at_the_token_they_are_of():
   from mtp_jax.evals import choice_points
 
   got = choice_points.by_token(found, 5, (1, 2))
-  np.testing.assert_array_equal(
-    got, [[np.nan, 0, 1, 2, 3], [np.nan, np.nan, 4, 5, 6]]
-  )
+  np.testing.assert_array_equal(got, [[np.nan, 0, 1, 2, 3], [np.nan, np.nan, 4, 5, 6]])
   # A leaping head's place is as far before its token as its offset.
   far = choice_points.by_token(found, 6, (1, 3))
   np.testing.assert_array_equal(far[1], [np.nan] * 3 + [4, 5, 6])
@@ -295,17 +285,12 @@ def test_choice_points_by_hand(monkeypatch, tmp_path):
   monkeypatch.setattr(scores, 'of_rows', lambda *_: [long, short])
   cfg = config.replace(
     config.Config(),
-    **{
-      'heads.n': 2, 'heads.stride': 2, 'eval.data': f'jsonl:{text}#text',
-      'data.seq_len': 16,
-    },
-  )  # fmt: skip
+    **{'heads.n': 2, 'heads.stride': 2, 'eval.data': f'jsonl:{text}#text', 'data.seq_len': 16},
+  )
   asked = subject.Subject('tiny', cfg, None, None, BYTES, 1, None)
   found = choice_points.run(asked, '')
   # Head 2 sees tokens 3 and 4 from 0 and 1; of these, 4 is a choice point.
-  assert found.scalars == pytest.approx(
-    dict(nats_1=1.1 / 5, nats_2=5.5 / 2, choice_points=1 / 2)
-  )
+  assert found.scalars == pytest.approx(dict(nats_1=1.1 / 5, nats_2=5.5 / 2, choice_points=1 / 2))
   assert 'of 2 that heads 1 and 2 see' in found.lines[0]
   monkeypatch.setattr(scores, 'of_rows', lambda *_: [short, short])
   text.write_text('{"text": "b"}\n{"text": "a"}\n')

@@ -13,17 +13,22 @@ from mtp_jax.evals import problems
 
 MBPP = [
   {
-    'task_id': n, 'text': f'Add {n}.', 'challenge_test_list': [],
-    'code': f'def add(x):\r\n  return x + {n}', 'test_setup_code': '',
+    'task_id': n,
+    'text': f'Add {n}.',
+    'challenge_test_list': [],
+    'code': f'def add(x):\r\n  return x + {n}',
+    'test_setup_code': '',
     'test_list': [f'assert add(1) == {n + 1}', f'assert add(2) == {n + 2}'],
   }
   for n in (1, 2, 3, 4, 11, 12, 510, 511)
-]  # fmt: skip
+]
 HUMANEVAL = {
-  'task_id': 'HumanEval/0', 'prompt': 'def two():\n  """2"""\n',
-  'entry_point': 'two', 'canonical_solution': '  return 2\n',
+  'task_id': 'HumanEval/0',
+  'prompt': 'def two():\n  """2"""\n',
+  'entry_point': 'two',
+  'canonical_solution': '  return 2\n',
   'test': 'def check(candidate):\n  assert candidate() == 2\n',
-}  # fmt: skip
+}
 
 
 def apps(inputs, outputs, **more):
@@ -31,18 +36,23 @@ def apps(inputs, outputs, **more):
   if 'fn_name' in more:
     tests['fn_name'] = more.pop('fn_name')
   return dict(
-    problem_id=7, question='Double it.', input_output=json.dumps(tests),
-    difficulty='interview', starter_code='', **more,
-  )  # fmt: skip
+    problem_id=7,
+    question='Double it.',
+    input_output=json.dumps(tests),
+    difficulty='interview',
+    starter_code='',
+    **more,
+  )
 
 
 CONTEST = {
-  'name': '1_A. Twice', 'description': 'Double it.',
+  'name': '1_A. Twice',
+  'description': 'Double it.',
   'public_tests': {'input': ['1\n'], 'output': ['2\n']},
   'private_tests': [{'input': '2\n', 'output': '4\n'}],
   'generated_tests': {'input': [], 'output': []},
   'time_limit': {'seconds': 2, 'nanos': 500_000_000},
-}  # fmt: skip
+}
 
 
 def write(path, rows, open_=open):
@@ -87,12 +97,13 @@ def test_humaneval_of_the_wheel_is_found_and_not_imported(tmp_path):
   )
   path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
   out = subprocess.run(
-    [sys.executable, '-c', code], env=dict(os.environ, PYTHONPATH=path),
-    capture_output=True, text=True, check=True,
-  ).stdout  # fmt: skip
-  (problem,) = problems.read(
-    'humaneval', '', cfg(write(tmp_path / 'h.jsonl', [HUMANEVAL]))
-  )
+    [sys.executable, '-c', code],
+    env=dict(os.environ, PYTHONPATH=path),
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  (problem,) = problems.read('humaneval', '', cfg(write(tmp_path / 'h.jsonl', [HUMANEVAL])))
   assert out == f'{[problem]}\n'
   assert problem.before == problem.prompt == HUMANEVAL['prompt']
   assert problem.tests == f'{HUMANEVAL["test"]}\ncheck(two)\n'
@@ -108,15 +119,14 @@ def test_humaneval_without_the_wheel(monkeypatch):
 def test_apps(tmp_path):
   rows = [
     apps(['1\n', ['2', '3']], ['2\n', ['4', '6']]),
-    apps([[1]], [[2]], fn_name='twice') | {
-      'difficulty': 'competition', 'starter_code': 'def twice(x):'},
-    apps([], []), dict(apps([], []), input_output=''),
-  ]  # fmt: skip
+    apps([[1]], [[2]], fn_name='twice')
+    | {'difficulty': 'competition', 'starter_code': 'def twice(x):'},
+    apps([], []),
+    dict(apps([], []), input_output=''),
+  ]
   path = write(tmp_path / 'apps.jsonl', rows)
   plain, calls = problems.read('apps', '', cfg(path))
-  assert plain.prompt == (
-    '\nQUESTION:\nDouble it.\nUse Standard Input format\nANSWER:\n'
-  )
+  assert plain.prompt == ('\nQUESTION:\nDouble it.\nUse Standard Input format\nANSWER:\n')
   assert plain.cases == (('1\n', '2\n'), ('2\n3', '4\n6'))
   assert calls.prompt == (
     '\nQUESTION:\nDouble it.\ndef twice(x):\nUse Call-Based format\nANSWER:\n'
@@ -137,18 +147,25 @@ def test_code_contests(tmp_path):
 @pytest.mark.parametrize(
   'limit, seconds',
   [
-    ('seconds: 2\nnanos: 500000000\n', 2.5), ('2.5s', 2.5), (2.5, 2.5),
-    ({'seconds': 2}, 2), ('', 0), (None, 0), ('seconds: 1', 1),
+    ('seconds: 2\nnanos: 500000000\n', 2.5),
+    ('2.5s', 2.5),
+    (2.5, 2.5),
+    ({'seconds': 2}, 2),
+    ('', 0),
+    (None, 0),
+    ('seconds: 1', 1),
   ],
-)  # fmt: skip
+)
 def test_time_limits(limit, seconds):
   assert problems._seconds(limit) == seconds
 
 
 GOOD = {
-  'mbpp': MBPP[4], 'humaneval': HUMANEVAL, 'apps': apps(['1'], ['2']),
+  'mbpp': MBPP[4],
+  'humaneval': HUMANEVAL,
+  'apps': apps(['1'], ['2']),
   'code_contests': CONTEST,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -164,13 +181,10 @@ GOOD = {
     ('apps', apps(['1', '2'], ['1']), '2 inputs and 1 outputs'),
     ('apps', apps([{}], ['1']), 'of standard input are not texts'),
     ('code_contests', {'public_tests': [{'input': 'a'}]}, "no field 'output'"),
-    (
-      'code_contests', {'public_tests': {'input': ['a'], 'output': []}},
-      'argument 2 is shorter',
-    ),
+    ('code_contests', {'public_tests': {'input': ['a'], 'output': []}}, 'argument 2 is shorter'),
     ('code_contests', {'time_limit': 'soon'}, 'could not convert'),
   ],
-)  # fmt: skip
+)
 def test_a_malformed_line_is_named(tmp_path, name, bad, says):
   good = GOOD[name]
   if isinstance(bad, dict):
@@ -211,14 +225,20 @@ def test_what_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
   'out, expected, apps, contests',
   [
-    ('1 2\n', ' 1\n2', True, True), ('1 2', '1', False, False),
-    ('12', '1 2', False, False), ('', '', True, True),
-    ('YES', 'yes', False, True), ('1.0', '1', True, True),
-    ('0.333333', '0.3333334', True, True), ('0.33', '0.34', False, False),
-    ('1000000.1', '1000000', True, False), ('nan', '1', False, False),
-    ('1', 'inf', False, False), ('a', '1', False, False),
+    ('1 2\n', ' 1\n2', True, True),
+    ('1 2', '1', False, False),
+    ('12', '1 2', False, False),
+    ('', '', True, True),
+    ('YES', 'yes', False, True),
+    ('1.0', '1', True, True),
+    ('0.333333', '0.3333334', True, True),
+    ('0.33', '0.34', False, False),
+    ('1000000.1', '1000000', True, False),
+    ('nan', '1', False, False),
+    ('1', 'inf', False, False),
+    ('a', '1', False, False),
   ],
-)  # fmt: skip
+)
 def test_outputs_agree(out, expected, apps, contests):
   assert problems.same_apps(out, expected) == apps
   assert problems.same_contests(out, expected) == contests

@@ -14,18 +14,10 @@ from mtp_jax.evals import keeper, sandbox
 TESTS = 'assert f(1) == 2'
 PLAIN = sandbox._command()
 # Whether namespaces are to be had here at all, asked of util-linux.
-NEW = [
-  '--mount',
-  '--net',
-  '--pid',
-  '--fork',
-  *(['--user'] if os.geteuid() else []),
-]
+NEW = ['--mount', '--net', '--pid', '--fork', *(['--user'] if os.geteuid() else [])]
 HAS = subprocess.run(['unshare', *NEW, 'true'], capture_output=True)
 KIND = 'weak' if HAS.returncode else 'full'
-pytestmark = pytest.mark.skipif(
-  KIND == 'weak', reason='this system gives no sandbox'
-)
+pytestmark = pytest.mark.skipif(KIND == 'weak', reason='this system gives no sandbox')
 GOOD = 'def f(x):\n  return x + 1\n'
 # The keeper as another user, who may read Python and the keeper but no home.
 AS_USER = """
@@ -47,10 +39,7 @@ def who(request, monkeypatch):
 
 
 def _run(source, tests=TESTS, wall_s=8.0, kind='full', stdin='', **limits):
-  return sandbox.run(
-    sandbox.Program(source, tests, stdin, wall_s), kind,
-    sandbox.Limits(**limits),
-  )  # fmt: skip
+  return sandbox.run(sandbox.Program(source, tests, stdin, wall_s), kind, sandbox.Limits(**limits))
 
 
 def _processes(mark: str) -> list[str]:
@@ -83,9 +72,7 @@ def test_programs_that_mean_no_harm():
     '  return int(open("w").read())\n'
   )
   assert _run(whole).outcome == 'passed'
-  assert _run('print({"a", "b", "c"})', '').out == (
-    _run('print({"a", "b", "c"})', '').out
-  )
+  assert _run('print({"a", "b", "c"})', '').out == (_run('print({"a", "b", "c"})', '').out)
 
 
 @pytest.mark.parametrize(
@@ -95,28 +82,24 @@ def test_programs_that_mean_no_harm():
     ('import time\ntime.sleep(1e6)', 'timeout'),
     (
       'import signal\nfor s in set(signal.Signals) - {9, 19}:\n'
-      '  signal.signal(s, signal.SIG_IGN)\nwhile True: pass', 'timeout',
-    ),
-    (
-      'import os\nwhile True:\n  try: os.fork()\n  except OSError: pass',
+      '  signal.signal(s, signal.SIG_IGN)\nwhile True: pass',
       'timeout',
     ),
+    ('import os\nwhile True:\n  try: os.fork()\n  except OSError: pass', 'timeout'),
     (
       'import threading, time\nwhile True:\n'
-      '  threading.Thread(target=time.sleep, args=(60,)).start()', 'timeout',
+      '  threading.Thread(target=time.sleep, args=(60,)).start()',
+      'timeout',
     ),
     ('x = "x" * 10**11', 'memory'),
     ('x = []\nwhile True: x.append(bytearray(2**24))', 'memory'),
     (
-      'import os, time\nfor _ in range(4): os.fork()\nx = bytearray(2**27)\n'
-      'time.sleep(60)', 'memory',
+      'import os, time\nfor _ in range(4): os.fork()\nx = bytearray(2**27)\ntime.sleep(60)',
+      'memory',
     ),
     ('while True: print("x" * 10000)', 'output'),
     ('import sys\nwhile True: sys.stderr.write("x" * 10000)', 'output'),
-    (
-      'import os\nos.closerange(0, 64)\nwhile True: os.dup(os.open(".", 0))',
-      'failed',
-    ),
+    ('import os\nos.closerange(0, 64)\nwhile True: os.dup(os.open(".", 0))', 'failed'),
     ('import os\nfor i in range(3, 64): os.dup2(1, i)', 'failed'),
     ('import sys\nsys.exit(0)', 'failed'),
     ('import os\nos._exit(0)', 'failed'),
@@ -128,17 +111,18 @@ def test_programs_that_mean_no_harm():
       'builtins.exec = builtins.compile = builtins.open = os.write = no',
       'failed',
     ),
-    ('for i in range(3, 64):\n  try: __import__("os").write(i, b"0" * 32)\n'
-     '  except OSError: pass', 'failed'),
+    (
+      'for i in range(3, 64):\n  try: __import__("os").write(i, b"0" * 32)\n  except OSError: pass',
+      'failed',
+    ),
     ('open("x", "w").truncate(2**34)', 'failed'),
     ('f = open("x", "wb")\nwhile True: f.write(bytes(2**20))', 'failed'),
     ('for i in range(10**9): open(str(i), "w").close()', 'failed'),
     ('x = [open(".x", "w") for _ in range(1000)]', 'failed'),
-    ('for i in range(99):\n  with open(str(i), "wb") as f:\n'
-     '    f.write(bytes(2**23))', 'failed'),
+    ('for i in range(99):\n  with open(str(i), "wb") as f:\n    f.write(bytes(2**23))', 'failed'),
     ('f = lambda x: f(x)', 'failed'),
   ],
-)  # fmt: skip
+)
 def test_contained(source, outcome):
   ended = _run(source, wall_s=2.0 if outcome == 'timeout' else 8.0)
   assert ended.outcome == outcome, ended
@@ -323,10 +307,11 @@ keeper.recv(64)
 def test_what_is_handed_over_stays_as_it_is():
   fd = keeper._handed(b'tests')
   for change in (
-    lambda: os.pwrite(fd, b'x', 0), lambda: os.ftruncate(fd, 0),
+    lambda: os.pwrite(fd, b'x', 0),
+    lambda: os.ftruncate(fd, 0),
     lambda: os.ftruncate(fd, 99),
     lambda: open(f'/proc/self/fd/{fd}', 'r+b', 0).write(b'x'),
-  ):  # fmt: skip
+  ):
     with pytest.raises(PermissionError):
       change()
   with open(fd, 'rb') as file:
@@ -337,8 +322,9 @@ def test_what_a_pass_is_worth():
   programs = {**FORGERIES, **BELIEVED, 'an honest one': GOOD}
   ended = sandbox.together(
     lambda source: _run(source, tests='assert f(1) == 2\nassert f(2) == 3'),
-    list(programs.values()), lambda line: None,
-  )  # fmt: skip
+    list(programs.values()),
+    lambda line: None,
+  )
   found = {name: e.outcome for name, e in zip(programs, ended, strict=True)}
   passed = [name for name, outcome in found.items() if outcome == 'passed']
   assert passed == [*BELIEVED, 'an honest one'], found
@@ -385,8 +371,16 @@ def test_files_outside_are_neither_read_nor_written(tmp_path):
   secret.write_text('known')
   os.chmod(secret, 0o666)
   os.chmod(tmp_path, 0o777)
-  paths = [str(secret), '/etc/shadow', '/etc/passwd', os.path.expanduser('~'),
-           os.getcwd(), sandbox.KEEPER, sys.prefix, '/proc/1/root']  # fmt: skip
+  paths = [
+    str(secret),
+    '/etc/shadow',
+    '/etc/passwd',
+    os.path.expanduser('~'),
+    os.getcwd(),
+    sandbox.KEEPER,
+    sys.prefix,
+    '/proc/1/root',
+  ]
   ended = _run(
     f"""
 import os
@@ -523,8 +517,7 @@ def test_the_temporary_folder_may_be_cleaned(kind, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'source',
-  ['', '\x00', 'x = "\ud800"', '\ufeffx = 1', '#' * 10**6, '(' * 10**5],
+  'source', ['', '\x00', 'x = "\ud800"', '\ufeffx = 1', '#' * 10**6, '(' * 10**5]
 )
 def test_any_text_is_a_program(source):
   """That does not define f."""
@@ -534,11 +527,14 @@ def test_any_text_is_a_program(source):
 @pytest.mark.parametrize(
   'source, outcome',
   [
-    (GOOD, 'passed'), ('while True: pass', 'timeout'), ('exit(0)', 'failed'),
-    ('x = "x" * 10**11', 'memory'), ('while True: print("x" * 999)', 'output'),
+    (GOOD, 'passed'),
+    ('while True: pass', 'timeout'),
+    ('exit(0)', 'failed'),
+    ('x = "x" * 10**11', 'memory'),
+    ('while True: print("x" * 999)', 'output'),
     ('open("x", "wb").write(bytes(2**25))', 'failed'),
   ],
-)  # fmt: skip
+)
 def test_weak(source, outcome):
   assert _run(source, wall_s=3.0, kind='weak').outcome == outcome
 
@@ -549,9 +545,7 @@ def test_programs_run_side_by_side():
   mixed = [bomb, GOOD, bomb, GOOD, GOOD]
   programs = [sandbox.Program(s, TESTS, wall_s=3.0) for s in mixed]
   said = []
-  found = sandbox.together(
-    lambda p: sandbox.run(p, 'full'), programs, said.append
-  )
+  found = sandbox.together(lambda p: sandbox.run(p, 'full'), programs, said.append)
   expected = {bomb: 'timeout', GOOD: 'passed'}
   assert [e.outcome for e in found] == [expected[s] for s in mixed]
   assert len(said) == 5 and said[-1] == '5 of 5 programs judged'
@@ -590,9 +584,7 @@ def test_what_ends_an_evaluation_ends_its_programs():
     raise KeyboardInterrupt
 
   def judge(source):
-    return sandbox.run(
-      sandbox.Program(source, 'assert True', wall_s=300), 'weak'
-    ).outcome
+    return sandbox.run(sandbox.Program(source, 'assert True', wall_s=300), 'weak').outcome
 
   with pytest.raises(KeyboardInterrupt):
     sandbox.together(judge, ['', *['import time; time.sleep(300)'] * 3], stop)

@@ -22,10 +22,15 @@ from tests import tiny
 )
 def test_sums_are_those_of_the_loss(family, unembedding, mesh):
   c = tiny.cfg(
-    model__n_layers=2 + 3 * (family in config.BLOCK_FIRST), heads__n=3,
-    heads__family=family, heads__unembedding=unembedding, mesh__data=mesh[0],
-    mesh__fsdp=mesh[1], mesh__tensor=mesh[2], data__batch_size=16,
-  )  # fmt: skip
+    model__n_layers=2 + 3 * (family in config.BLOCK_FIRST),
+    heads__n=3,
+    heads__family=family,
+    heads__unembedding=unembedding,
+    mesh__data=mesh[0],
+    mesh__fsdp=mesh[1],
+    mesh__tensor=mesh[2],
+    data__batch_size=16,
+  )
   m, batch = tiny.mesh(c), tiny.batch(c)
   w = tiny.model(c, m)
   rows = {name: x[0] for name, x in batch.items()}
@@ -37,12 +42,8 @@ def test_sums_are_those_of_the_loss(family, unembedding, mesh):
     (got.nats * got.valid).sum((1, 2)) / count_K, sums['loss_K'], rtol=2e-5
   )
   correct = (got.rank == 0) & got.valid
-  np.testing.assert_allclose(
-    correct.sum((1, 2)) / count_K, sums['accuracy_K'], rtol=1e-6
-  )
-  target = np.stack(
-    [rows['tokens'][:, k : k + c.data.seq_len] for k in (1, 2, 3)]
-  )
+  np.testing.assert_allclose(correct.sum((1, 2)) / count_K, sums['accuracy_K'], rtol=1e-6)
+  target = np.stack([rows['tokens'][:, k : k + c.data.seq_len] for k in (1, 2, 3)])
   np.testing.assert_array_equal(got.rank == 0, got.argmax == target)
   assert (got.top <= 1).all() and (np.exp(-got.nats) <= got.top + 1e-6).all()
 
@@ -52,9 +53,7 @@ def test_a_row_by_itself_is_a_row_in_any_batch():
   c = tiny.cfg(heads__n=2, data__batch_size=16)
   m = tiny.mesh(c)
   w, rng = tiny.model(c, m), np.random.default_rng(0)
-  rows = [
-    rng.integers(0, c.model.vocab_size, size=n) for n in (70, 3, 40, 2, 9)
-  ]
+  rows = [rng.integers(0, c.model.vocab_size, size=n) for n in (70, 3, 40, 2, 9)]
   together = scores.of_rows(w, rows, m, c, 2, batch_size=5)
   for i, row in enumerate(rows):
     (alone,) = scores.of_rows(w, [row], m, c, 2, batch_size=1)
@@ -69,9 +68,7 @@ def test_ranks_by_hand():
   logits = np.array([1.0, 3.0, 3.0, 2.0, 0.0], np.float32)
   h, unembed = np.ones((1, 5, 1), np.float32), logits[None]
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
-    _, (nats, rank, top, best) = scores._of_targets(
-      h, unembed, np.arange(5)[None], None
-    )
+    _, (nats, rank, top, best) = scores._of_targets(h, unembed, np.arange(5)[None], None)
   p = np.exp(logits) / np.exp(logits).sum()
   np.testing.assert_allclose(np.exp(-nats[0]), p, rtol=1e-6)
   assert rank[0].tolist() == [3, 0, 1, 2, 4] and (best == 1).all()

@@ -15,14 +15,16 @@ PROMPTS = ('def f(', 'x', 'import os\nprint(os', '')
 @pytest.fixture(scope='module')
 def asked():
   c = tiny.cfg(
-    heads__n=2, model__vocab_size=258, model__n_layers=3, decode__prefill=4,
-    decode__batch_size=3, decode__segment=2,
-  )  # fmt: skip
+    heads__n=2,
+    model__vocab_size=258,
+    model__n_layers=3,
+    decode__prefill=4,
+    decode__batch_size=3,
+    decode__segment=2,
+  )
   m = tiny.mesh(c)
   w = tiny.model(c, m)
-  return subject.Subject(
-    'tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, 2)
-  )
+  return subject.Subject('tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, 2))
 
 
 def _ids(found):
@@ -50,9 +52,7 @@ def test_ids_are_taken_as_they_are(asked):
 def test_samples_do_not_depend_on_the_batch(asked):
   ask = subject.Ask(max_new=6, samples=3, temperature=0.9, seed=5)
   found = subject.continuations(asked, PROMPTS, ask)
-  other = asked._replace(
-    cfg=config.replace(asked.cfg, **{'decode.batch_size': 8})
-  )
+  other = asked._replace(cfg=config.replace(asked.cfg, **{'decode.batch_size': 8}))
   assert _ids(subject.continuations(other, PROMPTS, ask)) == _ids(found)
   assert len({str(ids) for row in _ids(found) for ids in row}) > 6
 
@@ -65,9 +65,7 @@ def test_each_sample_of_each_prompt_has_a_seed_of_its_own(asked):
 
 def test_runs_of_other_seeds_share_no_draw(asked):
   first, second = (
-    subject.continuations(
-      asked, ['x'], subject.Ask(max_new=8, samples=4, temperature=1.0, seed=s)
-    )
+    subject.continuations(asked, ['x'], subject.Ask(max_new=8, samples=4, temperature=1.0, seed=s))
     for s in (0, 1)
   )
   assert len({str(ids) for ids in _ids(first)[0] + _ids(second)[0]}) == 8
@@ -80,12 +78,8 @@ def test_the_best_token_alone_is_greedy(asked):
 
 
 def test_the_end_token_ends_a_text(asked):
-  (plain,), *_ = subject.continuations(
-    asked, PROMPTS[:1], subject.Ask(max_new=9)
-  )
-  ends = asked._replace(
-    tokenizer=asked.tokenizer._replace(eos=int(plain.ids[4]))
-  )
+  (plain,), *_ = subject.continuations(asked, PROMPTS[:1], subject.Ask(max_new=9))
+  ends = asked._replace(tokenizer=asked.tokenizer._replace(eos=int(plain.ids[4])))
   at = plain.ids.tolist().index(plain.ids[4])
   (text,), *_ = subject.continuations(ends, PROMPTS[:1], subject.Ask(max_new=9))
   assert text.ids.tolist() == plain.ids[: at + 1].tolist()
@@ -94,18 +88,15 @@ def test_the_end_token_ends_a_text(asked):
 
 def test_a_joined_text_keeps_its_first_space(asked):
   """Of a tokenizer that drops the space which begins a text."""
-  (plain,), *_ = subject.continuations(
-    asked, PROMPTS[:1], subject.Ask(max_new=9)
-  )
+  (plain,), *_ = subject.continuations(asked, PROMPTS[:1], subject.Ask(max_new=9))
   first = plain.text[0]
   drops = asked.tokenizer._replace(
     decode=lambda ids: asked.tokenizer.decode(ids).removeprefix(first)
   )
   for joined, text in ((True, plain.text), (False, plain.text[1:])):
     (found,), *_ = subject.continuations(
-      asked._replace(tokenizer=drops), PROMPTS[:1],
-      subject.Ask(max_new=9, joined=joined),
-    )  # fmt: skip
+      asked._replace(tokenizer=drops), PROMPTS[:1], subject.Ask(max_new=9, joined=joined)
+    )
     assert found.text == text
 
 
@@ -116,9 +107,7 @@ def test_heads_that_the_next_token_needs(asked):
 
 
 def test_a_stop_ends_a_text_and_saves_passes(asked):
-  (plain,), *_ = subject.continuations(
-    asked, PROMPTS[:1], subject.Ask(max_new=40)
-  )
+  (plain,), *_ = subject.continuations(asked, PROMPTS[:1], subject.Ask(max_new=40))
   stop = plain.text[5:7]
   at = plain.text.find(stop)
   ask = subject.Ask(max_new=40, stop=('not there', stop))

@@ -52,9 +52,7 @@ def _shortcut(prompt: str) -> str:
 @pytest.mark.parametrize('d, length', [(2, 5), (5, 4)])
 def test_a_solver_and_the_shortcut_on_star_graphs(monkeypatch, d, length):
   arg = f'd={d}/length={length}'
-  solved = _asked(
-    monkeypatch, 'star_graph', arg, lambda p: tasks_test._paths(p)[0]
-  )
+  solved = _asked(monkeypatch, 'star_graph', arg, lambda p: tasks_test._paths(p)[0])
   assert solved.scalars['accuracy'] == solved.scalars['first_step'] == 1
   assert solved.scalars['tokens_per_forward'] == (length + 1) / 2
   chance = _asked(monkeypatch, 'star_graph', arg, _shortcut, n=1000).scalars
@@ -67,14 +65,15 @@ def test_an_answer_is_right_as_a_whole(monkeypatch):
   arg = 'd=2/length=4'
   for change in (lambda path: path[:-1], lambda path: path[:2] + path[:-2]):
     found = _asked(
-      monkeypatch, 'star_graph', arg,
-      lambda p, change=change: change(tasks_test._paths(p)[0]),
-    ).scalars  # fmt: skip
+      monkeypatch, 'star_graph', arg, lambda p, change=change: change(tasks_test._paths(p)[0])
+    ).scalars
     assert found['accuracy'] == 0 and found['first_step'] == 1
   other = _asked(
-    monkeypatch, 'star_graph', arg,
+    monkeypatch,
+    'star_graph',
+    arg,
     lambda p: tasks_test._paths(p)[0][0] + '=' + tasks_test._paths(p)[0][2:],
-  ).scalars  # fmt: skip
+  ).scalars
   assert other['accuracy'] == other['first_step'] == 0
 
 
@@ -90,9 +89,7 @@ def test_polynomials_by_level(monkeypatch):
   found = _asked(monkeypatch, 'polynomial', arg, up_to_two).scalars
   assert [found[f'accuracy_{m}'] for m in (1, 2, 3, 4)] == [1, 1, 0, 0]
   assert found['accuracy'] == 0.5
-  assert (found['accuracy_low'], found['accuracy_high']) == intervals.wilson(
-    400, 800
-  )
+  assert (found['accuracy_low'], found['accuracy_high']) == intervals.wilson(400, 800)
   # By chance a value is right once in 7^3; constants and zeros a little more.
   rng = random.Random(1)
 
@@ -122,12 +119,12 @@ def test_a_store_that_is_gone_does_not_say_which_task(tmp_path):
 def test_wilson_by_hand():
   # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
   for successes, n, low, high in (
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
-    (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
-  ):  # fmt: skip
-    assert intervals.wilson(successes, n) == pytest.approx(
-      (low, high), abs=1e-4
-    )
+    (81, 263, 0.2553, 0.3662),
+    (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0, 0.1611),
+    (1, 29, 0.0061, 0.1718),
+  ):
+    assert intervals.wilson(successes, n) == pytest.approx((low, high), abs=1e-4)
   assert intervals.wilson(20, 20)[1] == 1
 
 
@@ -137,14 +134,16 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('star')
   store, workdir = str(folder / 'store'), folder / 'run'
   source = 'task:star_graph/d=2/length=3/nodes=9/items=300'
-  assert not main.main([
-    'prepare', f'--data.store={store}', f'--data.documents={source}',
-    '--data.valid_fraction=0.1',
-  ])  # fmt: skip
+  assert not main.main(
+    ['prepare', f'--data.store={store}', f'--data.documents={source}', '--data.valid_fraction=0.1']
+  )
   changes = dict(
-    eval__suite='heldout,star_graph', eval__items=20, train__suite_every=2,
-    train__steps=9, model__context=20,
-  )  # fmt: skip
+    eval__suite='heldout,star_graph',
+    eval__items=20,
+    train__suite_every=2,
+    train__steps=9,
+    model__context=20,
+  )
   assert not runs.train(store, workdir, **changes)
   return store, workdir, changes
 
@@ -172,23 +171,23 @@ def test_mtp_eval_says_the_same(run, tmp_path, capsys):
   _, workdir, _ = run
   out = tmp_path / 'eval.json'
   capsys.readouterr()
-  assert not main.main([
-    'eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1',
-    '--train.compilation_cache=', f'--out={out}',
-  ])  # fmt: skip
+  assert not main.main(
+    [
+      'eval',
+      f'--eval.checkpoint={workdir}',
+      '--mesh.fsdp=-1',
+      '--train.compilation_cache=',
+      f'--out={out}',
+    ]
+  )
   text = capsys.readouterr().out
   assert 'star_graph/d=2/length=3/nodes=9' in text and 'bits per byte' in text
   found = json.loads(out.read_text())['suites']['star_graph']
-  (last,) = [
-    r for r in metrics.read(str(workdir))
-    if r['kind'] == 'suite' and r['step'] == 9
-  ]  # fmt: skip
+  (last,) = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite' and r['step'] == 9]
   assert found['accuracy'] == last['accuracy']
   assert found['first_step'] == last['first_step']
   of = tasks.named('star_graph/d=2/length=3/nodes=9')
-  assert [i['right'] for i in found['items']] == [
-    i.answer for i in tasks.tests(of, 20)
-  ]
+  assert [i['right'] for i in found['items']] == [i.answer for i in tasks.tests(of, 20)]
 
 
 @pytest.mark.parametrize(
@@ -203,15 +202,11 @@ def test_mtp_eval_says_the_same(run, tmp_path, capsys):
     ('', 'NAME or NAME:ARG'),
   ],
 )
-def test_what_is_wrong_with_a_suite_is_said_at_once(
-  run, capsys, suite, problem
-):
+def test_what_is_wrong_with_a_suite_is_said_at_once(run, capsys, suite, problem):
   store, workdir, _ = run
   capsys.readouterr()
   common = [f'--eval.suite={suite}', '--train.compilation_cache=']
-  assert main.main(
-    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', *common]
-  ) == 2  # fmt: skip
+  assert main.main(['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', *common]) == 2
   line = capsys.readouterr().err
   assert line.startswith('mtp: --eval.suite=') and problem in line
   assert line.count('\n') == 1

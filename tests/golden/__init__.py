@@ -46,9 +46,14 @@ def _outputs(top: str, run: str, to: str) -> dict:
   held_out, texts = os.path.join(to, 'eval.json'), os.path.join(to, 'text.json')
   _mtp('eval', f'--eval.checkpoint={run}', f'--out={held_out}')
   _mtp(
-    'generate', f'--decode.checkpoint={run}', '--prompt=ab (c', '--mesh.fsdp=1',
-    '--mesh.data=8', '--decode.max_new=24', f'--out={texts}',
-  )  # fmt: skip
+    'generate',
+    f'--decode.checkpoint={run}',
+    '--prompt=ab (c',
+    '--mesh.fsdp=1',
+    '--mesh.data=8',
+    '--decode.max_new=24',
+    f'--out={texts}',
+  )
   with open(held_out) as f:
     values = json.load(f)
   with open(texts) as f:
@@ -57,8 +62,9 @@ def _outputs(top: str, run: str, to: str) -> dict:
   tokens = np.concatenate([np.array(d) for d in split.documents()])
   return dict(
     losses={k: v for k, v in values.items() if k.startswith('loss')},
-    text=text, tokens=tokens.tolist(),
-  )  # fmt: skip
+    text=text,
+    tokens=tokens.tolist(),
+  )
 
 
 def _params(run: str, step: int) -> list:
@@ -71,10 +77,7 @@ def write(top: str) -> None:
   run, out = os.path.join(top, 'run'), os.path.join(top, 'export')
   if runs.train(os.path.join(top, 'store'), run, **OF, train__steps=3):
     raise SystemExit('training failed')
-  _mtp(
-    'export', f'--export.checkpoint={run}', f'--export.out={out}',
-    '--mesh.fsdp=-1',
-  )  # fmt: skip
+  _mtp('export', f'--export.checkpoint={run}', f'--export.out={out}', '--mesh.fsdp=-1')
   np.savez(os.path.join(top, 'params.npz'), *_params(run, 3))
   expected = _outputs(top, run, top)
   expected |= dict(python=sys.version.split()[0], jax=jax.__version__)
@@ -90,19 +93,17 @@ def read(top: str) -> None:
   runs.assert_same(_params(run, 3), wanted)
   back = os.path.join(top, 'imported')
   _mtp(
-    'import', f'--import.path={os.path.join(top, "export")}',
-    f'--train.workdir={back}', '--mesh.fsdp=-1',
-  )  # fmt: skip
-  cfg, _ = checkpoint.about(back, 0)
-  model = checkpoint.restore_model(
-    back, 0, cfg, sharding.serving_mesh(cfg), 'import.path'
+    'import',
+    f'--import.path={os.path.join(top, "export")}',
+    f'--train.workdir={back}',
+    '--mesh.fsdp=-1',
   )
+  cfg, _ = checkpoint.about(back, 0)
+  model = checkpoint.restore_model(back, 0, cfg, sharding.serving_mesh(cfg), 'import.path')
   runs.assert_same(jax.device_get(jax.tree.leaves(model)), wanted)
   now = _outputs(top, run, top)
   assert now['tokens'] == expected['tokens'], 'the store has other tokens'
-  assert _ids(now['text']) == _ids(expected['text']) != [], (
-    'another greedy text'
-  )
+  assert _ids(now['text']) == _ids(expected['text']) != [], 'another greedy text'
   for name, value in expected['losses'].items():
     np.testing.assert_allclose(now['losses'][name], value, rtol=1e-4)
   if runs.train(os.path.join(top, 'store'), run, **OF, train__steps=6):
@@ -116,9 +117,7 @@ def read(top: str) -> None:
 def _ids(text) -> list:
   """All lists of ids in what `mtp generate --out` wrote."""
   if isinstance(text, dict):
-    return [
-      y for k, x in sorted(text.items()) if k != 'seconds' for y in _ids(x)
-    ]
+    return [y for k, x in sorted(text.items()) if k != 'seconds' for y in _ids(x)]
   if isinstance(text, list) and text and all(type(x) is int for x in text):
     return [text]
   return [y for x in text for y in _ids(x)] if isinstance(text, list) else []
@@ -129,11 +128,17 @@ def _ids(text) -> list:
 KEPT = pathlib.Path(__file__).with_name('kept.tar.xz')
 FORMS = ('hf', 'transformers_mtp', 'mimo', 'gguf')
 SMALL = dict(
-  model__d_model=8, model__d_ff=16, model__n_layers=2, model__d_head=4,
-  heads__family='recursive', heads__n=3, mesh__data=8, mesh__fsdp=1,
+  model__d_model=8,
+  model__d_ff=16,
+  model__n_layers=2,
+  model__d_head=4,
+  heads__family='recursive',
+  heads__n=3,
+  mesh__data=8,
+  mesh__fsdp=1,
   train__checkpoint_every=3,
   optim__warmup_steps=2,
-)  # fmt: skip
+)
 
 
 def mixture(top: str) -> str:

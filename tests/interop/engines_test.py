@@ -40,10 +40,16 @@ def pieces(tmp_path_factory):
   """A SentencePiece model as mtp prepare trains one."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CODE.split('\n')), model_writer=model, vocab_size=V,
-    model_type='bpe', byte_fallback=True, normalization_rule_name='identity',
-    add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
-  )  # fmt: skip
+    sentence_iterator=iter(CODE.split('\n')),
+    model_writer=model,
+    vocab_size=V,
+    model_type='bpe',
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    minloglevel=2,
+  )
   path = tmp_path_factory.mktemp('pieces') / 'code.model'
   path.write_bytes(model.getvalue())
   return tokenizers.get(f'sentencepiece:{path}')
@@ -52,12 +58,19 @@ def pieces(tmp_path_factory):
 def _cfg(form, family, **changes):
   layers = N + 1 if family in config.BLOCK_FIRST else 1
   return tiny.cfg(
-    export__format=form, heads__family=family, heads__n=N,
+    export__format=form,
+    heads__family=family,
+    heads__n=N,
     model__n_layers=layers,
-    model__d_model=32, model__n_attn_heads=2, model__n_kv_heads=1,
-    model__d_ff=48, model__vocab_size=V, model__context=CONTEXT,
-    data__seq_len=CONTEXT, **changes,
-  )  # fmt: skip
+    model__d_model=32,
+    model__n_attn_heads=2,
+    model__n_kv_heads=1,
+    model__d_ff=48,
+    model__vocab_size=V,
+    model__context=CONTEXT,
+    data__seq_len=CONTEXT,
+    **changes,
+  )
 
 
 def _agreeing(c):
@@ -66,9 +79,7 @@ def _agreeing(c):
   model = tiny.model(c, tiny.mesh(c))
   rng = np.random.default_rng(0)
   heads, D = model.heads, c.model.d_model
-  reads = np.concatenate(
-    [0.3 * rng.standard_normal((D, D)) / np.sqrt(D), np.eye(D)]
-  )
+  reads = np.concatenate([0.3 * rng.standard_normal((D, D)) / np.sqrt(D), np.eye(D)])
   if c.heads.unembedding == 'replicated':
     same = jnp.broadcast_to(model.unembed[:1], model.unembed.shape)
     model = model.replace(unembed=same)
@@ -77,11 +88,10 @@ def _agreeing(c):
     heads=heads.replace(
       proj=jnp.broadcast_to(jnp.asarray(reads, jnp.float32), heads.proj.shape),
       block=jax.tree.map(
-        lambda mine, trunk: jnp.broadcast_to(trunk[:1], mine.shape),
-        heads.block, model.trunk,
+        lambda mine, trunk: jnp.broadcast_to(trunk[:1], mine.shape), heads.block, model.trunk
       ),
     ),
-  )  # fmt: skip
+  )
   return model
 
 
@@ -100,9 +110,7 @@ def _of(out, form):
 
 
 @pytest.mark.parametrize('form, family', ROWS)
-def test_the_files_alone_draft_what_the_model_drafts(
-  form, family, tmp_path, pieces
-):
+def test_the_files_alone_draft_what_the_model_drafts(form, family, tmp_path, pieces):
   """Acceptance on 256 tokens: under our own hand-over it is that of training's
   estimate; under an engine's it may differ, but not by much."""
   c, model = _export(form, family, tmp_path / 'out', pieces)
@@ -110,12 +118,8 @@ def test_the_files_alone_draft_what_the_model_drafts(
   found = handover.accepted(_of(tmp_path / 'out', form), ids, 'ours', N - 1)
   window = np.pad(ids, (0, c.span))[None]
   with jax.set_mesh(tiny.mesh(c)):
-    logits = tiny.dense_logits(
-      model, window, np.arange(window.shape[1])[None], c
-    )
-  asked, *stood = targets.acceptance(
-    jnp.argmax(logits, -1), jnp.ones((1, 256), bool)
-  )
+    logits = tiny.dense_logits(model, window, np.arange(window.shape[1])[None], c)
+  asked, *stood = targets.acceptance(jnp.argmax(logits, -1), jnp.ones((1, 256), bool))
   assert asked == 256 - N + 1
   np.testing.assert_allclose(found, np.asarray(stood) / float(asked), atol=1e-9)
   engine = {'gguf': 'llama_cpp', 'mimo': 'vllm'}.get(form, form.split('_')[0])
@@ -129,21 +133,17 @@ def test_the_files_alone_draft_what_the_model_drafts(
     ('parallel', dict(heads__unembedding='tied')),
     ('sequential', dict(model__rope_factor=8.0, model__rope_context=32)),
   ],
-)  # fmt: skip
+)
 def test_a_plain_gguf_computes_the_same(family, changes, tmp_path, pieces):
   c = _cfg('gguf', family, **changes)
   model = tiny.model(c, tiny.mesh(c))
-  folder.export(
-    model, c, pieces, str(tmp_path / 'out'), dtype='float32', about='a test'
-  )
+  folder.export(model, c, pieces, str(tmp_path / 'out'), dtype='float32', about='a test')
   m = handover.of_gguf(str(tmp_path / 'out' / llama_cpp.TENSORS))
   assert not m.modules and m.sizes.pairs
   ids = pieces.encode(CODE[1000:])[:256]
   window = np.pad(ids, (0, c.span))[None]
   with jax.set_mesh(tiny.mesh(c)):
-    ours = tiny.dense_logits(
-      model, window, np.arange(window.shape[1])[None], c
-    )[0, 0]
+    ours = tiny.dense_logits(model, window, np.arange(window.shape[1])[None], c)[0, 0]
   by_hand = handover._norm(handover.trunk(m, ids), m.norm, m.sizes)
   np.testing.assert_allclose(ours, by_hand @ m.unembed.T, atol=1e-4)
 
@@ -168,21 +168,15 @@ def _greedy(m, prompt, new):
     ('recursive', {}),
   ],
 )
-def test_transformers_drafts_with_every_module(
-  family, changes, tmp_path, pieces, monkeypatch
-):
-  monkeypatch.setattr(
-    transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c')
-  )
+def test_transformers_drafts_with_every_module(family, changes, tmp_path, pieces, monkeypatch):
+  monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c'))
   out = tmp_path / 'out'
   _export('transformers_mtp', family, out, pieces, **changes)
   m = handover.of_folder(str(out))
   model = transformers.AutoModelForCausalLM.from_pretrained(
     out, dtype=torch.float32, trust_remote_code=True
   )
-  tokenizer = transformers.AutoTokenizer.from_pretrained(
-    out, trust_remote_code=True
-  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
   forwards, saved = [], 0
   model.register_forward_pre_hook(lambda *_: forwards.append(1))
   for text in PROMPTS:
@@ -190,10 +184,14 @@ def test_transformers_drafts_with_every_module(
     assert tokenizer(text).input_ids == prompt
     forwards.clear()
     found = model.generate(
-      torch.tensor([prompt]), use_mtp=True, max_new_tokens=24, do_sample=False,
-      attention_mask=torch.ones(1, len(prompt), dtype=int), eos_token_id=None,
+      torch.tensor([prompt]),
+      use_mtp=True,
+      max_new_tokens=24,
+      do_sample=False,
+      attention_mask=torch.ones(1, len(prompt), dtype=int),
+      eos_token_id=None,
       pad_token_id=0,
-    )[0].tolist()  # fmt: skip
+    )[0].tolist()
     assert found == _greedy(m, prompt, 24)
     wanted = handover.passes(m, found, len(prompt), 'transformers', N - 1)
     assert len(forwards) == wanted
@@ -202,16 +200,15 @@ def test_transformers_drafts_with_every_module(
 
 
 def _llama_cpp(tmp_path, out, prompts, new, steps, texts) -> dict:
-  asked = dict(
-    folder=str(out), prompts=prompts, new=new, steps=steps, context=CONTEXT,
-    texts=texts,
-  )  # fmt: skip
+  asked = dict(folder=str(out), prompts=prompts, new=new, steps=steps, context=CONTEXT, texts=texts)
   (tmp_path / 'request').write_text(json.dumps(asked))
   driver = os.path.join(runs.ROOT, 'tests/engines/run_llama_cpp.py')
   subprocess.run(
     [sys.executable, driver, tmp_path / 'request', tmp_path / 'result'],
-    check=True, capture_output=True, timeout=100,
-  )  # fmt: skip
+    check=True,
+    capture_output=True,
+    timeout=100,
+  )
   return json.loads((tmp_path / 'result').read_text())
 
 
@@ -245,19 +242,23 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
     assert found['passes'] == wanted and sum(wanted) < 4 * 24 - 10
 
 
-def test_a_tokenizer_larger_than_the_model_does_not_leave(
-  tmp_path, pieces, capsys
-):
-  c = config.replace(
-    tiny.cfg(model__vocab_size=264), **{'train.workdir': str(tmp_path / 'run')}
-  )
+def test_a_tokenizer_larger_than_the_model_does_not_leave(tmp_path, pieces, capsys):
+  c = config.replace(tiny.cfg(model__vocab_size=264), **{'train.workdir': str(tmp_path / 'run')})
   model = tiny.model(c, tiny.mesh(c))
   checkpoint.save_params(model, c, None, c.train.workdir)
-  assert main.main([
-    'export', f'--export.checkpoint={tmp_path / "run"}', '--mesh.fsdp=-1',
-    f'--export.out={tmp_path / "out"}', f'--data.tokenizer={pieces.name}',
-    '--train.compilation_cache=',
-  ]) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        'export',
+        f'--export.checkpoint={tmp_path / "run"}',
+        '--mesh.fsdp=-1',
+        f'--export.out={tmp_path / "out"}',
+        f'--data.tokenizer={pieces.name}',
+        '--train.compilation_cache=',
+      ]
+    )
+    == 2
+  )
   error = capsys.readouterr().err
   assert f'has {V} tokens, the model --model.vocab_size=264' in error, error
   assert error.count('\n') == 1 and not (tmp_path / 'out').exists()
@@ -277,9 +278,7 @@ def test_modules_that_read_normed_states_are_not_imported(tmp_path, pieces):
 def test_ids_without_a_token_get_names_that_no_token_has(tmp_path):
   tokenizer = _json(tmp_path, '')
   about = json.loads(tokenizer.files['tokenizer.json'])
-  about['added_tokens'].append(
-    about['added_tokens'][0] | dict(id=380, content='[unused 390]')
-  )
+  about['added_tokens'].append(about['added_tokens'][0] | dict(id=380, content='[unused 390]'))
   files = {'tokenizer.json': json.dumps(about).encode()}
   tokenizer = tokenizers.of_files('hf:x', tokenizer.files | files)
   c = _cfg('gguf', 'sequential')
@@ -291,10 +290,7 @@ def test_ids_without_a_token_get_names_that_no_token_has(tmp_path):
 def test_a_recursive_module_has_one_unembedding_in_llama_cpp():
   for n, form in (2, 'gguf_mtp'), (3, 'gguf'):
     c = tiny.cfg(
-      export__format='gguf',
-      heads__family='recursive',
-      heads__n=n,
-      heads__unembedding='replicated',
+      export__format='gguf', heads__family='recursive', heads__n=n, heads__unembedding='replicated'
     )
     assert mapping.of(c) == form
     places = mapping.tensors(c, form)
@@ -308,15 +304,16 @@ def test_an_export_ends_with_an_engines_command_line():
     ('hf', "vllm serve '/tmp/a b'"),
     ('gguf', "llama-server -m '/tmp/a b/model.gguf'"),
     (
-      'gguf_mtp', "llama-server -m '/tmp/a b/model.gguf' --spec-type draft-mtp"
-      ' --spec-draft-n-max 3',
+      'gguf_mtp',
+      "llama-server -m '/tmp/a b/model.gguf' --spec-type draft-mtp --spec-draft-n-max 3",
     ),
     (
-      'mimo', "vllm serve '/tmp/a b' --trust-remote-code --speculative-config"
+      'mimo',
+      "vllm serve '/tmp/a b' --trust-remote-code --speculative-config"
       ' \'{"method": "mtp", "num_speculative_tokens": 3}\'',
     ),
     ('meta', ''),
-  ):  # fmt: skip
+  ):
     assert folder.run_by(form, out, 3) == wanted
   *_, about = shlex.split(folder.run_by('medusa', out, 3))
   assert json.loads(about)['model'] == '/tmp/a b/medusa'
@@ -338,17 +335,21 @@ def test_an_export_ends_with_an_engines_command_line():
     (dict(user_defined_symbols=['<x>']), 'it has symbols of its user'),
   ],
 )
-def test_a_tokenizer_that_llama_cpp_has_not_is_refused(
-  settings, said, tmp_path
-):
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(settings, said, tmp_path):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CODE.split('\n')), model_writer=model,
-    minloglevel=2, **dict(
-      vocab_size=V, model_type='bpe', byte_fallback=True,
-      normalization_rule_name='identity', remove_extra_whitespaces=False,
-    ) | settings,
-  )  # fmt: skip
+    sentence_iterator=iter(CODE.split('\n')),
+    model_writer=model,
+    minloglevel=2,
+    **dict(
+      vocab_size=V,
+      model_type='bpe',
+      byte_fallback=True,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+    )
+    | settings,
+  )
   path = tmp_path / 'code.model'
   path.write_bytes(model.getvalue())
   tokenizer = tokenizers.get(f'sentencepiece:{path}')
@@ -381,34 +382,38 @@ def _json(path, words, **model):
   level = hf.pre_tokenizers.ByteLevel
   before = level(add_prefix_space=False)
   if words:
-    before = hf.pre_tokenizers.Sequence([
-      hf.pre_tokenizers.Split(hf.Regex(words), 'isolated'),
-      level(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    before = hf.pre_tokenizers.Sequence(
+      [
+        hf.pre_tokenizers.Split(hf.Regex(words), 'isolated'),
+        level(add_prefix_space=False, use_regex=False),
+      ]
+    )
   fast = hf.Tokenizer(hf.models.BPE(**model))
   fast.pre_tokenizer = before
   fast.decoder = hf.decoders.ByteLevel()
   fast.train_from_iterator(
     CODE.split('\n'),
     hf.trainers.BpeTrainer(
-      vocab_size=V - 20, special_tokens=['<|endoftext|>'], show_progress=False,
+      vocab_size=V - 20,
+      special_tokens=['<|endoftext|>'],
+      show_progress=False,
       initial_alphabet=level.alphabet(),
     ),
-  )  # fmt: skip
+  )
   fast.save(str(path / 'tokenizer.json'))
   return tokenizers.get(f'hf:{path / "tokenizer.json"}')
 
 
 WORDS = [
-  ('gpt-2', '', False), ('llama-bpe', llama_cpp.ranks.WORDS, True),
-  ('dbrx', llama_cpp.ranks.WORDS, False), ('qwen2', llama_cpp.QWEN2, False),
-]  # fmt: skip
+  ('gpt-2', '', False),
+  ('llama-bpe', llama_cpp.ranks.WORDS, True),
+  ('dbrx', llama_cpp.ranks.WORDS, False),
+  ('qwen2', llama_cpp.QWEN2, False),
+]
 
 
 @pytest.mark.parametrize('name, words, whole', WORDS)
-def test_words_of_a_tokenizer_json_have_llama_cpps_name(
-  name, words, whole, tmp_path
-):
+def test_words_of_a_tokenizer_json_have_llama_cpps_name(name, words, whole, tmp_path):
   c = _cfg('gguf', 'sequential')
   tokenizer = _json(tmp_path, words, ignore_merges=whole)
   folder.check(c, tokenizer)
@@ -430,10 +435,13 @@ def test_llama_cpp_cuts_words_as_the_tokenizer(name, words, whole, tmp_path):
   out = tmp_path / 'out'
   _export('gguf', 'sequential', out, tokenizer)
   texts = [
-    CODE[:2000], 'Größe 東京 🙂 \u2028',
+    CODE[:2000],
+    'Größe 東京 🙂 \u2028',
     "it's 12345, ISN'T it?  a  b\t\n\n  c ",
-    ' x', '\n', '',
-  ]  # fmt: skip
+    ' x',
+    '\n',
+    '',
+  ]
   found = _llama_cpp(tmp_path, out, [[tokenizer.bos]], 1, 0, texts)
   assert found['cut'] == [tokenizer.encode(text).tolist() for text in texts]
 
@@ -454,67 +462,68 @@ def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
       changed(lambda x: x['pre_tokenizer'].update(add_prefix_space=True)),
       'it cuts words as none of',
     ),
-    (
-      changed(lambda x: x['added_tokens'][0].update(lstrip=True)),
-      'minds the spaces around it',
-    ),
-    (
-      changed(lambda x: x.update(normalizer={'type': 'NFC'})),
-      'it normalizes texts',
-    ),
+    (changed(lambda x: x['added_tokens'][0].update(lstrip=True)), 'minds the spaces around it'),
+    (changed(lambda x: x.update(normalizer={'type': 'NFC'})), 'it normalizes texts'),
     (tokenizer._replace(more_eos=(1, 2, 3)), 'it has 4 end tokens'),
     (tokenizer._replace(more_eos=(5000,)), 'it has no token 5000'),
     (
-      changed(lambda x: x['added_tokens'].append(
-        x['added_tokens'][0] | dict(id=380, content='<|end|>', special=False)
-      )),
+      changed(
+        lambda x: x['added_tokens'].append(
+          x['added_tokens'][0] | dict(id=380, content='<|end|>', special=False)
+        )
+      ),
       'is no special one, which it is to llama.cpp',
     ),
     (
-      changed(lambda x: (
-        x['model'].update(ignore_merges=True),
-        x.update(pre_tokenizer=json.loads(
-          _json(tmp_path, llama_cpp.ranks.WORDS).files['tokenizer.json']
-        )['pre_tokenizer']),
-        x['added_tokens'].append(
-          x['added_tokens'][0] | dict(id=380, content='system')
-        ),
-      )),
+      changed(
+        lambda x: (
+          x['model'].update(ignore_merges=True),
+          x.update(
+            pre_tokenizer=json.loads(
+              _json(tmp_path, llama_cpp.ranks.WORDS).files['tokenizer.json']
+            )['pre_tokenizer']
+          ),
+          x['added_tokens'].append(x['added_tokens'][0] | dict(id=380, content='system')),
+        )
+      ),
       "find its token 'system' in plain text",
     ),
     (
-      changed(lambda x: x.update(post_processor=dict(
-        type='TemplateProcessing',
-        single=[{'Sequence': dict(id='A', type_id=0)},
-                {'SpecialToken': dict(id='<|endoftext|>', type_id=0)}],
-        pair=[{'Sequence': dict(id='A', type_id=0)},
-              {'Sequence': dict(id='B', type_id=0)}],
-        special_tokens={'<|endoftext|>': dict(
-          id='<|endoftext|>', ids=[0], tokens=['<|endoftext|>']
-        )},
-      ))),
+      changed(
+        lambda x: x.update(
+          post_processor=dict(
+            type='TemplateProcessing',
+            single=[
+              {'Sequence': dict(id='A', type_id=0)},
+              {'SpecialToken': dict(id='<|endoftext|>', type_id=0)},
+            ],
+            pair=[{'Sequence': dict(id='A', type_id=0)}, {'Sequence': dict(id='B', type_id=0)}],
+            special_tokens={
+              '<|endoftext|>': dict(id='<|endoftext|>', ids=[0], tokens=['<|endoftext|>'])
+            },
+          )
+        )
+      ),
       'it makes .* of x, not',
     ),
-    (
-      changed(lambda x: x['model'].update(dropout=0.5)), 'knows no dropout=0.5'
-    ),
+    (changed(lambda x: x['model'].update(dropout=0.5)), 'knows no dropout=0.5'),
     (
       changed(lambda x: x['model'].update(end_of_word_suffix='</w>')),
       'knows no end_of_word_suffix',
     ),
     (
-      changed(lambda x: x['pre_tokenizer'].update(
-        dict(type='Sequence', pretokenizers=[])
-      )),
+      changed(lambda x: x['pre_tokenizer'].update(dict(type='Sequence', pretokenizers=[]))),
       'it cuts words as none of',
     ),
     (
-      changed(lambda x: x['added_tokens'].append(
-        x['added_tokens'][0] | dict(id=380, content='t|>x', special=False)
-      )),
+      changed(
+        lambda x: x['added_tokens'].append(
+          x['added_tokens'][0] | dict(id=380, content='t|>x', special=False)
+        )
+      ),
       'may overlap in a text',
     ),
-  ):  # fmt: skip
+  ):
     with pytest.raises(config.ConfigError, match=said):
       folder.check(c, other)
 
@@ -528,9 +537,7 @@ def test_modules_that_are_one_are_recognised(tmp_path, pieces):
     if family == 'sequential':  # tiny's modules differ, _agreeing's do not
       with jax.set_mesh(tiny.mesh(c)):
         model = tiny.model(c, tiny.mesh(c))
-      folder.export(
-        model, c, pieces, str(tmp_path / 'new'), dtype='float32', about='a test'
-      )
+      folder.export(model, c, pieces, str(tmp_path / 'new'), dtype='float32', about='a test')
       out = tmp_path / 'new'
       os.remove(out / folder.OURS)
     cfg, ours = folder.find(str(out), {})
@@ -556,10 +563,18 @@ def test_a_damaged_file_is_refused_in_a_line(damage, said, tmp_path, capsys):
   _export('gguf', 'sequential', tmp_path / 'in', None)
   path = tmp_path / 'in' / llama_cpp.TENSORS
   path.write_bytes(damage(path.read_bytes()))
-  assert main.main([
-    'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1',
-    f'--train.workdir={tmp_path / "run"}', '--train.compilation_cache=',
-  ]) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        'import',
+        f'--import.path={tmp_path / "in"}',
+        '--mesh.fsdp=-1',
+        f'--train.workdir={tmp_path / "run"}',
+        '--train.compilation_cache=',
+      ]
+    )
+    == 2
+  )
   error = capsys.readouterr().err
   assert said in error and error.count('\n') == 1, error
   assert not (tmp_path / 'run').exists()

@@ -24,9 +24,13 @@ HEAD, EMBEDDING = folder.HEAD, folder.EMBEDDING
 def llama(tmp_path):
   """(path of a folder as others write one, its model, Config, tensors)."""
   c = tiny.cfg(
-    heads__family='parallel', heads__n=1, model__n_layers=3,
-    model__vocab_size=264, data__tokenizer='bytes', data__seq_len=64,
-  )  # fmt: skip
+    heads__family='parallel',
+    heads__n=1,
+    model__n_layers=3,
+    model__vocab_size=264,
+    data__tokenizer='bytes',
+    data__seq_len=64,
+  )
   model, path = tiny.model(c, tiny.mesh(c)), tmp_path / 'in'
   folder.export(model, c, None, str(path), dtype='float32', about='a test')
   os.remove(path / folder.OURS)
@@ -115,15 +119,10 @@ def test_without_an_index_model_safetensors_alone_is_read(llama):
     files.write(str(path / f'{name}.safetensors'), _stale(arrays))
   _same(_read(path), model)
   os.remove(path / files.WHOLE)
-  assert 'has 3 .safetensors files, but no model.safetensors.index.json' in (
-    _refused(_read, path)
-  )
+  assert 'has 3 .safetensors files, but no model.safetensors.index.json' in (_refused(_read, path))
 
 
-@pytest.mark.parametrize(
-  'weight_map',
-  [None, [], {}, 'x', {'a': 1}, {'a': '../b.safetensors'}],
-)
+@pytest.mark.parametrize('weight_map', [None, [], {}, 'x', {'a': 1}, {'a': '../b.safetensors'}])
 def test_an_index_that_says_nothing_is_refused(llama, weight_map):
   path, *_ = llama
   (path / files.INDEX).write_text(json.dumps(dict(weight_map=weight_map)))
@@ -145,9 +144,7 @@ def test_a_tied_config_with_another_head_is_refused(llama):
   (path / 'config.json').write_text(json.dumps(about))
   line = _refused(_read, path)
   assert f'{HEAD} differs from {EMBEDDING}' in line
-  files.write(
-    str(path / files.WHOLE), arrays | {HEAD: arrays[EMBEDDING].copy()}
-  )
+  files.write(str(path / files.WHOLE), arrays | {HEAD: arrays[EMBEDDING].copy()})
   assert _read(path).unembed is None
 
 
@@ -205,10 +202,16 @@ def test_more_layers_than_anyone_has_are_refused_at_once(llama, field):
 
 def _import(path, run, capsys, *more):
   """(exit status, stdout, stderr)."""
-  status = main.main([
-    'import', f'--import.path={path}', f'--train.workdir={run}',
-    '--mesh.fsdp=-1', '--train.compilation_cache=', *more,
-  ])  # fmt: skip
+  status = main.main(
+    [
+      'import',
+      f'--import.path={path}',
+      f'--train.workdir={run}',
+      '--mesh.fsdp=-1',
+      '--train.compilation_cache=',
+      *more,
+    ]
+  )
   return status, *capsys.readouterr()
 
 
@@ -222,8 +225,7 @@ def _tokenizer(path, rows, added=()):
   fast.save(str(path / 'tokenizer.json'))
   about = json.loads((path / 'tokenizer.json').read_text())
   about['added_tokens'] += [
-    about['added_tokens'][0] | dict(id=rows + i, content=name)
-    for i, name in enumerate(added)
+    about['added_tokens'][0] | dict(id=rows + i, content=name) for i, name in enumerate(added)
   ]
   (path / 'tokenizer.json').write_text(json.dumps(about))
 
@@ -237,16 +239,11 @@ def test_an_added_token_without_a_row_is_dropped(llama, tmp_path, capsys):
   assert back.vocab_size == 264 and back.encode('a b').tolist() == [3, 263]
 
 
-def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(
-  llama, tmp_path, capsys
-):
+def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(llama, tmp_path, capsys):
   path, *_ = llama
   for write, said in (
     (lambda: _tokenizer(path, 265), 'has 265 tokens, the model 264'),
-    (
-      lambda: (path / 'tokenizer.json').write_text('{}'),
-      'is not a tokenizer.json',
-    ),
+    (lambda: (path / 'tokenizer.json').write_text('{}'), 'is not a tokenizer.json'),
     (  # the library panics, which is no Exception
       lambda: (path / 'tokenizer.json').write_text(
         json.dumps(
@@ -278,9 +275,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(
     assert f'its tokenizer hf:{path}/tokenizer.json' in error and said in error
     assert '--import.tokenizer=skip' in error
     assert not (tmp_path / 'run').exists()
-  status, out, _ = _import(
-    path, tmp_path / 'run', capsys, '--import.tokenizer=skip'
-  )
+  status, out, _ = _import(path, tmp_path / 'run', capsys, '--import.tokenizer=skip')
   assert status == 0 and 'without its tokenizer: ids only' in out
   assert not (tmp_path / 'run/tokenizer').exists()
 
@@ -293,11 +288,18 @@ def test_all_end_tokens_come_in_and_leave(llama, tmp_path, capsys):
   (path / 'config.json').write_text(json.dumps(about))
   (path / 'generation_config.json').unlink()
   assert _import(path, tmp_path / 'run', capsys)[0] == 0
-  assert main.main([
-    'export', f'--export.checkpoint={tmp_path}/run',
-    f'--export.out={tmp_path}/out', '--mesh.fsdp=-1',
-    '--train.compilation_cache=',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'export',
+        f'--export.checkpoint={tmp_path}/run',
+        f'--export.out={tmp_path}/out',
+        '--mesh.fsdp=-1',
+        '--train.compilation_cache=',
+      ]
+    )
+    == 0
+  )
   for name in ('config.json', 'generation_config.json'):
     about = json.loads((tmp_path / 'out' / name).read_text())
     assert about['eos_token_id'] == [1, 200]

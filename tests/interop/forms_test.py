@@ -25,17 +25,24 @@ transformers = parity.library('transformers')
 
 # Every model that a form has a place for.
 FITS = [
-  ('meta', 'parallel', 'shared'), ('meta', 'parallel', 'tied'),
-  ('mtp_llama', 'parallel', 'shared'), ('mtp_llama', 'parallel', 'tied'),
-  ('mimo', 'recursive', 'shared'), ('mimo', 'recursive', 'tied'),
+  ('meta', 'parallel', 'shared'),
+  ('meta', 'parallel', 'tied'),
+  ('mtp_llama', 'parallel', 'shared'),
+  ('mtp_llama', 'parallel', 'tied'),
+  ('mimo', 'recursive', 'shared'),
+  ('mimo', 'recursive', 'tied'),
   ('transformers_mtp', 'sequential', 'tied'),
   ('transformers_mtp', 'recursive', 'shared'),
-  ('gguf', 'sequential', 'shared'), ('gguf', 'sequential', 'replicated'),
-  ('gguf', 'recursive', 'tied'), ('gguf', 'parallel', 'shared'),
-  ('gguf', 'anticausal', 'tied'), ('gguf', 'linear', 'replicated'),
-  ('medusa', 'residual', 'shared'), ('medusa', 'residual', 'tied'),
+  ('gguf', 'sequential', 'shared'),
+  ('gguf', 'sequential', 'replicated'),
+  ('gguf', 'recursive', 'tied'),
+  ('gguf', 'parallel', 'shared'),
+  ('gguf', 'anticausal', 'tied'),
+  ('gguf', 'linear', 'replicated'),
+  ('medusa', 'residual', 'shared'),
+  ('medusa', 'residual', 'tied'),
   ('medusa', 'residual', 'replicated'),
-]  # fmt: skip
+]
 N = 3
 
 
@@ -45,11 +52,16 @@ def _needs_torch(row):
 
 def _cfg(form, family, unembedding='shared', n=N, **changes):
   return tiny.cfg(
-    export__format=form, heads__family=family, heads__n=n,
-    heads__unembedding=unembedding, data__tokenizer='bytes',
+    export__format=form,
+    heads__family=family,
+    heads__n=n,
+    heads__unembedding=unembedding,
+    data__tokenizer='bytes',
     model__n_layers=2 + (n if family in config.BLOCK_FIRST else 0),
-    model__vocab_size=264, data__seq_len=64, **changes,
-  )  # fmt: skip
+    model__vocab_size=264,
+    data__seq_len=64,
+    **changes,
+  )
 
 
 def _export(c, out, dtype='float32'):
@@ -73,14 +85,10 @@ def _same(a, b):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), b)
 
 
-@pytest.mark.parametrize(
-  'form, family, unembedding', parity.marked(FITS, _needs_torch)
-)
+@pytest.mark.parametrize('form, family, unembedding', parity.marked(FITS, _needs_torch))
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_there_and_back_is_the_same(form, family, unembedding, dtype, tmp_path):
-  c = _cfg(
-    form, family, unembedding, model__param_dtype=dtype, model__n_kv_heads=4
-  )
+  c = _cfg(form, family, unembedding, model__param_dtype=dtype, model__n_kv_heads=4)
   model = _export(c, tmp_path / 'out', dtype)
   cfg, ours, back = _read(tmp_path / 'out', form)
   assert ours and (cfg.model, cfg.heads) == (c.model, c.heads)
@@ -96,26 +104,44 @@ def test_every_parameter_has_one_place(form, family, unembedding):
       of_path.setdefault(place.path, []).append(place.index)
   assert of_path.keys() == leaves.keys()
   for path, found in of_path.items():
-    assert found == [None] or sorted(found) == list(
-      range(leaves[path].shape[0])
-    ), path
+    assert found == [None] or sorted(found) == list(range(leaves[path].shape[0])), path
 
 
 LLAMA = [
-  'input_layernorm', 'self_attn.q_proj', 'self_attn.k_proj',
-  'self_attn.v_proj', 'self_attn.o_proj', 'post_attention_layernorm',
-  'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj',
-]  # fmt: skip
+  'input_layernorm',
+  'self_attn.q_proj',
+  'self_attn.k_proj',
+  'self_attn.v_proj',
+  'self_attn.o_proj',
+  'post_attention_layernorm',
+  'mlp.gate_proj',
+  'mlp.up_proj',
+  'mlp.down_proj',
+]
 META = [
-  'attention_norm', 'attention.wq', 'attention.wk', 'attention.wv',
-  'attention.wo', 'ffn_norm', 'feed_forward.w1', 'feed_forward.w2',
+  'attention_norm',
+  'attention.wq',
+  'attention.wk',
+  'attention.wv',
+  'attention.wo',
+  'ffn_norm',
+  'feed_forward.w1',
+  'feed_forward.w2',
   'feed_forward.w3',
-]  # fmt: skip
-GGUF = ['attn_norm', 'attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_norm',
-        'ffn_gate', 'ffn_up', 'ffn_down']  # fmt: skip
+]
+GGUF = [
+  'attn_norm',
+  'attn_q',
+  'attn_k',
+  'attn_v',
+  'attn_output',
+  'ffn_norm',
+  'ffn_gate',
+  'ffn_up',
+  'ffn_down',
+]
 FUSED = ['attn_norm', 'attn_qkv']
-BIASES = ['self_attn.q_proj.bias', 'self_attn.k_proj.bias',
-          'self_attn.v_proj.bias']  # fmt: skip
+BIASES = ['self_attn.q_proj.bias', 'self_attn.k_proj.bias', 'self_attn.v_proj.bias']
 
 
 def _weights(prefixes, names):
@@ -130,62 +156,65 @@ ENDS = {'model.embed_tokens.weight', 'lm_head.weight'}
 TRUNK = ['model.layers.0.', 'model.layers.1.']
 # Of three heads over a trunk of two layers, written out from each program.
 KEYS = {
-  ('hf', 'sequential'): _weights(
-    [*TRUNK, 'mtp_heads.2.', 'mtp_heads.3.'], LLAMA
-  ) | _weights(
-    ['mtp_heads.2.', 'mtp_heads.3.'],
-    ['hidden_norm', 'embed_norm', 'proj', 'final_norm'],
-  ) | ENDS | {'model.norm.weight'},
+  ('hf', 'sequential'): _weights([*TRUNK, 'mtp_heads.2.', 'mtp_heads.3.'], LLAMA)
+  | _weights(['mtp_heads.2.', 'mtp_heads.3.'], ['hidden_norm', 'embed_norm', 'proj', 'final_norm'])
+  | ENDS
+  | {'model.norm.weight'},
   ('hf', 'recursive'): _weights([*TRUNK, 'mtp_heads.shared.'], LLAMA)
-    | _weights(
-      ['mtp_heads.shared.'], ['hidden_norm', 'embed_norm', 'proj', 'final_norm']
-    ) | ENDS | {'model.norm.weight'},
+  | _weights(['mtp_heads.shared.'], ['hidden_norm', 'embed_norm', 'proj', 'final_norm'])
+  | ENDS
+  | {'model.norm.weight'},
   ('hf', 'anticausal'): _weights(
     [*TRUNK, 'model.layers.2.', 'model.layers.3.', 'model.layers.4.'], LLAMA
-  ) | ENDS | {'model.norm.weight'},
+  )
+  | ENDS
+  | {'model.norm.weight'},
   ('meta', 'parallel'): _weights(
-    ['layers.0.', 'layers.1.', 'layers.2.', 'extra_heads.0.', 'extra_heads.1.'],
-    META,
-  ) | {'tok_embeddings.weight', 'norm.weight', 'output.weight'},
+    ['layers.0.', 'layers.1.', 'layers.2.', 'extra_heads.0.', 'extra_heads.1.'], META
+  )
+  | {'tok_embeddings.weight', 'norm.weight', 'output.weight'},
   ('mtp_llama', 'parallel'): _weights(
-    [*TRUNK, 'model.layers.2.', 'model.mtp_heads.0.', 'model.mtp_heads.1.'],
-    LLAMA,
-  ) | _weights(['model.mtp_norms.'], '012') | ENDS,
+    [*TRUNK, 'model.layers.2.', 'model.mtp_heads.0.', 'model.mtp_heads.1.'], LLAMA
+  )
+  | _weights(['model.mtp_norms.'], '012')
+  | ENDS,
   ('mimo', 'recursive'): _weights([*TRUNK, 'model.mtp_layers.0.'], LLAMA)
-    | _weights(
-      ['model.mtp_layers.0.'],
-      ['token_layernorm', 'hidden_layernorm', 'input_proj', 'final_layernorm'],
-    ) | _biases([*TRUNK, 'model.mtp_layers.0.']) | ENDS
-    | {'model.norm.weight'},
+  | _weights(
+    ['model.mtp_layers.0.'],
+    ['token_layernorm', 'hidden_layernorm', 'input_proj', 'final_layernorm'],
+  )
+  | _biases([*TRUNK, 'model.mtp_layers.0.'])
+  | ENDS
+  | {'model.norm.weight'},
   **dict.fromkeys(
     [('transformers_mtp', 'recursive'), ('transformers_mtp', 'sequential')],
-    _weights([*TRUNK, 'model.layers.2.', 'model.layers.3.'], LLAMA) | _weights(
-      ['model.layers.2.', 'model.layers.3.'],
-      ['enorm', 'hnorm', 'eh_proj', 'shared_head.norm'],
-    ) | ENDS | {'model.norm.weight'},
+    _weights([*TRUNK, 'model.layers.2.', 'model.layers.3.'], LLAMA)
+    | _weights(
+      ['model.layers.2.', 'model.layers.3.'], ['enorm', 'hnorm', 'eh_proj', 'shared_head.norm']
+    )
+    | ENDS
+    | {'model.norm.weight'},
   ),
   ('gguf', 'parallel'): _weights(['blk.0.', 'blk.1.', 'blk.2.'], GGUF)
-    | _weights([''], ['token_embd', 'output_norm', 'output'])
-    | _weights(['mtp_heads.2.', 'mtp_heads.3.'], LLAMA),
-  ('gguf', 'sequential'): _weights(
-    ['blk.0.', 'blk.1.', 'blk.2.', 'blk.3.'], [*FUSED, *GGUF[4:]]
-  ) | _weights(
-    ['blk.2.nextn.', 'blk.3.nextn.'],
-    ['eh_proj', 'enorm', 'hnorm', 'shared_head_norm'],
-  ) | _weights([''], ['token_embd', 'output_norm', 'output']),
-  ('medusa', 'residual'): _weights(TRUNK, LLAMA) | ENDS | {
-    'model.norm.weight', 'medusa/blocks.0.layers.0.weight',
-    'medusa/blocks.1.layers.0.weight', 'medusa/lm_head.weight',
+  | _weights([''], ['token_embd', 'output_norm', 'output'])
+  | _weights(['mtp_heads.2.', 'mtp_heads.3.'], LLAMA),
+  ('gguf', 'sequential'): _weights(['blk.0.', 'blk.1.', 'blk.2.', 'blk.3.'], [*FUSED, *GGUF[4:]])
+  | _weights(['blk.2.nextn.', 'blk.3.nextn.'], ['eh_proj', 'enorm', 'hnorm', 'shared_head_norm'])
+  | _weights([''], ['token_embd', 'output_norm', 'output']),
+  ('medusa', 'residual'): _weights(TRUNK, LLAMA)
+  | ENDS
+  | {
+    'model.norm.weight',
+    'medusa/blocks.0.layers.0.weight',
+    'medusa/blocks.1.layers.0.weight',
+    'medusa/lm_head.weight',
   },
-}  # fmt: skip
+}
 
 
 def _tensors(out):
   if (out / 'consolidated.pth').exists():
-    return {
-      name: x.numpy()
-      for name, x in torch.load(out / 'consolidated.pth').items()
-    }
+    return {name: x.numpy() for name, x in torch.load(out / 'consolidated.pth').items()}
   found = {}
   if (out / 'model.gguf').exists():
     reader = gguf.GGUFReader(out / 'model.gguf')
@@ -214,10 +243,17 @@ def test_descriptions_say_what_the_programs_read(tmp_path):
       name = 'params.json' if form == 'meta' else 'config.json'
       found[form] = json.loads((tmp_path / form / name).read_text())
   assert found['meta'] == dict(
-    dim=16, n_layers=5, n_heads=4, n_kv_heads=2, multiple_of=1,
-    ffn_dim_multiplier=pytest.approx(24.5 / 42), norm_eps=1e-5,
-    rope_theta=10_000.0, n_future_tokens=3, vocab_size=264,
-  )  # fmt: skip
+    dim=16,
+    n_layers=5,
+    n_heads=4,
+    n_kv_heads=2,
+    multiple_of=1,
+    ffn_dim_multiplier=pytest.approx(24.5 / 42),
+    norm_eps=1e-5,
+    rope_theta=10_000.0,
+    n_future_tokens=3,
+    vocab_size=264,
+  )
   assert found['mtp_llama']['model_type'] == 'mtp_llama'
   assert found['mtp_llama']['prediction_heads'] == 3
   assert found['mtp_llama']['num_hidden_layers'] == 3
@@ -297,13 +333,13 @@ def _run_mtp_llama(w, ids, about):
   n = about['num_hidden_layers']
   for i in range(n - 1):
     x = _layer(w, f'model.layers.{i}.', x)
-  heads = [f'model.layers.{n - 1}.', *(
-    f'model.mtp_heads.{j}.' for j in range(about['prediction_heads'] - 1)
-  )]  # fmt: skip
+  heads = [
+    f'model.layers.{n - 1}.',
+    *(f'model.mtp_heads.{j}.' for j in range(about['prediction_heads'] - 1)),
+  ]
   return torch.stack(
     [
-      _norm(_layer(w, p, x), w[f'model.mtp_norms.{j}.weight'])
-      @ w['lm_head.weight'].T
+      _norm(_layer(w, p, x), w[f'model.mtp_norms.{j}.weight']) @ w['lm_head.weight'].T
       for j, p in enumerate(heads)
     ]
   )
@@ -329,10 +365,13 @@ def _run_mimo(w, ids, about):
   out = [_norm(z, w['model.norm.weight']) @ unembed]
   for j in range(N - 1):  # one module, again and again
     p = 'model.mtp_layers.0.'
-    pair = torch.cat([
-      _norm(z, w[p + 'hidden_layernorm.weight']),
-      _norm(_shifted(emb, j), w[p + 'token_layernorm.weight']),
-    ], -1)  # fmt: skip
+    pair = torch.cat(
+      [
+        _norm(z, w[p + 'hidden_layernorm.weight']),
+        _norm(_shifted(emb, j), w[p + 'token_layernorm.weight']),
+      ],
+      -1,
+    )
     z = _layer(w, p, pair @ w[p + 'input_proj.weight'].T)
     out.append(_norm(z, w[p + 'final_layernorm.weight']) @ unembed)
   return torch.stack(out)
@@ -344,10 +383,9 @@ def _run_transformers_mtp(w, ids, about):
   emb = w['model.embed_tokens.weight'][ids]
   for j in range(about['num_mtp_layers']):
     p = f'model.layers.{about["num_hidden_layers"] + j}.'
-    pair = torch.cat([
-      _norm(_shifted(emb, j), w[p + 'enorm.weight']),
-      _norm(z, w[p + 'hnorm.weight']),
-    ], -1)  # fmt: skip
+    pair = torch.cat(
+      [_norm(_shifted(emb, j), w[p + 'enorm.weight']), _norm(z, w[p + 'hnorm.weight'])], -1
+    )
     z = _layer(w, p, pair @ w[p + 'eh_proj.weight'].T)
     h = _norm(z, w[p + 'shared_head.norm.weight'])
     out.append(h @ w['lm_head.weight'].T)
@@ -366,17 +404,17 @@ def _run_medusa(w, ids, about):
 
 
 RUN = {
-  'meta': ('parallel', _run_meta), 'mtp_llama': ('parallel', _run_mtp_llama),
+  'meta': ('parallel', _run_meta),
+  'mtp_llama': ('parallel', _run_mtp_llama),
   'mimo': ('recursive', _run_mimo),
   'transformers_mtp': ('sequential', _run_transformers_mtp),
   'medusa': ('residual', _run_medusa),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-  'form, unembedding',
-  [*((form, 'shared') for form in RUN), ('medusa', 'replicated')],
+  'form, unembedding', [*((form, 'shared') for form in RUN), ('medusa', 'replicated')]
 )
 def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
   family, run = RUN[form]
@@ -385,9 +423,7 @@ def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
   name = 'params.json' if form == 'meta' else 'config.json'
   about = json.loads((tmp_path / 'out' / name).read_text())
   ids = np.random.default_rng(0).integers(0, 264, (2, 40))
-  tensors = {
-    name: torch.tensor(x) for name, x in _tensors(tmp_path / 'out').items()
-  }
+  tensors = {name: torch.tensor(x) for name, x in _tensors(tmp_path / 'out').items()}
   theirs = run(tensors, torch.tensor(ids), about)
   position = np.tile(np.arange(40), (2, 1))
   with jax.set_mesh(tiny.mesh(c)):
@@ -407,9 +443,7 @@ def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
   ],
 )
 def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
-  monkeypatch.setattr(
-    transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c')
-  )
+  monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c'))
   c = _cfg(form, family)
   model = _export(c, tmp_path / 'out')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -430,9 +464,7 @@ def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
 # What others wrote.
 
 
-@pytest.mark.parametrize(
-  'form', [pytest.param('meta', marks=pytest.mark.parity), 'mtp_llama']
-)
+@pytest.mark.parametrize('form', [pytest.param('meta', marks=pytest.mark.parity), 'mtp_llama'])
 def test_what_others_wrote_is_read(form, tmp_path):
   c = _cfg(form, 'parallel', model__norm_eps=1e-6, model__rope_theta=500_000.0)
   model = _export(c, tmp_path / 'in')
@@ -451,9 +483,7 @@ def test_llama_2s_params_do_not_say_how_many_tokens(tmp_path):
   os.remove(out / folder.OURS)
   about = json.loads((out / 'params.json').read_text())
   assert (about['multiple_of'], about['ffn_dim_multiplier']) == (256, None)
-  kept = dict(
-    dim=16, n_layers=3, n_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1
-  )
+  kept = dict(dim=16, n_layers=3, n_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1)
   (out / 'params.json').write_text(json.dumps(kept))
   tensors = torch.load(out / 'consolidated.pth')
   torch.save(tensors | {'rope.freqs': torch.ones(2)}, out / 'consolidated.pth')
@@ -466,9 +496,7 @@ def test_any_width_of_a_network_can_be_said():
   for dim in 16, 18, 1024, 4096, 5120:
     for d_ff in (8, 24, 1000, 11008, 13824, 16384):
       fields = meta._multiples(dim, d_ff)
-      assert meta.width(
-        dim, fields['multiple_of'], fields['ffn_dim_multiplier']
-      ) == d_ff  # fmt: skip
+      assert meta.width(dim, fields['multiple_of'], fields['ffn_dim_multiplier']) == d_ff
   # Llama 2 70B and Llama 3 8B.
   assert meta.width(8192, 4096, 1.3) == 28672
   assert meta.width(4096, 1024, 1.3) == 14336
@@ -484,7 +512,9 @@ def test_any_width_of_a_network_can_be_said():
     ('mimo', 'parallel', {}, 'sequential and recursive heads; these are'),
     ('medusa', 'linear', {}, 'residual heads; these are linear'),
     (
-      'mtp_llama', 'parallel', dict(unembedding='replicated'),
+      'mtp_llama',
+      'parallel',
+      dict(unembedding='replicated'),
       'has one unembedding; here each head has its own',
     ),
     ('meta', 'parallel', dict(model__d_head=6), '--model.d_head=6'),
@@ -495,13 +525,10 @@ def test_any_width_of_a_network_can_be_said():
     ('transformers_mtp', 'sequential', dict(n=1), 'a model of one head'),
     ('mimo', 'recursive', dict(n=1), 'a model of one head'),
     ('medusa', 'residual', dict(n=1), 'this is a model of one'),
-    (
-      'transformers_mtp', 'sequential', dict(loss__order_weight=1.0),
-      '--loss.order_weight',
-    ),
+    ('transformers_mtp', 'sequential', dict(loss__order_weight=1.0), '--loss.order_weight'),
     ('medusa', 'residual', dict(heads__stride=2), '--heads.stride=2'),
   ],
-)  # fmt: skip
+)
 def test_what_a_form_has_no_place_for(form, family, changes, said, tmp_path):
   c = _cfg(form, family, **changes)
   with pytest.raises(config.ConfigError, match=said) as error:
@@ -511,10 +538,16 @@ def test_what_a_form_has_no_place_for(form, family, changes, said, tmp_path):
 
 
 def _import(path, tmp_path, *args):
-  return main.main([
-    'import', f'--import.path={path}', f'--train.workdir={tmp_path / "run"}',
-    '--mesh.fsdp=-1', '--train.compilation_cache=', *args,
-  ])  # fmt: skip
+  return main.main(
+    [
+      'import',
+      f'--import.path={path}',
+      f'--train.workdir={tmp_path / "run"}',
+      '--mesh.fsdp=-1',
+      '--train.compilation_cache=',
+      *args,
+    ]
+  )
 
 
 @pytest.mark.parametrize(
@@ -622,24 +655,31 @@ def test_the_other_format_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
   'command, form, missing, extra',
   [
-    ('export', 'hf', 'safetensors', 'hf'), ('export', 'meta', 'torch', 'meta'),
+    ('export', 'hf', 'safetensors', 'hf'),
+    ('export', 'meta', 'torch', 'meta'),
     ('export', 'mimo', 'tokenizers', 'hf'),
-    ('import', 'meta', 'torch', 'meta'), ('export', 'gguf', 'gguf', 'gguf'),
+    ('import', 'meta', 'torch', 'meta'),
+    ('export', 'gguf', 'gguf', 'gguf'),
   ],
-)  # fmt: skip
-def test_a_missing_extra_is_named(
-  command, form, missing, extra, tmp_path, monkeypatch, capsys
-):
+)
+def test_a_missing_extra_is_named(command, form, missing, extra, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, missing, None)  # an import of it raises
   (tmp_path / 'in').mkdir()
   from_ = 'import.path' if command == 'import' else 'export.checkpoint'
   to = 'train.workdir' if command == 'import' else 'export.out'
-  assert main.main([
-    command, f'--{from_}={tmp_path / "in"}', f'--{to}={tmp_path / "out"}',
-    f'--{command}.format={form}', '--train.compilation_cache=',
-  ]) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        command,
+        f'--{from_}={tmp_path / "in"}',
+        f'--{to}={tmp_path / "out"}',
+        f'--{command}.format={form}',
+        '--train.compilation_cache=',
+      ]
+    )
+    == 2
+  )
   assert capsys.readouterr().err == (
-    f'mtp: --{command}.format={form}: needs {missing}: pip install'
-    f' "mtp_jax[{extra}]"\n'
+    f'mtp: --{command}.format={form}: needs {missing}: pip install "mtp_jax[{extra}]"\n'
   )
   assert not (tmp_path / 'out').exists()

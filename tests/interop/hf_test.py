@@ -21,9 +21,7 @@ torch = parity.library('torch')
 transformers = parity.library('transformers')
 
 STORIES = os.path.join(os.path.dirname(runs.ROOT), 'shared/data/stories260k')
-BASE = dict(
-  model__vocab_size=264, data__tokenizer='bytes', data__seq_len=64,
-)  # fmt: skip
+BASE = dict(model__vocab_size=264, data__tokenizer='bytes', data__seq_len=64)
 
 
 NO_CACHE = '--train.compilation_cache='
@@ -31,16 +29,12 @@ NO_CACHE = '--train.compilation_cache='
 
 def _cfg(family='parallel', n=3, **changes):
   layers = 2 + (n if family in config.BLOCK_FIRST else 0)
-  return tiny.cfg(
-    heads__family=family, heads__n=n, model__n_layers=layers, **BASE | changes
-  )
+  return tiny.cfg(heads__family=family, heads__n=n, model__n_layers=layers, **BASE | changes)
 
 
 def _export(c, model, out, dtype='float32'):
   tokenizer = tokenizers.get('bytes')
-  return folder.export(
-    model, c, tokenizer, str(out), dtype=dtype, about='a test'
-  )
+  return folder.export(model, c, tokenizer, str(out), dtype=dtype, about='a test')
 
 
 def _same(a, b):
@@ -69,10 +63,14 @@ def test_there_and_back_is_the_same(family, unembedding, tmp_path):
 
 def test_options_come_back_too(tmp_path):
   c = _cfg(
-    'recursive', n=4, loss__order_weight=1.0, model__d_head=6,
-    model__param_dtype='bfloat16', model__rope_factor=8.0,
+    'recursive',
+    n=4,
+    loss__order_weight=1.0,
+    model__d_head=6,
+    model__param_dtype='bfloat16',
+    model__rope_factor=8.0,
     export__shard_gib=4000 / 2**30,
-  )  # fmt: skip
+  )
   model = tiny.model(c, tiny.mesh(c))
   _export(c, model, tmp_path / 'out', 'bfloat16')
   shards = [x for x in os.listdir(tmp_path / 'out') if '-of-' in x]
@@ -117,11 +115,19 @@ def test_transformers_computes_the_same(changes, tmp_path):
   c = _cfg(**{'decode__max_new': 200, 'data__seq_len': 256, **changes})
   model = _workdir(c, tmp_path / 'run')
   out = tmp_path / 'out'
-  assert main.main([
-    'export', '--mesh.fsdp=-1', NO_CACHE,
-    f'--export.checkpoint={tmp_path / "run"}',
-    f'--export.out={out}', f'--export.shard_gib={c.export.shard_gib}',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'export',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+        f'--export.checkpoint={tmp_path / "run"}',
+        f'--export.out={out}',
+        f'--export.shard_gib={c.export.shard_gib}',
+      ]
+    )
+    == 0
+  )
   # An engine must not take mtp_heads.safetensors for a part of the Llama.
   index, has_more = out / files.INDEX, (out / 'mtp_heads.safetensors').exists()
   assert index.exists() == (c.export.shard_gib < 1 or has_more)
@@ -129,9 +135,7 @@ def test_transformers_computes_the_same(changes, tmp_path):
     named = json.loads(index.read_text())['weight_map']
     assert not [name for name in named if 'mtp' in name]
     assert 'mtp_heads.safetensors' not in named.values()
-  llama = transformers.AutoModelForCausalLM.from_pretrained(
-    out, dtype=torch.float32
-  )
+  llama = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
   assert type(llama).__name__ == 'LlamaForCausalLM'
   rng = np.random.default_rng(0)
   ids = rng.integers(0, 264, (2, 50))
@@ -148,27 +152,48 @@ def test_transformers_computes_the_same(changes, tmp_path):
   [text] = made([ids[0]]).tokens
   with torch.no_grad():
     said = llama.generate(
-      torch.tensor(ids[:1]), attention_mask=torch.ones((1, 50)),
-      max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+      torch.tensor(ids[:1]),
+      attention_mask=torch.ones((1, 50)),
+      max_new_tokens=200,
+      do_sample=False,
+      eos_token_id=None,
+      pad_token_id=0,
+    )
   assert text.tolist() == said[0, 50:].tolist()
 
 
 @pytest.mark.skipif(not os.path.isdir(STORIES), reason='data is not here')
 def test_a_real_llama_goes_on_as_it_did(tmp_path, capsys):
   run = tmp_path / 'run'
-  assert main.main([
-    'import', f'--import.path={STORIES}', f'--train.workdir={run}',
-    '--model.compute_dtype=float32', '--mesh.fsdp=-1', NO_CACHE,
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'import',
+        f'--import.path={STORIES}',
+        f'--train.workdir={run}',
+        '--model.compute_dtype=float32',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+      ]
+    )
+    == 0
+  )
   with open(os.path.join(STORIES, 'expected.json')) as file:
     expected = json.load(file)
   capsys.readouterr()
-  assert main.main([
-    'generate', f'--decode.checkpoint={run}', '--mesh.fsdp=-1', NO_CACHE,
-    f'--prompt_ids={",".join(map(str, expected["prompt_ids"]))}',
-    f'--decode.max_new={len(expected["greedy_ids"])}',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'generate',
+        f'--decode.checkpoint={run}',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+        f'--prompt_ids={",".join(map(str, expected["prompt_ids"]))}',
+        f'--decode.max_new={len(expected["greedy_ids"])}',
+      ]
+    )
+    == 0
+  )
   said = capsys.readouterr().out.splitlines()[0]
   assert said == ','.join(map(str, expected['greedy_ids']))
 
@@ -198,10 +223,7 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
 @pytest.mark.parametrize(
   'changes, said',
   [
-    (
-      dict(model_type='mamba'),
-      "model_type='mamba' in config.json; only 'llama', 'mtp_llama'",
-    ),
+    (dict(model_type='mamba'), "model_type='mamba' in config.json; only 'llama', 'mtp_llama'"),
     (dict(hidden_act='gelu'), "hidden_act='gelu'"),
     (dict(quantization_config={'bits': 4}), 'quantization_config={'),
     (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
@@ -214,19 +236,24 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
     (dict(intermediate_size=48), 'has shape (24, 16), the model (48, 16)'),
     (dict(num_hidden_layers=4), 'model.layers.3.input_layernorm.weight is'),
     (dict(num_hidden_layers=2), 'model.layers.2.'),
-    (
-      dict(vocab_size=200),
-      'has 258 tokens, the model 200; --import.tokenizer=skip',
-    ),
+    (dict(vocab_size=200), 'has 258 tokens, the model 200; --import.tokenizer=skip'),
   ],
 )
 def test_what_does_not_fit_is_told(changes, said, tmp_path, capsys):
   _llama(tmp_path / 'in', **changes)
   run = tmp_path / 'run'
-  assert main.main([
-    'import', f'--import.path={tmp_path / "in"}', f'--train.workdir={run}',
-    '--mesh.fsdp=-1', NO_CACHE,
-  ]) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        'import',
+        f'--import.path={tmp_path / "in"}',
+        f'--train.workdir={run}',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+      ]
+    )
+    == 2
+  )
   error = capsys.readouterr().err
   assert said in error and error.count('\n') == 1, error
   assert not run.exists()
@@ -238,10 +265,18 @@ def test_a_shard_cut_off_is_told(tmp_path, capsys):
   whole = path.read_bytes()
   for size, said in ((len(whole) - 9, 'is cut off'), (20, 'no safetensors')):
     path.write_bytes(whole[:size])
-    assert main.main([
-      'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1', NO_CACHE,
-      f'--train.workdir={tmp_path / "run"}',
-    ]) == 2  # fmt: skip
+    assert (
+      main.main(
+        [
+          'import',
+          f'--import.path={tmp_path / "in"}',
+          '--mesh.fsdp=-1',
+          NO_CACHE,
+          f'--train.workdir={tmp_path / "run"}',
+        ]
+      )
+      == 2
+    )
     assert said in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
 
@@ -251,11 +286,18 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path, capsys):
   _workdir(c, tmp_path / 'run')
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'mine').write_text('x')
-  assert main.main([
-    'export', '--mesh.fsdp=-1', NO_CACHE,
-    f'--export.checkpoint={tmp_path / "run"}',
-    f'--export.out={tmp_path / "out"}',
-  ]) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        'export',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+        f'--export.checkpoint={tmp_path / "run"}',
+        f'--export.out={tmp_path / "out"}',
+      ]
+    )
+    == 2
+  )
   assert 'is not empty; give another directory' in capsys.readouterr().err
   assert os.listdir(tmp_path / 'out') == ['mine']
 
@@ -288,9 +330,7 @@ def test_a_surplus_or_missing_key_is_an_error(tmp_path, monkeypatch):
 
   for wrong in more, fewer:
     monkeypatch.setattr(files, 'write', wrong)
-    with pytest.raises(
-      config.ConfigError, match='missing or surplus|the index names it'
-    ):
+    with pytest.raises(config.ConfigError, match='missing or surplus|the index names it'):
       _export(c, model, tmp_path / 'out')
     assert not os.listdir(tmp_path)
 
@@ -301,41 +341,70 @@ def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
   c = _cfg(n=2, data__seq_len=16, **sizes)
   c = config.replace(c, **{'model.n_layers': 3})
   exported = _workdir(c, tmp_path / 'first')
-  assert main.main([
-    'export', '--mesh.fsdp=-1', NO_CACHE,
-    f'--export.checkpoint={tmp_path / "first"}',
-    f'--export.out={tmp_path / "out"}',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'export',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+        f'--export.checkpoint={tmp_path / "first"}',
+        f'--export.out={tmp_path / "out"}',
+      ]
+    )
+    == 0
+  )
   run = tmp_path / 'run'
-  assert main.main([
-    'import', f'--import.path={tmp_path / "out"}', '--mesh.fsdp=-1', NO_CACHE,
-    f'--train.workdir={run}',
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'import',
+        f'--import.path={tmp_path / "out"}',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+        f'--train.workdir={run}',
+      ]
+    )
+    == 0
+  )
   capsys.readouterr()
   assert runs.train(store, run, model__d_ff=24) == 2
-  assert f'parameters of {run}, which it begins with, have 32' in (
-    capsys.readouterr().err
-  )
+  assert f'parameters of {run}, which it begins with, have 32' in (capsys.readouterr().err)
   kept = dict(train__checkpoint_every=1, train__keep_last=6)
   assert runs.train(store, run, **kept) == 0
   first = runs.restored(run, 1).params
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), first,
-    jax.device_get(exported),
-  )  # fmt: skip
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), first, jax.device_get(exported)
+  )
 
 
 def test_a_store_of_another_tokenizer_is_refused(store, tmp_path, capsys):
   _llama(tmp_path / 'in')  # its bytes are a tokenizer.json, which is another
   run = tmp_path / 'run'
-  assert main.main([
-    'import', f'--import.path={tmp_path / "in"}', '--mesh.fsdp=-1', NO_CACHE,
-    f'--train.workdir={run}',
-  ]) == 0  # fmt: skip
-  assert runs.train(
-    store, run, model__n_layers=3, model__n_attn_heads=4, model__n_kv_heads=2,
-    model__d_ff=24, model__vocab_size=264, heads__n=1,
-  ) == 2  # fmt: skip
+  assert (
+    main.main(
+      [
+        'import',
+        f'--import.path={tmp_path / "in"}',
+        '--mesh.fsdp=-1',
+        NO_CACHE,
+        f'--train.workdir={run}',
+      ]
+    )
+    == 0
+  )
+  assert (
+    runs.train(
+      store,
+      run,
+      model__n_layers=3,
+      model__n_attn_heads=4,
+      model__n_kv_heads=2,
+      model__d_ff=24,
+      model__vocab_size=264,
+      heads__n=1,
+    )
+    == 2
+  )
   error = capsys.readouterr().err
   assert f'its tokenizer is bytes; that of the model in {run} is hf#' in error
 
@@ -343,23 +412,31 @@ def test_a_store_of_another_tokenizer_is_refused(store, tmp_path, capsys):
 def _train_flags(c, **changes):
   """Flags of a run on a model like _cfg's."""
   m = c.model
-  return dict(
-    model__n_layers=m.n_layers, model__n_attn_heads=m.n_attn_heads,
-    model__n_kv_heads=m.n_kv_heads, model__d_ff=m.d_ff,
-    model__vocab_size=m.vocab_size, optim__warmup_steps=1,
-  ) | changes  # fmt: skip
+  return (
+    dict(
+      model__n_layers=m.n_layers,
+      model__n_attn_heads=m.n_attn_heads,
+      model__n_kv_heads=m.n_kv_heads,
+      model__d_ff=m.d_ff,
+      model__vocab_size=m.vocab_size,
+      optim__warmup_steps=1,
+    )
+    | changes
+  )
 
 
 def _greedy(path):
-  llama = transformers.AutoModelForCausalLM.from_pretrained(
-    path, dtype=torch.float32
-  )
+  llama = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
   ids = torch.tensor([[5, 7, 99, 12]])
   with torch.no_grad():
     return llama.generate(
-      ids, attention_mask=torch.ones_like(ids), max_new_tokens=40,
-      do_sample=False, eos_token_id=None, pad_token_id=0,
-    )[0].tolist()  # fmt: skip
+      ids,
+      attention_mask=torch.ones_like(ids),
+      max_new_tokens=40,
+      do_sample=False,
+      eos_token_id=None,
+      pad_token_id=0,
+    )[0].tolist()
 
 
 @pytest.mark.parity
@@ -370,28 +447,48 @@ def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
   os.remove(tmp_path / 'in/tokenizer.json')  # the store's is ours of bytes
   run, trained, out = (tmp_path / x for x in ('run', 'trained', 'out'))
   here = ['--mesh.fsdp=-1', NO_CACHE]
-  assert main.main([
-    'import', f'--import.path={tmp_path / "in"}', f'--train.workdir={run}',
-    '--heads.family=sequential', *here,
-  ]) == 0  # fmt: skip
-  assert runs.train(
-    store, trained,
-    **_train_flags(c), train__init_from=run, train__freeze='trunk',
-    heads__family='sequential', heads__n=3, train__steps=20,
-  ) == 0  # fmt: skip
-  assert 'head 1 as it was; heads 2 to 3 new, as head 1' in (
-    capsys.readouterr().out
+  assert (
+    main.main(
+      [
+        'import',
+        f'--import.path={tmp_path / "in"}',
+        f'--train.workdir={run}',
+        '--heads.family=sequential',
+        *here,
+      ]
+    )
+    == 0
   )
-  assert main.main([
-    'export', f'--export.checkpoint={trained}', f'--export.out={out}', *here,
-  ]) == 0  # fmt: skip
+  assert (
+    runs.train(
+      store,
+      trained,
+      **_train_flags(c),
+      train__init_from=run,
+      train__freeze='trunk',
+      heads__family='sequential',
+      heads__n=3,
+      train__steps=20,
+    )
+    == 0
+  )
+  assert 'head 1 as it was; heads 2 to 3 new, as head 1' in (capsys.readouterr().out)
+  assert main.main(['export', f'--export.checkpoint={trained}', f'--export.out={out}', *here]) == 0
   wanted = _greedy(tmp_path / 'in')
   assert _greedy(out) == wanted
   capsys.readouterr()
-  assert main.main([
-    'generate', f'--decode.checkpoint={trained}', '--prompt_ids=5,7,99,12',
-    '--decode.max_new=40', *here,
-  ]) == 0  # fmt: skip
+  assert (
+    main.main(
+      [
+        'generate',
+        f'--decode.checkpoint={trained}',
+        '--prompt_ids=5,7,99,12',
+        '--decode.max_new=40',
+        *here,
+      ]
+    )
+    == 0
+  )
   said = capsys.readouterr().out.splitlines()[0]
   made = [int(x) for x in said.split(',')]
   assert made == wanted[4 : 4 + len(made)] and len(made) >= 10
@@ -403,20 +500,24 @@ def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
 @pytest.mark.parametrize('unembedding', ['shared', 'tied'])
 def test_fields_of_others_are_read(unembedding, tmp_path):
   c = _cfg(
-    n=1, heads__unembedding=unembedding, model__norm_eps=1e-6,
-    model__rope_theta=500_000.0, model__rope_factor=8.0,
-    model__rope_low_freq=2.0, model__rope_high_freq=5.0,
-    model__rope_context=32, model__d_head=6, model__context=512,
-  )  # fmt: skip
+    n=1,
+    heads__unembedding=unembedding,
+    model__norm_eps=1e-6,
+    model__rope_theta=500_000.0,
+    model__rope_factor=8.0,
+    model__rope_low_freq=2.0,
+    model__rope_high_freq=5.0,
+    model__rope_context=32,
+    model__d_head=6,
+    model__context=512,
+  )
   _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
   about = json.loads((tmp_path / 'in/config.json').read_text())
   assert (about['bos_token_id'], about['eos_token_id']) == (256, 257)
   os.remove(tmp_path / 'in' / folder.OURS)
   cfg, ours = folder.find(str(tmp_path / 'in'), {})
   assert not ours and cfg.heads.unembedding == unembedding
-  wanted = dataclasses.replace(
-    c.model, remat=cfg.model.remat, compute_dtype='float32'
-  )
+  wanted = dataclasses.replace(c.model, remat=cfg.model.remat, compute_dtype='float32')
   assert cfg.model == wanted and cfg.data.seq_len == 512
 
 
@@ -425,9 +526,7 @@ def test_what_it_was_is_what_it_computes(tmp_path):
   cfg, _ = folder.find(str(tmp_path / 'in'), {})
   assert cfg.model.compute_dtype == 'bfloat16'
   given = {'model.compute_dtype': 'float32'}
-  assert folder.find(str(tmp_path / 'in'), given)[0].model.compute_dtype == (
-    'float32'
-  )
+  assert folder.find(str(tmp_path / 'in'), given)[0].model.compute_dtype == ('float32')
 
 
 def test_keys_that_mean_nothing_are_left_out(tmp_path):
@@ -457,9 +556,7 @@ def test_a_file_of_the_index_that_is_missing_is_told(tmp_path):
   with pytest.raises(config.ConfigError, match=f'{name} is missing'):
     folder.read(str(tmp_path / 'in'), c, tiny.mesh(c))
   index = json.loads((tmp_path / 'in' / files.INDEX).read_text())
-  size = sum(
-    np.prod(x.shape) * 4 for x in jax.tree.leaves(tiny.model(c, tiny.mesh(c)))
-  )
+  size = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(tiny.model(c, tiny.mesh(c))))
   extra = files.read(str(tmp_path / 'in/mtp_heads.safetensors'), 'x').values()
   size -= sum(np.prod(x.shape) * 4 for x in extra)
   assert index['metadata']['total_size'] == size
@@ -476,21 +573,20 @@ def test_bytes_that_are_not_those_of_a_shape_are_told(tmp_path):
 
 
 def _command(command, from_, to, *more):
-  names = {'import': ('import.path', 'train.workdir'),
-           'export': ('export.checkpoint', 'export.out')}[command]  # fmt: skip
-  return main.main([
-    command, f'--{names[0]}={from_}', f'--{names[1]}={to}', '--mesh.fsdp=-1',
-    NO_CACHE, *more,
-  ])  # fmt: skip
+  names = {
+    'import': ('import.path', 'train.workdir'),
+    'export': ('export.checkpoint', 'export.out'),
+  }[command]
+  return main.main(
+    [command, f'--{names[0]}={from_}', f'--{names[1]}={to}', '--mesh.fsdp=-1', NO_CACHE, *more]
+  )
 
 
 def test_a_dtype_of_its_own(tmp_path):
   c = _cfg()
   _workdir(c, tmp_path / 'run')
   out = tmp_path / 'out'
-  assert _command(
-    'export', tmp_path / 'run', out, '--export.dtype=bfloat16'
-  ) == 0  # fmt: skip
+  assert _command('export', tmp_path / 'run', out, '--export.dtype=bfloat16') == 0
   found = files.read_folder(str(out), 'x').values()
   assert {x.dtype.name for x in found} == {'bfloat16'}
   assert json.loads((out / 'config.json').read_text())['dtype'] == 'bfloat16'
@@ -508,13 +604,11 @@ def test_a_model_without_a_tokenizer_leaves_without_one(tmp_path, capsys):
   about = json.loads((out / 'config.json').read_text())
   assert 'bos_token_id' not in about
   capsys.readouterr()
-  assert main.main([
-    'generate', f'--decode.checkpoint={run}', '--prompt=a', '--mesh.fsdp=-1',
-    NO_CACHE,
-  ]) == 2  # fmt: skip
-  assert 'imported without a tokenizer; give --prompt_ids' in (
-    capsys.readouterr().err
+  assert (
+    main.main(['generate', f'--decode.checkpoint={run}', '--prompt=a', '--mesh.fsdp=-1', NO_CACHE])
+    == 2
   )
+  assert 'imported without a tokenizer; give --prompt_ids' in (capsys.readouterr().err)
 
 
 def test_an_import_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
@@ -570,19 +664,14 @@ def test_what_a_form_cannot_hold_is_told_before_anything(tmp_path, capsys):
   c = _cfg('linear')
   _workdir(c, tmp_path / 'run')
   (tmp_path / 'out').mkdir()
-  assert _command(
-    'export', tmp_path / 'run', tmp_path / 'out', '--export.format=meta'
-  ) == 2  # fmt: skip
+  assert _command('export', tmp_path / 'run', tmp_path / 'out', '--export.format=meta') == 2
   assert 'these are linear' in capsys.readouterr().err
   assert (tmp_path / 'out').is_dir()
 
 
 def test_a_checkpoint_leaves_while_its_run_goes_on(store, tmp_path):
   run, out = tmp_path / 'run', tmp_path / 'out'
-  args = runs.args(
-    store, str(run), train__steps=60, train__checkpoint_every=3,
-    train__keep_last=30,
-  )  # fmt: skip
+  args = runs.args(store, str(run), train__steps=60, train__checkpoint_every=3, train__keep_last=30)
   process = runs.process(['-c', faults.SLOWLY, 'train', *args])
   limit = time.monotonic() + 120
   while not checkpoint.steps(str(run)) and time.monotonic() < limit:

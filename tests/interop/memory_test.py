@@ -40,10 +40,15 @@ print(peak - before - sum(x.nbytes for x in jax.tree.leaves(model)))
 def _folder(path) -> config.Config:
   """Of a Llama of 240 MB; three arrays make most of it."""
   c = tiny.cfg(
-    heads__n=1, model__d_model=512, model__d_ff=2048, model__n_layers=14,
-    model__n_attn_heads=8, model__n_kv_heads=8, model__vocab_size=512,
+    heads__n=1,
+    model__d_model=512,
+    model__d_ff=2048,
+    model__n_layers=14,
+    model__n_attn_heads=8,
+    model__n_kv_heads=8,
+    model__vocab_size=512,
     heads__family='linear',
-  )  # fmt: skip
+  )
   leaves = mapping.leaves(lm.specs(c))
   arrays = {}
   for name, place in mapping.tensors(c).items():

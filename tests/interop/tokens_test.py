@@ -40,10 +40,13 @@ def _write(ours, path):
 def _pieces(path, kind, **settings):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CODE.split('\n')), model_writer=model,
-    vocab_size=500, model_type=kind, minloglevel=2,
+    sentence_iterator=iter(CODE.split('\n')),
+    model_writer=model,
+    vocab_size=500,
+    model_type=kind,
+    minloglevel=2,
     **dict(byte_fallback=True) | settings,
-  )  # fmt: skip
+  )
   (path / 'code.model').write_bytes(model.getvalue())
   return tokenizers.get(f'sentencepiece:{path / "code.model"}')
 
@@ -55,10 +58,14 @@ def _html(path):
   """A model with pieces like '</' and 's>>'."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(HTML + CODE.split('\n')), model_writer=model,
-    vocab_size=500, model_type='unigram', byte_fallback=True, minloglevel=2,
+    sentence_iterator=iter(HTML + CODE.split('\n')),
+    model_writer=model,
+    vocab_size=500,
+    model_type='unigram',
+    byte_fallback=True,
+    minloglevel=2,
     **KEEPS,
-  )  # fmt: skip
+  )
   (path / 'html.model').write_bytes(model.getvalue())
   return tokenizers.get(f'sentencepiece:{path / "html.model"}')
 
@@ -71,10 +78,12 @@ def _code(path):
   fast.train_from_iterator(
     CODE.split('\n'),
     hf.trainers.BpeTrainer(
-      vocab_size=400, special_tokens=['<|endoftext|>'], show_progress=False,
+      vocab_size=400,
+      special_tokens=['<|endoftext|>'],
+      show_progress=False,
       initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
     ),
-  )  # fmt: skip
+  )
   fast.save(str(path / 'tokenizer.json'))
   return tokenizers.get(f'hf:{path / "tokenizer.json"}')
 
@@ -83,15 +92,16 @@ def _named_ends(path):
   """The same, its ends named by a file beside it, one of them an object."""
   _code(path)
   about = json.loads((path / 'tokenizer.json').read_text())
-  (path / 'tokenizer.json').write_text(
-    json.dumps(about).replace('<|endoftext|>', '<done>')
-  )
+  (path / 'tokenizer.json').write_text(json.dumps(about).replace('<|endoftext|>', '<done>'))
   (path / 'tokenizer_config.json').write_text(
-    json.dumps(dict(
-      bos_token={'__type': 'AddedToken', 'content': '<done>'},
-      eos_token='<done>', chat_template='{{ messages }}',
-    ))
-  )  # fmt: skip
+    json.dumps(
+      dict(
+        bos_token={'__type': 'AddedToken', 'content': '<done>'},
+        eos_token='<done>',
+        chat_template='{{ messages }}',
+      )
+    )
+  )
   return tokenizers.get(f'hf:{path / "tokenizer.json"}')
 
 
@@ -100,9 +110,7 @@ MADE = {
   'bytes': lambda path: tokenizers.get('bytes'),
   'bpe': lambda path: _pieces(path, 'bpe', **KEEPS),
   'bpe, normalised': lambda path: _pieces(path, 'bpe'),
-  'bpe, no prefix': lambda path: _pieces(
-    path, 'bpe', add_dummy_prefix=False, **KEEPS
-  ),
+  'bpe, no prefix': lambda path: _pieces(path, 'bpe', add_dummy_prefix=False, **KEEPS),
   'unigram': lambda path: _pieces(path, 'unigram', **KEEPS),
   'unigram of html': _html,
   'no bytes': lambda path: _pieces(path, 'bpe', byte_fallback=False),

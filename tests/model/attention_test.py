@@ -18,8 +18,7 @@ from mtp_jax.model import attention
 from tests import ahead, runs, tiny
 
 KERNELS = {
-  name: functools.partial(attention.KERNELS[name], interpret=True)
-  for name in config.KERNELS
+  name: functools.partial(attention.KERNELS[name], interpret=True) for name in config.KERNELS
 }
 
 
@@ -28,8 +27,7 @@ def _arrays(B=2, T=128, N=4, R=1, H=16, dtype='float32', packed=True):
   rng = np.random.default_rng(0)
   G = N // R
   q_BTNH, k_BTGH, v_BTGH, weight_BTNH = (
-    jnp.array(rng.normal(size=(B, T, heads, H)), dtype)
-    for heads in (N, G, G, N)
+    jnp.array(rng.normal(size=(B, T, heads, H)), dtype) for heads in (N, G, G, N)
   )
   start_BT = rng.random((B, T)) < (0.04 if packed else 0)
   segment_BT = jnp.array(np.cumsum(start_BT, axis=1), jnp.int32)
@@ -77,10 +75,8 @@ def test_splash_in_blocks_of_each_size(T):
   """384 takes blocks of 128, the others one and two of 512."""
   qkv, segment_BT, _ = _arrays(B=1, T=T, N=1, H=8)
   np.testing.assert_allclose(
-    KERNELS['splash'](*qkv, segment_BT),
-    attention.reference(*qkv, segment_BT),
-    rtol=1e-4, atol=1e-5,
-  )  # fmt: skip
+    KERNELS['splash'](*qkv, segment_BT), attention.reference(*qkv, segment_BT), rtol=1e-4, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize('kernel', KERNELS)
@@ -97,28 +93,21 @@ def test_on_a_mesh_each_device_attends_to_its_own(monkeypatch, kernel, sizes):
   B = 8 // tensor
   qkv, segment_BT, weight_BTNH = _arrays(B=B, R=2)
   wanted = _outputs(attention.reference, qkv, segment_BT, weight_BTNH)
-  c = tiny.cfg(
-    data__seq_len=128, model__attention=kernel, model__d_model=64,
-    data__batch_size=B,
-  )  # fmt: skip
+  c = tiny.cfg(data__seq_len=128, model__attention=kernel, model__d_model=64, data__batch_size=B)
   m = tiny.mesh(tiny.cfg(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
   with jax.set_mesh(m):
-    q, kv = (
-      sharding.pspec('batch', None, heads, None)
-      for heads in ('attn_heads', 'kv_heads')
-    )
+    q, kv = (sharding.pspec('batch', None, heads, None) for heads in ('attn_heads', 'kv_heads'))
     rows = sharding.pspec('batch', None)
     placed = jax.tree.map(
       lambda x, spec: jax.device_put(x, jax.NamedSharding(m, spec)),
-      (qkv, segment_BT, weight_BTNH), ((q, kv, kv), rows, q),
-    )  # fmt: skip
+      (qkv, segment_BT, weight_BTNH),
+      ((q, kv, kv), rows, q),
+    )
     found = _outputs(functools.partial(attention.attend, cfg=c), *placed)
   for got, want in zip(found, wanted, strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   b = B // (data * fsdp)
-  assert shards[0] == [
-    (b, 128, 4 // tensor, 16), *2 * [(b, 128, 2 // tensor, 16)], (b, 128)
-  ]  # fmt: skip
+  assert shards[0] == [(b, 128, 4 // tensor, 16), *2 * [(b, 128, 2 // tensor, 16)], (b, 128)]
 
 
 # kernel, what of a Config it cannot take
@@ -132,9 +121,7 @@ LIMITS = [
 
 
 @pytest.mark.parametrize('kernel, changes', LIMITS, ids=str)
-def test_what_a_kernel_cannot_take_is_refused_and_auto_does_not(
-  monkeypatch, kernel, changes
-):
+def test_what_a_kernel_cannot_take_is_refused_and_auto_does_not(monkeypatch, kernel, changes):
   monkeypatch.setattr(config, 'KERNELS', {kernel: 'cpu'})
   fits = dict(data__seq_len=128, model__d_model=64)
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
@@ -153,10 +140,17 @@ def test_without_a_kernel_of_the_platform_auto_is_the_reference():
 
 
 STEP = dict(
-  model__d_model=64, model__n_layers=3, model__vocab_size=256, heads__n=2,
-  data__batch_size=2, loss__chunk=512, mesh__fsdp=2, mesh__tensor=2,
-  model__compute_dtype='bfloat16', model__remat='block',
-)  # fmt: skip
+  model__d_model=64,
+  model__n_layers=3,
+  model__vocab_size=256,
+  heads__n=2,
+  data__batch_size=2,
+  loss__chunk=512,
+  mesh__fsdp=2,
+  mesh__tensor=2,
+  model__compute_dtype='bfloat16',
+  model__remat='block',
+)
 
 
 def step_cfg(kernel, T):
@@ -173,9 +167,7 @@ def step_cfg(kernel, T):
 )
 def test_no_array_of_a_step_for_nvidia_is_t_by_t(monkeypatch, kernel, T, calls):
   # No cuDNN is installed here; nothing of it is called to lower a program.
-  monkeypatch.setattr(
-    fused_attention_stablehlo, 'check_cudnn_version', lambda: 90500
-  )
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 90500)
   m = tiny.mesh(tiny.cfg(mesh__fsdp=2, mesh__tensor=2))
   text = ahead.cuda_step(step_cfg(kernel, T), m)
   assert {name for name in ('triton', 'fmha') if name in text} == calls
@@ -192,9 +184,7 @@ print('tpu_custom_call' in text, len(ahead.squares(text, T)))
 """
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed'
-)
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
 @pytest.mark.parametrize(
   'kernel, T',
   [

@@ -24,9 +24,7 @@ def _logits(c, rows):
 def _cfg(family, n, **changes):
   """Two layers of trunk, and the heads'."""
   layers = 2 + (n if family in config.BLOCK_FIRST else 0)
-  return tiny.cfg(
-    heads__n=n, heads__family=family, model__n_layers=layers, **changes
-  )
+  return tiny.cfg(heads__n=n, heads__family=family, model__n_layers=layers, **changes)
 
 
 def _rows(c, **kwargs):
@@ -42,9 +40,7 @@ def test_forward_equals_oracle(family, n):
   c = _cfg(family, n)
   rows = _rows(c)
   logits_KBTV, w = _logits(c, rows)
-  want = oracle.forward(
-    tiny.flat(w), rows['tokens'], rows['position'], oracle.Shape(family, n)
-  )
+  want = oracle.forward(tiny.flat(w), rows['tokens'], rows['position'], oracle.Shape(family, n))
   np.testing.assert_allclose(logits_KBTV, want, rtol=1e-4, atol=2e-5)
 
 
@@ -58,18 +54,15 @@ def test_one_head_is_the_plain_transformer_of_as_many_layers(family):
   with jax.set_mesh(m):  # all L layers in one scan, no head anywhere
     stacked = w.trunk
     if c.heads.block_first:
-      stacked = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b]), w.trunk, w.heads
-      )
+      stacked = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), w.trunk, w.heads)
     else:
       assert w.heads is None
     assert stacked.q.shape[0] == c.model.n_layers
     placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
     plain = w.replace(trunk=stacked)
     z_BTD, _ = lm.hidden(
-      plain, lm.embed(plain, placed['tokens'][0][:, :T], c),
-      placed['position'][0][:, :T], c,
-    )  # fmt: skip
+      plain, lm.embed(plain, placed['tokens'][0][:, :T], c), placed['position'][0][:, :T], c
+    )
     want = layers.rms_norm(z_BTD, w.norm, c.model.norm_eps) @ w.unembed
   np.testing.assert_allclose(logits_KBTV[0], want, rtol=1e-5, atol=1e-5)
 
@@ -88,9 +81,8 @@ def test_no_head_sees_past_what_it_may(family, stride):
     w = tiny.model(c, m)
     position_BU = jnp.arange(U)[None]
     emb_BUD = jax.random.normal(
-      jax.random.key(1), (1, U, c.model.d_model),
-      out_sharding=sharding.pspec('batch', None, None),
-    )  # fmt: skip
+      jax.random.key(1), (1, U, c.model.d_model), out_sharding=sharding.pspec('batch', None, None)
+    )
 
     def jacobian(emb_BUD, k, t):
       def f(emb_BUD):
@@ -127,9 +119,7 @@ def test_a_packed_document_is_read_as_if_alone(family):
 
   packed = logits(tokens, 7, 13)
   alone = logits(np.concatenate([tokens[:, 7:], tokens[:, :7]], axis=1), 13, 7)
-  np.testing.assert_allclose(
-    packed[:, :, 7:16], alone[:, :, :9], rtol=1e-5, atol=1e-5
-  )
+  np.testing.assert_allclose(packed[:, :, 7:16], alone[:, :, :9], rtol=1e-5, atol=1e-5)
   # And it does change what is read: without the boundary all is different.
   merged = logits(tokens, 20)
   assert np.abs(packed[:, :, 7:16] - merged[:, :, 7:16]).max() > 1e-3
@@ -144,38 +134,40 @@ def test_rope_scores_depend_on_distance_only():
     q, k = layers.rope(q_BTNH, sin, cos), layers.rope(k_BTNH, sin, cos)
     scores.append(jnp.einsum('BTNH,BSNH->TS', q, k))
   np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)
-  assert (
-    np.abs(scores[0] - jnp.einsum('BTNH,BSNH->TS', q_BTNH, k_BTNH)).max() > 0.1
-  )
+  assert np.abs(scores[0] - jnp.einsum('BTNH,BSNH->TS', q_BTNH, k_BTNH)).max() > 0.1
 
 
 def test_grouped_queries_read_their_own_group():
   q, k, v = (
-    jax.random.normal(jax.random.key(i), (2, 5, heads, 4))
-    for i, heads in enumerate((6, 2, 2))
+    jax.random.normal(jax.random.key(i), (2, 5, heads, 4)) for i, heads in enumerate((6, 2, 2))
   )
   segment = jnp.ones((2, 5), int)
   got = attention.reference(q, k, v, segment)
-  want = attention.reference(
-    q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), segment
-  )
+  want = attention.reference(q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), segment)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
   'size, total',
   [  # PAPER: S14, computed totals at a vocabulary of 32,000
-    ('1m', 9.5e6), ('3m', 19.8e6), ('10m', 35.2e6), ('30m', 66.9e6),
-    ('100m', 148e6), ('300m', 387e6), ('1b', 1.12e9), ('0.3b', 297e6),
-    ('0.6b', 630e6), ('1.3b', 1.36e9), ('3b', 3.02e9), ('7b', 6.74e9),
+    ('1m', 9.5e6),
+    ('3m', 19.8e6),
+    ('10m', 35.2e6),
+    ('30m', 66.9e6),
+    ('100m', 148e6),
+    ('300m', 387e6),
+    ('1b', 1.12e9),
+    ('0.3b', 297e6),
+    ('0.6b', 630e6),
+    ('1.3b', 1.36e9),
+    ('3b', 3.02e9),
+    ('7b', 6.74e9),
     ('13b', 13.02e9),
   ],
-)  # fmt: skip
+)
 def test_size_files_have_the_published_parameter_counts(size, total):
   for n in (1, 2):
-    parsed = flags.parse(
-      [f'--flagfile=experiments/size/{size}.flags', f'--heads.n={n}']
-    )
+    parsed = flags.parse([f'--flagfile=experiments/size/{size}.flags', f'--heads.n={n}'])
     assert abs(params.count(lm.specs(parsed.config())) / total - 1) < 0.01
 
 
@@ -187,9 +179,7 @@ def test_initial_values_have_their_spread_and_do_not_depend_on_others():
     w = params.init(jax.random.key(0), lm.specs(c), 'float32')
     more = tiny.cfg(**small, model__d_ff=128)
     other = params.init(jax.random.key(0), lm.specs(more), 'float32')
-  for x, spec in zip(
-    jax.tree.leaves(w), jax.tree.leaves(lm.specs(c)), strict=True
-  ):
+  for x, spec in zip(jax.tree.leaves(w), jax.tree.leaves(lm.specs(c)), strict=True):
     if spec.std is None:
       np.testing.assert_array_equal(x, 1)
     else:
@@ -202,9 +192,12 @@ def test_initial_values_do_not_depend_on_the_mesh():
   values = []
   for sizes in ((1, 1, 1), (2, 2, 2)):
     c = tiny.cfg(
-      heads__family='linear', heads__n=2, mesh__data=sizes[0],
-      mesh__fsdp=sizes[1], mesh__tensor=sizes[2],
-    )  # fmt: skip
+      heads__family='linear',
+      heads__n=2,
+      mesh__data=sizes[0],
+      mesh__fsdp=sizes[1],
+      mesh__tensor=sizes[2],
+    )
     with jax.set_mesh(tiny.mesh(c)):
       make = jax.jit(lambda key: params.init(key, lm.specs(c), 'float32'))  # noqa: B023
       values.append(jax.device_get(make(jax.random.key(0))))

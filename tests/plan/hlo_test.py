@@ -73,10 +73,7 @@ ENTRY %main (x: bf16[4,8], y: f32[64,8]) -> f32[64,8] {
 
 def test_a_program_of_a_tpu_by_hand():
   ledger = hlo.ledger(TPU)
-  found = {
-    (c.kind, c.group, c.times, c.bytes, c.loops): c.sent_bytes
-    for c in ledger.collectives
-  }
+  found = {(c.kind, c.group, c.times, c.bytes, c.loops): c.sent_bytes for c in ledger.collectives}
   loop = ('jit(f)/inner/while',)
   assert found == {
     ('all-gather', 4, 5, 256, loop): 5 * 256 * 3 / 4,
@@ -157,25 +154,17 @@ def _program(x, *, mesh, trips):
 
     return jax.lax.scan(body, jnp.ones(4), None, length=trips)[0]
 
-  return jax.shard_map(
-    local, mesh=mesh, in_specs=P('x'), out_specs=P(), check_vma=False
-  )(x)
+  return jax.shard_map(local, mesh=mesh, in_specs=P('x'), out_specs=P(), check_vma=False)(x)
 
 
 @pytest.mark.parametrize('trips', [3, 7])
 def test_a_compiled_program_of_this_machine(trips):
   mesh = _mesh(8)
-  x = jax.ShapeDtypeStruct(
-    (8 * 32,), jnp.float32, sharding=NamedSharding(mesh, P('x'))
-  )
+  x = jax.ShapeDtypeStruct((8 * 32,), jnp.float32, sharding=NamedSharding(mesh, P('x')))
   text = _program.lower(x, mesh=mesh, trips=trips).compile().as_text()
   kinds = hlo.ledger(text).by_kind()
-  assert kinds['all-gather'] == dict(
-    count=trips, sent_bytes=trips * 8 * 32 * 4 * 7 / 8
-  )
-  assert kinds['all-reduce'] == dict(
-    count=trips, sent_bytes=trips * 2 * 16 * 7 / 8
-  )
+  assert kinds['all-gather'] == dict(count=trips, sent_bytes=trips * 8 * 32 * 4 * 7 / 8)
+  assert kinds['all-reduce'] == dict(count=trips, sent_bytes=trips * 2 * 16 * 7 / 8)
 
 
 def _slices(x_LD, mesh=None):
@@ -209,19 +198,24 @@ def _of_unembedding(text):
 @pytest.mark.parametrize(
   'family, n, accumulate, schedule',
   [
-    ('parallel', 1, 1, 'remat'), ('linear', 4, 2, 'remat'),
-    ('parallel', 4, 2, 'eager'), ('linear', 8, 1, 'eager'),
+    ('parallel', 1, 1, 'remat'),
+    ('linear', 4, 2, 'remat'),
+    ('parallel', 4, 2, 'eager'),
+    ('linear', 8, 1, 'eager'),
   ],
-)  # fmt: skip
-def test_the_unembedding_moves_once_a_micro_batch(
-  family, n, accumulate, schedule
-):
+)
+def test_the_unembedding_moves_once_a_micro_batch(family, n, accumulate, schedule):
   cfg = tiny.cfg(
-    heads__family=family, heads__n=n, loss__schedule=schedule,
+    heads__family=family,
+    heads__n=n,
+    loss__schedule=schedule,
     train__accumulate=accumulate,
-    model__d_model=D, model__vocab_size=V, model__n_layers=n + 1,
-    data__batch_size=8, mesh__fsdp=4,
-  )  # fmt: skip
+    model__d_model=D,
+    model__vocab_size=V,
+    model__n_layers=n + 1,
+    data__batch_size=8,
+    mesh__fsdp=4,
+  )
   mesh = tiny.mesh(cfg)
   with jax.set_mesh(mesh):
     text = step.trace(cfg, mesh, n).lower().compile().as_text()
@@ -242,14 +236,9 @@ def test_gradients_are_scattered_over_fsdp_and_only_shards_added_over_data():
   found = {
     tuple(v.aval.sharding.spec.unreduced for v in (e.invars[0], e.outvars[0]))
     for e in tiny.equations(traced.jaxpr.jaxpr)
-    if e.primitive.name == 'reshard'
-    and e.invars[0].aval.sharding.spec.unreduced
+    if e.primitive.name == 'reshard' and e.invars[0].aval.sharding.spec.unreduced
   }
-  both, data, none = (
-    frozenset({'data', 'fsdp'}),
-    frozenset({'data'}),
-    frozenset(),
-  )
+  both, data, none = (frozenset({'data', 'fsdp'}), frozenset({'data'}), frozenset())
   assert found == {(both, data), (data, none)}
 
 
@@ -288,17 +277,19 @@ def test_bytes_sent_of_gradients_at_2_x_8():
   [
     ("mesh['data'=2,'fsdp'=8,'tensor'=1] {'data','fsdp'}", 16),
     ("mesh['data'=2,'fsdp'=8,'tensor'=1] {'fsdp'}, dimensions={0}", 8),
-    ("mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0))"
-     " {'axis_0'}, use_global_device_ids=true", 8),
-    ("mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0))"
-     " {'axis_0','axis_2'}", 16),
+    (
+      "mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0))"
+      " {'axis_0'}, use_global_device_ids=true",
+      8,
+    ),
+    ("mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_0','axis_2'}", 16),
     ("mesh['a'=4,'b'=4], device_ids=([16]) {'a':(2)2,'b'}", 8),
     ("mesh['a'=4] {}, dimensions={0}", 1),
     ('[2,8]<=[16], dimensions={0}', 8),
     ('[8,2]<=[2,8]T(1,0), use_global_device_ids=true', 2),
     ('{{0,1,2,3},{4,5,6,7}}, to_apply=%add', 4),
   ],
-)  # fmt: skip
+)
 def test_groups_are_read_in_every_form(written, size):
   text = f"""\
 HloModule jit_f
@@ -309,9 +300,7 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
 }}
 """
   (found,) = hlo.ledger(text).collectives
-  assert (found.group, found.sent_bytes) == (
-    size, 2 * (size - 1) / size * 4 * 8 * 4
-  )  # fmt: skip
+  assert (found.group, found.sent_bytes) == (size, 2 * (size - 1) / size * 4 * 8 * 4)
 
 
 @pytest.mark.parametrize('written', ['{}', "{'a'}", 'mesh[a]'])
@@ -329,15 +318,11 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
 
 
 def test_logits_are_never_gathered_over_a_sharded_vocabulary():
-  cfg = tiny.cfg(
-    model__d_model=D, model__vocab_size=V, mesh__tensor=2, mesh__fsdp=2
-  )
+  cfg = tiny.cfg(model__d_model=D, model__vocab_size=V, mesh__tensor=2, mesh__fsdp=2)
   mesh = sharding.make_mesh(cfg, jax.devices()[:4])
   with jax.set_mesh(mesh):
     rows = sharding.put_batch(mesh, tiny.batch(cfg))
-    loss = tiny._value_and_grad.lower(
-      tiny.model(cfg, mesh), rows, c=cfg, n_active=cfg.heads.n
-    )
+    loss = tiny._value_and_grad.lower(tiny.model(cfg, mesh), rows, c=cfg, n_active=cfg.heads.n)
     text = loss.compile().as_text()
   for c in hlo.ledger(text).collectives:
     for array in c.arrays:

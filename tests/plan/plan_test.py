@@ -14,9 +14,7 @@ from mtp_jax.plan import ahead, analytic, hlo, report
 from mtp_jax.train import state
 from tests import runs, tiny
 
-SMALL = [
-  f'--{name}={value}' for name, value in (tiny.BASE | {'mesh.fsdp': -1}).items()
-]
+SMALL = [f'--{name}={value}' for name, value in (tiny.BASE | {'mesh.fsdp': -1}).items()]
 
 
 def test_the_devices_here(tmp_path, capsys):
@@ -33,9 +31,7 @@ def test_the_devices_here(tmp_path, capsys):
   assert found['total_bytes'] == pytest.approx(
     sum(found[f'{x}_bytes'] for x in ('held', 'temp', 'code'))
   )
-  batch = (
-    2 * (16 + 4) * 4 + 4 * 32 + 3 * 4
-  )  # tokens, positions; bytes_V; counters
+  batch = 2 * (16 + 4) * 4 + 4 * 32 + 3 * 4  # tokens, positions; bytes_V; counters
   state_bytes = found['params_bytes'] + found['opt_state_bytes']
   assert state_bytes < found['held_bytes'] <= state_bytes + 4 * batch
   assert found['fits'] is None and found['days'] is None  # a CPU has no peaks
@@ -48,10 +44,15 @@ def test_the_devices_here(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
   out = str(tmp_path / 'plan.json')
-  status = main.main([
-    'plan', *SMALL, '--plan.sweep=heads.n=1,2',
-    '--plan.sweep=loss.schedule=remat,eager', f'--out={out}',
-  ])  # fmt: skip
+  status = main.main(
+    [
+      'plan',
+      *SMALL,
+      '--plan.sweep=heads.n=1,2',
+      '--plan.sweep=loss.schedule=remat,eager',
+      f'--out={out}',
+    ]
+  )
   assert status == 0
   with open(out) as f:
     rows = json.load(f)['rows']
@@ -73,9 +74,7 @@ def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
     ('data.verify=1,0', 'must be bool'),
   ],
 )
-def test_a_wrong_sweep_is_one_line_before_anything_compiles(
-  sweep, allowed, capsys, monkeypatch
-):
+def test_a_wrong_sweep_is_one_line_before_anything_compiles(sweep, allowed, capsys, monkeypatch):
   monkeypatch.setattr(ahead, 'plan', None)
   assert main.main(['plan', *SMALL, f'--plan.sweep={sweep}']) == 2
   error = capsys.readouterr().err
@@ -90,9 +89,7 @@ def test_a_flag_is_swept_once(capsys, monkeypatch):
 
 
 def test_an_unknown_accelerator_is_not_known_to_fit():
-  plan = ahead.Plan(
-    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'NVIDIA L40S', 1, 1, 1.0
-  )
+  plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'NVIDIA L40S', 1, 1, 1.0)
   assert plan.fits is None and report.status([plan]) == 4
   assert report.status([plan._replace(device_kind='cpu')]) == 0
   assert report.status([plan._replace(device_kind='TPU v5e')]) == 0
@@ -141,9 +138,7 @@ def test_slices_need_a_topology(capsys):
   ],
 )
 def test_what_a_program_too_large_would_need(message, temp):
-  plan = ahead.Plan(
-    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5 lite', 100, 200
-  )
+  plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5 lite', 100, 200)
   plan = plan._replace(temp_bytes=ahead._needed(message)(plan))
   assert plan.temp_bytes == pytest.approx(temp)
   assert plan.fits is False and report.status([plan]) == 3
@@ -156,9 +151,15 @@ def test_roofline_divides_by_the_peaks():
   whole = hlo.Array('f32', (1000,), on_chip=False)
   moved = hlo.Collective('all-gather', (whole,), 4, 2, '', ())
   plan = ahead.Plan(
-    tiny.cfg(), dict(data=1, fsdp=4, tensor=1), 'TPU v5 lite', 1, 1, 1.0,
-    executed_flops=197e12, ledger=hlo.Ledger((moved,), 819e9 / 2),
-  )  # fmt: skip
+    tiny.cfg(),
+    dict(data=1, fsdp=4, tensor=1),
+    'TPU v5 lite',
+    1,
+    1,
+    1.0,
+    executed_flops=197e12,
+    ledger=hlo.Ledger((moved,), 819e9 / 2),
+  )
   assert plan.roofline() == dict(
     compute=1.0, memory=0.5, links=2 * 4000 * 3 / 4 / 200e9, network=0.0
   )
@@ -176,9 +177,15 @@ def test_a_program_that_cannot_be_read_back_has_a_roofline_by_formula():
 
   assert ahead._ledger(Compiled()) is None
   plan = ahead.Plan(
-    tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5', 1, 1, 1.0,
-    code_bytes=1.0, executed_flops=1.0,
-  )  # fmt: skip
+    tiny.cfg(),
+    dict(data=1, fsdp=1, tensor=1),
+    'TPU v5',
+    1,
+    1,
+    1.0,
+    code_bytes=1.0,
+    executed_flops=1.0,
+  )
   values = report.values_of(plan)
   formula = analytic.estimate(plan.cfg, plan.mesh, plan.chip)
   assert values['roofline_by_formula'] and values['fits']
@@ -207,22 +214,22 @@ def test_the_formula_knows_the_state_exactly_and_what_costs_more():
   base = config.replace(
     config.Config(),
     **{
-      'model.d_model': 512, 'model.n_layers': 16, 'model.n_attn_heads': 8,
-      'model.vocab_size': 32000, 'data.seq_len': 2048, 'data.batch_size': 32,
+      'model.d_model': 512,
+      'model.n_layers': 16,
+      'model.n_attn_heads': 8,
+      'model.vocab_size': 32000,
+      'data.seq_len': 2048,
+      'data.batch_size': 32,
     },
-  )  # fmt: skip
+  )
   mesh = dict(data=1, fsdp=8, tensor=1)
 
   def of(mesh=mesh, **changes):
     changes = {k.replace('__', '.'): v for k, v in changes.items()}
     return analytic.estimate(config.replace(base, **changes), mesh, chip)
 
-  held = state.abstract(
-    base, sharding.abstract_mesh(config.replace(base, **{'mesh.fsdp': 8}), 8)
-  )
-  assert analytic._state_bytes(
-    dataclasses.replace(base, mesh=config.Mesh(**mesh)), (1, 8, 1)
-  ) == (
+  held = state.abstract(base, sharding.abstract_mesh(config.replace(base, **{'mesh.fsdp': 8}), 8))
+  assert analytic._state_bytes(dataclasses.replace(base, mesh=config.Mesh(**mesh)), (1, 8, 1)) == (
     params.bytes_per_device(held.params),
     params.bytes_per_device(held.opt_state),
   )
@@ -238,9 +245,7 @@ def test_the_formula_knows_the_state_exactly_and_what_costs_more():
   assert eager.seconds['compute'] < plain.seconds['compute']
   replicas = of(dict(data=8, fsdp=1, tensor=1))
   assert replicas.total_bytes > plain.total_bytes
-  assert of(plan__slices=2, mesh=dict(data=2, fsdp=4, tensor=1)).seconds[
-    'network'
-  ]
+  assert of(plan__slices=2, mesh=dict(data=2, fsdp=4, tensor=1)).seconds['network']
 
 
 def test_a_search_ranks_compiles_and_names_flags(monkeypatch, capsys):
@@ -271,9 +276,13 @@ def _tpu(*args, timeout=600):
   pytest.importorskip('libtpu')
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   return subprocess.run(
-    [sys.executable, '-m', 'mtp_jax', 'plan', *args], cwd=runs.ROOT,
-    env=environment, capture_output=True, text=True, timeout=timeout,
-  )  # fmt: skip
+    [sys.executable, '-m', 'mtp_jax', 'plan', *args],
+    cwd=runs.ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
 
 
 def test_ahead_of_time_for_a_tpu(tmp_path):
@@ -294,17 +303,20 @@ def test_only_gradients_cross_the_network_between_slices(tmp_path):
   for slices, rows in ((2, 16), (2, 32), (4, 32)):
     out = str(tmp_path / 'plan.json')
     done = _tpu(
-      '--model.d_model=256', '--data.seq_len=256', '--heads.n=2',
-      '--plan.topology=v5e:2x2', f'--plan.slices={slices}',
-      f'--mesh.data={slices}', f'--data.batch_size={rows}', f'--out={out}',
-    )  # fmt: skip
+      '--model.d_model=256',
+      '--data.seq_len=256',
+      '--heads.n=2',
+      '--plan.topology=v5e:2x2',
+      f'--plan.slices={slices}',
+      f'--mesh.data={slices}',
+      f'--data.batch_size={rows}',
+      f'--out={out}',
+    )
     assert done.returncode == 0, done.stderr
     with open(out) as f:
       found[slices, rows] = json.load(f)
   two = found[2, 16]
-  assert (
-    0 < two['roofline_s']['network'] < found[4, 32]['roofline_s']['network']
-  )
+  assert 0 < two['roofline_s']['network'] < found[4, 32]['roofline_s']['network']
   # A gradient is a shard in float32, whatever the batch and the slices are;
   # the rest stays within them.
   sent = two['collectives']['send']['sent_bytes']
@@ -317,9 +329,11 @@ def test_only_gradients_cross_the_network_between_slices(tmp_path):
 @pytest.mark.slow
 def test_a_model_too_large_ends_with_3():
   done = _tpu(
-    '--flagfile=experiments/size/7b.flags', '--data.seq_len=4096',
-    '--data.batch_size=4', '--plan.topology=v5e:2x2',
-  )  # fmt: skip
+    '--flagfile=experiments/size/7b.flags',
+    '--data.seq_len=4096',
+    '--data.batch_size=4',
+    '--plan.topology=v5e:2x2',
+  )
   assert done.returncode == 3, done.stderr
   assert 'DOES NOT FIT' in done.stdout
 

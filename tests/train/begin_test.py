@@ -25,9 +25,12 @@ UNEMBEDDINGS = ('shared', 'replicated', 'tied')
 def _cfg(family, n, unembedding='shared', **changes):
   more = n - 1 if family in ('parallel', 'causal') else 0
   return tiny.cfg(
-    heads__family=family, heads__n=n, heads__unembedding=unembedding,
-    model__n_layers=LAYERS + more, **changes,
-  )  # fmt: skip
+    heads__family=family,
+    heads__n=n,
+    heads__unembedding=unembedding,
+    model__n_layers=LAYERS + more,
+    **changes,
+  )
 
 
 def _begun(was, cfg):
@@ -72,9 +75,7 @@ def test_the_next_token_stays_and_so_do_heads_of_the_family(family, other):
         np.testing.assert_allclose(head, b[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  'before, after', itertools.product(UNEMBEDDINGS, UNEMBEDDINGS[:2])
-)
+@pytest.mark.parametrize('before, after', itertools.product(UNEMBEDDINGS, UNEMBEDDINGS[:2]))
 def test_the_unembedding_of_head_1_stays(before, after):
   for family in 'parallel', 'sequential':
     for n in 1, 2, 4:
@@ -101,9 +102,7 @@ def test_fresh_heads_are_those_of_a_new_model(family):
   if family == 'anticausal':  # they are layers of the trunk
     return
   first = 1 if cfg.heads.block_first else 0
-  for a, b in zip(
-    jax.tree.leaves(new.heads), jax.tree.leaves(fresh), strict=True
-  ):
+  for a, b in zip(jax.tree.leaves(new.heads), jax.tree.leaves(fresh), strict=True):
     np.testing.assert_array_equal(a[first:], b[first:])
 
 
@@ -139,9 +138,7 @@ def test_heads_that_have_not_trained_are_not_kept():
       assert fewer.heads.n == 1
       layers = len(heads.next_token_layers(fewer))
       more = 1 if family == 'parallel' else 0
-      cfg = config.replace(
-        _cfg(family, 2, unembedding), **{'model.n_layers': layers + more}
-      )
+      cfg = config.replace(_cfg(family, 2, unembedding), **{'model.n_layers': layers + more})
       begin.check(fewer, cfg, 'X')
       m = tiny.mesh(cfg)
       old = tiny.model(was, m)
@@ -168,16 +165,13 @@ def test_on_any_mesh_it_is_the_same(family):
   was = _cfg('parallel', 2, 'replicated')
   cfg = _cfg(family, 3, 'replicated', optim__name='muon')
   one = _begun(was, cfg)[1]
-  many = config.replace(
-    cfg, **{'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
-  )
+  many = config.replace(cfg, **{'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2})
   m = tiny.mesh(many)
   state = state_lib.init(many, m, (tiny.model(was, m), was))
   runs.assert_same(jax.device_get(state.params), jax.device_get(one))
   for a, x in zip(
-    jax.tree.leaves(state_lib.abstract(many, m)), jax.tree.leaves(state),
-    strict=True,
-  ):  # fmt: skip
+    jax.tree.leaves(state_lib.abstract(many, m)), jax.tree.leaves(state), strict=True
+  ):
     assert (a.shape, a.dtype, a.sharding) == (x.shape, x.dtype, x.sharding)
 
 
@@ -186,12 +180,8 @@ def test_what_becomes_of_the_heads_is_said():
     return begin.described(was, cfg)
 
   p = 'parallel'
-  assert said(_cfg(p, 4), _cfg(p, 1)) == (
-    'head 1 as it was; heads 2 to 4 dropped'
-  )
-  assert said(_cfg(p, 1), _cfg(p, 4)) == (
-    'head 1 as it was; heads 2 to 4 new, as head 1'
-  )
+  assert said(_cfg(p, 4), _cfg(p, 1)) == ('head 1 as it was; heads 2 to 4 dropped')
+  assert said(_cfg(p, 1), _cfg(p, 4)) == ('head 1 as it was; heads 2 to 4 new, as head 1')
   assert said(_cfg(p, 2), _cfg(p, 3, train__new_heads='fresh')) == (
     'heads 1 to 2 as they were; head 3 new, fresh'
   )
@@ -238,24 +228,27 @@ def _held_out(workdir) -> float:
 
 def _dropped(undisturbed, **changes):
   """Flags: head 1 of a run alone, at a rate of next to nothing."""
-  return dict(
-    train__init_from=undisturbed, heads__n=1, model__n_layers=2, optim__lr=1e-9,
-    optim__weight_decay=0, optim__warmup_steps=1, train__steps=4,
-    train__checkpoint_every=2,
-  ) | changes  # fmt: skip
+  return (
+    dict(
+      train__init_from=undisturbed,
+      heads__n=1,
+      model__n_layers=2,
+      optim__lr=1e-9,
+      optim__weight_decay=0,
+      optim__warmup_steps=1,
+      train__steps=4,
+      train__checkpoint_every=2,
+    )
+    | changes
+  )
 
 
-def test_next_token_fine_tuning_begins_where_head_1_was(
-  store, undisturbed, tmp_path, capsys
-):
+def test_next_token_fine_tuning_begins_where_head_1_was(store, undisturbed, tmp_path, capsys):
   of = _dropped(undisturbed)
   assert runs.train(store, tmp_path / 'run', **of) == 0
   said = capsys.readouterr().out
   assert 'step 6: head 1 as it was; head 2 dropped' in said
-  np.testing.assert_allclose(
-    _held_out(tmp_path / 'run'),
-    _held_out(undisturbed), rtol=1e-5,
-  )  # fmt: skip
+  np.testing.assert_allclose(_held_out(tmp_path / 'run'), _held_out(undisturbed), rtol=1e-5)
   cut = tmp_path / 'cut'
   assert runs.train(store, cut, **of | dict(train__steps=2)) == 0
   capsys.readouterr()
@@ -264,23 +257,18 @@ def test_next_token_fine_tuning_begins_where_head_1_was(
   runs.assert_same(runs.restored(cut, 4), runs.restored(tmp_path / 'run', 4))
 
 
-def test_another_dtype_begins_with_the_rounded_values(
-  store, undisturbed, tmp_path
-):
+def test_another_dtype_begins_with_the_rounded_values(store, undisturbed, tmp_path):
   run = tmp_path / 'run'
-  assert runs.train(
-    store, run, **_dropped(
-      undisturbed, model__param_dtype='bfloat16', train__steps=2,
-    )
-  ) == 0  # fmt: skip
+  assert (
+    runs.train(store, run, **_dropped(undisturbed, model__param_dtype='bfloat16', train__steps=2))
+    == 0
+  )
   old, new = runs.restored(undisturbed, 6).params, runs.restored(run, 2).params
   assert new.embed.dtype == 'bfloat16'
   np.testing.assert_array_equal(new.embed, old.embed.astype(new.embed.dtype))
 
 
-def test_a_run_goes_on_with_what_it_began_with(
-  store, undisturbed, tmp_path, capsys
-):
+def test_a_run_goes_on_with_what_it_began_with(store, undisturbed, tmp_path, capsys):
   run = tmp_path / 'run'
   assert runs.train(store, run, **_dropped(undisturbed, train__steps=2)) == 0
   capsys.readouterr()
@@ -294,18 +282,22 @@ def test_a_frozen_trunk_stays_bit_for_bit(store, undisturbed, tmp_path):
   """Heads added to a run, and trained alone: what computes its next token has
   the same bits, and the heads have moved."""
   run = tmp_path / 'run'
-  assert runs.train(
-    store, run, train__init_from=undisturbed, train__freeze='trunk',
-    heads__family='sequential', heads__n=3, model__n_layers=2,
-  ) == 0  # fmt: skip
+  assert (
+    runs.train(
+      store,
+      run,
+      train__init_from=undisturbed,
+      train__freeze='trunk',
+      heads__family='sequential',
+      heads__n=3,
+      model__n_layers=2,
+    )
+    == 0
+  )
   old, new = runs.restored(undisturbed, 6).params, runs.restored(run, 6).params
-  for a, b in (
-    (old.embed, new.embed), (old.norm, new.norm), (old.unembed, new.unembed),
-  ):  # fmt: skip
+  for a, b in ((old.embed, new.embed), (old.norm, new.norm), (old.unembed, new.unembed)):
     np.testing.assert_array_equal(a, b)
-  for a, b, c in zip(*map(jax.tree.leaves, (
-    old.trunk, old.heads, new.trunk
-  )), strict=True):  # fmt: skip
+  for a, b, c in zip(*map(jax.tree.leaves, (old.trunk, old.heads, new.trunk)), strict=True):
     np.testing.assert_array_equal(c, np.concatenate([a, b[:1]]))
   q = new.heads.block.q
   assert (q[0] != new.trunk.q[-1]).any() and (q[0] != q[1]).any()
@@ -315,9 +307,14 @@ def test_a_frozen_trunk_stays_bit_for_bit(store, undisturbed, tmp_path):
 def test_a_frozen_trunk_has_neither_gradient_nor_moments():
   """In the memory of the compiled step, and in the FLOPs of the traced one."""
   of = dict(
-    heads__family='sequential', heads__n=2, model__n_layers=8,
-    model__d_model=64, model__d_ff=128, data__seq_len=64, mesh__fsdp=1,
-  )  # fmt: skip
+    heads__family='sequential',
+    heads__n=2,
+    model__n_layers=8,
+    model__d_model=64,
+    model__d_ff=128,
+    data__seq_len=64,
+    mesh__fsdp=1,
+  )
   for accumulate in 1, 2:
     traced = {}
     for freeze in 'none', 'trunk':
@@ -326,16 +323,12 @@ def test_a_frozen_trunk_has_neither_gradient_nor_moments():
       with jax.set_mesh(m):
         traced[freeze] = step_lib.trace(c, m, 2)
     # Backwards, the trunk computes two products where forwards it does one.
-    all_flops, some_flops = (
-      flops.of_program(x.jaxpr, 64) for x in traced.values()
-    )
+    all_flops, some_flops = (flops.of_program(x.jaxpr, 64) for x in traced.values())
     tokens = c.data.batch_size * c.data.seq_len
     forward, *_ = flops.forward(c, 2, causal=False)
     assert all_flops - some_flops >= 2 * tokens * forward
   # Of micro-batches, whose gradients are kept and summed.
-  every, alone = (
-    x.lower().compile().memory_analysis() for x in traced.values()
-  )
+  every, alone = (x.lower().compile().memory_analysis() for x in traced.values())
   trunk = params.count(lm.specs(c).trunk)
   moments = every.argument_size_in_bytes - alone.argument_size_in_bytes
   assert moments >= 2 * 4 * trunk
@@ -350,9 +343,7 @@ def test_a_frozen_trunk_has_neither_gradient_nor_moments():
     (dict(train__init_from='/nowhere'), 'no complete checkpoint there, which'),
   ],
 )
-def test_a_run_that_cannot_begin_is_told(
-  changes, said, store, undisturbed, tmp_path, capsys
-):
+def test_a_run_that_cannot_begin_is_told(changes, said, store, undisturbed, tmp_path, capsys):
   of = _dropped(undisturbed, **changes)
   assert runs.train(store, tmp_path / 'run', **of) == 2
   error = capsys.readouterr().err
@@ -360,12 +351,9 @@ def test_a_run_that_cannot_begin_is_told(
   assert not os.path.exists(tmp_path / 'run')
 
 
-def test_an_import_is_not_mixed_with_another_run(
-  store, undisturbed, tmp_path, capsys
-):
+def test_an_import_is_not_mixed_with_another_run(store, undisturbed, tmp_path, capsys):
   c = config.replace(
-    checkpoint.about(str(undisturbed), 6)[0],
-    **{'train.workdir': str(tmp_path / 'run')},
+    checkpoint.about(str(undisturbed), 6)[0], **{'train.workdir': str(tmp_path / 'run')}
   )
   m = sharding.serving_mesh(config.replace(c, **{'mesh.fsdp': -1}))
   model = checkpoint.restore_model(str(undisturbed), 6, c, m, 'train.workdir')

@@ -24,16 +24,20 @@ def test_each_second_has_one_cause(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
   clock = goodput.Clock()
-  for seconds, cause in ((2, 'compile'), (30, 'data'), (1, 'host'), (4, 'eval'),
-                         (5, 'device'), (7, 'checkpoint')):  # fmt: skip
+  for seconds, cause in (
+    (2, 'compile'),
+    (30, 'data'),
+    (1, 'host'),
+    (4, 'eval'),
+    (5, 'device'),
+    (7, 'checkpoint'),
+  ):
     now[0] += seconds
     clock.at(cause)
   clock.steps = 5
   now[0] += 8
   assert clock.lap() == (12 / 5, 1 / 12, 4 / 12)
-  assert clock.seconds == dict(
-    start=2, compile=30, data=1, host=4, device=7, eval=5, checkpoint=8
-  )
+  assert clock.seconds == dict(start=2, compile=30, data=1, host=4, device=7, eval=5, checkpoint=8)
   clock.at('host')
   now[0] += 6
   clock.steps = 2
@@ -52,19 +56,36 @@ def _session(folder, monkeypatch, steps, began, ends, end, **seconds):
 def test_what_was_done_again_is_no_goodput(tmp_path, monkeypatch):
   """0 to 10 in 100 s of steps and killed; 20 s later from 6 to 12, all told."""
   _session(
-    tmp_path, monkeypatch, (0, 10), 1000, 1150, '', start=10, compile=40,
-    host=60, device=30, data=10,
-  )  # fmt: skip
+    tmp_path,
+    monkeypatch,
+    (0, 10),
+    1000,
+    1150,
+    '',
+    start=10,
+    compile=40,
+    host=60,
+    device=30,
+    data=10,
+  )
   (tmp_path / 'goodput.jsonl').open('a').write('{"session": 7, "st')
   _session(
-    tmp_path, monkeypatch, (6, 12), 1170, 1270, 'finished', start=5, compile=30,
-    device=60, checkpoint=5,
-  )  # fmt: skip
+    tmp_path,
+    monkeypatch,
+    (6, 12),
+    1170,
+    1270,
+    'finished',
+    start=5,
+    compile=30,
+    device=60,
+    checkpoint=5,
+  )
   found = goodput.summary(goodput.read(str(tmp_path)))
-  assert [
-    (s['start'], s['step'], s['end'], s['repeated_steps'])
-    for s in found['sessions']
-  ] == [(0, 10, 'killed', 0), (6, 12, 'finished', 4)]
+  assert [(s['start'], s['step'], s['end'], s['repeated_steps']) for s in found['sessions']] == [
+    (0, 10, 'killed', 0),
+    (6, 12, 'finished', 4),
+  ]
   assert found['whole_s'] == 270 and found['down_s'] == 20
   assert found['repeated_s'] == 4 * 10
   assert found['goodput'] == pytest.approx((150 - 40) / 270)
@@ -81,9 +102,7 @@ def test_no_run_has_no_goodput(tmp_path):
   assert goodput.lines({}) == []
 
 
-def test_a_run_counts_its_seconds_and_the_report_shows_them(
-  undisturbed, tmp_path, capsys
-):
+def test_a_run_counts_its_seconds_and_the_report_shows_them(undisturbed, tmp_path, capsys):
   found = goodput.summary(goodput.read(str(undisturbed)))
   (session,) = found['sessions']
   assert (session['start'], session['step']) == (0, 6)
@@ -158,20 +177,17 @@ def test_a_run_that_goes_back_is_one_without_those_batches(
   went = tmp_path / 'went'
   with monkeypatch.context() as patched:
     _spike_once(patched, 5)
-    assert runs.train(
-      store, went, **of | dict(train__skip_batches=2, train__steps=8)
-    ) == 0  # fmt: skip
+    assert runs.train(store, went, **of | dict(train__skip_batches=2, train__steps=8)) == 0
   said = capsys.readouterr().out
   assert f'goes back to step {back}; batches 3 to 4 of the order' in said
   assert runs.train(store, went, **of | dict(train__skip_batches=2)) == 0
 
   batches = loop.train_batches
   monkeypatch.setattr(
-    loop, 'train_batches',
-    lambda tokens, cfg, start, mesh, left_out=(): batches(
-      tokens, cfg, start, mesh, ((3, 2),)
-    ),
-  )  # fmt: skip
+    loop,
+    'train_batches',
+    lambda tokens, cfg, start, mesh, left_out=(): batches(tokens, cfg, start, mesh, ((3, 2),)),
+  )
   plain = tmp_path / 'plain'
   assert runs.train(store, plain, **of) == 0
   runs.assert_same(runs.restored(went, 10), runs.restored(plain, 10))
@@ -179,11 +195,7 @@ def test_a_run_that_goes_back_is_one_without_those_batches(
   wanted = [r for r in theirs if r['kind'] == 'train']
   assert [r for r in mine if r['kind'] == 'train'] == wanted
   found = goodput.summary(goodput.read(str(went)))
-  assert [s['end'] for s in found['sessions']] == [
-    'went back',
-    'finished',
-    'finished',
-  ]
+  assert [s['end'] for s in found['sessions']] == ['went back', 'finished', 'finished']
   assert found['sessions'][1]['repeated_steps'] == 7 - back
 
 
@@ -201,9 +213,7 @@ def test_a_signal_does_not_change_what_is_left_out(
     return len(self.losses) > 4 and loss == spike
 
   monkeypatch.setattr(spikes.Detector, '__call__', detect)
-  of = dict(
-    train__checkpoint_every=3, train__steps=10, train__skip_batches=2,
-  )  # fmt: skip
+  of = dict(train__checkpoint_every=3, train__steps=10, train__skip_batches=2)
   straight, signalled = tmp_path / 'straight', tmp_path / 'signalled'
   assert runs.train(store, straight, **of) == 0
   ends = [s['end'] for s in goodput.summary(_lines(straight))['sessions']]
@@ -240,9 +250,7 @@ def test_a_detector_passes_by_what_is_no_loss():
 
 def test_a_run_does_not_go_back_for_ever(store, tmp_path, monkeypatch):
   monkeypatch.setattr(spikes.Detector, '__call__', lambda self, loss: True)
-  assert runs.train(
-    store, tmp_path, train__skip_batches=1
-  ) == loop.EXIT_DIVERGED  # fmt: skip
+  assert runs.train(store, tmp_path, train__skip_batches=1) == loop.EXIT_DIVERGED
 
 
 # Who makes no progress, and who starves.
@@ -260,8 +268,7 @@ print('alive')
 
 
 @pytest.mark.parametrize(
-  'limit, sleeps, status',
-  [('0.5', ['0.2'] * 5, 0), ('0.5', ['0.2', '9'], 1), ('0', ['0.7'], 0)],
+  'limit, sleeps, status', [('0.5', ['0.2'] * 5, 0), ('0.5', ['0.2', '9'], 1), ('0', ['0.7'], 0)]
 )
 def test_who_does_not_call_is_ended_with_its_stacks(limit, sleeps, status):
   begin = time.monotonic()
@@ -275,9 +282,7 @@ def test_who_does_not_call_is_ended_with_its_stacks(limit, sleeps, status):
     assert (out, error) == ('alive\n', '')
 
 
-def test_the_loop_shows_the_watchdog_that_it_lives(
-  store, tmp_path, monkeypatch
-):
+def test_the_loop_shows_the_watchdog_that_it_lives(store, tmp_path, monkeypatch):
   import contextlib
 
   calls = []

@@ -48,8 +48,7 @@ def test_a_dead_process_loses_its_lock(tmp_path):
 
 
 def test_a_killed_process_that_nobody_waited_for_loses_its_lock(tmp_path):
-  sleeping = subprocess.Popen([sys.executable, '-c', 'input()'],
-                              stdin=subprocess.PIPE)  # fmt: skip
+  sleeping = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
   started = lock._started(sleeping.pid)
   _other(tmp_path / 'lock.json', pid=sleeping.pid, started=started)
   with pytest.raises(config.ConfigError):
@@ -65,9 +64,7 @@ def test_a_reused_pid_is_not_the_holder(tmp_path):
   lock.Lock(str(tmp_path)).check()
 
 
-def test_another_machine_that_touches_its_lock_lives(
-  tmp_path, monkeypatch, capsys
-):
+def test_another_machine_that_touches_its_lock_lives(tmp_path, monkeypatch, capsys):
   path = tmp_path / 'lock.json'
   _other(path, host='elsewhere')
   monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e10, 1e10)))
@@ -79,9 +76,7 @@ def test_another_machine_that_touches_its_lock_lives(
   assert json.loads(path.read_text())['run'] == 'x'
 
 
-def test_another_machine_that_is_silent_for_long_is_dead(
-  tmp_path, monkeypatch, capsys
-):
+def test_another_machine_that_is_silent_for_long_is_dead(tmp_path, monkeypatch, capsys):
   _other(tmp_path / 'lock.json', host='elsewhere')
   monkeypatch.setattr(lock, 'STALE_S', 1.5)
   monkeypatch.setattr(lock, 'LIVES_S', 0.1)
@@ -92,9 +87,7 @@ def test_another_machine_that_is_silent_for_long_is_dead(
   assert capsys.readouterr().out.count('waits up to') == 1
 
 
-def test_one_silent_for_long_by_our_clock_is_watched_for_a_while(
-  tmp_path, monkeypatch, capsys
-):
+def test_one_silent_for_long_by_our_clock_is_watched_for_a_while(tmp_path, monkeypatch, capsys):
   """Our clock may be ahead: it lives if it touches its lock in that time."""
   path = tmp_path / 'lock.json'
   _other(path, host='elsewhere')
@@ -187,9 +180,7 @@ def _foreign(path, pid=None):
   _other(path, pid=pid, started=lock._started(pid), machine='boot pid:[1]')
 
 
-def test_another_container_of_the_same_host_name_is_waited_for(
-  tmp_path, monkeypatch
-):
+def test_another_container_of_the_same_host_name_is_waited_for(tmp_path, monkeypatch):
   path = tmp_path / 'lock.json'
   _foreign(path)
   monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e9, 1e9)))
@@ -201,9 +192,7 @@ def test_another_container_of_the_same_host_name_is_waited_for(
 
 
 @pytest.mark.parametrize('ahead_s', [1e9, 0.0])
-def test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long(
-  ahead_s, tmp_path, monkeypatch
-):
+def test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long(ahead_s, tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'STALE_S', 1.0)
   monkeypatch.setattr(lock, 'LIVES_S', 0.1)
   monkeypatch.setattr(lock, 'LOOK_S', 0.1)
@@ -225,9 +214,7 @@ def test_no_process_has_such_a_pid(pid, tmp_path, monkeypatch):
   lock.Lock(str(tmp_path)).check()
 
 
-@pytest.mark.parametrize(
-  'text', ['null', '[]', '3', '{"run": 1}', '{"run": "x", "pid": "1"}', '']
-)
+@pytest.mark.parametrize('text', ['null', '[]', '3', '{"run": 1}', '{"run": "x", "pid": "1"}', ''])
 def test_a_lock_of_another_type_is_nobodys(text, tmp_path):
   (tmp_path / 'lock.json').write_text(text)
   lock.Lock(str(tmp_path)).check()

@@ -56,9 +56,13 @@ def _of_kind(workdir, kind, names=None):
 
 def test_a_run_writes_what_it_says(undisturbed, store):
   assert sorted(os.listdir(undisturbed)) == [
-    'checkpoints', 'config.json', 'goodput.jsonl', 'metrics.jsonl',
-    'run.flags', 'tensorboard',
-  ]  # fmt: skip
+    'checkpoints',
+    'config.json',
+    'goodput.jsonl',
+    'metrics.jsonl',
+    'run.flags',
+    'tensorboard',
+  ]
   assert checkpoint.steps(str(undisturbed)) == [3, 6]
   cfg = config.from_json((undisturbed / 'config.json').read_text())
   assert cfg.data.store == store and cfg.train.steps == 6
@@ -70,9 +74,17 @@ def test_a_run_writes_what_it_says(undisturbed, store):
   np.testing.assert_allclose([row[0] for row in rows], lr, rtol=1e-6)
   assert rows[-1][1] < rows[0][1]  # it learns
   last = metrics.read(str(undisturbed))[5]
-  for name in ('loss_1', 'loss_2', 'bits_per_byte', 'grad_norm', 'accuracy_2',
-               'accepted_length', 'acceptance_2', 'head_grad_norm_2',
-               *runs.TIMES):  # fmt: skip
+  for name in (
+    'loss_1',
+    'loss_2',
+    'bits_per_byte',
+    'grad_norm',
+    'accuracy_2',
+    'accepted_length',
+    'acceptance_2',
+    'head_grad_norm_2',
+    *runs.TIMES,
+  ):
     assert np.isfinite(last[name]), name
   # Bits are of head 1 alone; a document's end may add some, without bytes.
   bits_1 = last['loss_1'] / np.log(2)
@@ -85,9 +97,7 @@ def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
   rows = []
   for accumulate in (1, 2, 4):
     cfg = config.replace(
-      config.Config(),
-      **runs.FLAGS,
-      **{'data.store': store, 'train.accumulate': accumulate},
+      config.Config(), **runs.FLAGS, **{'data.store': store, 'train.accumulate': accumulate}
     )
     (found,) = loop.eval_batches(loop.open_tokens(cfg), cfg).values()
     batches = list(found)
@@ -205,9 +215,10 @@ def test_a_step_without_a_target_passes_by_the_non_finite_counter():
   with jax.set_mesh(m):
     two = state.skipped_in_a_row + 2
     after, values = step_lib.compiled(c, 2)(
-      state.replace(skipped_in_a_row=two), sharding.put_batch(m, rows),
+      state.replace(skipped_in_a_row=two),
+      sharding.put_batch(m, rows),
       jnp.ones(c.model.vocab_size, jnp.int32),
-    )  # fmt: skip
+    )
   assert (after.skipped_in_a_row, after.skipped) == (2, 0)
   assert set(metrics.scalars(jax.device_get(values))) >= {'loss', 'loss_2'}
   assert metrics.scalars(jax.device_get(values))['loss_2'] is None
@@ -215,10 +226,14 @@ def test_a_step_without_a_target_passes_by_the_non_finite_counter():
 
 def test_resumed_under_muon_and_random_rounding(store, tmp_path):
   of = dict(
-    optim__name='muon', model__param_dtype='bfloat16', optim__heads_lr=2,
-    optim__moment_dtype='bfloat16', train__checkpoint_every=3,
-    heads__family='linear', model__n_layers=1,
-  )  # fmt: skip
+    optim__name='muon',
+    model__param_dtype='bfloat16',
+    optim__heads_lr=2,
+    optim__moment_dtype='bfloat16',
+    train__checkpoint_every=3,
+    heads__family='linear',
+    model__n_layers=1,
+  )
   straight, resumed = tmp_path / 'a', tmp_path / 'b'
   assert runs.train(store, straight, **of) == 0
   shutil.copytree(straight, resumed)
@@ -228,8 +243,7 @@ def test_resumed_under_muon_and_random_rounding(store, tmp_path):
   runs.assert_same(*states)
   assert runs.records(straight) == runs.records(resumed)
   early = runs.restored(straight, 3).params
-  for x, old in zip(*map(jax.tree.leaves, (states[0].params, early)),
-                    strict=True):  # fmt: skip
+  for x, old in zip(*map(jax.tree.leaves, (states[0].params, early)), strict=True):
     assert x.dtype == jnp.bfloat16 and (x != old).any()
 
 
@@ -299,9 +313,7 @@ def test_kill_during_a_save(store, tmp_path, undisturbed):
   assert runs.records(tmp_path) == runs.records(undisturbed)
 
 
-def test_records_past_the_checkpoint_are_cut_off(
-  store, resumable, undisturbed, capsys
-):
+def test_records_past_the_checkpoint_are_cut_off(store, resumable, undisturbed, capsys):
   assert runs.train(store, resumable, train__checkpoint_every=3) == 0
   assert 'step 3 of 6, 3 to go' in capsys.readouterr().out
   assert runs.records(resumable) == runs.records(undisturbed)
@@ -310,9 +322,14 @@ def test_records_past_the_checkpoint_are_cut_off(
 
 def test_steps_and_cadences_may_change(store, resumable, undisturbed):
   assert 0 == runs.train(
-    store, resumable, train__steps=8, train__log_every=5, train__eval_every=7,
-    train__checkpoint_every=2, train__keep_last=9,
-  )  # fmt: skip
+    store,
+    resumable,
+    train__steps=8,
+    train__log_every=5,
+    train__eval_every=7,
+    train__checkpoint_every=2,
+    train__keep_last=9,
+  )
   kinds = [(r['kind'], r['step']) for r in runs.records(resumable)[3:]]
   assert kinds == [('train', 5), ('eval', 7), ('train', 8), ('eval', 8)]
   assert checkpoint.steps(str(resumable)) == [3, 4, 6, 8]
@@ -330,9 +347,7 @@ def test_another_mesh_goes_on(store, tmp_path, undisturbed, monkeypatch):
   assert runs.train(store, tmp_path) == 0
   names = ['loss', 'loss_1', 'loss_2', 'grad_norm', 'head_grad_norm_2', 'lr']
   np.testing.assert_allclose(
-    _of_kind(tmp_path, 'train', names),
-    _of_kind(undisturbed, 'train', names),
-    rtol=1e-4,
+    _of_kind(tmp_path, 'train', names), _of_kind(undisturbed, 'train', names), rtol=1e-4
   )
   assert runs.records(tmp_path) != runs.records(undisturbed)  # other sums
 
@@ -354,9 +369,7 @@ def test_a_finished_run_is_left_alone(store, undisturbed, capsys):
     ({'train__accumulate': 1, 'data__batch_size': 16}, '--data.batch_size=16'),
   ],
 )
-def test_what_changes_the_result_is_refused(
-  store, undisturbed, capsys, change, line
-):
+def test_what_changes_the_result_is_refused(store, undisturbed, capsys, change, line):
   before = _contents(undisturbed)
   assert runs.train(store, undisturbed, train__steps=9, **change) == 2
   error = capsys.readouterr().err
@@ -393,9 +406,7 @@ def _contents(workdir):
     dict(train__log_every=99, train__checkpoint_every=2),
   ],
 )
-def test_who_lost_the_lock_writes_nothing_more(
-  store, tmp_path, monkeypatch, capsys, cadence
-):
+def test_who_lost_the_lock_writes_nothing_more(store, tmp_path, monkeypatch, capsys, cadence):
   seen = {}
 
   def files():  # TensorBoard writes when it likes, to a file of this run only
@@ -424,19 +435,21 @@ def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
   factors[[1, 4]], factors[3] = np.nan, 1e37
   weights = targets.weights
   monkeypatch.setattr(
-    targets, 'weights',
-    lambda step, cfg: weights(step, cfg) * jnp.array(factors)[step],
-  )  # fmt: skip
+    targets, 'weights', lambda step, cfg: weights(step, cfg) * jnp.array(factors)[step]
+  )
   every = dict(train__checkpoint_every=1, train__keep_last=9)
   a, b = tmp_path / 'a', tmp_path / 'b'
   assert runs.train(store, a, train__max_nonfinite=3, **every) == 0
   assert _of_kind(a, 'train', ['skipped', 'skipped_in_a_row']) == [
-    [0, 0], [1, 1], [1, 0], [2, 1], [3, 2], [3, 0],
-  ]  # fmt: skip
+    [0, 0],
+    [1, 1],
+    [1, 0],
+    [2, 1],
+    [3, 2],
+    [3, 0],
+  ]
   first, *states = (runs.restored(a, step) for step in range(1, 7))
-  for old, new, factor in zip(
-    [first, *states], states, factors[1:], strict=False
-  ):
+  for old, new, factor in zip([first, *states], states, factors[1:], strict=False):
     assert new.step == old.step + 1
     held = [
       (x == y).all()
@@ -462,9 +475,8 @@ def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
 
 def test_a_curriculum_leaves_inactive_heads_alone(store, tmp_path):
   assert 0 == runs.train(
-    store, tmp_path, train__checkpoint_every=1, train__keep_last=9,
-    loss__curriculum='0:1;2:2;4:1',
-  )  # fmt: skip
+    store, tmp_path, train__checkpoint_every=1, train__keep_last=9, loss__curriculum='0:1;2:2;4:1'
+  )
   states = {step: runs.restored(tmp_path, step) for step in range(1, 7)}
 
   def of_head(k, step):
@@ -493,11 +505,7 @@ def test_a_curriculum_leaves_inactive_heads_alone(store, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'start, steps, told',
-  [
-    (2, 2, 'start batch stop batch batch'),
-    (4, 9, 'batch start batch batch'),
-  ],
+  'start, steps, told', [(2, 2, 'start batch stop batch batch'), (4, 9, 'batch start batch batch')]
 )
 def test_a_profile_of_what_the_run_has_of_its_steps(
   store, resumable, monkeypatch, start, steps, told
@@ -517,9 +525,7 @@ def test_a_profile_of_what_the_run_has_of_its_steps(
   tell(jax.profiler, 'start_trace', 'start')
   tell(jax.profiler, 'stop_trace', 'stop')
   tell(loop.sharding, 'put_batch', 'batch')
-  assert 0 == runs.train(
-    store, resumable, train__profile_start=start, train__profile_steps=steps
-  )
+  assert 0 == runs.train(store, resumable, train__profile_start=start, train__profile_steps=steps)
   assert ' '.join(calls[: len(told.split())]) == told
   assert calls.count('start') == calls.count('stop') == 1
   found = [f for _, _, files in os.walk(resumable / 'profile') for f in files]
@@ -543,9 +549,7 @@ def test_a_terminal_shows_a_bar(store, resumable, undisturbed, monkeypatch):
 def _damage(run, step, how='flipped'):
   """Of the largest file of a checkpoint; returns the line that names it."""
   folder = run / 'checkpoints' / str(step)
-  path = max(
-    (p for p in folder.rglob('d/*')), key=lambda p: (p.stat().st_size, p)
-  )
+  path = max((p for p in folder.rglob('d/*')), key=lambda p: (p.stat().st_size, p))
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   half = data[: len(data) // 2]
@@ -567,9 +571,7 @@ def copy(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize('how', ['flipped', 'half', 'empty', 'missing'])
-def test_a_run_falls_back_to_the_newest_good_checkpoint(
-  store, copy, undisturbed, capsys, how
-):
+def test_a_run_falls_back_to_the_newest_good_checkpoint(store, copy, undisturbed, capsys, how):
   line = _damage(copy, 6, how)
   damaged = _contents(copy / 'checkpoints' / '6')
   assert runs.train(store, copy, train__checkpoint_every=3) == 0
@@ -593,8 +595,7 @@ def test_only_damaged_checkpoints_are_refused_and_left(store, copy, capsys):
   assert runs.train(store, copy) == 2
   assert capsys.readouterr() == (
     '',
-    f'mtp: --train.workdir={copy}: all of its checkpoints are damaged:'
-    f' {"; ".join(lines)}\n',
+    f'mtp: --train.workdir={copy}: all of its checkpoints are damaged: {"; ".join(lines)}\n',
   )
   assert _contents(copy) == before
 
@@ -615,25 +616,18 @@ def test_who_is_refused_sets_nothing_aside(store, copy, capsys):
     ('export', 'export.checkpoint', ['--export.out={}/out']),
   ],
 )
-def test_other_commands_refuse_a_damaged_checkpoint(
-  copy, tmp_path, capsys, command, flag, more
-):
+def test_other_commands_refuse_a_damaged_checkpoint(copy, tmp_path, capsys, command, flag, more):
   line = _damage(copy, 6)
   before = _contents(tmp_path)
   for path in (copy, copy / 'checkpoints' / '6'):
     args = [f'--{flag}={path}', '--train.compilation_cache=', *more]
     args = [arg.format(tmp_path) for arg in args]
     assert main.main([command, *args]) == 2
-    assert capsys.readouterr() == (
-      '',
-      f'mtp: --{flag}={copy}/checkpoints/6: is damaged: {line}\n',
-    )
+    assert capsys.readouterr() == ('', f'mtp: --{flag}={copy}/checkpoints/6: is damaged: {line}\n')
   assert _contents(tmp_path) == before
 
 
-def test_a_run_does_not_begin_with_a_damaged_checkpoint(
-  store, copy, tmp_path, capsys
-):
+def test_a_run_does_not_begin_with_a_damaged_checkpoint(store, copy, tmp_path, capsys):
   line = _damage(copy, 6)
   begun = dict(train__init_from=copy)
   assert runs.train(store, tmp_path / 'run', **begun) == 2
@@ -704,18 +698,14 @@ sys.exit(main.main(['train', *sys.argv[1:]]))
 
 
 @pytest.mark.parametrize('is_one_good', [True, False])
-def test_two_processes_agree_on_where_they_go_on(
-  store, tmp_path, monkeypatch, is_one_good
-):
+def test_two_processes_agree_on_where_they_go_on(store, tmp_path, monkeypatch, is_one_good):
   """They fall back together, or are both refused; one of them hashes."""
   run = tmp_path / 'run'
   pair._of_four(monkeypatch)
   assert runs.train(store, run, **pair.MESH) == 0
   monkeypatch.undo()
   records, last = runs.records(run), runs.restored(run, 9)
-  lines = [
-    _damage(run, step) for step in ((9, 6) if is_one_good else (9, 6, 3))
-  ]
+  lines = [_damage(run, step) for step in ((9, 6) if is_one_good else (9, 6, 3))]
   of_1 = ['-c', HASHES_NOTHING]
   ends = pair._ends(pair._pair(store, run, of_1=of_1))
   status = 0 if is_one_good else 2
@@ -728,13 +718,10 @@ def test_two_processes_agree_on_where_they_go_on(
   for step, line in zip((9, 6), lines, strict=True):
     assert f'checkpoint {step} is damaged: {line}; ' in ends[0][1]
   assert 'step 3 of 9, 6 to go' in ends[0][1]
-  assert sorted(os.listdir(run / 'checkpoints')) == [
-    '3', '6', '6.damaged', '9', '9.damaged',
-  ]  # fmt: skip
+  assert sorted(os.listdir(run / 'checkpoints')) == ['3', '6', '6.damaged', '9', '9.damaged']
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-    runs.restored(run, 9), last,
-  )  # fmt: skip
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), runs.restored(run, 9), last
+  )
   assert [r['step'] for r in runs.records(run)] == [r['step'] for r in records]
 
 
@@ -768,9 +755,7 @@ def test_no_space_for_the_part_of_one_process(store, tmp_path):
   save again."""
   run, code = tmp_path / 'run', ['-c', NO_SPACE_FOR_MY_PART]
   begin = time.monotonic()
-  ends = pair._ends(
-    pair._pair(store, run, of_0=code, of_1=code, train__steps=12)
-  )
+  ends = pair._ends(pair._pair(store, run, of_0=code, of_1=code, train__steps=12))
   assert [e[0] for e in ends] == [0, 0], ends
   assert time.monotonic() - begin < 120
   assert 'Traceback' not in ends[0][2] + ends[1][2]
@@ -794,16 +779,11 @@ def _no_space_for(monkeypatch, *steps):
   monkeypatch.setattr(os, 'rename', patched)
 
 
-def test_no_space_for_a_checkpoint_is_a_line(
-  store, tmp_path, undisturbed, monkeypatch, capsys
-):
+def test_no_space_for_a_checkpoint_is_a_line(store, tmp_path, undisturbed, monkeypatch, capsys):
   _no_space_for(monkeypatch, 2)
   assert runs.train(store, tmp_path, train__checkpoint_every=2) == 0
   out, error = capsys.readouterr()
-  line = (
-    'checkpoint 2 could not be saved: no space left on the device; those before'
-    ' it stay'
-  )
+  line = 'checkpoint 2 could not be saved: no space left on the device; those before it stay'
   assert out.splitlines().count(line) == out.count('saved') == 1
   assert error == ''
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['4', '6']
@@ -812,9 +792,7 @@ def test_no_space_for_a_checkpoint_is_a_line(
 
 
 @pytest.mark.parametrize('end', ['of the run', 'by a signal'])
-def test_no_space_for_the_last_checkpoint(
-  store, tmp_path, undisturbed, monkeypatch, capsys, end
-):
+def test_no_space_for_the_last_checkpoint(store, tmp_path, undisturbed, monkeypatch, capsys, end):
   with monkeypatch.context() as m:
     _no_space_for(m, 5, 6)
     if end != 'of the run':
@@ -872,10 +850,17 @@ sys.exit(main.main(sys.argv[4:]))
 def _on_small_disk(store, disk, left, freed_at=0, **flags):
   """(status, stdout, stderr) of a run on a disk that is full but for so many
   bytes from the third batch on, until another; it saves each second step."""
-  run = runs.process([
-    '-c', FILLED, str(disk), str(left), str(freed_at), 'train',
-    *runs.args(store, str(disk / 'run'), train__checkpoint_every=2, **flags),
-  ])  # fmt: skip
+  run = runs.process(
+    [
+      '-c',
+      FILLED,
+      str(disk),
+      str(left),
+      str(freed_at),
+      'train',
+      *runs.args(store, str(disk / 'run'), train__checkpoint_every=2, **flags),
+    ]
+  )
   out, error = run.communicate(timeout=120)
   return run.returncode, out, error
 

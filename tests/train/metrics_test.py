@@ -36,9 +36,13 @@ def test_acceptance(accepted_K, rates, length):
 
 
 STEP = dict(
-  lr=1e-3, grad_norm=2.0, skipped=0.0, tokens_per_s=12_345.6,
-  model_flops_per_s=2.5e12, time_left_s=3_725.4,
-)  # fmt: skip
+  lr=1e-3,
+  grad_norm=2.0,
+  skipped=0.0,
+  tokens_per_s=12_345.6,
+  model_flops_per_s=2.5e12,
+  time_left_s=3_725.4,
+)
 
 
 def _raw(**changes):
@@ -56,28 +60,55 @@ def _raw(**changes):
 
 def test_scalars_of_an_evaluation():
   assert metrics.scalars(_raw()) == {
-    'loss': 3, 'loss_1': 2, 'loss_2': 4, 'accuracy_1': 0.5, 'accuracy_2': 0.25,
-    'acceptance_2': 0.25, 'accepted_length': 1.25,
+    'loss': 3,
+    'loss_1': 2,
+    'loss_2': 4,
+    'accuracy_1': 0.5,
+    'accuracy_2': 0.25,
+    'acceptance_2': 0.25,
+    'accepted_length': 1.25,
     'bits_per_byte': pytest.approx(4, rel=1e-6),
-  }  # fmt: skip
+  }
 
 
 def test_scalars_of_a_step():
   step = dict(
-    lr=np.float32(0.5), grad_norm=np.float32(7), skipped=np.int32(3),
-    skipped_in_a_row=np.int32(1), head_grad_norm_K=np.array([5, 6.0]),
-    weight_K=np.array([1, 0.5]), z_loss_sum_K=np.array([0, 5]),
-  )  # fmt: skip
+    lr=np.float32(0.5),
+    grad_norm=np.float32(7),
+    skipped=np.int32(3),
+    skipped_in_a_row=np.int32(1),
+    head_grad_norm_K=np.array([5, 6.0]),
+    weight_K=np.array([1, 0.5]),
+    z_loss_sum_K=np.array([0, 5]),
+  )
   values = metrics.scalars(_raw(**step))
   assert list(values) == [
-    'loss', 'loss_1', 'loss_2', 'z_loss_1', 'z_loss_2', 'accuracy_1',
-    'accuracy_2', 'head_grad_norm_1', 'head_grad_norm_2', 'weight_1',
-    'weight_2', 'acceptance_2', 'accepted_length', 'bits_per_byte', 'lr',
-    'grad_norm', 'skipped', 'skipped_in_a_row',
-  ]  # fmt: skip
+    'loss',
+    'loss_1',
+    'loss_2',
+    'z_loss_1',
+    'z_loss_2',
+    'accuracy_1',
+    'accuracy_2',
+    'head_grad_norm_1',
+    'head_grad_norm_2',
+    'weight_1',
+    'weight_2',
+    'acceptance_2',
+    'accepted_length',
+    'bits_per_byte',
+    'lr',
+    'grad_norm',
+    'skipped',
+    'skipped_in_a_row',
+  ]
   assert {type(v) for v in values.values()} == {float}
-  assert (values['z_loss_2'], values['head_grad_norm_1'], values['weight_2'],
-          values['skipped']) == (0.125, 5, 0.5, 3)  # fmt: skip
+  assert (
+    values['z_loss_2'],
+    values['head_grad_norm_1'],
+    values['weight_2'],
+    values['skipped'],
+  ) == (0.125, 5, 0.5, 3)
 
 
 def test_bits_of_no_bytes_are_no_number():
@@ -88,30 +119,26 @@ def test_bits_of_no_bytes_are_no_number():
 def test_a_mean_over_nothing_is_no_number():
   """Head 2 has no target: neither loss 0 nor accuracy 0."""
   raw = _raw(
-    count_K=np.array([40, 0], np.float32), order_loss_sum=np.float32(60),
+    count_K=np.array([40, 0], np.float32),
+    order_loss_sum=np.float32(60),
     loss_sum_K=np.array([80, 0], np.float32),
     correct_K=np.array([20, 0], np.float32),
     accepted_K=np.array([8, 0], np.float32),
-  )  # fmt: skip
+  )
   values = metrics.scalars(raw)
-  assert (values['loss_1'], values['loss_2'], values['accuracy_2']) == (
-    2, None, None
-  )  # fmt: skip
+  assert (values['loss_1'], values['loss_2'], values['accuracy_2']) == (2, None, None)
   assert (values['loss'], values['order_loss']) == (3, 1.5)
   assert metrics.table(values)[2].split() == ['2', '-', '-', '0.00%']
   none = (
     raw
-    | dict.fromkeys(
-      ('count_K', 'loss_sum_K', 'correct_K', 'accepted_K'), np.zeros(2)
-    )
+    | dict.fromkeys(('count_K', 'loss_sum_K', 'correct_K', 'accepted_K'), np.zeros(2))
     | dict(total=np.float32(0), bytes=np.float32(0))
   )
   values = metrics.scalars(none)
   assert set(values.values()) == {None}
   line = metrics.line(7, 90, values | STEP)
   assert line.startswith(
-    'step 7/90  loss -  head 1 -  bits/byte -  lr 1.00e-03  |grad| 2.000'
-    '  E[accepted] -  '
+    'step 7/90  loss -  head 1 -  bits/byte -  lr 1.00e-03  |grad| 2.000  E[accepted] -  '
   )
   assert metrics.table(values)[1].split() == ['1', '-', '-']
   assert metrics.table(values)[-1].startswith('bits per byte -, expected')
@@ -158,14 +185,16 @@ def _events(path):
 def test_nan_and_infinity_are_written_as_null(tmp_path):
   _sinks(tmp_path, 0, ('train', 1, NAN), ('train', 2, -INF), ('eval', 2, 0.5))
   text = (tmp_path / 'metrics.jsonl').read_text()
-  records = [
-    json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()
-  ]
-  assert records == metrics.read(str(tmp_path)) == [
-    dict(kind='train', step=1, loss=None),
-    dict(kind='train', step=2, loss=None),
-    dict(kind='eval', step=2, loss=0.5),
-  ]  # fmt: skip
+  records = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+  assert (
+    records
+    == metrics.read(str(tmp_path))
+    == [
+      dict(kind='train', step=1, loss=None),
+      dict(kind='train', step=2, loss=None),
+      dict(kind='eval', step=2, loss=0.5),
+    ]
+  )
 
 
 def test_what_is_past_the_start_is_cut_off(tmp_path):
@@ -183,9 +212,7 @@ def test_what_is_past_the_start_is_cut_off(tmp_path):
   # To TensorBoard: forget what has a step from 4 on.
   starts = [e.step for e in events if e.session_log.status == 1]
   assert starts == [4]
-  values = [
-    (e.step, v.tag, v.simple_value) for e in events for v in e.summary.value
-  ]
+  values = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
   assert values == [(4, 'train/loss', 9.0)]
 
 
@@ -197,9 +224,7 @@ def test_no_run_has_no_records(tmp_path):
 
 
 @pytest.mark.parametrize('number', sorted(paths.OF_A_DISK))
-def test_a_disk_that_is_full_is_an_error_and_no_wait(
-  tmp_path, monkeypatch, number
-):
+def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch, number):
   """200 scalars a step, as 36 heads have: tensorboardX's own thread dies
   of the first error, and the eleventh scalar after it waits for ever."""
   sinks = metrics.Sinks(str(tmp_path), 0)
@@ -213,9 +238,7 @@ def test_a_disk_that_is_full_is_an_error_and_no_wait(
     with pytest.raises(OSError, match=os.strerror(number)):
       sinks.write('train', step, {f'loss_{k}': 1.0 for k in range(200)})
   sinks.close()
-  assert paths.OF_A_DISK >= {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
-  }  # fmt: skip
+  assert paths.OF_A_DISK >= {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def test_a_clock_that_is_set_back_holds_nothing_up(tmp_path, monkeypatch):

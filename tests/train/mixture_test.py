@@ -17,10 +17,15 @@ FLAGS = dict(model__vocab_size=296, train__checkpoint_every=3)
 
 
 def _prepare(root, name, documents, tokenizer):
-  assert 0 == main.main([
-    'prepare', f'--data.documents={documents}', f'--data.store={root}/{name}',
-    f'--data.tokenizer={tokenizer}', '--data.valid_fraction=0.3',
-  ])  # fmt: skip
+  assert 0 == main.main(
+    [
+      'prepare',
+      f'--data.documents={documents}',
+      f'--data.store={root}/{name}',
+      f'--data.tokenizer={tokenizer}',
+      '--data.valid_fraction=0.3',
+    ]
+  )
 
 
 @pytest.fixture(scope='module')
@@ -68,9 +73,7 @@ def _fails(capsys, *args, **changes) -> str:
 
 def test_each_set_has_a_record_of_its_own(run, root):
   sets = [r for r in runs.records(run) if r['kind'] == 'eval']
-  assert [(r['step'], r['source']) for r in sets] == [
-    (6, 'code'), (6, 'chat'), (6, 'new'),
-  ]  # fmt: skip
+  assert [(r['step'], r['source']) for r in sets] == [(6, 'code'), (6, 'chat'), (6, 'new')]
   assert len({r['loss_1'] for r in sets}) == 3
   assert all(np.isfinite(r['bits_per_byte']) for r in sets)
   cfg = config.from_json((run / 'config.json').read_text())
@@ -90,9 +93,7 @@ def test_stopped_and_resumed_it_is_the_same_run(run, root, mixture):
 
 
 def test_another_mixture_or_tokenizer_is_refused(run, root, mixture, capsys):
-  for stores in (
-    f'{root}/code:2,{root}/chat', f'{root}/chat,{root}/code:3', f'{root}/code',
-  ):  # fmt: skip
+  for stores in (f'{root}/code:2,{root}/chat', f'{root}/chat,{root}/code:3', f'{root}/code'):
     error = _fails(capsys, stores, run)
     assert f'--data.store={stores}: is not the store, or not' in error
   error = _fails(capsys, f'{root}/other', run)
@@ -128,9 +129,7 @@ def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
   alone = [f'--data.store={root}/chat', '--eval.stores=']
   out, one = _with_report(capsys, root, 'eval', *args, *alone)
   assert f'valid split of {root}/chat: ' in out and 'sources' not in one
-  assert {k: one[k] for k in found['sources']['chat']} == (
-    found['sources']['chat']
-  )
+  assert {k: one[k] for k in found['sources']['chat']} == (found['sources']['chat'])
   wrong = [f'--data.store={root}/other', '--eval.stores=']
   assert main.main(['eval', *args, *wrong]) == 2
   error = capsys.readouterr().err
@@ -143,9 +142,7 @@ def test_report_shows_each_set(run, root, capsys):
   page = pathlib.Path(found['report']).read_text()
   for name in ('code', 'chat', 'new'):
     assert f'held-out loss of head 1 (nats), {name}<' in page
-  for line, name in zip(
-    out.splitlines(), ('code', 'chat', 'new'), strict=False
-  ):
+  for line, name in zip(out.splitlines(), ('code', 'chat', 'new'), strict=False):
     assert line.startswith(f'{run}: step 6, {name}: head 1 ')
 
 
@@ -158,9 +155,7 @@ def test_inspect_shows_sources_and_what_is_scored(root, mixture, capsys):
   assert found['sources'].count('chat') == 2
   split = store_lib.open_store(f'{root}/chat').split('train')
   scored, valid = np.array(found['scored']), np.array(found['valid'])
-  for b, (name, window) in enumerate(
-    zip(found['sources'], found['windows'], strict=True)
-  ):
+  for b, (name, window) in enumerate(zip(found['sources'], found['windows'], strict=True)):
     assert f'window {window} of {name}: ' in out
     if name == 'code':
       assert scored[b].all()
@@ -169,9 +164,7 @@ def test_inspect_shows_sources_and_what_is_scored(root, mixture, capsys):
     for k in (1, 2):
       position = np.array(found['position'][b])
       ahead = position[k : 16 + k] - position[:16] == k
-      np.testing.assert_array_equal(
-        valid[k - 1, b], ahead & scored[b, k : 16 + k]
-      )
+      np.testing.assert_array_equal(valid[k - 1, b], ahead & scored[b, k : 16 + k])
   assert not scored.all()
   assert '[x]: not a target: another document, or not to be scored' in out
 
@@ -181,6 +174,5 @@ def test_prepare_writes_one_store(root, capsys):
     assert main.main(['prepare', f'--data.store={name}']) == 2
     error = capsys.readouterr().err
     assert error == (
-      f'mtp: --data.store={name}: prepare writes one store; no comma, NAME= or'
-      ' :WEIGHT\n'
+      f'mtp: --data.store={name}: prepare writes one store; no comma, NAME= or :WEIGHT\n'
     )

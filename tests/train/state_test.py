@@ -24,16 +24,12 @@ LAYER = dict(
   up=P(None, 'fsdp', 'tensor'),
   down=P(None, 'tensor', 'fsdp'),
 )
-ENDS = dict(
-  embed=P('tensor', 'fsdp'), norm=P(None), unembed=P('fsdp', 'tensor')
-)
+ENDS = dict(embed=P('tensor', 'fsdp'), norm=P(None), unembed=P('fsdp', 'tensor'))
 
 
 def _cfg(mesh, **changes):
   data, fsdp, tensor = mesh
-  return tiny.cfg(
-    mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **changes
-  )
+  return tiny.cfg(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **changes)
 
 
 def _wanted(path):
@@ -46,9 +42,7 @@ def _wanted(path):
   return P()
 
 
-@pytest.mark.parametrize(
-  'sizes, name', [*((s, 'adamw') for s in MESHES), (MESHES[2], 'muon')]
-)
+@pytest.mark.parametrize('sizes, name', [*((s, 'adamw') for s in MESHES), (MESHES[2], 'muon')])
 def test_abstract_is_what_init_makes(sizes, name):
   cfg = _cfg(sizes, optim__name=name)
   mesh = tiny.mesh(cfg)
@@ -56,9 +50,7 @@ def test_abstract_is_what_init_makes(sizes, name):
   made = state_lib.init(cfg, mesh)
   assert jax.tree.structure(abstract) == jax.tree.structure(made)
   for (path, a), x in zip(
-    jax.tree_util.tree_leaves_with_path(abstract),
-    jax.tree.leaves(made),
-    strict=True,
+    jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(made), strict=True
   ):
     name = jax.tree_util.keystr(path)
     assert (a.shape, a.dtype) == (x.shape, x.dtype), name
@@ -73,8 +65,7 @@ def test_abstract_is_what_init_makes(sizes, name):
 
 def test_initial_values_do_not_depend_on_the_mesh_but_on_the_seed():
   first, *others = (
-    jax.device_get(state_lib.init(cfg, tiny.mesh(cfg)))
-    for cfg in map(_cfg, MESHES)
+    jax.device_get(state_lib.init(cfg, tiny.mesh(cfg))) for cfg in map(_cfg, MESHES)
   )
   for other in others:
     runs.assert_same(first, other)
