@@ -21,8 +21,14 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # see ahead._ledger
 
 import jax  # noqa: E402
 
-from mtp_jax import chips, config, flags  # noqa: E402
-from mtp_jax.plan import ahead, analytic, report  # noqa: E402
+from mtp_jax.cli import flags  # noqa: E402
+from mtp_jax.config import fields
+from mtp_jax.parallel import chips
+from mtp_jax.planning import (
+  ahead,
+  analytic,
+  report,  # noqa: E402
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'plans.jsonl'
@@ -61,7 +67,7 @@ def fits_by_formula(size, n, generation, shape) -> bool:
   chip = chips.chip(ahead.GENERATIONS[generation])
   try:
     estimate = analytic.estimate(cfg, dict(data=1, fsdp=devices, tensor=1), chip)
-  except config.ConfigError:  # more chips than the width divides
+  except fields.ConfigError:  # more chips than the width divides
     return False
   return estimate.total_bytes <= chip.hbm_bytes
 
@@ -122,7 +128,7 @@ def table(compiled, sizes) -> list[str]:
       for generation in SLICES:
         try:
           row, below = smallest(compiled, size, n, generation)
-        except config.ConfigError as error:
+        except fields.ConfigError as error:
           lines.append(f'| {size} | {n} | none: {error} | | | | | | |')
           break
         if row is None:
@@ -150,7 +156,7 @@ HEAD = """\
 Written by `python docs/plans.py`, which compiles the whole train step (model,
 loss, AdamW, donation, shardings) ahead of time with libtpu: the smallest slice
 that holds each size with one sequence of 4096 tokens a chip,
-`--model.remat=block`, `--loss.schedule=remat`, float32 parameters and moments,
+`--model.remat=block`, `--loss.backward=remat`, float32 parameters and moments,
 bfloat16 compute, all chips along `--mesh.fsdp`. GiB a chip. The roofline is the
 time of a step that the busiest resource needs at its peak; more sequences a
 chip bring its MFU up (`mtp plan --plan.search_mesh`). *: by formula, where

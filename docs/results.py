@@ -73,10 +73,10 @@ ACCEPTED = (
 ASKED = (
   (
     'eval',
-    '--eval.suite=heldout,acceptance',
+    '--eval.tasks=heldout,acceptance',
     '--eval.batches=100',
-    '--bench.prompt=128',
-    '--decode.max_new=128',
+    '--bench.prompt_len=128',
+    '--decode.max_new_tokens=128',
   ),
 )
 SPED_UP = (
@@ -87,11 +87,11 @@ SPED_UP = (
 TIMED = (
   (
     'bench',
-    '--bench.what=decode',
+    'decode',
     '--bench.batches=1',
-    '--bench.prompt=128',
-    '--decode.max_new=128',
-    '--bench.pieces=32',
+    '--bench.prompt_len=128',
+    '--decode.max_new_tokens=128',
+    '--bench.num_prompts=32',
     '--bench.rounds=3',
   ),
 )
@@ -147,7 +147,7 @@ RESULTS = (
     ' by the single negations alone (29, 16 and 10% of 492 right), which were'
     ' not trained on.',
     prepare=('--data.valid_fraction=0.002',),
-    asks=(('eval', '--eval.suite=polynomial', '--eval.items=2000'),),
+    asks=(('eval', '--eval.tasks=polynomial', '--eval.limit=2000'),),
     figure='suite-polynomial-accuracy-2',
   ),
   *(
@@ -399,8 +399,8 @@ def measure(result, label, seed, folder: pathlib.Path, data: str) -> dict:
 
 def asked_of(what: str, store: str, run: str) -> list[str]:
   if what == 'eval':
-    return [f'--eval.checkpoint={run}']
-  return [f'--decode.checkpoint={run}', f'--data.store={store}']
+    return [run]
+  return [run, f'--data.store={store}']
 
 
 def draw(result: Result, folder: pathlib.Path) -> None:

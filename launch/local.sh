@@ -34,7 +34,7 @@ source launch/xla_flags.sh auto
   run mtp prepare --flagfile=experiments/smoke.flags --data.store="$store"
 run "${train[@]}" --flagfile=experiments/smoke.flags --data.store="$store" \
   --train.workdir="$run" "${flags[@]}"
-run mtp eval --eval.checkpoint="$run" --out="$run/heldout.json"
+run mtp eval "$run" --out="$run/heldout.json"
 run mtp report "$run"
 prompt='import os
 
@@ -43,8 +43,8 @@ class Path:
 
     def __init__(self, name):
         self.'
-run mtp generate --decode.checkpoint="$run" --prompt="$prompt" \
-  --decode.max_new=128 --decode.compare --out="$run/decode.json"
+run mtp generate "$run" --prompt="$prompt" \
+  --decode.max_new_tokens=128 --decode.compare --out="$run/decode.json"
 [ -z "$dry_run" ] || exit 0
 echo "checkpoints: $run/checkpoints"
 echo "report:      $run/report.html"

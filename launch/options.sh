@@ -56,7 +56,7 @@ training() {
   done
   [ -z "$missing" ] || die "missing$missing"
   # shellcheck disable=SC2034  # for the script
-  train=(mtp train --flagfile="$1" --processes.coordinator=auto "${@:2}")
+  train=(mtp train --flagfile="$1" --distributed.coordinator_address=auto "${@:2}")
 }
 
 # quoted ARGS…: one line that a shell reads as just these arguments.

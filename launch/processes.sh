@@ -26,8 +26,8 @@ fi
 for ((i = n - 1; i >= 0; i--)); do
   process=(
     "${prefix[@]}" python -m mtp_jax "$command" "$@"
-    --processes.coordinator="localhost:$port" --processes.count="$n"
-    --processes.index="$i"
+    --distributed.coordinator_address="localhost:$port" --distributed.num_processes="$n"
+    --distributed.process_id="$i"
   )
   if [ "$dry_run" ]; then echo "$(quoted "${process[@]}") &"; continue; fi
   "${process[@]}" &

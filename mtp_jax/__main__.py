@@ -2,6 +2,6 @@
 
 import sys
 
-from mtp_jax import main
+from mtp_jax.cli import main
 
 sys.exit(main.main())

@@ -5,7 +5,7 @@ import math
 import os
 import resource
 
-from mtp_jax import versions
+from mtp_jax.parallel import versions
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -20,8 +20,11 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests import parity, programs  # noqa: E402
-from tests.programs import own_programs, shared_programs  # noqa: E402, F401
+from tests.support import (
+  parity,
+  programs,  # noqa: E402
+)
+from tests.support.programs import own_programs, shared_programs  # noqa: E402, F401
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -75,7 +78,7 @@ def cache_stays(compilation_cache):
 @pytest.fixture(scope='session')
 def store(tmp_path_factory):
   """Path of a token store of some 6,000 bytes; see runs.make_store."""
-  from tests import runs
+  from tests.support import runs
 
   return runs.make_store(str(tmp_path_factory.mktemp('data') / 'store'))
 
@@ -83,7 +86,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope='session')
 def undisturbed(store, tmp_path_factory):
   """Workdir of a finished run; tests copy it before they change it."""
-  from tests import runs
+  from tests.support import runs
 
   workdir = tmp_path_factory.mktemp('runs') / 'undisturbed'
   assert runs.train(store, workdir, train__checkpoint_every=3) == 0

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import config, flags, params, sharding
-from mtp_jax.model import heads, lm
+from mtp_jax.cli import flags
+from mtp_jax.config import schema
+from mtp_jax.model import heads, lm, params
+from mtp_jax.parallel import sharding
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
-from tests import runs, tiny
+from tests.support import runs, tiny
 
 FOLDER = pathlib.Path(runs.ROOT, 'experiments')
 FILES = sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob('*.*'))
@@ -22,7 +24,7 @@ FIELDS = ('Purpose', 'Command', 'Hardware', 'Time', 'Expect')
 
 
 @functools.cache
-def _config(name, *more) -> config.Config:
+def _config(name, *more) -> schema.Config:
   return flags.parse([f'--flagfile={FOLDER}/{name}', *more]).config()
 
 
@@ -87,7 +89,7 @@ def test_the_head_comment_says_all_and_its_command_is_this_run(name):
     assert command[1:3] == ['train', itself]
     given = flags.parse(command[2:])
     assert {'data.store', 'train.workdir'} <= given.given.keys()
-    assert config.changed(_config(name), given.config()) == []
+    assert schema.changed(_config(name), given.config()) == []
   else:
     (script,) = command
     assert itself in pathlib.Path(runs.ROOT, script).read_text()
@@ -172,8 +174,8 @@ def test_it_is_as_large_as_published(name):
   if folder == 'bytes':
     assert heads.trunk_layers(cfg) == 31
     assert cfg.heads.n > 1 or cfg.model.n_layers == 32
-    cfg = config.replace(cfg, **{'heads.n': 1, 'model.n_layers': 32, 'heads.unembedding': 'shared'})
-  cfg = config.replace(cfg, **{'model.vocab_size': 32_000})
+    cfg = schema.replace(cfg, **{'heads.n': 1, 'model.n_layers': 32, 'heads.unembedding': 'shared'})
+  cfg = schema.replace(cfg, **{'model.vocab_size': 32_000})
   assert abs(params.count(lm.specs(cfg)) / TOTALS[size] - 1) < 0.01
 
 
@@ -186,7 +188,7 @@ def test_families_are_equal_in_parameters_and_differ_in_nothing_else():
   (parallel,) = [_config(n) for n in PAPER if n == 'families/parallel.flags']
   assert parallel == _config('code/7b_200b_n4.flags')
   for cfg in cfgs:
-    assert {name for name, _, _ in config.changed(parallel, cfg)} <= {
+    assert {name for name, _, _ in schema.changed(parallel, cfg)} <= {
       'heads.family',
       'heads.unembedding',
       'model.n_layers',
@@ -227,8 +229,8 @@ def test_siblings_keep_what_makes_the_experiment():
   for small, names in SIBLINGS.items():
     for cfg in map(_config, names):
       assert (small.heads, small.loss) == (cfg.heads, cfg.loss)
-      assert small.train.accumulate == cfg.train.accumulate
-      shrunk = {name for name, _, _ in config.changed(cfg, small)}
+      assert small.train.grad_accum_steps == cfg.train.grad_accum_steps
+      shrunk = {name for name, _, _ in schema.changed(cfg, small)}
       assert shrunk <= {
         'model.d_model',
         'model.n_layers',
@@ -246,7 +248,7 @@ def test_siblings_keep_what_makes_the_experiment():
 
 # A sum of heads, a chain that ends in head 1, and one that feeds tokens. Of the
 # others the step is traced alone: losses and gradients of all families are
-# those of float64 in tests/loss_test.py, and no optimizer knows of families.
+# those of float64 in tests/losses/loss_test.py, and no optimizer knows of families.
 TRAINED = ('parallel', 'anticausal', 'recursive')
 MOST_HEADS = {  # of each family
   small.heads.family: small for small in sorted(SIBLINGS, key=lambda c: c.heads.n)

@@ -34,9 +34,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tests import runs
+from tests.support import runs
 
-TIMEOUT_S = 10  # --processes.timeout_s
+TIMEOUT_S = 10  # --distributed.heartbeat_timeout_s
 LIMIT_S = 90.0  # of any session to end by itself after a fault
 STEPS, EVERY, STEP_S = 24, 3, 0.12
 DEVICES = 4
@@ -48,11 +48,11 @@ FLAGS = dict(
   heads__n=1,
   train__steps=STEPS,
   train__checkpoint_every=EVERY,
-  train__keep_last=3,
+  train__max_to_keep=3,
   train__eval_every=EVAL_EVERY,
   train__watchdog_s=60,
   eval__batches=1,
-  processes__timeout_s=TIMEOUT_S,
+  distributed__heartbeat_timeout_s=TIMEOUT_S,
 )
 
 # The program, but no step is shorter than STEP_S: else a run would be over
@@ -62,8 +62,9 @@ FLAGS = dict(
 CLOCK = 'MTP_FAULTS_CLOCK'
 SLOWLY = f"""
 import os, sys, time
-from mtp_jax import main
-from mtp_jax.train import loop, metrics
+from mtp_jax.cli import main
+from mtp_jax.data import batches as data
+from mtp_jax.losses import metrics
 
 now, clock = time.time, os.environ.get('{CLOCK}')
 
@@ -73,7 +74,7 @@ def moved():
 
 if clock:
   time.time = moved
-scalars, batches = metrics.scalars, loop.train_batches
+scalars, batches = metrics.scalars, data.train_batches
 
 def many(sums):
   out = scalars(sums)
@@ -86,7 +87,7 @@ def slowly(*args):
     time.sleep({STEP_S})
     yield batch
 
-loop.train_batches = slowly
+data.train_batches = slowly
 sys.exit(main.main(sys.argv[1:]))
 """
 
@@ -144,7 +145,9 @@ def start(store: str, workdir: pathlib.Path, n: int, logs: pathlib.Path, of=()) 
   processes = []
   for index in range(n):
     own = dict(
-      processes__coordinator=f'localhost:{port}', processes__count=n, processes__index=index
+      distributed__coordinator_address=f'localhost:{port}',
+      distributed__num_processes=n,
+      distributed__process_id=index,
     )
     args = runs.args(store, str(workdir), **FLAGS | (own if n > 1 else {}))
     with open(logs / f'{index}.log', 'w') as log:
@@ -589,7 +592,7 @@ def report(rows: list[Row]) -> str:
     ' compared bit for bit (parameters, moments, counters, every record of'
     ' metrics.jsonl)'
     f' with a run that nobody disturbed. {len(rows)} faults, {kills} of them'
-    f' kills; --processes.timeout_s={TIMEOUT_S}.',
+    f' kills; --distributed.heartbeat_timeout_s={TIMEOUT_S}.',
     '',
     '| fault | tried | survived | longest until all processes had ended |',
     '|---|---|---|---|',
@@ -650,7 +653,7 @@ def main(args: list[str]) -> int:
 if __name__ == '__main__':
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
-  from mtp_jax import chips
+  from mtp_jax.parallel import chips
 
   chips.answer_libtpu()
   import jax

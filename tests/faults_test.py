@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tests import faults, runs
+from tests import faults
+from tests.support import runs
 
 
 @pytest.mark.slow

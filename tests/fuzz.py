@@ -37,8 +37,10 @@ from typing import NamedTuple
 
 import jax
 
-from mtp_jax import config, jsonl, main
-from tests import runs
+from mtp_jax.cli import main
+from mtp_jax.config import schema
+from mtp_jax.io import jsonl
+from tests.support import runs
 
 LIMIT_S = 20.0
 CASES = 550  # of each kind
@@ -281,7 +283,7 @@ def _run(world: World, **changes) -> list[str]:
 
 
 def flag_values(rng, world) -> list[str]:
-  name, field = rng.choice(sorted(config.fields().items()))
+  name, field = rng.choice(sorted(schema.fields().items()))
   section = name.split('.')[0]
   command = {
     'eval': 'eval',
@@ -293,9 +295,9 @@ def flag_values(rng, world) -> list[str]:
     'bench': 'bench',
   }.get(section) or rng.choice(('train', 'train', 'plan', 'bench', 'prepare'))
   args = {
-    'eval': [f'--eval.checkpoint={world.base}/run'],
-    'generate': [f'--decode.checkpoint={world.base}/run', '--prompt=a'],
-    'export': [f'--export.checkpoint={world.base}/run', f'--export.out={world.here}/out'],
+    'eval': [f'{world.base}/run'],
+    'generate': [f'{world.base}/run', '--prompt=a'],
+    'export': [f'{world.base}/run', f'--export.out={world.here}/out'],
     'import': [f'--import.path={world.base}/hf', f'--train.workdir={world.here}/new'],
     'prepare': [
       f'--data.documents=text:{world.base}/texts/a.txt',
@@ -312,7 +314,7 @@ def flag_values(rng, world) -> list[str]:
   else:
     given = f'--{name}={value}'
   if rng.random() < 0.3:  # two at once
-    other, _ = rng.choice(sorted(config.fields().items()))
+    other, _ = rng.choice(sorted(schema.fields().items()))
     args = [*args, f'--{other}={hostile(rng)}']
   return [command, *args, given]
 
@@ -323,18 +325,18 @@ SMALL = {
   'data.store': 'ab/=:,.123 ',
   'eval.stores': 'ab/=:,.1 ',
   'decode.tree': '0123,-',
-  'decode.stop_ids': '0123,-none',
+  'decode.stop_token_ids': '0123,-none',
   'bench.heads': '0123,',
-  'bench.chunks': '0148,',
-  'bench.drafts': '012,',
+  'bench.chunk_size': '0148,',
+  'bench.num_draft_tokens': '012,',
   'bench.batches': '018,',
-  'bench.schedules': 'remat,eager',
-  'eval.suite': 'heldout,:ab',
-  'eval.k': '012,.',
+  'bench.backward': 'remat,interleaved',
+  'eval.tasks': 'heldout,:ab',
+  'eval.pass_at_k': '012,.',
   'eval.temperatures': '01.,-e',
   'plan.sweep': 'heads.n=12,loss',
   'plan.topology': 'v5epx:4816',
-  'processes.coordinator': 'auto:host123456',
+  'distributed.coordinator_address': 'auto:host123456',
   'mesh.data': '-0128',
 }
 
@@ -351,8 +353,8 @@ def small_languages(rng, world) -> list[str]:
     )
   )
   args = {
-    'eval': [f'--eval.checkpoint={world.base}/run', '--eval.samples=2'],
-    'generate': [f'--decode.checkpoint={world.base}/run', '--prompt=a'],
+    'eval': [f'{world.base}/run', '--eval.samples=2'],
+    'generate': [f'{world.base}/run', '--prompt=a'],
   }.get(command) or _run(world)
   return [command, *args, f'--{name}={value}']
 
@@ -507,9 +509,9 @@ def checkpoints(rng, world) -> list[str]:
   return rng.choice(
     (
       ['train', *runs.args(str(world.base / 'store'), str(run), train__steps=9)],
-      ['eval', f'--eval.checkpoint={at}', '--eval.batches=1'],
-      ['generate', f'--decode.checkpoint={at}', '--prompt=a'],
-      ['export', f'--export.checkpoint={at}', f'--export.out={world.here}/out'],
+      ['eval', f'{at}', '--eval.batches=1'],
+      ['generate', f'{at}', '--prompt=a'],
+      ['export', f'{at}', f'--export.out={world.here}/out'],
       ['train', *_run(world, train__init_from=at)],
     )
   )
@@ -581,7 +583,7 @@ def imports_gguf(rng, world) -> list[str]:
 
 
 def prompts(rng, world) -> list[str]:
-  args = ['generate', f'--decode.checkpoint={world.base}/run']
+  args = ['generate', f'{world.base}/run']
   match rng.choice(('prompt', 'ids', 'file', 'file', 'file', 'both')):
     case 'prompt':
       return [*args, f'--prompt={rng.choice((hostile(rng), "x" * 3_000_000))}']
@@ -653,11 +655,14 @@ class TooLong(BaseException):
 
 def _hooks() -> list[tuple]:
   """(owner, name) of what is called when nothing is left to refuse."""
-  from mtp_jax import bench, checkpoint, processes, targets
+  from mtp_jax.bench import run
+  from mtp_jax.checkpoint import saver
   from mtp_jax.decode import decoder
   from mtp_jax.evals import heldout
-  from mtp_jax.interop import folder
-  from mtp_jax.plan import ahead
+  from mtp_jax.interop import hf_folder
+  from mtp_jax.losses import targets
+  from mtp_jax.parallel import distributed
+  from mtp_jax.planning import ahead
   from mtp_jax.train import loop
 
   return [
@@ -665,13 +670,13 @@ def _hooks() -> list[tuple]:
     (targets, 'targets'),
     (heldout, 'evaluator'),
     (decoder, 'Decoder'),
-    (folder, 'export'),
-    (checkpoint, 'save_params'),
+    (hf_folder, 'export'),
+    (saver, 'save_params'),
     (ahead, 'plan'),
-    (bench, '_loss'),
-    (bench, '_step'),
-    (bench, '_data'),
-    (processes, '_join'),
+    (run, '_loss'),
+    (run, '_step'),
+    (run, '_data'),
+    (distributed, '_join'),
   ]
 
 
@@ -679,8 +684,8 @@ def _hooks() -> list[tuple]:
 def _hooked(kind: str):
   """Commands stop where a compile would begin, and draw no figures."""
   from mtp_jax.data import store
-  from mtp_jax.run_report import figures
-  from mtp_jax.train import lock
+  from mtp_jax.report import figures
+  from mtp_jax.train import lock as lock_lib
 
   def accepted(*args, **kwargs):
     raise Accepted
@@ -688,9 +693,9 @@ def _hooked(kind: str):
   changes = [(owner, name, accepted) for owner, name in _hooks()]
   changes += [
     (figures, 'draw', lambda plot: ('', b'')),
-    (lock, 'STALE_S', 0.05),
-    (lock, 'LIVES_S', 0.05),
-    (lock, 'LOOK_S', 0.02),
+    (lock_lib, 'STALE_S', 0.05),
+    (lock_lib, 'LIVES_S', 0.05),
+    (lock_lib, 'LOOK_S', 0.02),
   ]
   if kind in ('flags', 'small-languages'):  # of workers, of every document
     changes.append((store, 'write', accepted))
@@ -835,12 +840,12 @@ def build(base: pathlib.Path, run_of: Callable[[str, str], object]) -> None:
     '--data.valid_fraction=0',
     f'--data.tokenizer=hf:{tokenizer}/tokenizer.json',
   ]
-  export = ['export', f'--export.checkpoint={base}/run', '--train.compilation_cache=']
+  export = ['export', f'{base}/run', '--train.compilation_cache=']
   meta = [*export, f'--export.out={base}/meta', '--export.format=meta']
   for args in (
     prepared,
     [*export, f'--export.out={base}/hf'],
-    [*export, f'--export.out={base}/hf_sharded', '--export.shard_gib=1e-5'],
+    [*export, f'--export.out={base}/hf_sharded', '--export.max_shard_gib=1e-5'],
     *([meta] if 'imports-meta' in possible() else []),
     [  # its tokenizer of bytes has no place in the next
       'import',
@@ -851,7 +856,7 @@ def build(base: pathlib.Path, run_of: Callable[[str, str], object]) -> None:
     ],
     [
       'export',
-      f'--export.checkpoint={base}/ids',
+      f'{base}/ids',
       '--export.format=gguf',
       f'--export.out={base}/gguf',
       '--train.compilation_cache=',
@@ -973,7 +978,7 @@ def main_(args: list[str]) -> int:
 if __name__ == '__main__':
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
-  from mtp_jax import chips
+  from mtp_jax.parallel import chips
 
   chips.answer_libtpu()
   sys.exit(main_(sys.argv[1:]))

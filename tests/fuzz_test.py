@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mtp_jax import main
+from mtp_jax.cli import main
 from tests import fuzz
 
 

@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, main, sharding
-from mtp_jax.interop import folder
-from tests import golden, runs
+from mtp_jax.checkpoint import metadata, restore
+from mtp_jax.cli import main
+from mtp_jax.interop import hf_folder
+from mtp_jax.parallel import sharding
+from tests import golden
+from tests.support import runs
 
 
 @pytest.fixture(scope='module')
@@ -21,17 +24,15 @@ def kept(tmp_path_factory):
 
 
 def _params(workdir, step):
-  cfg, _ = checkpoint.about(str(workdir), step)
-  return jax.device_get(
-    checkpoint.restore_model(str(workdir), step, cfg, sharding.serving_mesh(cfg), 'import.path')
-  )
+  cfg, _ = metadata.read_metadata(str(workdir), step)
+  return jax.device_get(restore.restore_model(str(workdir), step, cfg, sharding.serving_mesh(cfg)))
 
 
 @pytest.mark.parametrize('form', golden.FORMS)
 def test_kept_exports_hold_the_kept_parameters(kept, form):
-  cfg, ours = folder.find(str(kept / form), {})
+  cfg, ours = hf_folder.find(str(kept / form), {})
   assert ours
-  back = folder.read(str(kept / form), cfg, sharding.serving_mesh(cfg))
+  back = hf_folder.read(str(kept / form), cfg, sharding.serving_mesh(cfg))
   wanted = _params(kept / 'run', 3)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), wanted)
 

@@ -6,76 +6,40 @@ import pathlib
 import pytest
 
 import mtp_jax
-from tests import runs
+from tests.support import runs
 
 PACKAGE = pathlib.Path(mtp_jax.__file__).parent
 
-# A file imports lower floors, its own folder, and what is allowed below.
-FLOORS = {
-  'jsonl': 0,
-  'versions': 0,
-  'config': 0,
-  'chips': 0,
-  'validate': 0,
-  'paths': 1,
-  'flags': 1,
-  'sharding': 1,
-  'params': 1,
-  'processes': 1,
-  'manifest': 2,
-  'model/': 2,
-  'data/': 2,
-  'data/loader': 3,
-  'flops': 3,
-  'targets': 3,
-  'cross_entropy': 3,
-  'loss': 3,
-  'optim': 3,
-  'checkpoint': 3,
-  'decode/': 3,
-  'train/': 4,
-  'evals/': 4,
-  'train/loop': 5,
-  'train/suites': 5,
-  'report': 5,
-  'run_report/': 5,
-  'bench': 5,
-  'generate': 5,
-  'interop/': 4,
-  'transfer': 5,
-  'plan/': 5,
-  'main': 6,
-  '__main__': 7,
-}
-ALLOWED = {
-  ('config', 'jsonl'),
-  ('validate', 'config'),
-  ('params', 'sharding'),
-  ('flags', 'paths'),
-  ('processes', 'paths'),
-  ('loss', 'targets'),
-  ('loss', 'cross_entropy'),
-  ('report', 'train/loop'),
-  ('report', 'generate'),  # a checkpoint, ready to write
-  ('transfer', 'generate'),  # the tokenizer of a checkpoint
-  ('generate', 'bench'),  # ratios and tables
-  ('bench', 'train/loop'),  # the loader only; it needs grain
-}
-NEVER = {
-  'model/': ('data/', 'loss', 'cross_entropy', 'targets'),
-  'evals/': ('train/',),
-  'decode/': ('train/',),
-}
+# Lowest first; a folder imports itself and those before it.
+FLOORS = (
+  'io',
+  'config',
+  'parallel',
+  'model',
+  'data',
+  'losses',
+  'optim',
+  'checkpoint',
+  'decode',
+  'evals',
+  'train',
+  'interop',
+  'planning',
+  'bench',
+  'report',
+  'cli',
+)
+NEVER = {'losses/': ('data/',), 'evals/': ('train/',), 'decode/': ('train/', 'evals/')}
 # Library -> files or folders that may import it.
 LIBRARIES = {
-  'absl': ('flags', 'main'),
+  'absl': ('cli/',),
   'grain': ('data/',),
   'sentencepiece': ('data/', 'interop/tokens'),
   'pyarrow': ('data/',),
-  'orbax': ('checkpoint',),
+  'orbax': ('checkpoint/',),
   'tensorboardX': ('train/metrics',),
-  'rich': ('train/loop', 'data/progress'),  # flax needs it as well
-  'matplotlib': ('run_report/figures',),
+  'rich': ('cli/progress',),  # flax needs it as well
+  'matplotlib': ('report/figures',),
   'torch': ('interop/',),
   'safetensors': ('interop/',),
   'gguf': ('interop/llama_cpp',),
@@ -86,12 +50,6 @@ LAZY = ('torch', 'safetensors', 'gguf', 'matplotlib')  # inside functions only
 
 def _within(name, places):
   return any(name == p or (p.endswith('/') and name.startswith(p)) for p in places)
-
-
-def _floor(name):
-  places = [p for p in FLOORS if _within(name, [p])]
-  assert places, f'{name}: give it a floor here and in WORKSPACE.md'
-  return FLOORS[max(places, key=len)]
 
 
 def _imports(path):
@@ -136,21 +94,44 @@ def test_the_walk_sees_the_package():
   found = {(name, imported) for name, imported, _ in IMPORTS}
   assert ('train/loop', 'mtp_jax.train.metrics') in found
   assert ('model/block', 'mtp_jax.model.layers') in found
-  assert ('main', 'mtp_jax.report') in found  # inside a function
-  assert {name for name, _, top in IMPORTS if not top} >= {'main', 'run_report/figures'}
+  assert ('cli/report', 'mtp_jax.report.files') in found  # inside a function
+  assert {name for name, _, top in IMPORTS if not top} >= {'cli/report', 'report/figures'}
+
+
+def test_every_module_lies_in_a_folder_that_has_a_floor():
+  loose = {name for name in FILES if name.split('/')[0] not in FLOORS}
+  assert loose == {'__main__'}
+  assert {name.split('/')[0] for name in FILES} == {*FLOORS, '__main__'}
 
 
 def test_no_import_goes_up():
-  wrong = []
-  for name, imported, _ in IMPORTS:
-    other = _module(imported)
-    if not other or (name, other) in ALLOWED:
-      continue
-    mine, folder = _floor(name), '/' in name and name.split('/')[0] + '/'
-    own = folder and other.startswith(folder)
-    if _floor(other) > mine or (_floor(other) == mine and not own):
-      wrong.append(f'{name} (floor {mine}) imports {other}')
+  wrong = [
+    f'{name} imports {imported}'
+    for name, imported, _ in IMPORTS
+    if (other := _module(imported)) and name != '__main__'
+    if FLOORS.index(other.split('/')[0]) > FLOORS.index(name.split('/')[0])
+  ]
   assert not wrong
+
+
+def test_no_two_modules_import_each_other():
+  """A circle within a folder, which the floors do not show."""
+  arrows = {name: set() for name in FILES}
+  for name, imported, _ in IMPORTS:
+    if other := _module(imported):
+      arrows[name].add(other)
+  done, under_way = set(), []
+
+  def visit(name):
+    assert name not in under_way, [*under_way, name]
+    if name not in done:
+      under_way.append(name)
+      for other in sorted(arrows[name]):
+        visit(other)
+      done.add(under_way.pop())
+
+  for name in arrows:
+    visit(name)
 
 
 @pytest.mark.parametrize('place', NEVER)
@@ -174,12 +155,6 @@ def test_a_library_stays_in_its_place(library):
   assert not wrong
 
 
-def test_every_place_of_the_table_exists():
-  """A name that is no longer there would allow anything."""
-  for place in [*FLOORS, *sum(ALLOWED, ())]:
-    assert any(_within(name, [place]) for name in FILES), place
-
-
 def test_init_files_hold_no_code():
   for path in PACKAGE.rglob('__init__.py'):
     for node in ast.parse(path.read_text()).body:
@@ -190,9 +165,9 @@ BARE = """
 import sys
 for name in ('grain', 'tensorboardX', 'matplotlib', 'sentencepiece'):
   sys.modules[name] = None  # an import of it raises
-import mtp_jax.loss
+import mtp_jax.losses.multi_token
 import mtp_jax.train.step
-import mtp_jax.bench
+import mtp_jax.bench.run
 try:
   import mtp_jax.train.loop
 except ImportError:
@@ -209,7 +184,7 @@ def test_a_step_needs_no_library_of_the_loop():
 NO_JAX = """
 import sys
 sys.modules['jax'] = None
-from mtp_jax import main
+from mtp_jax.cli import main
 sys.exit(main.main(sys.argv[1:]))
 """
 

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from mtp_jax.train import loop
-from tests import runs
+from tests.support import runs
 
 ROOT = pathlib.Path(runs.ROOT)
 LAUNCH = ROOT / 'launch'
@@ -34,8 +34,8 @@ WHERE = ['--data.store=gs://b/store', '--train.workdir=gs://b/run']
 # Flags that every shell on their way would like to change.
 HARD = ['--a=b c', "--b=it's", '--c="$HOME" `id` $(id) $$ \\ * {x} ; & # ~', '']
 ASKED = [FLAGFILE, *WHERE, *HARD]
-TRAIN = ['train', f'--flagfile={FLAGFILE}', '--processes.coordinator=auto', *WHERE, *HARD]
-PLAIN = f'train --flagfile={FLAGFILE} --processes.coordinator=auto'
+TRAIN = ['train', f'--flagfile={FLAGFILE}', '--distributed.coordinator_address=auto', *WHERE, *HARD]
+PLAIN = f'train --flagfile={FLAGFILE} --distributed.coordinator_address=auto'
 
 AT = ['--name=run', '--zone=z1', '--project=p1']
 TPU = 'gcloud compute tpus queued-resources'
@@ -338,7 +338,11 @@ def test_flags_reach_the_nodes_of_sky(path, log, tmp_path):
     SKYPILOT_NODE_RANK='1',
   )
   assert (done.returncode, done.stderr) == (0, '')
-  where = ['--processes.coordinator=10.0.0.1:8476', '--processes.count=2', '--processes.index=1']
+  where = [
+    '--distributed.coordinator_address=10.0.0.1:8476',
+    '--distributed.num_processes=2',
+    '--distributed.process_id=1',
+  ]
   expected = ['mtp', 'train', f'--flagfile={FLAGFILE}', *WHERE, *where, *HARD]
   assert _calls(log) == [expected]
 
@@ -353,8 +357,8 @@ def test_processes_with_devices(path, log):
   flag = '--xla_force_host_platform_device_count=4'
   assert lines == [
     f"env JAX_PLATFORMS=cpu 'XLA_FLAGS=--xla_z=1 {flag}' python -m mtp_jax"
-    f" train {' '.join(WHERE)} '--a=b c' --processes.coordinator=localhost:1234"
-    f' --processes.count=2 --processes.index={i} &'
+    f" train {' '.join(WHERE)} '--a=b c' --distributed.coordinator_address=localhost:1234"
+    f' --distributed.num_processes=2 --distributed.process_id={i} &'
     for i in (1, 0)
   ]
   assert _calls(log) == []
@@ -368,8 +372,8 @@ def test_processes_without_devices(path):
   given = ['--dry-run', '1', 'eval', '--a=b']
   lines = _says('processes.sh', *given, path=path, PORT='1234')
   assert lines == [
-    'python -m mtp_jax eval --a=b --processes.coordinator=localhost:1234'
-    ' --processes.count=1 --processes.index=0 &'
+    'python -m mtp_jax eval --a=b --distributed.coordinator_address=localhost:1234'
+    ' --distributed.num_processes=1 --distributed.process_id=0 &'
   ]
 
 
@@ -744,21 +748,22 @@ def _open_mpi(index: int, number: int) -> dict:
 JOIN = """
 import sys
 import jax
-from mtp_jax import flags, processes
+from mtp_jax.cli import flags
+from mtp_jax.parallel import distributed
 
 def said():
   here = jax.process_index(), jax.process_count(), jax.device_count()
-  print('joined', *here, processes.of_first(str(here[0])), file=sys.stderr)
+  print('joined', *here, distributed.broadcast_one_to_all(str(here[0])), file=sys.stderr)
   return 0
 
-sys.exit(processes.run(flags.parse(sys.argv[1:]).config(), said))
+sys.exit(distributed.run(flags.parse(sys.argv[1:]).config(), said))
 """
 
 
 @pytest.mark.parametrize('cluster', [_slurm, _open_mpi])
 def test_processes_join_by_what_the_cluster_says(cluster):
   number = _job_id()
-  flags = ['--processes.coordinator=auto', '--processes.timeout_s=10']
+  flags = ['--distributed.coordinator_address=auto', '--distributed.heartbeat_timeout_s=10']
   running = [runs.process(['-c', JOIN, *flags], 2, cluster(index, number)) for index in (0, 1)]
   limit = time.monotonic() + LIMIT_S
   try:
@@ -772,7 +777,9 @@ def test_processes_join_by_what_the_cluster_says(cluster):
 
 
 # Four devices, two of either process: without the other there is no such mesh.
-MESH = dict(mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1, processes__timeout_s=10)
+MESH = dict(
+  mesh__data=2, mesh__fsdp=2, model__n_layers=2, heads__n=1, distributed__heartbeat_timeout_s=10
+)
 
 
 # As srun: N tasks, each told who it is; SIGTERM goes on to all; the highest

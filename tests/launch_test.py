@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import ahead, runs
+from tests.support import ahead, runs
 
 LAUNCH = pathlib.Path(runs.ROOT) / 'launch'
 VARIABLES = dict(tpu='LIBTPU_INIT_ARGS', gpu='XLA_FLAGS')

@@ -37,18 +37,13 @@ class Fault(NamedTuple):
 
 
 SCORES = 'mtp_jax/evals/scores.py'
-LOSS, TARGETS = 'mtp_jax/loss.py', 'mtp_jax/targets.py'
-ENTROPY, STEP = 'mtp_jax/cross_entropy.py', 'mtp_jax/train/step.py'
-HEADS, LOOP = 'mtp_jax/model/heads.py', 'mtp_jax/train/loop.py'
+STEP, LOOP = 'mtp_jax/train/step.py', 'mtp_jax/train/loop.py'
+HEADS, ATTENTION = 'mtp_jax/model/heads.py', 'mtp_jax/model/attention.py'
 LOADER, WINDOWS = 'mtp_jax/data/loader.py', 'mtp_jax/data/windows.py'
-OPTIM, PARAMS = 'mtp_jax/optim.py', 'mtp_jax/params.py'
-ATTENTION, HLO = 'mtp_jax/model/attention.py', 'mtp_jax/plan/hlo.py'
-SPECULATIVE = 'mtp_jax/decode/speculative.py'
-SAMPLE = 'mtp_jax/decode/sample.py'
-MAPPING, FOLDER = 'mtp_jax/interop/mapping.py', 'mtp_jax/interop/folder.py'
+SPECULATIVE, SAMPLE = 'mtp_jax/decode/speculative.py', 'mtp_jax/decode/sample.py'
+MAPPING, TOKENS = 'mtp_jax/interop/mapping.py', 'mtp_jax/interop/tokens.py'
 LLAMA_CPP = 'mtp_jax/interop/llama_cpp.py'
 BY_HAND = 'test_the_files_alone_draft_what_the_model_drafts'
-BEGIN, TOKENS = 'mtp_jax/train/begin.py', 'mtp_jax/interop/tokens.py'
 
 
 def _in(file: str, *names: str) -> tuple[str, ...]:
@@ -56,14 +51,14 @@ def _in(file: str, *names: str) -> tuple[str, ...]:
 
 
 def _oracle(row):
-  return _in('loss', f'test_equals_oracle[{row}]')
+  return _in('losses/loss', f'test_equals_oracle[{row}]')
 
 
 # Eager, packed, on a mesh, with z-loss, leaps and the order of tokens.
-ORACLE = _oracle('sequential-3-shared-True-0:1,.3-0.01-3-0.7-eager-0-1-(1,4,2)-block')
-CHUNKS = _oracle('recursive-3-shared-False-0:1-0.01-3-0.7-eager-4-1-(1,1,1)-none')
-CUT = _in('optim', 'test_a_step_does_not_depend_on_how_it_is_cut')
-LEDGER = _in('plan/hlo', 'test_a_program_of_a_tpu_by_hand')
+ORACLE = _oracle('sequential-3-shared-True-0:1,.3-0.01-3-0.7-interleaved-0-1-(1,4,2)-block')
+CHUNKS = _oracle('recursive-3-shared-False-0:1-0.01-3-0.7-interleaved-4-1-(1,1,1)-none')
+CUT = _in('optim/optim', 'test_a_step_does_not_depend_on_how_it_is_cut')
+LEDGER = _in('planning/hlo', 'test_a_program_of_a_tpu_by_hand')
 
 
 def _text(family):
@@ -95,10 +90,10 @@ FAULTS = (
   Fault(
     'target-shift',
     1,
-    TARGETS,
+    'mtp_jax/losses/targets.py',
     "rows['tokens'][:, there]",
     "rows['tokens'][:, :T]",
-    _in('loss', 'test_targets_on_a_periodic_sequence'),
+    _in('losses/loss', 'test_targets_on_a_periodic_sequence'),
   ),
   Fault(
     'reads-its-target',
@@ -127,21 +122,35 @@ FAULTS = (
   Fault(
     'no-mask',
     3,
-    TARGETS,
+    'mtp_jax/losses/targets.py',
     'position_BU[:, there] == position_BU[:, :T] + offset',
     'position_BU[:, there] >= 0',
-    _in('loss', 'test_targets_never_cross_a_document'),
+    _in('losses/loss', 'test_targets_never_cross_a_document'),
   ),
   Fault(
     'mask-of-later-positions',
     3,
-    TARGETS,
+    'mtp_jax/losses/targets.py',
     'position_BU[:, there] == position_BU[:, :T] + offset',
     'position_BU[:, there] > position_BU[:, :T]',
-    _in('loss', 'test_targets_never_cross_a_document'),
+    _in('losses/loss', 'test_targets_never_cross_a_document'),
   ),
-  Fault('order-across-documents', 3, TARGETS, '(valid_BT & first_BT)', 'first_BT', ORACLE),
-  Fault('order-of-every-occurrence', 0, TARGETS, '(valid_BT & first_BT)', 'valid_BT', ORACLE),
+  Fault(
+    'order-across-documents',
+    3,
+    'mtp_jax/losses/token_order.py',
+    '(valid_BT & first_BT)',
+    'first_BT',
+    ORACLE,
+  ),
+  Fault(
+    'order-of-every-occurrence',
+    0,
+    'mtp_jax/losses/token_order.py',
+    '(valid_BT & first_BT)',
+    'valid_BT',
+    ORACLE,
+  ),
   Fault(
     'attends-across-documents',
     3,
@@ -164,49 +173,56 @@ FAULTS = (
     4,
     STEP,
     's + x.astype(s.dtype)',
-    's + x.astype(s.dtype) / cfg.train.accumulate',
+    's + x.astype(s.dtype) / cfg.train.grad_accum_steps',
     CUT,
   ),
   Fault(
     'count-of-a-micro-batch',
     4,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
     'over_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)[:m]',
-    _in('loss', 'test_micro_batches_of_unequal_counts_sum_exactly'),
+    _in('losses/loss', 'test_micro_batches_of_unequal_counts_sum_exactly'),
   ),
   Fault(
     'trunk-hears-one-head',
     4,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     'dz_BTD + d_BTD.astype(dz_BTD.dtype)',
     'd_BTD.astype(dz_BTD.dtype)',
     CUT,
   ),
-  Fault('chunks-overwrite', 4, ENTROPY, 'return dunembed + d, (', 'return d, (', CHUNKS),
+  Fault(
+    'chunks-overwrite',
+    4,
+    'mtp_jax/losses/cross_entropy.py',
+    'return dunembed + d, (',
+    'return d, (',
+    CHUNKS,
+  ),
   Fault(
     'count-of-head-1',
     5,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
     'over_K = jnp.ones(m) / jnp.maximum(count_K, 1)[0]',
-    _in('loss', 'test_a_head_is_divided_by_its_own_count'),
+    _in('losses/loss', 'test_a_head_is_divided_by_its_own_count'),
   ),
   Fault(
     'count-of-all-positions',
     5,
-    TARGETS,
+    'mtp_jax/losses/targets.py',
     'count_K = jnp.sum(valid_AKBT, axis=(0, 2, 3))',
     'count_K = jnp.sum(valid_AKBT | True, axis=(0, 2, 3))',
-    _in('loss', 'test_counts_and_bytes'),
+    _in('losses/loss', 'test_counts_and_bytes'),
   ),
   Fault(
     'zero-by-zero',
     6,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
     'over_K = 1 / count_K[:m]',
-    _in('loss', 'test_batch_without_a_target_gives_zero_and_finite_gradients'),
+    _in('losses/loss', 'test_batch_without_a_target_gives_zero_and_finite_gradients'),
   ),
   Fault(
     'evaluation-unweighted',
@@ -220,14 +236,14 @@ FAULTS = (
     'evaluation-of-all-heads',
     7,
     'mtp_jax/evals/heldout.py',
-    'n_active = config.active_heads(cfg, last)',
+    'n_active = schedule.active_heads(cfg, last)',
     'n_active = n',
     _in('evals/heldout', 'test_heads_and_weights_in_force_at_the_last_step[parallel]'),
   ),
   Fault(
     'bits-of-all-heads',
     16,
-    'mtp_jax/train/metrics.py',
+    'mtp_jax/losses/metrics.py',
     "nats = metrics['loss_sum_K'][0] - metrics['z_loss_sum_K'][0]",
     "nats = np.sum(metrics['loss_sum_K'] - metrics['z_loss_sum_K'])",
     _in('train/loop', 'test_a_run_writes_what_it_says'),
@@ -236,18 +252,16 @@ FAULTS = (
   Fault(
     'heads-at-once',
     8,
-    LOSS,
-    '_, ((loss_K, stats, order_K), _) = heads.walk(\n'
-    '    head, z_BTD, w.modules, of_heads, cfg\n'
-    '  )',
+    'mtp_jax/losses/multi_token.py',
+    '_, ((loss_K, stats, order_K), _) = heads.scan_heads(\n    head, z_BTD, w.modules, of_heads, cfg\n  )',
     '(loss_K, stats, order_K), _ = jax.vmap(lambda *x: head('
     'heads.step, z_BTD, *x)[1])(w.modules, of_heads)',
-    _in('loss', 'test_memory_is_flat_in_the_number_of_heads[remat]'),
+    _in('losses/loss', 'test_memory_is_flat_in_the_number_of_heads[remat]'),
   ),
   Fault(
     'acceptance-of-labels',
     9,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     'stats.argmax_BT, jnp.all(',
     'stats.argmax_BT.at[0].set(targets_KBT[0]), jnp.all(',
     _oracle('residual-3-tied-True-0:1,.3-0.01-3-0.0-remat-4-1-(1,1,1)-dots'),
@@ -255,15 +269,15 @@ FAULTS = (
   Fault(
     'acceptance-unshifted',
     9,
-    TARGETS,
+    'mtp_jax/losses/targets.py',
     'argmax_KBT[0, :, checked : checked + Q]',
     'argmax_KBT[0, :, :Q]',
-    _in('loss', 'test_acceptance_is_agreement_with_head_1_not_label_accuracy'),
+    _in('losses/loss', 'test_acceptance_is_agreement_with_head_1_not_label_accuracy'),
   ),
   Fault(
     'z-loss-untrained',
     11,
-    ENTROPY,
+    'mtp_jax/losses/cross_entropy.py',
     '(of.lse_BC - of.label_BC)) + z_loss',
     '(of.lse_BC - of.label_BC)) + jax.lax.stop_gradient(z_loss)',
     ORACLE,
@@ -271,15 +285,15 @@ FAULTS = (
   Fault(
     'z-loss-outside',
     11,
-    ENTROPY,
+    'mtp_jax/losses/cross_entropy.py',
     '(of.lse_BC - of.label_BC)) + z_loss',
     '(of.lse_BC - of.label_BC))',
-    _in('loss', 'test_z_loss_is_reported_apart_and_inside'),
+    _in('losses/loss', 'test_z_loss_is_reported_apart_and_inside'),
   ),
   Fault(
     'z-loss-unsquared',
     0,
-    ENTROPY,
+    'mtp_jax/losses/cross_entropy.py',
     'jnp.sum(valid_BC * of.lse_BC**2)',
     'jnp.sum(valid_BC * of.lse_BC)',
     ORACLE,
@@ -287,50 +301,50 @@ FAULTS = (
   Fault(
     'low-log-sum-exp',
     12,
-    ENTROPY,
+    'mtp_jax/losses/cross_entropy.py',
     'lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)',
     'lse_BC = jax.nn.logsumexp(logits_BCV.astype(h_BCD.dtype), axis=-1).astype(jnp.float32)',
-    _in('loss', 'test_the_log_sum_exp_of_one_token_is_float32'),
+    _in('losses/loss', 'test_the_log_sum_exp_of_one_token_is_float32'),
   ),
   Fault(
     'gathers-once-a-head',
     13,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     '  unembed_DV = shared.unembed_DV',
     '  unembed_DV = gather_shared(w.norm_D, w.unembed, w.order_VD, cfg).unembed_DV',
-    _in('loss', 'test_the_unembedding_is_gathered_once_not_once_a_head[remat-parallel]'),
+    _in('losses/loss', 'test_the_unembedding_is_gathered_once_not_once_a_head[remat-parallel]'),
   ),
   Fault(
     'eager-ignores-its-cotangent',
     0,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     '(dtotal * g).astype(g.dtype)',
     'g',
-    _in('loss', 'test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient[parallel]'),
+    _in('losses/loss', 'test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient[parallel]'),
   ),
   Fault(
     'weights-a-step-late',
     0,
-    TARGETS,
+    'mtp_jax/losses/targets.py',
     'step >= starts_P',
     'step > starts_P',
-    _in('loss', 'test_weights_by_step'),
+    _in('losses/loss', 'test_weights_by_step'),
   ),
   Fault(
     'norms-of-heads-unsquared',
     0,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     'jnp.sum(dz_BTD.astype(jnp.float32) ** 2)',
     'jnp.sum(dz_BTD.astype(jnp.float32))',
-    _in('loss', 'test_head_gradient_norms_are_those_of_each_head_alone[parallel-remat]'),
+    _in('losses/loss', 'test_head_gradient_norms_are_those_of_each_head_alone[parallel-remat]'),
   ),
   Fault(
     'reduces-in-compute-dtype',
     0,
-    'mtp_jax/sharding.py',
+    'mtp_jax/parallel/sharding.py',
     'dw.astype(grad_dtype), at_rest',
     'dw.astype(compute_dtype), at_rest',
-    _in('loss', 'test_gradients_are_reduced_over_devices_in_grad_dtype[float32-remat]'),
+    _in('losses/loss', 'test_gradients_are_reduced_over_devices_in_grad_dtype[float32-remat]'),
   ),
   Fault(
     'sums-in-parameter-dtype',
@@ -338,7 +352,7 @@ FAULTS = (
     STEP,
     'jnp.promote_types(x.dtype, cfg.loss.grad_dtype)',
     'x.dtype',
-    _in('optim', 'test_many_micro_batches_are_not_rounded_away'),
+    _in('optim/optim', 'test_many_micro_batches_are_not_rounded_away'),
   ),
   # The families.
   Fault(
@@ -394,7 +408,7 @@ FAULTS = (
   Fault(
     'norms-decay',
     0,
-    PARAMS,
+    'mtp_jax/model/params.py',
     'return self.std is not None',
     'return len(self.shape) > 1',
     _in('model/lm', 'test_decay_is_read_from_the_spec_not_from_dimensions'),
@@ -402,51 +416,51 @@ FAULTS = (
   Fault(
     'one-head-too-many',
     0,
-    OPTIM,
+    'mtp_jax/optim/update.py',
     '< in_use[name]',
     '<= in_use[name]',
-    _in('optim', 'test_inactive_heads_move_in_nothing'),
+    _in('optim/optim', 'test_inactive_heads_move_in_nothing'),
   ),
   Fault(
     'betas-exchanged',
     0,
-    OPTIM,
+    'mtp_jax/optim/update.py',
     'o.b1, o.b2, o.eps',
     'o.b2, o.b1, o.eps',
-    _in('optim', 'test_two_updates_are_adamw_by_hand'),
+    _in('optim/optim', 'test_two_updates_are_adamw_by_hand'),
   ),
   Fault(
     'moments-of-parameters-dtype',
     0,
-    OPTIM,
+    'mtp_jax/optim/update.py',
     'return transform(cfg).init(',
     'return (lambda w: transform(cfg).init(jax.tree.map('
     'lambda x: x.astype(cfg.model.param_dtype), w)))(',
-    _in('optim', 'test_four_dtypes'),
+    _in('optim/optim', 'test_four_dtypes'),
   ),
   Fault(
     'one-learning-rate',
     0,
-    OPTIM,
+    'mtp_jax/optim/update.py',
     '(lr * rate) * d',
     'lr * d',
-    _in('optim', 'test_two_updates_of_two_groups_are_adamw_by_hand'),
+    _in('optim/optim', 'test_two_updates_of_two_groups_are_adamw_by_hand'),
   ),
   Fault(
     'rounds-towards-zero',
     0,
-    OPTIM,
+    'mtp_jax/optim/rounding.py',
     'jnp.uint32) + noise',
     'jnp.uint32) + 0 * noise',
-    _in('optim', 'test_a_number_is_rounded_to_a_neighbour_and_on_average_not'),
+    _in('optim/optim', 'test_a_number_is_rounded_to_a_neighbour_and_on_average_not'),
   ),
   Fault(
     'decay-starts-late',
     0,
-    OPTIM,
+    'mtp_jax/optim/update.py',
     '[last - o.decay_steps]',
     '[last]',
-    _in('optim', 'test_learning_rate'),
+    _in('optim/optim', 'test_learning_rate'),
   ),
   Fault(
     'overflow-is-a-step',
@@ -492,9 +506,9 @@ FAULTS = (
   Fault(
     'curriculum-a-step-early',
     0,
-    LOOP,
-    'config.active_heads(cfg, done - 1)',
-    'config.active_heads(cfg, done)',
+    'mtp_jax/train/loop.py',
+    'schedule.active_heads(cfg, done - 1)',
+    'schedule.active_heads(cfg, done)',
     _in('train/loop', 'test_a_curriculum_leaves_inactive_heads_alone'),
   ),
   Fault(
@@ -516,19 +530,19 @@ FAULTS = (
   Fault(
     'checkpoint-drops-a-head',
     10,
-    'mtp_jax/checkpoint.py',
+    'mtp_jax/checkpoint/saver.py',
     'ocp.args.StandardSave(state)',
     'ocp.args.StandardSave(jax.tree_util.tree_map_with_path(lambda p, x: 0 * x'
     " if 'heads' in jax.tree_util.keystr(p) else x, state))",
-    _in('checkpoint', 'test_the_parameters_alone'),
+    _in('checkpoint/checkpoint', 'test_the_parameters_alone'),
   ),
   Fault(
     'oldest-checkpoint',
     0,
-    'mtp_jax/checkpoint.py',
+    'mtp_jax/checkpoint/restore.py',
     'sorted(int(name) for name in names if name.isdigit())',
     '[int(name) for name in sorted(names) if name.isdigit()]',
-    _in('checkpoint', 'test_find'),
+    _in('checkpoint/checkpoint', 'test_find'),
   ),
   Fault(
     'writes-without-the-lock',
@@ -558,15 +572,15 @@ FAULTS = (
   Fault(
     'chunk-of-all-devices',
     8,
-    ENTROPY,
+    'mtp_jax/losses/cross_entropy.py',
     '/ batch / size',
     '/ size',
-    _in('loss', 'test_chunks_unless_told_hold_half_a_gib_of_logits_a_device'),
+    _in('losses/loss', 'test_chunks_unless_told_hold_half_a_gib_of_logits_a_device'),
   ),
   Fault(
     'chain-without-its-cross-entropy',
     4,
-    LOSS,
+    'mtp_jax/losses/multi_token.py',
     'jnp.sum(h_BTD * dh_BTD,',
     'jnp.sum(h_BTD * jnp.sign(dh_BTD),',
     ORACLE,
@@ -574,59 +588,73 @@ FAULTS = (
   Fault(
     'attention-counted-whole',
     0,
-    'mtp_jax/flops.py',
+    'mtp_jax/model/flops.py',
     'cfg.data.seq_len / 2 if causal',
     'cfg.data.seq_len if causal',
-    _in('flops', 'test_four_heads_over_one_as_published'),
+    _in('model/flops', 'test_four_heads_over_one_as_published'),
   ),
   # What is planned.
-  Fault('loops-counted-once', 0, HLO, 'times * n, n, loops', 'times, n, loops', LEDGER),
+  Fault(
+    'loops-counted-once',
+    0,
+    'mtp_jax/planning/hlo.py',
+    'times * n, n, loops',
+    'times, n, loops',
+    LEDGER,
+  ),
   Fault(
     'chains-counted-thrice',
     0,
-    HLO,
+    'mtp_jax/planning/hlo.py',
     '(c.chain, c.loops) if c.chain else len(found)',
     'len(found)',
     LEDGER,
   ),
-  Fault('all-reduce-sent-once', 0, HLO, "'all-reduce': 2 * share", "'all-reduce': share", LEDGER),
+  Fault(
+    'all-reduce-sent-once',
+    0,
+    'mtp_jax/planning/hlo.py',
+    "'all-reduce': 2 * share",
+    "'all-reduce': share",
+    LEDGER,
+  ),
   Fault(
     'slices-read-whole',
     0,
-    HLO,
+    'mtp_jax/planning/hlo.py',
     'total += user.result_bytes',
     'total += size',
-    _in('plan/hlo', 'test_a_loop_over_slices_reads_the_whole_once'),
+    _in('planning/hlo', 'test_a_loop_over_slices_reads_the_whole_once'),
   ),
   Fault(
     'fits-without-its-state',
     0,
-    'mtp_jax/plan/ahead.py',
+    'mtp_jax/planning/ahead.py',
     'return held + self.temp_bytes',
     'return self.temp_bytes',
-    _in('plan/plan', 'test_the_devices_here'),
+    _in('planning/plan', 'test_the_devices_here'),
   ),
   Fault(
     'largest-becomes-sum',
     0,
-    'mtp_jax/plan/report.py',
+    'mtp_jax/planning/report.py',
     'step_s = max(roofline.values(), default=None)',
     'step_s = sum(roofline.values()) or None',
-    _in('plan/plan', 'test_roofline_divides_by_the_peaks'),
+    _in('planning/plan', 'test_roofline_divides_by_the_peaks'),
   ),
   Fault(
     'ratio-upside-down',
     0,
-    'mtp_jax/bench.py',
+    'mtp_jax/bench/timing.py',
     'a / b / by for',
     'b / a / by for',
-    _in('bench', 'test_ratios_of_a_comparison'),
+    _in('bench/bench', 'test_ratios_of_a_comparison'),
   ),
   # Decoding.
   Fault(
     'drafts-stay-in-the-cache',
     14,
-    SPECULATIVE,
+    'mtp_jax/decode/setup.py',
     'return max(self.window - 2, 0) * heads',
     'return 0 * heads',
     _drafts('sequential'),
@@ -634,7 +662,7 @@ FAULTS = (
   Fault(
     'heads-see-what-fell',
     14,
-    SPECULATIVE,
+    'mtp_jax/decode/window.py',
     'jnp.arange(S)[None, None] <= position_BT',
     'jnp.arange(S)[None, None] < 2 + position_BT',
     _drafts('parallel'),
@@ -658,7 +686,7 @@ FAULTS = (
   Fault(
     'what-is-fed-is-the-tokens-own',
     1,
-    SPECULATIVE,
+    'mtp_jax/decode/draft.py',
     'jnp.maximum(position_BT + k - 1, 0)',
     'jnp.maximum(position_BT + k - 2, 0)',
     _drafts('recursive'),
@@ -669,18 +697,23 @@ FAULTS = (
   Fault(
     'the-path-is-not-kept',
     14,
-    SPECULATIVE,
+    'mtp_jax/decode/verify.py',
     'cache_lib.move(kv, from_BW, to_BW)',
     'cache_lib.move(kv, to_BW, to_BW)',
     TREE_TEXT,
   ),
   Fault(
-    'a-stop-is-left-out', 0, SPECULATIVE, '1 + jnp.argmax(stops_BW', 'jnp.argmax(stops_BW', STOPS
+    'a-stop-is-left-out',
+    0,
+    'mtp_jax/decode/verify.py',
+    '1 + jnp.argmax(stops_BW',
+    'jnp.argmax(stops_BW',
+    STOPS,
   ),
   Fault(
     'rows-go-on-after-a-stop',
     0,
-    SPECULATIVE,
+    'mtp_jax/decode/verify.py',
     'new_B = jnp.where(live_B, new_B, 0)',
     'new_B = new_B',
     STOPS,
@@ -704,7 +737,7 @@ FAULTS = (
   Fault(
     'drafts-of-an-unknown-distribution',
     0,
-    SPECULATIVE,
+    'mtp_jax/decode/draft.py',
     'q_BJV = q_BJV.at[:, of_heads].set(q_BKV)',
     'q_BJV = q_BJV + 0.2',
     _distribution('plain-good'),
@@ -736,7 +769,7 @@ FAULTS = (
   Fault(
     'surplus-key-of-an-export',
     10,
-    FOLDER,
+    'mtp_jax/interop/hf_folder.py',
     'if found.keys() != wanted.keys():',
     'if wanted.keys() - found.keys():',
     _in('interop/hf', 'test_a_surplus_or_missing_key_is_an_error'),
@@ -744,7 +777,7 @@ FAULTS = (
   Fault(
     'export-not-read-again',
     10,
-    FOLDER,
+    'mtp_jax/interop/hf_folder.py',
     'if files.digest(np.array(tensor.read())) != wanted[name]:',
     'if False:',
     _in('interop/hf', 'test_what_was_written_is_read_again'),
@@ -752,7 +785,7 @@ FAULTS = (
   Fault(
     'import-leaves-a-key',
     10,
-    FOLDER,
+    'mtp_jax/interop/hf_folder.py',
     "(found.keys() - wanted.keys(), 'has no place in this model'),",
     '',
     _in('interop/hf', 'test_what_does_not_fit_is_told'),
@@ -760,7 +793,7 @@ FAULTS = (
   Fault(
     'copies-not-compared',
     10,
-    FOLDER,
+    'mtp_jax/interop/hf_folder.py',
     'if not np.array_equal(place.form.out(ours, cfg), found[name].read()):',
     'if False:',
     _in('interop/forms', 'test_a_copy_that_differs_is_told'),
@@ -856,7 +889,7 @@ FAULTS = (
   Fault(
     'index-names-a-heads-tensor',
     0,
-    FOLDER,
+    'mtp_jax/interop/hf_folder.py',
     'weight_map |= dict.fromkeys(names, name)',
     "weight_map |= dict.fromkeys([*names, 'mtp_heads.2.proj.weight'], name)",
     _in('interop/hf', 'test_an_index_names_the_llama_alone'),
@@ -904,7 +937,7 @@ FAULTS = (
   Fault(
     'first-row-of-every-shard',
     0,
-    FOLDER,
+    'mtp_jax/interop/hf_folder.py',
     'row[...] = ours(of_index[i], tuple(rest))',
     'row[...] = ours(of_index[rows[0]], tuple(rest))',
     _in('interop/hf', 'test_options_come_back_too'),
@@ -920,36 +953,41 @@ FAULTS = (
   Fault(
     'head-1-is-the-first-layer',
     0,
-    BEGIN,
+    'mtp_jax/train/init_from.py',
     'parts, done = [jax.tree.map(lambda w: w[-1:], layers)], 1',
     'parts, done = [jax.tree.map(lambda w: w[:1], layers)], 1',
-    _in('train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family[parallel-linear]'),
+    _in(
+      'train/init_from', 'test_the_next_token_stays_and_so_do_heads_of_the_family[parallel-linear]'
+    ),
   ),
   Fault(
     'kept-heads-one-off',
     0,
-    BEGIN,
+    'mtp_jax/train/init_from.py',
     'lambda w: w[done : done + more], old.heads',
     'lambda w: w[:more], old.heads',
-    _in('train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family[causal-causal]'),
+    _in(
+      'train/init_from', 'test_the_next_token_stays_and_so_do_heads_of_the_family[causal-causal]'
+    ),
   ),
   Fault(
     'chain-the-wrong-way-round',
     0,
-    BEGIN,
+    'mtp_jax/train/init_from.py',
     'lambda w: w[: -own - 1 : -1], layers',
     'lambda w: w[-own:], layers',
     _in(
-      'train/begin', 'test_the_next_token_stays_and_so_do_heads_of_the_family[anticausal-linear]'
+      'train/init_from',
+      'test_the_next_token_stays_and_so_do_heads_of_the_family[anticausal-linear]',
     ),
   ),
   Fault(
     'frozen-trunk-moves',
     0,
-    OPTIM,
-    "trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr",
-    'trunk = cfg.optim.trunk_lr',
-    _in('train/begin', 'test_a_frozen_trunk_stays_bit_for_bit'),
+    'mtp_jax/optim/update.py',
+    "trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr_mult",
+    'trunk = cfg.optim.trunk_lr_mult',
+    _in('train/init_from', 'test_a_frozen_trunk_stays_bit_for_bit'),
   ),
   Fault(
     'scores-of-what-is-no-target',
@@ -1130,7 +1168,7 @@ FAULTS = (
   Fault(
     'one-suite-in-the-report',
     0,
-    'mtp_jax/report.py',
+    'mtp_jax/evals/run.py',
     "values.setdefault('suites', {})[label] = found",
     "values['suites'] = {label: found}",
     _in('evals/induction', 'test_through_the_command_line'),
@@ -1275,7 +1313,7 @@ FAULTS = (
   Fault(
     'head-of-a-tied-model-dropped',
     0,
-    FOLDER,
+    'mtp_jax/interop/hf_folder.py',
     'if head and not np.array_equal(',
     'if False and not np.array_equal(',
     _in('interop/files', 'test_a_tied_config_with_another_head_is_refused'),
@@ -1291,8 +1329,8 @@ FAULTS = (
   Fault(
     'sweeps-the-living',
     0,
-    'mtp_jax/paths.py',
-    'if int(found[1]) != os.getpid() and _lives(int(found[1])):',
+    'mtp_jax/io/paths.py',
+    'if int(found[1]) != os.getpid() and _is_alive(int(found[1])):',
     'if False:',
     _in('data/store', 'test_what_a_killed_process_left_is_swept'),
   ),
@@ -1300,7 +1338,7 @@ FAULTS = (
   Fault(
     'mean-over-nothing-is-0',
     6,
-    'mtp_jax/train/metrics.py',
+    'mtp_jax/losses/metrics.py',
     'return float(total / count) if count else None',
     'return float(total / max(count, 1))',
     _in('train/metrics', 'test_a_mean_over_nothing_is_no_number'),
@@ -1316,7 +1354,7 @@ FAULTS = (
   Fault(
     'nothing-is-a-loss-of-0',
     0,
-    'mtp_jax/train/spikes.py',
+    'mtp_jax/train/rollback.py',
     'if not self._sigma or loss is None or',
     'loss = loss or 0.0\n    if',
     _in('train/goodput', 'test_a_detector_passes_by_what_is_no_loss'),
@@ -1325,15 +1363,15 @@ FAULTS = (
     'detector-forgets',
     0,
     LOOP,
-    'checkpoint.spikes(t.workdir, start) if start else {}',
+    'metadata.spikes(t.workdir, start) if start else {}',
     '{}',
     _in('train/goodput', 'test_a_signal_does_not_change_what_is_left_out'),
   ),
   Fault(
     'goes-back-to-an-interruption',
     0,
-    LOOP,
-    'and checkpoint.is_at_cadence(step, cfg.train)',
+    'mtp_jax/train/rollback.py',
+    'and saver_lib.is_at_cadence(step, cfg.train)',
     '',
     _in('train/goodput', 'test_a_signal_does_not_change_what_is_left_out'),
   ),
@@ -1341,7 +1379,7 @@ FAULTS = (
     'evaluation-forgotten',
     0,
     LOOP,
-    'and not _missing(cfg, tokens, start):',
+    'and not evaluation.missing(cfg, tokens, start):',
     ':',
     _in('train/loop', 'test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for'),
   ),
@@ -1356,7 +1394,7 @@ FAULTS = (
   Fault(
     'named-and-not-evaluated',
     0,
-    LOOP,
+    'mtp_jax/train/evaluation.py',
     '(suites_too and registry.HELDOUT in names)',
     'False',
     _in('train/loop', 'test_a_suite_that_is_named_is_evaluated'),
@@ -1364,7 +1402,7 @@ FAULTS = (
   Fault(
     'a-terminal-closes',
     0,
-    'mtp_jax/processes.py',
+    'mtp_jax/parallel/distributed.py',
     '(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)',
     '(signal.SIGTERM, signal.SIGINT)',
     _in('train/loop', 'test_a_signal_then_the_same_command_is_the_undisturbed_run'),
@@ -1372,34 +1410,34 @@ FAULTS = (
   Fault(
     'last-step-before-the-end',
     0,
-    OPTIM,
+    'mtp_jax/optim/update.py',
     'steps - o.warmup_steps - 1',
     'steps - o.warmup_steps',
-    _in('optim', 'test_the_last_step_is_at_the_end_of_the_schedule'),
+    _in('optim/optim', 'test_the_last_step_is_at_the_end_of_the_schedule'),
   ),
   Fault(
     'half-a-copy-is-good',
     0,
-    'mtp_jax/checkpoint.py',
+    'mtp_jax/checkpoint/restore.py',
     "        _read_arrays(path / 'state')",
     '        pass',
-    _in('checkpoint', 'test_a_copy_that_broke_off_is_not_good'),
+    _in('checkpoint/checkpoint', 'test_a_copy_that_broke_off_is_not_good'),
   ),
   Fault(
     'saved-unseen',
     0,
-    'mtp_jax/checkpoint.py',
-    'why = unreadable(self._folder / str(step))',
+    'mtp_jax/checkpoint/saver.py',
+    'why = restore_lib.open_problem(self._folder / str(step))',
     "why = ''",
-    _in('checkpoint', 'test_what_cannot_be_opened_again_is_not_saved'),
+    _in('checkpoint/checkpoint', 'test_what_cannot_be_opened_again_is_not_saved'),
   ),
   Fault(
     'workdir-taken-for-a-step',
     0,
-    'mtp_jax/checkpoint.py',
+    'mtp_jax/checkpoint/restore.py',
     'if not there and asked.parent.name',
     'if asked.parent.name',
-    _in('checkpoint', 'test_a_workdir_may_be_called_as_a_step_is'),
+    _in('checkpoint/checkpoint', 'test_a_workdir_may_be_called_as_a_step_is'),
   ),
   Fault(
     'containers-share-a-lock',
@@ -1428,67 +1466,67 @@ FAULTS = (
   Fault(
     'figures-of-others-go',
     0,
-    'mtp_jax/run_report/files.py',
+    'mtp_jax/report/files.py',
     'for name in {*before} - {*pngs}:',
     'for name in {p.name for p in of.glob("*.png")} - {*pngs}:',
-    _in('run_report', 'test_figures_of_others_stay'),
+    _in('report/report', 'test_figures_of_others_stay'),
   ),
   Fault(
     'whole-gradients-over-all',
     0,
-    'mtp_jax/sharding.py',
+    'mtp_jax/parallel/sharding.py',
     'dw = jax.reshard(dw, P(*at_rest, unreduced=others))\n',
     '\n',
-    _in('plan/hlo', 'test_gradients_are_scattered_over_fsdp_and_only_shards_added_over_data'),
+    _in('planning/hlo', 'test_gradients_are_scattered_over_fsdp_and_only_shards_added_over_data'),
   ),
   Fault(
     'axes-in-parts',
     0,
-    'mtp_jax/plan/hlo.py',
+    'mtp_jax/planning/hlo.py',
     'int(part or sizes[axis])',
     'int(sizes[axis])',
-    _in('plan/hlo', 'test_groups_are_read_in_every_form'),
+    _in('planning/hlo', 'test_groups_are_read_in_every_form'),
   ),
   # Input checks and the sandbox.
   Fault(
     'true-read-as-a-number',
     0,
-    'mtp_jax/jsonl.py',
+    'mtp_jax/io/jsonl.py',
     'return type(value) is int and -(2**63)',
     'return isinstance(value, int) and -(2**63)',
-    _in('config', 'test_json_of_a_wrong_type_names_the_field'),
+    _in('config/config', 'test_json_of_a_wrong_type_names_the_field'),
   ),
   Fault(
     'unknown-field-read',
     0,
-    'mtp_jax/jsonl.py',
+    'mtp_jax/io/jsonl.py',
     'if field not in fields and ... not in form:',
     'if field is None:',
-    _in('manifest', 'test_a_damaged_manifest'),
+    _in('checkpoint/manifest', 'test_a_damaged_manifest'),
   ),
   Fault(
     'line-break-in-a-message',
     0,
-    'mtp_jax/jsonl.py',
+    'mtp_jax/io/jsonl.py',
     'c if c.isprintable() else',
     "c if c.isprintable() or c == '\\n' else",
-    _in('config', 'test_a_refusal_is_one_line_of_bounded_length'),
+    _in('config/config', 'test_a_refusal_is_one_line_of_bounded_length'),
   ),
   Fault(
     'number-without-a-limit',
     0,
-    'mtp_jax/config.py',
+    'mtp_jax/config/schema.py',
     "'added to the root of the second moment', above=0, max=1",
     "'added to the root of the second moment', above=0",
-    _in('config', 'test_every_number_has_limits'),
+    _in('config/config', 'test_every_number_has_limits'),
   ),
   Fault(
     'manifest-names-the-parent',
     0,
-    'mtp_jax/paths.py',
+    'mtp_jax/io/paths.py',
     "    and '..' not in path.parts\n",
     '',
-    _in('manifest', 'test_a_manifest_names_files_of_its_folder_only'),
+    _in('checkpoint/manifest', 'test_a_manifest_names_files_of_its_folder_only'),
   ),
   Fault(
     'store-of-files-elsewhere',
@@ -1501,47 +1539,47 @@ FAULTS = (
   Fault(
     'flag-file-cycle-unseen',
     0,
-    'mtp_jax/flags.py',
+    'mtp_jax/cli/flags.py',
     'if real in seen:',
     'if real in seen[:0]:',
-    _in('flags', 'test_a_file_may_be_included_twice_but_not_by_itself'),
+    _in('cli/flags', 'test_a_file_may_be_included_twice_but_not_by_itself'),
   ),
   Fault(
     'default-of-the-mesh-blamed',
     0,
-    'mtp_jax/validate.py',
+    'mtp_jax/config/validate.py',
     'rest.sort(key=lambda axis: getattr(default, axis) == -1)',
     'rest.sort()',
-    _in('config', 'test_what_is_refused_names_the_flag_that_was_given'),
+    _in('config/config', 'test_what_is_refused_names_the_flag_that_was_given'),
   ),
   Fault(
     'weights-after-the-end',
     0,
-    'mtp_jax/validate.py',
+    'mtp_jax/config/validate.py',
     'if step < cfg.train.steps',
     'if step >= 0',
-    _in('config', 'test_what_is_refused_names_the_flag_that_was_given'),
+    _in('config/config', 'test_what_is_refused_names_the_flag_that_was_given'),
   ),
   Fault(
     'newer-checkpoint-read',
     0,
-    'mtp_jax/checkpoint.py',
+    'mtp_jax/checkpoint/metadata.py',
     "if saved['format'] != FORMAT:",
     "if saved['format'] < FORMAT:",
-    _in('checkpoint', 'test_about_of_another_program_or_type_is_one_line'),
+    _in('checkpoint/checkpoint', 'test_about_of_another_program_or_type_is_one_line'),
   ),
   Fault(
     'flag-without-a-use-ignored',
     0,
-    'mtp_jax/main.py',
-    'if given and text not in COMMANDS[name].sections:',
+    'mtp_jax/cli/command.py',
+    'if given and text not in sections:',
     "if given and name == 'train' and text != 'prompt':",
-    _in('main', 'test_a_flag_without_a_use_is_refused'),
+    _in('cli/main', 'test_a_flag_without_a_use_is_refused'),
   ),
   Fault(
     'tests-can-be-written',
     0,
-    'mtp_jax/evals/keeper.py',
+    'mtp_jax/evals/sandbox/supervisor.py',
     '  fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)\n',
     '',
     _in('evals/sandbox', 'test_what_is_handed_over_stays_as_it_is'),
@@ -1549,7 +1587,7 @@ FAULTS = (
   Fault(
     'netlink-open',
     0,
-    'mtp_jax/evals/filter.py',
+    'mtp_jax/evals/sandbox/seccomp.py',
     'FAMILIES = 1, 2, 10 ',
     'FAMILIES = 1, 2, 10, 16 ',
     _in('evals/sandbox', 'test_sockets_of_the_host_and_calls_without_a_use'),
@@ -1557,7 +1595,7 @@ FAULTS = (
   Fault(
     'echo-of-the-token-passes',
     0,
-    'mtp_jax/evals/keeper.py',
+    'mtp_jax/evals/sandbox/supervisor.py',
     "return 'passed' if said == self._token[::-1] else 'forged'",
     "return 'passed' if said in (self._token, self._token[::-1]) else 'forged'",
     _in('evals/sandbox', 'test_what_a_pass_is_worth'),
@@ -1589,18 +1627,18 @@ FAULTS = (
   Fault(
     'older-ones-go-unseen',
     0,
-    'mtp_jax/checkpoint.py',
-    'max(t.keep_last, 2)',
-    't.keep_last',
-    _in('checkpoint', 'test_the_one_before_stays_until_the_newest_was_opened'),
+    'mtp_jax/checkpoint/saver.py',
+    'max(t.max_to_keep, 2)',
+    't.max_to_keep',
+    _in('checkpoint/checkpoint', 'test_the_one_before_stays_until_the_newest_was_opened'),
   ),
   Fault(
     'rollback-into-the-spike',
     0,
-    'mtp_jax/checkpoint.py',
+    'mtp_jax/checkpoint/saver.py',
     '3 if t.checkpoint_every == 1 else 2',
     '2',
-    _in('checkpoint', 'test_interruptions_push_out_no_checkpoint_of_a_rollback'),
+    _in('checkpoint/checkpoint', 'test_interruptions_push_out_no_checkpoint_of_a_rollback'),
   ),
   Fault(
     'after-an-added-token',
@@ -1621,18 +1659,18 @@ FAULTS = (
   Fault(
     'signal-after-the-look',
     0,
-    'mtp_jax/processes.py',
+    'mtp_jax/parallel/distributed.py',
     '    self._interrupts = True  # before the look, or one between were not'
     ' heard\n    try:\n      self.check()\n',
     '    self.check()\n    self._interrupts = True\n    try:\n',
-    _in('processes', 'test_a_signal_right_after_the_look_is_heard'),
+    _in('parallel/distributed', 'test_a_signal_right_after_the_look_is_heard'),
   ),
   Fault(
     'lost-in-a-jitted-collective',
     0,
-    'mtp_jax/processes.py',
+    'mtp_jax/parallel/distributed.py',
     'isinstance(error, ValueError) and _STATUS.match(first)',
     'False',
-    _in('processes', 'test_the_end_of_another_is_a_line'),
+    _in('parallel/distributed', 'test_the_end_of_another_is_a_line'),
   ),
 )

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from mtp_jax import config, flags, params
+from mtp_jax.cli import flags
+from mtp_jax.config import schema
 from mtp_jax.data import documents
 from mtp_jax.evals import registry
-from mtp_jax.model import lm
-from tests import runs
+from mtp_jax.model import lm, params
+from tests.support import runs
 
 PATH = pathlib.Path(runs.ROOT, 'docs', 'results.py')
 SPEC = importlib.util.spec_from_file_location('results', PATH)
@@ -20,7 +21,7 @@ SPEC.loader.exec_module(results)
 RUNS = [(r, label) for r in results.RESULTS for label in r.variants]
 
 
-def _config(result, label) -> config.Config:
+def _config(result, label) -> schema.Config:
   name, *args = results.command(result, label, 0, 'STORE', 'RUN')
   assert name == 'train'
   return flags.parse(args).config()
@@ -31,7 +32,7 @@ def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
   monkeypatch.chdir(runs.ROOT)
   cfg = _config(result, label)
   if result.documents.startswith('task:'):  # a store would say which
-    cfg = config.replace(cfg, **{'data.store': ''})
+    cfg = schema.replace(cfg, **{'data.store': ''})
   asked = {name for name, _ in registry.asked(cfg)}
   for what, *given in result.asks:
     args = [*results.asked_of(what, 'STORE', 'RUN'), *given]
@@ -41,7 +42,7 @@ def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
       asked.add('bench')
     else:
       assert what == 'eval'
-      asked |= set(more.eval.suite.split(','))
+      asked |= set(more.eval.tasks.split(','))
   assert asked <= {'bench', registry.HELDOUT, *registry.SUITES}
   for _, source, _, form in result.columns:
     assert (registry.HELDOUT if source == 'eval' else source) in asked
@@ -227,7 +228,7 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     '--data.batch_size=8',
     '--train.steps=2',
     '--optim.warmup_steps=1',
-    '--eval.items=6',
+    '--eval.limit=6',
     '--train.log_every=1',
   )
   monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
@@ -241,17 +242,17 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     asks=(
       (
         'eval',
-        '--eval.suite=heldout,acceptance',
+        '--eval.tasks=heldout,acceptance',
         '--eval.split=train',
-        '--bench.prompt=4',
-        '--decode.max_new=4',
+        '--bench.prompt_len=4',
+        '--decode.max_new_tokens=4',
       ),
       (
         'bench',
         '--bench.what=decode',
         '--bench.batches=1',
-        '--bench.prompt=4',
-        '--decode.max_new=4',
+        '--bench.prompt_len=4',
+        '--decode.max_new_tokens=4',
         '--bench.rounds=1',
       ),
     ),

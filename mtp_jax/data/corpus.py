@@ -10,7 +10,7 @@ import math
 import re
 from typing import NamedTuple
 
-from mtp_jax import config
+from mtp_jax.config import fields, parse, schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers, windows
 
@@ -20,7 +20,7 @@ RECORDED = re.compile(r'\w+#([0-9a-f]{12})')
 class Source(NamedTuple):
   """One store, and what a flag says of it."""
 
-  ref: config.StoreRef
+  ref: parse.StoreRef
   store: store_lib.Store
 
 
@@ -89,7 +89,7 @@ def _told_apart(splits: dict) -> dict[str, windows.Split]:
   return {name: split._replace(name=f'{name} {split.name}') for name, split in splits.items()}
 
 
-def open_corpus(cfg: config.Config) -> Corpus:
+def open_corpus(cfg: schema.Config) -> Corpus:
   """The stores of a Config, refused unless whole and of one tokenizer, which is
   that of --data.tokenizer where one is given."""
   sources, further = (_open(cfg, flag) for flag in ('data.store', 'eval.stores'))
@@ -99,9 +99,9 @@ def open_corpus(cfg: config.Config) -> Corpus:
     for source in group:
       other = source.store.manifest['tokenizer']
       if other['fingerprint'] != made['fingerprint']:
-        raise config.ConfigError(
+        raise fields.ConfigError(
           flag,
-          config.get(cfg, flag),
+          schema.get(cfg, flag),
           f'{first.path} was made with the tokenizer {made["name"]},'
           f' {source.store.path} with {other["name"]}, which is another',
         )
@@ -109,14 +109,14 @@ def open_corpus(cfg: config.Config) -> Corpus:
   return Corpus(sources, further, store_lib.tokenizer_of(first))
 
 
-def _open(cfg: config.Config, flag: str) -> tuple[Source, ...]:
+def _open(cfg: schema.Config, flag: str) -> tuple[Source, ...]:
   try:
     return tuple(
       Source(ref, store_lib.open_store(ref.path, verify=cfg.data.verify))
-      for ref in config.parse_stores(config.get(cfg, flag))
+      for ref in parse.parse_stores(schema.get(cfg, flag))
     )
-  except config.ConfigError as error:  # it takes any store for --data.store
-    raise config.ConfigError(flag, *error.args[1:]) from error
+  except fields.ConfigError as error:  # it takes any store for --data.store
+    raise fields.ConfigError(flag, *error.args[1:]) from error
 
 
 def _check_given(given: str, store: store_lib.Store) -> None:
@@ -132,7 +132,7 @@ def _check_given(given: str, store: store_lib.Store) -> None:
   else:
     same = tokenizers.get(given).fingerprint == made['fingerprint']
   if not same:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'data.tokenizer',
       given,
       f'the store {store.path} was made with another, {made["name"]} of'

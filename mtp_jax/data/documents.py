@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mtp_jax import config
+from mtp_jax.config import fields as fields_lib
 from mtp_jax.data import tasks
 
 
@@ -57,7 +57,7 @@ BLOCK = 2**16  # bytes or characters at once; of larger ones malloc keeps more
 ROWS = 2**20  # bytes of parquet at once
 HELD = 2**22  # bytes of the largest text that is held as a str, unless all are
 File = tuple[str, str]  # (document name, path)
-Fail = Callable[[str], config.ConfigError]
+Fail = Callable[[str], fields_lib.ConfigError]
 Skipped = collections.Counter  # reason -> files
 
 
@@ -117,7 +117,7 @@ def read(
 
 
 def _open(source: str, how: How) -> Iterator[Document]:
-  fail = functools.partial(config.ConfigError, 'data.documents', source)
+  fail = functools.partial(fields_lib.ConfigError, 'data.documents', source)
   kind, _, arg = source.partition(':')
   if kind not in READERS or not arg:
     raise fail(f'KIND:ARG with KIND one of: {", ".join(READERS)}')
@@ -213,7 +213,7 @@ def _texts(files, fail, how) -> Iterator[Document]:
     except FileNotFoundError:
       how.skipped[VANISHED] += 1
     except ValueError as error:
-      if isinstance(error, config.ConfigError):
+      if isinstance(error, fields_lib.ConfigError):
         raise
       how.skipped['files that are not UTF-8 text'] += 1
     else:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import fields
 from mtp_jax.data import documents, splitting, tokenizers, unigram
 
 BATCH_BYTES = 2**18  # of text that goes to a process at once
@@ -110,7 +110,7 @@ def _frame_part(part, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
 def _checked(name, ids_T, tokenizer, begins, ends) -> np.ndarray:
   """The ids as they are stored, framed where a document begins or ends."""
   if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
-    raise config.ConfigError(  # it would wrap around in silence
+    raise fields.ConfigError(  # it would wrap around in silence
       'data.tokenizer',
       tokenizer.name,
       f'gave an id from {ids_T.min()} to {ids_T.max()} in {name}, its'
@@ -309,7 +309,7 @@ def _said_if_killed(workers: int):
   try:
     yield
   except (EOFError, OSError) as error:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'data.workers',
       workers,
       'a process that encodes was killed, perhaps for want of memory; fewer of them need less',

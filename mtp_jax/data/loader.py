@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import fields
 from mtp_jax.data import windows
 
 Batch = dict[str, np.ndarray]
@@ -168,7 +168,7 @@ def eval_batches(
 
 def _index_batches(sizes, weights, seed: int, batch_size: int):
   if not 0 <= seed < 2**32:
-    raise config.ConfigError('train.seed', seed, 'from 0 to 2**32 - 1')
+    raise fields.ConfigError('train.seed', seed, 'from 0 to 2**32 - 1')
   orders = [
     grain.MapDataset.range(size).seed((seed + i) % 2**32).shuffle().repeat()
     for i, size in enumerate(sizes)
@@ -200,15 +200,15 @@ def _read(split, rows_AB: np.ndarray, seq_len: int, span: int) -> Batch:
 
 def _check_windows(split, seq_len: int, span: int):
   if not split.n_windows(seq_len, span):
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'data.seq_len', seq_len, f'no shard of the {split.name} split has {seq_len} + {span} tokens'
     )
 
 
 def _check_divides(batch_size: int, accumulate: int):
   if batch_size < 1 or batch_size % accumulate:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'data.batch_size',
       batch_size,
-      f'must be a multiple of {accumulate} micro-batches (--train.accumulate)',
+      f'must be a multiple of {accumulate} micro-batches (--train.grad_accum_steps)',
     )

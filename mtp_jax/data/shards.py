@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from mtp_jax import config, paths
+from mtp_jax.config import fields
 from mtp_jax.data import spool as spool_lib
 from mtp_jax.data import windows
+from mtp_jax.io import paths
 
 COPIED = 2**20  # bytes at once
 OFFSET_DTYPE = '<u8'
@@ -160,8 +161,8 @@ class File:
       raise self._changed(f'{now[0]:,} bytes, {self._stamp[0]:,} before')
     return np.frombuffer(data, self.dtype)
 
-  def _changed(self, how: str) -> config.FileChanged:
-    return config.FileChanged(
+  def _changed(self, how: str) -> fields.FileChanged:
+    return fields.FileChanged(
       'data.store', self.root, f'{self.name} was changed after the store was opened ({how})'
     )
 
@@ -225,7 +226,7 @@ def checked(root: pathlib.Path, record: dict, verify: bool) -> tuple[pathlib.Pat
   except OSError as error:
     problem = error.strerror
   if problem:
-    raise config.ConfigError('data.store', root, f'{record["file"]}: {problem}')
+    raise fields.ConfigError('data.store', root, f'{record["file"]}: {problem}')
   return path, stamp
 
 

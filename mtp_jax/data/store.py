@@ -28,9 +28,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mtp_jax import config, jsonl, paths
+from mtp_jax.config import fields
 from mtp_jax.data import encoding, shards, tokenizers, windows
 from mtp_jax.data import spool as spool_lib
+from mtp_jax.io import jsonl, paths
 
 FORMAT = 2  # raised when an older program would misread the store
 MIN_SHARD_TOKENS = 2**27  # of all shards but the last, however many there are,
@@ -75,8 +76,8 @@ class Store:
     return self.splits[name]
 
 
-def _error(path, problem: str) -> config.ConfigError:
-  return config.ConfigError('data.store', path, problem)
+def _error(path, problem: str) -> fields.ConfigError:
+  return fields.ConfigError('data.store', path, problem)
 
 
 # Writing.
@@ -119,7 +120,7 @@ def write(
   """
   out = check_target(out_dir, overwrite)
   if not 0 <= valid_fraction < 1:
-    raise config.ConfigError('data.valid_fraction', valid_fraction, 'from 0 to below 1')
+    raise fields.ConfigError('data.valid_fraction', valid_fraction, 'from 0 to below 1')
   with contextlib.ExitStack() as stack:
     try:
       tmp = pathlib.Path(stack.enter_context(paths.temporary_folder(out)))
@@ -195,7 +196,7 @@ def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
   """Rows of the spool of each split in the order of the store."""
   n, key_M4 = len(spool.digest_M4), spool.digest_M4
   if not n:
-    raise config.ConfigError('data.documents', sources, 'there is no document with text in it')
+    raise fields.ConfigError('data.documents', sources, 'there is no document with text in it')
   order_M = np.lexsort((key_M4[:, 2], key_M4[:, 1], key_M4[:, 0]))
   valid_M = spool_lib.held_out(key_M4[order_M], valid_fraction)
   rows = {'train': order_M[~valid_M], 'valid': order_M[valid_M]}
@@ -203,7 +204,7 @@ def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
     del rows['valid']
   for name, rows_M in rows.items():
     if not rows_M.size:
-      raise config.ConfigError(
+      raise fields.ConfigError(
         'data.valid_fraction', valid_fraction, f'it leaves the {name} split of {n} documents empty'
       )
   return rows

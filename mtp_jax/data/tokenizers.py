@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax import config, jsonl, paths
+from mtp_jax.config import fields
 from mtp_jax.data import ranks
+from mtp_jax.io import jsonl, paths
 
 
 class Tokenizer(NamedTuple):
@@ -77,8 +78,8 @@ def _byte_piece(token: int) -> str:
   return char if printable else ESCAPES.get(char, f'<0x{token:02x}>')
 
 
-def _error(name: str, problem: str) -> config.ConfigError:
-  return config.ConfigError('data.tokenizer', name, problem)
+def _error(name: str, problem: str) -> fields.ConfigError:
+  return fields.ConfigError('data.tokenizer', name, problem)
 
 
 def _read_bytes(name: str, arg: str) -> Files:
@@ -105,7 +106,7 @@ def _make_bytes(name: str, files: Files) -> Tokenizer:
 
 def _read_model(name: str, path: str) -> bytes:
   try:
-    return paths.of(os.path.expanduser(path)).read_bytes()
+    return paths.as_path(os.path.expanduser(path)).read_bytes()
   except OSError as error:
     why = error.strerror or error
     raise _error(name, f'cannot be read: {why}') from error
@@ -129,7 +130,7 @@ def _read_ranks(name: str, path: str) -> Files:
   try:
     return ranks.files(_read_model(name, path))
   except ValueError as error:
-    if isinstance(error, config.ConfigError):
+    if isinstance(error, fields.ConfigError):
       raise
     raise _error(name, f'is no file of tokens in base64: {error}') from error
 
@@ -394,7 +395,7 @@ def load(folder: str) -> Tokenizer:
   """The tokenizer whose files lie in a folder."""
   files = {
     path.name: _read_model(folder, str(path))
-    for path in sorted(paths.of(folder).iterdir())
+    for path in sorted(paths.as_path(folder).iterdir())
     if path.suffix != '.tmp'
   }
   return of_files(kind_of_files(files), files)

@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 
-from mtp_jax import config
+from mtp_jax.config import fields
 from mtp_jax.data import documents, spool, tokenizers
 
 SAMPLE_BYTES = 16 * 10**6  # of text; ten seconds of training
@@ -25,7 +25,7 @@ def size_of(name: str) -> int:
   size = name.partition(':')[2]
   ok = size.isascii() and size.isdigit() and SPECIALS < int(size) < 2**31
   if not ok:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'data.tokenizer',
       name,
       f'train:SIZE takes a number of tokens above {SPECIALS}, the bytes and special tokens',
@@ -46,7 +46,7 @@ def train(
   size = size_of(name)
   texts = sample(found, valid_fraction, SAMPLE_BYTES)
   if not texts:
-    raise config.ConfigError('data.tokenizer', name, 'there is no text to train it on')
+    raise fields.ConfigError('data.tokenizer', name, 'there is no text to train it on')
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -65,7 +65,7 @@ def train(
       minloglevel=2,
     )
   except RuntimeError as error:
-    raise config.ConfigError('data.tokenizer', name, _problem(str(error))) from error
+    raise fields.ConfigError('data.tokenizer', name, _problem(str(error))) from error
   return tokenizers.of_files(name, {tokenizers.PIECES: model.getvalue()})
 
 

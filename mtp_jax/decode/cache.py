@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config, sharding
+from mtp_jax.config import schema
+from mtp_jax.parallel import sharding
 
 _AXES = ('batch', 'kv_heads', None, None)
 
@@ -23,7 +24,7 @@ class Layer(NamedTuple):
   v_BGSH: Any
 
 
-def empty(layers: int, B: int, S: int, cfg: config.Config, dtype):
+def empty(layers: int, B: int, S: int, cfg: schema.Config, dtype):
   """Zeros for so many layers, sharded as the mesh says."""
   shape = (B, cfg.model.kv_heads, S, cfg.model.head_width)
 

@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import config, sharding
-from mtp_jax.decode import sample, speculative
+from mtp_jax.config import commands, fields, parse, schema
+from mtp_jax.decode import sample, setup, speculative, window
+from mtp_jax.decode import state as state_lib
+from mtp_jax.decode import weights as weights_lib
+from mtp_jax.io import paths
+from mtp_jax.parallel import sharding
 
 SLOTS = 64  # a cache has a multiple of so many: lengths share programs
 FOREVER = 2**31 - 1
@@ -57,21 +61,21 @@ def joined(parts: Sequence[Decoded]) -> Decoded:
 class Decoder:
   """A model ready to decode: its weights in the dtype and place to be read."""
 
-  def __init__(self, model, cfg: config.Config, mesh, active: int):
+  def __init__(self, model, cfg: schema.Config, mesh, active: int):
     """model: lm.LM parameters; cfg.decode says how, `active` how many heads
     trained. Raises ConfigError if that is not to be had."""
     self.cfg, self.mesh = cfg, mesh
-    self._widest = speculative.setup(cfg, active, widths(cfg, active))
+    self._widest = setup.setup(cfg, active, widths(cfg, active))
     with jax.set_mesh(mesh):
       self._weights = _weights(model, s=self._widest)
     self._compiled = set()  # shapes that have run
 
-  def saying(self, **decode) -> 'Decoder':
+  def with_sampling(self, **decode) -> 'Decoder':
     """The same weights and programs under other --decode.* fields, of those
     that say what is written: max_new, temperature, top_p …"""
     other = copy.copy(self)
     changes = {f'decode.{name}': value for name, value in decode.items()}
-    other.cfg = config.replace(self.cfg, **changes)
+    other.cfg = schema.replace(self.cfg, **changes)
     return other
 
   @property
@@ -80,8 +84,8 @@ class Decoder:
 
   def read_bytes(self, widths: tuple[int, ...]) -> int:
     """Of weights, that a forward pass reads with so many heads."""
-    s = self._widest._replace(tree=speculative.tree(widths))
-    return speculative.read_bytes(speculative.in_use(self._weights, s), s)
+    s = self._widest._replace(tree=setup.tree(widths))
+    return weights_lib.read_bytes(weights_lib.in_use(self._weights, s), s)
 
   def __call__(
     self,
@@ -99,14 +103,14 @@ class Decoder:
 
     Args:
       prompts: ids of each, at least one.
-      widths: candidates of heads 2, 3 …; None = as --decode.draft and tree say.
+      widths: candidates of heads 2, 3 …; None = as --decode.num_draft_tokens and tree say.
       rows: to fill up to with rows that are done at once, so that a last batch
         uses the program of the others.
       cache: tokens of a row at most; 0 = the longest prompt's, and max_new.
       seeds: of the rows; None = from --decode.seed on.
       stop_ids: tokens that end a row.
       max_accept: drafts of a pass that may stand; 0 = one token a pass.
-      each: is given the new tokens of all rows so far, every --decode.segment
+      each: is given the new tokens of all rows so far, every --decode.stream_every
         passes, and may say of each row whether it shall end here.
 
     Raises:
@@ -114,13 +118,13 @@ class Decoder:
     """
     d, s = self.cfg.decode, self._widest
     if widths is not None:
-      s = s._replace(tree=speculative.tree(widths))
+      s = s._replace(tree=setup.tree(widths))
     s = s._replace(stop_ids=tuple(sorted(stop_ids)))
     longest = max(map(len, prompts))
-    cache = cache or room(prompts, self.cfg)
+    cache = cache or cache_length(prompts, self.cfg)
     check(prompts, cache, self.cfg)
     seeds = range(d.seed, d.seed + len(prompts)) if seeds is None else seeds
-    C = min(d.prefill, 1 << max(longest - 2, 0).bit_length())
+    C = min(d.prefill_chunk_size, 1 << max(longest - 2, 0).bit_length())
     chunks = range(0, longest - 1, C)
     slots = max(cache + s.slots - 1, len(chunks) * C)
     slots = -(-slots // SLOTS) * SLOTS
@@ -128,7 +132,7 @@ class Decoder:
     B = -(-B // self._batch_shards) * self._batch_shards
     self._check_memory(B, slots, cache, s)
     sampling = sample.sampling(self.cfg)
-    weights = speculative.in_use(self._weights, s)
+    weights = weights_lib.in_use(self._weights, s)
     with jax.set_mesh(self.mesh):
       state, caches = self._start(prompts, seeds, cache, B, slots, sampling, s)
       prefill_s, decode_s, compile_s = 0.0, 0.0, 0.0
@@ -151,7 +155,7 @@ class Decoder:
       while not done:
         begin = time.perf_counter()
         state, caches = speculative.run(
-          weights, state, caches, d.segment if each else FOREVER, max_accept, sampling, s=s
+          weights, state, caches, d.stream_every if each else FOREVER, max_accept, sampling, s=s
         )
         done = bool(np.all(jax.device_get(state.done_B)))
         decode_s += time.perf_counter() - begin
@@ -176,14 +180,14 @@ class Decoder:
 
   def next_logits(self, ids: np.ndarray) -> np.ndarray:
     """Head 1's after some tokens, by one pass over all of them."""
-    s = self._widest._replace(tree=speculative.tree(()))
+    s = self._widest._replace(tree=setup.tree(()))
     T = -(-len(ids) // SLOTS) * SLOTS
     tokens_BT = np.zeros((self._batch_shards, T), np.int32)
     tokens_BT[:, : len(ids)] = ids
     length_B = np.full(self._batch_shards, len(ids), np.int32)
     with jax.set_mesh(self.mesh):
       logits_BV = _next_logits(
-        speculative.in_use(self._weights, s), *self._rows((tokens_BT, length_B)), s=s
+        weights_lib.in_use(self._weights, s), *self._rows((tokens_BT, length_B)), s=s
       )
     return np.asarray(jax.device_get(logits_BV))[0]
 
@@ -199,18 +203,18 @@ class Decoder:
   def _check_memory(self, B: int, slots: int, cache: int, s) -> None:
     """ConfigError if keys and values alone are more than a device has."""
     m, device = self.cfg.model, self.mesh.devices.flat[0]
-    values = sum(speculative.cached_layers(s)) * m.kv_heads * m.head_width
+    values = sum(state_lib.cached_layers(s)) * m.kv_heads * m.head_width
     itemsize = np.dtype(jnp.dtype(self._cache_dtype)).itemsize
     n_bytes = 2 * values * B * slots * itemsize
     n_bytes /= self._batch_shards * self.mesh.shape['tensor']
     stats = device.memory_stats() or {}
     there = stats.get('bytes_limit') or (os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
     if n_bytes > there:
-      raise config.ConfigError(
-        'decode.cache',
+      raise fields.ConfigError(
+        'decode.cache_length',
         cache,
         f'keys and values of {B} rows are {n_bytes / 2**30:,.0f} GiB a device,'
-        f' which has {there / 2**30:,.0f}; give less --decode.cache, max_new or'
+        f' which has {there / 2**30:,.0f}; give less --decode.cache_length, max_new or'
         ' batch_size',
       )
 
@@ -226,7 +230,7 @@ class Decoder:
     for b, prompt in enumerate(prompts):
       tokens_BS[b, : len(prompt)] = prompt
       length_B[b] = len(prompt)
-      limit_B[b] = min(len(prompt) + self.cfg.decode.max_new, cache)
+      limit_B[b] = min(len(prompt) + self.cfg.decode.max_new_tokens, cache)
       seed_B[b] = seeds[b] % 2**31
     return _start(
       *self._rows((tokens_BS, length_B, limit_B, seed_B)),
@@ -239,12 +243,12 @@ class Decoder:
 
 def _begin(tokens_BS, length_B, limit_B, seed_B, *, sampled, slots, dtype, s):
   return (
-    speculative.start(tokens_BS, length_B, limit_B, seed_B, sampled, s),
-    speculative.empty(tokens_BS.shape[0], slots, dtype, s),
+    state_lib.start(tokens_BS, length_B, limit_B, seed_B, sampled, s),
+    state_lib.empty(tokens_BS.shape[0], slots, dtype, s),
   )
 
 
-_weights = jax.jit(speculative.weights, static_argnames='s')
+_weights = jax.jit(weights_lib.weights, static_argnames='s')
 _start = jax.jit(_begin, static_argnames=('sampled', 'slots', 'dtype', 's'))
 
 
@@ -253,7 +257,7 @@ def _end(state, ended_B):
   return state._replace(done_B=state.done_B | ended_B)
 
 
-_next_logits = jax.jit(speculative.next_logits, static_argnames='s')
+_next_logits = jax.jit(window.next_logits, static_argnames='s')
 
 
 def _new_tokens(state, prompts) -> list[np.ndarray]:
@@ -261,61 +265,54 @@ def _new_tokens(state, prompts) -> list[np.ndarray]:
   return [tokens_BS[b, len(prompt) : length_B[b]] for b, prompt in enumerate(prompts)]
 
 
-def room(prompts: Sequence[np.ndarray], cfg: config.Config) -> int:
+def cache_length(prompts: Sequence[np.ndarray], cfg: schema.Config) -> int:
   """Tokens that a row of these has room for."""
   d = cfg.decode
-  return d.cache or max(map(len, prompts)) + d.max_new
+  return d.cache_length or max(map(len, prompts)) + d.max_new_tokens
 
 
 def check(
-  prompts: Sequence[np.ndarray],
-  cache: int,
-  cfg: config.Config,
-  flag: str = 'prompt_ids',
-  value: str = '',
-  names: Sequence[str] = (),
+  prompts: Sequence[np.ndarray], cache: int, cfg: schema.Config, names: Sequence[str] = ()
 ) -> None:
-  """ConfigError for the first prompt that cannot be decoded; names the flag
-  that it came from, its value, and the prompt."""
+  """Raises InputError for the first prompt that cannot be decoded, by its name."""
   vocab_size = cfg.model.vocab_size
   names = names or [f'prompt {i}' for i in range(len(prompts))]
   for name, prompt in zip(names, prompts, strict=True):
     if not len(prompt):
-      raise config.ConfigError(flag, value, f'{name} has no token')
-    if cache > config.MOST_POSITIONS:
-      raise config.ConfigError(
-        flag,
-        value,
-        f'{name} has {len(prompt):,} tokens; with --decode.max_new='
-        f'{cfg.decode.max_new} more than {config.MOST_POSITIONS:,}, the most'
+      raise paths.InputError(name, 'has no token')
+    if cache > commands.MOST_POSITIONS:
+      raise paths.InputError(
+        name,
+        f'has {len(prompt):,} tokens; with --decode.max_new_tokens='
+        f'{cfg.decode.max_new_tokens} more than {commands.MOST_POSITIONS:,}, the most'
         ' that a row has room for',
       )
     wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
     if wrong:
-      raise config.ConfigError(
-        flag, value, f'{name} has {wrong[0]}; from 0 to --model.vocab_size - 1 = {vocab_size - 1}'
+      raise paths.InputError(
+        name, f'has {wrong[0]}; from 0 to --model.vocab_size - 1 = {vocab_size - 1}'
       )
     if len(prompt) >= cache:
-      raise config.ConfigError(
-        'decode.cache', cache, f'{name} has {len(prompt)} tokens; no room for a new one'
+      raise fields.ConfigError(
+        'decode.cache_length', cache, f'{name} has {len(prompt)} tokens; no room for a new one'
       )
 
 
-def widths(cfg: config.Config, active: int) -> tuple[int, ...]:
-  """Candidates of heads 2..W that --decode.draft and --decode.tree ask for.
+def widths(cfg: schema.Config, active: int) -> tuple[int, ...]:
+  """Candidates of heads 2..W that --decode.num_draft_tokens and --decode.tree ask for.
 
   Raises:
     ConfigError: more heads than trained.
   """
   d = cfg.decode
-  asked = config.parse_numbers(d.tree) or (1,) * (d.draft - 1)
-  if not d.tree and not d.draft:
-    # Heads that leap leave gaps between their drafts.
+  if d.num_draft_tokens == 'all' and not d.tree:
+    # Strided heads leave gaps between their drafts.
     return (1,) * (active - 1) if cfg.heads.stride == 1 else ()
-  if len(asked) + 1 > active:
-    raise config.ConfigError(
-      'decode.tree' if d.tree else 'decode.draft',
-      d.tree or d.draft,
-      f'that is {len(asked) + 1} heads; {active} trained',
+  proposed = parse.parse_numbers(d.tree) or (1,) * int(d.num_draft_tokens)
+  if len(proposed) + 1 > active:
+    raise fields.ConfigError(
+      'decode.tree' if d.tree else 'decode.num_draft_tokens',
+      d.tree or d.num_draft_tokens,
+      f'needs {len(proposed) + 1} heads; {active} trained',
     )
-  return asked
+  return proposed

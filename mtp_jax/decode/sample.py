@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config
+from mtp_jax.config import schema
 
 ACCEPT, DRAW, DRAFT = range(3)  # what a random number is for
 
@@ -31,7 +31,7 @@ class Sampling(NamedTuple):
   min_p: Any
 
 
-def sampling(cfg: config.Config) -> Sampling | None:
+def sampling(cfg: schema.Config) -> Sampling | None:
   """None = greedy."""
   d, vocab_size = cfg.decode, cfg.model.vocab_size
   if not d.temperature:

@@ -6,25 +6,26 @@ estimate: here the model reads what it has written.
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import fields, parse, schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
+from mtp_jax.io import paths
 
-PIECES = 32  # unless --eval.items says how many
+PIECES = 32  # unless --eval.limit says how many
 
 
-def check(arg: str, cfg: config.Config) -> None:
+def check(arg: str, cfg: schema.Config) -> None:
   if arg:
-    raise config.ConfigError('eval.suite', f'acceptance:{arg}', 'takes nothing after it')
+    raise fields.ConfigError('eval.tasks', f'acceptance:{arg}', 'takes nothing after it')
   if not cfg.data.store:
-    raise config.ConfigError('data.store', '', 'what acceptance goes on with')
-  pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
+    raise fields.ConfigError('data.store', '', 'what acceptance goes on with')
+  pieces(cfg, cfg.eval.limit or PIECES)
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
-  prompts = pieces(cfg, cfg.eval.items or PIECES, 'eval.items')
+  prompts = pieces(cfg, cfg.eval.limit or PIECES)
   decoded = subject.decoder(prompts, stop_ids=subject.tokenizer.stop_ids, each=lambda tokens: None)
   scalars = dict(tokens_per_forward=decoded.tokens_per_forward)
   asked_J, accepted_J = decoded.asked_J, decoded.accepted_J
@@ -35,7 +36,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     for j, n in enumerate(asked_J, 2)
   )
   line = (
-    f'{len(prompts)} pieces of {cfg.bench.prompt} tokens, gone on with for'
+    f'{len(prompts)} pieces of {cfg.bench.prompt_len} tokens, gone on with for'
     f' {decoded.n_tokens:,}: {decoded.tokens_per_forward:.2f} tokens a pass'
   )
   if rates:
@@ -43,12 +44,12 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   return suites.Result([line], scalars)
 
 
-def pieces(cfg: config.Config, n: int, flag: str) -> list[np.ndarray]:
-  """n pieces of held-out documents, --bench.prompt tokens each: their
-  beginnings, then what follows; `flag` asked for so many."""
-  path = config.parse_stores(cfg.data.store)[0].path
+def pieces(cfg: schema.Config, n: int) -> list[np.ndarray]:
+  """n pieces of held-out documents, --bench.prompt_len tokens each: their
+  beginnings, then what follows."""
+  path = parse.parse_stores(cfg.data.store)[0].path
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
-  P, found = cfg.bench.prompt, []
+  P, found = cfg.bench.prompt_len, []
   for skip in range(n):
     for tokens in split.documents():
       piece = tokens[skip * P : (skip + 1) * P + 1]  # and one to predict
@@ -56,7 +57,6 @@ def pieces(cfg: config.Config, n: int, flag: str) -> list[np.ndarray]:
         found.append(np.array(piece[:P], np.int64))
       if len(found) == n:
         return found
-  held_out = f'{path} has {len(found)} held-out pieces of so many tokens'
-  if not found:
-    raise config.ConfigError('bench.prompt', P, held_out)
-  raise config.ConfigError(flag, config.get(cfg, flag), f'{held_out} (--bench.prompt={P})')
+  raise paths.InputError(
+    path, f'has {len(found)} held-out pieces of --bench.prompt_len={P} tokens; {n} are needed'
+  )

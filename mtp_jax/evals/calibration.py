@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import config, sharding
+from mtp_jax.config import schedule, schema
 from mtp_jax.evals import scores
+from mtp_jax.parallel import sharding
 
 BINS = 15  # of the probability of the best token, equally wide
 TOP = 5
 
 
-def evaluator(cfg: config.Config, mesh) -> Callable:
+def evaluator(cfg: schema.Config, mesh) -> Callable:
   """Returns run(params, batches, step) -> sums over all valid targets.
 
   batches as `heldout.evaluator` takes them. The sums: count_K, top_K (targets
@@ -42,7 +43,7 @@ def evaluator(cfg: config.Config, mesh) -> Callable:
     )
 
   def run(params, batches: Iterable[dict], step: int) -> dict:
-    total, n_active = None, config.active_heads(cfg, max(step - 1, 0))
+    total, n_active = None, schedule.trained_heads(cfg, step)
     with jax.set_mesh(mesh):
       for batch in batches:
         batch = sharding.put_batch(mesh, batch)

@@ -12,29 +12,29 @@ import math
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import schedule, schema
 from mtp_jax.evals import induction, scores, suites
 from mtp_jax.evals import subject as subject_lib
 
-DOCUMENTS = 4  # unless --eval.items says how many
+DOCUMENTS = 4  # unless --eval.limit says how many
 NEAR, FAR = math.log(2), 3 * math.log(2)  # nats: expected, and a surprise
 STRONG = 6.0  # nats of the strongest colour
 
 
-def check(arg: str, cfg: config.Config) -> None:
+def check(arg: str, cfg: schema.Config) -> None:
   induction.check_documents('choice_points', arg, cfg)
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg, tokenizer = subject.cfg, subject.tokenizer
-  n = cfg.eval.items or DOCUMENTS
+  n = cfg.eval.limit or DOCUMENTS
   documents = list(itertools.islice(induction.texts(cfg, tokenizer), n))
   rows = [
     np.array([tokenizer.bos, *tokenizer.encode(d.text)])[: cfg.data.seq_len] for d in documents
   ]
   if not any(len(row) > 1 for row in rows):
     raise induction.refused(cfg, 'has no text in it')
-  active = config.active_heads(cfg, max(subject.step - 1, 0))
+  active = schedule.trained_heads(cfg, subject.step)
   found = scores.of_rows(
     subject.model, rows, subject.mesh, cfg, active, cfg.decode.batch_size or subject_lib.ROWS
   )

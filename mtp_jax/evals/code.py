@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax import config
-from mtp_jax.evals import intervals, problems, sandbox, suites
+from mtp_jax.config import fields, schema
+from mtp_jax.evals import intervals, problems, suites
 from mtp_jax.evals import subject as subject_lib
+from mtp_jax.evals.sandbox import launch
 
 DEFAULT_K = (1, 10, 100)
 
@@ -32,7 +33,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
   return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
-def sampling(cfg: config.Config) -> Sampling:
+def sampling(cfg: schema.Config) -> Sampling:
   """The flags' meaning.
 
   Raises:
@@ -47,36 +48,36 @@ def sampling(cfg: config.Config) -> Sampling:
     except ValueError:
       found = ()
     if not found or len(set(found)) < len(found) or not all(map(ok, found)):
-      raise config.ConfigError(f'eval.{name}', text, allowed)
+      raise fields.ConfigError(f'eval.{name}', text, allowed)
     return found
 
   ks = tuple(k for k in DEFAULT_K if k <= n)
-  if e.k:
+  if e.pass_at_k:
     allowed = f'different whole numbers, 1 to --eval.samples={n}, with commas'
-    ks = numbers('k', int, allowed, lambda k: 1 <= k <= n)
+    ks = numbers('pass_at_k', int, allowed, lambda k: 1 <= k <= n)
   temperatures = (0.0,) if n == 1 else (0.2, 0.8)
   if e.temperatures:
     allowed = 'different numbers, 0 or more, with commas'
     temperatures = numbers('temperatures', float, allowed, lambda t: 0 <= t < float('inf'))
   if n > 1 and 0 in temperatures:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'eval.temperatures',
       e.temperatures,
       f'0 writes the same text --eval.samples={n} times; above 0',
     )
   if cfg.decode.tree and max(temperatures):
-    raise config.ConfigError('decode.tree', cfg.decode.tree, 'needs --eval.temperatures=0')
+    raise fields.ConfigError('decode.tree', cfg.decode.tree, 'needs --eval.temperatures=0')
   for name, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
     value = getattr(cfg.decode, name)
     if value != unused and not max(cfg.decode.temperature, *temperatures):
-      raise config.ConfigError(f'decode.{name}', value, 'needs --eval.temperatures above 0')
+      raise fields.ConfigError(f'decode.{name}', value, 'needs --eval.temperatures above 0')
   return Sampling(n, ks, temperatures)
 
 
-def check(name: str, arg: str, cfg: config.Config) -> None:
+def check(name: str, arg: str, cfg: schema.Config) -> None:
   """Refuses what cannot run, before a model is read."""
   if not cfg.eval.allow_code_execution:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'eval.allow_code_execution',
       False,
       f'{name} runs programs that a model wrote; where this machine may,'
@@ -84,7 +85,7 @@ def check(name: str, arg: str, cfg: config.Config) -> None:
     )
   sampling(cfg)
   problems.read(name, arg, cfg)
-  sandbox.check(cfg.eval.sandbox)
+  launch.check(cfg.eval.sandbox)
 
 
 def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
@@ -93,7 +94,7 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   asked, how = problems.read(name, arg, cfg), sampling(cfg)
   scalars, items, lines = {}, [], [_asked(asked, how, cfg)]
-  lines += subject_lib.beyond(subject, [p.prompt for p in asked], cfg.decode.max_new)
+  lines += subject_lib.beyond(subject, [p.prompt for p in asked], cfg.decode.max_new_tokens)
   passed_TP = []  # right answers of each problem, by temperature
   for temperature in how.temperatures:
     of = f'/t{temperature:g}' if len(how.temperatures) > 1 else ''
@@ -102,7 +103,7 @@ def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
     cut = sum(x['finish'] == 'length' for x in found)
     if cut:
       lines.append(
-        f'  {cut:,} texts were cut off at --decode.max_new={cfg.decode.max_new}'
+        f'  {cut:,} texts were cut off at --decode.max_new_tokens={cfg.decode.max_new_tokens}'
         + f', of temperature {temperature:g}' * bool(of)
       )
     passed = np.array([x['outcome'] == 'passed' for x in found])
@@ -120,7 +121,7 @@ def _answers(name, subject, asked, how: Sampling, temperature) -> list[dict]:
     subject,
     [p.prompt for p in asked],
     subject_lib.Ask(
-      cfg.decode.max_new,
+      cfg.decode.max_new_tokens,
       asked[0].stop,
       how.samples,
       temperature,
@@ -131,7 +132,7 @@ def _answers(name, subject, asked, how: Sampling, temperature) -> list[dict]:
   )
   each = [(p, t) for p, row in zip(asked, texts, strict=True) for t in row]
   judge = functools.partial(judged, name, cfg.eval)
-  ended = sandbox.together(lambda job: judge(job[0], job[1].text), each, subject.say)
+  ended = launch.together(lambda job: judge(job[0], job[1].text), each, subject.say)
   return [
     dict(
       id=p.id,
@@ -149,13 +150,15 @@ def _answers(name, subject, asked, how: Sampling, temperature) -> list[dict]:
   ]
 
 
-def judged(name: str, flags: config.Eval, problem: problems.Problem, answer: str) -> sandbox.Ended:
+def judged(
+  name: str, flags: schema.EvalConfig, problem: problems.Problem, answer: str
+) -> launch.Ended:
   """Runs an answer: its tests once, or its cases until one is not passed; what
   it printed is not kept."""
   source = f'{problem.before}{answer}\n'
   seconds, ended = max(flags.timeout_s, problem.seconds), None
   for given, expected in problem.cases or (('', None),):
-    ended = sandbox.run(sandbox.Program(source, problem.tests, given, seconds), flags.sandbox)
+    ended = launch.run(launch.Program(source, problem.tests, given, seconds), flags.sandbox)
     if ended.outcome == 'passed' and expected is not None:
       if not problems.FORMATS[name].same(ended.out, expected):
         ended = ended._replace(outcome='failed', err='another output')
@@ -181,7 +184,7 @@ def _scores(of: str, how: Sampling, passed_TP) -> dict[str, float]:
 def _shares(of: str, items: list[dict]) -> dict[str, float]:
   found = {
     f'{outcome}{of}': sum(x['outcome'] == outcome for x in items) / len(items)
-    for outcome in sandbox.OUTCOMES
+    for outcome in launch.OUTCOMES
   }
   forwards = sum(x['forwards'] for x in items)
   tokens = sum(x['tokens'] for x in items)
@@ -193,7 +196,7 @@ def _asked(asked, how: Sampling, cfg) -> str:
   return (
     f'{len(asked):,} problems, {how.samples:,} answers each at temperature'
     f' {temperatures} and top_p {cfg.decode.top_p:g}, of at most'
-    f' {cfg.decode.max_new:,} tokens; sandbox: {cfg.eval.sandbox}'
+    f' {cfg.decode.max_new_tokens:,} tokens; sandbox: {cfg.eval.sandbox}'
   )
 
 
@@ -207,7 +210,7 @@ def _table(scalars: dict[str, float], how: Sampling) -> list[str]:
       score = intervals.shown(scalars, f'pass@{k}{of}')
       lines.append(f'  {label}: pass@{k} {score}')
     if f'passed{of}' in scalars:
-      shares = ', '.join(f'{o} {scalars[o + of]:.1%}' for o in sandbox.OUTCOMES)
+      shares = ', '.join(f'{o} {scalars[o + of]:.1%}' for o in launch.OUTCOMES)
       speed = scalars[f'tokens_per_forward{of}']
       lines.append(f'    {shares}; {speed:.2f} tokens a pass')
   return lines

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mtp_jax import config
+from mtp_jax.config import fields, schema
 from mtp_jax.data import documents
 from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
@@ -34,20 +34,20 @@ class Problem(NamedTuple):
   answer: decimal.Decimal
 
 
-def check(arg: str, cfg: config.Config) -> None:
+def check(arg: str, cfg: schema.Config) -> None:
   """ConfigError unless there are problems to ask, and examples enough."""
   if arg:
-    raise config.ConfigError('eval.suite', f'gsm8k:{arg}', 'gsm8k, no more')
-  if cfg.eval.shots > len(SHOTS):
-    raise config.ConfigError(
-      'eval.shots', cfg.eval.shots, f'gsm8k has {len(SHOTS)} worked examples'
+    raise fields.ConfigError('eval.tasks', f'gsm8k:{arg}', 'gsm8k, no more')
+  if cfg.eval.num_fewshot > len(SHOTS):
+    raise fields.ConfigError(
+      'eval.num_fewshot', cfg.eval.num_fewshot, f'gsm8k has {len(SHOTS)} worked examples'
     )
   problems(cfg.eval.data)
 
 
 def problems(path: str) -> list[Problem]:
   """Of a file in the official form: question, and answer with `#### 42`."""
-  fail = functools.partial(config.ConfigError, 'eval.data', path)
+  fail = functools.partial(fields.ConfigError, 'eval.data', path)
   if not path:
     raise fail('gsm8k needs its problems, a .jsonl or .jsonl.gz')
   found = []
@@ -88,21 +88,21 @@ def prompt(question: str, examples: Sequence[Example]) -> str:
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
-  """Asks all problems, or the first --eval.items.
+  """Asks all problems, or the first --eval.limit.
 
-  A text has up to --decode.max_new tokens. Where prompt and text would be more
+  A text has up to --decode.max_new_tokens tokens. Where prompt and text would be more
   than the context, examples are left out, the first ones first, and this is
   said; a question alone is asked however long it is.
   """
   del arg
   cfg = subject.cfg
-  asked = problems(cfg.eval.data)[: cfg.eval.items or None]
-  n = len(SHOTS) if cfg.eval.shots < 0 else cfg.eval.shots
-  room = subject_lib.context(cfg) - cfg.decode.max_new
+  asked = problems(cfg.eval.data)[: cfg.eval.limit or None]
+  n = len(SHOTS) if cfg.eval.num_fewshot < 0 else cfg.eval.num_fewshot
+  room = subject_lib.context(cfg) - cfg.decode.max_new_tokens
   examples = [_that_fit(p, SHOTS[:n], subject, room) for p in asked]
   prompts = [prompt(p.question, e) for p, e in zip(asked, examples, strict=True)]
   found = subject_lib.continuations(
-    subject, prompts, subject_lib.Ask(max_new=cfg.decode.max_new, stop=STOP)
+    subject, prompts, subject_lib.Ask(max_new=cfg.decode.max_new_tokens, stop=STOP)
   )
   items = []
   for p, e, (text,) in zip(asked, examples, found, strict=True):
@@ -119,7 +119,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
         correct=answer == p.answer,
       )
     )
-  beyond = subject_lib.beyond(subject, prompts, cfg.decode.max_new)
+  beyond = subject_lib.beyond(subject, prompts, cfg.decode.max_new_tokens)
   return _result(items, n, cfg, [text for (text,) in found], beyond)
 
 
@@ -152,12 +152,14 @@ def _result(items, n: int, cfg, texts, beyond) -> suites.Result:
   if fewer:
     lines.append(
       f'  {fewer:,} had fewer examples, {scalars["shots"]:.1f} on average over'
-      f' all: with --decode.max_new={cfg.decode.max_new} more do not fit the'
+      f' all: with --decode.max_new_tokens={cfg.decode.max_new_tokens} more do not fit the'
       f' context of {subject_lib.context(cfg)} tokens'
     )
   cut = sum(item['finish'] == 'length' for item in items)
   if cut:
-    lines.append(f'  {cut:,} texts were cut off at --decode.max_new={cfg.decode.max_new}')
+    lines.append(
+      f'  {cut:,} texts were cut off at --decode.max_new_tokens={cfg.decode.max_new_tokens}'
+    )
   return suites.Result(lines, scalars, items)
 
 

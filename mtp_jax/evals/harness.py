@@ -2,7 +2,7 @@
 
 Gao et al. 2024, https://github.com/EleutherAI/lm-evaluation-harness: its tasks,
 prompts and metrics. Texts are encoded, cut and scored as its own class for
-Hugging Face models does it: what `--eval.suite=lm_eval:TASK` finds is what
+Hugging Face models does it: what `--eval.tasks=lm_eval:TASK` finds is what
 `lm_eval --model hf --tasks TASK` finds of the exported checkpoint.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import fields, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.evals import intervals, scores, suites
 from mtp_jax.evals import subject as subject_lib
@@ -27,11 +27,11 @@ BOOTSTRAP = 1000  # draws, for the error of what is no mean
 GENERATION = 'do_sample', 'max_gen_toks', 'temperature', 'top_p', 'until'
 OF_SAMPLES = 'top_k', 'min_p', 'typical_p'  # without effect on greedy decoding
 NEUTRAL = dict(num_beams=1, repetition_penalty=1)
-Fail = Callable[[str], config.ConfigError]
+Fail = Callable[[str], fields.ConfigError]
 SHARES = ('acc', 'acc_norm', 'exact_match')  # of items: 0 or 1 each
 
 
-def check(arg: str, cfg: config.Config) -> None:
+def check(arg: str, cfg: schema.Config) -> None:
   """ConfigError unless the harness is here and knows each of TASK+TASK…"""
   fail, folder = _fail(arg), cfg.eval.data
   if not arg:
@@ -39,7 +39,7 @@ def check(arg: str, cfg: config.Config) -> None:
   if importlib.util.find_spec('lm_eval') is None:
     raise fail('needs lm_eval: pip install "mtp_jax[evals]"')
   if folder and not os.path.isdir(folder):
-    raise config.ConfigError('eval.data', folder, 'lm_eval takes a directory of tasks, .yaml')
+    raise fields.ConfigError('eval.data', folder, 'lm_eval takes a directory of tasks, .yaml')
   names = arg.split('+')
   known = _tasks(tuple(names), folder).all_tasks
   unknown = [name for name in names if name not in known]
@@ -49,8 +49,8 @@ def check(arg: str, cfg: config.Config) -> None:
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
-  """Asks tasks of the harness, with --eval.shots examples (-1: as each task
-  says) the first --eval.items documents of each (0: all)."""
+  """Asks tasks of the harness, with --eval.num_fewshot examples (-1: as each task
+  says) the first --eval.limit documents of each (0: all)."""
   from lm_eval import evaluator
 
   cfg, names = subject.cfg, arg.split('+')
@@ -61,12 +61,12 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
         model,
         tasks=names,
         task_manager=_tasks(tuple(names), cfg.eval.data),
-        num_fewshot=None if cfg.eval.shots < 0 else cfg.eval.shots,
-        limit=cfg.eval.items or None,
+        num_fewshot=None if cfg.eval.num_fewshot < 0 else cfg.eval.num_fewshot,
+        limit=cfg.eval.limit or None,
         bootstrap_iters=BOOTSTRAP,
       )
     except Exception as error:
-      if model.asked or isinstance(error, config.ConfigError):
+      if model.asked or isinstance(error, fields.ConfigError):
         raise
       # Nothing was computed: it is the task's data, template or code.
       said = ' '.join(f'{type(error).__name__}: {error}'.split())
@@ -76,7 +76,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
 
 def _fail(arg: str) -> Fail:
   entry = 'lm_eval' + f':{arg}' * bool(arg)
-  return functools.partial(config.ConfigError, 'eval.suite', entry)
+  return functools.partial(fields.ConfigError, 'eval.tasks', entry)
 
 
 @functools.cache
@@ -195,7 +195,7 @@ def _loglikelihoods(
   return found
 
 
-def _ask(kwargs: dict, cfg: config.Config, fail: Fail) -> subject_lib.Ask:
+def _ask(kwargs: dict, cfg: schema.Config, fail: Fail) -> subject_lib.Ask:
   """A task's generation_kwargs, read as the harness does."""
   from lm_eval.models import utils
 

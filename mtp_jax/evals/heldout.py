@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import config, loss, sharding, targets
+from mtp_jax.config import schedule, schema
+from mtp_jax.losses import multi_token, targets
+from mtp_jax.parallel import sharding
 
 
-def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
+def evaluator(cfg: schema.Config, mesh, bytes_V) -> Callable:
   """Returns run(params, batches, step) -> metrics as a training step has them.
 
   step: optimizer steps that made the parameters. The heads that were active and
@@ -30,22 +32,22 @@ def evaluator(cfg: config.Config, mesh, bytes_V) -> Callable:
     count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
     rows = jax.tree.map(lambda x: x[0], batch)
     one_K = jnp.ones(n)  # the total is made of all batches' sums, at the end
-    _, sums = loss.mtp_loss(
+    _, sums = multi_token.mtp_loss(
       params, jnp.zeros(n), rows, count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg
     )
     return sums | dict(count_K=count_K[:n_active], bytes=n_bytes)
 
   def run(params, batches: Iterable[dict], step: int) -> dict:
     last, total = max(step - 1, 0), None
-    n_active = config.active_heads(cfg, last)
+    n_active = schedule.active_heads(cfg, last)
     with jax.set_mesh(mesh):
       for batch in batches:
         batch = sharding.put_batch(mesh, batch)
         new = jax.device_get(sums(params, batch, bytes_V, n_active=n_active))
         new = jax.tree.map(np.float64, new)
         total = jax.tree.map(np.add, total, new) if total else new
-    weight_K = config.in_force(config.head_weights(cfg), last)[:n_active]
-    return _finish(total, np.array(weight_K), cfg.loss.order_weight)
+    weight_K = schedule.in_force(schedule.head_weights(cfg), last)[:n_active]
+    return _finish(total, np.array(weight_K), cfg.loss.token_order_weight)
 
   return run
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import fields, parse, schema
 from mtp_jax.data import documents, tokenizers
 from mtp_jax.data import store as store_lib
 from mtp_jax.evals import intervals, scores, suites
@@ -48,27 +48,27 @@ class Second(NamedTuple):
   nats: float  # -log of its probability
 
 
-def check(arg: str, cfg: config.Config) -> None:
+def check(arg: str, cfg: schema.Config) -> None:
   check_documents('induction', arg, cfg)
 
 
-def check_documents(name: str, arg: str, cfg: config.Config) -> None:
+def check_documents(name: str, arg: str, cfg: schema.Config) -> None:
   """ConfigError unless there are texts, and nothing after the suite's name."""
   if arg:
-    raise config.ConfigError(
-      'eval.suite', f'{name}:{arg}', 'takes nothing after it; --eval.data names documents'
+    raise fields.ConfigError(
+      'eval.tasks', f'{name}:{arg}', 'takes nothing after it; --eval.data names documents'
     )
   if cfg.eval.data:
     _named(cfg)
   elif not cfg.data.store:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'eval.data', '', 'documents, as --data.documents names them, or a store'
     )
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
-  items = make(texts(cfg, subject.tokenizer), subject.tokenizer, cfg.data.seq_len, cfg.eval.items)
+  items = make(texts(cfg, subject.tokenizer), subject.tokenizer, cfg.data.seq_len, cfg.eval.limit)
   if not items:
     raise refused(
       cfg,
@@ -137,25 +137,25 @@ def score(seconds: list[Second]) -> dict[str, float]:
   return scalars | dict(nats=nats(later), first_nats=nats(first))
 
 
-def refused(cfg: config.Config, why: str) -> config.ConfigError:
+def refused(cfg: schema.Config, why: str) -> fields.ConfigError:
   """Of `texts`, by the flag that says where they are."""
   flag = 'eval.data' if cfg.eval.data else 'data.store'
-  return config.ConfigError(flag, config.get(cfg, flag), why)
+  return fields.ConfigError(flag, schema.get(cfg, flag), why)
 
 
-def _named(cfg: config.Config) -> Iterator[documents.Document]:
+def _named(cfg: schema.Config) -> Iterator[documents.Document]:
   try:
     return documents.read(cfg.eval.data)
-  except config.ConfigError as error:
-    raise config.ConfigError('eval.data', *error.args[1:]) from error
+  except fields.ConfigError as error:
+    raise fields.ConfigError('eval.data', *error.args[1:]) from error
 
 
-def texts(cfg: config.Config, tokenizer) -> Iterator[documents.Document]:
+def texts(cfg: schema.Config, tokenizer) -> Iterator[documents.Document]:
   """Those of --eval.data, or the held-out ones of the run's first store."""
   if cfg.eval.data:
     yield from _named(cfg)
     return
-  path = config.parse_stores(cfg.data.store)[0].path
+  path = parse.parse_stores(cfg.data.store)[0].path
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
   for m, tokens in enumerate(split.documents()):
     yield documents.Document(f'{cfg.eval.split} {m}', tokenizer.decode(tokens))
@@ -244,4 +244,4 @@ def _name(pool, tokenizer, rng) -> tuple[str, tuple[int, int]]:
     ids = list(tokenizer.encode(f'the {name} was'))
     if len(name) > 1 and (a, b) in zip(ids, ids[1:]):  # noqa: B905
       return name, (a, b)
-  raise config.ConfigError('data.tokenizer', tokenizer.name, 'makes no name of two tokens')
+  raise fields.ConfigError('data.tokenizer', tokenizer.name, 'makes no name of two tokens')

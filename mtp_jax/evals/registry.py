@@ -1,4 +1,4 @@
-"""The evaluators of `--eval.suite`. Floor 4.
+"""The evaluators of `--eval.tasks`. Floor 4.
 
 A suite is asked for as NAME or NAME:ARG. To add one, write a file with its
 `check` and `run` (see suites.py) and name it here.
@@ -6,7 +6,7 @@ A suite is asked for as NAME or NAME:ARG. To add one, write a file with its
 
 import functools
 
-from mtp_jax import config
+from mtp_jax.config import fields, schema
 from mtp_jax.evals import (
   acceptance,
   choice_points,
@@ -40,8 +40,8 @@ SUITES = {
 }
 
 
-def asked(cfg: config.Config) -> list[tuple[str, str]]:
-  """(name, argument) of each suite of --eval.suite.
+def asked(cfg: schema.Config) -> list[tuple[str, str]]:
+  """(name, argument) of each suite of --eval.tasks.
 
   Raises:
     ConfigError: there is none of this name, or its argument or flags are wrong.
@@ -50,22 +50,22 @@ def asked(cfg: config.Config) -> list[tuple[str, str]]:
   for name, arg in named(cfg):
     entry = label(name, arg)
     if name == HELDOUT and arg:
-      raise config.ConfigError('eval.suite', entry, f'{HELDOUT}, no more')
+      raise fields.ConfigError('eval.tasks', entry, f'{HELDOUT}, no more')
     if name not in SUITES and name != HELDOUT:
-      raise config.ConfigError(
-        'eval.suite', entry, f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}'
+      raise fields.ConfigError(
+        'eval.tasks', entry, f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}'
       )
     if (name, arg) in found:
-      raise config.ConfigError('eval.suite', entry, 'is there twice')
+      raise fields.ConfigError('eval.tasks', entry, 'is there twice')
     if name in SUITES:
       SUITES[name].check(arg, cfg)
     found.append((name, arg))
   return found
 
 
-def named(cfg: config.Config) -> list[tuple[str, str]]:
+def named(cfg: schema.Config) -> list[tuple[str, str]]:
   """The same, unchecked."""
-  entries = (entry.strip() for entry in cfg.eval.suite.split(','))
+  entries = (entry.strip() for entry in cfg.eval.tasks.split(','))
   return [(e.partition(':')[0], e.partition(':')[2]) for e in entries]
 
 

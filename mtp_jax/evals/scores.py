@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import config, cross_entropy, loss, sharding, targets
+from mtp_jax.config import schema
+from mtp_jax.losses import cross_entropy, multi_token, targets
 from mtp_jax.model import heads, lm
+from mtp_jax.parallel import sharding
 
 
 class Scores(NamedTuple):
@@ -35,7 +37,7 @@ def scores(model: lm.LM, batch: dict, *, n_active: int, cfg) -> Scores:
   emb_BUD = lm.embed(model, tokens_BU if feeds else tokens_BU[:, :T], cfg)
   z_BTD, ctx = lm.hidden(model, emb_BUD[:, :T], position_BU[:, :T], cfg)
   unembed = model.embed if model.unembed is None else model.unembed
-  shared = loss.gather_shared(model.norm, unembed, None, cfg)
+  shared = multi_token.gather_shared(model.norm, unembed, None, cfg)
   own = unembed[:m] if cfg.heads.unembedding == 'replicated' else None
 
   def head(step, carry_BTD, module, of_head):
@@ -46,12 +48,12 @@ def scores(model: lm.LM, batch: dict, *, n_active: int, cfg) -> Scores:
     z = carry_BTD if f.dependent and step is heads.identity else z_BTD
     inputs = heads.Inputs(shared.norm_D, z, carry_BTD, next_emb_BTD)
     carry_BTD, h_BTD = step(module, inputs, ctx, cfg)
-    unembed_DV = shared.unembed_DV if own_DV is None else loss.gather_own(own_DV, cfg)
+    unembed_DV = shared.unembed_DV if own_DV is None else multi_token.gather_own(own_DV, cfg)
     _, found = cross_entropy.sum_chunks(_of_targets, h_BTD, unembed_DV, (target_BT,), cfg)
     return carry_BTD, (jax.tree.map(cross_entropy.out_of_chunks, found), None)
 
   in_use = 0 if f.one_module else slice(heads.n_modules(cfg, m))
-  _, (found, _) = heads.walk(
+  _, (found, _) = heads.scan_heads(
     head,
     z_BTD,
     jax.tree.map(lambda w: w[in_use], model.heads),
@@ -83,7 +85,7 @@ _scores = jax.jit(scores, static_argnames=('n_active', 'cfg'))
 def of_batch(model, batch: dict, mesh, cfg, n_active: int) -> Scores:
   """Scores on the host, of arrays (B, T + span) of the host; T of any size."""
   T = batch['tokens'].shape[1] - cfg.span
-  cfg = config.replace(cfg, **{'data.seq_len': T, 'loss.chunk': 0})
+  cfg = schema.replace(cfg, **{'data.seq_len': T, 'loss.chunk_size': 0})
   batch = {name: x[None] for name, x in batch.items()}
   with jax.set_mesh(mesh):
     batch = sharding.put_batch(mesh, batch)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import schedule, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.model import heads
@@ -23,7 +23,7 @@ class Subject(NamedTuple):
   """
 
   name: str
-  cfg: config.Config
+  cfg: schema.Config
   model: Any  # lm.LM
   mesh: Any
   tokenizer: tokenizers.Tokenizer
@@ -37,12 +37,12 @@ def next_token_heads(subject: Subject) -> int:
   cfg = subject.cfg
   if not heads.family(cfg).reverse:
     return 1
-  return config.active_heads(cfg, max(subject.step - 1, 0))
+  return schedule.trained_heads(cfg, subject.step)
 
 
-def context(cfg: config.Config) -> int:
+def context(cfg: schema.Config) -> int:
   """Tokens of a text that the model has learned to read at once."""
-  return max(cfg.data.seq_len, cfg.model.context)
+  return max(cfg.data.seq_len, cfg.model.max_position_embeddings)
 
 
 def beyond(subject: Subject, prompts: Sequence[str], max_new: int) -> list[str]:
@@ -88,7 +88,7 @@ def continuations(
   on the batch.
 
   Raises:
-    ConfigError: a prompt has more tokens than --decode.cache has room for.
+    ConfigError: a prompt has more tokens than --decode.cache_length has room for.
   """
   cfg, tokenizer = subject.cfg, subject.tokenizer
   ids = [
@@ -98,8 +98,8 @@ def continuations(
   jobs = [(i, j) for i in range(len(ids)) for j in range(ask.samples)]
   jobs.sort(key=lambda job: len(ids[job[0]]))  # rows of a batch are padded
   B = min(cfg.decode.batch_size or ROWS, len(jobs))
-  decoder = subject.decoder.saying(
-    max_new=ask.max_new, temperature=ask.temperature, top_p=ask.top_p
+  decoder = subject.decoder.with_sampling(
+    max_new_tokens=ask.max_new, temperature=ask.temperature, top_p=ask.top_p
   )
   found = [[None] * ask.samples for _ in ids]
   for first in range(0, len(jobs), B):
@@ -133,7 +133,7 @@ def _batch(decoder, tokenizer, rows, jobs, B: int, ask: Ask) -> list[Text]:
   decoded = decoder(
     rows,
     rows=B,
-    cache=decoder.cfg.decode.cache or longest + ask.max_new,
+    cache=decoder.cfg.decode.cache_length or longest + ask.max_new,
     seeds=[seed(ask.seed, i, j) for i, j in jobs],
     stop_ids=tokenizer.stop_ids,
     each=ended,

@@ -1,11 +1,12 @@
-"""What an evaluator is: the protocol of `--eval.suite`. Floor 4."""
+"""What an evaluator is: the protocol of `--eval.tasks`. Floor 4."""
 
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mtp_jax import config, paths
+from mtp_jax.config import schema
 from mtp_jax.evals import subject as subject_lib
+from mtp_jax.io import paths
 
 
 class Result(NamedTuple):
@@ -24,7 +25,7 @@ class Suite(NamedTuple):
   """check(arg, cfg) raises ConfigError before anything is loaded;
   run(subject, arg) -> Result, with subject.cfg.eval as the flags say."""
 
-  check: Callable[[str, config.Config], Any]
+  check: Callable[[str, schema.Config], Any]
   run: Callable[[subject_lib.Subject, str], Result]
 
 

@@ -8,39 +8,39 @@ Answers are greedy.
 import collections
 import os
 
-from mtp_jax import config
+from mtp_jax.config import fields, parse, schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tasks
 from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
 
 
-def check(name: str, arg: str, cfg: config.Config) -> tasks.Named:
+def check(name: str, arg: str, cfg: schema.Config) -> tasks.Named:
   """The task; ConfigError says what is wrong."""
   text = f'{name}/{arg}' if arg else _of_store(name, cfg)
   try:
     of = tasks.named(text, dict(items=0))
   except ValueError as error:
     entry = f'{name}:{arg}' if arg else name
-    raise config.ConfigError('eval.suite', entry, str(error)) from error
+    raise fields.ConfigError('eval.tasks', entry, str(error)) from error
   of.params.pop('items')
-  if cfg.eval.items > tasks.N_TESTS:
-    raise config.ConfigError(
-      'eval.items',
-      cfg.eval.items,
+  if cfg.eval.limit > tasks.N_TESTS:
+    raise fields.ConfigError(
+      'eval.limit',
+      cfg.eval.limit,
       f'at most {tasks.N_TESTS} of each level are kept out of training',
     )
   return of
 
 
-def _of_store(name: str, cfg: config.Config) -> str:
+def _of_store(name: str, cfg: schema.Config) -> str:
   """NAME/KEY=VALUE/… of a source of the run's store, or NAME alone."""
-  for ref in config.parse_stores(cfg.data.store):
+  for ref in parse.parse_stores(cfg.data.store):
     if not os.path.isdir(ref.path):
-      raise config.ConfigError(
+      raise fields.ConfigError(
         'data.store',
         ref.path,
-        f'is not there to say which {name} it was made of; give --eval.suite={name}:KEY=VALUE/…',
+        f'is not there to say which {name} it was made of; give --eval.tasks={name}:KEY=VALUE/…',
       )
     found = store_lib.open_store(ref.path, verify=False)
     for source in found.manifest['sources'].split(','):
@@ -51,7 +51,7 @@ def _of_store(name: str, cfg: config.Config) -> str:
 
 def run(name: str, subject: subject_lib.Subject, arg: str) -> suites.Result:
   of = check(name, arg, subject.cfg)
-  items = tasks.tests(of, subject.cfg.eval.items or tasks.N_TESTS)
+  items = tasks.tests(of, subject.cfg.eval.limit or tasks.N_TESTS)
   longest = max(len(item.answer.encode()) for item in items)
   texts = subject_lib.continuations(
     subject, [item.prompt for item in items], subject_lib.Ask(max_new=longest + 1)

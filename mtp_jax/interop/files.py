@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mtp_jax import config, jsonl
+from mtp_jax.io import jsonl, paths
 
 DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -44,14 +44,12 @@ class Tensor(NamedTuple):
     return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
 
 
-def need(flag: str, value: str, module: str, extra: str) -> None:
+def need(module: str, extra: str) -> None:
   """ConfigError that says which extra to install, unless it is there."""
   try:
     importlib.import_module(module)
   except ImportError as error:
-    raise config.ConfigError(
-      flag, value, f'needs {module}: pip install "mtp_jax[{extra}]"'
-    ) from error
+    raise paths.InputError(module, f'is needed: pip install "mtp_jax[{extra}]"') from error
 
 
 def write(path: str, arrays: dict[str, np.ndarray]) -> None:
@@ -88,11 +86,11 @@ def digest(array: np.ndarray) -> str:
   return hashlib.sha256(about + data.tobytes()).hexdigest()
 
 
-def read(path: str, flag: str) -> dict[str, Tensor]:
+def read(path: str) -> dict[str, Tensor]:
   """The tensors of a file; ConfigError if it is damaged or cut off."""
 
   def wrong(problem):
-    return config.ConfigError(flag, path, problem)
+    return paths.InputError(path, problem)
 
   try:
     size = os.path.getsize(path)
@@ -133,12 +131,12 @@ def read(path: str, flag: str) -> dict[str, Tensor]:
   return found
 
 
-def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
+def read_folder(folder: str) -> dict[str, Tensor]:
   """The tensors of a model: each from the file that the index names; without an
   index those of model.safetensors, or of the only file."""
 
   def wrong(problem):
-    return config.ConfigError(flag, folder, problem)
+    return paths.InputError(folder, problem)
 
   names = sorted(x for x in os.listdir(folder) if x.endswith('.safetensors'))
   if os.path.exists(os.path.join(folder, INDEX)):
@@ -146,9 +144,7 @@ def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
     missing = set(file_of.values()) - set(names)
     if missing:
       raise wrong(f'{min(missing)} is missing; the index names it')
-    tensors = {
-      name: read(os.path.join(folder, name), flag) for name in sorted(set(file_of.values()))
-    }
+    tensors = {name: read(os.path.join(folder, name)) for name in sorted(set(file_of.values()))}
     for name, file in file_of.items():
       if name not in tensors[file]:
         raise wrong(f'{file} has no {name}; the index names it')
@@ -158,7 +154,7 @@ def read_folder(folder: str, flag: str) -> dict[str, Tensor]:
   if WHOLE not in names and len(names) > 1:
     raise wrong(f'has {len(names)} .safetensors files, but no {INDEX}')
   name = WHOLE if WHOLE in names else names[0]
-  return read(os.path.join(folder, name), flag)
+  return read(os.path.join(folder, name))
 
 
 def _weight_map(path: str, wrong) -> dict[str, str]:
@@ -207,17 +203,17 @@ def write_torch(path: str, arrays: dict[str, np.ndarray]) -> None:
     raise _of_a_disk(error.__context__.errno, path) from error
 
 
-def read_torch(path: str, flag: str) -> dict[str, Loaded]:
+def read_torch(path: str) -> dict[str, Loaded]:
   """The tensors of a PyTorch file; ConfigError if it is damaged or cut off."""
   import torch
 
   if not os.path.isfile(path):
-    raise config.ConfigError(flag, path, 'there is no such file')
+    raise paths.InputError(path, 'there is no such file')
   try:
     found = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
   except Exception as error:  # torch raises RuntimeError, OSError and others
-    raise config.ConfigError(
-      flag, path, 'is no file of tensors that PyTorch reads, or it is cut off'
+    raise paths.InputError(
+      path, 'is no file of tensors that PyTorch reads, or it is cut off'
     ) from error
   kinds = torch.float64, torch.float32, torch.float16, torch.bfloat16
   if not isinstance(found, dict):
@@ -225,5 +221,5 @@ def read_torch(path: str, flag: str) -> dict[str, Loaded]:
   for name, x in found.items():
     if not isinstance(x, torch.Tensor) or x.dtype not in kinds:
       what = getattr(x, 'dtype', type(x).__name__)
-      raise config.ConfigError(flag, path, f'{name} is {what}; only tensors of floats can be read')
+      raise paths.InputError(path, f'{name} is {what}; only tensors of floats can be read')
   return {name: Loaded(path, x.contiguous(), tuple(x.shape)) for name, x in found.items()}

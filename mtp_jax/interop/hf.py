@@ -2,14 +2,15 @@
 
 import json
 
-from mtp_jax import config, jsonl, validate
+from mtp_jax.config import fields, schema, validate
 from mtp_jax.interop import mapping
+from mtp_jax.io import jsonl
 from mtp_jax.model import heads as heads_lib
 
 # Out.
 
 
-def describe(cfg: config.Config, tokenizer, dtype, about) -> dict[str, str]:
+def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
   """Text files of an export, by name."""
   form = cfg.export.format
   if form == 'gguf':
@@ -28,7 +29,7 @@ def describe(cfg: config.Config, tokenizer, dtype, about) -> dict[str, str]:
   return texts
 
 
-def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
+def _llama(cfg: schema.Config, tokenizer, dtype: str) -> dict:
   """config.json of trunk and head 1."""
   m = cfg.model
   rope = dict(rope_type='default', rope_theta=m.rope_theta)
@@ -38,7 +39,7 @@ def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
       factor=m.rope_factor,
       low_freq_factor=m.rope_low_freq,
       high_freq_factor=m.rope_high_freq,
-      original_max_position_embeddings=m.rope_context,
+      original_max_position_embeddings=m.original_max_position_embeddings,
     )
   return dict(
     architectures=['LlamaForCausalLM'],
@@ -53,7 +54,7 @@ def _llama(cfg: config.Config, tokenizer, dtype: str) -> dict:
     num_attention_heads=m.n_attn_heads,
     num_key_value_heads=m.kv_heads,
     head_dim=m.head_width,
-    max_position_embeddings=cfg.model.context or cfg.data.seq_len,
+    max_position_embeddings=cfg.model.max_position_embeddings or cfg.data.seq_len,
     rms_norm_eps=m.norm_eps,
     rope_parameters=rope,
     # As transformers before 5 read them.
@@ -76,7 +77,7 @@ def _ends(tokenizer) -> dict:
   )
 
 
-def _modules(cfg: config.Config) -> int:
+def _modules(cfg: schema.Config) -> int:
   return heads_lib.n_modules(cfg, cfg.heads.n)
 
 
@@ -155,7 +156,7 @@ class LlamaMtpForCausalLM(_Ignores, LlamaForCausalLM):
 CODE = {'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('llama_mtp.py', LLAMA_MTP)}
 
 
-def _medusa(cfg: config.Config, dtype: str) -> dict:
+def _medusa(cfg: schema.Config, dtype: str) -> dict:
   """config.json of the heads alone."""
   m = cfg.model
   return dict(
@@ -173,7 +174,7 @@ def _medusa(cfg: config.Config, dtype: str) -> dict:
   )
 
 
-def _card(cfg: config.Config, about: str) -> str:
+def _card(cfg: schema.Config, about: str) -> str:
   form = mapping.of(cfg)
   extra = [k for k, p in mapping.tensors(cfg, form).items() if p.extra]
   lines = [
@@ -265,11 +266,11 @@ FIXED = {
 }
 
 
-def _error(folder: str, problem: str) -> config.ConfigError:
-  return config.ConfigError('import.path', folder, problem)
+def _error(folder: str, problem: str) -> fields.ConfigError:
+  return fields.ConfigError('import.path', folder, problem)
 
 
-def read(folder: str, about: dict, given: dict) -> config.Config:
+def read(folder: str, about: dict, given: dict) -> schema.Config:
   """The Config of a config.json that others wrote."""
   kind = about.get('model_type', 'llama')
   if kind not in READ:
@@ -308,7 +309,7 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'heads.n': n,
     'heads.family': 'parallel' if block_first else 'sequential',
     'heads.unembedding': ('tied' if about.get('tie_word_embeddings', False) else 'shared'),
-    'model.context': about.get('max_position_embeddings', 2048),
+    'model.max_position_embeddings': about.get('max_position_embeddings', 2048),
     'data.seq_len': about.get('max_position_embeddings', 2048),
     # What it was is what it computes, unless another is asked for.
     'model.compute_dtype': ('float32' if _dtype(about) == 'float32' else 'bfloat16'),
@@ -316,7 +317,7 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     **_rope(folder, about),
     **given,
   }
-  return validate.validate(config.replace(config.Config(), **values))
+  return validate.validate(schema.replace(schema.Config(), **values))
 
 
 def _dtype(about: dict) -> str:
@@ -341,5 +342,5 @@ def _rope(folder: str, about: dict) -> dict:
     'model.rope_factor': float(rope['factor']),
     'model.rope_low_freq': float(rope['low_freq_factor']),
     'model.rope_high_freq': float(rope['high_freq_factor']),
-    'model.rope_context': int(rope['original_max_position_embeddings']),
+    'model.original_max_position_embeddings': int(rope['original_max_position_embeddings']),
   }

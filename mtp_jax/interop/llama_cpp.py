@@ -16,9 +16,10 @@ from collections.abc import Iterable
 import ml_dtypes
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import schema
 from mtp_jax.data import ranks, tokenizers
 from mtp_jax.interop import files, mapping, tokens
+from mtp_jax.io import paths
 from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import layers
 
@@ -47,7 +48,7 @@ def dtype_of(shape: tuple[int, ...], dtype: str) -> np.dtype:
 
 def write(
   path: str,
-  cfg: config.Config,
+  cfg: schema.Config,
   tokenizer,
   about: str,
   shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
@@ -118,11 +119,11 @@ def _joined(form, arrays, stretched):
     yield stretched
 
 
-def _frequencies(cfg: config.Config) -> np.ndarray | None:
+def _frequencies(cfg: schema.Config) -> np.ndarray | None:
   """How many times longer each wave is than without --model.rope_factor."""
   if cfg.model.rope_factor == 1:
     return None
-  plain = config.replace(cfg, **{'model.rope_factor': 1.0})
+  plain = schema.replace(cfg, **{'model.rope_factor': 1.0})
   ratio = layers.rope_rates(plain.model) / layers.rope_rates(cfg.model)
   return np.asarray(ratio, np.float32)
 
@@ -130,9 +131,9 @@ def _frequencies(cfg: config.Config) -> np.ndarray | None:
 ARCHITECTURES = {'gguf': 'llama', 'gguf_mtp': 'mimo2'}
 
 
-def _sizes(cfg: config.Config, about: str) -> dict:
+def _sizes(cfg: schema.Config, about: str) -> dict:
   m, form = cfg.model, mapping.of(cfg)
-  arch, context = ARCHITECTURES[form], m.context or cfg.data.seq_len
+  arch, context = ARCHITECTURES[form], m.max_position_embeddings or cfg.data.seq_len
   modules = heads_lib.n_modules(cfg, cfg.heads.n) if form == 'gguf_mtp' else 0
   n = mapping.layers_in_all(cfg)
   sizes = {
@@ -328,7 +329,7 @@ def _words(about: dict) -> str | None:
   return WORDS.get((expression, whole))
 
 
-def vocabulary(tokenizer, cfg: config.Config) -> dict:
+def vocabulary(tokenizer, cfg: schema.Config) -> dict:
   """What a file says of a tokenizer that `check` let pass, or of none; rows of
   the model that no token has are unused ones."""
   if tokenizer is None:
@@ -480,7 +481,7 @@ def _tensors(path: str) -> dict[str, files.Tensor]:
   return found
 
 
-def read(folder: str, cfg: config.Config, flag: str) -> dict[str, files.Tensor]:
+def read(folder: str, cfg: schema.Config) -> dict[str, files.Tensor]:
   """The tensors of a folder's file, by the names of mapping.py.
 
   Raises:
@@ -490,9 +491,9 @@ def read(folder: str, cfg: config.Config, flag: str) -> dict[str, files.Tensor]:
   try:
     whole = _tensors(path)
   except OSError as error:
-    raise config.ConfigError(flag, path, f'cannot be read: {error.strerror}') from error
+    raise paths.InputError(path, f'cannot be read: {error.strerror}') from error
   except ValueError as error:
-    raise config.ConfigError(flag, path, f'is no GGUF file that can be read: {error}') from error
+    raise paths.InputError(path, f'is no GGUF file that can be read: {error}') from error
   whole.pop(FREQUENCIES, None)
   found = {}
   for name, tensor in whole.items():

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mtp_jax import config
+from mtp_jax.config import schema
 from mtp_jax.model import heads as heads_lib
 
 
@@ -50,8 +50,8 @@ class Form(NamedTuple):
   """How an array of ours becomes one of a file, and back. Both get the Config;
   matrices of a file are (out, in)."""
 
-  out: Callable[[np.ndarray, config.Config], np.ndarray]
-  back: Callable[[np.ndarray, config.Config], np.ndarray]
+  out: Callable[[np.ndarray, schema.Config], np.ndarray]
+  back: Callable[[np.ndarray, schema.Config], np.ndarray]
   shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # of the file, by ours
 
 
@@ -308,7 +308,7 @@ FORMS = {
 FORMS['gguf'] = FORMS['hf']._replace(layer='blk.{i}.', heads_like='hf')
 
 
-def _prefix(form: str, cfg: config.Config, j: int) -> str:
+def _prefix(form: str, cfg: schema.Config, j: int) -> str:
   """Of the module or layer of further head j + 2."""
   f = FORMS[form]
   if heads_lib.family(cfg).one_module and f.one_module:
@@ -316,13 +316,13 @@ def _prefix(form: str, cfg: config.Config, j: int) -> str:
   return f.head.format(j=j, k=j + 2, l=layers_in_all(cfg) + j)
 
 
-def of(cfg: config.Config) -> str:
+def of(cfg: schema.Config) -> str:
   """The form of --export.format, for this model."""
   form = cfg.export.format
   return 'gguf_mtp' if form == 'gguf' and not undrafted(cfg) else form
 
 
-def undrafted(cfg: config.Config) -> str:
+def undrafted(cfg: schema.Config) -> str:
   """Why llama.cpp cannot draft with a model's further heads; '' if it can."""
   h = cfg.heads
   if h.n == 1:
@@ -334,8 +334,8 @@ def undrafted(cfg: config.Config) -> str:
   modules = heads_lib.n_modules(cfg, h.n)
   if h.unembedding == 'replicated' and modules < h.n - 1:
     return 'a module has one unembedding there; this one has one a step'
-  if cfg.loss.order_weight:
-    return 'it has no place for the unembedding of --loss.order_weight'
+  if cfg.loss.token_order_weight:
+    return 'it has no place for the unembedding of --loss.token_order_weight'
   if cfg.model.rope_factor > 1:
     return (
       'its architecture with modules does not scale RoPE'
@@ -344,7 +344,7 @@ def undrafted(cfg: config.Config) -> str:
   return ''
 
 
-def unfit(cfg: config.Config, form: str) -> str:
+def unfit(cfg: schema.Config, form: str) -> str:
   """Why a model cannot be written in a form; '' if it can."""
   f, h = FORMS[form], cfg.heads
   if form in ('hf', 'gguf'):
@@ -362,8 +362,8 @@ def unfit(cfg: config.Config, form: str) -> str:
       f'is run with one module, this model has {several}; transformers_mtp and'
       ' gguf are run with all'
     )
-  if cfg.loss.order_weight:
-    return 'has no place for the unembedding of --loss.order_weight'
+  if cfg.loss.token_order_weight:
+    return 'has no place for the unembedding of --loss.token_order_weight'
   if h.stride > 1:
     return f'knows no heads that leap (--heads.stride={h.stride})'
   m = cfg.model
@@ -380,7 +380,7 @@ def unfit(cfg: config.Config, form: str) -> str:
   return ''
 
 
-def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
+def tensors(cfg: schema.Config, form: str = 'hf') -> dict[str, Place]:
   """Every tensor of a checkpoint of a form, by name; of one in a folder of its
   own, FOLDER/NAME."""
   f, n, layout = heads_lib.family(cfg), cfg.heads.n, FORMS[form]
@@ -419,12 +419,12 @@ def tensors(cfg: config.Config, form: str = 'hf') -> dict[str, Place]:
       put(row, prefix, 'heads.', k - 2, extra=True)
     if f.has_block:
       put_layer(prefix, 'heads.block.', k - 2, extra=True)
-  if cfg.loss.order_weight:
+  if cfg.loss.token_order_weight:
     put(ORDER, extra=True)
   return found | layout.more(cfg, found)
 
 
-def layers_in_all(cfg: config.Config) -> int:
+def layers_in_all(cfg: schema.Config) -> int:
   """Of the Llama that trunk and head 1 are."""
   return len(heads_lib.next_token_layers(cfg))
 

@@ -8,8 +8,9 @@ extra_heads.0 head 2. The context is not said.
 import json
 import os
 
-from mtp_jax import config, jsonl, validate
+from mtp_jax.config import schema, validate
 from mtp_jax.interop import files
+from mtp_jax.io import jsonl, paths
 
 TENSORS = 'consolidated.pth'
 FIRST = 'consolidated.00.pth'  # as Llama 2 and 3 call it; 01 … are its shards
@@ -29,17 +30,15 @@ ABOUT = {
 FIXED = {'use_scaled_rope': False}
 
 
-def tensors_of(folder: str, flag: str) -> dict[str, files.Loaded]:
+def tensors_of(folder: str) -> dict[str, files.Loaded]:
   names = [n for n in os.listdir(folder) if n.startswith('consolidated.')]
   if FIRST in names and len(names) > 1:
-    raise config.ConfigError(
-      flag, folder, f'is cut over {len(names)} files by heads; join them first'
-    )
+    raise paths.InputError(folder, f'is cut over {len(names)} files by heads; join them first')
   name = FIRST if FIRST in names else TENSORS
-  return files.read_torch(os.path.join(folder, name), flag)
+  return files.read_torch(os.path.join(folder, name))
 
 
-def describe(cfg: config.Config, tokenizer, dtype, about) -> dict[str, str]:
+def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
   """Text files of an export, by name."""
   del tokenizer, dtype, about
   m = cfg.model
@@ -74,11 +73,11 @@ def _multiples(dim: int, d_ff: int) -> dict:
   return dict(multiple_of=1, ffn_dim_multiplier=multiplier)
 
 
-def read(folder: str, about: dict, given: dict) -> config.Config:
+def read(folder: str, about: dict, given: dict) -> schema.Config:
   """The Config of a params.json that others wrote."""
 
   def wrong(problem):
-    return config.ConfigError('import.path', folder, problem)
+    return paths.InputError(folder, problem)
 
   for field, wanted in FIXED.items():
     if about.get(field, wanted) != wanted:
@@ -109,4 +108,4 @@ def read(folder: str, about: dict, given: dict) -> config.Config:
     'export.format': 'meta',
     **given,
   }
-  return validate.validate(config.replace(config.Config(), **values))
+  return validate.validate(schema.replace(schema.Config(), **values))

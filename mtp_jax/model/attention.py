@@ -12,14 +12,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config, sharding, versions
+from mtp_jax.config import schema, validate
+from mtp_jax.parallel import sharding, versions
 
 SPLASH_BLOCK = 512  # positions a step of the TPU kernel, at most
 FLASH_BLOCK = 128  # the same of the Triton kernel
 FLASH_TILE_BYTES = 32 * 1024  # five of them fit an A100's shared memory
 
 
-def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: config.Config):
+def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: schema.Config):
   """softmax(q k^T / sqrt(H)) v over earlier positions of the same document.
 
   Query head n reads key/value head n // R, R = N / G (Ainslie et al. 2023,
@@ -37,13 +38,13 @@ def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: config.Config):
   )(q_BTNH, k_BSGH, v_BSGH, segment_BT)
 
 
-def chosen(cfg: config.Config) -> str:
+def chosen(cfg: schema.Config) -> str:
   """The kernel of --model.attention on the devices of the present mesh."""
   if cfg.model.attention != 'auto':
     return cfg.model.attention
   device = jax.sharding.get_abstract_mesh().abstract_device
-  for kernel, platform in config.KERNELS.items():
-    if device and device.platform == platform and not config.unfit(cfg, kernel):
+  for kernel, platform in schema.KERNELS.items():
+    if device and device.platform == platform and not validate.kernel_problem(cfg, kernel):
       return kernel
   return 'reference'
 
@@ -71,7 +72,7 @@ def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
   _, T, N, H = q_BTNH.shape
-  block = next(b for b in (SPLASH_BLOCK, 256, config.TILE) if T % b == 0)
+  block = next(b for b in (SPLASH_BLOCK, 256, schema.TILE) if T % b == 0)
   kernel = lib.make_splash_mha(
     lib.MultiHeadMask([lib.CausalMask((T, T))] * N),
     block_sizes=lib.BlockSizes(

@@ -9,8 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config, params, sharding
-from mtp_jax.model import attention, layers
+from mtp_jax.config import schema
+from mtp_jax.model import attention, layers, params
+from mtp_jax.parallel import sharding
 
 
 @flax.struct.dataclass
@@ -37,7 +38,7 @@ class Context(NamedTuple):
   cos: Any
 
 
-def specs(cfg: config.Config) -> Block:
+def specs(cfg: schema.Config) -> Block:
   m = cfg.model
   D, N, G, H, F = (m.d_model, m.n_attn_heads, m.kv_heads, m.head_width, m.ff_width)
   std = D**-0.5
@@ -57,14 +58,14 @@ def specs(cfg: config.Config) -> Block:
   )
 
 
-def context(position_BT, cfg: config.Config) -> Context:
+def context(position_BT, cfg: schema.Config) -> Context:
   """A document starts wherever a position is 0."""
   sin, cos = layers.rope_tables(position_BT, cfg.model)
   segment_BT = jnp.cumsum(position_BT == 0, axis=1)
   return Context(position_BT, segment_BT, sin, cos)
 
 
-def block(layer: Block, x_BTD, ctx: Context, cfg: config.Config):
+def block(layer: Block, x_BTD, ctx: Context, cfg: schema.Config):
   """x + attention + SwiGLU; `layer` is sharded, and gathered here."""
   with jax.named_scope('gather'):
     w = params.gather_cast(layer, specs(cfg), cfg)
@@ -97,7 +98,7 @@ def add_attended(w: Block, x_BTD, a_BTNH):
     return x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
 
 
-def add_mlp(w: Block, x_BTD, cfg: config.Config):
+def add_mlp(w: Block, x_BTD, cfg: schema.Config):
   with jax.named_scope('mlp'):
     y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, cfg.model.norm_eps)
     gate_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.gate)

@@ -17,8 +17,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config, params, sharding
-from mtp_jax.model import block, layers
+from mtp_jax.config import schema
+from mtp_jax.model import block, layers, params
+from mtp_jax.parallel import sharding
 
 
 class Inputs(NamedTuple):
@@ -41,7 +42,7 @@ class Family(NamedTuple):
   as the unembedding reads it; x is what the layer gave.
   """
 
-  specs: Callable[[config.Config], Any]
+  specs: Callable[[schema.Config], Any]
   enter: Callable[..., Any]
   leave: Callable[..., tuple[Any, Any]]
   reverse: bool = False  # the scan starts at head n
@@ -175,12 +176,12 @@ def _gathered(module, specs, cfg):
   return params.gather_cast(module, specs, cfg)
 
 
-def linear_specs(cfg: config.Config) -> Projection:
+def linear_specs(cfg: schema.Config) -> Projection:
   D = cfg.model.d_model
   return Projection(proj=params.Spec((D, D), ('embed', None), D**-0.5, (1, 1)))
 
 
-def sequential_specs(cfg: config.Config) -> Sequential:
+def sequential_specs(cfg: schema.Config) -> Sequential:
   D = cfg.model.d_model
   norm = params.Spec((D,), (None,), None)
   return Sequential(
@@ -212,30 +213,30 @@ FAMILIES = {
 }
 
 
-def family(cfg: config.Config) -> Family:
+def family(cfg: schema.Config) -> Family:
   return FAMILIES[cfg.heads.family]
 
 
-def n_modules(cfg: config.Config, n: int) -> int:
+def n_modules(cfg: schema.Config, n: int) -> int:
   """Modules that heads 1..n use."""
   if cfg.heads.block_first:
     return n
   return min(n - 1, 1) if family(cfg).one_module else n - 1
 
 
-def specs(cfg: config.Config):
+def specs(cfg: schema.Config):
   """All modules, stacked on a leading axis; None where there is none."""
   n = n_modules(cfg, cfg.heads.n)
   return params.stack(n, family(cfg).specs(cfg)) if n else None
 
 
-def trunk_layers(cfg: config.Config) -> int:
+def trunk_layers(cfg: schema.Config) -> int:
   """Block-like heads count as layers, head 1 too, so that n = 1 is a plain
   L-layer Transformer for every family."""
   return cfg.model.n_layers - (cfg.heads.n if cfg.heads.block_first else 0)
 
 
-def next_token_layers(cfg: config.Config) -> list[tuple[str, int]]:
+def next_token_layers(cfg: schema.Config) -> list[tuple[str, int]]:
   """The layers that compute the next token, trunk and head 1, in their order:
   each by the prefix of its leaves' paths and its index in them."""
   layers = [('trunk.', i) for i in range(trunk_layers(cfg))]
@@ -246,7 +247,7 @@ def next_token_layers(cfg: config.Config) -> list[tuple[str, int]]:
   return layers
 
 
-def walk(body, carry, modules, per_head, cfg: config.Config):
+def scan_heads(body, carry, modules, per_head, cfg: schema.Config):
   """Visits heads 1..m in the family's order: lax.scan, but for an identity.
 
   Args:

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import config, sharding
+from mtp_jax.config import schema
+from mtp_jax.parallel import sharding
 
 
 def rms_norm(x_BTD, w_D, eps: float):
@@ -15,7 +16,7 @@ def rms_norm(x_BTD, w_D, eps: float):
   return (x32_BTD * jax.lax.rsqrt(ms_BT1 + eps) * w_11D).astype(x_BTD.dtype)
 
 
-def rope_rates(m: config.Model):
+def rope_rates(m: schema.ModelConfig):
   """theta^(-2i/H) of each pair (H/2), in radians a position, in float32.
 
   With rope_factor long wavelengths are stretched by it, short ones are not, and
@@ -31,7 +32,7 @@ def rope_rates(m: config.Model):
   return rate
 
 
-def rope_tables(position_BT, m: config.Model):
+def rope_tables(position_BT, m: schema.ModelConfig):
   """Sines and cosines (B, T, H/2) of position x rate, in float32: bfloat16
   rounds the position 257 to 256, and the two angles are far apart."""
   rate = rope_rates(m)

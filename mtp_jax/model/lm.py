@@ -5,8 +5,8 @@ from typing import Any
 import flax.struct
 import jax
 
-from mtp_jax import config, params
-from mtp_jax.model import block, heads, layers, trunk
+from mtp_jax.config import schema
+from mtp_jax.model import block, heads, layers, params, trunk
 
 
 @flax.struct.dataclass
@@ -18,10 +18,10 @@ class LM:
   heads: Any
   norm: Any
   unembed: Any
-  order: Any  # a second unembedding of head 1, for --loss.order_weight
+  order: Any  # a second unembedding of head 1, for --loss.token_order_weight
 
 
-def specs(cfg: config.Config) -> LM:
+def specs(cfg: schema.Config) -> LM:
   D, V = cfg.model.d_model, cfg.model.vocab_size
   S = params.Spec
   table = S((V, D), ('vocab', 'embed'), D**-0.5)
@@ -34,11 +34,11 @@ def specs(cfg: config.Config) -> LM:
     unembed={'shared': unembed, 'replicated': params.stack(cfg.heads.n, unembed), 'tied': None}[
       cfg.heads.unembedding
     ],
-    order=table if cfg.loss.order_weight else None,
+    order=table if cfg.loss.token_order_weight else None,
   )
 
 
-def embed(lm: LM, tokens_BU, cfg: config.Config):
+def embed(lm: LM, tokens_BU, cfg: schema.Config):
   """Embeddings of all tokens of a window, in the compute dtype."""
   with jax.named_scope('embed'):
     table_VD = params.gather(lm.embed, specs(cfg).embed, cfg)
@@ -46,13 +46,13 @@ def embed(lm: LM, tokens_BU, cfg: config.Config):
     return x_BUD.astype(cfg.model.compute_dtype)
 
 
-def hidden(lm: LM, x_BTD, position_BT, cfg: config.Config):
+def hidden(lm: LM, x_BTD, position_BT, cfg: schema.Config):
   """embeddings -> (z_BTD, context): one pass through the trunk."""
   ctx = block.context(position_BT, cfg)
   return trunk.trunk(lm.trunk, x_BTD, ctx, cfg), ctx
 
 
-def next_embeddings(emb_BUD, k, ctx: block.Context, cfg: config.Config):
+def next_embeddings(emb_BUD, k, ctx: block.Context, cfg: schema.Config):
   """What a token-feeding head k reads at t: the token of head k - 1."""
   T = ctx.position_BT.shape[1]
   start = 1 + cfg.heads.stride * (k - 2)

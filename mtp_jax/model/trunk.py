@@ -2,7 +2,7 @@
 
 import jax
 
-from mtp_jax import config
+from mtp_jax.config import schema
 from mtp_jax.model import block
 
 POLICIES = {
@@ -11,7 +11,7 @@ POLICIES = {
 }
 
 
-def trunk(layers: block.Block, x_BTD, ctx: block.Context, cfg: config.Config):
+def trunk(layers: block.Block, x_BTD, ctx: block.Context, cfg: schema.Config):
   """Stacked layers applied in turn; --model.remat says what each one keeps."""
 
   def layer(x_BTD, params):

@@ -9,7 +9,8 @@ import json
 import os
 import time
 
-from mtp_jax import config, jsonl, paths
+from mtp_jax.config import fields
+from mtp_jax.io import jsonl, paths
 
 CAUSES = {
   'start': 'stores opened, parameters restored or made',
@@ -79,12 +80,12 @@ class Ledger:
     try:
       session = len({r['session'] for r in read(workdir)})
     except ValueError as error:
-      raise config.ConfigError('train.workdir', workdir, str(error)) from error
+      raise fields.ConfigError('train.workdir', workdir, str(error)) from error
     self._about = dict(session=session, start=start, began=time.time())
     before = _bytes(workdir)
     if before and not before.endswith(b'\n'):  # a line cut off by a crash
       before += b'\n'
-    self._file = paths.growing(path(workdir), before)
+    self._file = paths.open_append(path(workdir), before)
 
   def write(self, step: int, clock: Clock, end: str = '', **more) -> None:
     """end: how the session ended; '' while it goes on."""
@@ -102,7 +103,7 @@ class Ledger:
 
 def _bytes(workdir: str) -> bytes:
   try:
-    return paths.of(path(workdir)).read_bytes()
+    return paths.as_path(path(workdir)).read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     return b''
 

@@ -21,7 +21,8 @@ import threading
 import time
 import uuid
 
-from mtp_jax import config, jsonl, paths
+from mtp_jax.config import fields
+from mtp_jax.io import jsonl, paths
 
 STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
 LIVES_S = 60.0  # one that seems so by our clock is watched at least so long
@@ -77,7 +78,7 @@ class Lock:
           wait_s = max(STALE_S - max(silent_s, 0), LIVES_S)
           patience_s = time.monotonic() + wait_s
       if _here(holder) or touched not in (None, now):
-        raise config.ConfigError(
+        raise fields.ConfigError(
           'train.workdir',
           workdir,
           f'is being written by process {holder["pid"]} on {holder["host"]}; one run a workdir',
@@ -137,13 +138,13 @@ class Lock:
 
   def _tell(self):
     """Raises what has become of it."""
-    if not paths.of(self._workdir).exists():
-      raise config.ConfigError(
+    if not paths.as_path(self._workdir).exists():
+      raise fields.ConfigError(
         'train.workdir',
         self._workdir,
         'is gone: it was deleted, or has another name now; nothing was written',
       )
-    there = paths.of(self._path).exists()
+    there = paths.as_path(self._path).exists()
     how = 'taken by another run' if there else 'deleted'
     raise Lost(f'{self._path} was {how}; nothing was written')
 
@@ -168,7 +169,7 @@ class Lock:
     self._released.set()
     self._shows.join()
     if self._mine():
-      paths.of(self._path).unlink()
+      paths.as_path(self._path).unlink()
     elif not paths.scheme(self._path) and not os.path.lexists(self._path):
       # What was being written as the workdir was renamed makes its folders
       # anew; empty ones would be in the way of renaming it back.
@@ -177,9 +178,9 @@ class Lock:
           os.rmdir(folder)
 
 
-def held(workdir: str) -> bool:
+def is_held(workdir: str) -> bool:
   """Whether anybody holds it."""
-  return paths.of(os.path.join(workdir, 'lock.json')).exists()
+  return paths.as_path(os.path.join(workdir, 'lock.json')).exists()
 
 
 @contextlib.contextmanager
@@ -213,7 +214,7 @@ FORM = {
 def _read(path) -> dict | None:
   """What names the holder; None without one, or of what no run has written."""
   try:
-    return jsonl.loads(paths.of(path).read_bytes(), FORM)
+    return jsonl.loads(paths.as_path(path).read_bytes(), FORM)
   except (FileNotFoundError, NotADirectoryError, ValueError):
     return None
 

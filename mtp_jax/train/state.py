@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from mtp_jax import config, optim, params
-from mtp_jax.model import lm
-from mtp_jax.train import begin
+from mtp_jax.config import schema
+from mtp_jax.model import lm, params
+from mtp_jax.optim import update
+from mtp_jax.train import init_from
 
 
 @flax.struct.dataclass
@@ -28,7 +29,7 @@ class State:
   skipped_in_a_row: Any
 
 
-def init(cfg: config.Config, mesh: Mesh, other: tuple[lm.LM, config.Config] | None = None) -> State:
+def init(cfg: schema.Config, mesh: Mesh, other: tuple[lm.LM, schema.Config] | None = None) -> State:
   """The state of step 0, made in its shards: never whole on one device.
 
   other: parameters to begin with, and what they are; see begin.py.
@@ -40,26 +41,26 @@ def init(cfg: config.Config, mesh: Mesh, other: tuple[lm.LM, config.Config] | No
     return init_program(cfg, was)(key, old)
 
 
-def init_program(cfg: config.Config, was: config.Config | None):
+def init_program(cfg: schema.Config, was: schema.Config | None):
   """(key, old parameters or None) -> State under jit; `was` is what they are.
   Call it under jax.set_mesh."""
 
   def make(key, old):
     model = params.init(key, lm.specs(cfg), cfg.model.param_dtype)
     if was:
-      model = begin.parameters(model, old, was, cfg)
+      model = init_from.parameters(model, old, was, cfg)
     zero = jnp.zeros((), jnp.int32)
-    return State(model, optim.init(cfg, model), zero, zero, zero)
+    return State(model, update.init(cfg, model), zero, zero, zero)
 
   return jax.jit(make)
 
 
-def abstract(cfg: config.Config, mesh: Mesh | AbstractMesh) -> State:
+def abstract(cfg: schema.Config, mesh: Mesh | AbstractMesh) -> State:
   """The state's shapes, dtypes and shardings, without making it."""
   real = isinstance(mesh, Mesh)
   with jax.set_mesh(mesh) if real else jax.sharding.use_abstract_mesh(mesh):
     model = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-    opt_state = jax.eval_shape(lambda w: optim.init(cfg, w), model)
+    opt_state = jax.eval_shape(lambda w: update.init(cfg, w), model)
     zero = jax.eval_shape(lambda: jnp.zeros((), jnp.int32))
     replicated = jax.sharding.NamedSharding(mesh, jax.P())
 

@@ -6,11 +6,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax import config, loss, optim, sharding, targets
+from mtp_jax.config import schema
+from mtp_jax.losses import multi_token, targets
+from mtp_jax.optim import update
+from mtp_jax.parallel import sharding
 from mtp_jax.train import state as state_lib
 
 
-def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, cfg: config.Config):
+def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, cfg: schema.Config):
   """Loss, gradients, update.
 
   Args:
@@ -29,8 +32,8 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
   weight_K = targets.weights(state.step, cfg)
 
   def mtp_loss(params, probe_K, rows):
-    return loss.mtp_loss(
-      optim.freeze(params, cfg),
+    return multi_token.mtp_loss(
+      update.freeze(params, cfg),
       probe_K,
       rows,
       count_K=count_K,
@@ -50,7 +53,7 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-    new = optim.update(state.params, state.opt_state, grads, state.step, n_active, cfg)
+    new = update.update(state.params, state.opt_state, grads, state.step, n_active, cfg)
     new = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), new, (state.params, state.opt_state)
     )
@@ -58,7 +61,7 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
   metrics = sums | dict(
     total=total,
     head_grad_norm_K=jnp.sqrt(norm2_K[:n_active]),
-    lr=optim.learning_rate(cfg)(state.step),
+    lr=update.learning_rate(cfg)(state.step),
     grad_norm=grad_norm,
     weight_K=weight_K[:n_active],
     count_K=count_K[:n_active],
@@ -81,7 +84,7 @@ def _summed(micro_batch, batch, cfg):
   """micro_batch of each of the A, summed in grad_dtype even where parameters,
   hence gradients, are bfloat16: there the eighth would be rounded away."""
   first = jax.tree.map(lambda x: x[0], batch)
-  if cfg.train.accumulate == 1:
+  if cfg.train.grad_accum_steps == 1:
     # Of a scan of one step XLA:TPU compiles the whole forward pass twice.
     return micro_batch(first)
   zeros = jax.tree.map(
@@ -98,7 +101,7 @@ def _summed(micro_batch, batch, cfg):
   return jax.lax.scan(add, zeros, batch)[0]
 
 
-def compiled(cfg: config.Config, n_active: int):
+def compiled(cfg: schema.Config, n_active: int):
   """The step under jit, its state donated. Call it under jax.set_mesh."""
 
   def step(state, batch, bytes_V):
@@ -107,7 +110,7 @@ def compiled(cfg: config.Config, n_active: int):
   return jax.jit(step, donate_argnums=0)
 
 
-def trace(cfg: config.Config, mesh: Mesh, n_active: int, masked: bool = False):
+def trace(cfg: schema.Config, mesh: Mesh, n_active: int, masked: bool = False):
   """`compiled`, traced for the shapes that it will get: to lower and compile
   it takes neither data nor the mesh's devices.
 
@@ -115,8 +118,8 @@ def trace(cfg: config.Config, mesh: Mesh, n_active: int, masked: bool = False):
   """
   cut = NamedSharding(mesh, sharding.pspec(None, 'batch', None))
   rows = (
-    cfg.train.accumulate,
-    cfg.data.batch_size // cfg.train.accumulate,
+    cfg.train.grad_accum_steps,
+    cfg.data.batch_size // cfg.train.grad_accum_steps,
     cfg.data.seq_len + cfg.span,
   )
   dtypes = dict(tokens=jnp.int32, position=jnp.int32)

@@ -4,7 +4,7 @@
 
 The package's own step, trunk, sharding and optimizer, but for the loss: every
 head's hidden states, then the logits of all heads in one product. Heads keep
-their activations, as in a first version; with --loss.schedule=remat they are
+their activations, as in a first version; with --loss.backward=remat they are
 rematerialised as our own are. Prints what `mtp plan` prints.
 """
 
@@ -15,29 +15,30 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import cross_entropy, flags, loss
+from mtp_jax.cli import flags
+from mtp_jax.losses import cross_entropy, multi_token
 from mtp_jax.model import heads
-from mtp_jax.plan import ahead, report
+from mtp_jax.planning import ahead, report
 
 
-def keeps_all_logits(w: loss.Weights, rows: loss.Rows, cfg):
+def keeps_all_logits(w: multi_token.Weights, rows: multi_token.LossInputs, cfg):
   """A schedule as those of loss.SCHEDULES, for a shared unembedding."""
-  shared = loss.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+  shared = multi_token.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
 
   keeps = jax.checkpoint_policies.everything_saveable
-  if cfg.loss.schedule == 'remat':
+  if cfg.loss.backward == 'remat':
     keeps = jax.checkpoint_policies.nothing_saveable
 
   @functools.partial(jax.checkpoint, static_argnums=0, policy=keeps)
   def head(step, carry_BTD, module, of_head):
     k, probe = of_head
-    carry_BTD, h_BTD = loss._hidden(
+    carry_BTD, h_BTD = multi_token._hidden(
       step, module, w, shared.norm_D, carry_BTD, k, probe, rows.ctx, cfg
     )
     return carry_BTD, (h_BTD, None)
 
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
-  _, (h_KBTD, _) = heads.walk(head, z_BTD, w.modules, (rows.k_K, w.probe_K), cfg)
+  _, (h_KBTD, _) = heads.scan_heads(head, z_BTD, w.modules, (rows.k_K, w.probe_K), cfg)
   logits_KBTV = jnp.einsum(
     'KBTD,DV->KBTV',
     h_KBTD,
@@ -61,7 +62,7 @@ def main(args) -> None:
   parsed = flags.parse(args)
   cfg = parsed.config()
   jax.config.update('jax_platforms', 'cpu')
-  loss.SCHEDULES[cfg.loss.schedule] = keeps_all_logits
+  multi_token.BACKWARD[cfg.loss.backward] = keeps_all_logits
   plan = ahead.plan(cfg)
   print('\n'.join(report.lines_of(plan)))
   if parsed.out:

@@ -20,17 +20,19 @@ import time
 
 import numpy as np
 
-from mtp_jax import bench, config, flags, validate
+from mtp_jax.bench import timing
+from mtp_jax.cli import flags
+from mtp_jax.config import parse, schema, validate
 
-CONTENDERS = ('eager', 'remat', 'n logits', 'torch')
+CONTENDERS = ('interleaved', 'remat', 'n logits', 'torch')
 
 
 def _model(cfg):
   """Initial parameters, whole, on the host."""
   import jax
 
-  from mtp_jax import params, sharding
-  from mtp_jax.model import lm
+  from mtp_jax.model import lm, params
+  from mtp_jax.parallel import sharding
 
   with jax.set_mesh(sharding.make_mesh(cfg, jax.devices()[:1])):
     key = jax.random.key(cfg.train.seed)
@@ -47,8 +49,9 @@ def _ours(cfg):
   import jax
   import jax.numpy as jnp
 
-  from mtp_jax import loss, params, sharding, targets
-  from mtp_jax.model import lm
+  from mtp_jax.losses import multi_token, targets
+  from mtp_jax.model import lm, params
+  from mtp_jax.parallel import sharding
 
   n = cfg.heads.n
   mesh = sharding.make_mesh(cfg, jax.devices()[:1])
@@ -62,7 +65,7 @@ def _ours(cfg):
     count_K = jnp.full(n, tokens_BU.shape[0] * cfg.data.seq_len)
 
     def value(model, rows):
-      return loss.mtp_loss(
+      return multi_token.mtp_loss(
         model,
         jnp.zeros(n),
         rows,
@@ -133,7 +136,7 @@ def _reset_peak() -> bool:
   return True
 
 
-def _work(contender: str, cfg: config.Config, pipe) -> None:
+def _work(contender: str, cfg: schema.Config, pipe) -> None:
   """One contender: its first call, then a timed one whenever it is asked."""
   make = {'n logits': _n_logits, 'torch': _torch}.get(contender, _ours)
   call = make(cfg)
@@ -143,21 +146,21 @@ def _work(contender: str, cfg: config.Config, pipe) -> None:
   pipe.send((total, grown))
   while pipe.recv():
     begin = time.perf_counter(), time.process_time()
-    for _ in range(cfg.bench.calls):
+    for _ in range(cfg.bench.iters):
       call()
     end = time.perf_counter(), time.process_time()
-    pipe.send([(b - a) / cfg.bench.calls for a, b in zip(begin, end, strict=True)])
+    pipe.send([(b - a) / cfg.bench.iters for a, b in zip(begin, end, strict=True)])
 
 
-def compare(cfg: config.Config) -> dict[tuple[str, int], dict]:
+def compare(cfg: schema.Config) -> dict[tuple[str, int], dict]:
   """(contender, n) -> its loss, its memory, and by round its seconds, those of
   the clock and those of the cores."""
   context, started, found = multiprocessing.get_context('spawn'), {}, {}
   try:
-    for n in config.parse_numbers(cfg.bench.heads):
+    for n in parse.parse_numbers(cfg.bench.heads):
       for contender in CONTENDERS:
-        schedule = contender if contender in ('eager', 'remat') else 'remat'
-        c = config.replace(cfg, **{'heads.n': n, 'loss.schedule': schedule})
+        schedule = contender if contender in ('interleaved', 'remat') else 'remat'
+        c = schema.replace(cfg, **{'heads.n': n, 'loss.backward': schedule})
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(contender, validate.validate(c), theirs))
         process.start()
@@ -189,9 +192,9 @@ def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
       loss=x['loss'],
       time_s=statistics.median(x['seconds']),
       **{
-        f'{kind}over_{what}': bench.ratio(x[name], found[other][name])
+        f'{kind}over_{what}': timing.ratio(x[name], found[other][name])
         for kind, name in (('', 'seconds'), ('cpu_', 'cpu'))
-        for what, other in (('eager', ('eager', n)), ('first_n', (contender, first)))
+        for what, other in (('interleaved', ('interleaved', n)), ('first_n', (contender, first)))
       },
       grown_bytes=x['grown_bytes'],
     )
@@ -199,11 +202,11 @@ def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
   ]
   lines = [
     f'{r["contender"]:>8} n={r["n"]}  loss {r["loss"]:.4f}'
-    f'  {r["time_s"]:7.3f} s  over eager {bench.shown(r["over_eager"])}'
+    f'  {r["time_s"]:7.3f} s  over eager {timing.shown(r["over_eager"])}'
     f' cpu {r["cpu_over_eager"]["median"]:.3f}'
-    f'  over first n {bench.shown(r["over_first_n"])}'
+    f'  over first n {timing.shown(r["over_first_n"])}'
     f' cpu {r["cpu_over_first_n"]["median"]:.3f}'
-    f'  grown {bench.mib(r["grown_bytes"])} MiB'
+    f'  grown {timing.mib(r["grown_bytes"])} MiB'
     for r in rows
   ]
   return lines, rows
@@ -216,12 +219,12 @@ def main(args: list[str]) -> None:
     ('heads.family', 'parallel'),
     ('heads.unembedding', 'shared'),
     ('model.compute_dtype', 'float32'),
-    ('train.accumulate', 1),
+    ('train.grad_accum_steps', 1),
   ):
-    if config.get(cfg, name) != needed:
+    if schema.get(cfg, name) != needed:
       raise SystemExit(f'--{name}: the baselines know {needed} only')
   found = compare(cfg)
-  for n in config.parse_numbers(cfg.bench.heads):
+  for n in parse.parse_numbers(cfg.bench.heads):
     losses = [found[contender, n]['loss'] for contender in CONTENDERS]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
   lines, rows = table(found)

@@ -1,7 +1,7 @@
 """Plain and speculative decoding beside Hugging Face transformers.
 
   python -m tests.baselines.transformers_decode --decode.checkpoint=RUN \
-    --bench.batches=1,8 --bench.prompt=128 --decode.max_new=128
+    --bench.batches=1,8 --bench.prompt_len=128 --decode.max_new_tokens=128
 
 The same weights (trunk and head 1, exported), prompts (held-out documents) and
 machine; greedy, float32, each contender in turn in every round, prompts
@@ -16,10 +16,13 @@ import time
 
 import numpy as np
 
-from mtp_jax import bench, checkpoint, config, flags, generate
-from mtp_jax.decode import decoder
+from mtp_jax.bench import timing
+from mtp_jax.checkpoint import restore
+from mtp_jax.cli import flags
+from mtp_jax.config import parse
+from mtp_jax.decode import decoder, load
 from mtp_jax.evals import acceptance
-from mtp_jax.interop import folder
+from mtp_jax.interop import hf_folder
 
 
 def main(args: list[str]) -> None:
@@ -27,23 +30,23 @@ def main(args: list[str]) -> None:
   import transformers
 
   parsed = flags.parse(args)
-  found = generate.find(parsed, only_ids=True)
-  opened = generate.load(found)
+  found = load.find(parsed.rest[0], parsed.given, only_ids=True)
+  opened = load.load(found)
   cfg = opened.cfg
-  model = checkpoint.restore_model(found.workdir, found.step, cfg, opened.mesh, 'decode.checkpoint')
+  model = restore.restore_model(found.workdir, found.step, cfg, opened.mesh)
   with tempfile.TemporaryDirectory() as parent:
     out = f'{parent}/llama'
-    folder.export(model, cfg, None, out, dtype='float32', about='bench')
+    hf_folder.export(model, cfg, None, out, dtype='float32', about='bench')
     llama = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
   del model
   widths = opened.decoder.widths
   print(
-    f'{opened.name}: prompts of {cfg.bench.prompt} tokens, {cfg.decode.max_new}'
+    f'{opened.name}: prompts of {cfg.bench.prompt_len} tokens, {cfg.decode.max_new_tokens}'
     f' new, {torch.get_num_threads()} threads of PyTorch {torch.__version__},'
     f' transformers {transformers.__version__}'
   )
-  for B in config.parse_numbers(cfg.bench.batches):
-    ids = acceptance.pieces(cfg, max(B, cfg.bench.pieces), 'bench.pieces')
+  for B in parse.parse_numbers(cfg.bench.batches):
+    ids = acceptance.pieces(cfg, max(B, cfg.bench.num_prompts))
     batches = [ids[i : i + B] for i in range(0, len(ids), B)]
 
     def ours(which, batches=batches):
@@ -59,11 +62,11 @@ def main(args: list[str]) -> None:
             asked,
             do_sample=False,
             attention_mask=torch.ones_like(asked),
-            max_new_tokens=cfg.decode.max_new,
+            max_new_tokens=cfg.decode.max_new_tokens,
             eos_token_id=None,
             pad_token_id=0,
           )
-        texts += list(rows[:, cfg.bench.prompt :].numpy())
+        texts += list(rows[:, cfg.bench.prompt_len :].numpy())
       return time.perf_counter() - begin, texts
 
     contenders = {
@@ -77,7 +80,7 @@ def main(args: list[str]) -> None:
         seconds, texts[name] = run()
         if r:
           times[name].append(seconds)
-    n = len(ids) * cfg.decode.max_new
+    n = len(ids) * cfg.decode.max_new_tokens
     for name in contenders:
       same = sum(
         a.tolist() == b.tolist() for a, b in zip(texts[name], texts['transformers'], strict=True)
@@ -85,7 +88,7 @@ def main(args: list[str]) -> None:
       print(
         f'batch {B}, {name}: {n / statistics.median(times[name]):,.0f}'
         ' tokens/s, time over transformers'
-        f' {bench.shown(bench.ratio(times[name], times["transformers"]))},'
+        f' {timing.shown(timing.ratio(times[name], times["transformers"]))},'
         f' {same} of {len(ids)} texts the same'
       )
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mtp_jax import config, validate
+from mtp_jax.config import fields, parse, schema, validate
 from mtp_jax.data import corpus, documents, store, tokenizers, vocabulary
 
 TEXTS = [f'text {i} of some, {i * i} ' * 3 for i in range(80)]
@@ -39,7 +39,7 @@ def _cfg(stores, text, **changes):
   """`text` names stores with @ for the directory that they lie in."""
   text = text.replace('@', f'{stores}/')
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  return config.replace(config.Config(), **{'data.store': text} | changes)
+  return schema.replace(schema.Config(), **{'data.store': text} | changes)
 
 
 def _open(stores, text, **changes) -> corpus.Corpus:
@@ -47,7 +47,7 @@ def _open(stores, text, **changes) -> corpus.Corpus:
 
 
 def _refused(call, *args, **kwargs) -> str:
-  with pytest.raises(config.ConfigError) as error:
+  with pytest.raises(fields.ConfigError) as error:
     call(*args, **kwargs)
   assert '\n' not in str(error.value)
   return str(error.value)
@@ -69,17 +69,17 @@ def _refused(call, *args, **kwargs) -> str:
   ],
 )
 def test_names_paths_and_weights(text, refs):
-  found = config.parse_stores(text)
+  found = parse.parse_stores(text)
   assert [tuple(ref) for ref in found] == refs
-  assert config.parse_stores(config.format_stores(found)) == found
+  assert parse.parse_stores(parse.format_stores(found)) == found
 
 
 def test_a_single_store_is_written_as_it_is():
   for text in ('/x/y', 'a:3', 'n=/x/y', 'n=x:2,/y:.5', '/a:3:1'):
-    assert config.format_stores(config.parse_stores(text)) == text
+    assert parse.format_stores(parse.parse_stores(text)) == text
   # No NAME= can say '~'; what counts is the path.
-  found = config.format_stores([config.StoreRef('~', '/root')])
-  assert config.parse_stores(found)[0].path == '/root'
+  found = parse.format_stores([parse.StoreRef('~', '/root')])
+  assert parse.parse_stores(found)[0].path == '/root'
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_single_store_is_written_as_it_is():
   ],
 )
 def test_bad_lists_are_refused(flag, text, problem):
-  cfg = config.replace(config.Config(), **{'data.store': 's', flag: text})
+  cfg = schema.replace(schema.Config(), **{'data.store': 's', flag: text})
   line = _refused(validate.validate, cfg)
   assert line == f'--{flag}={text}: {problem}'
 

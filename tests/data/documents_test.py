@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields as fields_lib
 from mtp_jax.data import documents, store
 
 
@@ -19,7 +20,7 @@ def _read(sources: str, *args) -> list[tuple[str, str]]:
 
 def _refused(sources: str) -> str:
   """The line that reading ends with, checked to name the source."""
-  with pytest.raises(config.ConfigError) as error:
+  with pytest.raises(fields_lib.ConfigError) as error:
     _read(sources)
   line = str(error.value)
   flag, _, problem = line.partition(': ')
@@ -168,7 +169,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
       assert problem.startswith(f'cannot read {tmp_path}/{name}: ')
   later = documents.read(f'text:{whole}')
   whole.unlink()  # between the look-up and the reading
-  with pytest.raises(config.ConfigError, match='No such file or directory'):
+  with pytest.raises(fields_lib.ConfigError, match='No such file or directory'):
     next(later)
 
 
@@ -213,7 +214,7 @@ def test_unknown_kinds(source):
 def test_sources_are_looked_up_before_reading(tmp_path):
   path = tmp_path / 'a.txt'
   path.write_text('a')
-  with pytest.raises(config.ConfigError, match='text:missing: no such file'):
+  with pytest.raises(fields_lib.ConfigError, match='text:missing: no such file'):
     documents.read(f'text:{path},text:missing')
   line = json.dumps({'text': 'b'})
   (tmp_path / 'b.jsonl').write_text(line)
@@ -322,7 +323,7 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
   assert skipped == {'files that are not UTF-8 text': 3}
   (found,) = documents.read(f'text:{tmp_path}/a', whole=False)
   (tmp_path / 'a').write_text(text + 'x')
-  with pytest.raises(config.ConfigError, match='changed while it was read'):
+  with pytest.raises(fields_lib.ConfigError, match='changed while it was read'):
     list(found.blocks())
 
 
@@ -395,7 +396,7 @@ def test_a_large_line_has_the_errors_of_others(tmp_path, monkeypatch, line):
   path.write_bytes(line.replace(b'%s', b'x' * 100))
   problems = []
   for whole in (True, False):
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(fields_lib.ConfigError) as error:
       list(documents.read(f'jsonl:{path}', whole=whole))
     problems.append(str(error.value))
   assert problems[0] == problems[1] and f'{path}:1: ' in problems[0]
@@ -427,7 +428,7 @@ def test_a_value_of_parquet_that_is_no_text(tmp_path, monkeypatch, n):
   parquet.write_table(pyarrow.table(dict(text=data)), tmp_path / 'a.parquet')
   source = f'parquet:{tmp_path}/a.parquet'
   for whole in (True, False):
-    with pytest.raises(config.ConfigError, match='a.parquet is not UTF-8 text'):
+    with pytest.raises(fields_lib.ConfigError, match='a.parquet is not UTF-8 text'):
       list(documents.read(source, whole=whole))
 
 

@@ -12,9 +12,10 @@ import pytest
 import sentencepiece
 import tokenizers as hf
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields
 from mtp_jax.data import documents, encoding, shards, spool, store, tokenizers
-from tests import runs
+from tests.support import runs
 
 BYTES = tokenizers.get('bytes')
 BOS, EOS = tokenizers.BYTES_BOS, tokenizers.BYTES_EOS
@@ -92,7 +93,7 @@ def test_a_panic_of_the_library_is_one_line(words, monkeypatch):
 
   load = hf.Tokenizer.from_buffer
   monkeypatch.setattr(hf, 'Tokenizer', types.SimpleNamespace(from_buffer=lambda x: Fast(load(x))))
-  with pytest.raises(config.ConfigError, match='cannot encode a text: Added'):
+  with pytest.raises(fields.ConfigError, match='cannot encode a text: Added'):
     tokenizers.get(words).encode('a')
 
 
@@ -105,7 +106,7 @@ def test_a_killed_process_is_one_line(words, wait_s):
   time.sleep(wait_s)
   for child in encoding.multiprocessing.active_children():
     os.kill(child.pid, signal.SIGKILL)
-  with pytest.raises(config.ConfigError, match='--data.workers=2: a process'):
+  with pytest.raises(fields.ConfigError, match='--data.workers=2: a process'):
     list(running)
 
 
@@ -131,7 +132,7 @@ def test_a_slow_batch_holds_back_a_bounded_number(words, monkeypatch):
 
 INTERRUPTED = """
 import os, signal, sys, threading
-from mtp_jax import main
+from mtp_jax.cli import main
 from mtp_jax.data import encoding
 
 def interrupts(*counts):  # as Ctrl-C does: all processes of the terminal
@@ -141,7 +142,7 @@ if __name__ == '__main__':
   # A shell that runs tests in the background has it ignored.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   encoding.BATCH_BYTES = 200
-  from mtp_jax.data import progress
+  from mtp_jax.cli import progress
   progress.rich.status.Status.update = interrupts
   sys.exit(main.main(sys.argv[1:]))
 """
@@ -291,7 +292,7 @@ def test_a_store_keeps_what_is_scored(tmp_path):
   data = bytearray((tmp_path / 's' / file).read_bytes())
   data[3] ^= 1
   (tmp_path / 's' / file).write_bytes(data)
-  with pytest.raises(config.ConfigError, match=f'{file}: it is damaged'):
+  with pytest.raises(fields.ConfigError, match=f'{file}: it is damaged'):
     store.open_store(tmp_path / 's')
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from mtp_jax import config
+from mtp_jax.config import fields
 from mtp_jax.data import documents, loader, store, tokenizers, windows
 
 T, SPAN = 7, 3
@@ -222,7 +222,7 @@ def test_a_mixture_of_one_is_the_plain_split():
 def test_a_part_without_a_window_is_refused_by_name():
   mixture = _mixture()
   small = _split((9,))._replace(name='b train')
-  with pytest.raises(config.ConfigError, match='shard of the b train split'):
+  with pytest.raises(fields.ConfigError, match='shard of the b train split'):
     _train(1, mixture._replace(splits=(mixture.splits[0], small)))
 
 
@@ -265,15 +265,15 @@ def test_one_masked_split_gives_a_mixture_a_mask():
 
 def test_errors():
   for call in (_eval, lambda split: _train(1, split)):
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(fields.ConfigError) as error:
       call(_split((9,)))
     assert str(error.value) == ('--data.seq_len=7: no shard of the train split has 7 + 3 tokens')
-  with pytest.raises(config.ConfigError, match='--data.batch_size=8: must'):
+  with pytest.raises(fields.ConfigError, match='--data.batch_size=8: must'):
     _train(1, accumulate=3)
-  with pytest.raises(config.ConfigError, match='--data.batch_size=0: '):
+  with pytest.raises(fields.ConfigError, match='--data.batch_size=0: '):
     _eval(batch_size=0)
   for seed in (-1, 2**32):
-    with pytest.raises(config.ConfigError, match=f'--train.seed={seed}: from'):
+    with pytest.raises(fields.ConfigError, match=f'--train.seed={seed}: from'):
       _train(1, seed=seed)
 
 
@@ -297,7 +297,7 @@ def test_a_shard_that_is_overwritten_ends_the_loop_with_its_name(tmp_path):
   path = tmp_path / 's/train/tokens-00000.bin'
   with open(path, 'r+b') as file:
     file.write(bytes(path.stat().st_size))
-  with pytest.raises(config.FileChanged, match='tokens-00000.bin was changed'):
+  with pytest.raises(fields.FileChanged, match='tokens-00000.bin was changed'):
     for _ in range(100):
       next(batches)
 

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tokenizers as hf
 
-from mtp_jax import config
+from mtp_jax.config import fields
 from mtp_jax.data import documents, ranks, store, tokenizers
 
 CODE = open(argparse.__file__, encoding='utf-8').read()[:20_000]
@@ -121,7 +121,7 @@ def test_a_store_carries_its_tokenizer(tokenizer, tmp_path):
   ):
     file.write_bytes(bad)
     line = f'--data.store={path}: tokenizer/{name}: {problem}'
-    with pytest.raises(config.ConfigError, match=f'^{re.escape(line)}$'):
+    with pytest.raises(fields.ConfigError, match=f'^{re.escape(line)}$'):
       store.tokenizer_of(store.open_store(path, verify=False))
 
 
@@ -152,17 +152,17 @@ def test_ends_are_read_beside_the_file(tmp_path):
   assert (kept.bos, kept.eos) == (2, 1)
   about['bos_token'] = '<none>'
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
-  with pytest.raises(config.ConfigError, match='has no BOS token'):
+  with pytest.raises(fields.ConfigError, match='has no BOS token'):
     tokenizers.get(f'hf:{path}')
 
 
 @pytest.mark.parametrize('kind', ['sentencepiece', 'hf'])
 def test_what_is_no_model_is_refused(tmp_path, kind):
-  with pytest.raises(config.ConfigError, match='No such file') as error:
+  with pytest.raises(fields.ConfigError, match='No such file') as error:
     tokenizers.get(f'{kind}:{tmp_path}/none')
   assert str(error.value).startswith(f'--data.tokenizer={kind}:')
   (tmp_path / 'junk').write_bytes(b'junk')
-  with pytest.raises(config.ConfigError, match='is not a '):
+  with pytest.raises(fields.ConfigError, match='is not a '):
     tokenizers.get(f'{kind}:{tmp_path}/junk')
 
 
@@ -202,7 +202,7 @@ def test_a_broken_file_is_one_line(tmp_path, source, problem):
   packed = pyarrow.compress(b'hello ' * 99, codec='zstd', asbytes=True)
   (tmp_path / 'cut.txt.zst').write_bytes(packed[:-3])
   (tmp_path / 'junk.txt.zst').write_bytes(b'junk')
-  with pytest.raises(config.ConfigError, match=problem) as error:
+  with pytest.raises(fields.ConfigError, match=problem) as error:
     list(documents.read(source.format(tmp_path)))
   assert '\n' not in str(error.value)
 
@@ -223,12 +223,12 @@ def test_a_vocabulary_ends_after_its_largest_id(tmp_path):
   about = json.loads(path.read_text())
   about['added_tokens'].append(about['added_tokens'][0] | dict(id=41, content='[PAD]'))
   path.write_text(json.dumps(about))
-  with pytest.raises(config.ConfigError, match=r"'\[PAD\]' as 41, which"):
+  with pytest.raises(fields.ConfigError, match=r"'\[PAD\]' as 41, which"):
     tokenizers.get(f'hf:{path}')
   del about['added_tokens'][-1]
   about['model']['vocab']['b'] = 2**31
   path.write_text(json.dumps(about))
-  with pytest.raises(config.ConfigError, match='has the id 2,147,483,648; at'):
+  with pytest.raises(fields.ConfigError, match='has the id 2,147,483,648; at'):
     tokenizers.get(f'hf:{path}')
 
 
@@ -251,7 +251,7 @@ def test_all_end_tokens_are_read_beside_the_file(tmp_path, spm, file, kind):
     assert kept.stop_ids == tokenizer.stop_ids
   for wrong in ([2, '426'], [-1], [[3]]):
     (tmp_path / file).write_text(json.dumps(dict(eos_token_id=wrong)))
-    with pytest.raises(config.ConfigError, match='eos_token_id='):
+    with pytest.raises(fields.ConfigError, match='eos_token_id='):
       tokenizers.get(f'{kind}:{path}')
 
 
@@ -310,5 +310,5 @@ def test_a_file_of_ranks_is_read_as_tiktoken_reads_it(tmp_path):
     (b'YQ== 0', 'a byte has no token'),
   ):
     (tmp_path / 'tokenizer.model').write_bytes(wrong)
-    with pytest.raises(config.ConfigError, match=said):
+    with pytest.raises(fields.ConfigError, match=said):
       tokenizers.get(f'tiktoken:{tmp_path}/tokenizer.model')

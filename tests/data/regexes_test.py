@@ -7,13 +7,13 @@ import pytest
 import tokenizers as hf
 
 from mtp_jax.data import regexes, splitting
-from tests.data import splitting_test
+from tests.support import texts
 
 CHARS = "aB1_.,'<\n\t \u4e2d\u3002\u00e9"
 REGEXES = {
-  'llama-3': splitting_test.LLAMA_3,
-  'gpt-4o': splitting_test.GPT_4O,
-  'deepseek': splitting_test.DEEPSEEK,
+  'llama-3': texts.LLAMA_3,
+  'gpt-4o': texts.GPT_4O,
+  'deepseek': texts.DEEPSEEK,
   'possessive': r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
   r' ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$?',
   'digits': r'\d\d\d|\d|\D|.',

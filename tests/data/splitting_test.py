@@ -1,4 +1,4 @@
-"""A document in parts has the tokens of the whole, wherever a rule is known."""
+"""TODO of tests.data.splitting_test."""
 
 import io
 import json
@@ -12,34 +12,14 @@ import sentencepiece
 import tokenizers as hf
 
 from mtp_jax.data import documents, encoding, splitting, spool, tokenizers
-
-LLAMA_3 = (
-  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
-  ' ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+'
-)
-GPT_4O = (
-  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*'
-  r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+'
-  r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
-  r' ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-DEEPSEEK = (
-  r'[!"#$%&\'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?'
-  r'[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-QWEN_2 = LLAMA_3.replace('{1,3}', '')
-WORDS = (
-  "the cat's hat, I'll 12 345 6789 \u00e9t\u00e9 \u4e2d\u6587 \U0001f600 x=y;"
-  ' ...! e\u0301 \u2581 \u2581a <s> </s> <tool> \x1c \u2003 \u200b naivete'
-  ' \u00bd% a\u24b6! [INST] <toolCall>'
-).split(' ')
-GAPS = [' ', '  ', '   ', '\n', '\n\n', ' \n ', '\t', '\r\n', '', '\u00a0', '\u3000']
+from tests.support import texts as texts_lib
 
 
 def _text(seed, n=250):
   rng = random.Random(seed)
-  return ''.join(x for _ in range(n) for x in (rng.choice(WORDS), rng.choice(GAPS)))
+  return ''.join(
+    x for _ in range(n) for x in (rng.choice(texts_lib.WORDS), rng.choice(texts_lib.GAPS))
+  )
 
 
 CORPUS = [_text(seed) for seed in range(40)]
@@ -125,8 +105,8 @@ KNOWN = {
   'llama-2': lambda: _sentencepiece(user_defined_symbols=['<tool>', '\n\n']),
   'gpt-2': _byte_level,
   'gpt-2-prefix': lambda: _byte_level(prefix=True),
-  'llama-3': lambda: _byte_level(LLAMA_3, added=['<tool>']),
-  'qwen-2': lambda: _byte_level(QWEN_2, hf.normalizers.NFC()),
+  'llama-3': lambda: _byte_level(texts_lib.LLAMA_3, added=['<tool>']),
+  'qwen-2': lambda: _byte_level(texts_lib.QWEN_2, hf.normalizers.NFC()),
   'spaced': _spaced,
   'metaspace': lambda: _spaced(split=True),
   'metaspace-whole': lambda: _spaced(split=False),
@@ -191,9 +171,9 @@ KNOWN |= {
     normalizer=hf.normalizers.Replace('e', 'y'), added=["I'ey 12ex"]
   ),
   'word-characters': lambda: _byte_level(r'\w+|[^\w\s]+|\s'),
-  'lower-case': lambda: _byte_level(LLAMA_3, hf.normalizers.Lowercase()),
-  'nfkc': lambda: _byte_level(QWEN_2, hf.normalizers.NFKC()),
-  'other-words': lambda: _byte_level(LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
+  'lower-case': lambda: _byte_level(texts_lib.LLAMA_3, hf.normalizers.Lowercase()),
+  'nfkc': lambda: _byte_level(texts_lib.QWEN_2, hf.normalizers.NFKC()),
+  'other-words': lambda: _byte_level(texts_lib.LLAMA_3.replace('[\\r\\n]*', '[\\s]*')),
   'unknown-joined': lambda: _sentencepiece(byte_fallback=False),
   'sentencepiece-nfkc': lambda: _sentencepiece(normalization_rule_name='nmt_nfkc'),
   'sentencepiece-default': lambda: _sentencepiece(
@@ -205,8 +185,8 @@ KNOWN |= {
   'spaces-removed': lambda: _sentencepiece(remove_extra_whitespaces=True),
   'characters': lambda: _sentencepiece(model_type='char', normalization_rule_name='nmt_nfkc'),
   'spaced-token': lambda: _byte_level(added=['the cat']),
-  'gpt-4o': lambda: _byte_level(GPT_4O),
-  'deepseek': lambda: _byte_level(DEEPSEEK),
+  'gpt-4o': lambda: _byte_level(texts_lib.GPT_4O),
+  'deepseek': lambda: _byte_level(texts_lib.DEEPSEEK),
   't5': _like_t5,
   'bert': _like_bert,
 }
@@ -217,7 +197,7 @@ UNKNOWN = {
   ),
   'suffix': lambda: _sentencepiece(treat_whitespace_as_suffix=True),
   'strips': lambda: _byte_level(added=[hf.AddedToken('<tool>', rstrip=True)]),
-  'looks-behind': lambda: _byte_level(r'(?<=a) |' + LLAMA_3),
+  'looks-behind': lambda: _byte_level(r'(?<=a) |' + texts_lib.LLAMA_3),
   'any': lambda: _byte_level(r'[\s\S]+'),
 }
 
@@ -234,7 +214,7 @@ def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch, tmp_path):
   is_safe = splitting.rule(tokenizer)
   texts = [_text(seed, 120) for seed in range(100, 130)]
   texts += ['a' * 500, ' ' * 500, '\n' * 300 + 'x', 'a ' * 300, ' a' * 300]
-  texts += [f'{a}{gap}{b}' * 40 for gap in GAPS for a, b in ('xy', '1,', '.x')]
+  texts += [f'{a}{gap}{b}' * 40 for gap in texts_lib.GAPS for a, b in ('xy', '1,', '.x')]
   texts += [
     x * 60
     for x in (

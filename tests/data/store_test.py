@@ -13,8 +13,9 @@ import sys
 import numpy as np
 import pytest
 
-from mtp_jax import config, paths
+from mtp_jax.config import fields
 from mtp_jax.data import documents, encoding, shards, store, tokenizers
+from mtp_jax.io import paths
 
 BYTES = tokenizers.get('bytes')
 TEXTS = [f'document {i} ' + 'é' * (i % 7) for i in range(200)]
@@ -46,7 +47,7 @@ def _files(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def _refused(call, *args, **kwargs) -> str:
-  with pytest.raises(config.ConfigError) as error:
+  with pytest.raises(fields.ConfigError) as error:
     call(*args, **kwargs)
   assert '\n' not in str(error.value)
   return str(error.value)

@@ -1,32 +1,17 @@
-"""Every item is what it says, by a second, slower opinion."""
+"""TODO of tests.data.tasks_test."""
 
 import collections
 import itertools
 
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields
 from mtp_jax.data import documents, store, tasks, tokenizers
+from tests.support import solvers
 
 STAR = tasks.named('star_graph/d=3/length=4/nodes=30')
 POLYNOMIAL = tasks.named('polynomial')
-
-
-def _paths(prompt: str) -> list[str]:
-  """All paths from start to goal that follow the edges of a prompt."""
-  edges, asked = prompt.split('/')
-  start, goal, equals = asked
-  assert equals == '='
-  after = collections.defaultdict(list)
-  for a, b in edges.split('|'):
-    after[a].append(b)
-  found, open_ = [], [start]
-  while open_:
-    path = open_.pop()
-    if path[-1] == goal:
-      found.append(path)
-    open_ += [path + b for b in after[path[-1]] if b not in path]
-  return found
 
 
 @pytest.mark.parametrize(
@@ -44,7 +29,7 @@ def test_a_star_graph_has_one_path(name):
   d, length = of.params['d'], of.params['length']
   for part, i in itertools.product(('train', 'test'), range(100)):
     item = tasks.item(of, part, i)
-    assert _paths(item.prompt) == [item.answer]
+    assert solvers.all_paths(item.prompt) == [item.answer]
     assert len(item.answer) == length
     edges = item.prompt.split('/')[0].split('|')
     assert len(edges) == d * (length - 1)
@@ -61,57 +46,13 @@ def test_the_arm_and_the_order_of_edges_are_random():
   assert len(places) == 9 and min(places.values()) > 30
 
 
-def _value(expression: str, p: int, n: int) -> list[int]:
-  """Another evaluation: Python's own parser, polynomials as functions of dicts
-  {power: coefficient}, reduced at each operation's end."""
-  terms = []
-
-  def reduced(f):
-    return {k: c % p for k, c in f.items() if k < n}
-
-  class Poly:
-    def __init__(self, f):
-      self.f = reduced(f)
-
-    def __neg__(self):
-      return Poly({k: -c for k, c in self.f.items()})
-
-    def __add__(self, g):
-      powers = set(self.f) | set(g.f)
-      return Poly({k: self.f.get(k, 0) + g.f.get(k, 0) for k in powers})
-
-    def __mul__(self, g):
-      out = collections.Counter()
-      for (i, a), (j, b) in itertools.product(self.f.items(), g.f.items()):
-        out[i + j] += a * b
-      return Poly(out)
-
-    def __matmul__(self, g):
-      out, power = Poly({}), Poly({0: 1})
-      for k in range(n):
-        out = out + Poly({0: self.f.get(k, 0)}) * power
-        power = power * g
-      return out
-
-  source, at = '', 0
-  while at < len(expression):
-    c = expression[at]
-    if c.isdigit():
-      terms.append(Poly(dict(enumerate(map(int, expression[at : at + n])))))
-      source, at = source + f't[{len(terms) - 1}]', at + n
-    else:
-      source, at = source + {'o': '@'}.get(c, c), at + 1
-  f = eval(source, dict(t=terms)).f  # the expression is our own
-  return [f.get(k, 0) for k in range(n)]
-
-
 @pytest.mark.parametrize('name', ['polynomial', 'polynomial/n=3', 'polynomial/p=5/n=1/test=4'])
 def test_polynomials_are_evaluated_anew(name):
   of = tasks.named(name)
   p, n = of.params['p'], of.params['n']
   for item in tasks.tests(of, 30):
     expression = item.prompt.removesuffix('=')
-    assert _value(expression, p, n) == [int(c) for c in item.answer]
+    assert solvers.polynomial_value(expression, p, n) == [int(c) for c in item.answer]
     assert sum(map(expression.count, '-+*o')) == item.level
     assert expression.count('(') == sum(map(expression.count, '+*o'))
 
@@ -199,7 +140,7 @@ def test_no_graph_of_the_test_is_trained_on_in_another_order(monkeypatch):
 def test_what_is_wrong_is_said(text, problem):
   with pytest.raises(ValueError, match=problem):
     tasks.named(text)
-  with pytest.raises(config.ConfigError, match='--data.documents=task:'):
+  with pytest.raises(fields.ConfigError, match='--data.documents=task:'):
     documents.read(f'task:{text}')
 
 
@@ -240,7 +181,7 @@ def test_what_a_test_asks_is_counted(capsys, tmp_path):
   out = capsys.readouterr().out
   assert f'left out   {n} items that a test asks' in out
   one = 'task:polynomial/p=2/n=1/train=1/test=1/items=50'
-  with pytest.raises(config.ConfigError, match='asks all of its items'):
+  with pytest.raises(fields.ConfigError, match='asks all of its items'):
     list(documents.read(one))
 
 

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from mtp_jax import config
+from mtp_jax.config import fields
 from mtp_jax.data import tokenizers
 
 
@@ -65,9 +65,9 @@ def test_bytes_record():
 
 def test_unknown_names_are_refused():
   for name in ('words', 'gpt:2', ''):
-    with pytest.raises(config.ConfigError) as error:
+    with pytest.raises(fields.ConfigError) as error:
       tokenizers.get(name)
     kinds = 'bytes, train, sentencepiece, hf, tiktoken'
     assert str(error.value) == f'--data.tokenizer={name}: one of: {kinds}'
-  with pytest.raises(config.ConfigError, match='bytes takes nothing after it'):
+  with pytest.raises(fields.ConfigError, match='bytes takes nothing after it'):
     tokenizers.get('bytes:x')

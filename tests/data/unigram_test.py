@@ -8,9 +8,9 @@ import pytest
 import sentencepiece
 
 from mtp_jax.data import documents, encoding, splitting, tokenizers, unigram
-from tests.data import splitting_test
+from tests.support import texts as texts_lib
 
-WORDS = splitting_test.WORDS + (
+WORDS = texts_lib.WORDS + (
   'pallor tramping genet exceptionally ------ aaaa sting d\u00efce \ufb01n'
   ' \u2167 \u00bd \u0130 \uac00\u1100\u1161 \x00 \x00\x00'
   ' \U000f0000\U000f0001 \u05d0\u05d1'
@@ -24,7 +24,7 @@ def _text(seed: int, n: int) -> str:
 
   def word():
     if rng.random() < 0.05:
-      return rng.choice(WORDS) + rng.choice(splitting_test.GAPS)
+      return rng.choice(WORDS) + rng.choice(texts_lib.GAPS)
     letters = rng.choices(LETTERS, k=rng.randint(1, 9))
     return ''.join(letters) + (' ' if rng.random() < 0.9 else ', ')
 

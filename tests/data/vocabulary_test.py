@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields
 from mtp_jax.data import documents, spool, store, tokenizers, vocabulary
 
 CODE = inspect.getsource(argparse)[:60_000]
@@ -104,7 +105,7 @@ def test_bad_sizes_are_one_line(tmp_path, capsys, size, problem):
 
 
 def test_without_text_there_is_no_vocabulary():
-  with pytest.raises(config.ConfigError, match='there is no text to train'):
+  with pytest.raises(fields.ConfigError, match='there is no text to train'):
     _train(found=[documents.Document('a', '')])
 
 

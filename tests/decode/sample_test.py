@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.decode import sample
-from tests import oracle, tiny
-from tests.decode import decoding
+from tests.support import decoding, oracle, tiny
 
 ROWS, VOCAB, NEW = 20_000, 5, 3
 PROMPT = [1, 3, 0]
@@ -53,7 +52,7 @@ def _cfg(**filters):
       model__n_attn_heads=2,
       model__n_kv_heads=1,
       model__vocab_size=VOCAB,
-      decode__max_new=NEW,
+      decode__max_new_tokens=NEW,
       data__seq_len=64,
     ),
     **flags,
@@ -121,7 +120,7 @@ def test_drafts_that_are_drawn_twice_lose_nothing():
     model__n_attn_heads=2,
     model__n_kv_heads=1,
     model__vocab_size=V,
-    decode__max_new=new,
+    decode__max_new_tokens=new,
     decode__temperature=1.2,
     data__seq_len=64,
   )

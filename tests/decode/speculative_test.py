@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import flops, sharding
 from mtp_jax.decode import decoder as decoder_lib
-from mtp_jax.decode import sample, speculative
-from tests import oracle, tiny
-from tests.decode import decoding
-from tests.decode.decoding import FAMILIES, PROMPTS
+from mtp_jax.decode import sample, setup, speculative, weights
+from mtp_jax.model import flops
+from mtp_jax.parallel import sharding
+from tests.support import decoding, oracle, tiny
+from tests.support.decoding import FAMILIES, PROMPTS
 
 DRAFTS = {1: (), 2: (1,), 3: (1, 1), 4: (1, 1, 1)}
 
@@ -62,7 +62,7 @@ def tree_changes_nothing_but_the_pace(family, decode, widths):
 
 def test_the_same_program_without_acceptance_writes_the_same(family):
   """2,000 tokens, ragged rows; nothing but what stands differs."""
-  decode = decoding.with_rows(decoding.cfg(family, decode__max_new=42))
+  decode = decoding.with_rows(decoding.cfg(family, decode__max_new_tokens=42))
   rng = np.random.default_rng(0)
   prompts = [
     rng.integers(0, decoding.VOCAB, n).tolist() for n in rng.integers(1, 10, decoding.ROWS)
@@ -72,7 +72,7 @@ def test_the_same_program_without_acceptance_writes_the_same(family):
 
 @one_of('causal')
 def test_long_texts_without_acceptance_are_the_same(family):
-  decode = decoding.with_rows(decoding.cfg(family, decode__max_new=500), rows=4)
+  decode = decoding.with_rows(decoding.cfg(family, decode__max_new_tokens=500), rows=4)
   writes_the_same_without_acceptance(decode, PROMPTS, new=500)
 
 
@@ -109,10 +109,10 @@ def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
   temperature = c.decode.temperature
   decode = decoding.make(c, model, active=of.heads.n)
   sampling = sample.sampling(c)
-  s = speculative.setup(c, of.heads.n, widths)
+  s = setup.setup(c, of.heads.n, widths)
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(decode.mesh):
-    w = speculative.in_use(decode._weights, s)
+    w = weights.in_use(decode._weights, s)
     state, caches = decode._start(prompts, range(4), 49, decoding.ROWS, 64, sampling, s)
     for first in range(0, 8, 4):
       state, caches = speculative.prefill(w, state, caches, first, C=4, s=s)
@@ -142,7 +142,7 @@ def test_what_is_computed_where(family):
   have queries, MLP and logits where they are needed."""
   c, W, B, S = decoding.cfg(family), 4, decoding.ROWS, 64
   made = decoding.make(c)
-  s = speculative.setup(c, 4, (1, 1, 1))
+  s = setup.setup(c, 4, (1, 1, 1))
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(made.mesh):
     state, caches = made._start(prompts, range(4), 64, B, S, None, s)
@@ -209,7 +209,7 @@ def test_heads_that_did_not_train_are_not_used(family):
 def oracle_greedy(c, model):
   params = tiny.flat(model)
   shape = oracle.Shape(c.heads.family, c.heads.n)
-  return [oracle.greedy(params, p, c.decode.max_new, shape) for p in PROMPTS]
+  return [oracle.greedy(params, p, c.decode.max_new_tokens, shape) for p in PROMPTS]
 
 
 def test_perfect_drafts_all_stand_and_stops_cut_them():
@@ -240,7 +240,9 @@ def test_perfect_drafts_all_stand_and_stops_cut_them():
 def test_limits_cut_a_pass_too():
   c, model = decoding.counter()
   for new in (1, 2, 5, 6):
-    decoded = decoding.decode(decoding.with_flags(c, decode__max_new=new), [[0], [1, 2, 3]], model)
+    decoded = decoding.decode(
+      decoding.with_flags(c, decode__max_new_tokens=new), [[0], [1, 2, 3]], model
+    )
     assert [len(t) for t in decoded.tokens] == [new, new]
     assert decoded.tokens[0].tolist() == [1, 2, 3, 4, 5, 6][:new]
 
@@ -248,9 +250,9 @@ def test_limits_cut_a_pass_too():
 @pytest.mark.parametrize('family', ['parallel', 'sequential'])
 @pytest.mark.parametrize('widths', [(1, 1, 1), (3, 2)])
 def test_a_cache_is_full_to_its_last_slot(family, widths):
-  s = speculative.tree(widths)
+  s = setup.tree(widths)
   cache = decoder_lib.SLOTS - (len(s.depth_M) - 1)  # not a slot is left over
-  c = decoding.cfg(family, decode__max_new=cache)
+  c = decoding.cfg(family, decode__max_new_tokens=cache)
   decoded = decoding.with_rows(c)(widths=widths, cache=cache)
   wanted = decoding.greedy(family, new=cache)
   for prompt, tokens, all_of_it in zip(PROMPTS, decoded.tokens, wanted, strict=True):
@@ -356,7 +358,7 @@ def test_chunks_of_a_prompt_change_nothing():
   texts = []
   for chunk in (1, 8, 512):
     for family in ('causal', 'sequential'):
-      c = decoding.cfg(family, decode__prefill=chunk, decode__max_new=20)
+      c = decoding.cfg(family, decode__prefill_chunk_size=chunk, decode__max_new_tokens=20)
       texts.append(decoding.lists(decoding.with_rows(c)(prompts)))
   assert texts[0] == texts[2] == texts[4]
   assert texts[1] == texts[3] == texts[5]
@@ -387,7 +389,7 @@ def test_a_narrow_cache_is_near():
 
 
 def test_each_gets_the_text_as_it_grows():
-  c = decoding.cfg(decode__segment=3)
+  c = decoding.cfg(decode__stream_every=3)
   seen = []
   decoded = decoding.with_rows(c)([PROMPTS[1]], each=seen.append)
   for rows in seen:  # also those whose buffers were donated since

@@ -7,7 +7,7 @@ Trains the small models of MODELS on Python's own library, exports each in every
 form that has a place for it, and has each engine of ENGINES write 64 tokens
 after 6 prompts, greedily, with the heads as drafts where it can: its ids must
 be those of `mtp generate`, and it must cut text into the same tokens. How many
-passes it needed is compared with tests/handover.py, which computes from the
+passes it needed is compared with tests/support/handover.py, which computes from the
 exported files alone what the engine's hand-over of states would draft; and that
 with what mtp_jax itself needed.
 
@@ -30,9 +30,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax import flags, generate, main
+from mtp_jax.cli import flags, main
+from mtp_jax.decode import load
 from mtp_jax.interop import mapping
-from tests import handover
+from tests.support import handover
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPORT = ROOT / 'docs' / 'ENGINES.md'
@@ -81,7 +82,11 @@ MODELS = {
     '--model.n_kv_heads=1',
   ),
   'tied': ('--heads.unembedding=tied', '--heads.n=2'),
-  'Llama 3 RoPE': ('--model.rope_factor=8', '--model.rope_context=32', '--model.rope_theta=500000'),
+  'Llama 3 RoPE': (
+    '--model.rope_factor=8',
+    '--model.original_max_position_embeddings=32',
+    '--model.rope_theta=500000',
+  ),
   'own d_head': ('--model.d_head=64',),
 }
 
@@ -165,10 +170,7 @@ def exported(work: pathlib.Path, model: str, form: str) -> pathlib.Path:
   if not out.exists():
     out.parent.mkdir(exist_ok=True)
     _mtp(
-      'export',
-      f'--export.checkpoint={work / "runs" / _slug(model)}',
-      f'--export.out={out}',
-      f'--export.format={form}',
+      'export', f'{work / "runs" / _slug(model)}', f'--export.out={out}', f'--export.format={form}'
     )
   return out
 
@@ -245,12 +247,12 @@ def ours(work: pathlib.Path, model: str) -> dict:
   many passes, and how it cuts texts."""
   parsed = flags.parse(
     [
-      f'--decode.checkpoint={work / "runs" / _slug(model)}',
-      f'--decode.max_new={NEW}',
+      f'{work / "runs" / _slug(model)}',
+      f'--decode.max_new_tokens={NEW}',
       '--train.compilation_cache=',
     ]
   )
-  opened = generate.load(generate.find(parsed, only_ids=False))
+  opened = load.load(load.find(parsed.rest[0], parsed.given, only_ids=False))
   tokenizer = opened.tokenizer
 
   def cut(text):

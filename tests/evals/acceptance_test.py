@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields, schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.decode import decoder
 from mtp_jax.evals import acceptance
-from tests import runs
+from tests.support import runs
 
 
 def test_it_is_what_decoding_the_same_pieces_says(undisturbed, tmp_path, monkeypatch):
@@ -24,15 +25,15 @@ def test_it_is_what_decoding_the_same_pieces_says(undisturbed, tmp_path, monkeyp
   monkeypatch.setattr(decoder.Decoder, '__call__', counting)
   args = [
     'eval',
-    f'--eval.checkpoint={undisturbed}',
-    '--eval.suite=acceptance',
+    f'{undisturbed}',
+    '--eval.tasks=acceptance',
     '--mesh.fsdp=-1',
     '--train.compilation_cache=',
     f'--out={out}',
-    '--bench.prompt=12',
-    '--decode.max_new=20',
+    '--bench.prompt_len=12',
+    '--decode.max_new_tokens=20',
   ]
-  assert not main.main([*args, '--eval.items=5'])
+  assert not main.main([*args, '--eval.limit=5'])
   found = json.loads(out.read_text())['suites']['acceptance']
   (decoded,) = counted
   assert len(decoded.tokens) == 5 and given == [(257,)]
@@ -44,20 +45,20 @@ def test_it_is_what_decoding_the_same_pieces_says(undisturbed, tmp_path, monkeyp
 
 def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
   path = runs.make_store(str(tmp_path / 'store'))
-  cfg = config.replace(config.Config(), **{'data.store': path, 'bench.prompt': 10})
+  cfg = schema.replace(schema.Config(), **{'data.store': path, 'bench.prompt_len': 10})
   split = store_lib.open_store(path).split('valid')
   tokens, offsets = split.tokens[0][:], split.offsets[0][:]
-  found = acceptance.pieces(cfg, len(offsets) + 2, 'eval.items')
+  found = acceptance.pieces(cfg, len(offsets) + 2)
   starts = [*offsets, offsets[0] + 10, offsets[1] + 10]
   for piece, start in zip(found, starts, strict=True):
     assert piece.tolist() == tokens[start : start + 10].tolist()
   # After each there is a token to predict.
   longest = int(np.diff([*offsets, tokens.size]).max())
-  cfg = config.replace(cfg, **{'bench.prompt': longest - 1})
-  assert acceptance.pieces(cfg, 1, 'eval.items')
-  cfg = config.replace(cfg, **{'bench.prompt': longest})
-  with pytest.raises(config.ConfigError, match='--bench.prompt'):
-    acceptance.pieces(cfg, 1, 'eval.items')
+  cfg = schema.replace(cfg, **{'bench.prompt_len': longest - 1})
+  assert acceptance.pieces(cfg, 1)
+  cfg = schema.replace(cfg, **{'bench.prompt_len': longest})
+  with pytest.raises(fields.ConfigError, match='--bench.prompt_len'):
+    acceptance.pieces(cfg, 1)
 
 
 def test_too_few_pieces_are_said(undisturbed, capsys):
@@ -66,16 +67,16 @@ def test_too_few_pieces_are_said(undisturbed, capsys):
     main.main(
       [
         'eval',
-        f'--eval.checkpoint={undisturbed}',
-        '--eval.suite=acceptance',
+        f'{undisturbed}',
+        '--eval.tasks=acceptance',
         '--mesh.fsdp=-1',
         '--train.compilation_cache=',
-        '--bench.prompt=150',
-        '--eval.items=4000',
+        '--bench.prompt_len=150',
+        '--eval.limit=4000',
       ]
     )
     == 2
   )
   line = capsys.readouterr().err
-  assert line.startswith('mtp: --eval.items=4000: ')
-  assert 'held-out pieces of so many tokens (--bench.prompt=150)' in line
+  assert line.startswith('mtp: --eval.limit=4000: ')
+  assert 'held-out pieces of so many tokens (--bench.prompt_len=150)' in line

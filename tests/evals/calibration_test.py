@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.evals import calibration, scores
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])

@@ -8,10 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.evals import code, problems, registry, subject
-from tests.evals import problems_test, sandbox_test
+from tests.support import namespaces, problem_files
 
 
 @pytest.mark.parametrize('n', [1, 2, 5, 10, 200])
@@ -32,8 +33,8 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
 
 
 def _cfg(path, **changes):
-  kind = sandbox_test.KIND
-  return problems_test.cfg(path, allow_code_execution=True, sandbox=kind, **changes)
+  kind = namespaces.KIND
+  return problem_files.problem_cfg(path, allow_code_execution=True, sandbox=kind, **changes)
 
 
 @pytest.fixture
@@ -61,26 +62,26 @@ TWICE = 'def twice(x):\n  return 2 * x\n'
 READS = 'for x in open(0):\n  print(2 * int(x))\n'
 LEETCODE = 'class Solution:\n  def twice(self, x):\n    return (2 * x, 1)\n'
 SUITES = {
-  'humaneval': ([problems_test.HUMANEVAL] * 2, '  return 2\n', '  return 3\n'),
+  'humaneval': ([problem_files.HUMANEVAL] * 2, '  return 2\n', '  return 3\n'),
   'mbpp': (
-    problems_test.MBPP,
+    problem_files.MBPP,
     'add = type("", (), dict(__call__=lambda *a: Any()))()\n'
     'class Any:\n  __eq__ = lambda *a: True\n',
     'def add(x):\n  return x',
   ),
   'apps': (
-    [problems_test.apps(['1\n2\n', '3'], ['2\n4', ['6']]), problems_test.apps(['7'], ['14.0'])],
+    [problem_files.apps(['1\n2\n', '3'], ['2\n4', ['6']]), problem_files.apps(['7'], ['14.0'])],
     READS,
     'print(2)\nprint(4)',
   ),
-  'code_contests': ([problems_test.CONTEST] * 2, READS, 'print(2)'),
+  'code_contests': ([problem_files.CONTEST] * 2, READS, 'print(2)'),
 }
 
 
 @pytest.mark.parametrize('name', problems.FORMATS)
 def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
   rows, right, wrong = SUITES[name]
-  cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', rows))
+  cfg = _cfg(problem_files.write(tmp_path / 'p.jsonl', rows))
   registry.SUITES[name].check('', cfg)
   for answer, score in ((right, 1), (wrong, 0)):
     found = registry.SUITES[name].run(answering(cfg, lambda *a, x=answer: x), '')
@@ -111,8 +112,8 @@ def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
   ],
 )
 def test_calls_of_apps(source, expected, passes, tmp_path):
-  row = problems_test.apps([[1], [1]], [expected] * 2, fn_name='twice')
-  cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', [row]))
+  row = problem_files.apps([[1], [1]], [expected] * 2, fn_name='twice')
+  cfg = _cfg(problem_files.write(tmp_path / 'p.jsonl', [row]))
   (problem,) = problems.read('apps', '', cfg)
   ended = code.judged('apps', cfg.eval, problem, source)
   assert (ended.outcome == 'passed') == passes, ended
@@ -121,7 +122,7 @@ def test_calls_of_apps(source, expected, passes, tmp_path):
 
 def test_a_mix_has_its_pass_at_k(answering, tmp_path):
   """By temperature, with an oracle over them and shares of what happened."""
-  rows = [problems_test.HUMANEVAL] * 3
+  rows = [problem_files.HUMANEVAL] * 3
   rows = [r | dict(task_id=str(i)) for i, r in enumerate(rows)]
   right_TP = {0.2: (0, 1, 4), 0.8: (1, 1, 1)}  # of 4 answers each
 
@@ -131,7 +132,7 @@ def test_a_mix_has_its_pass_at_k(answering, tmp_path):
     return '  while True: pass\n' if (i, j) == (0, 3) else '  return 3\n'
 
   cfg = _cfg(
-    problems_test.write(tmp_path / 'p.jsonl', rows),
+    problem_files.write(tmp_path / 'p.jsonl', rows),
     samples=4,
     k='1,2',
     temperatures='0.2,0.8',
@@ -176,12 +177,12 @@ def test_an_interval_is_no_narrower_than_that_of_the_scores():
     ({}, (1,), (0.0,)),
     (dict(eval__samples=10), (1, 10), (0.2, 0.8)),
     (dict(eval__samples=200), (1, 10, 100), (0.2, 0.8)),
-    (dict(eval__samples=5, eval__k='5,2', eval__temperatures='.1'), (5, 2), (0.1,)),
-    (dict(eval__temperatures='0,1', eval__k='1'), (1,), (0, 1)),
+    (dict(eval__samples=5, eval__pass_at_k='5,2', eval__temperatures='.1'), (5, 2), (0.1,)),
+    (dict(eval__temperatures='0,1', eval__pass_at_k='1'), (1,), (0, 1)),
   ],
 )
 def test_what_flags_of_sampling_mean(changes, ks, temperatures):
-  cfg = config.replace(config.Config(), **{k.replace('__', '.'): v for k, v in changes.items()})
+  cfg = schema.replace(schema.Config(), **{k.replace('__', '.'): v for k, v in changes.items()})
   assert code.sampling(cfg)[1:] == (ks, temperatures)
 
 
@@ -189,10 +190,10 @@ def test_what_flags_of_sampling_mean(changes, ks, temperatures):
   'changes, flag, says',
   [
     ({'eval.allow_code_execution': False}, 'allow_code', 'a model wrote'),
-    ({'eval.k': '2'}, 'k', '1 to --eval.samples=1'),
-    ({'eval.k': '0'}, 'k', 'whole numbers'),
-    ({'eval.k': 'x'}, 'k', 'whole'),
-    ({'eval.k': '1,1'}, 'k', 'different'),
+    ({'eval.pass_at_k': '2'}, 'k', '1 to --eval.samples=1'),
+    ({'eval.pass_at_k': '0'}, 'k', 'whole numbers'),
+    ({'eval.pass_at_k': 'x'}, 'k', 'whole'),
+    ({'eval.pass_at_k': '1,1'}, 'k', 'different'),
     ({'eval.temperatures': '-1'}, 'temperatures', '0 or more'),
     ({'eval.temperatures': 'nan'}, 'temperatures', '0 or more'),
     ({'eval.temperatures': '0', 'eval.samples': 2}, 'temperatures', 'above 0'),
@@ -203,32 +204,32 @@ def test_what_flags_of_sampling_mean(changes, ks, temperatures):
   ],
 )
 def test_refused_before_anything_is_loaded(changes, flag, says, tmp_path):
-  cfg = _cfg(problems_test.write(tmp_path / 'p.jsonl', problems_test.MBPP))
-  cfg = config.replace(cfg, **{'eval.suite': 'mbpp'} | changes)
-  with pytest.raises(config.ConfigError) as e:
+  cfg = _cfg(problem_files.write(tmp_path / 'p.jsonl', problem_files.MBPP))
+  cfg = schema.replace(cfg, **{'eval.tasks': 'mbpp'} | changes)
+  with pytest.raises(fields.ConfigError) as e:
     registry.asked(cfg)
   assert flag in str(e.value).split('=')[0] and says in str(e.value)
 
 
 def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
-  path = problems_test.write(tmp_path / 'p.jsonl', problems_test.MBPP)
+  path = problem_files.write(tmp_path / 'p.jsonl', problem_files.MBPP)
   out = tmp_path / 'found.json'
   args = [
     'eval',
-    f'--eval.checkpoint={undisturbed}',
-    '--eval.suite=mbpp',
+    f'{undisturbed}',
+    '--eval.tasks=mbpp',
     f'--eval.data={path}',
     '--eval.allow_code_execution',
     '--eval.samples=2',
     '--eval.temperatures=0.5',
-    '--eval.shots=0',
-    '--eval.items=2',
-    '--decode.max_new=12',
+    '--eval.num_fewshot=0',
+    '--eval.limit=2',
+    '--decode.max_new_tokens=12',
     '--decode.top_p=0.95',
     '--mesh.fsdp=-1',
     '--train.compilation_cache=',
     f'--out={out}',
-    f'--eval.sandbox={sandbox_test.KIND}',
+    f'--eval.sandbox={namespaces.KIND}',
   ]
   assert main.main(args) == 0
   text = capsys.readouterr().out

@@ -6,11 +6,13 @@ import json
 
 import pytest
 
-from mtp_jax import checkpoint, config, main
+from mtp_jax.checkpoint import saver
+from mtp_jax.cli import main
+from mtp_jax.config import fields, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder
 from mtp_jax.evals import gsm8k, intervals, subject
-from tests import tiny
+from tests.support import tiny
 
 ROWS = [
   dict(question='How many are 2 and 2?', answer='2 + 2 = <<2+2=4>>4\n#### 4'),
@@ -115,7 +117,7 @@ def test_problems_are_read(data):
 def test_what_is_no_problem_is_told(line, said, tmp_path):
   path = tmp_path / 'test.jsonl'
   path.write_text(line + '\n')
-  with pytest.raises(config.ConfigError, match=said):
+  with pytest.raises(fields.ConfigError, match=said):
     gsm8k.problems(str(path))
 
 
@@ -125,7 +127,7 @@ def _cfg(**changes):
 
 @pytest.fixture(scope='module')
 def asked():
-  c = _cfg(decode__max_new=9, decode__segment=2)
+  c = _cfg(decode__max_new_tokens=9, decode__stream_every=2)
   m = tiny.mesh(c)
   w = tiny.model(c, m)
   return subject.Subject('tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, 2))
@@ -133,7 +135,7 @@ def asked():
 
 def _asking(asked, data, **changes):
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  cfg = config.replace(asked.cfg, **{'eval.data': data} | changes)
+  cfg = schema.replace(asked.cfg, **{'eval.data': data} | changes)
   return asked._replace(cfg=cfg)
 
 
@@ -152,7 +154,7 @@ def test_answers_are_counted(asked, data, monkeypatch):
     ]
 
   monkeypatch.setattr(subject, 'continuations', write)
-  long = _asking(asked, data, eval__shots=0, model__context=100)
+  long = _asking(asked, data, eval__num_fewshot=0, model__max_position_embeddings=100)
   found = gsm8k.run(long, '')
   assert found.scalars == dict(
     accuracy=1 / 3,
@@ -164,7 +166,7 @@ def test_answers_are_counted(asked, data, monkeypatch):
   assert found.lines == [
     '  3 problems, right 33.3% (6.1% to 79.2%), 0 worked examples, 2.00 tokens a pass'
   ]
-  short = _asking(asked, data, eval__shots=0, model__context=30)
+  short = _asking(asked, data, eval__num_fewshot=0, model__max_position_embeddings=30)
   assert '  2 of them are longer' in gsm8k.run(short, '').lines[1]
 
 
@@ -181,7 +183,10 @@ def test_the_first_examples_are_left_out_first(context, shots, kept, asked, data
 
   monkeypatch.setattr(subject, 'continuations', write)
   found = gsm8k.run(
-    _asking(asked, data, eval__items=1, eval__shots=shots, model__context=context), ''
+    _asking(
+      asked, data, eval__limit=1, eval__num_fewshot=shots, model__max_position_embeddings=context
+    ),
+    '',
   )
   first = len(gsm8k.SHOTS) if shots < 0 else shots
   examples = gsm8k.SHOTS[first - kept : first]
@@ -189,23 +194,21 @@ def test_the_first_examples_are_left_out_first(context, shots, kept, asked, data
   assert found.scalars['shots'] == found.items[0]['shots'] == kept
   fewer = [line for line in found.lines if 'fewer examples' in line]
   assert len(fewer) == (kept < first)
-  assert found.lines[-1] == '  1 texts were cut off at --decode.max_new=9'
+  assert found.lines[-1] == '  1 texts were cut off at --decode.max_new_tokens=9'
   if fewer:
     assert f'the context of {context} tokens' in fewer[0]
 
 
 def _eval(workdir, *flags):
-  return main.main(
-    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *flags]
-  )
+  return main.main(['eval', f'{workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *flags])
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   path = str(tmp_path_factory.mktemp('runs') / 'run')
-  c = config.replace(_cfg(), **{'train.workdir': path})
+  c = schema.replace(_cfg(), **{'train.workdir': path})
   model = tiny.model(c, tiny.mesh(c))
-  checkpoint.save_params(model, c, tokenizers.get('bytes'), path)
+  saver.save_params(model, c, tokenizers.get('bytes'), path)
   return path
 
 
@@ -214,11 +217,11 @@ def test_a_user_asks(workdir, data, tmp_path, capsys):
   assert (
     _eval(
       workdir,
-      '--eval.suite=gsm8k',
+      '--eval.tasks=gsm8k',
       f'--eval.data={data}',
-      '--eval.items=2',
-      '--eval.shots=1',
-      '--decode.max_new=7',
+      '--eval.limit=2',
+      '--eval.num_fewshot=1',
+      '--decode.max_new_tokens=7',
       f'--out={out}',
     )
     == 0
@@ -233,10 +236,10 @@ def test_a_user_asks(workdir, data, tmp_path, capsys):
 @pytest.mark.parametrize(
   'flags, said',
   [
-    (['--eval.suite=gsm8k'], 'gsm8k needs its problems'),
-    (['--eval.suite=gsm8k', '--eval.data=/gone.jsonl'], 'cannot read /gone'),
-    (['--eval.suite=gsm8k', '--eval.shots=9'], '8 worked examples'),
-    (['--eval.suite=gsm8k:x'], 'gsm8k, no more'),
+    (['--eval.tasks=gsm8k'], 'gsm8k needs its problems'),
+    (['--eval.tasks=gsm8k', '--eval.data=/gone.jsonl'], 'cannot read /gone'),
+    (['--eval.tasks=gsm8k', '--eval.num_fewshot=9'], '8 worked examples'),
+    (['--eval.tasks=gsm8k:x'], 'gsm8k, no more'),
   ],
 )
 def test_what_cannot_be_asked_is_told(flags, said, workdir, capsys):
@@ -251,5 +254,5 @@ def test_the_last_mark_of_a_problem_has_its_answer(tmp_path):
   assert gsm8k.problems(str(tmp_path / 'x.jsonl'))[0].answer == 5
   row['answer'] = 'The answer is 3.'
   (tmp_path / 'x.jsonl').write_text(json.dumps(row))
-  with pytest.raises(config.ConfigError, match="no number after '####'"):
+  with pytest.raises(fields.ConfigError, match="no number after '####'"):
     gsm8k.problems(str(tmp_path / 'x.jsonl'))

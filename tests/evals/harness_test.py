@@ -15,12 +15,14 @@ import lm_eval
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 
-from mtp_jax import checkpoint, config, main
+from mtp_jax.checkpoint import saver
+from mtp_jax.cli import main
+from mtp_jax.config import fields, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder
 from mtp_jax.evals import gsm8k, harness, intervals, subject
-from mtp_jax.interop import folder, tokens
-from tests import parity, tiny
+from mtp_jax.interop import hf_folder, tokens
+from tests.support import parity, tiny
 
 HFLM = not parity.MISSING and (  # imports torch
   importlib.import_module('lm_eval.models.huggingface').HFLM
@@ -91,7 +93,7 @@ def tasks(tmp_path_factory):
 
 
 def _cfg(family, n, **changes):
-  layers = 2 + (n if family in config.BLOCK_FIRST else 0)
+  layers = 2 + (n if family in schema.BLOCK_FIRST else 0)
   return tiny.cfg(
     heads__family=family,
     heads__n=n,
@@ -119,7 +121,7 @@ def both(request, tmp_path_factory):
   """(our subject, the harness's own class on its export)."""
   ours = _subject(_cfg(*request.param))
   out = str(tmp_path_factory.mktemp('export') / 'out')
-  folder.export(ours.model, ours.cfg, ours.tokenizer, out, dtype='float32', about='a test')
+  hf_folder.export(ours.model, ours.cfg, ours.tokenizer, out, dtype='float32', about='a test')
   return ours, HFLM(out, device='cpu', dtype='float32', batch_size=3)
 
 
@@ -168,7 +170,7 @@ def test_what_greedy_decoding_writes_is_called_so(both):
   ours, theirs = both
   rng = np.random.default_rng(1)
   prompts = [rng.integers(0, 256, size=n) for n in (1, 7, 30)]
-  written = ours.decoder.saying(max_new=5)(prompts).tokens
+  written = ours.decoder.with_sampling(max_new_tokens=5)(prompts).tokens
   asked = []
   for prompt, ids in zip(prompts, written, strict=True):
     for wrong in (None, 0, 4):
@@ -205,12 +207,12 @@ def test_what_is_written_is_the_same(both):
 
 def _asking(ours, tasks, **flags):
   flags = {'eval.data': str(tasks)} | {k.replace('__', '.'): v for k, v in flags.items()}
-  return ours._replace(cfg=config.replace(ours.cfg, **flags))
+  return ours._replace(cfg=schema.replace(ours.cfg, **flags))
 
 
 def test_scores_of_tasks_are_the_same(both, tasks):
   ours, theirs = both
-  ours = _asking(ours, tasks, eval__shots=2, eval__items=6)
+  ours = _asking(ours, tasks, eval__num_fewshot=2, eval__limit=6)
   arg = '+'.join(TASKS)
   harness.check(arg, ours.cfg)
   got = harness.run(ours, arg)
@@ -245,7 +247,7 @@ def test_scores_of_tasks_are_the_same(both, tasks):
 
 @pytest.fixture(scope='module')
 def plain():
-  return _subject(_cfg('parallel', 2, decode__prefill=4))
+  return _subject(_cfg('parallel', 2, decode__prefill_chunk_size=4))
 
 
 def test_a_sample_is_its_own_draw(plain):
@@ -265,7 +267,7 @@ def test_a_sample_is_its_own_draw(plain):
   ],
 )
 def test_what_cannot_be_written_is_told(kwargs, said, plain):
-  with pytest.raises(config.ConfigError, match=said):
+  with pytest.raises(fields.ConfigError, match=said):
     _model(plain).generate_until(_asked('generate_until', [('a', kwargs)]))
 
 
@@ -278,7 +280,7 @@ def test_what_changes_no_greedy_text_is_taken(plain):
 
 @pytest.mark.parametrize('text, n', [('', 0), ('x' * (CONTEXT + 1), 65)])
 def test_a_continuation_must_fit_a_window(text, n, plain):
-  with pytest.raises(config.ConfigError, match=f'continuation of {n} tokens'):
+  with pytest.raises(fields.ConfigError, match=f'continuation of {n} tokens'):
     _model(plain).loglikelihood(_asked('loglikelihood', [('a', text)]))
 
 
@@ -294,7 +296,7 @@ def test_a_text_begins_as_its_tokenizer_says(begin, tmp_path, plain):
   tokenizer = tokenizers.get(f'hf:{tmp_path / tokens.JSON}')
   ours = plain._replace(tokenizer=tokenizer)
   out = str(tmp_path / 'out')
-  folder.export(ours.model, ours.cfg, tokenizer, out, dtype='float32', about='a test')
+  hf_folder.export(ours.model, ours.cfg, tokenizer, out, dtype='float32', about='a test')
   theirs = HFLM(out, device='cpu', dtype='float32')
   asked = _asked('loglikelihood', [('', 'ab'), ('a b', ' c')])
   got, wanted = _model(ours).loglikelihood(asked), theirs.loglikelihood(asked)
@@ -309,16 +311,14 @@ def test_a_text_begins_as_its_tokenizer_says(begin, tmp_path, plain):
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   path = str(tmp_path_factory.mktemp('runs') / 'run')
-  c = config.replace(_cfg('parallel', 2), **{'train.workdir': path})
+  c = schema.replace(_cfg('parallel', 2), **{'train.workdir': path})
   model = tiny.model(c, tiny.mesh(c))
-  checkpoint.save_params(model, c, tokenizers.get('bytes'), path)
+  saver.save_params(model, c, tokenizers.get('bytes'), path)
   return path
 
 
 def _eval(workdir, *flags):
-  return main.main(
-    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *flags]
-  )
+  return main.main(['eval', f'{workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *flags])
 
 
 def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
@@ -327,7 +327,7 @@ def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
   out, suite = tmp_path / 'out.json', 'lm_eval:tiny_ll+tiny_mc+tiny_gen'
   assert (
     _eval(
-      workdir, f'--eval.suite={suite}', f'--eval.data={tasks}', '--eval.items=3', f'--out={out}'
+      workdir, f'--eval.tasks={suite}', f'--eval.data={tasks}', '--eval.limit=3', f'--out={out}'
     )
     == 0
   )
@@ -357,14 +357,14 @@ def test_what_cannot_be_asked_is_told(suite, data, said, workdir, tasks, capsys)
     f'dataset_kwargs: {{data_files: {{test: {torn}/gone.jsonl}}}}\n' + TASKS['tiny_mc']
   )
   data = data.replace('TASKS', str(tasks))
-  assert _eval(workdir, f'--eval.suite={suite}', f'--eval.data={data}') == 2
+  assert _eval(workdir, f'--eval.tasks={suite}', f'--eval.data={data}') == 2
   error = capsys.readouterr().err.splitlines()[-1]
   assert error.startswith('mtp: --eval.') and said in error
 
 
 def test_without_the_harness_its_extra_is_named(workdir, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'lm_eval', None)
-  assert _eval(workdir, '--eval.suite=lm_eval:hellaswag') == 2
+  assert _eval(workdir, '--eval.tasks=lm_eval:hellaswag') == 2
   assert 'needs lm_eval: pip install "mtp_jax[evals]"' in (capsys.readouterr().err)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.evals import heldout
-from tests import oracle, tiny
+from tests.support import oracle, tiny
 
 
 def _evaluate(c, step, batches):
@@ -58,7 +58,7 @@ def test_nothing_to_score_is_said():
   c = tiny.cfg(heads__n=2)
   rows = tiny.batch(c)
   rows['position'][:] = 0
-  from mtp_jax.train import metrics
+  from mtp_jax.losses import metrics
 
   values = metrics.scalars(_evaluate(c, 1, [rows]))
   assert set(values.values()) == {None}

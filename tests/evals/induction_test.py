@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import schema
 from mtp_jax.data import documents, store, tokenizers
 from mtp_jax.evals import induction, scores, subject
 from mtp_jax.train import metrics
-from tests import browser, runs
+from tests.support import browser, runs
 
 STORY = (
   'Once a fox named Tomkin lived here. The old fox, Tomkin, was sly. "Oh,'
@@ -40,7 +41,7 @@ def test_a_name_is_replaced_by_one_of_two_tokens_everywhere():
 
 
 def test_the_first_items_are_of_as_many_documents_as_there_are():
-  """A long one does not use up --eval.items; one without a name gives none."""
+  """A long one does not use up --eval.limit; one without a name gives none."""
   texts = ['No name.', (STORY + '\n\n') * 40, STORY, 'No name.', STORY * 2]
   found = [documents.Document(str(i), text) for i, text in enumerate(texts)]
 
@@ -58,7 +59,7 @@ def test_the_first_items_are_of_as_many_documents_as_there_are():
 
 def test_held_out_texts_are_all_there(tmp_path):
   path = runs.make_store(str(tmp_path / 'store'))
-  cfg = config.replace(config.Config(), **{'data.store': path})
+  cfg = schema.replace(schema.Config(), **{'data.store': path})
   opened = store.open_store(path)
   found = list(induction.texts(cfg, BYTES))
   assert len(found) == opened.manifest['splits']['valid']['documents'] > 3
@@ -148,7 +149,7 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
   monkeypatch.setattr(
     induction, 'texts', lambda *_: [documents.Document('a', STORY), documents.Document('b', STORY)]
   )
-  cfg = config.replace(config.Config(), **{'data.seq_len': 300})
+  cfg = schema.replace(schema.Config(), **{'data.seq_len': 300})
   model = subject.Subject('knows', cfg, None, None, BYTES, 1, None)
   found = induction.run(model, '')
   assert found.scalars['accuracy'] == found.scalars['first_occurrence'] == 1
@@ -190,18 +191,16 @@ def run(tmp_path_factory):
     workdir,
     heads__family='linear',
     data__seq_len=256,
-    eval__suite='induction,choice_points',
+    eval__tasks='induction,choice_points',
     train__steps=2,
-    eval__items=6,
+    eval__limit=6,
     optim__warmup_steps=1,
   )
   return text, workdir
 
 
 def _eval(workdir, *args):
-  return main.main(
-    ['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *args]
-  )
+  return main.main(['eval', f'{workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *args])
 
 
 def test_through_the_command_line(run, tmp_path, capsys):
@@ -213,14 +212,14 @@ def test_through_the_command_line(run, tmp_path, capsys):
   assert page.exists()  # of the run itself
   page.unlink()
   out = tmp_path / 'out.json'
-  assert not _eval(workdir, '--eval.suite=induction', f'--out={out}')
+  assert not _eval(workdir, '--eval.tasks=induction', f'--out={out}')
   found = json.loads(out.read_text())['suites']['induction']
   assert found['accuracy'] == record['accuracy'] and len(found['items']) == 6
   assert not _eval(
-    workdir, '--eval.suite=induction', f'--eval.data=jsonl:{text}', '--eval.items=0', f'--out={out}'
+    workdir, '--eval.tasks=induction', f'--eval.data=jsonl:{text}', '--eval.limit=0', f'--out={out}'
   )
   found = json.loads(out.read_text())['suites']['induction']
-  both = '--eval.suite=choice_points,induction'
+  both = '--eval.tasks=choice_points,induction'
   assert not _eval(workdir, both, f'--out={out}')
   suites = json.loads(out.read_text())['suites']
   assert [*suites] == ['choice_points', 'induction']
@@ -228,22 +227,22 @@ def test_through_the_command_line(run, tmp_path, capsys):
   assert 30 < len(found['items']) <= 40  # a new name may be there already
   capsys.readouterr()
   missing = f'--eval.data=jsonl:{tmp_path}/none.jsonl'
-  assert _eval(workdir, '--eval.suite=induction', missing) == 2
+  assert _eval(workdir, '--eval.tasks=induction', missing) == 2
   assert 'no such file' in capsys.readouterr().err
   few = tmp_path / 'few.txt'
   few.write_text('nothing here')
-  assert _eval(workdir, '--eval.suite=induction', f'--eval.data=text:{few}') == 2
+  assert _eval(workdir, '--eval.tasks=induction', f'--eval.data=text:{few}') == 2
   error = capsys.readouterr().err
   assert error.startswith('mtp: --eval.data=') and 'no name that occurs' in error
   few.write_text('')
-  assert _eval(workdir, '--eval.suite=choice_points', f'--eval.data=text:{few}') == 2
+  assert _eval(workdir, '--eval.tasks=choice_points', f'--eval.data=text:{few}') == 2
   assert 'has no text in it' in capsys.readouterr().err
 
 
 def test_the_page_of_choice_points(run, capsys):
   _, workdir = run
   capsys.readouterr()
-  assert not _eval(workdir, '--eval.suite=choice_points', '--eval.items=2')
+  assert not _eval(workdir, '--eval.tasks=choice_points', '--eval.limit=2')
   page = workdir / 'evals' / '2' / 'choice_points.html'
   assert f'page: {page}' in capsys.readouterr().out
   text = page.read_text()
@@ -283,8 +282,8 @@ def test_choice_points_by_hand(monkeypatch, tmp_path):
   one[0, 0] = True
   short = long._replace(valid=one)
   monkeypatch.setattr(scores, 'of_rows', lambda *_: [long, short])
-  cfg = config.replace(
-    config.Config(),
+  cfg = schema.replace(
+    schema.Config(),
     **{'heads.n': 2, 'heads.stride': 2, 'eval.data': f'jsonl:{text}#text', 'data.seq_len': 16},
   )
   asked = subject.Subject('tiny', cfg, None, None, BYTES, 1, None)
@@ -304,7 +303,7 @@ def test_choice_points_by_hand(monkeypatch, tmp_path):
 
 def test_the_page_in_a_browser(run):
   _, workdir = run
-  assert not _eval(workdir, '--eval.suite=choice_points', '--eval.items=2')
+  assert not _eval(workdir, '--eval.tasks=choice_points', '--eval.limit=2')
   with browser.page() as shown:
     for dark in (False, True):
       shown.look(360, dark)

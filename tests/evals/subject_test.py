@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from mtp_jax import config
+from mtp_jax.config import schema
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder
 from mtp_jax.evals import subject
-from tests import tiny
+from tests.support import tiny
 
 PROMPTS = ('def f(', 'x', 'import os\nprint(os', '')
 
@@ -18,9 +18,9 @@ def asked():
     heads__n=2,
     model__vocab_size=258,
     model__n_layers=3,
-    decode__prefill=4,
+    decode__prefill_chunk_size=4,
     decode__batch_size=3,
-    decode__segment=2,
+    decode__stream_every=2,
   )
   m = tiny.mesh(c)
   w = tiny.model(c, m)
@@ -35,7 +35,7 @@ def test_greedy_texts_are_the_decoder_s(asked):
   found = subject.continuations(asked, PROMPTS, subject.Ask(max_new=9))
   for prompt, (text,) in zip(PROMPTS, found, strict=True):
     ids = np.array([256, *prompt.encode()])
-    decode = asked.decoder.saying(max_new=9)
+    decode = asked.decoder.with_sampling(max_new_tokens=9)
     alone = decode([ids], rows=3, cache=64 + 9, stop_ids=(257,))
     assert text.ids.tolist() == alone.tokens[0].tolist()
     assert text.text == asked.tokenizer.decode(text.ids)
@@ -52,7 +52,7 @@ def test_ids_are_taken_as_they_are(asked):
 def test_samples_do_not_depend_on_the_batch(asked):
   ask = subject.Ask(max_new=6, samples=3, temperature=0.9, seed=5)
   found = subject.continuations(asked, PROMPTS, ask)
-  other = asked._replace(cfg=config.replace(asked.cfg, **{'decode.batch_size': 8}))
+  other = asked._replace(cfg=schema.replace(asked.cfg, **{'decode.batch_size': 8}))
   assert _ids(subject.continuations(other, PROMPTS, ask)) == _ids(found)
   assert len({str(ids) for row in _ids(found) for ids in row}) > 6
 
@@ -102,7 +102,7 @@ def test_a_joined_text_keeps_its_first_space(asked):
 
 def test_heads_that_the_next_token_needs(asked):
   for family, n in (('parallel', 1), ('causal', 1), ('anticausal', 2)):
-    cfg = config.replace(asked.cfg, **{'heads.family': family})
+    cfg = schema.replace(asked.cfg, **{'heads.family': family})
     assert subject.next_token_heads(asked._replace(cfg=cfg)) == n
 
 

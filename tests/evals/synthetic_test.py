@@ -5,17 +5,17 @@ import random
 
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields, schema
 from mtp_jax.data import tasks, tokenizers
 from mtp_jax.evals import intervals, subject, synthetic
 from mtp_jax.train import metrics
-from tests import runs
-from tests.data import tasks_test
+from tests.support import runs, solvers
 
 
 def _cfg(**changes):
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  return config.replace(config.Config(), **changes)
+  return schema.replace(schema.Config(), **changes)
 
 
 def _asked(monkeypatch, name, arg, answer, n=200):
@@ -33,7 +33,7 @@ def _asked(monkeypatch, name, arg, answer, n=200):
 
   monkeypatch.setattr(subject, 'continuations', continuations)
   model = subject.Subject(
-    'solver', _cfg(eval__items=n), None, None, tokenizers.get('bytes'), 1, None
+    'solver', _cfg(eval__limit=n), None, None, tokenizers.get('bytes'), 1, None
   )
   return synthetic.run(name, model, arg)
 
@@ -52,7 +52,7 @@ def _shortcut(prompt: str) -> str:
 @pytest.mark.parametrize('d, length', [(2, 5), (5, 4)])
 def test_a_solver_and_the_shortcut_on_star_graphs(monkeypatch, d, length):
   arg = f'd={d}/length={length}'
-  solved = _asked(monkeypatch, 'star_graph', arg, lambda p: tasks_test._paths(p)[0])
+  solved = _asked(monkeypatch, 'star_graph', arg, lambda p: solvers.all_paths(p)[0])
   assert solved.scalars['accuracy'] == solved.scalars['first_step'] == 1
   assert solved.scalars['tokens_per_forward'] == (length + 1) / 2
   chance = _asked(monkeypatch, 'star_graph', arg, _shortcut, n=1000).scalars
@@ -65,14 +65,14 @@ def test_an_answer_is_right_as_a_whole(monkeypatch):
   arg = 'd=2/length=4'
   for change in (lambda path: path[:-1], lambda path: path[:2] + path[:-2]):
     found = _asked(
-      monkeypatch, 'star_graph', arg, lambda p, change=change: change(tasks_test._paths(p)[0])
+      monkeypatch, 'star_graph', arg, lambda p, change=change: change(solvers.all_paths(p)[0])
     ).scalars
     assert found['accuracy'] == 0 and found['first_step'] == 1
   other = _asked(
     monkeypatch,
     'star_graph',
     arg,
-    lambda p: tasks_test._paths(p)[0][0] + '=' + tasks_test._paths(p)[0][2:],
+    lambda p: solvers.all_paths(p)[0][0] + '=' + solvers.all_paths(p)[0][2:],
   ).scalars
   assert other['accuracy'] == other['first_step'] == 0
 
@@ -82,7 +82,7 @@ def test_polynomials_by_level(monkeypatch):
 
   def up_to_two(prompt):
     expression = prompt.removesuffix('=')
-    value = tasks_test._value(expression, 7, 3)
+    value = solvers.polynomial_value(expression, 7, 3)
     operations = sum(map(expression.count, '-+*o'))
     return ''.join(map(str, value)) if operations <= 2 else '???'
 
@@ -104,13 +104,13 @@ def test_as_many_items_as_are_kept_out_of_training(monkeypatch):
   arg = 'd=1/length=2/nodes=3'
   found = _asked(monkeypatch, 'star_graph', arg, lambda p: '', n=0)
   assert len(found.items) == tasks.N_TESTS
-  with pytest.raises(config.ConfigError, match='at most 2000 of each level'):
+  with pytest.raises(fields.ConfigError, match='at most 2000 of each level'):
     _asked(monkeypatch, 'star_graph', arg, lambda p: '', n=2001)
 
 
 def test_a_store_that_is_gone_does_not_say_which_task(tmp_path):
   cfg = _cfg(data__store=str(tmp_path / 'gone'))
-  with pytest.raises(config.ConfigError, match='is not there to say which'):
+  with pytest.raises(fields.ConfigError, match='is not there to say which'):
     synthetic.check('star_graph', '', cfg)
   assert synthetic.check('star_graph', 'd=3', cfg).params['d'] == 3
   assert synthetic.check('star_graph', '', _cfg()).params['d'] == 2
@@ -138,11 +138,11 @@ def run(tmp_path_factory):
     ['prepare', f'--data.store={store}', f'--data.documents={source}', '--data.valid_fraction=0.1']
   )
   changes = dict(
-    eval__suite='heldout,star_graph',
-    eval__items=20,
-    train__suite_every=2,
+    eval__tasks='heldout,star_graph',
+    eval__limit=20,
+    train__eval_tasks_every=2,
     train__steps=9,
-    model__context=20,
+    model__max_position_embeddings=20,
   )
   assert not runs.train(store, workdir, **changes)
   return store, workdir, changes
@@ -172,13 +172,7 @@ def test_mtp_eval_says_the_same(run, tmp_path, capsys):
   out = tmp_path / 'eval.json'
   capsys.readouterr()
   assert not main.main(
-    [
-      'eval',
-      f'--eval.checkpoint={workdir}',
-      '--mesh.fsdp=-1',
-      '--train.compilation_cache=',
-      f'--out={out}',
-    ]
+    ['eval', f'{workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', f'--out={out}']
   )
   text = capsys.readouterr().out
   assert 'star_graph/d=2/length=3/nodes=9' in text and 'bits per byte' in text
@@ -205,11 +199,11 @@ def test_mtp_eval_says_the_same(run, tmp_path, capsys):
 def test_what_is_wrong_with_a_suite_is_said_at_once(run, capsys, suite, problem):
   store, workdir, _ = run
   capsys.readouterr()
-  common = [f'--eval.suite={suite}', '--train.compilation_cache=']
-  assert main.main(['eval', f'--eval.checkpoint={workdir}', '--mesh.fsdp=-1', *common]) == 2
+  common = [f'--eval.tasks={suite}', '--train.compilation_cache=']
+  assert main.main(['eval', f'{workdir}', '--mesh.fsdp=-1', *common]) == 2
   line = capsys.readouterr().err
-  assert line.startswith('mtp: --eval.suite=') and problem in line
+  assert line.startswith('mtp: --eval.tasks=') and problem in line
   assert line.count('\n') == 1
-  assert runs.train(store, workdir / 'new', eval__suite=suite) == 2
+  assert runs.train(store, workdir / 'new', eval__tasks=suite) == 2
   assert problem in capsys.readouterr().err
   assert not (workdir / 'new').exists()

@@ -24,12 +24,13 @@ import tempfile
 import jax
 import numpy as np
 
-from mtp_jax import checkpoint, main, paths, sharding
+from mtp_jax.checkpoint import metadata, restore
+from mtp_jax.cli import main
 from mtp_jax.data import store as store_lib
-from tests import (
-  conftest,  # noqa: F401  # devices and XLA flags of the tests
-  runs,
-)
+from mtp_jax.io import paths
+from mtp_jax.parallel import sharding
+from tests import conftest  # noqa: F401  # devices and XLA flags of the tests
+from tests.support import runs
 
 OF = dict(train__checkpoint_every=3, optim__warmup_steps=2)
 
@@ -44,14 +45,14 @@ def _mtp(*args: str) -> None:
 def _outputs(top: str, run: str, to: str) -> dict:
   """Losses and greedy text of a checkpoint, and the tokens of its store."""
   held_out, texts = os.path.join(to, 'eval.json'), os.path.join(to, 'text.json')
-  _mtp('eval', f'--eval.checkpoint={run}', f'--out={held_out}')
+  _mtp('eval', f'{run}', f'--out={held_out}')
   _mtp(
     'generate',
-    f'--decode.checkpoint={run}',
+    f'{run}',
     '--prompt=ab (c',
     '--mesh.fsdp=1',
     '--mesh.data=8',
-    '--decode.max_new=24',
+    '--decode.max_new_tokens=24',
     f'--out={texts}',
   )
   with open(held_out) as f:
@@ -77,7 +78,7 @@ def write(top: str) -> None:
   run, out = os.path.join(top, 'run'), os.path.join(top, 'export')
   if runs.train(os.path.join(top, 'store'), run, **OF, train__steps=3):
     raise SystemExit('training failed')
-  _mtp('export', f'--export.checkpoint={run}', f'--export.out={out}', '--mesh.fsdp=-1')
+  _mtp('export', f'{run}', f'--export.out={out}', '--mesh.fsdp=-1')
   np.savez(os.path.join(top, 'params.npz'), *_params(run, 3))
   expected = _outputs(top, run, top)
   expected |= dict(python=sys.version.split()[0], jax=jax.__version__)
@@ -98,8 +99,8 @@ def read(top: str) -> None:
     f'--train.workdir={back}',
     '--mesh.fsdp=-1',
   )
-  cfg, _ = checkpoint.about(back, 0)
-  model = checkpoint.restore_model(back, 0, cfg, sharding.serving_mesh(cfg), 'import.path')
+  cfg, _ = metadata.read_metadata(back, 0)
+  model = restore.restore_model(back, 0, cfg, sharding.serving_mesh(cfg))
   runs.assert_same(jax.device_get(jax.tree.leaves(model)), wanted)
   now = _outputs(top, run, top)
   assert now['tokens'] == expected['tokens'], 'the store has other tokens'
@@ -165,10 +166,10 @@ def keep(path: pathlib.Path = KEPT) -> None:
           '--import.tokenizer=skip',
           '--mesh.fsdp=-1',
         )
-        more = [f'--export.checkpoint={top}/ids']
+        more = [f'{top}/ids']
       _mtp(
         'export',
-        f'--export.checkpoint={top}/run',
+        f'{top}/run',
         f'--export.out={top}/{form}',
         f'--export.format={form}',
         '--mesh.fsdp=-1',

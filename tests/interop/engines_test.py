@@ -1,6 +1,6 @@
 """Exports with modules: what an engine would draft, and what engines drafted.
 
-tests/handover.py computes it from the files alone; transformers and llama.cpp
+tests/support/handover.py computes it from the files alone; transformers and llama.cpp
 run them (extra [parity]). tests/engines does so with trained models and vLLM.
 """
 
@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mtp_jax import checkpoint, config, main, targets
+from mtp_jax.checkpoint import saver
+from mtp_jax.cli import main
+from mtp_jax.config import schema
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import folder, llama_cpp, mapping, tokens
+from mtp_jax.interop import hf_folder, llama_cpp, mapping, tokens
+from mtp_jax.io import paths
+from mtp_jax.losses import targets
 from mtp_jax.model import lm
-from tests import handover, parity, runs, tiny
+from tests.support import handover, parity, runs, tiny
 
 torch = parity.library('torch')
 transformers = parity.library('transformers')
@@ -56,7 +60,7 @@ def pieces(tmp_path_factory):
 
 
 def _cfg(form, family, **changes):
-  layers = N + 1 if family in config.BLOCK_FIRST else 1
+  layers = N + 1 if family in schema.BLOCK_FIRST else 1
   return tiny.cfg(
     export__format=form,
     heads__family=family,
@@ -67,7 +71,7 @@ def _cfg(form, family, **changes):
     model__n_kv_heads=1,
     model__d_ff=48,
     model__vocab_size=V,
-    model__context=CONTEXT,
+    model__max_position_embeddings=CONTEXT,
     data__seq_len=CONTEXT,
     **changes,
   )
@@ -99,7 +103,7 @@ def _export(form, family, out, pieces, **changes):
   c = _cfg(form, family, **changes)
   with jax.set_mesh(tiny.mesh(c)):
     model = _agreeing(c)
-  folder.export(model, c, pieces, str(out), dtype='float32', about='a test')
+  hf_folder.export(model, c, pieces, str(out), dtype='float32', about='a test')
   return c, model
 
 
@@ -131,13 +135,13 @@ def test_the_files_alone_draft_what_the_model_drafts(form, family, tmp_path, pie
   'family, changes',
   [
     ('parallel', dict(heads__unembedding='tied')),
-    ('sequential', dict(model__rope_factor=8.0, model__rope_context=32)),
+    ('sequential', dict(model__rope_factor=8.0, model__original_max_position_embeddings=32)),
   ],
 )
 def test_a_plain_gguf_computes_the_same(family, changes, tmp_path, pieces):
   c = _cfg('gguf', family, **changes)
   model = tiny.model(c, tiny.mesh(c))
-  folder.export(model, c, pieces, str(tmp_path / 'out'), dtype='float32', about='a test')
+  hf_folder.export(model, c, pieces, str(tmp_path / 'out'), dtype='float32', about='a test')
   m = handover.of_gguf(str(tmp_path / 'out' / llama_cpp.TENSORS))
   assert not m.modules and m.sizes.pairs
   ids = pieces.encode(CODE[1000:])[:256]
@@ -163,7 +167,7 @@ def _greedy(m, prompt, new):
 @pytest.mark.parametrize(
   'family, changes',
   [
-    ('sequential', dict(model__rope_factor=8.0, model__rope_context=32)),
+    ('sequential', dict(model__rope_factor=8.0, model__original_max_position_embeddings=32)),
     ('sequential', dict(heads__unembedding='tied', model__d_head=24)),
     ('recursive', {}),
   ],
@@ -220,7 +224,7 @@ def _llama_cpp(tmp_path, out, prompts, new, steps, texts) -> dict:
     ('recursive', dict(heads__unembedding='tied')),
     ('sequential', dict(heads__unembedding='replicated')),
     ('sequential', dict(model__d_head=24)),
-    ('sequential', dict(model__rope_factor=8.0, model__rope_context=32)),
+    ('sequential', dict(model__rope_factor=8.0, model__original_max_position_embeddings=32)),
   ],
 )
 def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
@@ -243,14 +247,14 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
 
 
 def test_a_tokenizer_larger_than_the_model_does_not_leave(tmp_path, pieces, capsys):
-  c = config.replace(tiny.cfg(model__vocab_size=264), **{'train.workdir': str(tmp_path / 'run')})
+  c = schema.replace(tiny.cfg(model__vocab_size=264), **{'train.workdir': str(tmp_path / 'run')})
   model = tiny.model(c, tiny.mesh(c))
-  checkpoint.save_params(model, c, None, c.train.workdir)
+  saver.save_params(model, c, None, c.train.workdir)
   assert (
     main.main(
       [
         'export',
-        f'--export.checkpoint={tmp_path / "run"}',
+        f'{tmp_path / "run"}',
         '--mesh.fsdp=-1',
         f'--export.out={tmp_path / "out"}',
         f'--data.tokenizer={pieces.name}',
@@ -267,12 +271,12 @@ def test_a_tokenizer_larger_than_the_model_does_not_leave(tmp_path, pieces, caps
 def test_modules_that_read_normed_states_are_not_imported(tmp_path, pieces):
   out = tmp_path / 'out'
   _export('transformers_mtp', 'sequential', out, pieces)
-  os.remove(out / folder.OURS)
+  os.remove(out / hf_folder.OURS)
   about = json.loads((out / 'config.json').read_text())
   del about['tie_last_hidden_states']  # true, that is
   (out / 'config.json').write_text(json.dumps(about))
-  with pytest.raises(config.ConfigError, match='states after the final norm'):
-    folder.find(str(out), {})
+  with pytest.raises(paths.InputError, match='states after the final norm'):
+    hf_folder.find(str(out), {})
 
 
 def test_ids_without_a_token_get_names_that_no_token_has(tmp_path):
@@ -314,10 +318,10 @@ def test_an_export_ends_with_an_engines_command_line():
     ),
     ('meta', ''),
   ):
-    assert folder.run_by(form, out, 3) == wanted
-  *_, about = shlex.split(folder.run_by('medusa', out, 3))
+    assert hf_folder.run_by(form, out, 3) == wanted
+  *_, about = shlex.split(hf_folder.run_by('medusa', out, 3))
   assert json.loads(about)['model'] == '/tmp/a b/medusa'
-  *python, code, path = shlex.split(folder.run_by('transformers_mtp', out, 3))
+  *python, code, path = shlex.split(hf_folder.run_by('transformers_mtp', out, 3))
   assert python == ['python', '-c'] and path == out
   compile(code, 'code', 'exec')
 
@@ -354,11 +358,11 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(settings, said, tmp_path)
   path.write_bytes(model.getvalue())
   tokenizer = tokenizers.get(f'sentencepiece:{path}')
   c = _cfg('gguf', 'sequential')
-  with pytest.raises(config.ConfigError, match=said) as error:
-    folder.check(c, tokenizer)
+  with pytest.raises(paths.InputError, match=said) as error:
+    hf_folder.check(c, tokenizer)
   assert str(error.value).startswith('--export.format=gguf: cannot hold')
-  with pytest.raises(config.ConfigError, match='no tokenizer of bytes'):
-    folder.check(c, tokenizers.get('bytes'))
+  with pytest.raises(paths.InputError, match='no tokenizer of bytes'):
+    hf_folder.check(c, tokenizers.get('bytes'))
 
 
 def test_pieces_that_join_to_a_special_one_are_refused(pieces):
@@ -416,7 +420,7 @@ WORDS = [
 def test_words_of_a_tokenizer_json_have_llama_cpps_name(name, words, whole, tmp_path):
   c = _cfg('gguf', 'sequential')
   tokenizer = _json(tmp_path, words, ignore_merges=whole)
-  folder.check(c, tokenizer)
+  hf_folder.check(c, tokenizer)
   says = llama_cpp.vocabulary(tokenizer, c)
   assert says['tokenizer.ggml.pre'] == name
   names = says['tokenizer.ggml.tokens']
@@ -524,8 +528,8 @@ def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
       'may overlap in a text',
     ),
   ):
-    with pytest.raises(config.ConfigError, match=said):
-      folder.check(c, other)
+    with pytest.raises(paths.InputError, match=said):
+      hf_folder.check(c, other)
 
 
 def test_modules_that_are_one_are_recognised(tmp_path, pieces):
@@ -533,16 +537,16 @@ def test_modules_that_are_one_are_recognised(tmp_path, pieces):
   for family in 'sequential', 'recursive':
     out = tmp_path / family
     c, model = _export('transformers_mtp', family, out, pieces)
-    os.remove(out / folder.OURS)
+    os.remove(out / hf_folder.OURS)
     if family == 'sequential':  # tiny's modules differ, _agreeing's do not
       with jax.set_mesh(tiny.mesh(c)):
         model = tiny.model(c, tiny.mesh(c))
-      folder.export(model, c, pieces, str(tmp_path / 'new'), dtype='float32', about='a test')
+      hf_folder.export(model, c, pieces, str(tmp_path / 'new'), dtype='float32', about='a test')
       out = tmp_path / 'new'
-      os.remove(out / folder.OURS)
-    cfg, ours = folder.find(str(out), {})
+      os.remove(out / hf_folder.OURS)
+    cfg, ours = hf_folder.find(str(out), {})
     assert not ours and cfg.heads.family == family and cfg.heads.n == N
-    back = folder.read(str(out), cfg, tiny.mesh(c))
+    back = hf_folder.read(str(out), cfg, tiny.mesh(c))
     jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(model))
     assert lm.specs(cfg).heads is not None
 

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import files, folder, llama_cpp, tokens
-from tests import tiny
+from mtp_jax.interop import files, hf_folder, llama_cpp, tokens
+from mtp_jax.io import paths
+from tests.support import tiny
 
-HEAD, EMBEDDING = folder.HEAD, folder.EMBEDDING
+HEAD, EMBEDDING = hf_folder.HEAD, hf_folder.EMBEDDING
 
 
 @pytest.fixture
@@ -32,9 +34,9 @@ def llama(tmp_path):
     data__seq_len=64,
   )
   model, path = tiny.model(c, tiny.mesh(c)), tmp_path / 'in'
-  folder.export(model, c, None, str(path), dtype='float32', about='a test')
-  os.remove(path / folder.OURS)
-  found = files.read(str(path / files.WHOLE), 'import.path')
+  hf_folder.export(model, c, None, str(path), dtype='float32', about='a test')
+  os.remove(path / hf_folder.OURS)
+  found = files.read(str(path / files.WHOLE))
   arrays = {name: np.array(x.read()) for name, x in found.items()}
   return path, model, c, arrays
 
@@ -67,8 +69,8 @@ def test_a_disk_that_is_full_is_told_by_name(tmp_path, write):
 
 
 def _read(path, param_dtype='float32'):
-  cfg, _ = folder.find(str(path), {'model.param_dtype': param_dtype})
-  return folder.read(str(path), cfg, tiny.mesh(tiny.cfg()))
+  cfg, _ = hf_folder.find(str(path), {'model.param_dtype': param_dtype})
+  return hf_folder.read(str(path), cfg, tiny.mesh(tiny.cfg()))
 
 
 def _same(a, b):
@@ -76,7 +78,7 @@ def _same(a, b):
 
 
 def _refused(call, *args) -> str:
-  with pytest.raises(config.ConfigError) as error:
+  with pytest.raises(paths.InputError) as error:
     call(*args)
   assert '\n' not in str(error.value)
   return str(error.value)
@@ -105,7 +107,7 @@ def test_the_index_says_which_file_a_tensor_is_from(llama):
   # The shard that has it as well has another value, which must not win.
   files.write(str(path / 'extra.safetensors'), {first: arrays[first]})
   shard = path / 'model-00001-of-00002.safetensors'
-  kept = {k: np.array(x.read()) for k, x in files.read(str(shard), 'x').items()}
+  kept = {k: np.array(x.read()) for k, x in files.read(str(shard)).items()}
   files.write(str(shard), kept | {first: arrays[first] + 1})
   for name in ('model-00003-of-00003', 'adapter_model', 'consolidated'):
     files.write(str(path / f'{name}.safetensors'), _stale(arrays))
@@ -157,7 +159,7 @@ def test_weights_that_are_no_numbers_are_refused(llama, value, dtype):
   bad[3, 2] = value
   same = {k: x.astype(dtype) for k, x in (arrays | {name: bad}).items()}
   files.write(str(path / files.WHOLE), same)
-  for param_dtype in config.DTYPES:
+  for param_dtype in fields.DTYPES:
     line = _refused(_read, path, param_dtype)
     assert f'{name} in model.safetensors has numbers that are' in line
 
@@ -184,7 +186,7 @@ def test_offsets_that_cannot_be_are_refused(tmp_path, offsets, said):
   ).encode()
   path = tmp_path / 'x.safetensors'
   path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(16))
-  line = _refused(files.read, str(path), 'import.path')
+  line = _refused(files.read, str(path))
   assert line.startswith(f'--import.path={path}: ') and said in line
 
 
@@ -292,7 +294,7 @@ def test_all_end_tokens_come_in_and_leave(llama, tmp_path, capsys):
     main.main(
       [
         'export',
-        f'--export.checkpoint={tmp_path}/run',
+        f'{tmp_path}/run',
         f'--export.out={tmp_path}/out',
         '--mesh.fsdp=-1',
         '--train.compilation_cache=',

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import fields as fields_lib
+from mtp_jax.config import schema
 from mtp_jax.data import tokenizers
-from mtp_jax.interop import folder, mapping, meta
-from tests import parity, tiny
+from mtp_jax.interop import hf_folder, mapping, meta
+from tests.support import parity, tiny
 
 torch = parity.library('torch')
 transformers = parity.library('transformers')
@@ -57,7 +59,7 @@ def _cfg(form, family, unembedding='shared', n=N, **changes):
     heads__n=n,
     heads__unembedding=unembedding,
     data__tokenizer='bytes',
-    model__n_layers=2 + (n if family in config.BLOCK_FIRST else 0),
+    model__n_layers=2 + (n if family in schema.BLOCK_FIRST else 0),
     model__vocab_size=264,
     data__seq_len=64,
     **changes,
@@ -68,7 +70,7 @@ def _export(c, out, dtype='float32'):
   model = tiny.model(c, tiny.mesh(c))
   gguf = c.export.format == 'gguf'  # which has no tokenizer of bytes
   tokenizer = None if gguf else tokenizers.get('bytes')
-  folder.export(model, c, tokenizer, str(out), dtype=dtype, about='a test')
+  hf_folder.export(model, c, tokenizer, str(out), dtype=dtype, about='a test')
   return model
 
 
@@ -77,8 +79,8 @@ def _given(form):
 
 
 def _read(path, form, **given):
-  cfg, ours = folder.find(str(path), _given(form) | given)
-  return cfg, ours, folder.read(str(path), cfg, tiny.mesh(tiny.cfg()))
+  cfg, ours = hf_folder.find(str(path), _given(form) | given)
+  return cfg, ours, hf_folder.read(str(path), cfg, tiny.mesh(tiny.cfg()))
 
 
 def _same(a, b):
@@ -468,7 +470,7 @@ def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
 def test_what_others_wrote_is_read(form, tmp_path):
   c = _cfg(form, 'parallel', model__norm_eps=1e-6, model__rope_theta=500_000.0)
   model = _export(c, tmp_path / 'in')
-  os.remove(tmp_path / 'in' / folder.OURS)
+  os.remove(tmp_path / 'in' / hf_folder.OURS)
   cfg, ours, back = _read(tmp_path / 'in', form)
   assert not ours and cfg.heads.n == N and cfg.model.n_layers == 2 + N
   assert (cfg.model.norm_eps, cfg.model.rope_theta) == (1e-6, 500_000.0)
@@ -480,7 +482,7 @@ def test_llama_2s_params_do_not_say_how_many_tokens(tmp_path):
   c = _cfg('meta', 'parallel', n=1, model__d_ff=0, model__n_kv_heads=0)
   model = _export(c, tmp_path / 'in')
   out = tmp_path / 'in'
-  os.remove(out / folder.OURS)
+  os.remove(out / hf_folder.OURS)
   about = json.loads((out / 'params.json').read_text())
   assert (about['multiple_of'], about['ffn_dim_multiplier']) == (256, None)
   kept = dict(dim=16, n_layers=3, n_heads=4, multiple_of=256, norm_eps=1e-5, vocab_size=-1)
@@ -525,13 +527,18 @@ def test_any_width_of_a_network_can_be_said():
     ('transformers_mtp', 'sequential', dict(n=1), 'a model of one head'),
     ('mimo', 'recursive', dict(n=1), 'a model of one head'),
     ('medusa', 'residual', dict(n=1), 'this is a model of one'),
-    ('transformers_mtp', 'sequential', dict(loss__order_weight=1.0), '--loss.order_weight'),
+    (
+      'transformers_mtp',
+      'sequential',
+      dict(loss__token_order_weight=1.0),
+      '--loss.token_order_weight',
+    ),
     ('medusa', 'residual', dict(heads__stride=2), '--heads.stride=2'),
   ],
 )
 def test_what_a_form_has_no_place_for(form, family, changes, said, tmp_path):
   c = _cfg(form, family, **changes)
-  with pytest.raises(config.ConfigError, match=said) as error:
+  with pytest.raises(fields_lib.ConfigError, match=said) as error:
     _export(c, tmp_path / 'out')
   assert str(error.value).startswith(f'--export.format={form}: ')
   assert not os.listdir(tmp_path)
@@ -574,7 +581,7 @@ def test_a_copy_that_differs_is_told(form, name, said, tmp_path, capsys):
 
 def _meta_folder(path, **changes):
   _export(_cfg('meta', 'parallel'), path)
-  os.remove(path / folder.OURS)
+  os.remove(path / hf_folder.OURS)
   about = json.loads((path / 'params.json').read_text()) | changes
   (path / 'params.json').write_text(json.dumps(about))
 

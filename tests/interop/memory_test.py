@@ -4,17 +4,18 @@ import json
 
 import numpy as np
 
-from mtp_jax import config
-from mtp_jax.interop import files, folder, mapping
+from mtp_jax.config import parse, schema
+from mtp_jax.interop import files, hf_folder, mapping
 from mtp_jax.model import lm
-from tests import runs, tiny
+from tests.support import runs, tiny
 
 # Anonymous memory: pages of a mapped file are the system's to give and take.
 READ = """
 import re, sys, threading, time
 import jax
-from mtp_jax import config, params, sharding
-from mtp_jax.interop import folder
+from mtp_jax.config import schema
+from mtp_jax.interop import hf_folder
+from mtp_jax.parallel import sharding
 
 def held():
   with open('/proc/self/status') as file:
@@ -26,18 +27,18 @@ def watch():
     peak = max(peak, held())
     time.sleep(0.001)
 
-cfg, _ = folder.find(sys.argv[1], {})
-cfg = config.replace(cfg, **{'mesh.fsdp': -1})
+cfg, _ = hf_folder.find(sys.argv[1], {})
+cfg = schema.replace(cfg, **{'mesh.fsdp': -1})
 mesh = sharding.serving_mesh(cfg)
 jax.block_until_ready(jax.numpy.ones(8) + 1)
 before = peak = held()
 threading.Thread(target=watch, daemon=True).start()
-model = jax.block_until_ready(folder.read(sys.argv[1], cfg, mesh))
+model = jax.block_until_ready(hf_folder.read(sys.argv[1], cfg, mesh))
 print(peak - before - sum(x.nbytes for x in jax.tree.leaves(model)))
 """
 
 
-def _folder(path) -> config.Config:
+def _folder(path) -> schema.Config:
   """Of a Llama of 240 MB; three arrays make most of it."""
   c = tiny.cfg(
     heads__n=1,
@@ -57,7 +58,7 @@ def _folder(path) -> config.Config:
     arrays[name] = np.ones(shape, np.float32)
   path.mkdir()
   files.write(str(path / 'model.safetensors'), arrays)
-  (path / folder.OURS).write_text(config.to_json(c))
+  (path / hf_folder.OURS).write_text(parse.to_json(c))
   (path / 'config.json').write_text(json.dumps(dict(model_type='llama')))
   return c
 

@@ -10,7 +10,7 @@ import tokenizers as hf
 
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import tokens
-from tests import parity
+from tests.support import parity
 
 transformers = parity.library('transformers')
 

@@ -1,8 +1,4 @@
-"""Every kernel is the reference, forward and backward; none holds T x T.
-
-On CPU both Pallas kernels are interpreted, forward and backward. cuDNN's cannot
-be: here it is only lowered.
-"""
+"""TODO of tests.model.attention_test."""
 
 import functools
 import importlib.util
@@ -13,12 +9,13 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from mtp_jax import config, sharding
+from mtp_jax.config import fields, schema
 from mtp_jax.model import attention
-from tests import ahead, runs, tiny
+from mtp_jax.parallel import sharding
+from tests.support import ahead, kernels, runs, tiny
 
 KERNELS = {
-  name: functools.partial(attention.KERNELS[name], interpret=True) for name in config.KERNELS
+  name: functools.partial(attention.KERNELS[name], interpret=True) for name in schema.KERNELS
 }
 
 
@@ -122,12 +119,12 @@ LIMITS = [
 
 @pytest.mark.parametrize('kernel, changes', LIMITS, ids=str)
 def test_what_a_kernel_cannot_take_is_refused_and_auto_does_not(monkeypatch, kernel, changes):
-  monkeypatch.setattr(config, 'KERNELS', {kernel: 'cpu'})
+  monkeypatch.setattr(schema, 'KERNELS', {kernel: 'cpu'})
   fits = dict(data__seq_len=128, model__d_model=64)
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
     assert attention.chosen(tiny.cfg(**fits)) == kernel
     assert attention.chosen(tiny.cfg(**fits | changes)) == 'reference'
-  with pytest.raises(config.ConfigError, match=f'^--model.attention={kernel}:'):
+  with pytest.raises(fields.ConfigError, match=f'^--model.attention={kernel}:'):
     tiny.cfg(**fits | changes, model__attention=kernel)
   assert tiny.cfg(**fits, model__attention=kernel)
 
@@ -137,24 +134,6 @@ def test_without_a_kernel_of_the_platform_auto_is_the_reference():
   assert attention.chosen(c) == 'reference'  # nor without a mesh
   with jax.set_mesh(tiny.mesh(c)):
     assert attention.chosen(c) == 'reference'
-
-
-STEP = dict(
-  model__d_model=64,
-  model__n_layers=3,
-  model__vocab_size=256,
-  heads__n=2,
-  data__batch_size=2,
-  loss__chunk=512,
-  mesh__fsdp=2,
-  mesh__tensor=2,
-  model__compute_dtype='bfloat16',
-  model__remat='block',
-)
-
-
-def step_cfg(kernel, T):
-  return tiny.cfg(**STEP, data__seq_len=T, model__attention=kernel)
 
 
 @pytest.mark.parametrize(
@@ -169,17 +148,16 @@ def test_no_array_of_a_step_for_nvidia_is_t_by_t(monkeypatch, kernel, T, calls):
   # No cuDNN is installed here; nothing of it is called to lower a program.
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 90500)
   m = tiny.mesh(tiny.cfg(mesh__fsdp=2, mesh__tensor=2))
-  text = ahead.cuda_step(step_cfg(kernel, T), m)
+  text = ahead.cuda_step(kernels.step_cfg(kernel, T), m)
   assert {name for name in ('triton', 'fmha') if name in text} == calls
   assert bool(ahead.squares(text, T)) == (kernel == 'reference')
 
 
 TPU = """
 import sys
-from tests import ahead
-from tests.model import attention_test
+from tests.support import ahead, kernels
 kernel, T = sys.argv[1], int(sys.argv[2])
-text = ahead.tpu_step(attention_test.step_cfg(kernel, T))
+text = ahead.tpu_step(kernels.step_cfg(kernel, T))
 print('tpu_custom_call' in text, len(ahead.squares(text, T)))
 """
 

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import config, flags, params, sharding
-from mtp_jax.model import attention, heads, layers, lm
-from tests import oracle, tiny
+from mtp_jax.cli import flags
+from mtp_jax.config import schema
+from mtp_jax.model import attention, layers, lm, params
+from mtp_jax.model import heads as heads_lib
+from mtp_jax.parallel import sharding
+from tests.support import oracle, tiny
 
 
 def _logits(c, rows):
@@ -23,7 +26,7 @@ def _logits(c, rows):
 
 def _cfg(family, n, **changes):
   """Two layers of trunk, and the heads'."""
-  layers = 2 + (n if family in config.BLOCK_FIRST else 0)
+  layers = 2 + (n if family in schema.BLOCK_FIRST else 0)
   return tiny.cfg(heads__n=n, heads__family=family, model__n_layers=layers, **changes)
 
 
@@ -31,7 +34,7 @@ def _rows(c, **kwargs):
   return {k: x[0] for k, x in tiny.batch(c, **kwargs).items()}
 
 
-FAMILIES = tuple(heads.FAMILIES)
+FAMILIES = tuple(heads_lib.FAMILIES)
 
 
 @pytest.mark.parametrize('n', [1, 2, 4])
@@ -96,7 +99,7 @@ def test_no_head_sees_past_what_it_may(family, stride):
     jacobian = jax.jit(jacobian)
     index_U = np.arange(U)
     for k in range(3):
-      fed = c.heads.offsets[:k] if heads.family(c).feeds_tokens else ()
+      fed = c.heads.offsets[:k] if heads_lib.family(c).feeds_tokens else ()
       for t in (1, 7, 15):
         g_UD = np.asarray(jacobian(emb_BUD, k, t))[0]
         seen_U = np.any(g_UD != 0, axis=-1)
@@ -129,7 +132,7 @@ def test_rope_scores_depend_on_distance_only():
   q_BTNH, k_BTNH = jax.random.normal(jax.random.key(0), (2, 1, 8, 1, 6))
   scores = []
   for shift in (0, 300):
-    m = config.Model(d_model=6, n_attn_heads=1)
+    m = schema.ModelConfig(d_model=6, n_attn_heads=1)
     sin, cos = layers.rope_tables(jnp.arange(8)[None] + shift, m)
     q, k = layers.rope(q_BTNH, sin, cos), layers.rope(k_BTNH, sin, cos)
     scores.append(jnp.einsum('BTNH,BSNH->TS', q, k))
@@ -205,7 +208,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 
 def test_decay_is_read_from_the_spec_not_from_dimensions():
-  decays = jax.tree.map(lambda s: s.decay, lm.specs(config.Config()))
+  decays = jax.tree.map(lambda s: s.decay, lm.specs(schema.Config()))
   assert decays.embed and decays.unembed and decays.trunk.q
   assert not decays.norm
   assert not decays.trunk.attn_norm and not decays.heads.mlp_norm

@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from mtp_jax import main
-from mtp_jax.train import goodput, loop, spikes, watchdog
-from tests import runs
+from mtp_jax.cli import main
+from mtp_jax.data import batches as batches_lib
+from mtp_jax.parallel import sharding
+from mtp_jax.train import goodput, loop, rollback, watchdog
+from tests.support import runs
 
 
 def _clock(**seconds):
@@ -121,7 +123,7 @@ def test_a_run_counts_its_seconds_and_the_report_shows_them(undisturbed, tmp_pat
 
 
 def _spikes(losses, sigma=10.0):
-  spike = spikes.Detector(sigma)
+  spike = rollback.Detector(sigma)
   return [i for i, loss in enumerate(losses) if spike(loss)]
 
 
@@ -146,7 +148,7 @@ def test_a_run_says_and_counts_its_spikes(store, tmp_path, capsys, monkeypatch):
     seen.append(loss)
     return len(seen) == 3
 
-  monkeypatch.setattr(spikes.Detector, '__call__', third)
+  monkeypatch.setattr(rollback.Detector, '__call__', third)
   assert runs.train(store, tmp_path) == 0
   said = capsys.readouterr().out
   assert f'step 3: head 1 {seen[2]:.4f} is a loss spike' in said
@@ -164,7 +166,7 @@ def _spike_once(monkeypatch, loss_of_step):
     seen.append(loss)
     return len(seen) == loss_of_step
 
-  monkeypatch.setattr(spikes.Detector, '__call__', detect)
+  monkeypatch.setattr(rollback.Detector, '__call__', detect)
 
 
 @pytest.mark.parametrize('every, back', [(3, 3), (0, 0)])
@@ -182,9 +184,9 @@ def test_a_run_that_goes_back_is_one_without_those_batches(
   assert f'goes back to step {back}; batches 3 to 4 of the order' in said
   assert runs.train(store, went, **of | dict(train__skip_batches=2)) == 0
 
-  batches = loop.train_batches
+  batches = batches_lib.train_batches
   monkeypatch.setattr(
-    loop,
+    batches_lib,
     'train_batches',
     lambda tokens, cfg, start, mesh, left_out=(): batches(tokens, cfg, start, mesh, ((3, 2),)),
   )
@@ -212,14 +214,14 @@ def test_a_signal_does_not_change_what_is_left_out(
     self.losses.append(loss)
     return len(self.losses) > 4 and loss == spike
 
-  monkeypatch.setattr(spikes.Detector, '__call__', detect)
+  monkeypatch.setattr(rollback.Detector, '__call__', detect)
   of = dict(train__checkpoint_every=3, train__steps=10, train__skip_batches=2)
   straight, signalled = tmp_path / 'straight', tmp_path / 'signalled'
   assert runs.train(store, straight, **of) == 0
   ends = [s['end'] for s in goodput.summary(_lines(straight))['sessions']]
   assert ends == ['went back', 'finished']
 
-  put, calls = loop.sharding.put_batch, []
+  put, calls = sharding.put_batch, []
 
   def signal_at(mesh, batch):
     calls.append(1)
@@ -228,7 +230,7 @@ def test_a_signal_does_not_change_what_is_left_out(
     return put(mesh, batch)
 
   with monkeypatch.context() as patched:
-    patched.setattr(loop.sharding, 'put_batch', signal_at)
+    patched.setattr(sharding, 'put_batch', signal_at)
     assert runs.train(store, signalled, **of) == loop.EXIT_INTERRUPTED
   assert runs.train(store, signalled, **of) == 0
   runs.assert_same(runs.restored(signalled, 10), runs.restored(straight, 10))
@@ -240,16 +242,16 @@ def _lines(workdir):
 
 
 def test_a_detector_passes_by_what_is_no_loss():
-  detector = spikes.Detector(6.0)
+  detector = rollback.Detector(6.0)
   for loss in [1.0, None, float('nan')] * 16:
     assert not detector(loss)
   assert list(detector.losses) == [1.0] * 16
-  assert detector(2.0) and not spikes.Detector(6.0, [1.0] * 15)(2.0)
-  assert spikes.Detector(6.0, detector.losses)(2.0)
+  assert detector(2.0) and not rollback.Detector(6.0, [1.0] * 15)(2.0)
+  assert rollback.Detector(6.0, detector.losses)(2.0)
 
 
 def test_a_run_does_not_go_back_for_ever(store, tmp_path, monkeypatch):
-  monkeypatch.setattr(spikes.Detector, '__call__', lambda self, loss: True)
+  monkeypatch.setattr(rollback.Detector, '__call__', lambda self, loss: True)
   assert runs.train(store, tmp_path, train__skip_batches=1) == loop.EXIT_DIVERGED
 
 
@@ -299,13 +301,13 @@ def test_the_loop_shows_the_watchdog_that_it_lives(store, tmp_path, monkeypatch)
 
 
 def test_a_run_that_starves_says_so(store, tmp_path, capsys, monkeypatch):
-  batches = loop.train_batches
+  batches = batches_lib.train_batches
 
   def slow(*args):
     for batch in batches(*args):
       time.sleep(0.3)
       yield batch
 
-  monkeypatch.setattr(loop, 'train_batches', slow)
+  monkeypatch.setattr(batches_lib, 'train_batches', slow)
   assert runs.train(store, tmp_path) == 0
   assert 'the run waits for data ' in capsys.readouterr().out

@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from mtp_jax import config
+from mtp_jax.config import fields
+from mtp_jax.io import paths
 from mtp_jax.train import lock
-from tests import runs
+from tests.support import runs
 
 
 def _other(path, **changes):
@@ -23,7 +24,7 @@ def _other(path, **changes):
 def test_a_living_holder_is_named(tmp_path):
   pid = os.getppid()
   _other(tmp_path / 'lock.json', pid=pid, started=lock._started(pid))
-  with pytest.raises(config.ConfigError, match=f'written by process {pid}'):
+  with pytest.raises(paths.InputError, match=f'written by process {pid}'):
     lock.Lock(str(tmp_path))
   assert json.loads((tmp_path / 'lock.json').read_text())['run'] == 'x'
 
@@ -51,7 +52,7 @@ def test_a_killed_process_that_nobody_waited_for_loses_its_lock(tmp_path):
   sleeping = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
   started = lock._started(sleeping.pid)
   _other(tmp_path / 'lock.json', pid=sleeping.pid, started=started)
-  with pytest.raises(config.ConfigError):
+  with pytest.raises(paths.InputError):
     lock.Lock(str(tmp_path))
   sleeping.kill()
   os.waitid(os.P_PID, sleeping.pid, os.WEXITED | os.WNOWAIT)
@@ -68,7 +69,7 @@ def test_another_machine_that_touches_its_lock_lives(tmp_path, monkeypatch, caps
   path = tmp_path / 'lock.json'
   _other(path, host='elsewhere')
   monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e10, 1e10)))
-  with pytest.raises(config.ConfigError, match='on elsewhere'):
+  with pytest.raises(paths.InputError, match='on elsewhere'):
     lock.Lock(str(tmp_path))
   assert f'on elsewhere; waits up to {lock.STALE_S:.0f} s whether it lives' in (
     capsys.readouterr().out
@@ -94,7 +95,7 @@ def test_one_silent_for_long_by_our_clock_is_watched_for_a_while(tmp_path, monke
   os.utime(path, (0, 0))
   with monkeypatch.context() as m:
     m.setattr(time, 'sleep', lambda _: os.utime(path, (20, 20)))
-    with pytest.raises(config.ConfigError, match='on elsewhere'):
+    with pytest.raises(paths.InputError, match='on elsewhere'):
       lock.Lock(str(tmp_path))
   assert f'waits up to {lock.LIVES_S:.0f} s whether' in capsys.readouterr().out
   monkeypatch.setattr(lock, 'LIVES_S', 0.5)
@@ -160,7 +161,7 @@ def test_of_many_that_start_together_one_gets_it(tmp_path):
       barrier.wait()  # noqa: B023
       try:
         got.append(lock.Lock(str(workdir)))  # noqa: B023
-      except config.ConfigError:
+      except fields.ConfigError:
         return
 
     threads = [threading.Thread(target=take) for _ in range(4)]
@@ -184,10 +185,10 @@ def test_another_container_of_the_same_host_name_is_waited_for(tmp_path, monkeyp
   path = tmp_path / 'lock.json'
   _foreign(path)
   monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e9, 1e9)))
-  with pytest.raises(config.ConfigError, match='is being written by'):
+  with pytest.raises(paths.InputError, match='is being written by'):
     lock.Lock(str(tmp_path))
   _foreign(path, pid=2**22 + 1)  # nobody has this pid here: that says nothing
-  with pytest.raises(config.ConfigError, match='is being written by'):
+  with pytest.raises(paths.InputError, match='is being written by'):
     lock.Lock(str(tmp_path))
 
 
@@ -230,7 +231,7 @@ def test_a_workdir_that_is_gone_was_not_taken(how, tmp_path):
   else:
     (workdir / 'lock.json').unlink()
     workdir.rmdir()
-  with pytest.raises(config.ConfigError, match='is gone: it was deleted, or'):
+  with pytest.raises(paths.InputError, match='is gone: it was deleted, or'):
     held.check()
   (workdir / 'checkpoints' / '3.tmp').mkdir(parents=True)  # of a save
   held.release()

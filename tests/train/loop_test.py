@@ -1,4 +1,4 @@
-"""A run: stopped and resumed it is the run that was not, bit for bit."""
+"""TODO of tests.train.loop_test."""
 
 import errno
 import io
@@ -14,12 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import checkpoint, config, main, manifest, sharding, targets
-from mtp_jax.train import loop, metrics
+from mtp_jax.checkpoint import manifest, metadata, restore, saver
+from mtp_jax.cli import main
+from mtp_jax.config import parse, schema
+from mtp_jax.data import batches as batches_lib
+from mtp_jax.evals import heldout, registry
+from mtp_jax.losses import metrics as metrics_lib
+from mtp_jax.losses import targets
+from mtp_jax.parallel import sharding
+from mtp_jax.train import evaluation, loop, metrics
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
-from tests import faults, runs, tiny
-from tests import processes_test as pair
+from tests import faults
+from tests.support import pairs as pairs_lib
+from tests.support import runs, signals, tiny
 
 
 @pytest.fixture
@@ -33,19 +41,6 @@ def resumable(undisturbed, tmp_path):
   assert len(lines) == 7
   path.write_text(''.join(lines[:5]) + lines[5][:30])
   return run
-
-
-def _at_batch(monkeypatch, number, action):
-  """Calls action when the run is about to use its number-th batch."""
-  put, calls = loop.sharding.put_batch, []
-
-  def patched(mesh, batch):
-    calls.append(1)
-    if len(calls) == number:
-      action()
-    return put(mesh, batch)
-
-  monkeypatch.setattr(loop.sharding, 'put_batch', patched)
 
 
 def _of_kind(workdir, kind, names=None):
@@ -63,8 +58,8 @@ def test_a_run_writes_what_it_says(undisturbed, store):
     'run.flags',
     'tensorboard',
   ]
-  assert checkpoint.steps(str(undisturbed)) == [3, 6]
-  cfg = config.from_json((undisturbed / 'config.json').read_text())
+  assert restore.steps(str(undisturbed)) == [3, 6]
+  cfg = parse.from_json((undisturbed / 'config.json').read_text())
   assert cfg.data.store == store and cfg.train.steps == 6
   assert 'workdir' not in (undisturbed / 'run.flags').read_text()
   kinds = [(r['kind'], r['step']) for r in runs.records(undisturbed)]
@@ -96,10 +91,10 @@ def test_a_run_writes_what_it_says(undisturbed, store):
 def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
   rows = []
   for accumulate in (1, 2, 4):
-    cfg = config.replace(
-      config.Config(), **runs.FLAGS, **{'data.store': store, 'train.accumulate': accumulate}
+    cfg = schema.replace(
+      schema.Config(), **runs.FLAGS, **{'data.store': store, 'train.grad_accum_steps': accumulate}
     )
-    (found,) = loop.eval_batches(loop.open_tokens(cfg), cfg).values()
+    (found,) = batches_lib.eval_batches(batches_lib.open_tokens(cfg), cfg).values()
     batches = list(found)
     assert len(batches) == 2 * accumulate  # --eval.batches=2
     rows.append(np.concatenate([b['tokens'][0] for b in batches]))
@@ -132,10 +127,10 @@ def test_a_signal_then_the_same_command_is_the_undisturbed_run(
   store, tmp_path, undisturbed, monkeypatch, capsys, number, mortal
 ):
   handlers = [signal.getsignal(s) for s in SIGNALS]
-  _at_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
+  signals.at_batch(monkeypatch, 4, lambda: os.kill(os.getpid(), number))
   assert runs.train(store, tmp_path) == loop.EXIT_INTERRUPTED == 75
   assert 'saved step 4; run the same command' in capsys.readouterr().out
-  assert checkpoint.steps(str(tmp_path)) == [4]
+  assert restore.steps(str(tmp_path)) == [4]
   monkeypatch.undo()
   assert handlers == [signal.getsignal(s) for s in SIGNALS]
   assert runs.train(store, tmp_path) == 0
@@ -163,11 +158,11 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for(
 
     return evaluate
 
-  monkeypatch.setattr(loop.heldout, 'evaluator', evaluator)
+  monkeypatch.setattr(heldout, 'evaluator', evaluator)
   run = tmp_path / 'run'
   assert runs.train(store, run, **of) == loop.EXIT_INTERRUPTED
   assert f'interrupted: saved step {at};' in capsys.readouterr().out
-  assert checkpoint.steps(str(run))[-1] == at and not _of_kind(run, 'eval')
+  assert restore.steps(str(run))[-1] == at and not _of_kind(run, 'eval')
   monkeypatch.undo()
   assert runs.train(store, run, **of) == 0
   runs.assert_same(runs.restored(run, 6), runs.restored(straight, 6))
@@ -177,24 +172,24 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for(
 
 
 def test_a_suite_that_is_named_is_evaluated():
-  """Held-out windows too, as one of --eval.suite at its cadence."""
+  """Held-out windows too, as one of --eval.tasks at its cadence."""
 
   def due(done, **changes):
     given = {k.replace('__', '.'): v for k, v in changes.items()}
-    cfg = config.replace(config.Config(), **{'train.steps': 9, **given})
-    return loop._due(cfg, done)
+    cfg = schema.replace(schema.Config(), **{'train.steps': 9, **given})
+    return evaluation.due(cfg, done)
 
-  both = dict(eval__suite='heldout,acceptance', train__suite_every=4)
+  both = dict(eval__tasks='heldout,acceptance', train__eval_tasks_every=4)
   # Whether a suite can be evaluated at all is another question.
-  check = loop.registry.SUITES['acceptance']._replace(check=lambda *_: None)
+  check = registry.SUITES['acceptance']._replace(check=lambda *_: None)
   with pytest.MonkeyPatch.context() as patched:
-    patched.setitem(loop.registry.SUITES, 'acceptance', check)
+    patched.setitem(registry.SUITES, 'acceptance', check)
     assert due(4, **both) == (True, True)
-    assert due(4, **both | dict(eval__suite='acceptance')) == (False, True)
+    assert due(4, **both | dict(eval__tasks='acceptance')) == (False, True)
     assert due(3, **both) == (False, False)
     assert due(0, **both) == (False, False)
-    assert due(9, **both | dict(eval__suite='acceptance')) == (True, True)
-    assert due(6, train__eval_every=3, train__suite_every=4) == (True, False)
+    assert due(9, **both | dict(eval__tasks='acceptance')) == (True, True)
+    assert due(6, train__eval_every=3, train__eval_tasks_every=4) == (True, False)
 
 
 @pytest.mark.parametrize('name', ['a[1]', 'b*', 'c?/run', '[d'])
@@ -220,15 +215,15 @@ def test_a_step_without_a_target_passes_by_the_non_finite_counter():
       jnp.ones(c.model.vocab_size, jnp.int32),
     )
   assert (after.skipped_in_a_row, after.skipped) == (2, 0)
-  assert set(metrics.scalars(jax.device_get(values))) >= {'loss', 'loss_2'}
-  assert metrics.scalars(jax.device_get(values))['loss_2'] is None
+  assert set(metrics_lib.scalars(jax.device_get(values))) >= {'loss', 'loss_2'}
+  assert metrics_lib.scalars(jax.device_get(values))['loss_2'] is None
 
 
 def test_resumed_under_muon_and_random_rounding(store, tmp_path):
   of = dict(
     optim__name='muon',
     model__param_dtype='bfloat16',
-    optim__heads_lr=2,
+    optim__heads_lr_mult=2,
     optim__moment_dtype='bfloat16',
     train__checkpoint_every=3,
     heads__family='linear',
@@ -252,9 +247,9 @@ def test_a_second_interrupt_does_not_wait(store, tmp_path, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
 
-  _at_batch(monkeypatch, 4, twice)
+  signals.at_batch(monkeypatch, 4, twice)
   assert runs.train(store, tmp_path) == 130
-  assert checkpoint.steps(str(tmp_path)) == []
+  assert restore.steps(str(tmp_path)) == []
   assert not (tmp_path / 'lock.json').exists()
 
 
@@ -270,7 +265,7 @@ def test_sigterm_to_a_process(store, tmp_path, capsys):
       break
   _, error = run.communicate()
   assert run.returncode == loop.EXIT_INTERRUPTED, error
-  (stopped_at,) = checkpoint.steps(str(interrupted))
+  (stopped_at,) = restore.steps(str(interrupted))
   assert 4 <= stopped_at < 60
   assert runs.train(store, interrupted, **flags) == 0
   assert f'step {stopped_at} of 60' in capsys.readouterr().out
@@ -281,7 +276,7 @@ def test_sigterm_to_a_process(store, tmp_path, capsys):
 
 KILLED_SAVING = """
 import os, signal, sys
-from mtp_jax import main
+from mtp_jax.cli import main
 
 rename = os.rename
 
@@ -305,8 +300,8 @@ def test_kill_during_a_save(store, tmp_path, undisturbed):
   left = set(os.listdir(tmp_path / 'checkpoints')) - {'2'}
   assert left and all(name.startswith('4.') for name in left), left
   assert (tmp_path / 'lock.json').exists()
-  assert checkpoint.steps(str(tmp_path)) == [2]
-  assert checkpoint.find(str(tmp_path)) == (str(tmp_path), 2)
+  assert restore.steps(str(tmp_path)) == [2]
+  assert restore.find(str(tmp_path)) == (str(tmp_path), 2)
   assert runs.train(store, tmp_path, **flags) == 0
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['4', '6']
   runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
@@ -328,19 +323,19 @@ def test_steps_and_cadences_may_change(store, resumable, undisturbed):
     train__log_every=5,
     train__eval_every=7,
     train__checkpoint_every=2,
-    train__keep_last=9,
+    train__max_to_keep=9,
   )
   kinds = [(r['kind'], r['step']) for r in runs.records(resumable)[3:]]
   assert kinds == [('train', 5), ('eval', 7), ('train', 8), ('eval', 8)]
-  assert checkpoint.steps(str(resumable)) == [3, 4, 6, 8]
+  assert restore.steps(str(resumable)) == [3, 4, 6, 8]
   mine, theirs = (runs.restored(w, 6) for w in (resumable, undisturbed))
   runs.assert_same(mine, theirs)
-  cfg = config.from_json((resumable / 'config.json').read_text())
+  cfg = parse.from_json((resumable / 'config.json').read_text())
   assert cfg.train.steps == 8
 
 
 def test_another_mesh_goes_on(store, tmp_path, undisturbed, monkeypatch):
-  _at_batch(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  signals.at_batch(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
   mesh = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   assert runs.train(store, tmp_path, **mesh) == loop.EXIT_INTERRUPTED
   monkeypatch.undo()
@@ -365,8 +360,8 @@ def test_a_finished_run_is_left_alone(store, undisturbed, capsys):
     ({'optim__lr': 0.5}, '--optim.lr=0.5: the run in'),
     ({'heads__n': 1}, '--heads.n=1: the run in'),
     ({'train__seed': 7}, '--train.seed=7: the run in'),
-    ({'loss__schedule': 'eager'}, '--loss.schedule=eager: the run in'),
-    ({'train__accumulate': 1, 'data__batch_size': 16}, '--data.batch_size=16'),
+    ({'loss__backward': 'interleaved'}, '--loss.backward=interleaved: the run in'),
+    ({'train__grad_accum_steps': 1, 'data__batch_size': 16}, '--data.batch_size=16'),
   ],
 )
 def test_what_changes_the_result_is_refused(store, undisturbed, capsys, change, line):
@@ -417,11 +412,11 @@ def test_who_lost_the_lock_writes_nothing_more(store, tmp_path, monkeypatch, cap
     (tmp_path / 'lock.json').write_text(json.dumps(holder | dict(run='other')))
     seen.update(files())
 
-  _at_batch(monkeypatch, 2, take)
+  signals.at_batch(monkeypatch, 2, take)
   assert runs.train(store, tmp_path, **cadence) == loop.EXIT_REPLACED
   assert 'taken by another run' in capsys.readouterr().err
   assert files() == seen and len(seen) == 5, seen.keys()
-  assert checkpoint.steps(str(tmp_path)) == []
+  assert restore.steps(str(tmp_path)) == []
 
 
 # What goes wrong in a step, and what does not take part in it.
@@ -437,7 +432,7 @@ def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
   monkeypatch.setattr(
     targets, 'weights', lambda step, cfg: weights(step, cfg) * jnp.array(factors)[step]
   )
-  every = dict(train__checkpoint_every=1, train__keep_last=9)
+  every = dict(train__checkpoint_every=1, train__max_to_keep=9)
   a, b = tmp_path / 'a', tmp_path / 'b'
   assert runs.train(store, a, train__max_nonfinite=3, **every) == 0
   assert _of_kind(a, 'train', ['skipped', 'skipped_in_a_row']) == [
@@ -469,13 +464,13 @@ def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
   assert runs.train(store, b, train__max_nonfinite=2) == 76
   assert loop.EXIT_DIVERGED == 76
   assert '2 steps in a row were not finite' in capsys.readouterr().out
-  assert checkpoint.steps(str(b)) == []
+  assert restore.steps(str(b)) == []
   assert _of_kind(b, 'train')[-1]['step'] == 5
 
 
 def test_a_curriculum_leaves_inactive_heads_alone(store, tmp_path):
   assert 0 == runs.train(
-    store, tmp_path, train__checkpoint_every=1, train__keep_last=9, loss__curriculum='0:1;2:2;4:1'
+    store, tmp_path, train__checkpoint_every=1, train__max_to_keep=9, loss__curriculum='0:1;2:2;4:1'
   )
   states = {step: runs.restored(tmp_path, step) for step in range(1, 7)}
 
@@ -524,7 +519,7 @@ def test_a_profile_of_what_the_run_has_of_its_steps(
 
   tell(jax.profiler, 'start_trace', 'start')
   tell(jax.profiler, 'stop_trace', 'stop')
-  tell(loop.sharding, 'put_batch', 'batch')
+  tell(sharding, 'put_batch', 'batch')
   assert 0 == runs.train(store, resumable, train__profile_start=start, train__profile_steps=steps)
   assert ' '.join(calls[: len(told.split())]) == told
   assert calls.count('start') == calls.count('stop') == 1
@@ -581,12 +576,12 @@ def test_a_run_falls_back_to_the_newest_good_checkpoint(store, copy, undisturbed
     ' run goes on from step 3'
   )
   assert 'step 3 of 6, 3 to go' in out
-  assert checkpoint.steps(str(copy)) == [3, 6]
+  assert restore.steps(str(copy)) == [3, 6]
   aside = _contents(copy / 'checkpoints' / '6.damaged')
   assert [*aside.values()] == [*damaged.values()]
   runs.assert_same(runs.restored(copy, 6), runs.restored(undisturbed, 6))
   assert runs.records(copy) == runs.records(undisturbed)
-  checkpoint.verify(str(copy), 6, 'train.workdir')
+  restore.verify(str(copy), 6, 'train.workdir')
 
 
 def test_only_damaged_checkpoints_are_refused_and_left(store, copy, capsys):
@@ -609,21 +604,21 @@ def test_who_is_refused_sets_nothing_aside(store, copy, capsys):
 
 
 @pytest.mark.parametrize(
-  'command, flag, more',
+  'command, more',
   [
-    ('eval', 'eval.checkpoint', ['--mesh.fsdp=-1']),
-    ('generate', 'decode.checkpoint', ['--prompt=ab', '--mesh.fsdp=-1']),
-    ('export', 'export.checkpoint', ['--export.out={}/out']),
+    ('eval', ['--mesh.fsdp=-1']),
+    ('generate', ['--prompt=ab', '--mesh.fsdp=-1']),
+    ('export', ['--export.out={}/out']),
   ],
 )
-def test_other_commands_refuse_a_damaged_checkpoint(copy, tmp_path, capsys, command, flag, more):
+def test_other_commands_refuse_a_damaged_checkpoint(copy, tmp_path, capsys, command, more):
   line = _damage(copy, 6)
   before = _contents(tmp_path)
   for path in (copy, copy / 'checkpoints' / '6'):
-    args = [f'--{flag}={path}', '--train.compilation_cache=', *more]
+    args = [str(path), '--train.compilation_cache=', *more]
     args = [arg.format(tmp_path) for arg in args]
     assert main.main([command, *args]) == 2
-    assert capsys.readouterr() == ('', f'mtp: --{flag}={copy}/checkpoints/6: is damaged: {line}\n')
+    assert capsys.readouterr() == ('', f'mtp: {copy}/checkpoints/6: is damaged: {line}\n')
   assert _contents(tmp_path) == before
 
 
@@ -634,24 +629,24 @@ def test_a_run_does_not_begin_with_a_damaged_checkpoint(store, copy, tmp_path, c
   assert capsys.readouterr().err == (
     f'mtp: --train.init_from={copy}/checkpoints/6: is damaged: {line}\n'
   )
-  assert checkpoint.steps(str(tmp_path / 'run')) == []
+  assert restore.steps(str(tmp_path / 'run')) == []
   begun = dict(train__init_from=copy / 'checkpoints' / '3')
   assert runs.train(store, tmp_path / 'run', **begun) == 0
 
 
 def test_after_an_import_a_run_falls_back_to_it(store, copy, tmp_path, capsys):
   """As it does when nothing newer was saved."""
-  cfg, _ = checkpoint.about(str(copy), 6)
-  cfg = config.replace(cfg, **{'train.keep_last': 9})
+  cfg, _ = metadata.read_metadata(str(copy), 6)
+  cfg = schema.replace(cfg, **{'train.max_to_keep': 9})
   m = sharding.make_mesh(cfg)
-  model = checkpoint.restore_model(str(copy), 6, cfg, m, 'train.workdir')
+  model = restore.restore_model(str(copy), 6, cfg, m)
   run = tmp_path / 'run'
-  cfg = config.replace(cfg, **{'train.workdir': str(run)})
-  checkpoint.save_params(model, cfg, None, str(run))
-  keep = dict(train__steps=3, optim__warmup_steps=2, train__keep_last=9)
+  cfg = schema.replace(cfg, **{'train.workdir': str(run)})
+  saver.save_params(model, cfg, None, str(run))
+  keep = dict(train__steps=3, optim__warmup_steps=2, train__max_to_keep=9)
   assert runs.train(store, run, **keep) == 0
   first = runs.restored(run, 3)
-  assert checkpoint.steps(str(run)) == [0, 3]
+  assert restore.steps(str(run)) == [0, 3]
   _damage(run, 3)
   assert runs.train(store, run, **keep) == 0
   out = capsys.readouterr().out
@@ -665,7 +660,8 @@ def test_after_an_import_a_run_falls_back_to_it(store, copy, tmp_path, capsys):
 
 KILLED_BEFORE_A_MANIFEST = """
 import os, signal, sys
-from mtp_jax import main, manifest
+from mtp_jax.checkpoint import manifest
+from mtp_jax.cli import main
 
 manifest.write = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(main.main(sys.argv[1:]))
@@ -678,7 +674,7 @@ def test_kill_between_a_save_and_its_manifest(store, tmp_path, undisturbed):
   run = runs.process(['-c', KILLED_BEFORE_A_MANIFEST, 'train', *command])
   _, error = run.communicate()
   assert run.returncode == -signal.SIGKILL, error
-  assert checkpoint.steps(str(tmp_path)) == [4]
+  assert restore.steps(str(tmp_path)) == [4]
   folder = tmp_path / 'checkpoints' / '4'
   assert not (folder / manifest.NAME).exists()
   assert runs.train(store, tmp_path, **flags) == 0
@@ -690,7 +686,8 @@ def test_kill_between_a_save_and_its_manifest(store, tmp_path, undisturbed):
 # It would fail if it were asked.
 HASHES_NOTHING = """
 import sys
-from mtp_jax import main, manifest
+from mtp_jax.checkpoint import manifest
+from mtp_jax.cli import main
 
 manifest.damage = manifest.write = None
 sys.exit(main.main(['train', *sys.argv[1:]]))
@@ -701,19 +698,19 @@ sys.exit(main.main(['train', *sys.argv[1:]]))
 def test_two_processes_agree_on_where_they_go_on(store, tmp_path, monkeypatch, is_one_good):
   """They fall back together, or are both refused; one of them hashes."""
   run = tmp_path / 'run'
-  pair._of_four(monkeypatch)
-  assert runs.train(store, run, **pair.MESH) == 0
+  pairs_lib.of_four(monkeypatch)
+  assert runs.train(store, run, **pairs_lib.MESH) == 0
   monkeypatch.undo()
   records, last = runs.records(run), runs.restored(run, 9)
   lines = [_damage(run, step) for step in ((9, 6) if is_one_good else (9, 6, 3))]
   of_1 = ['-c', HASHES_NOTHING]
-  ends = pair._ends(pair._pair(store, run, of_1=of_1))
+  ends = pairs_lib.ends(pairs_lib.pair(store, run, of_1=of_1))
   status = 0 if is_one_good else 2
   assert [e[0] for e in ends] == [status] * 2, ends
   assert ends[1][1] == '' and 'mtp:' not in ends[1][2]
   if status:
     assert f'mtp: --train.workdir={run}: all of its' in ends[0][2]
-    assert checkpoint.steps(str(run)) == [3, 6, 9]
+    assert restore.steps(str(run)) == [3, 6, 9]
     return
   for step, line in zip((9, 6), lines, strict=True):
     assert f'checkpoint {step} is damaged: {line}; ' in ends[0][1]
@@ -732,7 +729,7 @@ NO_SPACE_FOR_MY_PART = """
 import errno, sys
 import jax
 import orbax.checkpoint as ocp
-from mtp_jax import main
+from mtp_jax.cli import main
 
 write, saves = ocp.StandardCheckpointHandler.async_save, []
 
@@ -755,7 +752,7 @@ def test_no_space_for_the_part_of_one_process(store, tmp_path):
   save again."""
   run, code = tmp_path / 'run', ['-c', NO_SPACE_FOR_MY_PART]
   begin = time.monotonic()
-  ends = pair._ends(pair._pair(store, run, of_0=code, of_1=code, train__steps=12))
+  ends = pairs_lib.ends(pairs_lib.pair(store, run, of_0=code, of_1=code, train__steps=12))
   assert [e[0] for e in ends] == [0, 0], ends
   assert time.monotonic() - begin < 120
   assert 'Traceback' not in ends[0][2] + ends[1][2]
@@ -764,7 +761,7 @@ def test_no_space_for_the_part_of_one_process(store, tmp_path):
     assert ends[0][1].count(line) == 1
     assert line + 'no space left on the device' in why
   assert sorted(os.listdir(run / 'checkpoints')) == ['12', '3']
-  checkpoint.verify(str(run), 12, 'train.workdir')
+  restore.verify(str(run), 12, 'train.workdir')
 
 
 def _no_space_for(monkeypatch, *steps):
@@ -796,7 +793,7 @@ def test_no_space_for_the_last_checkpoint(store, tmp_path, undisturbed, monkeypa
   with monkeypatch.context() as m:
     _no_space_for(m, 5, 6)
     if end != 'of the run':
-      _at_batch(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+      signals.at_batch(m, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert runs.train(store, tmp_path, train__checkpoint_every=3) == 2
   out, error = capsys.readouterr()
   step = 6 if end == 'of the run' else 5
@@ -824,7 +821,8 @@ def small_disk(tmp_path):
 
 FILLED = """
 import os, sys, threading
-from mtp_jax import main, sharding
+from mtp_jax.cli import main
+from mtp_jax.parallel import sharding
 
 put, calls, disk = sharding.put_batch, [], sys.argv[1]
 left, freed = map(int, sys.argv[2:4])

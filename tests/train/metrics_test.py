@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mtp_jax import paths
-from mtp_jax.train import metrics
+from mtp_jax.io import paths
+from mtp_jax.losses import metrics
+from mtp_jax.train import metrics as metrics_lib
 
 NAN, INF = math.nan, math.inf
 NONE = None  # a mean over nothing
@@ -136,7 +137,7 @@ def test_a_mean_over_nothing_is_no_number():
   )
   values = metrics.scalars(none)
   assert set(values.values()) == {None}
-  line = metrics.line(7, 90, values | STEP)
+  line = metrics_lib.line(7, 90, values | STEP)
   assert line.startswith(
     'step 7/90  loss -  head 1 -  bits/byte -  lr 1.00e-03  |grad| 2.000  E[accepted] -  '
   )
@@ -146,13 +147,13 @@ def test_a_mean_over_nothing_is_no_number():
 
 def test_the_log_line():
   values = metrics.scalars(_raw()) | STEP
-  line = metrics.line(7, 90, values)
+  line = metrics_lib.line(7, 90, values)
   assert line == (
     'step 7/90  loss 3.0000  head 1 2.0000  bits/byte 4.000  lr 1.00e-03'
     '  |grad| 2.000  E[accepted] 1.25  12,346 tokens/s  2.5 TFLOP/s  MFU n/a'
     '  left 1:02:05'
   )
-  line = metrics.line(7, 90, values | dict(mfu=0.4321, skipped=2.0))
+  line = metrics_lib.line(7, 90, values | dict(mfu=0.4321, skipped=2.0))
   assert 'MFU 43.2%' in line and line.endswith('skipped 2')
 
 
@@ -167,7 +168,7 @@ def test_the_table_of_an_evaluation():
 
 
 def _sinks(path, start, *records):
-  sinks = metrics.Sinks(str(path), start)
+  sinks = metrics_lib.Sinks(str(path), start)
   for kind, step, value in records:
     sinks.write(kind, step, dict(loss=value))
   sinks.close()
@@ -188,7 +189,7 @@ def test_nan_and_infinity_are_written_as_null(tmp_path):
   records = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
   assert (
     records
-    == metrics.read(str(tmp_path))
+    == metrics_lib.read(str(tmp_path))
     == [
       dict(kind='train', step=1, loss=None),
       dict(kind='train', step=2, loss=None),
@@ -201,11 +202,11 @@ def test_what_is_past_the_start_is_cut_off(tmp_path):
   _sinks(tmp_path, 0, *(('train', step, step / 2) for step in range(1, 6)))
   with open(tmp_path / 'metrics.jsonl', 'a') as f:
     f.write('{"kind": "train", "step": 6, "lo')
-  assert [r['step'] for r in metrics.read(str(tmp_path))] == [1, 2, 3, 4, 5]
+  assert [r['step'] for r in metrics_lib.read(str(tmp_path))] == [1, 2, 3, 4, 5]
   (before,) = (tmp_path / 'tensorboard').iterdir()
   before.rename(tmp_path / 'before')  # its name is that of the second it began
   _sinks(tmp_path, 3, ('train', 4, 9.0))
-  found = [(r['step'], r['loss']) for r in metrics.read(str(tmp_path))]
+  found = [(r['step'], r['loss']) for r in metrics_lib.read(str(tmp_path))]
   assert found == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0)]
   (new,) = (tmp_path / 'tensorboard').iterdir()
   events = list(_events(new))
@@ -217,17 +218,17 @@ def test_what_is_past_the_start_is_cut_off(tmp_path):
 
 
 def test_no_run_has_no_records(tmp_path):
-  assert metrics.read(str(tmp_path)) == []
-  assert metrics.read(str(tmp_path / 'none')) == []
+  assert metrics_lib.read(str(tmp_path)) == []
+  assert metrics_lib.read(str(tmp_path / 'none')) == []
   (tmp_path / 'file').write_text('')
-  assert metrics.read(str(tmp_path / 'file')) == []
+  assert metrics_lib.read(str(tmp_path / 'file')) == []
 
 
-@pytest.mark.parametrize('number', sorted(paths.OF_A_DISK))
+@pytest.mark.parametrize('number', sorted(paths.DISK_ERRORS))
 def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch, number):
   """200 scalars a step, as 36 heads have: tensorboardX's own thread dies
   of the first error, and the eleventh scalar after it waits for ever."""
-  sinks = metrics.Sinks(str(tmp_path), 0)
+  sinks = metrics_lib.Sinks(str(tmp_path), 0)
   full = OSError(number, os.strerror(number))
 
   def write(data):
@@ -238,11 +239,11 @@ def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch, numb
     with pytest.raises(OSError, match=os.strerror(number)):
       sinks.write('train', step, {f'loss_{k}': 1.0 for k in range(200)})
   sinks.close()
-  assert paths.OF_A_DISK >= {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+  assert paths.DISK_ERRORS >= {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def test_a_clock_that_is_set_back_holds_nothing_up(tmp_path, monkeypatch):
-  sinks = metrics.Sinks(str(tmp_path), 0)
+  sinks = metrics_lib.Sinks(str(tmp_path), 0)
   sinks.write('train', 1, dict(loss=1.0))
   now = time.time()
   monkeypatch.setattr(time, 'time', lambda: now - 30 * 86_400)

@@ -8,10 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from mtp_jax import config, main
+from mtp_jax.cli import main
+from mtp_jax.config import parse
 from mtp_jax.data import store as store_lib
 from mtp_jax.train import metrics
-from tests import runs
+from tests.support import runs
 
 FLAGS = dict(model__vocab_size=296, train__checkpoint_every=3)
 
@@ -76,7 +77,7 @@ def test_each_set_has_a_record_of_its_own(run, root):
   assert [(r['step'], r['source']) for r in sets] == [(6, 'code'), (6, 'chat'), (6, 'new')]
   assert len({r['loss_1'] for r in sets}) == 3
   assert all(np.isfinite(r['bits_per_byte']) for r in sets)
-  cfg = config.from_json((run / 'config.json').read_text())
+  cfg = parse.from_json((run / 'config.json').read_text())
   made = store_lib.open_store(f'{root}/code').manifest['tokenizer']
   assert cfg.data.tokenizer == f'sentencepiece#{made["fingerprint"][:12]}'
   assert cfg.data.store == f'{root}/code:3,{root}/chat'
@@ -114,7 +115,7 @@ def _with_report(capsys, root, command, *args):
 
 
 def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
-  args = [f'--eval.checkpoint={run}', '--train.compilation_cache=']
+  args = [f'{run}', '--train.compilation_cache=']
   out, found = _with_report(capsys, root, 'eval', *args)
   logged = {r['source']: r for r in metrics.read(str(run)) if 'source' in r}
   assert found['step'] == 6 and found['sources'].keys() == logged.keys()

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.train import state as state_lib
-from tests import runs, tiny
+from tests.support import runs, tiny
 
 COUNTERS = ('step', 'skipped', 'skipped_in_a_row')
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]

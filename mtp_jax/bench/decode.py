@@ -1,0 +1,201 @@
+"""TODO of mtp_jax.generate."""
+
+import dataclasses
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.bench import timing
+from mtp_jax.config import fields, parse, schema
+from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.decode import load as load_lib
+from mtp_jax.decode import summary as summary_lib
+from mtp_jax.evals import acceptance
+from mtp_jax.parallel import sharding
+
+SHORT_S = 0.02  # of a turn; what is shorter is noise
+
+
+# Comparing.
+
+
+def compare(
+  opened: load_lib.LoadedModel, ids: list[np.ndarray]
+) -> tuple[decoder_lib.Decoded, list[str], dict]:
+  """Measures head 1 alone and all heads in use, of which there are several, in turn.
+
+  Args:
+    opened: the model.
+    ids: token ids of each prompt.
+
+  Returns:
+    (what all heads decoded, lines of a report, its values).
+  """
+  cfg, decode = opened.cfg, opened.decoder
+  stop_ids = summary_lib.stop_ids(cfg, opened)
+  plain, drafted, ratios = _in_turn(opened, [(), decode.widths], ids, stop_ids)
+  speed_up = ratios[1]
+  per_forward = drafted.tokens_per_forward / plain.tokens_per_forward
+  lines = [
+    f'{opened.name}: {len(ids)} prompts, {drafted.n_tokens:,} tokens,'
+    f' {len(decode.widths) + 1} heads against head 1 alone, rounds:'
+    f' {cfg.bench.rounds}' + summary_lib.sampled(cfg),
+    f'speed-up {timing.shown(speed_up)}, tokens a pass {per_forward:.2f},'
+    f' efficiency {speed_up["median"] / per_forward:.2f}',
+    *summary_lib.acceptance_lines(drafted),
+  ]
+  values = dict(
+    speed_up=speed_up,
+    tokens_per_forward=per_forward,
+    efficiency=speed_up['median'] / per_forward,
+    plain=summary_lib.summary(plain),
+    drafted=summary_lib.summary(drafted),
+  )
+  if plain.decode_s < SHORT_S:
+    lines.append(
+      f'a turn of head 1 took {1e3 * plain.decode_s:.0f} ms: too short for a'
+      ' ratio; ask for more tokens'
+    )
+  if cfg.decode.temperature:
+    return drafted, [*lines, 'sampled: equal in distribution, not in text'], values
+  parted = _divergences(opened, ids, plain, drafted)
+  lines += [
+    f'row {p["row"]} parts at its new token {p["at"]}, where the two best'
+    f' logits of head 1 are {p["margin"]:.1e} apart: programs of different'
+    ' width round differently'
+    for p in parted
+  ]
+  if not parted:
+    lines.append(f'identical, all {len(ids)} rows')
+  return drafted, lines, values | dict(identical=not parted, divergences=parted)
+
+
+def _in_turn(opened: load_lib.LoadedModel, variants: list, ids, stop_ids, rows: int = 0):
+  """Each variant's Decoded (of the last round, with the median times) and its
+  speed-ups over the first, by round; `rows` prompts at once, 0 = all."""
+  rows, rounds = rows or len(ids), opened.cfg.bench.rounds
+  seed = opened.cfg.decode.seed
+
+  def decode(widths):
+    return decoder_lib.joined(
+      [
+        opened.decoder(
+          ids[i : i + rows],
+          widths=widths,
+          rows=rows,
+          stop_ids=stop_ids,
+          seeds=range(seed + i, seed + i + rows),
+        )
+        for i in range(0, len(ids), rows)
+      ]
+    )
+
+  last, times = {}, {v: [] for v in variants}
+  prefills = {v: [] for v in variants}
+  for r in range(rounds + 1):
+    for widths in variants if r % 2 else variants[::-1]:
+      last[widths] = decode(widths)
+      if r:  # the first is not kept
+        times[widths].append(last[widths].decode_s)
+        prefills[widths].append(last[widths].prefill_s)
+  found = [
+    last[v]._replace(decode_s=statistics.median(times[v]), prefill_s=statistics.median(prefills[v]))
+    for v in variants
+  ]
+  tokens = [d.n_tokens for d in found]
+  ratios = [
+    timing.ratio(times[variants[0]], times[v], tokens[0] / n)
+    for v, n in zip(variants, tokens, strict=True)
+  ]
+  return *found, ratios
+
+
+def _divergences(opened: load_lib.LoadedModel, ids, plain, drafted) -> list[dict]:
+  """Where the texts of a row part, and how near head 1's two best were."""
+  parted = []
+  for row, (prompt, a, b) in enumerate(zip(ids, plain.tokens, drafted.tokens, strict=True)):
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    if not len(differ) and len(a) == len(b):
+      continue
+    at = int(differ[0]) if len(differ) else n
+    logits_V = opened.decoder.next_logits(np.concatenate([prompt, a[:at]]))
+    best, second = np.sort(logits_V)[::-1][:2].tolist()
+    parted.append(dict(row=row, at=at, margin=best - second))
+  return parted
+
+
+# The bench.
+
+
+def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
+  """Measures numbers of draft tokens by rows at once, in turn, on pieces of
+  held-out documents, the same for any number of rows."""
+  cfg, decode = opened.cfg, opened.decoder
+  b, n = cfg.bench, len(decode.widths) + 1
+  drafts = parse.parse_numbers(b.num_draft_tokens) or tuple(range(n))
+  if max(drafts) >= n:
+    raise fields.ConfigError(
+      'bench.num_draft_tokens', b.num_draft_tokens, f'at most {n - 1}: {n} heads are in use'
+    )
+  variants = [(1,) * J for J in (0, *(J for J in drafts if J))]
+  if not all(width == 1 for width in decode.widths):
+    variants.append(decode.widths)  # --decode.tree
+  bandwidth = _bandwidth(opened.mesh)
+  table = []
+  for B in parse.parse_numbers(b.batches):
+    ids = acceptance.pieces(cfg, max(B, b.num_prompts))
+    *found, ratios = _in_turn(opened, variants, ids, (), B)
+    for widths, decoded, speed_up in zip(variants, found, ratios, strict=True):
+      # A batch ends with its slowest row.
+      each = [decoded.forwards[i : i + B] for i in range(0, len(ids), B)]
+      passes = sum(int(forwards.max()) for forwards in each)
+      held = sum(len(forwards) * int(forwards.max()) for forwards in each)
+      read = decode.read_bytes(widths)
+      table.append(
+        dict(
+          batch=B,
+          pieces=len(ids),
+          heads=len(widths) + 1,
+          widths=widths,
+          speed_up=speed_up,
+          efficiency=speed_up['median'] * held / decoded.n_tokens,
+          bound=decode.read_bytes(()) / read,
+          read_bytes=read,
+          pass_s=decoded.decode_s / passes,
+          over_floor=decoded.decode_s / passes * bandwidth / read,
+          **summary_lib.summary(decoded),
+        )
+      )
+  columns = {
+    'batch': lambda r: str(r['batch']),
+    'heads': lambda r: str(r['heads']) + ' tree' * any(width > 1 for width in r['widths']),
+    'tokens a pass': lambda r: f'{r["tokens_per_forward"]:.2f}',
+    'speed-up': lambda r: timing.shown(r['speed_up']),
+    'efficiency': lambda r: f'{r["efficiency"]:.2f}',
+    'bound': lambda r: f'{r["bound"]:.2f}',
+    'ms a pass': lambda r: f'{1e3 * r["pass_s"]:.2f}',
+    'over weights / bandwidth': lambda r: f'{r["over_floor"]:.1f}',
+    'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
+    'drafts stood': lambda r: ' '.join(f'{a:.2f}' for a in r['acceptance']),
+  }
+  return [
+    f'{opened.name}: {b.num_prompts} prompts of {b.prompt_len} tokens, or as many as'
+    f' rows, {cfg.decode.max_new_tokens} new' + summary_lib.sampled(cfg),
+    *timing.table(table, columns),
+    f'memory reads {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
+    ' bytes of weights that a pass reads with head 1 alone over those read;'
+    ' efficiency: speed-up over tokens a row and pass, until the last row ends',
+  ], dict(rows=table, bandwidth=bandwidth, checkpoint=opened.name, config=dataclasses.asdict(cfg))
+
+
+def _bandwidth(mesh) -> float:
+  """Bytes a second that one device reads, with nothing else to do."""
+  one = sharding.make_mesh(schema.Config(), mesh.devices.flat[:1])
+  with jax.set_mesh(one):
+    x = jax.jit(lambda: jnp.ones(2**27, jnp.float32))()
+    total = jax.jit(jnp.sum)
+    seconds = [timing.seconds(lambda: total(x)) for _ in range(8)]
+  return x.nbytes / min(seconds)

@@ -1,0 +1,296 @@
+"""TODO of mtp_jax.bench."""
+
+import dataclasses
+import math
+import platform
+import statistics
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from mtp_jax.bench import timing
+from mtp_jax.config import schema, validate
+from mtp_jax.losses import multi_token, targets, token_order
+from mtp_jax.model import attention, block, flops, heads, lm, params
+from mtp_jax.parallel import chips, sharding
+from mtp_jax.train import state as state_lib
+from mtp_jax.train import step as step_lib
+
+READ_TOKENS = 2**18  # a turn of the loader, so that its start does not count
+
+
+def run(cfg: schema.Config, what: str) -> tuple[list[str], dict]:
+  """Measures the loss, the step or the data; returns lines to print, and the same
+  as a JSON-able dict."""
+  mesh = sharding.make_mesh(cfg)
+  with jax.set_mesh(mesh):
+    lines, values = {'loss': _loss, 'step': _step, 'data': _data}[what](cfg, mesh)
+  about = _about(what, cfg, mesh)
+  m = cfg.model
+  head = (
+    f'{what} on {mesh.size} x {about["device_kind"]}, jax'
+    f' {jax.__version__}: {cfg.heads.family} heads, d {m.d_model},'
+    f' {m.n_layers} layers, V {m.vocab_size:,}, T {cfg.data.seq_len:,},'
+    f' {cfg.data.batch_size} rows, {m.compute_dtype}'
+  )
+  return [head, *lines], about | values
+
+
+def _about(what, cfg, mesh) -> dict:
+  return dict(
+    what=what,
+    device_kind=mesh.devices.flat[0].device_kind,
+    platform=mesh.devices.flat[0].platform,
+    mesh=dict(mesh.shape),
+    versions=dict(jax=jax.__version__, jaxlib=jaxlib.__version__, python=platform.python_version()),
+    config=dataclasses.asdict(cfg),
+  )
+
+
+def _key(cfg: schema.Config) -> tuple[str, int, int]:
+  return cfg.loss.backward, cfg.loss.chunk_size, cfg.heads.n
+
+
+def _row(cfg: schema.Config, first: schema.Config, seconds: timing.Seconds, memory) -> dict:
+  """What loss and step have in common: a variant beside the first number of
+  heads, and beside the first schedule and chunk."""
+  schedule, chunk, n = key = _key(cfg)
+  fewest = schedule, chunk, first.heads.n
+  simplest = first.loss.backward, first.loss.chunk_size, n
+  wall, cpu = seconds
+  row = dict(
+    n=n,
+    schedule=schedule,
+    chunk=chunk,
+    time_s=statistics.median(wall[key]),
+    over_first_n=timing.ratio(wall[key], wall[fewest]),
+    over_first_schedule=timing.ratio(wall[key], wall[simplest]),
+    temp_bytes=memory[key],
+  )
+  if cpu:
+    row |= dict(
+      cpu_over_first_n=timing.ratio(cpu[key], cpu[fewest]),
+      cpu_over_first_schedule=timing.ratio(cpu[key], cpu[simplest]),
+    )
+  if memory[key]:
+    row['temp_over_first_n'] = memory[key] / memory[fewest]
+  return row
+
+
+def _batch(cfg: schema.Config, mesh) -> dict:
+  """Random tokens, --bench.documents of equal length in each row."""
+  A, U = cfg.train.grad_accum_steps, cfg.data.seq_len + cfg.span
+  shape = (A, cfg.data.batch_size // A, U)
+  rng = np.random.default_rng(cfg.train.seed)
+  tokens = rng.integers(0, cfg.model.vocab_size, shape, np.int32)
+  position_U = np.arange(U, dtype=np.int32) % -(-U // cfg.bench.documents)
+  position = np.broadcast_to(position_U, shape)
+  return sharding.put_batch(mesh, dict(tokens=tokens, position=position))
+
+
+# The loss.
+
+
+def loss_program(cfg: schema.Config, mesh):
+  """(make() -> args, compiled): the heads' loss of one micro-batch and its
+  gradient by all that the heads read, z among them. Under jax.set_mesh."""
+  specs = lm.specs(cfg)
+  tied = cfg.heads.unembedding == 'tied'
+  specs = specs.replace(trunk=None, embed=specs.embed if tied else None)
+  T, D = cfg.data.seq_len, cfg.model.d_model
+  held_dtype = jnp.promote_types(cfg.model.compute_dtype, cfg.loss.grad_dtype)
+  residual = sharding.pspec('batch', None, None)
+  batch = _batch(cfg, mesh)
+
+  def weights(key):
+    model = params.init(key, specs, cfg.model.param_dtype)
+
+    def states(length):
+      shape = (batch['tokens'].shape[1], length, D)
+      return jax.random.normal(key, shape, held_dtype, out_sharding=residual)
+
+    feeds = heads.family(cfg).feeds_tokens and cfg.heads.n > 1
+    return multi_token.Weights(
+      model.heads,
+      states(T),
+      states(T + cfg.span) if feeds else None,
+      model.norm,
+      model.embed if tied else model.unembed,
+      model.order,
+      jnp.zeros(cfg.heads.n),
+    )
+
+  def value(w: multi_token.Weights, batch):
+    batch = jax.tree.map(lambda x: x[0], batch)
+    targets_KBT, valid_KBT = targets.targets(batch, cfg)
+    scale_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)
+    ordered = w.order_VD is not None
+    rows = multi_token.LossInputs(
+      jnp.arange(1, cfg.heads.n + 1),
+      targets_KBT,
+      valid_KBT,
+      scale_K,
+      batch['tokens'],
+      token_order.token_order_targets(batch, cfg) if ordered else None,
+      cfg.loss.token_order_weight * scale_K[0],
+      block.context(batch['position'][:, :T], cfg),
+    )
+    return multi_token.BACKWARD[cfg.loss.backward](w, rows, cfg)
+
+  key = jax.random.key(cfg.train.seed)
+  args = jax.jit(weights)(key), batch
+  compiled = jax.jit(jax.value_and_grad(value, has_aux=True)).lower(*args).compile()
+  return args, compiled
+
+
+def _loss(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
+  variants, groups, memory = validate.variants(cfg), [], {}
+  for c in variants:
+    args, compiled = loss_program(c, mesh)
+    memory[_key(c)] = timing.temp_bytes(compiled)
+
+    def call(args, compiled=compiled):
+      return args, compiled(*args)
+
+    groups.append(timing.Group(lambda args=args: args, {_key(c): timing.Program(call)}))
+  seconds = timing.measure(groups, cfg)
+  rows = [_row(c, variants[0], seconds, memory) for c in variants]
+  more = {'temp over first n': lambda r: f'{r.get("temp_over_first_n", 1):.3f}'}
+  return timing.variants_table(rows, more), dict(
+    rows=rows, device_peak_bytes=timing.device_peak(len(rows))
+  )
+
+
+# The step.
+
+
+def _step_program(cfg: schema.Config, mesh) -> timing.Program:
+  bytes_V = jax.device_put(
+    np.ones(cfg.model.vocab_size, np.int32), jax.NamedSharding(mesh, jax.P())
+  )
+  batch = _batch(cfg, mesh)
+  compiled = step_lib.trace(cfg, mesh, cfg.heads.n).lower().compile()
+  return timing.Program(lambda state: compiled(state, batch, bytes_V), timing.temp_bytes(compiled))
+
+
+def _matmul(mesh, cfg: schema.Config) -> tuple[timing.Group, float]:
+  """Square matrices multiplied on one device, and their FLOPs: what it gives to
+  a program that does nothing else."""
+  device = mesh.devices.flat[0]
+  side, times = (1024, 4) if device.platform == 'cpu' else (8192, 16)
+
+  def multiply(x):
+    return jax.lax.fori_loop(0, times, lambda _, y: (x @ y) / side**0.5, x)
+
+  with jax.set_mesh(sharding.make_mesh(schema.Config(), [device])):
+    x = jax.random.normal(jax.random.key(0), (side, side))
+    x = x.astype(cfg.model.compute_dtype)
+    compiled = jax.jit(multiply).lower(x).compile()
+  group = timing.Group(lambda: x, {'matmul': timing.Program(lambda x: (x, compiled(x)))})
+  return group, 2.0 * times * side**3
+
+
+def _step(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
+  variants = validate.variants(cfg)
+  programs = {_key(c): _step_program(c, mesh) for c in variants}
+  groups = [
+    timing.Group(
+      lambda c=c: state_lib.init(c, mesh), {k: p for k, p in programs.items() if k[-1] == c.heads.n}
+    )
+    for c in {c.heads.n: c for c in variants}.values()
+  ]
+  multiplied, matmul_flops = _matmul(mesh, cfg)
+  seconds = timing.measure([*groups, multiplied], cfg)
+  matmul_s = statistics.median(seconds.wall['matmul'])
+  matmul_flops_per_s = mesh.size * matmul_flops / matmul_s
+  # What a program multiplies that masks scores instead of skipping them.
+  causal = attention.chosen(cfg) != 'reference'
+  chip = chips.chip(mesh.devices.flat[0].device_kind)
+  memory = {key: program.temp_bytes for key, program in programs.items()}
+  tokens = cfg.data.batch_size * cfg.data.seq_len
+  rows = []
+  for c in variants:
+    row = _row(c, variants[0], seconds, memory)
+    (schedule, chunk, n), first_n = _key(c), variants[0].heads.n
+    flops_ratio = flops.flops_per_token(c, n, causal) / flops.flops_per_token(
+      variants[0], first_n, causal
+    )
+    tokens_per_s = tokens / row['time_s']
+    flops_per_s = tokens_per_s * flops.flops_per_token(c, n)
+    over_flops = {
+      name: timing.ratio(times[_key(c)], times[schedule, chunk, first_n], flops_ratio)
+      for name, times in (('time_over_flops', seconds.wall), ('cpu_over_flops', seconds.cpu))
+      if times
+    }
+    rows.append(
+      row
+      | over_flops
+      | dict(
+        tokens_per_s=tokens_per_s,
+        model_flops_per_s=flops_per_s,
+        mfu=flops_per_s / (chip.flops_per_s * mesh.size) if chip else None,
+        of_matmul=flops_per_s / matmul_flops_per_s,
+        flops_ratio=flops_ratio,
+      )
+    )
+  lines = timing.variants_table(
+    rows,
+    {
+      'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
+      'MFU': lambda r: 'n/a' if r['mfu'] is None else f'{r["mfu"]:.1%}',
+      'of matmul': lambda r: f'{r["of_matmul"]:.1%}',
+      'FLOP ratio': lambda r: f'{r["flops_ratio"]:.3f}',
+      'time over FLOPs': lambda r: timing.shown(r['time_over_flops']),
+      'cpu over FLOPs': lambda r: timing.median(r, 'cpu_over_flops'),
+    },
+  )
+  keys = 'T / 2 of T keys (causal)' if causal else 'all T keys (reference)'
+  lines += [
+    f'FLOP ratio: attention counted with {keys}; MFU and matmul: with T / 2',
+    f'a matrix product alone: {matmul_flops_per_s / 1e12:.3f} TFLOP/s',
+  ]
+  return lines, dict(
+    rows=rows,
+    flops_ratio_causal=causal,
+    matmul_flops_per_s=matmul_flops_per_s,
+    device_peak_bytes=timing.device_peak(len(rows)),
+  )
+
+
+# The loader.
+
+
+def _data(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
+  from mtp_jax.data import batches as batches_lib  # the only part that reads a store
+
+  corpus = batches_lib.open_tokens(cfg)
+  tokens = cfg.data.batch_size * cfg.data.seq_len
+  n_batches = max(1, math.ceil(READ_TOKENS / tokens))
+
+  def read(start):
+    batches = batches_lib.train_batches(corpus, cfg, start, mesh)
+    for _ in range(n_batches):
+      batch = next(batches)
+    return start + n_batches, batch
+
+  turns = iter(range(0, 2**62, n_batches * cfg.bench.iters))
+  groups = [
+    timing.Group(lambda: next(turns), {'loader': timing.Program(read)}),
+    timing.Group(lambda: state_lib.init(cfg, mesh), {'step': _step_program(cfg, mesh)}),
+  ]
+  seconds = timing.measure(groups, cfg)
+  loader, step = seconds.wall['loader'], seconds.wall['step']
+  values = dict(
+    n_batches=n_batches,
+    loader_tokens_per_s=n_batches * tokens / statistics.median(loader),
+    step_tokens_per_s=tokens / statistics.median(step),
+    loader_over_step=timing.ratio(step, loader, 1 / n_batches),
+  )
+  return [
+    f'loader: {values["loader_tokens_per_s"]:,.0f} tokens/s, in turns of {n_batches} batches',
+    f'step: {values["step_tokens_per_s"]:,.0f} tokens/s with'
+    f' {cfg.heads.n} heads, {cfg.loss.backward}',
+    f'the loader gives {timing.shown(values["loader_over_step"])} times what the step eats',
+  ], values

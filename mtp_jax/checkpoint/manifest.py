@@ -1,0 +1,106 @@
+"""What the files of a checkpoint are, so that a damaged one is known. Floor 2.
+
+CHECKPOINT/manifest.json holds the size and the sha256 of each file of that
+folder. It lies inside, hence it goes when the checkpoint is deleted, and along
+when it is copied. What else comes to lie there is no matter.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+from mtp_jax.io import jsonl, paths
+
+NAME = 'manifest.json'
+FORM = {'files': {...: {'size': jsonl.NATURAL, 'sha256': str}}}
+BLOCK = 2**22  # bytes read at once, a thread
+THREADS = min(8, os.cpu_count() or 1)  # hashlib and reads let go of the GIL
+
+
+def write(folder: epath.Path) -> None:
+  """Writes it, whole or not at all; the files must be complete."""
+  names = sorted(str(path.relative_to(folder)) for path in _files(folder))
+  names = [name for name in names if not name.startswith(NAME)]
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    found = pool.map(lambda name: _digest(folder / name), names)
+    files = {
+      name: dict(size=size, sha256=digest)
+      for name, (size, digest) in zip(names, found, strict=True)
+    }
+  paths.write(folder / NAME, json.dumps(dict(files=files), indent=1).encode())
+
+
+def damage(folder: epath.Path) -> str:
+  """What is wrong with which file; empty if nothing is known to be.
+
+  Without a manifest nothing is: a checkpoint appears by a rename when it is
+  complete, and a run may be killed before its files are hashed.
+  """
+  path = folder / NAME
+  if not path.exists():
+    return ''
+  try:
+    files = jsonl.loads(path.read_bytes(), FORM)['files']
+  except OSError as error:
+    return f'{NAME} cannot be read: {error.strerror or error}'
+  except ValueError as error:
+    return f'{NAME} cannot be read: {error}'
+  for name in files:
+    if not paths.is_within(name):
+      return f'{NAME} names {jsonl.one_line(name)!r}, which lies elsewhere'
+  wanted = {name: (f['size'], f['sha256']) for name, f in files.items()}
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    # Sizes first: they cost nothing.
+    for check in (_wrong_size, _wrong_bytes):
+      futures = [pool.submit(check, folder, name, file) for name, file in wanted.items()]
+      for future in futures:
+        if future.result():
+          pool.shutdown(cancel_futures=True)
+          return future.result()
+  return ''
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
+
+
+def _digest(path: epath.Path) -> tuple[int, str]:
+  """(size, sha256) of a file, a block of it in memory at a time."""
+  size, digest = 0, hashlib.sha256()
+  with path.open('rb') as f:
+    while block := f.read(BLOCK):
+      size += len(block)
+      digest.update(block)
+  return size, digest.hexdigest()
+
+
+def _wrong_size(folder, name, wanted) -> str:
+  try:
+    path = folder / name
+    size = path.stat().length
+    # A link to a device would never end. (epath takes one for a file.)
+    if not paths.scheme(path) and not os.path.isfile(path):
+      return f'{name} is no file'
+  except FileNotFoundError:
+    return f'{name} is missing'
+  except OSError as error:
+    return f'{name} cannot be read: {error.strerror or error}'
+  if size != wanted[0]:
+    return f'{name} has {size:,} bytes, not {wanted[0]:,}'
+  return ''
+
+
+def _wrong_bytes(folder, name, wanted) -> str:
+  try:
+    found = _digest(folder / name)
+  except OSError as error:
+    return f'{name} cannot be read: {error.strerror or error}'
+  return '' if found == wanted else f'{name} has other bytes than were saved'

@@ -1,0 +1,62 @@
+"""TODO of mtp_jax.main."""
+
+import collections
+import os
+import sys
+
+from mtp_jax.cli import command as command_lib
+from mtp_jax.cli import flags
+from mtp_jax.config import fields, parse
+
+
+def run(parsed: flags.Parsed) -> int:
+  from mtp_jax.cli import progress
+  from mtp_jax.data import documents, store, tokenizers, vocabulary
+
+  cfg = parsed.config()
+  path, name = cfg.data.store, cfg.data.tokenizer or 'bytes'
+  command_lib.require(cfg, 'data.store', 'the directory to write')
+  if [ref.path for ref in parse.parse_stores(path)] != [path]:
+    raise fields.ConfigError(
+      'data.store', path, 'prepare writes one store; no comma, NAME= or :WEIGHT'
+    )
+  store.check_target(path, cfg.data.overwrite)
+  skipped = collections.Counter()
+
+  def found(report):
+    skipped.clear()
+    return documents.read(
+      cfg.data.documents,
+      skipped,
+      report=report,
+      whole=False,
+      max_bytes=cfg.data.max_document_mib * 2**20,
+    )
+
+  def report(line):
+    print(f'mtp: {line}', file=sys.stderr, flush=True)
+
+  if name.startswith('train:'):
+    with progress.timed(f'tokenizer {name}'):
+      tokenizer = vocabulary.train(name, found(lambda line: None), cfg.data.valid_fraction)
+  else:
+    tokenizer = tokenizers.get(name)
+  shard_bytes = cfg.data.max_shard_gib * 2**30
+  with progress.status() as show:
+    manifest = store.write(
+      path,
+      found(report),
+      tokenizer,
+      valid_fraction=cfg.data.valid_fraction,
+      shard_tokens=shard_bytes // store.token_bytes(tokenizer),
+      sources=cfg.data.documents,
+      progress=show,
+      overwrite=cfg.data.overwrite,
+      workers=cfg.data.workers or os.cpu_count(),
+    )
+  left_out = {what: n for what, n in sorted(skipped.items()) if n}
+  lines = [f'left out   {n:,} {what}' for what, n in left_out.items()]
+  if left_out:
+    manifest['skipped'] = left_out
+  command_lib.print_report(store.summary(manifest) + lines, manifest, parsed.out)
+  return 0

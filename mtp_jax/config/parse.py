@@ -1,0 +1,131 @@
+"""TODO of mtp_jax.config.parse."""
+
+import dataclasses
+import fractions
+import json
+import os
+import re
+import typing
+
+from mtp_jax.config import renamed, schema
+from mtp_jax.io import jsonl
+
+VERSION = 2  # of the JSON form; raised when a field changes its name or meaning
+
+
+def to_json(cfg: schema.Config) -> str:
+  return json.dumps(dict(version=VERSION) | dataclasses.asdict(cfg), indent=1)
+
+
+def _of_version_1(values: dict[str, object]) -> dict[str, object]:
+  """Returns the 'section.field' values of a version 1 under today's names."""
+  for group in 'trunk', 'heads':  # before --train.freeze, a rate of 0 froze
+    if values.get(f'optim.{group}_lr') == 0:
+      values |= {f'optim.{group}_lr': 1.0, 'train.freeze': group}
+  values = {name: value for name, value in values.items() if name not in renamed.ARGUMENTS}
+  return dict(renamed.successor(name, value) or (name, value) for name, value in values.items())
+
+
+class OtherVersion(ValueError):
+  """A Config that another version of this program wrote."""
+
+
+def from_json(text: str | bytes) -> schema.Config:
+  """Returns the Config that to_json wrote, its limits not yet checked.
+
+  Raises:
+    OtherVersion: another version wrote it, or it has a field that is unknown.
+    ValueError: it is no JSON, or a field is of another type; in one line.
+  """
+  sections = jsonl.loads(text, {...: object})
+  version = sections.pop('version', None)
+  if version not in (1, VERSION):
+    raise OtherVersion(f'config version {jsonl.one_line(version)}, this program reads {VERSION}')
+  jsonl.check(sections, {...: {...: object}})
+  values = {
+    f'{section.rstrip("_")}.{name}': value
+    for section, of in sections.items()
+    for name, value in of.items()
+  }
+  if version == 1:
+    values = _of_version_1(values)
+  known = schema.fields()
+  for name, value in values.items():
+    if name not in known:
+      raise OtherVersion(f'{jsonl.one_line(name)}: no such field; it is of another version')
+    wanted = [str] if known[name].type is tuple else known[name].type
+    jsonl.check(value, wanted, name)
+    values[name] = tuple(value) if isinstance(value, list) else value
+  return schema.replace(schema.Config(), **values)
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+  """'1,2,4' -> (1, 2, 4); '' -> ()."""
+  return tuple(int(number) for number in text.split(',')) if text else ()
+
+
+def parse_stop_ids(text: str) -> tuple[int, ...] | None:
+  """'3,7' -> (3, 7); 'none' -> (); '' -> None, nothing said."""
+  if not text:
+    return None
+  return () if text == 'none' else parse_numbers(text)
+
+
+class StoreRef(typing.NamedTuple):
+  """A store as a flag names it."""
+
+  name: str
+  path: str
+  weight: str = '1'  # as written: decimal, hence exact
+
+  @property
+  def share(self) -> fractions.Fraction:
+    return fractions.Fraction(self.weight)
+
+
+STORE = re.compile(r'(?:([\w.-]+)=)?(.+?)(?::(\d+\.?\d*|\.\d+))?')
+
+
+def parse_stores(text: str) -> tuple[StoreRef, ...]:
+  """'a/b,c=d:.5' -> (('b', 'a/b', '1'), ('c', 'd', '.5')).
+
+  A path has no comma; one that looks as if it began with NAME= or ended in
+  :WEIGHT can be written ./PATH and PATH:1.
+  """
+  refs = []
+  for entry in text.split(',') if text else ():
+    match = STORE.fullmatch(entry.strip())
+    if not match:
+      raise ValueError('an empty path')
+    name, path, weight = match.groups()
+    name = name or os.path.basename(os.path.normpath(path))
+    refs.append(StoreRef(name, path, weight or '1'))
+    if not 1e-12 <= refs[-1].share <= 1e12:
+      raise ValueError('a weight of 0, or of another size')
+  return tuple(refs)
+
+
+def format_stores(refs: typing.Iterable[StoreRef]) -> str:
+  """The shortest text that parse_stores reads as refs."""
+  entries = []
+  for ref in refs:
+    named = f'{ref.name}={ref.path}'
+    forms = (ref.path, named, f'{ref.path}:{ref.weight}')
+    forms += (f'{named}:{ref.weight}', f'{ref.path}:{ref.weight}')
+    exact = (form for form in forms if parse_stores(form) == (ref,))
+    # Some names, e.g. '~', cannot be written; the path tells more.
+    entries.append(next(exact, forms[-1]))
+  return ','.join(entries)
+
+
+# Sections that say where a run is or what is asked of it, not what it is.
+_BESIDE = ('distributed.', 'decode.', 'export.', 'import.', 'plan.', 'bench.')
+
+
+def to_flag_file(cfg: schema.Config) -> str:
+  """All fields as flag lines, but for the workdir and what is beside a run."""
+  return ''.join(
+    f'--{name}={schema.get(cfg, name)}\n'
+    for name in schema.fields()
+    if name != 'train.workdir' and not name.startswith(_BESIDE)
+  )

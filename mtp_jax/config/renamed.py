@@ -1,0 +1,88 @@
+"""Flags of earlier versions, by what became of them. Floor 1.
+
+A flag file that an earlier version wrote (`run.flags`), its config.json and its
+checkpoints are read through these tables; on a command line a flag of before is
+refused in one line that names its successor.
+"""
+
+RENAMED = {
+  'model.context': 'model.max_position_embeddings',
+  'model.rope_context': 'model.original_max_position_embeddings',
+  'loss.schedule': 'loss.backward',
+  'loss.chunk': 'loss.chunk_size',
+  'loss.order_weight': 'loss.token_order_weight',
+  'loss.order_window': 'loss.token_order_window',
+  'optim.trunk_lr': 'optim.trunk_lr_mult',
+  'optim.heads_lr': 'optim.heads_lr_mult',
+  'optim.end_ratio': 'optim.min_lr_ratio',
+  'processes.coordinator': 'distributed.coordinator_address',
+  'processes.count': 'distributed.num_processes',
+  'processes.index': 'distributed.process_id',
+  'processes.timeout_s': 'distributed.heartbeat_timeout_s',
+  'train.accumulate': 'train.grad_accum_steps',
+  'train.new_heads': 'train.head_init',
+  'train.keep_last': 'train.max_to_keep',
+  'train.suite_every': 'train.eval_tasks_every',
+  'eval.suite': 'eval.tasks',
+  'eval.items': 'eval.limit',
+  'eval.shots': 'eval.num_fewshot',
+  'eval.k': 'eval.pass_at_k',
+  'decode.draft': 'decode.num_draft_tokens',
+  'decode.max_new': 'decode.max_new_tokens',
+  'decode.stop_ids': 'decode.stop_token_ids',
+  'decode.cache': 'decode.cache_length',
+  'decode.prefill': 'decode.prefill_chunk_size',
+  'decode.segment': 'decode.stream_every',
+  'export.shard_gib': 'export.max_shard_gib',
+  'plan.search_s': 'plan.search_timeout_s',
+  'bench.calls': 'bench.iters',
+  'bench.pieces': 'bench.num_prompts',
+  'bench.prompt': 'bench.prompt_len',
+  'bench.schedules': 'bench.backward',
+  'bench.chunks': 'bench.chunk_size',
+  'bench.drafts': 'bench.num_draft_tokens',
+}
+# Values that were renamed with their flag.
+VALUES = {('loss.schedule', 'eager'): 'interleaved', ('train.new_heads', 'fresh'): 'random'}
+# Flags that have become arguments, and how a command is given them.
+ARGUMENTS = {
+  'eval.checkpoint': 'mtp eval CHECKPOINT',
+  'decode.checkpoint': 'mtp generate CHECKPOINT',
+  'export.checkpoint': 'mtp export CHECKPOINT',
+  'bench.what': 'mtp bench loss|step|data|decode',
+}
+
+
+def _drafts(value: str) -> str:
+  """Heads in use, head 1 counted, 0 for all -> tokens that are drafted."""
+  return str(int(value) - 1) if int(value or 0) else 'all'
+
+
+def successor(name: str, value: object) -> tuple[str, object] | None:
+  """Returns (flag of today, its value) of a flag of before that had this value;
+  None of one that has become an argument or that no version had."""
+  if name not in RENAMED:
+    return None
+  if name in ('decode.draft', 'bench.drafts'):
+    try:
+      if name == 'decode.draft':
+        value = _drafts(str(value))
+      else:
+        value = ','.join(map(_drafts, str(value).split(','))) if value else ''
+    except ValueError:
+      pass  # what the flag of today says of it
+  if name == 'bench.schedules':
+    return RENAMED[name], str(value).replace('eager', 'interleaved')
+  return RENAMED[name], VALUES.get((name, value), value)
+
+
+def advice(name: str, value: str | None) -> str:
+  """Returns what to write in place of a flag of before; '' of any other."""
+  if name in ARGUMENTS:
+    return f'--{name} is an argument now: {ARGUMENTS[name]}'
+  found = successor(name, value if value is not None else '')
+  if not found:
+    return ''
+  new, today = found
+  moved = value is not None and today != value
+  return f'--{name} is --{new}' + (f'={today}' if moved else '') + ' now'

@@ -1,0 +1,384 @@
+"""TODO of mtp_jax.config."""
+
+import dataclasses
+import itertools
+import re
+
+from mtp_jax.config import fields, schema
+from mtp_jax.config import parse as parse_lib
+from mtp_jax.config import schedule as schedule_lib
+
+
+def kernel_problem(cfg: schema.Config, kernel: str) -> fields.ConfigError | None:
+  """Why an attention kernel cannot take the shapes of cfg, if it cannot."""
+  name, width = 'model.attention', cfg.model.head_width
+  if kernel in schema.KERNELS and cfg.data.seq_len % schema.TILE:
+    return fields.ConfigError(
+      name, kernel, f'needs a multiple of {schema.TILE} as --data.seq_len, not {cfg.data.seq_len}'
+    )
+  # Triton multiplies nothing narrower than 16; wider than 256 fills its memory.
+  if kernel == 'flash' and not 16 <= width <= 256:
+    return fields.ConfigError(
+      name, kernel, f'needs d_model / n_attn_heads of 16 to 256, not {width}'
+    )
+  return None
+
+
+def configured(given: dict[str, object], base: schema.Config | None = None) -> schema.Config:
+  """Returns `base`, or the defaults, with some 'section.field' values; checked."""
+  return validate(schema.replace(base or schema.Config(), **given))
+
+
+def validate(cfg: schema.Config) -> schema.Config:
+  """Returns cfg, or raises ConfigError for the first field that is wrong."""
+  for name, field in schema.fields().items():
+    _check_limits(name, schema.get(cfg, name), field.metadata)
+  _check_model(cfg)
+  _check_loss(cfg)
+  _check_groups(cfg)
+  _check_steps(cfg)
+  _check_distributed(cfg.distributed)
+  _check_stores(cfg)
+  _check_decode(cfg)
+  _check_bench(cfg)
+  return cfg
+
+
+def variants(cfg: schema.Config) -> tuple[schema.Config, ...]:
+  """cfg with each of --bench.backward, chunks and heads; the last changes
+  fastest. One that cannot be is refused by what asks for it.
+
+  All heads train, and weigh 1: weights and curriculum of a run may not fit
+  another number of heads, and the first cost no time.
+  """
+  b = cfg.bench
+  if b.documents > cfg.data.seq_len:
+    raise fields.ConfigError(
+      'bench.documents', b.documents, f'must be at most --data.seq_len={cfg.data.seq_len}'
+    )
+  wanted = itertools.product(
+    b.backward.split(',') if b.backward else (cfg.loss.backward,),
+    parse_lib.parse_numbers(b.chunk_size) or (cfg.loss.chunk_size,),
+    parse_lib.parse_numbers(b.heads) or (cfg.heads.n,),
+  )
+  found = []
+  for schedule, chunk, n in wanted:
+    values = {
+      'loss.backward': schedule,
+      'loss.chunk_size': chunk,
+      'heads.n': n,
+      'loss.weights': '0:1',
+      'loss.curriculum': '',
+    }
+    try:
+      found.append(validate(schema.replace(cfg, **values)))
+    except fields.ConfigError as error:
+      flag = {'loss.chunk_size': 'chunk_size', 'heads.n': 'heads'}.get(error.args[0])
+      if not flag:
+        raise
+      raise fields.ConfigError(f'bench.{flag}', getattr(b, flag), str(error)) from error
+  return tuple(found)
+
+
+def _check_limits(name, value, limits):
+  """Numbers within their limits, one of the choices, text that can be
+  stored."""
+
+  def need(ok, allowed):
+    if not ok:
+      raise fields.ConfigError(name, value, allowed)
+
+  if 'choices' in limits:
+    need(value in limits['choices'], f'one of {", ".join(limits["choices"])}')
+  if 'min' in limits:
+    need(value >= limits['min'], f'must be at least {limits["min"]}')
+  if 'above' in limits:
+    need(value > limits['above'], f'must be above {limits["above"]}')
+  if isinstance(value, float):
+    need(abs(value) < float('inf'), 'must be a finite number')
+  if 'max' in limits:
+    need(value <= limits['max'], f'must be at most {limits["max"]}')
+  if 'below' in limits:
+    need(value < limits['below'], f'must be below {limits["below"]}')
+  texts = value if isinstance(value, tuple) else (str(value),)
+  problem = fields.wrong_text(''.join(texts))
+  need(not problem, problem)
+  # Of run.flags another run would come back, e.g. with one flag more.
+  need(
+    all(x == x.strip() and len(x.splitlines()) < 2 for x in texts),
+    'must be one line, with no space at an end',
+  )
+
+
+def _check_model(cfg):
+  m, n = cfg.model, cfg.heads.n
+  if not m.d_head and m.d_model % m.n_attn_heads:
+    raise fields.ConfigError(
+      'model.d_model',
+      m.d_model,
+      f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}, unless'
+      ' --model.d_head says how wide a head is',
+    )
+  if m.head_width % 2:
+    raise fields.ConfigError(
+      *(('model.d_head', m.d_head) if m.d_head else ('model.d_model', m.d_model)),
+      f'a head is {m.head_width} wide; it must be even (RoPE pairs)',
+    )
+  if m.rope_factor > 1 and m.rope_high_freq <= m.rope_low_freq:
+    raise fields.ConfigError(
+      'model.rope_high_freq',
+      m.rope_high_freq,
+      f'must be above --model.rope_low_freq={m.rope_low_freq}',
+    )
+  if m.n_attn_heads % m.kv_heads:
+    raise fields.ConfigError(
+      'model.n_kv_heads', m.n_kv_heads, f'must divide --model.n_attn_heads={m.n_attn_heads}'
+    )
+  if cfg.heads.block_first and m.n_layers - n < 1:
+    raise fields.ConfigError(
+      'heads.n',
+      n,
+      f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
+      f' needs at least one; at most {m.n_layers - 1}',
+    )
+  unfit = kernel_problem(cfg, m.attention)
+  if unfit:
+    raise unfit
+  # A query reads that far ahead and, where heads leap, drafts from before it.
+  reach = cfg.heads.offsets[-1] + cfg.heads.stride - 1
+  if reach >= cfg.data.seq_len:
+    raise fields.ConfigError(
+      'heads.n',
+      n,
+      f'with --heads.stride={cfg.heads.stride} that spans {reach} tokens, must'
+      f' be below --data.seq_len={cfg.data.seq_len}',
+    )
+
+
+def _check_loss(cfg):
+  n, seq_len, chunk = cfg.heads.n, cfg.data.seq_len, cfg.loss.chunk_size
+  if chunk and seq_len % chunk:
+    raise fields.ConfigError('loss.chunk_size', chunk, f'must divide --data.seq_len={seq_len}')
+  for name, ok, allowed in (
+    (
+      'weights',
+      lambda v: len(v) <= n and all(0 <= w <= 1e6 for w in v),
+      f'STEP:W,W,…;STEP:… with at most --heads.n={n} weights >= 0, at most 1e6,'
+      ' and steps that start at 0 and rise',
+    ),
+    (
+      'curriculum',
+      lambda v: len(v) == 1 and v[0] == int(v[0]) and 1 <= v[0] <= n,
+      f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start at 0 and rise',
+    ),
+  ):
+    text = getattr(cfg.loss, name)
+    if name == 'curriculum' and not text:
+      continue
+    try:
+      good = all(ok(values) for _, values in schedule_lib.parse_steps(text))
+    except (ValueError, OverflowError):
+      good = False
+    if not good:
+      raise fields.ConfigError(f'loss.{name}', text, allowed)
+  weights = schedule_lib.head_weights(cfg)
+  phases = [*weights, *schedule_lib.parse_steps(cfg.loss.curriculum or '0:1')]
+  if not cfg.loss.token_order_weight and not any(
+    any(schedule_lib.in_force(weights, step)[: schedule_lib.active_heads(cfg, step)])
+    for step, _ in phases
+    if step < cfg.train.steps
+  ):
+    raise fields.ConfigError(
+      'loss.weights', cfg.loss.weights, 'no head that is active at any step has a weight above 0'
+    )
+
+
+def _check_groups(cfg):
+  h, freeze = cfg.heads, cfg.train.freeze
+  phases = schedule_lib.parse_steps(cfg.loss.curriculum or f'0:{h.n}')
+  n_active = [int(values[0]) for _, values in phases]
+  no_heads = (
+    not h.block_first
+    and min(n_active) == 1
+    and not (h.unembedding == 'replicated' or cfg.loss.token_order_weight)
+  )
+  if freeze == 'trunk' and no_heads:
+    raise fields.ConfigError(
+      'train.freeze',
+      freeze,
+      f'with {min(n_active)} active heads of {h.family} nothing else would train',
+    )
+
+
+def _check_steps(cfg):
+  t, o, batch_size = cfg.train, cfg.optim, cfg.data.batch_size
+  if batch_size % t.grad_accum_steps:
+    raise fields.ConfigError(
+      'train.grad_accum_steps', t.grad_accum_steps, f'must divide --data.batch_size={batch_size}'
+    )
+  if o.warmup_steps >= t.steps:
+    raise fields.ConfigError(
+      'optim.warmup_steps', o.warmup_steps, f'must be below --train.steps={t.steps}'
+    )
+  if o.schedule == 'wsd' and not 1 <= o.decay_steps <= t.steps - o.warmup_steps:
+    raise fields.ConfigError(
+      'optim.decay_steps',
+      o.decay_steps,
+      f'wsd needs 1 to steps - warmup_steps = {t.steps - o.warmup_steps} of them',
+    )
+  sizes = dataclasses.asdict(cfg.mesh)
+  rest = [axis for axis, size in sizes.items() if size == -1]
+  for axis, size in sizes.items():
+    if size == 0:
+      raise fields.ConfigError(f'mesh.{axis}', size, 'at least 1, or -1')
+  if len(rest) > 1:
+    default = schema.MeshConfig()
+    rest.sort(key=lambda axis: getattr(default, axis) == -1)  # not given: last
+    raise fields.ConfigError(
+      f'mesh.{rest[0]}', -1, f'at least 1, or -1 on a single axis, and --mesh.{rest[-1]} is -1'
+    )
+
+
+def _check_distributed(p):
+  host, _, port = p.coordinator_address.rpartition(':')
+  if p.coordinator_address in ('', 'auto'):
+    for name, default in (('num_processes', 1), ('process_id', 0)):
+      if getattr(p, name) != default:
+        raise fields.ConfigError(
+          f'distributed.{name}',
+          getattr(p, name),
+          'needs --distributed.coordinator_address=HOST:PORT',
+        )
+  elif not (host and port.isdigit() and 0 < int(port) < 2**16):
+    raise fields.ConfigError(
+      'distributed.coordinator_address', p.coordinator_address, 'HOST:PORT, auto or empty'
+    )
+  if p.process_id >= p.num_processes:
+    raise fields.ConfigError(
+      'distributed.process_id',
+      p.process_id,
+      f'must be below --distributed.num_processes={p.num_processes}',
+    )
+
+
+def _check_stores(cfg):
+  names = set()
+  for flag, form in (
+    ('data.store', '[NAME=]PATH[:WEIGHT],… with weights above 0'),
+    ('eval.stores', '[NAME=]PATH,…'),
+  ):
+    text = schema.get(cfg, flag)
+    try:
+      refs = parse_lib.parse_stores(text)
+    except ValueError as error:
+      raise fields.ConfigError(flag, text, form) from error
+    if flag == 'eval.stores' and any(ref.weight != '1' for ref in refs):
+      raise fields.ConfigError(flag, text, f'{form}, without weights')
+    for ref in refs:
+      if '://' in ref.path:
+        raise fields.ConfigError(
+          flag,
+          text,
+          'a store is read in place: copy it to a disk of each host, or mount'
+          ' the bucket, and give that path',
+        )
+      if ref.name in names:
+        raise fields.ConfigError(flag, text, f'two stores are called {ref.name!r}; give NAME=PATH')
+      names.add(ref.name)
+
+
+TREE = 64  # tokens of a window, at most
+
+
+def _check_decode(cfg):
+  d, n, stride = cfg.decode, cfg.heads.n, cfg.heads.stride
+
+  def need(ok, flag, allowed):
+    if not ok:
+      raise fields.ConfigError(f'decode.{flag}', getattr(d, flag), allowed)
+
+  try:
+    widths = parse_lib.parse_numbers(d.tree)
+  except ValueError:
+    widths = (0,)
+  slots, level = 1, 1
+  for width in widths:
+    level = min(level * width, 2 * TREE)  # so that no number has a million digits
+    slots = min(slots + level, 2 * TREE)
+  need(
+    all(width >= 1 for width in widths) and slots <= TREE,
+    'tree',
+    'candidates of heads 2, 3 …, above 0, with commas, that make a window of at'
+    f' most {TREE} tokens',
+  )
+  need(
+    len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size,
+    'tree',
+    f'with --heads.n={n} at most {n - 1} numbers, none above the vocabulary',
+  )
+  need(not d.temperature or d.temperature >= 1e-6, 'temperature', '0, or at least 1e-6')
+  sampled = d.temperature or cfg.eval.samples > 1 or cfg.eval.temperatures
+  for flag, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
+    need(
+      sampled or getattr(d, flag) == unused,
+      flag,
+      'a filter of samples: needs --decode.temperature above 0',
+    )
+  need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
+  drafts = None if d.num_draft_tokens == 'all' else _natural(d.num_draft_tokens)
+  need(
+    d.num_draft_tokens == 'all' or (drafts is not None and drafts < n),
+    'num_draft_tokens',
+    f'all, or an integer from 0 to --heads.n - 1 = {n - 1}',
+  )
+  need(
+    drafts is None or not widths or drafts == len(widths),
+    'num_draft_tokens',
+    f'--decode.tree={d.tree} drafts {len(widths)} tokens in a row',
+  )
+  leaps = f'strided heads (--heads.stride={stride}) leave gaps between drafts'
+  need(stride == 1 or not drafts, 'num_draft_tokens', f'must be 0: {leaps}')
+  need(stride == 1 or not widths, 'tree', f'must be empty: {leaps}')
+  try:
+    stops = parse_lib.parse_stop_ids(d.stop_token_ids) or ()
+  except ValueError:
+    stops = (-1,)
+  need(
+    all(0 <= stop < cfg.model.vocab_size for stop in stops),
+    'stop_token_ids',
+    f'none, or ids from 0 to --model.vocab_size - 1 = {cfg.model.vocab_size - 1}, with commas',
+  )
+
+
+def _natural(text: str) -> int | None:
+  return int(text) if re.fullmatch('[0-9]{1,9}', text) else None
+
+
+def _check_bench(cfg):
+  b = cfg.bench
+  schedules = {f.name: f for f in dataclasses.fields(schema.LossConfig)}['backward']
+  known = schedules.metadata['choices']
+  for flag, parse, ok, allowed in (
+    ('heads', parse_lib.parse_numbers, lambda n: n >= 1, 'numbers above 0'),
+    ('chunk_size', parse_lib.parse_numbers, lambda c: c >= 0, 'numbers of positions'),
+    ('batches', parse_lib.parse_numbers, lambda b: 1 <= b <= 2**20, f'numbers from 1 to {2**20:,}'),
+    (
+      'num_draft_tokens',
+      parse_lib.parse_numbers,
+      lambda drafts: 0 <= drafts < cfg.heads.n,
+      f'numbers from 0 to --heads.n - 1 = {cfg.heads.n - 1}',
+    ),
+    (
+      'backward',
+      lambda text: text.split(',') if text else (),
+      lambda name: name in known,
+      f'of {", ".join(known)}',
+    ),
+  ):
+    text = getattr(b, flag)
+    try:
+      values = parse(text)
+    except ValueError:
+      values = (-1,)
+    if not all(map(ok, values)) or len(set(values)) < len(values):
+      raise fields.ConfigError(f'bench.{flag}', text, f'different ones, with commas: {allowed}')

@@ -1,0 +1,101 @@
+"""TODO of mtp_jax.decode.speculative."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.decode import sample
+from mtp_jax.decode import setup as setup_lib
+from mtp_jax.decode import state as state_lib
+from mtp_jax.decode import window as window_lib
+from mtp_jax.model import heads
+from mtp_jax.parallel import sharding
+
+
+def draft(
+  w, states, state: state_lib.State, caches, root_B, n_accepted_B, sampling, s: setup_lib.Setup
+):
+  """Heads 2..W read the window and draft after its last token that stands."""
+  cfg, f, W, R = s.cfg, heads.family(s.cfg), s.window, s.again
+  S = caches.stem[0].k_BGSH.shape[2]
+
+  def positions(root_B, n_B):
+    position_BT = root_B[:, None] - R + jnp.arange(R + W)[None]
+    return position_BT, (root_B + n_B)[:, None], n_B + R
+
+  position_BT, last_B1, at_B = sharding.by_rows(positions, root_B, n_accepted_B)
+  here = window_lib.window(position_BT, position_BT, S, cfg)
+  asked = window_lib.QueryPosition(at_B, window_lib.window(last_B1, last_B1, S, cfg))
+  z_BTD, carry_BTD = window_lib.trunk_state(states, s), states[-1]
+  if R:
+    z_BTD = carry_BTD = sharding.by_rows(
+      lambda *x: jnp.concatenate(x, axis=1), state.tail_BRD, z_BTD
+    )
+    state = state._replace(
+      tail_BRD=sharding.by_rows(
+        lambda x_BTD, n_B: jnp.take_along_axis(
+          x_BTD, (1 + n_B[:, None] + jnp.arange(R)[None])[:, :, None], axis=1
+        ),
+        z_BTD,
+        n_accepted_B,
+      )
+    )
+
+  def propose(state, logits_BKV, first):
+    return sharding.by_rows(
+      functools.partial(_propose, first=first, s=s), state, logits_BKV, last_B1, same=(sampling,)
+    )
+
+  hidden, written = [], []
+  for k in range(2, W + 1):
+    if f.reverse:
+      raw_B1D = window_lib.take_position(states[len(states) - k], at_B)
+      h_B1D = heads.norm(raw_B1D, w.norm, cfg)
+    else:
+      next_BT = None
+      if f.feeds_tokens:
+        next_BT = sharding.by_rows(
+          functools.partial(_next_tokens, k=k), state.tokens_BS, position_BT
+        )
+      kv = caches.heads[k - 2] if f.has_block else None
+      carry_BTD, h_B1D, kv = window_lib.head(w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s)
+      written.append(kv)
+    if f.feeds_tokens:
+      state = propose(state, window_lib.logits(w, h_B1D, k, cfg), k)
+    hidden.append(h_B1D)
+  if not f.feeds_tokens:
+    state = propose(state, window_lib.all_logits(w, hidden, cfg), 2)
+  if caches.heads:
+    caches = caches._replace(heads=tuple(written))
+  return state, caches
+
+
+def _next_tokens(tokens_BS, position_BT, k: int):
+  """What head k is fed: the token of head k - 1 at each position."""
+  at_BT = jnp.maximum(position_BT + k - 1, 0)
+  return jnp.take_along_axis(tokens_BS, at_BT, axis=1)
+
+
+def _propose(state: state_lib.State, logits_BKV, last_B1, sampling, first: int, s: setup_lib.Setup):
+  """Drafts of heads first, first + 1 …; the best of each is put behind the
+  known tokens, where a head that feeds tokens finds it."""
+  K = logits_BKV.shape[1]
+  at_BK = last_B1 + first + jnp.arange(K)[None]
+  of_heads = slice(first - 2, first - 2 + K)
+  q_BJV, candidates_BJX = state.q_BJV, state.candidates_BJX
+  X = candidates_BJX.shape[2]
+  if sampling is not None:
+    q_BKV = sample.probabilities(logits_BKV, sampling)
+    new_BKX = sample.draw(q_BKV, state.seed_B, at_BK, sample.DRAFT)[:, :, None]
+    q_BJV = q_BJV.at[:, of_heads].set(q_BKV)
+  elif X == 1:
+    new_BKX = jnp.argmax(logits_BKV, axis=-1, keepdims=True).astype(jnp.int32)
+  else:
+    _, new_BKX = jax.lax.top_k(logits_BKV, X)
+  b_B1 = jnp.arange(logits_BKV.shape[0])[:, None]
+  return state._replace(
+    tokens_BS=state.tokens_BS.at[b_B1, at_BK].set(new_BKX[:, :, 0], mode='drop'),
+    candidates_BJX=candidates_BJX.at[:, of_heads].set(new_BKX),
+    q_BJV=q_BJV,
+  )

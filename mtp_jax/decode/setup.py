@@ -1,0 +1,63 @@
+"""TODO of mtp_jax.decode.speculative."""
+
+from typing import NamedTuple
+
+from mtp_jax.config import schema
+from mtp_jax.model import heads
+
+
+class Tree(NamedTuple):
+  """The window's tokens: slot 0 is the last known one, the others drafts."""
+
+  depth_M: tuple[int, ...]  # tokens after the root
+  rank_M: tuple[int, ...]  # among its head's candidates
+  levels: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # slots, parents
+  widths: tuple[int, ...]  # candidates of heads 2, 3, …
+
+  @property
+  def is_chain(self) -> bool:
+    return all(width == 1 for width in self.widths)
+
+
+def tree(widths: tuple[int, ...]) -> Tree:
+  """Each candidate of a head under each of the head before it (Cai et al. 2024,
+  https://arxiv.org/abs/2401.10774); of width 1 throughout, a chain."""
+  depth, rank, levels, above = [0], [0], [], (0,)
+  for level, width in enumerate(widths, 1):
+    slots = tuple(range(len(depth), len(depth) + len(above) * width))
+    parents = tuple(parent for parent in above for _ in range(width))
+    levels.append((slots, parents))
+    depth += [level] * len(slots)
+    rank += list(range(width)) * len(above)
+    above = slots
+  return Tree(tuple(depth), tuple(rank), tuple(levels), tuple(widths))
+
+
+class Setup(NamedTuple):
+  """What a program is compiled for; hashable."""
+
+  cfg: schema.Config  # model and heads; the rest is as by default
+  active: int  # heads that trained
+  tree: Tree  # as deep as there are drafts: W - 1
+  stop_ids: tuple[int, ...]
+
+  @property
+  def window(self) -> int:
+    """W, heads in use."""
+    return len(self.tree.widths) + 1
+
+  @property
+  def slots(self) -> int:
+    """M, tokens of a forward pass: W unless drafts form a tree."""
+    return len(self.tree.depth_M)
+
+  @property
+  def again(self) -> int:
+    """R, positions that token-feeding heads read again."""
+    return max(self.window - 2, 0) * heads.family(self.cfg).feeds_tokens
+
+
+def setup(cfg: schema.Config, active: int, widths: tuple[int, ...], stop_ids=()) -> Setup:
+  only = schema.Config(model=cfg.model, heads=cfg.heads)
+  only = schema.replace(only, **{'loss.grad_dtype': cfg.model.compute_dtype})
+  return Setup(only, active, tree(widths), tuple(stop_ids))

@@ -1,0 +1,42 @@
+"""TODO of mtp_jax.generate."""
+
+from mtp_jax.config import parse, schema
+from mtp_jax.decode import decoder as decoder_lib
+from mtp_jax.decode import load as load_lib
+
+
+def stop_ids(cfg: schema.Config, opened: load_lib.LoadedModel) -> tuple[int, ...]:
+  said = parse.parse_stop_ids(cfg.decode.stop_token_ids)
+  if said is not None:
+    return said
+  return opened.tokenizer.stop_ids if opened.tokenizer else ()
+
+
+def sampled(cfg) -> str:
+  t = cfg.decode.temperature
+  return f', sampled at temperature {t:g}' if t else ', greedy'
+
+
+def acceptance_lines(decoded) -> list[str]:
+  if not len(decoded.asked_J):
+    return []
+  rates = ', '.join(
+    f't+{j}: {"-" if rate is None else f"{rate:.2f}"}'
+    for j, rate in enumerate(decoded.acceptance_J, 2)
+  )
+  return [f'drafts that stood, given those before: {rates}']
+
+
+def summary(decoded: decoder_lib.Decoded) -> dict:
+  return dict(
+    tokens=decoded.n_tokens,
+    forwards=int(decoded.forwards.sum()),
+    tokens_per_forward=decoded.tokens_per_forward,
+    acceptance=decoded.acceptance_J,
+    asked=decoded.asked_J.tolist(),
+    accepted=decoded.accepted_J.tolist(),
+    prefill_s=decoded.prefill_s,
+    decode_s=decoded.decode_s,
+    compile_s=decoded.compile_s,
+    tokens_per_s=decoded.n_tokens / decoded.decode_s,
+  )

@@ -1,0 +1,70 @@
+"""TODO of mtp_jax.decode.speculative."""
+
+import jax.numpy as jnp
+
+from mtp_jax.decode import cache as cache_lib
+from mtp_jax.decode import sample
+from mtp_jax.decode import state as state_lib
+from mtp_jax.parallel import sharding
+
+
+def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, s):
+  """(state with what is new, drafts accepted_B, path_BW)."""
+  W, J = s.window, s.window - 1
+  tokens_BS, length_B, live_B = state.tokens_BS, state.length_B, ~state.done_B
+  allowed_B = jnp.where(state.drafted_B & live_B, jnp.minimum(max_accept, J), 0)
+  index_1W = jnp.arange(W)[None]
+  if sampling is None:
+    n_B, path_BW, emitted_BW = sample.accept_greedy(tokens_BM, logits_BMV, allowed_B, s.tree.levels)
+  else:
+    n_B, emitted_BW = sample.accept_sampled(
+      tokens_BM,
+      logits_BMV,
+      state.q_BJV,
+      allowed_B,
+      state.seed_B,
+      length_B[:, None] + index_1W,
+      sampling,
+    )
+    path_BW = jnp.broadcast_to(index_1W, emitted_BW.shape)
+  new_B = jnp.minimum(n_B + 1, state.limit_B - length_B)
+  stops_BW = jnp.zeros(emitted_BW.shape, bool)
+  for stop_id in s.stop_ids:
+    stops_BW |= emitted_BW == stop_id
+  stops_BW &= index_1W < new_B[:, None]
+  stopped_B = jnp.any(stops_BW, axis=1)
+  new_B = jnp.where(stopped_B, 1 + jnp.argmax(stops_BW, axis=1), new_B)
+  new_B = jnp.where(live_B, new_B, 0)
+  at_BW = jnp.where(index_1W < new_B[:, None], length_B[:, None] + index_1W, tokens_BS.shape[1])
+  b_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
+  draft_1J = 1 + jnp.arange(J)[None]
+  asked_BJ = (draft_1J <= allowed_B[:, None]) & (draft_1J <= jnp.minimum(n_B + 1, new_B)[:, None])
+  return (
+    state._replace(
+      tokens_BS=tokens_BS.at[b_B1, at_BW].set(emitted_BW, mode='drop'),
+      length_B=length_B + new_B,
+      done_B=~live_B | stopped_B | (length_B + new_B >= state.limit_B),
+      drafted_B=jnp.ones_like(live_B),
+      forwards_B=state.forwards_B + live_B,
+      asked_BJ=state.asked_BJ + asked_BJ,
+      accepted_BJ=state.accepted_BJ + (asked_BJ & (draft_1J <= n_B[:, None])),
+    ),
+    n_B,
+    path_BW,
+  )
+
+
+def keep_path(states, caches: state_lib.Caches, root_B, path_BW):
+  """The accepted path of a tree, as if it had been a chain all along."""
+
+  def slots(root_B, path_BW):
+    W = path_BW.shape[1]
+    return root_B[:, None] + path_BW, root_B[:, None] + jnp.arange(W)[None]
+
+  def along(x_BMD, path_BW):
+    return jnp.take_along_axis(x_BMD, path_BW[:, :, None], axis=1)
+
+  from_BW, to_BW = sharding.by_rows(slots, root_B, path_BW)
+  stem = tuple(cache_lib.move(kv, from_BW, to_BW) for kv in caches.stem)
+  states = [sharding.by_rows(along, x, path_BW) for x in states]
+  return states, caches._replace(stem=stem)

@@ -1,0 +1,76 @@
+"""TODO of mtp_jax.decode.speculative."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from mtp_jax.decode import setup as setup_lib
+from mtp_jax.model import heads, lm, params
+from mtp_jax.parallel import sharding
+
+
+class Weights(NamedTuple):
+  """Parameters as decoding reads them: in the compute dtype (norms as they
+  are), whole over the batch axes, layers apart, those in use only."""
+
+  embed: Any
+  stem: tuple  # layers that verification needs: the trunk's, then heads'
+  heads: tuple  # modules of the heads after them
+  norm: Any
+  unembed: tuple  # of head 1, 2 …, or one for all
+
+
+def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
+  """Under jit. A module that serves all heads is there once."""
+  cfg, f = s.cfg, heads.family(s.cfg)
+
+  def use(w, spec):
+    w = w.astype(cfg.model.compute_dtype) if spec.decay else w
+    return jax.reshard(w, sharding.whole(*spec.axes))
+
+  model = model.replace(order=None)
+  model = jax.tree.map(use, model, lm.specs(cfg).replace(order=None))
+
+  def at(i, stack):
+    return jax.tree.map(lambda w: w[i], stack)
+
+  stem = [at(i, model.trunk) for i in range(heads.trunk_layers(cfg))]
+  further = range(2, s.window + 1)
+  if f.reverse:
+    stem += [at(k - 1, model.heads) for k in range(s.active, 0, -1)]
+    modules = []
+  elif cfg.heads.block_first:
+    stem.append(at(0, model.heads))
+    modules = [at(k - 1, model.heads) for k in further]
+  else:
+    n_modules = heads.n_modules(cfg, s.window)
+    modules = [at(i, model.heads) for i in range(n_modules)]
+  return Weights(
+    model.embed,
+    tuple(stem),
+    tuple(modules),
+    model.norm,
+    {
+      'shared': lambda: (model.unembed,),
+      'tied': lambda: (),
+      'replicated': lambda: tuple(at(k, model.unembed) for k in range(s.window)),
+    }[cfg.heads.unembedding](),
+  )
+
+
+def in_use(w: Weights, s: setup_lib.Setup) -> Weights:
+  """Those of fewer heads than w was made for; nothing is copied."""
+  return w._replace(heads=w.heads[: s.window - 1], unembed=w.unembed[: s.window])
+
+
+def read_bytes(w: Weights, s: setup_lib.Setup) -> int:
+  """Bytes of weights that a device reads in a forward pass: a module as often
+  as it serves a head; a shared unembedding for head 1 and once more for the
+  drafts of all further heads, or for each where one drafts after the other."""
+  f, unembedding = heads.family(s.cfg), s.cfg.heads.unembedding
+  modules = w.heads * (s.window - 1) if f.one_module else w.heads
+  table = w.unembed or (w.embed,)
+  reads = 1 + (s.window > 1) * (s.window - 1 if f.feeds_tokens else 1)
+  if unembedding != 'replicated':
+    table = table * reads
+  return params.bytes_per_device((w.stem, modules, w.norm, table))

@@ -1,0 +1,171 @@
+"""`mtp export` and `mtp import`. Floor 5."""
+
+import os
+
+from mtp_jax.checkpoint import restore, saver
+from mtp_jax.config import fields, schema, validate
+from mtp_jax.data import tokenizers
+from mtp_jax.decode import load
+from mtp_jax.interop import files, hf_folder, mapping, tokens
+from mtp_jax.io import paths
+from mtp_jax.model import lm, params
+from mtp_jax.parallel import sharding
+from mtp_jax.train import init_from
+
+
+def _absent(path: str) -> str:
+  """Returns the absolute path of a directory that is to be written."""
+  path = paths.absolute(path)
+  there = paths.as_path(path)
+  if there.exists() and not (there.is_dir() and not list(there.iterdir())):
+    raise paths.InputError(path, 'is not empty; give another directory')
+  if paths.scheme(path):
+    return path
+  parent = os.path.dirname(path)
+  if not os.path.isdir(parent):
+    raise paths.InputError(path, f'there is no {parent}')
+  return path
+
+
+def _given(given: dict[str, object], flag: str) -> str:
+  path = given.get(flag, '')
+  if not path:
+    raise fields.ConfigError(flag, '', 'give a directory')
+  return path
+
+
+HF = 'safetensors'
+# Of the forms that safetensors does not write alone, the libraries that do, and
+# the extra that installs them.
+LIBRARIES = {'meta': (('torch',), 'meta'), 'gguf': (('gguf', HF), 'gguf')}
+
+
+def export(path: str, given: dict[str, object]) -> list[str]:
+  """Writes --export.out from a checkpoint; returns the lines of a report."""
+  out = _absent(_given(given, 'export.out'))
+  form = given.get('export.format', 'hf')
+  if form not in mapping.FORMS:
+    validate.configured(given)  # says which there are
+  libraries, extra = LIBRARIES.get(form, ((HF,), 'hf'))
+  for library in (*libraries, 'tokenizers'):
+    files.need(library, extra)
+  workdir, step, saved, cfg = load.open_checkpoint(paths.absolute(path), given)
+  tokenizer = load.tokenizer_of(given, saved, workdir)
+  if tokenizer is not None:
+    load.check_rows(tokenizer, cfg)
+  hf_folder.check(cfg, tokenizer)
+  model = restore.restore_model(workdir, step, cfg, sharding.serving_mesh(cfg))
+  dtype = cfg.export.dtype
+  lines = hf_folder.export(
+    model,
+    cfg,
+    tokenizer,
+    out,
+    dtype=cfg.model.param_dtype if dtype == 'param' else dtype,
+    about=f'{os.path.basename(workdir)}, step {step}',
+  )
+  trained = init_from.trained_heads(cfg, step)
+  if trained < cfg.heads.n:
+    lines.append(
+      f'heads {trained + 1} to {cfg.heads.n} have not trained yet'
+      f' (--loss.curriculum={cfg.loss.curriculum})'
+    )
+  return lines
+
+
+# What a flag may say of an imported model.
+GIVEN = (
+  'model.param_dtype',
+  'model.compute_dtype',
+  'model.remat',
+  'model.attention',
+  'heads.family',
+  'data.seq_len',
+  'data.batch_size',
+  'mesh.',
+  'train.',
+  'import.',
+)
+
+
+def import_(given: dict[str, object]) -> list[str]:
+  """Writes --train.workdir from --import.path."""
+  path = paths.absolute(_given(given, 'import.path'))
+  if paths.scheme(path):
+    raise paths.InputError(path, 'copy it to a disk of this machine')
+  if not os.path.isdir(path):
+    raise paths.InputError(path, 'is no directory')
+  for name, value in given.items():
+    if not name.startswith(GIVEN) or name == 'train.init_from':
+      raise fields.ConfigError(name, value, 'an import takes that from what it reads')
+  workdir = _absent(_given(given, 'train.workdir'))
+  saver.check_workdir(workdir)
+  form = given.get('import.format', 'hf')
+  if form not in hf_folder.DESCRIPTIONS:
+    validate.configured(given)  # says which there are
+  if form == 'meta':
+    files.need('torch', 'meta')
+  cfg, ours = hf_folder.find(path, given)
+  if cfg.export.format == 'meta':
+    files.need('torch', 'meta')
+  if ours:
+    cfg = validate.configured(given, cfg)
+  tokenizer, dropped = _tokenizer(path, cfg, ours)
+  recorded = tokenizers.recorded_name(tokenizer) if tokenizer else ''
+  cfg = schema.replace(
+    cfg, **{'data.tokenizer': recorded, 'data.store': '', 'train.workdir': workdir}
+  )
+  model = hf_folder.read(path, cfg, sharding.serving_mesh(cfg))
+  if paths.scheme(workdir):  # the checkpoint is marked when it is complete
+    saver.save_params(model, cfg, tokenizer, workdir)
+  else:
+    # At once, or a run would begin with half of it, that is with nothing.
+    with paths.new_folder(workdir) as tmp:
+      saver.save_params(model, cfg, tokenizer, tmp)
+  m = cfg.model
+  return [
+    f'{workdir}: {params.count(lm.specs(cfg)):,} parameters, {m.n_layers}'
+    f' layers, {cfg.heads.n} head{"s" * (cfg.heads.n > 1)}'
+    f' ({cfg.heads.family})'
+    + ('' if tokenizer else _WITHOUT[cfg.import_.tokenizer])
+    + (f'; without the tokens {", ".join(dropped)}' if dropped else '')
+  ]
+
+
+_WITHOUT = {
+  'read': '; no tokenizer was there: ids only',
+  'skip': '; without its tokenizer: ids only',
+}
+
+
+def _tokenizer(path: str, cfg: schema.Config, ours: bool):
+  """(the tokenizer of a folder or None, added tokens dropped to make it fit).
+
+  Raises:
+    ConfigError: there is one, but it cannot be read or does not fit.
+  """
+  if cfg.import_.tokenizer == 'skip':
+    return None, []
+
+  def unfit(problem):
+    return paths.InputError(
+      path, f'{problem}; --import.tokenizer=skip imports the weights without it'
+    )
+
+  rows = cfg.model.vocab_size
+  try:
+    found = tokens.read(path, cfg.data.tokenizer if ours else None)
+    if found is None:
+      return None, []
+    fitted, dropped = tokens.fitted(found, rows)
+  except paths.InputError as error:
+    name, problem = error.args[-2:]
+    raise unfit(f'its tokenizer {name} {problem}') from error
+  if fitted.vocab_size > rows:
+    raise unfit(f'its tokenizer {found.name} has {found.vocab_size} tokens, the model {rows}')
+  beyond = [i for i in fitted.stop_ids if i >= rows]
+  if beyond:
+    raise unfit(
+      f'its tokenizer {found.name} ends texts with {beyond[0]}, the model has {rows} tokens'
+    )
+  return fitted, dropped

@@ -1,0 +1,442 @@
+"""A checkpoint of another program: a folder out, a folder in. Floor 4.
+
+Each is a description (hf.py, meta.py), tensors under the names of mapping.py,
+and the tokenizer. What we write also holds mtp_jax.json, our own definition of
+the model, so that it can be read back bit for bit.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax.config import commands, fields, parse, schema, validate
+from mtp_jax.interop import files, hf, llama_cpp, mapping, meta, tokens
+from mtp_jax.io import jsonl, paths
+from mtp_jax.model import lm, params
+
+OURS = 'mtp_jax.json'
+MOST_LAYERS = 10_000  # of a model that is worth a look at its files
+
+
+# Out.
+
+
+def check(cfg: schema.Config, tokenizer) -> None:
+  """ConfigError if the form has no place for such a model or tokenizer."""
+  unfit = mapping.unfit(cfg, cfg.export.format)
+  if not unfit and cfg.export.format == 'gguf':
+    unfit = llama_cpp.check(tokenizer)
+  if unfit:
+    raise fields.ConfigError('export.format', cfg.export.format, unfit)
+
+
+def export(
+  model: lm.LM, cfg: schema.Config, tokenizer, out: str, *, dtype: str, about: str
+) -> list[str]:
+  """Writes a folder, complete or not at all, and reads it again.
+
+  Args:
+    model: parameters; gathered a tensor at a time.
+    cfg: what they are; its export says in which form.
+    tokenizer: a Tokenizer, or None.
+    out: the folder, which must not exist.
+    dtype: of the tensors.
+    about: what the model card says it is.
+
+  Returns:
+    lines that say what was written.
+
+  Raises:
+    ConfigError: the form has no place for such a model.
+  """
+  check(cfg, tokenizer)
+  form = mapping.of(cfg)
+  describe = meta.describe if form == 'meta' else hf.describe
+  written = {name: text.encode() for name, text in describe(cfg, tokenizer, dtype, about).items()}
+  written[OURS] = parse.to_json(_what_it_is(cfg)).encode()
+  if tokenizer is not None:
+    written |= tokens.files_of(tokenizer)
+  with paths.new_folder(out) as tmp:
+    wanted = _write_tensors(model, cfg, tokenizer, tmp, dtype, about)
+    extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
+    _check(tmp, cfg, wanted, extra > 0)
+    for name, data in written.items():
+      path = os.path.join(tmp, name)
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      with open(path, 'wb') as file:
+        file.write(data)
+  where = mapping.FORMS[form].file if extra else ''
+  lines = [
+    f'{out}: {len(wanted) - extra} tensors of a Llama of'
+    f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
+    f'{f" in {where}" if where else ""}; all read again and equal'
+  ]
+  if form == 'gguf' and cfg.heads.n > 1:
+    lines.append(f'llama.cpp drafts with no head: {mapping.undrafted(cfg)}')
+  command = run_by(form, out, cfg.heads.n - 1)
+  if command and tokenizer is not None:
+    lines.append(f'run it: {command}')
+  return lines
+
+
+GENERATE = (
+  'import sys, transformers as t;'
+  ' out = dict(pretrained_model_name_or_path=sys.argv[1],'
+  ' trust_remote_code=True);'
+  ' text = t.AutoTokenizer.from_pretrained(**out);'
+  ' model = t.AutoModelForCausalLM.from_pretrained(**out);'
+  ' print(text.decode(model.generate(**text("Once", return_tensors="pt"),'
+  ' use_mtp=True, max_new_tokens=64)[0]))'
+)
+
+
+def run_by(form: str, out: str, n: int) -> str:
+  """The command line of an engine that runs a folder, and drafts n tokens with
+  its heads if it can; '' of forms that no engine serves."""
+  gguf = ['llama-server', '-m', os.path.join(out, llama_cpp.TENSORS)]
+  drafts = dict(method='mtp', num_speculative_tokens=n)
+  medusa = dict(drafts, method='medusa', model=os.path.join(out, 'medusa'))
+  vllm = ['vllm', 'serve', out]
+  return shlex.join(
+    {
+      'hf': vllm,
+      'transformers_mtp': ['python', '-c', GENERATE, out],
+      'gguf': gguf,
+      'gguf_mtp': [*gguf, '--spec-type', 'draft-mtp', '--spec-draft-n-max', str(n)],
+      'mimo': [*vllm, '--trust-remote-code', '--speculative-config', json.dumps(drafts)],
+      'medusa': [*vllm, '--speculative-config', json.dumps(medusa)],
+    }.get(form, [])
+  )
+
+
+def _what_it_is(cfg: schema.Config) -> schema.Config:
+  """Without where it was trained, and what was asked of it since."""
+  return dataclasses.replace(
+    schema.Config(),
+    model=cfg.model,
+    heads=cfg.heads,
+    loss=cfg.loss,
+    optim=cfg.optim,
+    export=commands.ExportConfig(format=cfg.export.format),
+    data=dataclasses.replace(cfg.data, store='', documents=''),
+  )
+
+
+def _write_tensors(model, cfg, tokenizer, folder, dtype, about) -> dict[str, str]:
+  """Digest of each tensor written."""
+  form, leaves, digests = mapping.of(cfg), mapping.leaves(model), {}
+  extra_file = mapping.FORMS[form].file
+  places = mapping.tensors(cfg, form)
+  extra: dict[str, np.ndarray] = {}
+
+  def dtype_of(shape):
+    if form in llama_cpp.ARCHITECTURES:
+      return llama_cpp.dtype_of(shape, dtype)
+    return np.dtype(dtype)
+
+  def array_of(place):
+    leaf = leaves[place.path]
+    ours = leaf if place.index is None else leaf[place.index]
+    array = place.form.out(np.asarray(jax.device_get(ours)), cfg)
+    return np.ascontiguousarray(array.astype(dtype_of(array.shape)))
+
+  def arrays():
+    for name, place in places.items():
+      array = array_of(place)
+      digests[name] = files.digest(array)
+      if place.extra and extra_file:
+        extra[os.path.basename(name)] = array
+      else:
+        yield name, array
+
+  beside = os.path.dirname(extra_file)
+  if form == 'meta':
+    files.write_torch(os.path.join(folder, meta.TENSORS), dict(arrays()))
+  elif form in llama_cpp.ARCHITECTURES:
+    shapes = {
+      name: place.form.shape(leaves[place.path].shape[place.index is not None :])
+      for name, place in places.items()
+      if not (place.extra and extra_file)
+    }
+    llama_cpp.write(
+      os.path.join(folder, llama_cpp.TENSORS),
+      cfg,
+      tokenizer,
+      about,
+      {name: (shape, dtype_of(shape)) for name, shape in shapes.items()},
+      arrays(),
+    )
+  else:
+    shards = _write_shards(folder, arrays(), cfg.export.max_shard_gib * 2**30)
+    _name_shards(folder, shards, indexed=bool(extra) and not beside)
+  if extra:
+    os.makedirs(os.path.join(folder, beside), exist_ok=True)
+    files.write(os.path.join(folder, extra_file), extra)
+  return digests
+
+
+def _write_shards(folder: str, arrays, limit: float) -> list[list[str]]:
+  """The names in each file, written as soon as the next array would make it
+  larger than limit (bytes)."""
+  shards: list[list[str]] = []
+  batch: dict[str, np.ndarray] = {}
+
+  def flush():
+    shards.append(list(batch))
+    files.write(_shard(folder, len(shards)), batch)
+    batch.clear()
+
+  for name, array in arrays:
+    if batch and sum(x.nbytes for x in batch.values()) + array.nbytes > limit:
+      flush()
+    batch[name] = array
+  flush()
+  return shards
+
+
+def _shard(folder: str, number: int) -> str:
+  return os.path.join(folder, f'part-{number}')
+
+
+def _name_shards(folder: str, shards: list[list[str]], indexed: bool) -> None:
+  """As transformers names them, once it is known how many there are.
+
+  indexed: one file has an index too. Without it vLLM reads every file of the
+  folder as a part of the Llama.
+  """
+  n = len(shards)
+  if n == 1 and not indexed:
+    os.rename(_shard(folder, 1), os.path.join(folder, files.WHOLE))
+    return
+  total, weight_map = 0, {}
+  for i, names in enumerate(shards, 1):
+    name = files.WHOLE if n == 1 else f'model-{i:05d}-of-{n:05d}.safetensors'
+    path = os.path.join(folder, name)
+    os.rename(_shard(folder, i), path)
+    total += sum(
+      math.prod(x.shape) * x.dtype.itemsize for x in files.read(path, 'export.out').values()
+    )
+    weight_map |= dict.fromkeys(names, name)
+  index = dict(metadata=dict(total_size=total), weight_map=weight_map)
+  with open(os.path.join(folder, files.INDEX), 'w', encoding='utf-8') as file:
+    json.dump(index, file, indent=2)
+
+
+def _check(folder, cfg, wanted: dict[str, str], extra: bool) -> None:
+  """What was written, read again: the same keys, the same bytes."""
+  found = _tensors_of(folder, cfg, extra)
+  if found.keys() != wanted.keys():
+    odd = sorted(found.keys() ^ wanted.keys())
+    raise paths.InputError(folder, f'missing or surplus after writing: {odd[0]}')
+  for name, tensor in found.items():
+    if files.digest(np.array(tensor.read())) != wanted[name]:
+      raise paths.InputError(folder, f'{name} is not what was written')
+
+
+def _tensors_of(folder: str, cfg: schema.Config, extra: bool) -> dict[str, files.Tensor]:
+  """Of a folder; extra: also of the file of further heads, where a form has
+  one."""
+  form = mapping.of(cfg)
+  if form == 'meta':
+    return meta.tensors_of(folder)
+  if form in llama_cpp.ARCHITECTURES:
+    found = llama_cpp.read(folder, cfg)
+  else:
+    found = files.read_folder(folder)
+  file = mapping.FORMS[form].file
+  if extra and file:
+    beside = os.path.dirname(file)
+    more = files.read(os.path.join(folder, file))
+    found |= {os.path.join(beside, name): x for name, x in more.items()}
+  return found
+
+
+# In.
+
+
+def find(folder: str, given: dict) -> tuple[schema.Config, bool]:
+  """(Config of a folder's model, whether mtp_jax wrote it). Its export.format
+  is the form that the folder has.
+
+  given: flags, of which --heads.family says whether the last layer becomes
+  head 1 or stays in the trunk.
+
+  Raises:
+    ConfigError: no description, or an architecture that is none of ours, by the
+      field that says so.
+  """
+  wanted = given.get('import.format', 'hf')
+
+  def load(name):
+    try:
+      with open(os.path.join(folder, name), 'rb') as file:
+        return jsonl.loads(file.read(), {...: object})
+    except OSError as error:
+      other = 'hf' if wanted == 'meta' else 'meta'
+      there = os.path.exists(os.path.join(folder, DESCRIPTIONS[other]))
+      raise _error(
+        folder,
+        f'{name} cannot be read: {error.strerror}'
+        + (f'; --import.format={other} reads what is there' if there else ''),
+      ) from error
+    except ValueError as error:
+      raise _error(folder, f'{name}: {error}') from error
+
+  made_here = os.path.exists(os.path.join(folder, OURS))
+  if not made_here or wanted == 'meta':
+    about = load(DESCRIPTIONS[wanted])
+  if made_here:
+    try:
+      ours = validate.validate(parse.from_json(json.dumps(load(OURS))))
+    except ValueError as error:
+      raise _error(folder, f'{OURS}: {error}') from error
+    family = given.get('heads.family', ours.heads.family)
+    if ours.heads.n > 1 and family != ours.heads.family:
+      raise fields.ConfigError('heads.family', family, f'{OURS} says {ours.heads.family}')
+    _check_layers(folder, OURS, 'n_layers', ours.model.n_layers)
+    _check_layers(folder, OURS, 'heads.n', ours.heads.n)
+    return ours, True
+  for field in LAYERS:
+    _check_layers(folder, DESCRIPTIONS[wanted], field, about.get(field))
+  cfg = (meta if wanted == 'meta' else hf).read(folder, about, given)
+  if 'heads.family' not in given and _repeated(folder, cfg):
+    cfg = schema.replace(cfg, **{'heads.family': 'recursive'})
+  unfit = mapping.unfit(cfg, cfg.export.format)
+  if unfit:
+    raise _error(folder, f'{cfg.export.format} {unfit}')
+  return cfg, False
+
+
+LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers', 'n_future_tokens', 'num_mtp_layers')
+
+
+def _repeated(folder: str, cfg: schema.Config) -> bool:
+  """Whether the modules of a transformers_mtp folder are one, n - 1 times."""
+  if cfg.export.format != 'transformers_mtp' or cfg.heads.n < 3:
+    return False
+  found = files.read_folder(folder, 'import.path')
+  one = schema.replace(cfg, **{'heads.family': 'recursive'})
+  places = mapping.tensors(one, 'transformers_mtp')
+  first = {(p.path, p.index): k for k, p in places.items() if not p.copy}
+  return all(
+    name in found
+    and first[place.path, place.index] in found
+    and np.array_equal(found[name].read(), found[first[place.path, place.index]].read())
+    for name, place in places.items()
+    if place.copy
+  )
+
+
+def _check_layers(folder: str, file: str, field: str, value) -> None:
+  """Refuses before all names of a model's tensors would be listed."""
+  if isinstance(value, int) and value > MOST_LAYERS:
+    raise _error(folder, f'{field}={value} in {file}; at most {MOST_LAYERS:,}')
+
+
+DESCRIPTIONS = {'hf': 'config.json', 'meta': 'params.json'}
+
+
+HEAD = 'lm_head.weight'
+EMBEDDING = 'model.embed_tokens.weight'
+
+
+def _error(folder: str, problem: str) -> paths.InputError:
+  return paths.InputError(folder, problem)
+
+
+def read(folder: str, cfg: schema.Config, mesh) -> lm.LM:
+  """The parameters, a leaf at a time, straight to the shards of each device.
+
+  Raises:
+    ConfigError: a tensor is missing, left over, of another shape, or is not the
+      copy of another one that it has to be.
+  """
+  wanted = mapping.tensors(cfg, mapping.of(cfg))
+  extra = any(place.extra for place in wanted.values())
+  found = _tensors_of(folder, cfg, extra)
+  abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
+  leaves = mapping.leaves(abstract)
+  head = found.pop(HEAD, None) if cfg.heads.unembedding == 'tied' else None
+  found = {
+    name: x for name, x in found.items() if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))
+  }
+  for odd, said in (
+    (wanted.keys() - found.keys(), 'is missing'),
+    (found.keys() - wanted.keys(), 'has no place in this model'),
+  ):
+    if odd:
+      raise _error(folder, f'{min(odd)} {said}')
+  names: dict[str, dict] = {}
+  for name, place in wanted.items():
+    shape = leaves[place.path].shape
+    shape = place.form.shape(shape if place.index is None else shape[1:])
+    if found[name].shape != shape:
+      raise _error(folder, f'{name} has shape {found[name].shape}, the model {shape}')
+    if not place.copy:
+      names.setdefault(place.path, {})[place.index] = name
+  _check_copies(folder, cfg, found, wanted, names)
+  # Some write the embedding twice.
+  if head and not np.array_equal(head.read(), found[EMBEDDING].read()):
+    raise _error(
+      folder,
+      f'{HEAD} differs from {EMBEDDING}, although config.json has'
+      ' tie_word_embeddings=true; set it to false to import both',
+    )
+
+  def leaf(path, target):
+    of_index = names[jax.tree_util.keystr(path, simple=True, separator='.')]
+
+    def shard(index):
+      return _shard_of(folder, index, target, of_index, found, wanted, cfg)
+
+    # Ready, or its copy on the host would still be there beside the next one's.
+    return jax.block_until_ready(jax.make_array_from_callback(target.shape, target.sharding, shard))
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def _check_copies(folder, cfg, found, wanted, names) -> None:
+  for name, place in wanted.items():
+    if not place.copy:
+      continue
+    first = names[place.path][place.index]
+    ours = wanted[first].form.back(found[first].read(), cfg)
+    if not np.array_equal(place.form.out(ours, cfg), found[name].read()):
+      raise _error(
+        folder,
+        f'{name} must be 0'
+        if place.form is mapping.NO_BIAS
+        else f'{name} must be equal to {first}',
+      )
+
+
+def _shard_of(folder, index, target, of_index, found, wanted, cfg) -> Any:
+  """One device's part of a leaf, its tensors read one after the other."""
+
+  def ours(name, index):
+    part = wanted[name].form.back(found[name].read(), cfg)[index]
+    with np.errstate(over='ignore'):  # it is infinite then
+      part = part.astype(target.dtype)
+    if not files.all_finite(part):
+      raise _error(
+        folder,
+        f'{name} in {os.path.basename(found[name].path)} has numbers that are'
+        f' NaN or infinite in {target.dtype.name}',
+      )
+    return part
+
+  if None in of_index:
+    return np.ascontiguousarray(ours(of_index[None], index))
+  first, *rest = index
+  rows = range(target.shape[0])[first]
+  shape = target.sharding.shard_shape(target.shape)
+  out = np.empty((len(rows), *shape[1:]), target.dtype)
+  for row, i in zip(out, rows, strict=True):
+    row[...] = ours(of_index[i], tuple(rest))
+  return out

@@ -1,0 +1,130 @@
+"""TODO of mtp_jax.cross_entropy."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import schema
+from mtp_jax.parallel import sharding
+
+LOGITS_BYTES = 2**29  # of one device, unless --loss.chunk_size says how many
+
+
+class Stats(NamedTuple):
+  """Sums over the valid tokens of one head; stacked by the scan over heads."""
+
+  loss: Any
+  z_loss: Any
+  correct: Any
+  argmax_BT: Any
+
+
+class Logits(NamedTuple):
+  """Those of a chunk in float32, and what is read off them."""
+
+  logits_BCV: Any
+  ids_11V: Any
+  lse_BC: Any  # log-sum-exp
+  label_BC: Any  # the target's logit
+  top_BC: Any  # the largest, without a gradient
+  argmax_BC: Any  # the first of the largest
+
+
+def logits(h_BCD, unembed_DV, target_BC) -> Logits:
+  """The label's logit is a masked sum, not a lookup: the vocabulary may be
+  sharded and is never gathered."""
+  logits_BCV = jnp.einsum(
+    'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
+  )
+  lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+  ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
+  label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
+  # As jnp.argmax says it, in half the time on a CPU.
+  top_BC = jnp.max(jax.lax.stop_gradient(logits_BCV), axis=-1)
+  is_top_BCV = logits_BCV == top_BC[:, :, None]
+  argmax_BC = jnp.min(jnp.where(is_top_BCV, ids_11V, logits_BCV.shape[-1] - 1), axis=-1)
+  return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
+
+
+def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
+  """(sum of valid losses, Stats), for as many positions as are given."""
+  of = logits(h_BCD, unembed_DV, target_BC)
+  z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * of.lse_BC**2)
+  loss = jnp.sum(valid_BC * (of.lse_BC - of.label_BC)) + z_loss
+  correct = jnp.sum(valid_BC * (of.argmax_BC == target_BC), dtype=jnp.float32)
+  return loss, Stats(loss, z_loss, correct, of.argmax_BC)
+
+
+def chunk(cfg: schema.Config, rows: int) -> int:
+  """Positions whose logits are alive at once, C: as --loss.chunk_size says, or else
+  the most that divide T evenly with B x C x V logits of a device in half a GiB
+  (and no fewer than 128: a product of few rows wastes the multiplier)."""
+  T = cfg.data.seq_len
+  if cfg.loss.chunk_size:
+    return cfg.loss.chunk_size
+  size = dict(jax.sharding.get_abstract_mesh().shape)
+  batch = math.prod(size.get(axis, 1) for axis in sharding.BATCH)
+  of_position = 4 * rows * cfg.model.vocab_size / batch / size.get('tensor', 1)
+  divisors = [c for c in range(1, T + 1) if T % c == 0 and c >= min(T, 128)]
+  fit = [c for c in divisors if c * of_position <= LOGITS_BYTES]
+  return max(fit, default=divisors[0])
+
+
+def _in_chunks(cfg, *xs_BT):
+  """Each (B, T, …) -> (T/C, B, C, …)."""
+  B, T = xs_BT[0].shape[:2]
+  C = chunk(cfg, B)
+  return tuple(
+    sharding.reshape(x, (B, T // C, C, *x.shape[2:]), 'batch').swapaxes(0, 1) for x in xs_BT
+  )
+
+
+def out_of_chunks(x_XBC):
+  """(T/C, B, C, …) -> (B, T, …)."""
+  X, B, C, *rest = x_XBC.shape
+  return sharding.reshape(x_XBC.swapaxes(0, 1), (B, X * C, *rest), 'batch')
+
+
+def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
+  """(sum of losses, the rest of each chunk); the backward recomputes logits.
+
+  f(h_BCD, unembed, *of_tokens in chunks, cfg) -> (loss, rest).
+  """
+
+  @jax.checkpoint
+  def one(_, xs):
+    h_BCD, *of_chunk = xs
+    return None, f(h_BCD, unembed, *of_chunk, cfg)
+
+  _, (loss_X, rest) = jax.lax.scan(one, None, _in_chunks(cfg, h_BTD, *of_tokens))
+  return jnp.sum(loss_X), rest
+
+
+def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
+  """`sum_chunks` with the gradients of scale x loss, computed at once.
+
+  Returns:
+    (dunembed with this one's added, dh_BTD, loss, the rest of each chunk).
+  """
+
+  def one(dunembed, xs):
+    h_BCD, *of_chunk = xs
+
+    def scaled(h_BCD, unembed):
+      loss, rest = f(h_BCD, unembed, *of_chunk, cfg)
+      return scale * loss, (loss, rest)
+
+    (_, out), (dh_BCD, d) = jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(h_BCD, unembed)
+    return dunembed + d, (*out, dh_BCD)
+
+  dunembed, (loss_X, rest, dh_XBCD) = jax.lax.scan(
+    one, dunembed, _in_chunks(cfg, h_BTD, *of_tokens)
+  )
+  return dunembed, out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
+
+
+def total_over_chunks(stats: Stats) -> Stats:
+  loss, z_loss, correct, argmax_XBC = stats
+  return Stats(jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC))

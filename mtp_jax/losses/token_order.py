@@ -1,0 +1,70 @@
+"""TODO of mtp_jax.cross_entropy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import schema
+from mtp_jax.losses import targets as targets_lib
+from mtp_jax.model import layers
+
+
+def lse(h_BCD, order_VD, valid_BC, cfg):
+  """(its sum over valid positions, None), under the order's unembedding."""
+  del cfg
+  logits_BCV = jnp.einsum(
+    'BCD,VD->BCV', h_BCD, order_VD.astype(h_BCD.dtype), preferred_element_type=jnp.float32
+  )
+  return jnp.sum(valid_BC * jax.nn.logsumexp(logits_BCV, axis=-1)), None
+
+
+def token_order_score(h_BTD, order_VD, tokens_BU, order_WBT):
+  """Sum over t of sum_d p_td (h_t . row of token t + d): what ListNet's
+  cross-entropy takes off the log-sum-exp. No logits: rows are looked up, and
+  mixed over the window."""
+  T = h_BTD.shape[1]
+  emb_BUD = layers.embed(order_VD, tokens_BU)
+
+  def add(mixed_BTD, xs):
+    d, p_BT = xs
+    here_BTD = jax.lax.dynamic_slice_in_dim(emb_BUD, d, T, axis=1)
+    return mixed_BTD + p_BT[:, :, None] * here_BTD, None
+
+  distance_W = jnp.arange(1, order_WBT.shape[0] + 1)
+  zeros_BTD = jnp.zeros_like(h_BTD, jnp.float32)
+  mixed_BTD, _ = jax.lax.scan(add, zeros_BTD, (distance_W, order_WBT))
+  return jnp.sum(h_BTD * mixed_BTD)
+
+
+def token_order_targets(rows: dict, cfg: schema.Config):
+  """How soon each upcoming token comes, as a distribution over the next W.
+
+  Token order prediction ranks the vocabulary by first occurrence: a token that
+  comes first at t + d, d <= W, has score W - d, any other -inf, and ListNet
+  (Cao et al. 2007) turns scores into p = softmax(score) (Zuhri et al. 2025,
+  https://arxiv.org/abs/2508.19228). So p lives on at most W tokens of the text.
+
+  Returns:
+    p_WBT float32, p[d - 1] of token t + d: sums to 1 over d, or to 0 where
+    token t + 1 may not be predicted from t.
+  """
+  W = cfg.loss.token_order_window
+  tokens_BU = rows['tokens']
+  T = tokens_BU.shape[1] - cfg.span
+  # Distance back to the same token: t + d is its first occurrence after t iff
+  # that is at least d. Shifts are W comparisons a token, not W^2.
+  back_BU = jnp.full_like(tokens_BU, W)
+  for d in range(W - 1, 0, -1):
+    same_BU = tokens_BU == jnp.roll(tokens_BU, d, axis=1)
+    same_BU &= jnp.arange(tokens_BU.shape[1])[None] >= d
+    back_BU = jnp.where(same_BU, d, back_BU)
+  masses = []
+  for d in range(1, W + 1):
+    _, valid_BT = targets_lib.ahead(rows, d, T)
+    first_BT = back_BU[:, d : d + T] >= d
+    masses.append(math.exp(1 - d) * (valid_BT & first_BT))
+  # Where there is no next token to predict, there is no order of them.
+  mass_WBT = jnp.stack(masses) * (masses[0] > 0)[None]
+  total_BT = jnp.sum(mass_WBT, axis=0)
+  return mass_WBT / jnp.where(total_BT > 0, total_BT, 1)[None]

@@ -1,0 +1,147 @@
+"""TODO of mtp_jax.optim."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtp_jax.config import schema
+from mtp_jax.model import heads, lm
+from mtp_jax.optim import muon, rounding
+
+
+def learning_rate(cfg: schema.Config) -> optax.Schedule:
+  """Linear from 0 over warmup_steps to lr, then --optim.schedule, at whose end
+  the last step is: it takes end_ratio x lr."""
+  o, steps = cfg.optim, cfg.train.steps
+  end, last = o.lr * o.min_lr_ratio, steps - o.warmup_steps - 1
+  after = {
+    'cosine': lambda: (
+      optax.cosine_decay_schedule(o.lr, last, o.min_lr_ratio)
+      if last
+      else optax.constant_schedule(end)
+    ),
+    'wsd': lambda: optax.join_schedules(
+      [optax.constant_schedule(o.lr), optax.linear_schedule(o.lr, end, o.decay_steps)],
+      [last - o.decay_steps],
+    ),
+    'constant': lambda: optax.constant_schedule(o.lr),
+  }[o.schedule]()
+  warmup = optax.linear_schedule(0.0, o.lr, o.warmup_steps)
+  return optax.join_schedules([warmup, after], [o.warmup_steps])
+
+
+def transform(cfg: schema.Config) -> optax.GradientTransformation:
+  """Gradients -> a direction, of which `update` takes learning-rate many.
+
+  Clip by global norm; Adam, or Muon where the Spec says that a matrix is hidden
+  and Adam elsewhere; then decoupled decay of every matrix (Loshchilov & Hutter
+  2019, https://arxiv.org/abs/1711.05101). What is hidden and what decays is
+  read from the Spec: a stack of norms is not a matrix.
+  """
+  o, specs = cfg.optim, lm.specs(cfg)
+  trains = jax.tree.map(bool, learning_rates(cfg))
+  rule = optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.moment_dtype)
+  if o.name == 'muon':
+    hidden = jax.tree.map(lambda s, t: t and s.hidden is not None, specs, trains)
+    others = jax.tree.map(lambda s, t: t and s.hidden is None, specs, trains)
+    rule = optax.chain(
+      optax.masked(rule, others), optax.masked(muon.muon(o, specs, hidden), hidden)
+    )
+  elif not all(jax.tree.leaves(trains)):
+    rule = optax.masked(rule, trains)  # no moments of what is frozen
+  return optax.chain(
+    optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+    rule,
+    optax.add_decayed_weights(o.weight_decay, mask=jax.tree.map(lambda spec: spec.decay, specs)),
+  )
+
+
+def init(cfg: schema.Config, params):
+  """State of `transform`; moments are float32 or moment_dtype even where the
+  parameters are bfloat16, in which a second moment would stop decaying."""
+  return transform(cfg).init(_float32(params))
+
+
+def _float32(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def learning_rates(cfg: schema.Config) -> lm.LM:
+  """Each parameter's learning rate over that of --optim.lr; 0 is frozen."""
+  frozen = cfg.train.freeze
+  trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr_mult
+  head = 0 if frozen == 'heads' else cfg.optim.heads_lr_mult
+  own = cfg.heads.unembedding == 'replicated'
+  groups = lm.LM(
+    embed=trunk, trunk=trunk, heads=head, norm=trunk, unembed=head if own else trunk, order=head
+  )
+  return jax.tree.map(
+    lambda rate, specs: jax.tree.map(lambda _: rate, specs), groups, lm.specs(cfg)
+  )
+
+
+def freeze(params, cfg: schema.Config):
+  """The parameters, those of a frozen group without a gradient: none is made,
+  so that none counts in the norm that clips."""
+  return jax.tree.map(
+    lambda w, rate: w if rate else jax.lax.stop_gradient(w), params, learning_rates(cfg)
+  )
+
+
+def update(params, opt_state, grads, step, n_active: int, cfg: schema.Config):
+  """One step: w - learning rate x direction, in float32.
+
+  A bfloat16 parameter has no float32 copy, and an update is mostly far below
+  its spacing: the sum is rounded at random, with an expectation of itself
+  (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192), by a key of seed,
+  step and path alone.
+
+  Args:
+    params, opt_state: of `init`.
+    grads: in float32.
+    step: optimizer steps so far.
+    n_active: heads that trained; the others keep parameters and moments.
+    cfg: static.
+
+  Returns:
+    (params, opt_state).
+  """
+  direction, new_state = transform(cfg).update(grads, opt_state, _float32(params))
+  lr = learning_rate(cfg)(step)
+  key = jax.random.fold_in(jax.random.key(cfg.train.seed), step)
+
+  def leaf(path, w, d, rate):
+    if not rate:
+      return w
+    new = w - (lr * rate) * d
+    if w.dtype == jnp.float32:
+      return new
+    name = jax.tree_util.keystr(path)
+    return rounding.stochastic_round(new, jax.random.fold_in(key, zlib.crc32(name.encode())))
+
+  new = jax.tree_util.tree_map_with_path(leaf, params, direction, learning_rates(cfg))
+  return _keep_inactive_heads((new, new_state), (params, opt_state), n_active, cfg)
+
+
+def _keep_inactive_heads(new, old, n_active: int, cfg: schema.Config):
+  """`new`, with what belongs to heads n_active + 1..n taken from `old`.
+
+  For parameters and optimizer state alike: an inactive head has no moment
+  update and no decay.
+  """
+  in_use = {'heads': heads.n_modules(cfg, n_active)}
+  if cfg.heads.unembedding == 'replicated':
+    in_use['unembed'] = n_active
+
+  def leaf(path, new, old):
+    names = {getattr(key, 'name', None) for key in path}
+    for name in names & in_use.keys():
+      active_K = jnp.arange(new.shape[0]) < in_use[name]
+      return jnp.where(active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    return new
+
+  if n_active == cfg.heads.n:
+    return new
+  return jax.tree_util.tree_map_with_path(leaf, new, old)

@@ -1,0 +1,346 @@
+"""What `mtp plan` prints: one plan, a sweep of flags, a search. Floor 5.
+
+Each function says line by line what it knows, since a compile takes minutes,
+and returns (the same as a JSON-able dict, exit status).
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+
+from mtp_jax.config import fields, schema, validate
+from mtp_jax.model import heads, lm, params
+from mtp_jax.parallel import chips
+from mtp_jax.planning import ahead, analytic, hlo
+
+FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
+COMPILES = 4  # of a search, that fit; those that do not are passed over
+
+
+def status(plans: list[ahead.Plan]) -> int:
+  """The worst of several."""
+  fits = [plan.fits for plan in plans]
+  if False in fits:
+    return TOO_LARGE
+  # A CPU has no limit that is known, and takes what is asked for.
+  known = all(
+    plan.fits or (plan.device_kind == 'cpu' and plan.temp_bytes is not None) for plan in plans
+  )
+  return FITS if known else UNKNOWN
+
+
+def run(cfg: schema.Config, say: Callable[[str], None]) -> tuple[dict, int]:
+  """What the flags of cfg ask for."""
+  if cfg.plan.search_mesh and cfg.plan.sweep:
+    raise fields.ConfigError(
+      'plan.sweep', cfg.plan.sweep[0], 'not together with --plan.search_mesh'
+    )
+  if cfg.plan.search_mesh:
+    return search(cfg, say)
+  if cfg.plan.sweep:
+    return sweep(cfg, say)
+  plan = ahead.plan(cfg)
+  for line in lines_of(plan):
+    say(line)
+  return values_of(plan), status([plan])
+
+
+def values_of(plan: ahead.Plan) -> dict:
+  """A plan as flat values; bytes and FLOPs of one device unless they say."""
+  cfg, chip = plan.cfg, plan.chip
+  roofline = plan.roofline()
+  by_formula = bool(unread(plan) and chip)
+  if by_formula:
+    roofline = analytic.check(plan).seconds
+  step_s = max(roofline.values(), default=None)
+  ledger = plan.ledger
+  return dict(
+    topology=cfg.plan.topology or None,
+    slices=cfg.plan.slices,
+    device_kind=plan.device_kind,
+    devices=plan.devices,
+    mesh=plan.mesh,
+    parameters=params.count(lm.specs(cfg)),
+    heads=cfg.heads.n,
+    family=cfg.heads.family,
+    schedule=cfg.loss.backward,
+    chunk=plan.chunk,
+    remat=cfg.model.remat,
+    seq_len=cfg.data.seq_len,
+    batch_size=cfg.data.batch_size,
+    micro_batches=cfg.train.grad_accum_steps,
+    params_bytes=plan.params_bytes,
+    opt_state_bytes=plan.opt_state_bytes,
+    temp_bytes=plan.temp_bytes,
+    code_bytes=plan.code_bytes,
+    held_bytes=plan.held_bytes,
+    total_bytes=plan.total_bytes,
+    hbm_bytes=chip.hbm_bytes if chip else None,
+    fits=plan.fits,
+    model_flops_per_token=plan.model_flops / plan.tokens,
+    model_flops_per_step_all=plan.model_flops,
+    executed_flops_per_step=plan.executed_flops,
+    collectives=ledger.by_kind() if ledger else None,
+    largest_collectives=_largest(ledger) if ledger else None,
+    memory_bytes_per_step=ledger.memory_bytes if ledger else None,
+    roofline_s=roofline or None,
+    roofline_by_formula=by_formula,
+    step_s=step_s,
+    tokens_per_s_all=plan.tokens / step_s if step_s else None,
+    mfu=(plan.model_flops / plan.devices / chip.flops_per_s / step_s if step_s else None),
+    steps=cfg.train.steps,
+    tokens_all=plan.tokens * cfg.train.steps,
+    days=step_s * cfg.train.steps / 86400 if step_s else None,
+    compile_s=plan.compile_s,
+  )
+
+
+def _largest(ledger: hlo.Ledger) -> list[dict]:
+  """The ten that send most, with the place in the program they come from."""
+  found = sorted(ledger.collectives, key=lambda c: -c.sent_bytes)[:10]
+  return [
+    dict(
+      kind=c.kind,
+      devices=c.group,
+      times=c.times,
+      sent_bytes=c.sent_bytes,
+      shapes=[list(a.dims) for a in c.arrays],
+      name=c.op_name,
+    )
+    for c in found
+  ]
+
+
+def unread(plan: ahead.Plan) -> bool:
+  """Compiled, and fits, but its text could not be read back."""
+  return plan.code_bytes > 0 and plan.ledger is None
+
+
+def lines_of(plan: ahead.Plan) -> list[str]:
+  """A plan as a page."""
+  cfg, v = plan.cfg, values_of(plan)
+  where = cfg.plan.topology or 'the devices here'
+  if cfg.plan.slices > 1:
+    where = f'{cfg.plan.slices} slices of {where}'
+  axes = ' x '.join(f'{axis}={size}' for axis, size in plan.mesh.items())
+  lines = [
+    f'{where}: {plan.devices} x {plan.device_kind}, mesh {axes}',
+    f'{v["parameters"]:,} parameters, {heads.trunk_layers(cfg)} trunk layers,'
+    f' {cfg.heads.n} {cfg.heads.family} heads, loss {cfg.loss.backward}'
+    f'{f" in chunks of {plan.chunk}" if plan.chunk else ""}, trunk remat'
+    f' {cfg.model.remat}',
+    f'{plan.tokens:,} tokens a step: {cfg.data.batch_size} windows of'
+    f' {cfg.data.seq_len} in {cfg.train.grad_accum_steps} micro-batches',
+    '',
+  ]
+  if plan.temp_bytes is None:
+    lines += [ahead.NO_LIBTPU, '']
+  rows = [
+    ('parameters', plan.params_bytes),
+    ('optimizer state', plan.opt_state_bytes),
+    ('batch, and tiles that are not full', _beside_state(plan)),
+    ('activations, gradients, temporaries', plan.temp_bytes),
+    ('program', plan.code_bytes or None),
+    ('total', plan.total_bytes),
+    ('memory of the chip', v['hbm_bytes']),
+  ]
+  lines += ['per device' + ' ' * 33 + 'GiB']
+  lines += [f'  {name:36} {_gib(n):>7}' for name, n in rows if n is not None]
+  fits = {True: 'fits', False: 'DOES NOT FIT', None: 'not known to fit or not'}
+  lines += [f'  {fits[plan.fits]}', '']
+  lines += [
+    f'model FLOPs: {v["model_flops_per_token"] / 1e9:.3f} GFLOP a token,'
+    f' {plan.model_flops / 1e12:,.4g} TFLOP a step over all devices'
+    ' (attention causal)'
+  ]
+  if plan.executed_flops:
+    share = plan.executed_flops * plan.devices / plan.model_flops
+    lines += [
+      f'executed, recomputation included: {plan.executed_flops / 1e12:,.3g}'
+      f' TFLOP a step and device, {share:.2f} times the model FLOPs'
+    ]
+  if plan.ledger:
+    lines += ['', 'collectives of a step, per device' + ' ' * 8 + 'count       MiB']
+    lines += [
+      f'  {kind:36} {row["count"]:7,} {row["sent_bytes"] / 2**20:9,.1f}'
+      for kind, row in plan.ledger.by_kind().items()
+    ]
+    lines += [f'memory traffic of a step, per device: {plan.ledger.memory_bytes / 2**30:,.1f} GiB']
+  if unread(plan):
+    lines += [
+      '',
+      'this jaxlib cannot read the compiled program back: no ledger,'
+      ' and the roofline is by formula',
+    ]
+  lines += _time_lines(v)
+  if plan.compile_s is not None:
+    lines += [f'compiled in {plan.compile_s:.0f} s']
+  return lines
+
+
+def _beside_state(plan: ahead.Plan) -> float | None:
+  """Arguments of the program that are no state."""
+  if plan.held_bytes is None:
+    return None
+  return max(plan.held_bytes - plan.state_bytes, 0)
+
+
+def _time_lines(v) -> list[str]:
+  if not v['step_s']:
+    return []
+  parts = ', '.join(f'{k} {s:.3g}' for k, s in v['roofline_s'].items() if s)
+  return [
+    '',
+    f'roofline: {v["step_s"]:.3g} s a step, the largest of (seconds at peak) {parts}',
+    f'  {v["tokens_per_s_all"]:,.0f} tokens/s over all devices, MFU {v["mfu"]:.1%} at best',
+    f'  {v["steps"]:,} steps: {v["tokens_all"] / 1e9:,.3g}B tokens, {v["days"]:,.3g} days at best',
+  ]
+
+
+def _gib(n: float) -> str:
+  return _short(n / 2**30)
+
+
+def _short(x: float) -> str:
+  """Two decimals, or two digits of what is smaller."""
+  return f'{x:.2f}' if x >= 0.1 else f'{x:.2g}'
+
+
+def variants(cfg: schema.Config) -> list[tuple[dict, schema.Config]]:
+  """The configurations of --plan.sweep: (what each sets, Config).
+
+  Raises:
+    ConfigError: an entry is not FLAG=VALUE,…, or a value is wrong for FLAG.
+  """
+  axes, swept = [], set()
+  for text in cfg.plan.sweep:
+    name, _, values = text.partition('=')
+    name = name.removeprefix('--')
+    field = schema.fields().get(name)
+    wrong = {
+      f'{name} is no flag': field is None,
+      f'{name} cannot be swept': name.startswith('plan.'),
+      'no values after =': not values,
+    }
+    if any(wrong.values()):
+      reason = next(text for text, is_so in wrong.items() if is_so)
+      raise fields.ConfigError('plan.sweep', text, f'{reason}; FLAG=VALUE,VALUE,… of a run')
+    if name in swept:
+      raise fields.ConfigError('plan.sweep', text, f'sweeps {name} again')
+    swept.add(name)
+    try:
+      axes.append([(name, _typed(field, v)) for v in values.split(',')])
+    except ValueError:
+      raise fields.ConfigError(
+        'plan.sweep', text, f'values must be {field.type.__name__}'
+      ) from None
+  return [
+    (dict(point), validate.validate(schema.replace(cfg, **dict(point))))
+    for point in itertools.product(*axes)
+  ]
+
+
+def _typed(field, text: str):
+  if field.type is bool:
+    if text.lower() not in ('true', 'false'):
+      raise ValueError(text)
+    return text.lower() == 'true'
+  return field.type(text)
+
+
+COLUMNS = ('GiB state', 'temp', 'total', 'fits', 'step s', 'days', 'compile s')
+
+
+def sweep(cfg: schema.Config, say) -> tuple[dict, int]:
+  """A row for each value of --plan.sweep, a grid for two."""
+  points = variants(cfg)
+  for _, one in points:  # all are checked before one is compiled
+    ahead.check_mesh(one)
+  widths = [max(len(name), 14) for name in points[0][0]]
+
+  def cells(texts):
+    return [f'{text!s:>{w}}' for text, w in zip(texts, widths, strict=True)]
+
+  say('  '.join([*cells(points[0][0]), *_cells(COLUMNS)]))
+  plans, rows = [], []
+  for point, one in points:
+    plan = ahead.plan(one)
+    plans.append(plan)
+    rows.append(dict(set=point) | values_of(plan))
+    say('  '.join([*cells(point.values()), *_row(plan)]))
+  return dict(sweep=list(cfg.plan.sweep), rows=rows), status(plans)
+
+
+def _cells(texts) -> list[str]:
+  return [f'{text:>9}' for text in texts]
+
+
+def _row(plan: ahead.Plan) -> list[str]:
+  v = values_of(plan)
+  return _cells(
+    '-' if x is None else x
+    for x in (
+      _gib(plan.state_bytes),
+      None if plan.temp_bytes is None else _gib(plan.temp_bytes),
+      None if plan.total_bytes is None else _gib(plan.total_bytes),
+      {True: 'yes', False: 'NO', None: '?'}[plan.fits],
+      v['step_s'] and f'{v["step_s"]:.3g}',
+      v['days'] and f'{v["days"]:.2f}',
+      None if plan.compile_s is None else f'{plan.compile_s:.0f}',
+    )
+  )
+
+
+def search(cfg: schema.Config, say) -> tuple[dict, int]:
+  """Meshes, micro-batches and remat ranked by formula, the best compiled."""
+  if cfg.plan.topology and not ahead.has_libtpu():
+    one = ahead.of_shardings(cfg)
+    n, kind = one.devices, one.device_kind
+  else:
+    on = ahead.devices(cfg)
+    n, kind = len(on), on[0].device_kind
+  found = analytic.ranked(cfg, n, kind)
+  if not found:
+    raise fields.ConfigError(
+      'plan.search_mesh',
+      True,
+      f'no mesh of {n} devices divides --data.batch_size={cfg.data.batch_size} and the model',
+    )
+  hbm = chips.chip(kind).hbm_bytes
+  fitting = sum(e.total_bytes <= hbm for e in found)
+  say(
+    f'{n} x {kind}: {len(found)} candidates, {fitting} of them fit by formula; the best, compiled:'
+  )
+  columns = ('by formula', 'step s', *COLUMNS)
+  say('  '.join([f'{"data x fsdp x tensor":>20}', *_cells(('micro', 'remat'))] + _cells(columns)))
+  plans, rows, begin = [], [], time.perf_counter()
+  for e in found:
+    if sum(p.fits is not False for p in plans) == COMPILES:
+      break
+    if plans and time.perf_counter() - begin > cfg.plan.search_timeout_s:
+      say(f'--plan.search_timeout_s={cfg.plan.search_timeout_s} are over')
+      break
+    plan = ahead.plan(e.cfg)
+    plans.append(plan)
+    chosen = e.cfg.train.grad_accum_steps, e.cfg.model.remat
+    formula = _gib(e.total_bytes), f'{e.step_s:.3f}'
+    mesh = ' x '.join(map(str, plan.mesh.values()))
+    say('  '.join([f'{mesh:>20}', *_cells((*chosen, *formula)), *_row(plan)]))
+    rows.append(dict(formula_bytes=e.total_bytes, formula_s=e.seconds) | values_of(plan))
+  best = min(
+    (p for p in plans if p.fits), default=None, key=lambda p: values_of(p)['step_s'] or math.inf
+  )
+  if best:
+    say('')
+    say('the fastest of them that fits:')
+    say(_flags(best.cfg))
+  return (
+    dict(candidates=len(found), rows=rows, best=_flags(best.cfg) if best else None),
+    FITS if best else status(plans),
+  )
+
+
+def _flags(cfg: schema.Config) -> str:
+  names = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.grad_accum_steps', 'model.remat')
+  return ' '.join(f'--{name}={schema.get(cfg, name)}' for name in names)

@@ -1,0 +1,48 @@
+"""What a page is made of: sections of text, plots and tables."""
+
+import re
+from typing import NamedTuple
+
+from mtp_jax.report import figures, history
+
+NONE = '–'  # in a table: not recorded, or not a number
+
+
+class Table(NamedTuple):
+  """The first cell of a row is its heading."""
+
+  caption: str
+  header: list[str]
+  rows: list[list[str]]
+
+
+class Section(NamedTuple):
+  key: str  # of a link within the page
+  title: str
+  text: list[str]
+  plots: list[figures.Plot] = []
+  tables: list[Table] = []
+  terms: dict[str, str] = {}
+
+
+def shown(value, form: str) -> str:
+  return format(value, form) if history.number(value) else NONE
+
+
+def slug(*parts) -> str:
+  """The name of a file and of an id, of any text."""
+  text = re.sub(r'[^A-Za-z0-9]+', '-', '-'.join(map(str, parts)))
+  return text.strip('-')[:80]
+
+
+def by_run(caption: str, runs: list[history.Run], rows: dict[str, list]) -> Table:
+  """A column for each run; a row that no run has is left out."""
+  return Table(
+    caption,
+    ['', *(run.name for run in runs)],
+    [[name, *row] for name, row in rows.items() if set(row) - {NONE}],
+  )
+
+
+def drawn(*plots: figures.Lines) -> list[figures.Plot]:
+  return [plot for plot in plots if plot.series]

@@ -1,0 +1,213 @@
+"""What a run begins with that begins with the parameters of another. Floor 4.
+
+A plain Transformer computes the next token in both: trunk and head 1. That one
+stays as it is, layer by layer, whichever heads stand on it; an imported Llama
+is one without further heads. Heads of the same family and stride are kept, and
+those that the other has not are added.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import fields, schedule, schema
+from mtp_jax.model import block, heads, lm
+
+# Fields of the model that may be others.
+FREE = ('model.n_layers', 'model.param_dtype', 'model.compute_dtype', 'model.remat')
+
+
+def check(was: schema.Config, cfg: schema.Config, path: str) -> None:
+  """ConfigError unless a run of cfg can begin with that of `was`, in `path`."""
+  for name, old, new in schema.changed(was, cfg):
+    if name.startswith('model.') and name not in FREE:
+      raise fields.ConfigError(
+        name, new, f'the parameters of {path}, which it begins with, have {old}'
+      )
+  if cfg.heads.unembedding == 'tied' and was.heads.unembedding != 'tied':
+    raise fields.ConfigError(
+      'heads.unembedding', 'tied', f'embedding and unembedding of {path} are two arrays'
+    )
+  layers = len(heads.next_token_layers(was))
+  more = cfg.heads.n - 1 if _beside_head_1(cfg) else 0
+  if cfg.model.n_layers != layers + more:
+    raise fields.ConfigError(
+      'model.n_layers',
+      cfg.model.n_layers,
+      f'trunk and head 1 of {path} are {layers} layers; with --heads.n='
+      f'{cfg.heads.n} of {cfg.heads.family} that is {layers + more}',
+    )
+
+
+def _beside_head_1(cfg: schema.Config) -> bool:
+  """Whether further heads are layers on the trunk; an anticausal chain is
+  below head 1, and part of what computes the next token."""
+  return cfg.heads.block_first and not heads.family(cfg).reverse
+
+
+def trained_heads(was: schema.Config, step: int) -> int:
+  """Heads 1..n that any of so many steps has trained; all of an import's."""
+  if not was.loss.curriculum or not step:
+    return was.heads.n
+  phases = schedule.parse_steps(was.loss.curriculum)
+  return max(int(values[0]) for start, values in phases if start < step)
+
+
+def as_trained(was: schema.Config, step: int) -> schema.Config:
+  """`was` without the heads that have not trained yet."""
+  n = trained_heads(was, step)
+  fewer = was.heads.n - n if was.heads.block_first else 0
+  return schema.replace(
+    was, **{'heads.n': n, 'model.n_layers': was.model.n_layers - fewer, 'loss.curriculum': ''}
+  )
+
+
+def trained_part(old: lm.LM, was: schema.Config) -> lm.LM:
+  """Parameters of a Config, cut to those of `as_trained`."""
+  n_modules = heads.n_modules(was, was.heads.n)
+  cut = jax.tree.map(lambda w: w[:n_modules], old.heads)
+  old = old.replace(heads=cut if n_modules else None)
+  if was.heads.unembedding == 'replicated':
+    old = old.replace(unembed=old.unembed[: was.heads.n])
+  return old
+
+
+def kept(was: schema.Config, cfg: schema.Config) -> int:
+  """Heads 1..kept compute what they did. Those of `was` have all trained."""
+  families = was.heads.family, cfg.heads.family
+  if was.heads.stride != cfg.heads.stride:
+    return 1
+  if families == ('recursive', 'sequential'):
+    return min(was.heads.n, cfg.heads.n)
+  return min(was.heads.n, cfg.heads.n) if families[0] == families[1] else 1
+
+
+def described(was: schema.Config, cfg: schema.Config) -> str:
+  """What becomes of the heads, for a log."""
+  n, first = cfg.heads.n, kept(was, cfg)
+  same = 'as they were' if first > 1 else 'as it was'
+  parts = [f'{_numbers(1, first)} {same}']
+  if n > first:
+    new = 'as head 1' if cfg.train.head_init == 'copy' else 'fresh'
+    new = 'layers of the trunk' if heads.family(cfg).reverse else new
+    if heads.family(cfg).one_module and first > 1:
+      new = 'by the same module'
+    parts.append(f'{_numbers(first + 1, n)} new, {new}')
+  if was.heads.n > n:
+    parts.append(f'{_numbers(n + 1, was.heads.n)} dropped')
+  return '; '.join(parts)
+
+
+def _numbers(first: int, last: int) -> str:
+  return f'head {last}' if first == last else f'heads {first} to {last}'
+
+
+def parameters(fresh: lm.LM, old: lm.LM, was: schema.Config, cfg: schema.Config) -> lm.LM:
+  """The parameters to begin with.
+
+  Args:
+    fresh: of cfg, initial; what is not used of it is not computed under jit.
+    old: of `was`, or with further heads, in the dtype of cfg.
+    was, cfg: for which `check` found nothing.
+  """
+  old = trained_part(old, was)
+  layers = _next_token_layers(old, was)
+  n_trunk, asked = heads.trunk_layers(cfg), cfg.loss.token_order_weight
+  return lm.LM(
+    embed=old.embed,
+    trunk=jax.tree.map(lambda w: w[:n_trunk], layers),
+    heads=_heads(fresh, old, layers, was, cfg),
+    norm=old.norm,
+    unembed=_unembed(fresh, old, was, cfg),
+    order=old.order if asked and old.order is not None else fresh.order,
+  )
+
+
+def _next_token_layers(old: lm.LM, was: schema.Config) -> block.Block:
+  """Those of trunk and head 1, stacked in their order."""
+  if not was.heads.block_first:
+    return old.trunk
+  last = slice(None, None, -1) if heads.family(was).reverse else slice(0, 1)
+  return jax.tree.map(
+    lambda trunk, head: jnp.concatenate([trunk, head[last]]), old.trunk, old.heads
+  )
+
+
+def _heads(fresh, old, layers, was, cfg):
+  f, n = heads.family(cfg), cfg.heads.n
+  if fresh.heads is None:
+    return None
+  own = layers.attn_norm.shape[0] - heads.trunk_layers(cfg)
+  if f.reverse:
+    return jax.tree.map(lambda w: w[: -own - 1 : -1], layers)
+  # Modules: of heads 1..n, or of 2..n, or one.
+  n_modules = heads.n_modules(cfg, n)
+  parts, done = [], 0
+  if cfg.heads.block_first:
+    parts, done = [jax.tree.map(lambda w: w[-1:], layers)], 1
+  more = min(kept(was, cfg) - 1, n_modules - done)
+  if more and heads.family(was).one_module:
+    parts += [old.heads] * more
+  elif more:
+    parts.append(jax.tree.map(lambda w: w[done : done + more], old.heads))
+  done += more
+  if done < n_modules:
+    rest = jax.tree.map(lambda w: w[done:], fresh.heads)
+    if cfg.train.head_init == 'copy':
+      rest = _as_head_1(rest, layers, old, cfg)
+    parts.append(rest)
+  return jax.tree.map(lambda *w: jnp.concatenate(w), *parts)
+
+
+def _as_head_1(like, layers: block.Block, old: lm.LM, cfg) -> Any:
+  """Modules in the place of `like`, stacked, that compute what head 1 does, or,
+  of those that read a token's embedding too, begin as near to it as they can:
+  the layer of head 1 on its hidden state, the embedding without weight."""
+  last = jax.tree.map(lambda w: w[-1], layers)
+  eye_DD = jnp.eye(cfg.model.d_model)
+  if isinstance(like, block.Block):
+    one = last
+  elif isinstance(like, heads.Sequential):
+    ones_D = jnp.ones(cfg.model.d_model)
+    one = heads.Sequential(
+      hidden_norm=ones_D,
+      embed_norm=ones_D,
+      proj=jnp.concatenate([eye_DD, jnp.zeros_like(eye_DD)]),
+      block=last,
+      final_norm=old.norm,
+    )
+  else:  # W z, or y + silu(W y)
+    one = heads.Projection(
+      proj=jnp.zeros_like(eye_DD) if cfg.heads.family == 'residual' else eye_DD
+    )
+  return jax.tree.map(_repeated, like, one)
+
+
+def _repeated(like, one):
+  """`one` as often as `like` is stacked, placed and typed like that."""
+  place = jax.typeof(like).sharding.spec
+  one = jax.reshard(one.astype(like.dtype), jax.P(*place[1:]))
+  return jnp.broadcast_to(one, like.shape, out_sharding=place)
+
+
+def _unembed(fresh, old, was, cfg):
+  first_DV = {
+    'shared': lambda: old.unembed,
+    'replicated': lambda: old.unembed[0],
+    'tied': lambda: old.embed.T,
+  }[was.heads.unembedding]()
+  if cfg.heads.unembedding == 'tied':
+    return None
+  if cfg.heads.unembedding == 'shared':
+    return first_DV
+  m, n = kept(was, cfg), cfg.heads.n
+  if was.heads.unembedding == 'replicated':
+    parts = [old.unembed[:m]]
+  else:
+    parts = [_repeated(fresh.unembed[:m], first_DV)]
+  if m < n:
+    rest = fresh.unembed[m:]
+    copy = cfg.train.head_init == 'copy'
+    parts.append(_repeated(rest, first_DV) if copy else rest)
+  return jnp.concatenate(parts)

@@ -1,0 +1,90 @@
+"""TODO of mtp_jax.train.loop."""
+
+import statistics
+
+import jax
+
+from mtp_jax.model import flops, heads, lm, params
+from mtp_jax.parallel import chips, distributed
+from mtp_jax.train import metrics
+from mtp_jax.train import run as run_lib
+
+STRAGGLER_FRACTION = 0.3  # of the time, by one process, is worth a line
+
+
+def _log_stragglers(run: run_lib.Run, waited: float, worked: float, say) -> None:
+  """Names the process that the others wait for: by its data, or by its host.
+  While one host is at work alone, those of the others wait for their devices,
+  which wait for its."""
+  n = jax.process_count()
+  waits, works = distributed.process_allgather(waited), distributed.process_allgather(worked)
+  most = max(range(n), key=waits.__getitem__)
+  if waits[most] > STRAGGLER_FRACTION:
+    say(
+      f'{f"process {most} of {n}" if n > 1 else "the run"} waits for data'
+      f' {waits[most]:.0%} of the time: a slow disk, or'
+      f' --data.read_threads={run.cfg.data.read_threads} too few'
+    )
+  slow = max(range(n), key=works.__getitem__)
+  if works[slow] > STRAGGLER_FRACTION + statistics.median_low(works):
+    say(
+      f'process {slow} of {n} is a slow host: at work {works[slow]:.0%} of the'
+      f' time, others {statistics.median_low(works):.0%}'
+    )
+
+
+def log_step(run, done, n_active, values, say):
+  cfg = run.cfg
+  step_time_s, waited, worked = run.clock.lap()
+  tokens_per_s = cfg.data.batch_size * cfg.data.seq_len / step_time_s
+  flops_per_s = tokens_per_s * flops.flops_per_token(cfg, n_active)
+  values |= dict(
+    step_time_s=step_time_s,
+    tokens_per_s=tokens_per_s,
+    model_flops_per_s=flops_per_s,
+    time_left_s=step_time_s * (cfg.train.steps - done),
+  )
+  chip = chips.chip(jax.devices()[0].device_kind)
+  if chip:
+    values['mfu'] = flops_per_s / (chip.flops_per_s * run.mesh.size)
+  values['data_wait'] = waited
+  run_lib.write_record(run, 'train', done, values)
+  say(metrics.line(done, cfg.train.steps, values), done)
+  _log_stragglers(run, waited, worked, say)
+  if run.ledger:
+    run.ledger.write(done, run.clock)
+
+
+def log_setup(run: run_lib.Run, abstract, start: int) -> None:
+  cfg, specs = run.cfg, lm.specs(run.cfg)
+  split = cfg.eval.split
+  for source in run.tokens.sources:
+    if split not in source.store.splits:
+      print(f'{source.ref.name} has no {split} split: not evaluated on')
+  trunk, head, ends = (
+    params.count(tree)
+    for tree in (specs.trunk, specs.heads, (specs.embed, specs.unembed, specs.order))
+  )
+  held = params.bytes_per_device(abstract.params)
+  moments = params.bytes_per_device(abstract.opt_state)
+  axes = ' x '.join(f'{a}={s}' for a, s in run.mesh.shape.items())
+  tokens = cfg.data.batch_size * cfg.data.seq_len
+  kind = jax.devices()[0].device_kind
+  if cfg.train.freeze == 'trunk' and cfg.heads.block_first:
+    print(
+      f'head 1 of the {cfg.heads.family} family is a layer of its own, which'
+      ' trains; with modules beside the trunk (linear, residual, sequential,'
+      ' recursive) the next token would stay as it is'
+    )
+  print(
+    f'parameters {params.count(specs):,}: trunk {trunk:,}'
+    f' ({heads.trunk_layers(cfg)} layers), {cfg.heads.n} {cfg.heads.family}'
+    f' heads {head:,}, embeddings {ends:,}\n'
+    f'per device: parameters {held / 2**20:.1f} MiB, optimizer state'
+    f' {moments / 2**20:.1f} MiB; {run.mesh.size} x {kind}, mesh {axes}\n'
+    f'{tokens:,} tokens a step ({cfg.data.batch_size} windows of'
+    f' {cfg.data.seq_len}, {cfg.train.grad_accum_steps} micro-batches);'
+    f' step {start} of {cfg.train.steps}, {cfg.train.steps - start} to go\n'
+    f'writing to {cfg.train.workdir}',
+    flush=True,
+  )

@@ -1,0 +1,284 @@
+"""TODO of tests.config.config_test."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from mtp_jax.config import fields, parse, schedule, schema, validate
+from tests.support import runs, values
+
+# Every field that may differ when a run goes on; all others may not.
+FREE = """
+  data.store data.documents data.valid_fraction data.overwrite data.verify
+  data.read_threads data.workers data.max_shard_gib data.max_document_mib
+  model.attention
+  mesh.data mesh.fsdp mesh.tensor
+  distributed.coordinator_address distributed.num_processes
+  distributed.process_id distributed.heartbeat_timeout_s
+  train.workdir train.steps
+  train.log_every train.eval_every train.checkpoint_every train.max_to_keep
+  model.max_position_embeddings train.keep_every train.profile_start train.profile_steps
+  train.eval_tasks_every train.watchdog_s train.spike_sigma train.compilation_cache
+  eval.split eval.stores eval.batches eval.tasks eval.limit
+  eval.data eval.num_fewshot eval.samples eval.temperatures eval.pass_at_k
+  eval.allow_code_execution eval.sandbox eval.timeout_s
+  inspect.step inspect.rows inspect.tokens bench.heads
+  bench.backward bench.chunk_size bench.documents bench.rounds bench.iters
+  bench.num_draft_tokens bench.batches bench.num_prompts bench.prompt_len
+  decode.num_draft_tokens decode.tree decode.max_new_tokens decode.temperature
+  decode.top_k decode.top_p decode.min_p decode.seed decode.stop_token_ids
+  decode.prompts decode.batch_size decode.cache_length decode.cache_dtype
+  decode.prefill_chunk_size decode.stream_every decode.compare
+  export.out export.format export.dtype export.max_shard_gib
+  import.path import.format import.tokenizer
+  plan.topology plan.slices plan.sweep plan.search_mesh plan.search_timeout_s
+""".split()
+
+
+def _cfg(**changes):
+  changes = {k.replace('__', '.'): v for k, v in changes.items()}
+  return schema.replace(schema.Config(), **changes)
+
+
+def test_json_round_trip():
+  cfg = schema.replace(schema.Config(), **values.OTHER)
+  assert parse.from_json(parse.to_json(cfg)) == cfg
+  for name, value in values.OTHER.items():
+    assert schema.get(cfg, name) == value
+  changed = [n for n in schema.fields() if schema.get(_cfg(), n) != schema.get(cfg, n)]
+  assert sorted(changed) == sorted(values.OTHER)
+
+
+def test_json_of_an_older_program_keeps_new_defaults():
+  sections = json.loads(parse.to_json(_cfg(heads__n=2)))
+  del sections['inspect'], sections['train']['keep_every']
+  assert parse.from_json(json.dumps(sections)) == _cfg(heads__n=2)
+
+
+def test_a_rate_of_0_of_an_older_program_is_a_frozen_group():
+  sections = json.loads(parse.to_json(_cfg()))
+  sections |= dict(version=1, optim=dict(trunk_lr=0))
+  cfg = parse.from_json(json.dumps(sections))
+  assert (cfg.optim.trunk_lr_mult, cfg.train.freeze) == (1.0, 'trunk')
+
+
+def test_json_of_another_program_is_refused():
+  sections = json.loads(parse.to_json(_cfg()))
+  for more, said in (
+    (dict(model=dict(d_modle=3)), 'model.d_modle: no such field'),
+    (dict(modle=dict(n=3)), 'modle.n: no such field'),
+    *(
+      (dict(version=version), f'config version {version}, this program reads 2')
+      for version in (parse.VERSION + 1, None, 'x', [1])
+    ),
+  ):
+    with pytest.raises(parse.OtherVersion) as error:
+      parse.from_json(json.dumps(sections | more))
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+  'text, said',
+  [
+    ('', 'is not JSON: '),
+    ('[' * 10**5, 'is not JSON: nested too deep'),
+    (b'\xff', 'is not JSON: it is not UTF-8'),
+    ('[]', 'it=[]: must be an object'),
+    ('{"version": 1, "model": []}', 'model=[]: must be an object'),
+    ('{"version": 1, "model": {"d_model": null}}', 'model.d_model=null: must be an integer'),
+    ('{"version": 1, "model": {"d_model": true}}', 'model.d_model=true: must be an integer'),
+    ('{"version": 1, "model": {"d_model": 1e2}}', 'model.d_model=100.0: must be an integer'),
+    (
+      f'{{"version": 1, "model": {{"d_model": {2**63}}}}}',
+      'model.d_model=9223372036854775808: must be an integer',
+    ),
+    ('{"version": 1, "optim": {"lr": "fast"}}', 'optim.lr="fast": must be a number, at most 1e100'),
+    ('{"version": 1, "optim": {"lr": NaN}}', 'optim.lr=null: must be a number, at most 1e100'),
+    (
+      '{"version": 1, "optim": {"lr": 1e999}}',
+      'optim.lr=Infinity: must be a number, at most 1e100',
+    ),
+    ('{"version": 1, "plan": {"sweep": [3]}}', 'plan.sweep[0]=3: must be text'),
+    ('{"version": 1, "plan": {"sweep": "a"}}', 'plan.sweep="a": must be a list'),
+    ('{"version": 1, "data": {"store": "\\ud800"}}', 'data.store="\\ud800": must be text'),
+    ('{"version": 1, "data": {"verify": 0}}', 'data.verify=0: must be true or false'),
+  ],
+)
+def test_json_of_a_wrong_type_names_the_field(text, said):
+  with pytest.raises(ValueError) as error:
+    parse.from_json(text)
+  assert str(error.value).startswith(said) and '\n' not in str(error.value)
+  assert not isinstance(error.value, parse.OtherVersion)
+
+
+def test_every_number_has_limits():
+  """Far beyond any use, and far below what overflows."""
+  for name, field in schema.fields().items():
+    if field.type in (int, float):
+      limits = field.metadata
+      assert {'min', 'above'} & limits.keys(), name
+      assert {'max', 'below'} & limits.keys(), name
+      assert limits.get('max', 1) < (2**32 if field.type is int else 1e31), name
+
+
+@pytest.mark.parametrize(
+  'given, blamed, said',
+  [
+    (dict(mesh__tensor=-1), 'mesh.tensor', '--mesh.fsdp is -1'),
+    (dict(mesh__data=-1), 'mesh.data', '--mesh.fsdp is -1'),
+    (dict(mesh__data=-1, mesh__tensor=-1, mesh__fsdp=1), 'mesh.data', '--mesh.tensor is -1'),
+    (dict(mesh__fsdp=0), 'mesh.fsdp', 'at least 1, or -1'),
+    (dict(mesh__fsdp=-2), 'mesh.fsdp', 'must be at least -1'),
+    (dict(optim__eps=1e300), 'optim.eps', 'must be at most 1'),
+    (dict(train__watchdog_s=1e300), 'train.watchdog_s', 'must be at most'),
+    (dict(data__workers=10**20), 'data.workers', 'must be at most 4096'),
+    (dict(data__seq_len=10**23), 'data.seq_len', 'must be at most'),
+    (dict(inspect__step=10**23), 'inspect.step', 'must be at most'),
+    (dict(loss__weights='0:0'), 'loss.weights', 'no head that is active'),
+    (dict(loss__weights='0:0;2000:1'), 'loss.weights', 'no head that is'),
+    (dict(loss__weights='0:0,1', loss__curriculum='0:1'), 'loss.weights', 'no head that is active'),
+    (dict(loss__weights=f'0:1;{10**23}:0'), 'loss.weights', 'steps that'),
+    (dict(loss__weights='0:1e7'), 'loss.weights', 'at most 1e6'),
+    (dict(decode__tree=','.join(['9' * 4000] * 2)), 'decode.tree', 'at most'),
+    (dict(bench__batches=f'1,{10**23}'), 'bench.batches', 'from 1 to'),
+    (dict(data__store='a:' + '9' * 5000), 'data.store', 'weights above 0'),
+    (dict(data__store='a:1,b:1' + '0' * 99), 'data.store', 'weights above 0'),
+    (dict(data__store='a\0b'), 'data.store', 'NUL'),
+    (dict(plan__sweep=('a\0',)), 'plan.sweep', 'NUL'),
+    (dict(train__workdir='run\udcff'), 'train.workdir', 'must be UTF-8'),
+    (dict(plan__sweep=('\udcff',)), 'plan.sweep', 'must be UTF-8'),
+  ],
+)
+def test_what_is_refused_names_the_flag_that_was_given(given, blamed, said):
+  with pytest.raises(fields.ConfigError) as error:
+    validate.validate(_cfg(**given))
+  assert error.value.args[0] == blamed and said in str(error.value)
+  assert len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    dict(loss__weights='0:0;5:1'),
+    dict(loss__weights='0:0,1'),
+    dict(loss__weights='0:0,1', loss__curriculum='0:1;9:2'),
+    dict(loss__weights='0:0', loss__token_order_weight=0.5),
+  ],
+)
+def test_weights_of_which_one_is_ever_above_0(given):
+  validate.validate(_cfg(**given))
+
+
+def test_a_refusal_is_one_line_of_bounded_length():
+  error = fields.ConfigError('out', 'a\nb\x00\udcff\u2028', 'x\ny')
+  assert str(error) == r'--out=a\nb\x00\udcff\u2028: x\ny'
+  long = str(fields.ConfigError('prompt', 'y' * 3_000_000, 'too long'))
+  assert len(long) < 300 and '(3,000,000 characters)' in long
+
+
+def test_the_defaults_are_valid():
+  validate.validate(schema.Config())
+
+
+def test_every_field_has_help_and_a_type_that_a_flag_can_have():
+  for name, field in schema.fields().items():
+    assert field.type in (int, float, str, bool, tuple), name
+    assert isinstance(field.default, field.type), name
+    assert field.metadata['help'], name
+
+
+def test_what_may_change_when_a_run_goes_on():
+  def other(field):
+    if field.type is bool:
+      return not field.default
+    more = {int: 1, float: 1, str: 'x', tuple: ('x',)}
+    return field.default + more[field.type]
+
+  free = []
+  for name, field in schema.fields().items():
+    new = schema.replace(schema.Config(), **{name: other(field)})
+    found = schema.changed(schema.Config(), new)
+    if not found:
+      free.append(name)
+      continue
+    assert found == [(name, field.default, other(field))]
+  assert sorted(free) == sorted(FREE)
+
+
+@pytest.mark.parametrize(
+  'text, phases',
+  [
+    ('0:1', ((0, (1.0,)),)),
+    ('0:1,.3;50000:1,.1', ((0, (1.0, 0.3)), (50_000, (1.0, 0.1)))),
+    ('0:2;10:3;20:1', ((0, (2.0,)), (10, (3.0,)), (20, (1.0,)))),
+  ],
+)
+def test_parse_steps(text, phases):
+  assert schedule.parse_steps(text) == phases
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    '1',
+    '1:1',
+    '0:',
+    '0:a',
+    '0:1;',
+    '0:1;5',
+    '0:1;5:1;5:2',
+    '0:1;9:1;5:1',
+    '0.5:1',
+    '0:1;-1:1',
+    '0:1:2',
+  ],
+)
+def test_parse_steps_refuses(text):
+  with pytest.raises(ValueError):
+    schedule.parse_steps(text)
+
+
+@pytest.mark.parametrize(
+  'text, weights',
+  [
+    ('0:1', ((0, (1, 1, 1, 1)),)),
+    ('0:1,.3', ((0, (1, 0.3, 0.3, 0.3)),)),
+    ('0:1;7:4,3,2,1', ((0, (1, 1, 1, 1)), (7, (4, 3, 2, 1)))),
+  ],
+)
+def test_head_weights(text, weights):
+  assert schedule.head_weights(_cfg(heads__n=4, loss__weights=text)) == weights
+
+
+def test_active_heads():
+  cfg = _cfg(heads__n=4, loss__curriculum='0:1;3:2;10:4')
+  steps = (0, 2, 3, 9, 10, 10**6)
+  assert [schedule.active_heads(cfg, s) for s in steps] == [1, 1, 2, 2, 4, 4]
+  assert schedule.active_heads(_cfg(heads__n=4), 0) == 4
+
+
+def test_derived_shapes():
+  m = _cfg(model__d_model=96, model__n_attn_heads=4).model
+  assert (m.head_width, m.kv_heads, m.ff_width) == (24, 4, 256)
+  m = dataclasses.replace(m, d_model=288, n_kv_heads=2)
+  assert (m.head_width, m.kv_heads, m.ff_width) == (72, 2, 768)
+  assert dataclasses.replace(m, d_model=4096).ff_width == 11_008  # Llama 7B
+  assert dataclasses.replace(m, d_ff=100).ff_width == 100
+
+
+def test_a_config_is_frozen_and_hashable():
+  assert hash(_cfg(heads__n=2)) == hash(_cfg(heads__n=2))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    schema.Config().model.d_model = 3
+
+
+def test_every_option_is_in_the_ledger_of_equalities():
+  text = pathlib.Path(runs.ROOT, 'docs/STATUS.md').read_text()
+  ledger = text.split('### Every option and what it equals')[1]
+  for name, field in schema.fields().items():
+    choices = field.metadata.get('choices', ())
+    for word in (name, *choices):
+      assert f'`{word}`' in ledger, f'--{name}: {word} equals what?'

@@ -1,0 +1,671 @@
+"""The loss: one value and one gradient, whatever computes it."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.config import schema
+from mtp_jax.losses import cross_entropy, multi_token, targets, token_order
+from mtp_jax.model import heads, lm, params
+from mtp_jax.parallel import sharding
+from tests.support import oracle, pairwise, tiny
+
+# float32 rounding: sums of a few thousand terms, in another order.
+TOLERANCE = dict(rtol=2e-4, atol=2e-6)
+
+FAMILIES = tuple(heads.FAMILIES)
+# Where any value closes as many pairs, a row takes the first: several heads.
+WHAT = dict(  # changes the value
+  family=FAMILIES,
+  n=(3, 1),
+  unembedding=('shared', 'replicated', 'tied'),
+  packed=(True, False),
+  weights=('0:1,.3', '0:1'),
+  z_loss=(1e-2, 0.0),
+  stride=(3, 1),
+  order=(0.0, 0.7),
+)
+HOW = dict(  # must not
+  schedule=('remat', 'interleaved'),
+  chunk=(4, 0),
+  accumulate=(1, 2),
+  mesh=((1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)),
+  remat=('none', 'block', 'dots'),
+)
+
+
+def _cfg(
+  family='parallel',
+  n=2,
+  unembedding='shared',
+  weights='0:1',
+  z_loss=0.0,
+  stride=1,
+  order=0.0,
+  schedule='remat',
+  chunk=0,
+  accumulate=1,
+  mesh=(1, 1, 1),
+  remat='none',
+):
+  # Two layers of trunk, which the dense loss has to unroll.
+  n_layers = 2 + (n if family in schema.BLOCK_FIRST else 0)
+  return tiny.cfg(
+    model__n_layers=n_layers,
+    heads__family=family,
+    heads__n=n,
+    heads__unembedding=unembedding,
+    heads__stride=stride,
+    loss__token_order_weight=order,
+    loss__token_order_window=9,
+    loss__weights=weights if n > 1 else '0:1',
+    loss__z_loss=z_loss,
+    loss__backward=schedule,
+    loss__chunk_size=chunk,
+    train__grad_accum_steps=accumulate,
+    mesh__data=mesh[0],
+    mesh__fsdp=mesh[1],
+    mesh__tensor=mesh[2],
+    model__remat=remat,
+    data__batch_size=16,
+  )
+
+
+@functools.cache
+def _dense(packed, **what):
+  """(total, loss_K, gradients) with everything unrolled and alive at once."""
+  c = _cfg(**what)
+  m = tiny.mesh(c)
+  rows = sharding.put_batch(m, tiny.batch(c, packed=packed))
+  with jax.set_mesh(m):
+    f = jax.jit(jax.value_and_grad(functools.partial(tiny.dense_loss, c=c), has_aux=True))
+    (total, loss_K), grads = jax.device_get(f(tiny.model(c, m), rows))
+  return total, loss_K, grads
+
+
+def _equals_dense(row):
+  what = {name: row[name] for name in WHAT}
+  how = {name: row[name] for name in HOW}
+  total, loss_K, grads = _dense(**what)
+  packed = what.pop('packed')
+  c = _cfg(**what, **how)
+  (got, sums), (got_grads, _) = tiny.value_and_grad(c, tiny.batch(c, packed=packed))
+  np.testing.assert_allclose(got, total, **TOLERANCE)
+  np.testing.assert_allclose(sums['loss_K'], loss_K, **TOLERANCE)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got_grads, grads)
+
+
+def _id(row):
+  return '-'.join(str(value).replace(' ', '') for value in row.values())
+
+
+@pytest.mark.parametrize('row', pairwise.rows(WHAT | HOW), ids=_id)
+def test_equals_oracle(row):
+  """However it is scheduled, cut, sharded and accumulated."""
+  row = dict(row)
+  packed = row.pop('packed')
+  c = _cfg(**row)
+  rows = tiny.batch(c, packed=packed)
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
+  flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+  window = c.loss.token_order_window if row['order'] else 0
+  shape = oracle.Shape(
+    row['family'], row['n'], z_loss=row['z_loss'], stride=row['stride'], window=window
+  )
+  w = tiny.flat(tiny.model(c, tiny.mesh(c)))
+  weights = [1.0, *[0.3 if '.3' in row['weights'] else 1.0] * (row['n'] - 1)]
+
+  def losses(w):
+    logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
+    out = oracle.losses(logits, flat['tokens'], flat['position'], shape, weights)
+    if window:
+      out['order'] = oracle.order(w, flat['tokens'], flat['position'], shape)
+      out['total'] += row['order'] * out['order']
+    return logits, out
+
+  logits, want = losses(w)
+  np.testing.assert_allclose(total, want['total'], rtol=1e-5)
+  np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
+  np.testing.assert_allclose(sums['accuracy_K'], want['accuracy_K'], rtol=1e-5)
+  if window:
+    np.testing.assert_allclose(sums['order_loss'], want['order'], rtol=1e-5)
+  accepted_J = oracle.acceptance(logits, flat['position'], shape)
+  np.testing.assert_array_equal(sums['accepted_K'], accepted_J)
+  # Along a random direction in all entries of all parameters, by central
+  # differences: one wrong entry changes it. If it does, whose is it?
+  rng = np.random.default_rng(0)
+  grads = tiny.flat(grads)
+  along = {path: rng.normal(size=grad.shape) / np.linalg.norm(grad) for path, grad in grads.items()}
+
+  def off(along):
+    numeric = oracle.derivative(lambda w: losses(w)[1]['total'], w, along)
+    return abs(sum(np.sum(grads[path] * along[path]) for path in along) - numeric)
+
+  if off(along) > 1e-5:
+    wrong = {path: off({path: along[path]}) for path in along}
+    raise AssertionError(f'gradients differ from those of the oracle: {wrong}')
+
+
+@pytest.mark.parametrize('schedule, chunk', [('remat', 4), ('interleaved', 0)])
+def test_a_single_row_and_a_single_kv_head_on_one_device(schedule, chunk):
+  """Of dimensions of size 1 JAX cannot tell which one is sharded."""
+  c = tiny.cfg(
+    heads__n=2,
+    data__batch_size=1,
+    model__n_kv_heads=1,
+    model__n_layers=4,
+    loss__backward=schedule,
+    loss__chunk_size=chunk,
+  )
+  rows = tiny.batch(c)
+  (got, sums), _ = tiny.value_and_grad(c, rows)
+  want = tiny.oracle_losses(c, rows)
+  np.testing.assert_allclose(got, want['total'], rtol=1e-5)
+  np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
+
+
+def test_chunks_unless_told_hold_half_a_gib_of_logits_a_device():
+  c = tiny.cfg(data__seq_len=2048, model__vocab_size=32_000)
+  of = functools.partial(schema.replace, c)
+  assert cross_entropy.chunk(c, 1) == 2048  # 250 MiB
+  assert cross_entropy.chunk(c, 4) == 1024  # 1000 MiB
+  assert cross_entropy.chunk(c, 1000) == 128  # no less
+  assert cross_entropy.chunk(of(**{'loss.chunk_size': 64}), 1000) == 64
+  assert cross_entropy.chunk(of(**{'data.seq_len': 3 * 641}), 4) == 641
+  sharded = tiny.cfg(
+    data__seq_len=2048,
+    model__vocab_size=32_000,
+    mesh__data=2,
+    mesh__fsdp=2,
+    mesh__tensor=2,
+    data__batch_size=64,
+  )
+  with jax.set_mesh(tiny.mesh(sharded)):
+    assert cross_entropy.chunk(sharded, 32) == 1024  # 8 rows, half the logits
+
+
+# All of the paper's own family; the others differ in their blocks only, and
+# all seven with all else would be 48,384 cases.
+FULL = WHAT | HOW | dict(family=('parallel',), unembedding=('shared',), stride=(1,), order=(0.0,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('values', itertools.product(*FULL.values()), ids=str)
+def test_full_product_equals_dense(values):
+  _equals_dense(dict(zip(FULL, values, strict=True)))
+
+
+def test_pairwise_rows_hold_every_pair():
+  rows = pairwise.rows(WHAT | HOW)
+  for a, b in itertools.combinations(WHAT | HOW, 2):
+    for x, y in itertools.product((WHAT | HOW)[a], (WHAT | HOW)[b]):
+      assert any(r[a] == x and r[b] == y for r in rows)
+
+
+def test_targets_on_a_periodic_sequence():
+  tokens_BU = jnp.arange(20)[None] % 5
+  position_BU = jnp.arange(20)[None]
+  rows = dict(tokens=tokens_BU, position=position_BU)
+  targets_KBT, valid_KBT = targets.targets(rows, tiny.cfg(heads__n=4))
+  assert targets_KBT.shape == (4, 1, 16) and valid_KBT.all()
+  for k in range(1, 5):
+    np.testing.assert_array_equal(targets_KBT[k - 1, 0], (np.arange(16) + k) % 5)
+
+
+def test_leaping_heads_ask_for_tokens_a_stride_apart():
+  tokens_BU = jnp.arange(23)[None]
+  c = tiny.cfg(heads__n=3, heads__stride=3)
+  assert c.heads.offsets == (1, 4, 7) and c.span == 7
+  targets_KBT, valid_KBT = targets.targets(dict(tokens=tokens_BU, position=tokens_BU), c)
+  assert valid_KBT.all()
+  for k, offset in enumerate((1, 4, 7)):
+    np.testing.assert_array_equal(targets_KBT[k, 0], np.arange(16) + offset)
+
+
+def test_targets_never_cross_a_document():
+  position_BU = jnp.array([[0, 1, 2, 0, 1, 0, 0, 1, 2, 3]])
+  rows = dict(tokens=jnp.zeros((1, 10), int), position=position_BU)
+  _, valid_KBT = targets.targets(rows, tiny.cfg(heads__n=3))
+  brute = [
+    [int(all(position_BU[0, t + j] for j in range(1, k + 1))) for t in range(7)] for k in (1, 2, 3)
+  ]
+  np.testing.assert_array_equal(valid_KBT[:, 0], brute)
+
+
+def test_batch_without_a_target_gives_zero_and_finite_gradients():
+  for schedule in ('remat', 'interleaved'):
+    c = tiny.cfg(heads__n=3, loss__backward=schedule, loss__z_loss=1e-2)
+    rows = tiny.batch(c)
+    rows['position'][:] = 0
+    (total, sums), (grads, norm2_K) = tiny.value_and_grad(c, rows)
+    assert total == 0
+    np.testing.assert_array_equal(sums['loss_K'], 0)
+    for g in jax.tree.leaves((grads, norm2_K)):
+      np.testing.assert_array_equal(g, 0)
+
+
+def test_a_head_is_divided_by_its_own_count():
+  # Documents of three tokens: head 1 has two targets of each, head 2 one, and
+  # head 3 none.
+  c = tiny.cfg(heads__n=3)
+  rows = tiny.batch(c)
+  rows['position'][:] = np.arange(rows['position'].shape[-1]) % 3
+  (total, sums), _ = tiny.value_and_grad(c, rows)
+  assert (sums['loss_K'][:2] > 1).all() and sums['loss_K'][2] == 0
+  want = tiny.oracle_losses(c, rows)
+  np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
+  np.testing.assert_allclose(total, want['total'], rtol=1e-5)
+
+
+def test_micro_batches_of_unequal_counts_sum_exactly():
+  # The first micro-batch holds more valid targets than the others, which hold
+  # documents of three tokens; none is without.
+  one, four = (tiny.cfg(heads__n=2, train__grad_accum_steps=a) for a in (1, 4))
+  rows = tiny.batch(one, packed=False)
+  rows['position'][:, 2:] = np.arange(rows['position'].shape[-1]) % 3
+  cut = {k: x.reshape(4, 2, -1) for k, x in rows.items()}
+  (a, a_sums), (a_grads, _) = tiny.value_and_grad(one, rows)
+  (b, b_sums), (b_grads, _) = tiny.value_and_grad(four, cut)
+  np.testing.assert_allclose(a, b, rtol=1e-6)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, **TOLERANCE), (a_sums, a_grads), (b_sums, b_grads)
+  )
+
+
+@pytest.mark.parametrize(
+  'family, schedule',
+  [('parallel', 'remat'), ('parallel', 'interleaved'), ('residual', 'interleaved')],
+)
+def test_head_gradient_norms_are_those_of_each_head_alone(schedule, family):
+  c = tiny.cfg(heads__n=3, loss__backward=schedule, train__grad_accum_steps=2, heads__family=family)
+  _, (_, norm2_K) = tiny.value_and_grad(c, tiny.batch(c))
+  want_K = _dz_norm2(tiny.cfg(heads__n=3, heads__family=family))
+  np.testing.assert_allclose(norm2_K, want_K, rtol=1e-4)
+
+
+@pytest.mark.parametrize('family', ['anticausal', 'sequential'])
+def test_head_gradient_norms_of_a_chain_agree_between_schedules(family):
+  norms = []
+  for schedule in ('remat', 'interleaved'):
+    c = tiny.cfg(heads__n=3, loss__backward=schedule, heads__family=family)
+    norms.append(tiny.value_and_grad(c, tiny.batch(c))[1][1])
+  assert (norms[0] > 0).all()
+  np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+@functools.cache
+def _dz_norm2(c):
+  """(K,) |d loss_k / dz|^2 with z a free variable and all logits kept."""
+  m, rows = tiny.mesh(c), tiny.batch(c)
+  T = c.data.seq_len
+  targets_KBT, valid_KBT = targets.targets({name: x[0] for name, x in rows.items()}, c)
+
+  @jax.jit
+  def norms(w, tokens_BU, position_BU):
+    emb_BTD = lm.embed(w, tokens_BU[:, :T], c)
+    z_BTD, ctx = lm.hidden(w, emb_BTD, position_BU[:, :T], c)
+
+    def losses(z_BTD):
+      h_KBTD = [
+        heads.step(
+          jax.tree.map(lambda p: p[k], w.heads),  # noqa: B023
+          heads.Inputs(w.norm, z_BTD, z_BTD, None),
+          ctx,
+          c,
+        )[1]
+        for k in range(c.heads.n - 1 + c.heads.block_first)
+      ]
+      if not c.heads.block_first:
+        first = heads.Inputs(w.norm, z_BTD, z_BTD, None)
+        module = jax.tree.map(lambda p: p[0], w.heads)
+        h_KBTD.insert(0, heads.identity(module, first, ctx, c)[1])
+      logits = jnp.einsum('KBTD,DV->KBTV', jnp.stack(h_KBTD), w.unembed)
+      onehot = jax.nn.one_hot(targets_KBT, c.model.vocab_size)
+      nll_KBT = -jnp.sum(onehot * jax.nn.log_softmax(logits), -1)
+      return jnp.sum(nll_KBT * valid_KBT, (1, 2)) / jnp.sum(valid_KBT, (1, 2))
+
+    _, back = jax.vjp(losses, z_BTD)
+    (dz_KBTD,) = jax.vmap(back)(jnp.eye(c.heads.n))
+    return jnp.sum(dz_KBTD**2, (1, 2, 3))
+
+  with jax.set_mesh(m):
+    return norms(tiny.model(c, m), rows['tokens'][0], rows['position'][0])
+
+
+def test_z_loss_is_reported_apart_and_inside():
+  c = tiny.cfg(heads__n=3, loss__z_loss=1e-2)
+  plain = tiny.cfg(heads__n=3)
+  (_, a), _ = tiny.value_and_grad(c, tiny.batch(c))
+  (_, b), _ = tiny.value_and_grad(plain, tiny.batch(c))
+  assert (a['z_loss_K'] > 0).all()
+  np.testing.assert_allclose(a['loss_K'] - a['z_loss_K'], b['loss_K'], rtol=1e-5)
+
+
+def test_weights_by_step():
+  c = tiny.cfg(heads__n=3, loss__weights='0:1,.3;10:1,.1,.2')
+  for step, want in ((0, [1, 0.3, 0.3]), (9, [1, 0.3, 0.3]), (10, [1, 0.1, 0.2])):
+    np.testing.assert_allclose(targets.weights(jnp.int32(step), c), want)
+
+
+@pytest.mark.parametrize(
+  'family',
+  [
+    'parallel',
+    'anticausal',
+    'recursive',
+    *(
+      pytest.param(family, marks=pytest.mark.slow)
+      for family in ('causal', 'linear', 'residual', 'sequential')
+    ),
+  ],
+)
+def test_inactive_heads_cost_nothing_and_get_no_gradient(family):
+  c = tiny.cfg(heads__n=3, heads__family=family)
+  rows = tiny.batch(c)
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows, n_active=2)
+  (_, all_sums), _ = tiny.value_and_grad(c, rows)
+  if family != 'anticausal':  # there the near heads sit on the far ones
+    np.testing.assert_allclose(sums['loss_K'], all_sums['loss_K'][:2], rtol=1e-6)
+  np.testing.assert_allclose(total, sum(sums['loss_K']), rtol=1e-6)
+  used = heads.n_modules(c, 2)
+  for g in jax.tree.leaves(grads.heads):
+    assert np.any(g[:used]) and not np.any(g[used:])
+  # No FLOP for them: as many as a model has that never heard of them.
+  one = tiny.cfg(
+    heads__n=1, heads__family=family, model__n_layers=c.model.n_layers - 2 * c.heads.block_first
+  )
+  # XLA counts the body of a loop once: a head is 0.2% here, hence 0.1%.
+  np.testing.assert_allclose(_flops(c, 1), _flops(one, 1), rtol=1e-3)
+
+
+def _flops(c, n_active):
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    args = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    lowered = tiny._value_and_grad.lower(*args, c=c, n_active=n_active)
+    return lowered.cost_analysis()['flops']
+
+
+def test_counts_and_bytes():
+  c = tiny.cfg(heads__n=2, train__grad_accum_steps=2)
+  rows = tiny.batch(c)
+  bytes_V = np.arange(32, dtype=np.int32)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    count_K, n_bytes = jax.jit(targets.counts, static_argnums=1)(
+      sharding.put_batch(m, rows), c, jnp.array(bytes_V)
+    )
+  want_K, want_bytes = np.zeros(2), 0
+  tokens, position = (x.reshape(8, -1) for x in rows.values())
+  for b, t, k in itertools.product(range(8), range(16), (1, 2)):
+    if position[b, t + k] == position[b, t] + k:
+      want_K[k - 1] += 1
+      want_bytes += bytes_V[tokens[b, t + 1]] if k == 1 else 0
+  np.testing.assert_array_equal(count_K, want_K)
+  assert n_bytes == want_bytes
+
+
+def test_acceptance_is_agreement_with_head_1_not_label_accuracy():
+  # Head 2 repeats what head 1 will say next; both are wrong about the text.
+  argmax_KBT = jnp.array([[[7, 8, 9, 7]], [[8, 9, 5, 0]], [[9, 0, 0, 0]]])
+  accepted_K = targets.acceptance(argmax_KBT, jnp.ones((1, 4), bool))
+  np.testing.assert_array_equal(accepted_K, [2, 2, 1])
+  masked = targets.acceptance(argmax_KBT, jnp.array([[False, True, True, True]]))
+  np.testing.assert_array_equal(masked, [1, 1, 0])
+
+
+def test_between_leaps_a_draft_is_that_of_the_token_before():
+  # Stride 2, one leap: head 2 at t - 1 drafts t + 2, at t it drafts t + 3.
+  argmax_KBT = jnp.array([[[1, 2, 3, 4, 5, 6]], [[3, 4, 0, 6, 7, 8]]])
+  valid_BT = jnp.ones((1, 6), bool)
+  accepted_J = targets.acceptance(argmax_KBT, valid_BT, stride=2)
+  # t = 1, 2, 3; t + 2 of them says 3, 4, 0 where head 1 says 3, 4, 5; of the
+  # two that go on, t + 3 says 4, 0 where head 1 says 4, 5.
+  np.testing.assert_array_equal(accepted_J, [3, 2, 1])
+  # A document that starts at t = 1 has no token before.
+  masked = targets.acceptance(argmax_KBT, valid_BT.at[0, 0].set(False), 2)
+  np.testing.assert_array_equal(masked, [2, 1, 0])
+
+
+def test_the_order_is_a_softmax_of_nearness_over_first_occurrences():
+  c = tiny.cfg(loss__token_order_weight=1.0, loss__token_order_window=5, heads__n=1)
+  tokens_BU = jnp.array([[9, 7, 7, 5, 9, 7, 5, 2, 2, 2, 2, 2]])
+  position_BU = jnp.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
+  p_WBT = token_order.token_order_targets(dict(tokens=tokens_BU, position=position_BU), c)
+  e = np.exp(-1.0)
+  at_0 = np.array([1, 0, e**2, e**3, 0])  # 7, 5 and 9; 7 again counts not
+  at_3 = np.array([1, e, 0, 0, 0])  # 9 and 7; then the document ends
+  np.testing.assert_allclose(p_WBT[:, 0, 0], at_0 / at_0.sum(), rtol=1e-6)
+  np.testing.assert_allclose(p_WBT[:, 0, 3], at_3 / at_3.sum(), rtol=1e-6)
+  np.testing.assert_array_equal(p_WBT[:, 0, 5], 0)  # its last token
+  masked = dict(tokens=tokens_BU, position=position_BU, scored=jnp.arange(12)[None] >= 2)
+  np.testing.assert_array_equal(token_order.token_order_targets(masked, c)[:, 0, 0], 0)
+
+
+def test_bfloat16_log_sum_exp_is_float32():
+  c = tiny.cfg(model__compute_dtype='bfloat16', heads__n=3)
+  full = tiny.cfg(heads__n=3)
+  (low, _), (grads, _) = tiny.value_and_grad(c, tiny.batch(c))
+  (high, _), _ = tiny.value_and_grad(full, tiny.batch(c))
+  assert low.dtype == np.float32
+  # bfloat16 has 8 bits: a log-sum-exp in it would be off by 4e-3 relative.
+  np.testing.assert_allclose(low, high, rtol=1e-3)
+  for g in jax.tree.leaves(grads):
+    assert g.dtype == np.float32 and np.isfinite(g).all()
+
+
+def test_the_log_sum_exp_of_one_token_is_float32():
+  """A mean over tokens hides it: their errors cancel."""
+  # 32 logits of 10: 13.4657, of which bfloat16 would make 13.4375.
+  loss, stats = cross_entropy.softmax_xent(
+    jnp.full((1, 1, 4), 2.5, jnp.bfloat16),
+    jnp.ones((4, 32), jnp.bfloat16),
+    jnp.array([[3]]),
+    jnp.ones((1, 1), bool),
+    tiny.cfg(loss__z_loss=1.0),
+  )
+  lse = 10 + np.log(32)
+  np.testing.assert_allclose(stats.z_loss, lse**2, rtol=1e-6)
+  np.testing.assert_allclose(loss - stats.z_loss, np.log(32), rtol=1e-4)
+
+
+@functools.cache
+def _temp_bytes(n, schedule, chunk=0, order=0.0):
+  c = tiny.cfg(
+    heads__n=n,
+    model__n_layers=10,
+    model__vocab_size=4096,
+    data__seq_len=64,
+    loss__backward='remat' if schedule == 'dense' else schedule,
+    loss__chunk_size=chunk,
+    data__batch_size=4,
+    model__remat='block',
+    loss__token_order_weight=order,
+    loss__token_order_window=8,
+  )
+  m = tiny.mesh(c)
+  rows = {
+    name: jax.ShapeDtypeStruct(
+      (1, 4, 64 + c.span),
+      np.int32,
+      sharding=jax.NamedSharding(m, sharding.pspec(None, 'batch', None)),
+    )
+    for name in ('tokens', 'position')
+  }
+  with jax.set_mesh(m):
+    w = params.abstract(lm.specs(c), jnp.float32, m)
+    if schedule == 'dense':
+      f = jax.jit(jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True))
+      lowered = f.lower(w, rows)
+    else:
+      lowered = tiny._value_and_grad.lower(w, rows, c=c, n_active=n)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
+def test_memory_is_flat_in_the_number_of_heads(schedule):
+  one = _temp_bytes(1, schedule)
+  assert abs(_temp_bytes(8, schedule) - one) < 0.1 * one
+  assert _temp_bytes(8, schedule, chunk=16) < 0.5 * one
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
+def test_memory_of_the_order_is_flat_and_falls_with_chunks(schedule):
+  one = _temp_bytes(1, schedule, order=1.0)
+  assert _temp_bytes(8, schedule, order=1.0) < 1.1 * one
+  assert _temp_bytes(8, schedule, chunk=16, order=1.0) < 0.5 * one
+
+
+def test_keeping_all_logits_is_not():
+  assert _temp_bytes(8, 'dense') > 4 * _temp_bytes(1, 'remat')
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
+@pytest.mark.parametrize('grad_dtype', ['float32', 'bfloat16'])
+def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
+  c = tiny.cfg(
+    model__compute_dtype='bfloat16',
+    loss__grad_dtype=grad_dtype,
+    mesh__fsdp=4,
+    loss__backward=schedule,
+    heads__n=2,
+  )
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    jaxpr = jax.make_jaxpr(lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2))(w, rows)
+  found = tiny.reductions(jaxpr.jaxpr)
+  assert len(found) >= 4 and set(found) == {jnp.dtype(grad_dtype)}
+
+
+def _reshards(jaxpr, in_loop=False):
+  """(what is resharded, whether in a loop), in all nested jaxprs."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'reshard':
+      yield eqn.invars[0].aval, in_loop
+    for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+      yield from _reshards(sub, in_loop or eqn.primitive.name == 'scan')
+
+
+def _reshards_of_a_step(**changes):
+  c = tiny.cfg(mesh__fsdp=4, heads__n=2, **changes)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    jaxpr = jax.make_jaxpr(lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=2))(w, rows)
+  return list(_reshards(jaxpr.jaxpr))
+
+
+@pytest.mark.parametrize('family', ['parallel', 'causal'])
+@pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
+def test_the_unembedding_is_gathered_once_not_once_a_head(schedule, family):
+  found = _reshards_of_a_step(loss__backward=schedule, heads__family=family, model__vocab_size=40)
+  unembed_DV = [in_loop for x, in_loop in found if x.shape == (16, 40)]
+  # Gathered, and its gradient scattered over fsdp, then added over data.
+  assert unembed_DV == [False, False, False]
+  assert any(in_loop for _, in_loop in found)  # as layers are
+
+
+@pytest.mark.parametrize('family', ['parallel', 'causal'])
+def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient(family):
+  c = tiny.cfg(heads__n=2, loss__backward='interleaved', heads__family=family)
+  m, two = tiny.mesh(c), jnp.ones(2)
+  with jax.set_mesh(m):
+    w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    rows = jax.tree.map(lambda x: x[0], rows)
+
+    @jax.jit
+    def grads(factor):
+      def total(w, probe_K):
+        value, _ = multi_token.mtp_loss(
+          w, probe_K, rows, count_K=100 * two, weight_K=two, n_active=2, cfg=c
+        )
+        return factor * value
+
+      return jax.grad(total, argnums=(0, 1))(w, 0 * two)
+
+    (one, norm2_one_K), (four, norm2_four_K) = grads(1.0), grads(4.0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(4 * a, b, **TOLERANCE), one, four)
+  np.testing.assert_allclose(16 * norm2_one_K, norm2_four_K, rtol=1e-5)
+
+
+@pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
+def test_shared_bfloat16_parameters_sum_their_gradients_in_float32(schedule):
+  """Rounded once: what float32 parameters of the same values have."""
+  of = dict(heads__n=4, heads__family='recursive', heads__unembedding='tied')
+  narrow = tiny.cfg(**of, loss__backward=schedule, model__param_dtype='bfloat16')
+  wide = tiny.cfg(**of)
+  m = tiny.mesh(wide)
+  w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.model(wide, m))
+  rows = tiny.batch(wide)
+  _, (got, _) = tiny.value_and_grad(narrow, rows, w)
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), w)
+  _, (want, _) = tiny.value_and_grad(wide, rows, exact)
+  for name in ('norm', 'embed', 'heads'):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-8, atol=1e-7),
+      getattr(got, name),
+      getattr(want, name),
+    )
+
+
+def test_the_gradients_dtype_is_not_the_forwards():
+  totals = []
+  for dtype in ('float32', 'bfloat16'):
+    c = tiny.cfg(heads__n=3, loss__grad_dtype=dtype)
+    totals.append(tiny.value_and_grad(c, tiny.batch(c))[0][0])
+  assert totals[0] == totals[1]
+
+
+def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
+  """A change below the spacing of bfloat16 is seen in a norm, in no matrix."""
+  c = tiny.cfg(
+    heads__n=2, heads__family='sequential', model__n_layers=1, model__compute_dtype='bfloat16'
+  )
+  m = tiny.mesh(c)
+
+  @jax.jit
+  def losses(w, rows):
+    bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
+    count_K, _ = targets.counts(rows, c, bytes_V)
+    _, sums = multi_token.mtp_loss(
+      w,
+      jnp.zeros(2),
+      jax.tree.map(lambda x: x[0], rows),
+      count_K=count_K,
+      weight_K=jnp.ones(2),
+      n_active=2,
+      cfg=c,
+    )
+    return sums['loss_sum_K'] / count_K
+
+  with jax.set_mesh(m):
+    rows = sharding.put_batch(m, tiny.batch(c))
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tiny.model(c, m))
+    want_K, seen = losses(w, rows), {}
+    for changed, _ in jax.tree_util.tree_leaves_with_path(w):
+      other = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (1 + 2.0**-11) if path == changed else x,  # noqa: B023
+        w,
+      )
+      got_K = losses(other, rows)
+      seen[jax.tree_util.keystr(changed)] = bool((got_K != want_K).any())
+  assert sum('norm' in name for name in seen) == 8
+  assert seen == {name: 'norm' in name for name in seen}
+
+
+def test_the_schedule_that_keeps_all_logits_computes_ours(monkeypatch):
+  """What docs/PERFORMANCE.md compares memory with is the same loss."""
+  from tests.baselines import ahead
+
+  c = tiny.cfg(heads__n=3)
+  rows = tiny.batch(c)
+  want, _ = tiny.value_and_grad(c, rows)
+  tiny._value_and_grad.clear_cache()  # or a schedule of before would answer
+  monkeypatch.setitem(multi_token.BACKWARD, 'interleaved', ahead.keeps_all_logits)
+  got, _ = tiny.value_and_grad(tiny.cfg(heads__n=3, loss__backward='interleaved'), rows)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)

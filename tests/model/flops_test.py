@@ -1,0 +1,195 @@
+"""FLOPs by formula: by hand, by XLA's own count, and the published ratios."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.cli import flags
+from mtp_jax.model import attention, flops
+from mtp_jax.model import heads as heads_lib
+from mtp_jax.parallel import sharding
+from mtp_jax.train import step
+from tests.support import tiny
+
+# By hand, forward, of tiny.cfg: D 16, N 4, G 2, H 4, F 24, V 32, T 16. The last
+# term is attention: scores, then values, over the T / 2 keys seen on average.
+LAYER = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 2 * (2 * 8 * 16)
+UNEMBEDDING = 2 * 16 * 32
+
+
+def test_of_a_token():
+  cfg = tiny.cfg(heads__n=2)  # six layers, two of them heads
+  assert flops.flops_per_token(cfg, 2) == 3 * (6 * LAYER + 2 * UNEMBEDDING)
+  assert flops.flops_per_token(cfg, 1) == 3 * (5 * LAYER + UNEMBEDDING)
+
+
+def test_masked_scores_are_twice_those_that_are_skipped():
+  cfg = tiny.cfg(heads__n=2)
+  skipped = 3 * 6 * 2 * (2 * 8 * 16)
+  more = flops.flops_per_token(cfg, 2, causal=False)
+  assert more - flops.flops_per_token(cfg, 2) == skipped
+
+
+@pytest.mark.parametrize(
+  'family, module',
+  [
+    ('causal', LAYER),
+    ('anticausal', LAYER),
+    ('linear', 2 * 16 * 16),
+    ('residual', 2 * 16 * 16),
+    ('sequential', LAYER + 2 * 32 * 16),  # [hidden; embedding] -> D
+    ('recursive', LAYER + 2 * 32 * 16),
+  ],
+)
+def test_of_a_family(family, module):
+  cfg = tiny.cfg(heads__n=3, heads__family=family)
+  causal = family in ('causal', 'anticausal')
+  trunk, modules = (3, 3) if causal else (6, 2)
+  assert flops.flops_per_token(cfg, 3) == 3 * (trunk * LAYER + modules * module + 3 * UNEMBEDDING)
+  assert flops.flops_per_token(cfg, 1) == 3 * (trunk * LAYER + (modules - 2) * module + UNEMBEDDING)
+
+
+def test_of_frozen_groups():
+  cfg = tiny.cfg(heads__n=2, train__freeze='trunk')  # shared unembedding
+  trunk = heads_lib.trunk_layers(cfg) * LAYER
+  assert flops.flops_per_token(cfg, 2) == (trunk + 3 * 2 * LAYER + 2 * 2 * UNEMBEDDING)
+  cfg = tiny.cfg(heads__n=2, train__freeze='heads')
+  assert flops.flops_per_token(cfg, 2) == (3 * trunk + 2 * 2 * LAYER + 3 * 2 * UNEMBEDDING)
+
+
+def test_heads_cost_what_layers_do():
+  """n = 1 is an L-layer model; further heads add only unembeddings."""
+  found = [flops.flops_per_token(tiny.cfg(heads__n=n), n) for n in range(1, 5)]
+  assert np.diff(found).tolist() == [3 * UNEMBEDDING] * 3
+
+
+@pytest.mark.parametrize('n', [1, 4])
+@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'residual', 'sequential'])
+def test_xla_counts_as_many(family, n):
+  """Of a model that is unrolled, because XLA counts a loop's body once, and
+  wide, because it counts norms and softmax too."""
+  c = tiny.cfg(
+    heads__family=family,
+    heads__n=n,
+    model__d_model=256,
+    model__d_ff=768,
+    model__n_layers=2 if family in ('residual', 'sequential') else n + 1,
+    model__vocab_size=1024,
+    data__seq_len=64,
+    data__batch_size=2,
+    model__attention='reference',
+  )
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    f = jax.grad(functools.partial(tiny.dense_loss, c=c), has_aux=True)
+    rows = sharding.put_batch(m, tiny.batch(c))
+    compiled = jax.jit(f).lower(tiny.model(c, m), rows).compile()
+  found = compiled.cost_analysis()['flops']
+  tokens = c.data.batch_size * c.data.seq_len
+  want = tokens * flops.flops_per_token(c, n, causal=False)
+  np.testing.assert_allclose(found, want, rtol=0.02)
+
+
+@pytest.mark.parametrize('size, ratio', [('1.3b', 1.131), ('0.3b', 1.290)])
+def test_four_heads_over_one_as_published(size, ratio):
+  four, one = (
+    flags.parse(
+      [f'--flagfile=experiments/size/{size}.flags', f'--heads.n={n}', '--data.seq_len=4096']
+    ).config()
+    for n in (4, 1)
+  )
+  found = flops.flops_per_token(four, 4) / flops.flops_per_token(one, 1)
+  assert abs(found - ratio) < 5e-4
+
+
+def _executed(**changes):
+  """(FLOPs of the traced step a token, those of the formula's parts)."""
+  c = tiny.cfg(heads__n=3, **changes)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    jaxpr = step.trace(c, m, c.heads.n).jaxpr
+  tokens = c.data.batch_size * c.data.seq_len
+  return (
+    flops.of_program(jaxpr, c.data.seq_len) / tokens,
+    flops.forward(c, c.heads.n, causal=False),
+  )
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_step_that_recomputes_nothing_executes_the_formula(accumulate):
+  executed, parts = _executed(loss__backward='interleaved', train__grad_accum_steps=accumulate)
+  assert executed == 3 * sum(parts)
+
+
+@pytest.mark.parametrize('family', ['parallel', 'linear'])
+def test_what_is_recomputed_is_executed_again(family):
+  executed, (trunk, heads, unembeddings, _) = _executed(heads__family=family, model__remat='block')
+  # But for the last product of a trunk layer, whose result nobody asks for.
+  down = 2 * 24 * 16 * (3 if family == 'parallel' else 6)
+  assert executed == 4 * (trunk + heads + unembeddings) - down
+
+
+def test_a_chain_under_eager_recomputes_its_blocks_alone():
+  executed, (trunk, heads, unembeddings, _) = _executed(
+    heads__family='causal', loss__backward='interleaved'
+  )
+  assert executed == 3 * (trunk + unembeddings) + 4 * heads
+
+
+def test_kernels_count_by_their_products():
+  """Forward two products of T x T x H a query head, backward seven (scores and
+  dP twice); half of each is above the diagonal."""
+  q = jnp.zeros((2, 256, 4, 16))
+  k = v = jnp.zeros((2, 256, 2, 16))
+  segment = jnp.zeros((2, 256), jnp.int32)
+  one = 2 * 2 * 4 * 256 * 256 * 16 / 2
+
+  def attend(q):
+    return jnp.sum(attention.splash(q, k, v, segment))
+
+  forward = jax.make_jaxpr(attend)(q)
+  both = jax.make_jaxpr(jax.grad(attend))(q)
+  assert flops.of_program(forward.jaxpr, 256) == 2 * one
+  # dq's kernel makes three, dk and dv's four; before them out . dout, T x H.
+  assert flops.of_program(both.jaxpr, 256) == (2 + 3 + 4) * one + 2 * q.size
+
+
+def test_a_branch_costs_its_dearest_and_a_loop_its_trips():
+  def f(x, yes):
+    def body(x, _):
+      return jax.lax.cond(yes, lambda x: x @ x @ x, lambda x: x @ x, x), None
+
+    return jax.lax.scan(body, x, None, length=5)[0]
+
+  jaxpr = jax.make_jaxpr(f)(jnp.zeros((8, 8)), True)
+  assert flops.of_program(jaxpr.jaxpr, 8) == 5 * 2 * 2 * 8**3
+
+
+@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'sequential'])
+@pytest.mark.parametrize('schedule, times', [('remat', 4), ('interleaved', 3)])
+def test_the_order_of_tokens_is_asked_of_one_head(family, schedule, times):
+  changes = dict(heads__family=family, loss__backward=schedule)
+  with_order, (*_, order) = _executed(loss__token_order_weight=0.5, **changes)
+  without, _ = _executed(**changes)
+  assert with_order - without == pytest.approx(times * order)
+
+
+def test_what_every_replica_repeats_counts_on_each():
+  """Muon's products are shared out over fsdp x tensor, not over data."""
+
+  def executed(optimizer, **mesh):
+    c = tiny.cfg(heads__n=2, optim__name=optimizer, model__n_layers=6, **mesh)
+    m = tiny.mesh(c)
+    with jax.set_mesh(m):
+      jaxpr = step.trace(c, m, c.heads.n).jaxpr
+    return flops.of_program(jaxpr, c.data.seq_len)
+
+  def muon(**mesh):
+    return executed('muon', **mesh) - executed('adamw', **mesh)
+
+  assert muon(mesh__fsdp=2) == muon(mesh__fsdp=2, mesh__data=4)
+  whole, parts = (executed('adamw', mesh__data=n) for n in (1, 8))
+  assert whole == 8 * parts

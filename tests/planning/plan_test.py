@@ -1,0 +1,346 @@
+"""`mtp plan` as a user runs it: what it prints, writes and ends with."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from mtp_jax.cli import main
+from mtp_jax.config import schema
+from mtp_jax.model import params
+from mtp_jax.parallel import chips, sharding
+from mtp_jax.planning import ahead, analytic, hlo, report
+from mtp_jax.train import state
+from tests.support import runs, tiny
+
+SMALL = [f'--{name}={value}' for name, value in (tiny.BASE | {'mesh.fsdp': -1}).items()]
+
+
+def test_the_devices_here(tmp_path, capsys):
+  out = str(tmp_path / 'plan.json')
+  assert main.main(['plan', *SMALL, f'--out={out}']) == 0
+  with open(out) as f:
+    found = json.load(f)
+  printed = capsys.readouterr().out
+  assert 'mesh data=1 x fsdp=8 x tensor=1' in printed
+  cfg = tiny.cfg(mesh__fsdp=8)
+  held = state.abstract(cfg, sharding.make_mesh(cfg))
+  assert found['params_bytes'] == params.bytes_per_device(held.params)
+  assert found['opt_state_bytes'] == params.bytes_per_device(held.opt_state)
+  assert found['total_bytes'] == pytest.approx(
+    sum(found[f'{x}_bytes'] for x in ('held', 'temp', 'code'))
+  )
+  batch = 2 * (16 + 4) * 4 + 4 * 32 + 3 * 4  # tokens, positions; bytes_V; counters
+  state_bytes = found['params_bytes'] + found['opt_state_bytes']
+  assert state_bytes < found['held_bytes'] <= state_bytes + 4 * batch
+  assert found['fits'] is None and found['days'] is None  # a CPU has no peaks
+  assert found['executed_flops_per_step'] > 0 and found['temp_bytes'] > 0
+  assert {'all-gather', 'all-reduce'} <= found['collectives'].keys()
+  largest = [c['sent_bytes'] for c in found['largest_collectives']]
+  assert len(largest) == 10 and largest == sorted(largest, reverse=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
+  out = str(tmp_path / 'plan.json')
+  status = main.main(
+    [
+      'plan',
+      *SMALL,
+      '--plan.sweep=heads.n=1,2',
+      '--plan.sweep=loss.backward=remat,interleaved',
+      f'--out={out}',
+    ]
+  )
+  assert status == 0
+  with open(out) as f:
+    rows = json.load(f)['rows']
+  grid = [(n, s) for n in (1, 2) for s in ('remat', 'interleaved')]
+  assert [tuple(row['set'].values()) for row in rows] == grid
+  assert [(row['heads'], row['schedule']) for row in rows] == grid
+  assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+  'sweep, allowed',
+  [
+    ('heads.n', 'FLAG=VALUE'),
+    ('heads.m=1', 'FLAG=VALUE'),
+    ('plan.slices=1,2', 'FLAG=VALUE'),
+    ('heads.n=1,two', 'must be int'),
+    ('heads.n=1,600', '--heads.n=600'),
+    ('heads.family=causal,casual', '--heads.family=casual'),
+    ('data.verify=1,0', 'must be bool'),
+  ],
+)
+def test_a_wrong_sweep_is_one_line_before_anything_compiles(sweep, allowed, capsys, monkeypatch):
+  monkeypatch.setattr(ahead, 'plan', None)
+  assert main.main(['plan', *SMALL, f'--plan.sweep={sweep}']) == 2
+  error = capsys.readouterr().err
+  assert allowed in error and error.count('\n') == 1
+
+
+def test_a_flag_is_swept_once(capsys, monkeypatch):
+  monkeypatch.setattr(ahead, 'plan', None)
+  sweep = '--plan.sweep=heads.n=1,2'
+  assert main.main(['plan', *SMALL, sweep, sweep]) == 2
+  assert 'sweeps heads.n again' in capsys.readouterr().err
+
+
+def test_an_unknown_accelerator_is_not_known_to_fit():
+  plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'NVIDIA L40S', 1, 1, 1.0)
+  assert plan.fits is None and report.status([plan]) == 4
+  assert report.status([plan._replace(device_kind='cpu')]) == 0
+  assert report.status([plan._replace(device_kind='TPU v5e')]) == 0
+
+
+def test_without_libtpu_the_state_and_how_to_get_it(monkeypatch, capsys):
+  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  args = ['--plan.topology=v5e:2x4', '--plan.slices=2', '--mesh.data=2']
+  assert main.main(['plan', *SMALL, *args, '--data.batch_size=16']) == 4
+  printed = capsys.readouterr().out
+  assert "pip install 'mtp_jax[tpu]'" in printed
+  assert '16 x TPU v5 lite, mesh data=2 x fsdp=8 x tensor=1' in printed
+  assert 'not known to fit' in printed
+
+
+def test_without_libtpu_a_state_too_large_is_known(monkeypatch):
+  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  flags = ['--flagfile=experiments/size/13b.flags', '--data.seq_len=4096']
+  assert main.main(['plan', *flags, '--plan.topology=v5e:2x2']) == 3
+  flags += ['--data.batch_size=16']
+  assert main.main(['plan', *flags, '--plan.topology=v5e:4x4']) == 4
+
+
+@pytest.mark.parametrize('topology', ['v9:4x4', '4x4', 'v5e:'])
+def test_a_wrong_topology_is_one_line(topology, monkeypatch, capsys):
+  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  assert main.main(['plan', *SMALL, f'--plan.topology={topology}']) == 2
+  error = capsys.readouterr().err
+  assert f'--plan.topology={topology}' in error and error.count('\n') == 1
+
+
+def test_slices_need_a_topology(capsys):
+  assert main.main(['plan', *SMALL, '--plan.slices=2']) == 2
+  assert '--plan.slices=2' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'message, temp',
+  [
+    (
+      'Ran out of memory on HBM, the total memory required for HLO temporaries'
+      ' (24.88G) exceeds available HBM (15.75G).',
+      24.88 * 2**30,
+    ),
+    ('Used 18.5G of 15.75G hbm. Exceeded hbm capacity', 18.5 * 2**30 - 300),
+  ],
+)
+def test_what_a_program_too_large_would_need(message, temp):
+  plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5 lite', 100, 200)
+  plan = plan._replace(temp_bytes=ahead._needed(message)(plan))
+  assert plan.temp_bytes == pytest.approx(temp)
+  assert plan.fits is False and report.status([plan]) == 3
+  barely = plan._replace(temp_bytes=1.0, refused=True)
+  assert barely.fits is False  # whatever was written in the message
+  assert ahead._needed('INTERNAL: something else') is None
+
+
+def test_roofline_divides_by_the_peaks():
+  whole = hlo.Array('f32', (1000,), on_chip=False)
+  moved = hlo.Collective('all-gather', (whole,), 4, 2, '', ())
+  plan = ahead.Plan(
+    tiny.cfg(),
+    dict(data=1, fsdp=4, tensor=1),
+    'TPU v5 lite',
+    1,
+    1,
+    1.0,
+    executed_flops=197e12,
+    ledger=hlo.Ledger((moved,), 819e9 / 2),
+  )
+  assert plan.roofline() == dict(
+    compute=1.0, memory=0.5, links=2 * 4000 * 3 / 4 / 200e9, network=0.0
+  )
+  values = report.values_of(plan)
+  assert values['step_s'] == 1.0
+  assert values['tokens_per_s_all'] == 8 * 16
+  assert values['days'] == 1000 / 86400
+  assert values['mfu'] == pytest.approx(plan.model_flops / 4 / 197e12)
+
+
+def test_a_program_that_cannot_be_read_back_has_a_roofline_by_formula():
+  class Compiled:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError('async-update should have 1 operands')
+
+  assert ahead._ledger(Compiled()) is None
+  plan = ahead.Plan(
+    tiny.cfg(),
+    dict(data=1, fsdp=1, tensor=1),
+    'TPU v5',
+    1,
+    1,
+    1.0,
+    code_bytes=1.0,
+    executed_flops=1.0,
+  )
+  values = report.values_of(plan)
+  formula = analytic.estimate(plan.cfg, plan.mesh, plan.chip)
+  assert values['roofline_by_formula'] and values['fits']
+  assert values['step_s'] == formula.step_s > 0
+  assert values['collectives'] is None
+  assert any('by formula' in line for line in report.lines_of(plan))
+  unfit = plan._replace(temp_bytes=1e12, code_bytes=0.0)
+  assert report.values_of(unfit)['step_s'] is None
+
+
+def test_candidates_divide_the_batch_and_the_model():
+  cfg = tiny.cfg(data__batch_size=16, mesh__fsdp=-1)
+  found = list(analytic.candidates(cfg, 8))
+  assert found and len(set(found)) == len(found)
+  for one in found:
+    m = one.mesh
+    assert m.data * m.fsdp * m.tensor == 8
+    assert 2 % m.tensor == 0  # key/value heads
+    assert 16 % (one.train.grad_accum_steps * m.data * m.fsdp) == 0
+  sliced = schema.replace(cfg, **{'plan.slices': 2})
+  assert {one.mesh.data % 2 for one in analytic.candidates(sliced, 8)} == {0}
+
+
+def test_the_formula_knows_the_state_exactly_and_what_costs_more():
+  chip = chips.chip('TPU v5e')
+  base = schema.replace(
+    schema.Config(),
+    **{
+      'model.d_model': 512,
+      'model.n_layers': 16,
+      'model.n_attn_heads': 8,
+      'model.vocab_size': 32000,
+      'data.seq_len': 2048,
+      'data.batch_size': 32,
+    },
+  )
+  mesh = dict(data=1, fsdp=8, tensor=1)
+
+  def of(mesh=mesh, **changes):
+    changes = {k.replace('__', '.'): v for k, v in changes.items()}
+    return analytic.estimate(schema.replace(base, **changes), mesh, chip)
+
+  held = state.abstract(base, sharding.abstract_mesh(schema.replace(base, **{'mesh.fsdp': 8}), 8))
+  assert analytic._state_bytes(
+    dataclasses.replace(base, mesh=schema.MeshConfig(**mesh)), (1, 8, 1)
+  ) == (params.bytes_per_device(held.params), params.bytes_per_device(held.opt_state))
+  plain = of()
+  for remat in ('dots', 'none'):  # keep more, compute less
+    other = of(model__remat=remat)
+    assert other.total_bytes > plain.total_bytes
+    assert other.seconds['compute'] < plain.seconds['compute']
+  more = of(train__grad_accum_steps=4)  # smaller activations, more gathers
+  assert more.total_bytes < plain.total_bytes
+  assert more.seconds['links'] > plain.seconds['links']
+  eager = of(loss__backward='interleaved')
+  assert eager.seconds['compute'] < plain.seconds['compute']
+  replicas = of(dict(data=8, fsdp=1, tensor=1))
+  assert replicas.total_bytes > plain.total_bytes
+  assert of(plan__slices=2, mesh=dict(data=2, fsdp=4, tensor=1)).seconds['network']
+
+
+def test_a_search_ranks_compiles_and_names_flags(monkeypatch, capsys):
+  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  flags = ['--flagfile=experiments/scaling/1.3b_n4.flags']
+  asked = [*flags, '--plan.topology=v5e:8x8', '--plan.search_mesh']
+  compiled = []
+
+  def plan(cfg):
+    compiled.append(cfg)
+    return ahead.of_shardings(cfg)
+
+  monkeypatch.setattr(ahead, 'plan', plan)
+  assert main.main(['plan', *asked]) == 4
+  assert len(compiled) == report.COMPILES
+  assert 'candidates' in capsys.readouterr().out
+  for cfg in compiled:
+    assert cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor == 64
+
+
+def test_a_search_needs_known_peaks(capsys):
+  assert main.main(['plan', *SMALL, '--plan.search_mesh']) == 2
+  assert '--plan.search_mesh' in capsys.readouterr().err
+
+
+def _tpu(*args, timeout=600):
+  """`mtp plan` in a process of its own: libtpu is loaded once a process."""
+  pytest.importorskip('libtpu')
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  return subprocess.run(
+    [sys.executable, '-m', 'mtp_jax', 'plan', *args],
+    cwd=runs.ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+def test_ahead_of_time_for_a_tpu(tmp_path):
+  out = str(tmp_path / 'plan.json')
+  done = _tpu(*SMALL, '--plan.topology=v5e:2x2', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  assert '4 x TPU v5 lite' in done.stdout and 'compiled in' in done.stdout
+  with open(out) as f:
+    found = json.load(f)
+  assert found['fits'] and found['hbm_bytes'] == 15.75 * 2**30
+  assert found['collectives']['all-gather']['sent_bytes'] > 0
+  assert found['step_s'] == max(found['roofline_s'].values()) > 0
+
+
+@pytest.mark.slow
+def test_only_gradients_cross_the_network_between_slices(tmp_path):
+  found = {}
+  for slices, rows in ((2, 16), (2, 32), (4, 32)):
+    out = str(tmp_path / 'plan.json')
+    done = _tpu(
+      '--model.d_model=256',
+      '--data.seq_len=256',
+      '--heads.n=2',
+      '--plan.topology=v5e:2x2',
+      f'--plan.slices={slices}',
+      f'--mesh.data={slices}',
+      f'--data.batch_size={rows}',
+      f'--out={out}',
+    )
+    assert done.returncode == 0, done.stderr
+    with open(out) as f:
+      found[slices, rows] = json.load(f)
+  two = found[2, 16]
+  assert 0 < two['roofline_s']['network'] < found[4, 32]['roofline_s']['network']
+  # A gradient is a shard in float32, whatever the batch and the slices are;
+  # the rest stays within them.
+  sent = two['collectives']['send']['sent_bytes']
+  assert 0 < sent <= 2 * two['params_bytes']
+  for other in found.values():
+    assert other['collectives']['send']['sent_bytes'] == sent
+  assert found[4, 32]['collectives'] == two['collectives']
+
+
+@pytest.mark.slow
+def test_a_model_too_large_ends_with_3():
+  done = _tpu(
+    '--flagfile=experiments/size/7b.flags',
+    '--data.seq_len=4096',
+    '--data.batch_size=4',
+    '--plan.topology=v5e:2x2',
+  )
+  assert done.returncode == 3, done.stderr
+  assert 'DOES NOT FIT' in done.stdout
+
+
+def test_one_device_has_no_collectives():
+  cfg = tiny.cfg()
+  found = ahead._of_state(cfg, tiny.mesh(cfg), jax.devices()[0].device_kind)
+  assert found.devices == 1 and found.fits is None
