@@ -135,7 +135,7 @@ def test_it_is_as_long_as_published(name):
   o, tokens = cfg.optim, cfg.data.batch_size * cfg.data.seq_len
   assert tokens == batch * 2**20
   assert (cfg.train.steps, o.warmup_steps) == (steps, warmup_steps)
-  assert (o.lr, o.end_ratio, o.schedule) == (lr, end_ratio, 'cosine')
+  assert (o.lr, o.min_lr_ratio, o.schedule) == (lr, end_ratio, 'cosine')
   assert (o.b1, o.b2, o.weight_decay, o.clip_norm) == (0.9, 0.95, 0.1, 1.0)
   context = dict(bytes=8192, induction=2048, arithmetic=2048)
   context = context.get(name.split('/')[0], 4096)

@@ -25,14 +25,14 @@ def kept(tmp_path_factory):
 
 def _params(workdir, step):
   cfg, _ = metadata.read_metadata(str(workdir), step)
-  return jax.device_get(restore.restore_model(str(workdir), step, cfg, sharding.serving_mesh(cfg)))
+  return jax.device_get(restore.restore_model(str(workdir), step, cfg, sharding.make_mesh(cfg)))
 
 
 @pytest.mark.parametrize('form', golden.FORMS)
 def test_kept_exports_hold_the_kept_parameters(kept, form):
   cfg, ours = hf_folder.find(str(kept / form), {})
   assert ours
-  back = hf_folder.read(str(kept / form), cfg, sharding.serving_mesh(cfg))
+  back = hf_folder.read(str(kept / form), cfg, sharding.make_mesh(cfg))
   wanted = _params(kept / 'run', 3)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), wanted)
 

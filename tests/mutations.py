@@ -43,7 +43,7 @@ LOADER, WINDOWS = 'mtp_jax/data/loader.py', 'mtp_jax/data/windows.py'
 SPECULATIVE, SAMPLE = 'mtp_jax/decode/speculative.py', 'mtp_jax/decode/sample.py'
 MAPPING, TOKENS = 'mtp_jax/interop/mapping.py', 'mtp_jax/interop/tokens.py'
 LLAMA_CPP = 'mtp_jax/interop/llama_cpp.py'
-BY_HAND = 'test_the_files_alone_draft_what_the_model_drafts'
+BY_HAND = 'test_exported_modules_draft_like_the_model'
 
 
 def _in(file: str, *names: str) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def _oracle(row):
 ORACLE = _oracle('sequential-3-shared-True-0:1,.3-0.01-3-0.7-interleaved-0-1-(1,4,2)-block')
 CHUNKS = _oracle('recursive-3-shared-False-0:1-0.01-3-0.7-interleaved-4-1-(1,1,1)-none')
 CUT = _in('optim/optim', 'test_a_step_does_not_depend_on_how_it_is_cut')
-LEDGER = _in('planning/hlo', 'test_a_program_of_a_tpu_by_hand')
+LEDGER = _in('planning/hlo', 'test_ledger_of_a_tpu_program')
 
 
 def _text(family):
@@ -117,7 +117,7 @@ FAULTS = (
     LOADER,
     'if row < n_windows:',
     'position_ABU[place] = np.arange(seq_len + span)\n    if row < n_windows:',
-    _in('data/loader', 'test_eval_reads_each_window_once_and_pads'),
+    _in('data/loader', 'test_eval_batches_read_each_window_once_and_pad'),
   ),
   Fault(
     'no-mask',
@@ -230,7 +230,7 @@ FAULTS = (
     'mtp_jax/evals/heldout.py',
     "np.sum(weight_K * total['loss_sum_K'] * over_K)",
     "np.sum(total['loss_sum_K'] * over_K)",
-    _in('evals/heldout', 'test_several_batches_are_one_and_equal_the_training_loss'),
+    _in('evals/heldout', 'test_heldout_loss_equals_training_loss_for_any_batching'),
   ),
   Fault(
     'evaluation-of-all-heads',
@@ -238,7 +238,7 @@ FAULTS = (
     'mtp_jax/evals/heldout.py',
     'n_active = schedule.active_heads(cfg, last)',
     'n_active = n',
-    _in('evals/heldout', 'test_heads_and_weights_in_force_at_the_last_step[parallel]'),
+    _in('evals/heldout', 'test_heldout_uses_heads_and_weights_of_the_last_step[parallel]'),
   ),
   Fault(
     'bits-of-all-heads',
@@ -493,7 +493,7 @@ FAULTS = (
     WINDOWS,
     'np.maximum(size_S - span, 0)',
     'size_S',
-    _in('data/windows', 'test_windows_are_those_counted_by_hand'),
+    _in('data/windows', 'test_windows_match_reference_loop'),
   ),
   Fault(
     'held-out-is-trained',
@@ -501,7 +501,7 @@ FAULTS = (
     'mtp_jax/data/store.py',
     "'train': order_M[~valid_M]",
     "'train': order_M",
-    _in('data/store', 'test_round_trip'),
+    _in('data/store', 'test_store_round_trip'),
   ),
   Fault(
     'curriculum-a-step-early',
@@ -624,7 +624,7 @@ FAULTS = (
     'mtp_jax/planning/hlo.py',
     'total += user.result_bytes',
     'total += size',
-    _in('planning/hlo', 'test_a_loop_over_slices_reads_the_whole_once'),
+    _in('planning/hlo', 'test_loop_over_slices_reads_the_array_once'),
   ),
   Fault(
     'fits-without-its-state',
@@ -632,7 +632,7 @@ FAULTS = (
     'mtp_jax/planning/ahead.py',
     'return held + self.temp_bytes',
     'return self.temp_bytes',
-    _in('planning/plan', 'test_the_devices_here'),
+    _in('planning/plan', 'test_plan_for_local_devices'),
   ),
   Fault(
     'largest-becomes-sum',
@@ -640,7 +640,7 @@ FAULTS = (
     'mtp_jax/planning/report.py',
     'step_s = max(roofline.values(), default=None)',
     'step_s = sum(roofline.values()) or None',
-    _in('planning/plan', 'test_roofline_divides_by_the_peaks'),
+    _in('planning/plan', 'test_roofline_uses_peak_rates'),
   ),
   Fault(
     'ratio-upside-down',
@@ -648,7 +648,7 @@ FAULTS = (
     'mtp_jax/bench/timing.py',
     'a / b / by for',
     'b / a / by for',
-    _in('bench/bench', 'test_ratios_of_a_comparison'),
+    _in('bench/bench', 'test_comparison_ratios'),
   ),
   # Decoding.
   Fault(
@@ -770,25 +770,25 @@ FAULTS = (
     'surplus-key-of-an-export',
     10,
     'mtp_jax/interop/hf_folder.py',
-    'if found.keys() != wanted.keys():',
-    'if wanted.keys() - found.keys():',
-    _in('interop/hf', 'test_a_surplus_or_missing_key_is_an_error'),
+    'if found.keys() != expected.keys():',
+    'if expected.keys() - found.keys():',
+    _in('interop/hf', 'test_export_verifies_written_keys'),
   ),
   Fault(
     'export-not-read-again',
     10,
     'mtp_jax/interop/hf_folder.py',
-    'if files.digest(np.array(tensor.read())) != wanted[name]:',
+    'if files.digest(np.array(tensor.read())) != expected[name]:',
     'if False:',
-    _in('interop/hf', 'test_what_was_written_is_read_again'),
+    _in('interop/hf', 'test_export_verifies_written_tensors'),
   ),
   Fault(
     'import-leaves-a-key',
     10,
     'mtp_jax/interop/hf_folder.py',
-    "(found.keys() - wanted.keys(), 'has no place in this model'),",
+    "(found.keys() - expected.keys(), 'is not part of this model'),",
     '',
-    _in('interop/hf', 'test_what_does_not_fit_is_told'),
+    _in('interop/hf', 'test_unsupported_config_json_raises'),
   ),
   Fault(
     'copies-not-compared',
@@ -796,7 +796,7 @@ FAULTS = (
     'mtp_jax/interop/hf_folder.py',
     'if not np.array_equal(place.form.out(ours, cfg), found[name].read()):',
     'if False:',
-    _in('interop/forms', 'test_a_copy_that_differs_is_told'),
+    _in('interop/forms', 'test_copy_that_differs_raises'),
   ),
   Fault(
     'rope-of-meta-not-permuted',
@@ -804,7 +804,7 @@ FAULTS = (
     MAPPING,
     'return _heads_out(w_DNHP.reshape(D, N, H), cfg)',
     'return _heads_out(w_DNH, cfg)',
-    _in('interop/forms', 'test_plain_torch_computes_the_same[meta-shared]'),
+    _in('interop/forms', 'test_plain_torch_logits_match[meta-shared]'),
   ),
   Fault(
     'embedding-second-in-transformers-mtp',
@@ -812,7 +812,7 @@ FAULTS = (
     MAPPING,
     'return np.concatenate(np.split(w_ED, 2)[::-1])',
     'return w_ED',
-    _in('interop/forms', 'test_plain_torch_computes_the_same[transformers_mtp-shared]'),
+    _in('interop/forms', 'test_plain_torch_logits_match[transformers_mtp-shared]'),
   ),
   Fault(
     'projection-of-modules-not-transposed',
@@ -836,7 +836,7 @@ FAULTS = (
     MAPPING,
     "transformers_mtp='shared_head.norm', gguf_mtp='nextn.shared_head_norm',",
     "transformers_mtp='shared_head.norm', gguf_mtp='nextn.enorm',",
-    _in('interop/forms', 'test_names_are_those_of_the_program[gguf-sequential]'),
+    _in('interop/forms', 'test_tensor_names_match_the_program[gguf-sequential]'),
   ),
   Fault(
     'embedding-second-in-gguf',
@@ -860,7 +860,7 @@ FAULTS = (
     MAPPING,
     'for j in range(1, cfg.heads.n - 1)',
     'for j in range(1, cfg.heads.n - 2)',
-    _in('interop/forms', 'test_names_are_those_of_the_program[transformers_mtp-recursive]'),
+    _in('interop/forms', 'test_tensor_names_match_the_program[transformers_mtp-recursive]'),
   ),
   Fault(
     'rope-of-a-plain-gguf-not-permuted',
@@ -868,7 +868,7 @@ FAULTS = (
     MAPPING,
     "gguf=('attn_q', HEADS_IN_PAIRS), gguf_mtp='attn_q',",
     "gguf='attn_q', gguf_mtp='attn_q',",
-    _in('interop/engines', 'test_a_plain_gguf_computes_the_same'),
+    _in('interop/engines', 'test_plain_gguf_logits_match'),
   ),
   Fault(
     'queries-after-keys',
@@ -876,7 +876,7 @@ FAULTS = (
     LLAMA_CPP,
     "APART, FUSED = ('attn_q', 'attn_k', 'attn_v'), 'attn_qkv'",
     "APART, FUSED = ('attn_k', 'attn_q', 'attn_v'), 'attn_qkv'",
-    _in('interop/forms', 'test_there_and_back_is_the_same[float32-gguf-sequential-shared]'),
+    _in('interop/forms', 'test_export_import_round_trip[float32-gguf-sequential-shared]'),
   ),
   Fault(
     'rope-frequencies-upside-down',
@@ -884,7 +884,7 @@ FAULTS = (
     LLAMA_CPP,
     'layers.rope_rates(plain.model) / layers.rope_rates(cfg.model)',
     'layers.rope_rates(cfg.model) / layers.rope_rates(plain.model)',
-    _in('interop/engines', 'test_a_plain_gguf_computes_the_same'),
+    _in('interop/engines', 'test_plain_gguf_logits_match'),
   ),
   Fault(
     'index-names-a-heads-tensor',
@@ -892,7 +892,7 @@ FAULTS = (
     'mtp_jax/interop/hf_folder.py',
     'weight_map |= dict.fromkeys(names, name)',
     "weight_map |= dict.fromkeys([*names, 'mtp_heads.2.proj.weight'], name)",
-    _in('interop/hf', 'test_an_index_names_the_llama_alone'),
+    _in('interop/hf', 'test_index_excludes_further_heads'),
   ),
   Fault(
     'lengths-of-a-gguf-believed',
@@ -900,7 +900,7 @@ FAULTS = (
     LLAMA_CPP,
     'if n > len(self.data) - self.at:',
     'if False:',
-    _in('interop/engines', 'test_a_damaged_file_is_refused_in_a_line'),
+    _in('interop/engines', 'test_corrupt_gguf_raises_on_one_line'),
   ),
   Fault(
     'unembeddings-beyond-the-blocks',
@@ -908,15 +908,15 @@ FAULTS = (
     MAPPING,
     "if h.unembedding == 'replicated' and modules < h.n - 1:",
     'if False:',
-    _in('interop/engines', 'test_a_recursive_module_has_one_unembedding_in_llama_cpp'),
+    _in('interop/engines', 'test_gguf_form_of_recursive_replicated_heads'),
   ),
   Fault(
     'pieces-that-join-to-a-special-one',
     0,
     LLAMA_CPP,
-    'if names.issuperset(cut):',
+    'if names.issuperset(parts):',
     'if False:',
-    _in('interop/engines', 'test_pieces_that_join_to_a_special_one_are_refused'),
+    _in('interop/engines', 'test_gguf_pieces_that_join_to_a_special_token_raise'),
   ),
   Fault(
     'normed-states-imported-as-raw',
@@ -924,7 +924,7 @@ FAULTS = (
     'mtp_jax/interop/hf.py',
     "if kind == 'llama_mtp' and about.get('tie_last_hidden_states', True):",
     "if kind == 'llama_mtp' and about.get('tie_last_hidden_states', False):",
-    _in('interop/engines', 'test_modules_that_read_normed_states_are_not_imported'),
+    _in('interop/engines', 'test_modules_reading_normed_states_raise'),
   ),
   Fault(
     'several-modules-in-mimo',
@@ -932,7 +932,7 @@ FAULTS = (
     MAPPING,
     "if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 1:",
     "if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 9:",
-    _in('interop/forms', 'test_what_a_form_has_no_place_for'),
+    _in('interop/forms', 'test_models_unsupported_by_a_form_raise'),
   ),
   Fault(
     'first-row-of-every-shard',
@@ -940,7 +940,7 @@ FAULTS = (
     'mtp_jax/interop/hf_folder.py',
     'row[...] = ours(of_index[i], tuple(rest))',
     'row[...] = ours(of_index[rows[0]], tuple(rest))',
-    _in('interop/hf', 'test_options_come_back_too'),
+    _in('interop/hf', 'test_sharded_export_round_trip_with_options'),
   ),
   Fault(
     'merges-by-worst-score',
@@ -948,7 +948,7 @@ FAULTS = (
     TOKENS,
     'found.sort(key=lambda m: (-score[m[0]],',
     'found.sort(key=lambda m: (score[m[0]],',
-    _in('interop/tokens', 'test_transformers_gives_the_same_ids[bpe]'),
+    _in('interop/tokens', 'test_transformers_ids_match[bpe]'),
   ),
   Fault(
     'head-1-is-the-first-layer',
@@ -995,7 +995,7 @@ FAULTS = (
     SCORES,
     'Scores(*found, valid_KBT[:m])',
     'Scores(*found, jnp.ones_like(valid_KBT[:m]))',
-    _in('evals/scores', 'test_sums_are_those_of_the_loss'),
+    _in('evals/scores', 'test_score_sums_match_the_loss'),
   ),
   Fault(
     'rank-of-equals',
@@ -1003,7 +1003,7 @@ FAULTS = (
     SCORES,
     'ids_11V < target_BC[:, :, None]',
     'ids_11V > target_BC[:, :, None]',
-    _in('evals/scores', 'test_ranks_by_hand'),
+    _in('evals/scores', 'test_ranks_on_known_logits'),
   ),
   Fault(
     'sure-of-the-target',
@@ -1011,7 +1011,7 @@ FAULTS = (
     SCORES,
     'jnp.exp(of.top_BC - of.lse_BC)',
     'jnp.exp(of.label_BC - of.lse_BC)',
-    _in('evals/scores', 'test_ranks_by_hand'),
+    _in('evals/scores', 'test_ranks_on_known_logits'),
   ),
   Fault(
     'calibration-of-top-5',
@@ -1019,7 +1019,7 @@ FAULTS = (
     'mtp_jax/evals/calibration.py',
     'by_bin((s.rank == 0)',
     'by_bin((s.rank < TOP)',
-    _in('evals/calibration', 'test_sums_are_those_of_single_scores'),
+    _in('evals/calibration', 'test_calibration_sums_match_single_scores'),
   ),
   Fault(
     'induction-off-by-one',
@@ -1027,7 +1027,7 @@ FAULTS = (
     'mtp_jax/evals/induction.py',
     'row.argmax[0, p] == item.ids[p + 1]',
     'row.argmax[0, p] == item.ids[p]',
-    _in('evals/induction', 'test_a_token_is_scored_where_it_is_predicted'),
+    _in('evals/induction', 'test_induction_scores_the_predicted_position'),
   ),
   Fault(
     'choice-points-off-by-one',
@@ -1035,7 +1035,7 @@ FAULTS = (
     'mtp_jax/evals/choice_points.py',
     'nats_KU[k, places_T + offset]',
     'nats_KU[k, places_T + offset - 1]',
-    _in('evals/induction', 'test_nats_stand_at_the_token_they_are_of'),
+    _in('evals/induction', 'test_by_token_aligns_nats_with_tokens'),
   ),
   Fault(
     'samples-share-seeds',
@@ -1043,7 +1043,7 @@ FAULTS = (
     'mtp_jax/evals/subject.py',
     "f'{of_run} {prompt} {sample}'",
     "f'{of_run} {prompt + sample}'",
-    _in('evals/subject', 'test_each_sample_of_each_prompt_has_a_seed_of_its_own'),
+    _in('evals/subject', 'test_samples_of_equal_prompts_have_distinct_seeds'),
   ),
   Fault(
     'stop-kept',
@@ -1051,15 +1051,15 @@ FAULTS = (
     'mtp_jax/evals/subject.py',
     'text[: min(found)], True',
     'text[: max(found)], True',
-    _in('evals/subject', 'test_cut_at_the_first_of_the_stops'),
+    _in('evals/subject', 'test_truncation_at_the_first_stop_string'),
   ),
   Fault(
     'answer-by-its-beginning',
     0,
     'mtp_jax/evals/synthetic.py',
-    'said == item.answer',
-    'item.answer.startswith(said)',
-    _in('evals/synthetic', 'test_an_answer_is_right_as_a_whole'),
+    'answer == item.answer',
+    'item.answer.startswith(answer)',
+    _in('evals/synthetic', 'test_star_graph_requires_exact_match'),
   ),
   Fault(
     'test-items-trained-on',
@@ -1067,7 +1067,7 @@ FAULTS = (
     'mtp_jax/data/tasks.py',
     'if question(found.prompt) not in held_out:',
     'if found.prompt:',
-    _in('data/tasks', 'test_no_test_item_is_trained_on'),
+    _in('data/tasks', 'test_training_items_exclude_test_items'),
   ),
   Fault(
     'test-graphs-in-another-order',
@@ -1075,15 +1075,15 @@ FAULTS = (
     'mtp_jax/data/tasks.py',
     "'|'.join(sorted(edges.split('|')))",
     'edges',
-    _in('data/tasks', 'test_no_graph_of_the_test_is_trained_on_in_another_order'),
+    _in('data/tasks', 'test_training_graphs_exclude_reordered_test_graphs'),
   ),
   Fault(
     'items-drawn-again-dropped',
     0,
     'mtp_jax/data/spool.py',
     'if document.drawn:',
-    'if document.cuts and not document.text:',
-    _in('data/tasks', 'test_an_item_that_is_drawn_again_is_no_duplicate'),
+    'if document.loss_spans and not document.text:',
+    _in('data/tasks', 'test_repeated_task_items_are_kept'),
   ),
   Fault(
     'equal-items-in-both-splits',
@@ -1091,7 +1091,7 @@ FAULTS = (
     'mtp_jax/data/spool.py',
     'named[:24] + found[24:]',
     'named',
-    _in('data/tasks', 'test_an_item_that_is_drawn_again_is_no_duplicate'),
+    _in('data/tasks', 'test_repeated_task_items_are_kept'),
   ),
   Fault(
     'last-document-left-out',
@@ -1099,7 +1099,7 @@ FAULTS = (
     'mtp_jax/data/windows.py',
     'offset_M[:].tolist(), [tokens.size]',
     'offset_M[:].tolist()',
-    _in('data/windows', 'test_documents_are_all_there'),
+    _in('data/windows', 'test_split_documents_yields_all_documents'),
   ),
   Fault(
     'evaluation-of-the-beginning',
@@ -1107,7 +1107,7 @@ FAULTS = (
     'mtp_jax/data/loader.py',
     'row_B * n // n_read',
     'row_B',
-    _in('data/loader', 'test_eval_of_few_batches_is_spread_over_the_split'),
+    _in('data/loader', 'test_limited_eval_batches_are_spread_over_the_split'),
   ),
   Fault(
     'composition-the-other-way',
@@ -1115,7 +1115,7 @@ FAULTS = (
     'mtp_jax/data/tasks.py',
     'value = _multiply(value, g, p)',
     'value = _multiply(value, f, p)',
-    _in('data/tasks', 'test_polynomials_are_evaluated_anew'),
+    _in('data/tasks', 'test_polynomial_answers_match_an_independent_solver'),
   ),
   Fault(
     'acceptance-on-training-text',
@@ -1123,7 +1123,7 @@ FAULTS = (
     'mtp_jax/evals/acceptance.py',
     '.split(cfg.eval.split)',
     ".split('train')",
-    _in('evals/acceptance', 'test_pieces_are_held_out_beginnings_then_what_follows'),
+    _in('evals/acceptance', 'test_acceptance_prompts_are_first_pieces_then_later_ones'),
   ),
   Fault(
     'pass-at-k-biased',
@@ -1131,15 +1131,15 @@ FAULTS = (
     'mtp_jax/evals/code.py',
     'return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))',
     'return 1.0 - (1.0 - c / n) ** k',
-    _in('evals/code', 'test_pass_at_k_is_the_share_of_draws_with_a_right_answer'),
+    _in('evals/code', 'test_pass_at_k_matches_enumeration'),
   ),
   Fault(
     'level-of-another-test-trained',
     0,
     'mtp_jax/data/tasks.py',
-    "tests(of, N_TESTS, ('test', 'train'))",
-    'tests(of, N_TESTS)',
-    _in('data/tasks', 'test_no_test_item_is_trained_on'),
+    "tests(task, N_TESTS, ('test', 'train'))",
+    'tests(task, N_TESTS)',
+    _in('data/tasks', 'test_training_items_exclude_test_items'),
   ),
   Fault(
     'piece-without-a-target',
@@ -1147,7 +1147,7 @@ FAULTS = (
     'mtp_jax/evals/acceptance.py',
     'if piece.size > P',
     'if piece.size >= P',
-    _in('evals/acceptance', 'test_pieces_are_held_out_beginnings_then_what_follows'),
+    _in('evals/acceptance', 'test_acceptance_prompts_are_first_pieces_then_later_ones'),
   ),
   Fault(
     'first-documents-alone',
@@ -1155,15 +1155,15 @@ FAULTS = (
     'mtp_jax/evals/induction.py',
     'while len(items) < limit and',
     'while not items and',
-    _in('evals/induction', 'test_the_first_items_are_of_as_many_documents_as_there_are'),
+    _in('evals/induction', 'test_induction_limit_is_spread_over_documents'),
   ),
   Fault(
     'choice-points-of-all-tokens',
     0,
     'mtp_jax/evals/choice_points.py',
-    'asked.sum() / n_both)',
-    'asked.mean())',
-    _in('evals/induction', 'test_choice_points_by_hand'),
+    'chosen_M.sum() / n_both)',
+    'chosen_M.mean())',
+    _in('evals/induction', 'test_choice_points_on_known_values'),
   ),
   Fault(
     'one-suite-in-the-report',
@@ -1171,7 +1171,7 @@ FAULTS = (
     'mtp_jax/evals/run.py',
     "values.setdefault('suites', {})[label] = found",
     "values['suites'] = {label: found}",
-    _in('evals/induction', 'test_through_the_command_line'),
+    _in('evals/induction', 'test_induction_in_training_and_mtp_eval'),
   ),
   # Data and interop.
   Fault(
@@ -1180,7 +1180,7 @@ FAULTS = (
     'mtp_jax/data/shards.py',
     'if now != self._stamp or len(data)',
     'if len(data)',
-    _in('data/store', 'test_a_file_that_changes_while_it_is_read_is_named[tokens-zeroed]'),
+    _in('data/store', 'test_shard_changed_while_open_raises[tokens-zeroed]'),
   ),
   Fault(
     'descriptor-per-shard',
@@ -1188,7 +1188,7 @@ FAULTS = (
     'mtp_jax/data/shards.py',
     '@functools.lru_cache(OPEN_FILES)',
     '@functools.lru_cache(None)',
-    _in('data/store', 'test_many_shards_take_few_descriptors'),
+    _in('data/store', 'test_many_shards_use_few_descriptors'),
   ),
   Fault(
     'shards-of-one-size',
@@ -1196,7 +1196,7 @@ FAULTS = (
     'mtp_jax/data/store.py',
     '-(-int(spool.length_M.sum()) // MAX_SHARDS)',
     '0',
-    _in('data/store', 'test_shards_grow_with_the_store'),
+    _in('data/store', 'test_shard_size_grows_with_the_store'),
   ),
   Fault(
     'offsets-of-one-block',
@@ -1204,7 +1204,7 @@ FAULTS = (
     'mtp_jax/data/windows.py',
     'while stop == BLOCK and',
     'while False and',
-    _in('data/windows', 'test_offsets_between_are_those_of_a_whole_search[5000-2]'),
+    _in('data/windows', 'test_offsets_between_match_a_full_search[5000-2]'),
   ),
   Fault(
     'merged-over-the-place',
@@ -1212,7 +1212,7 @@ FAULTS = (
     'mtp_jax/data/splitting.py',
     'not in inside\n',
     'not in inside or True\n',
-    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole[trained]'),
+    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole_text[trained]'),
   ),
   Fault(
     'space-before-each-part',
@@ -1220,15 +1220,15 @@ FAULTS = (
     'mtp_jax/data/encoding.py',
     'tokenizer.encode(part.before + part.text))[n:]',
     'tokenizer.encode(part.text))',
-    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole[llama-2]'),
+    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole_text[llama-2]'),
   ),
   Fault(
     'cut-of-parts-lost',
     0,
     'mtp_jax/data/spool.py',
-    'begun_cuts + tuple(begun + at for',
-    'begun_cuts + tuple(at for',
-    _in('data/splitting', 'test_a_spool_of_parts_is_that_of_documents[bytes]'),
+    'begun_spans + tuple(begun + at for',
+    'begun_spans + tuple(at for',
+    _in('data/splitting', 'test_spool_does_not_depend_on_splitting[bytes]'),
   ),
   Fault(
     'unigram-in-parts',
@@ -1236,7 +1236,7 @@ FAULTS = (
     'mtp_jax/data/splitting.py',
     'about.ModelType.Name(about.model_type) not in kinds',
     'False',
-    _in('data/splitting', 'test_what_is_not_known_has_no_rule[unigram]'),
+    _in('data/splitting', 'test_unsupported_tokenizers_have_no_split_rule[unigram]'),
   ),
   Fault(
     'sum-of-parts-lost',
@@ -1244,7 +1244,7 @@ FAULTS = (
     'mtp_jax/data/unigram.py',
     'return self._known(found_T), score',
     'return self._known(found_T), np.float32(0)',
-    _in('data/unigram', 'test_parts_have_the_ids_of_the_whole[lossless]'),
+    _in('data/unigram', 'test_unigram_parts_have_the_ids_of_the_whole[lossless]'),
   ),
   Fault(
     'match-over-the-place',
@@ -1252,15 +1252,15 @@ FAULTS = (
     'mtp_jax/data/regexes.py',
     'q.looks_ahead or q.accepts(after)',
     'q.looks_ahead',
-    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole[llama-3]'),
+    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole_text[llama-3]'),
   ),
   Fault(
     'large-file-held',
     0,
     'mtp_jax/data/documents.py',
-    'if how.whole or (not packed',
+    'if options.whole or (not packed',
     'if True or (not packed',
-    _in('data/documents', 'test_a_large_file_is_read_in_blocks'),
+    _in('data/documents', 'test_large_files_are_read_in_blocks'),
   ),
   Fault(
     'size-is-the-number-of-tokens',
@@ -1268,7 +1268,7 @@ FAULTS = (
     'mtp_jax/data/tokenizers.py',
     'size = 1 + max(fast.get_vocab().values(), default=-1)',
     'size = fast.get_vocab_size()',
-    _in('data/models', 'test_a_vocabulary_ends_after_its_largest_id'),
+    _in('data/models', 'test_vocab_size_covers_the_largest_id'),
   ),
   Fault(
     'one-end-token-exported',
@@ -1276,7 +1276,7 @@ FAULTS = (
     'mtp_jax/interop/hf.py',
     'list(tokenizer.stop_ids) if several else',
     '',
-    _in('interop/files', 'test_all_end_tokens_come_in_and_leave'),
+    _in('interop/files', 'test_all_end_tokens_are_imported_and_exported'),
   ),
   Fault(
     'one-end-token-stops',
@@ -1284,7 +1284,7 @@ FAULTS = (
     'mtp_jax/data/tokenizers.py',
     'return (self.eos, *self.more_eos)',
     'return (self.eos,)',
-    _in('data/models', 'test_all_end_tokens_are_read_beside_the_file'),
+    _in('data/models', 'test_stop_tokens_are_read_from_generation_config'),
   ),
   Fault(
     'stale-shard-wins',
@@ -1292,7 +1292,7 @@ FAULTS = (
     'mtp_jax/interop/files.py',
     'return {name: tensors[file][name] for name, file in file_of.items()}',
     'return {k: x for file in tensors.values() for k, x in file.items()}',
-    _in('interop/files', 'test_the_index_says_which_file_a_tensor_is_from'),
+    _in('interop/files', 'test_tensors_are_read_from_files_of_the_index'),
   ),
   Fault(
     'overlap-imported',
@@ -1300,7 +1300,7 @@ FAULTS = (
     'mtp_jax/interop/files.py',
     'if begin < end:\n      raise wrong',
     'if False:\n      raise wrong',
-    _in('interop/files', 'test_offsets_that_cannot_be_are_refused'),
+    _in('interop/files', 'test_invalid_safetensors_offsets_raise'),
   ),
   Fault(
     'nan-imported',
@@ -1308,7 +1308,7 @@ FAULTS = (
     'mtp_jax/interop/files.py',
     '(array.view(np.uint16) & 0x7F80) == 0x7F80',
     '(array.view(np.uint16) & 0x7F80) == 0xFF80',
-    _in('interop/files', 'test_weights_that_are_no_numbers_are_refused'),
+    _in('interop/files', 'test_non_finite_weights_raise'),
   ),
   Fault(
     'head-of-a-tied-model-dropped',
@@ -1316,15 +1316,15 @@ FAULTS = (
     'mtp_jax/interop/hf_folder.py',
     'if head and not np.array_equal(',
     'if False and not np.array_equal(',
-    _in('interop/files', 'test_a_tied_config_with_another_head_is_refused'),
+    _in('interop/files', 'test_tied_config_with_different_lm_head_raises'),
   ),
   Fault(
     'invented-answer-wins',
     0,
     'mtp_jax/evals/gsm8k.py',
-    'SAYS.split(text, maxsplit=1)',
-    'SAYS.split(text)[-2:]',
-    _in('evals/gsm8k', 'test_the_number_of_a_solution'),
+    'ANSWER_MARK.split(text, maxsplit=1)',
+    'ANSWER_MARK.split(text)[-2:]',
+    _in('evals/gsm8k', 'test_number_extracts_the_final_answer'),
   ),
   Fault(
     'sweeps-the-living',
@@ -1332,7 +1332,7 @@ FAULTS = (
     'mtp_jax/io/paths.py',
     'if int(found[1]) != os.getpid() and _is_alive(int(found[1])):',
     'if False:',
-    _in('data/store', 'test_what_a_killed_process_left_is_swept'),
+    _in('data/store', 'test_temporary_folders_of_killed_processes_are_removed'),
   ),
   # What training loses, or says, where something is missing or interrupted.
   Fault(
@@ -1469,7 +1469,7 @@ FAULTS = (
     'mtp_jax/report/files.py',
     'for name in {*before} - {*pngs}:',
     'for name in {p.name for p in of.glob("*.png")} - {*pngs}:',
-    _in('report/report', 'test_figures_of_others_stay'),
+    _in('report/report', 'test_report_keeps_other_files_in_the_folder'),
   ),
   Fault(
     'whole-gradients-over-all',
@@ -1477,7 +1477,7 @@ FAULTS = (
     'mtp_jax/parallel/sharding.py',
     'dw = jax.reshard(dw, P(*at_rest, unreduced=others))\n',
     '\n',
-    _in('planning/hlo', 'test_gradients_are_scattered_over_fsdp_and_only_shards_added_over_data'),
+    _in('planning/hlo', 'test_gradients_are_reduce_scattered_over_fsdp_then_all_reduced_over_data'),
   ),
   Fault(
     'axes-in-parts',
@@ -1485,7 +1485,7 @@ FAULTS = (
     'mtp_jax/planning/hlo.py',
     'int(part or sizes[axis])',
     'int(sizes[axis])',
-    _in('planning/hlo', 'test_groups_are_read_in_every_form'),
+    _in('planning/hlo', 'test_replica_groups_are_parsed_in_all_notations'),
   ),
   # Input checks and the sandbox.
   Fault(
@@ -1534,7 +1534,7 @@ FAULTS = (
     'mtp_jax/data/shards.py',
     "if not paths.is_within(record['file']):",
     'if not record:',
-    _in('data/store', 'test_a_manifest_of_a_wrong_type_names_the_field'),
+    _in('data/store', 'test_manifest_type_errors_name_the_field'),
   ),
   Fault(
     'flag-file-cycle-unseen',
@@ -1582,7 +1582,7 @@ FAULTS = (
     'mtp_jax/evals/sandbox/supervisor.py',
     '  fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)\n',
     '',
-    _in('evals/sandbox', 'test_what_is_handed_over_stays_as_it_is'),
+    _in('evals/sandbox', 'test_sealed_files_are_immutable'),
   ),
   Fault(
     'netlink-open',
@@ -1590,15 +1590,15 @@ FAULTS = (
     'mtp_jax/evals/sandbox/seccomp.py',
     'FAMILIES = 1, 2, 10 ',
     'FAMILIES = 1, 2, 10, 16 ',
-    _in('evals/sandbox', 'test_sockets_of_the_host_and_calls_without_a_use'),
+    _in('evals/sandbox', 'test_denied_sockets_and_system_calls'),
   ),
   Fault(
     'echo-of-the-token-passes',
     0,
     'mtp_jax/evals/sandbox/supervisor.py',
-    "return 'passed' if said == self._token[::-1] else 'forged'",
-    "return 'passed' if said in (self._token, self._token[::-1]) else 'forged'",
-    _in('evals/sandbox', 'test_what_a_pass_is_worth'),
+    "return 'passed' if message == self._token[::-1] else 'forged'",
+    "return 'passed' if message in (self._token, self._token[::-1]) else 'forged'",
+    _in('evals/sandbox', 'test_forged_passes_fail'),
   ),
   Fault(
     'output-of-all-samples-kept',
@@ -1606,7 +1606,7 @@ FAULTS = (
     'mtp_jax/evals/code.py',
     "return ended._replace(out='')",
     'return ended',
-    _in('evals/code', 'test_calls_of_apps'),
+    _in('evals/code', 'test_apps_call_based_tests'),
   ),
   Fault(
     'successor-swept',
@@ -1646,7 +1646,7 @@ FAULTS = (
     'mtp_jax/data/splitting.py',
     'last.isdisjoint((before, before.casefold()))',
     'True',
-    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole[prefix-after-token]'),
+    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole_text[prefix-after-token]'),
   ),
   Fault(
     'within-an-added-token',
@@ -1654,7 +1654,7 @@ FAULTS = (
     'mtp_jax/data/splitting.py',
     'inner.isdisjoint(\n      (after, after.casefold())\n    )',
     'True',
-    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole[upper-case-tokens]'),
+    _in('data/splitting', 'test_parts_have_the_tokens_of_the_whole_text[upper-case-tokens]'),
   ),
   Fault(
     'signal-after-the-look',

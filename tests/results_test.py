@@ -1,4 +1,4 @@
-"""docs/results.py: its runs are valid, its document says what was measured."""
+"""tools/results.py: its runs are valid, its page states what was measured."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from mtp_jax.evals import registry
 from mtp_jax.model import lm, params
 from tests.support import runs
 
-PATH = pathlib.Path(runs.ROOT, 'docs', 'results.py')
+PATH = pathlib.Path(runs.ROOT, 'tools', 'results.py')
 SPEC = importlib.util.spec_from_file_location('results', PATH)
 results = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(results)
@@ -34,15 +34,15 @@ def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
   if result.documents.startswith('task:'):  # a store would say which
     cfg = schema.replace(cfg, **{'data.store': ''})
   asked = {name for name, _ in registry.asked(cfg)}
-  for what, *given in result.asks:
-    args = [*results.asked_of(what, 'STORE', 'RUN'), *given]
-    more = flags.parse(args).config()
+  for what, *given in result.commands:
+    parsed = flags.parse([*results.arguments_of(what, 'STORE', 'RUN'), *given])
     if what == 'bench':
-      assert more.bench.what == 'decode'
+      assert parsed.rest == ['decode', 'RUN']
       asked.add('bench')
     else:
       assert what == 'eval'
-      asked |= set(more.eval.tasks.split(','))
+      asked |= set(parsed.config().eval.tasks.split(','))
+      assert parsed.rest == ['RUN']
   assert asked <= {'bench', registry.HELDOUT, *registry.SUITES}
   for _, source, _, form in result.columns:
     assert (registry.HELDOUT if source == 'eval' else source) in asked
@@ -91,7 +91,7 @@ def there(tmp_path, monkeypatch):
     )
   )
   monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
-  monkeypatch.setattr(results, 'REPORT', tmp_path / 'RESULTS.md')
+  monkeypatch.setattr(results, 'REPORT', tmp_path / 'results.md')
   results.ROWS.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   return tmp_path
 
@@ -135,7 +135,7 @@ def test_values_are_the_last_of_each_source(tmp_path):
   found = results.values(
     results.RESULTS[0]._replace(
       columns=(*results.HELD_OUT, *results.SPED_UP, ('', 'star_graph', 'loss_1', '')),
-      asks=(('bench',),),
+      commands=(('bench',),),
     ),
     tmp_path,
   )
@@ -232,14 +232,14 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
     '--train.log_every=1',
   )
   monkeypatch.setattr(results, 'ROWS', tmp_path / 'results.jsonl')
-  monkeypatch.setattr(results, 'REPORT', tmp_path / 'RESULTS.md')
+  monkeypatch.setattr(results, 'REPORT', tmp_path / 'results.md')
   star = results.RESULTS[0]
   star = star._replace(
     documents='task:star_graph/d=2/length=3/nodes=20/items=200',
     variants={'small': ('--heads.n=2', *shrunk)},
     figure='loss-small',
     prepare=('--data.valid_fraction=0.2',),
-    asks=(
+    commands=(
       (
         'eval',
         '--eval.tasks=heldout,acceptance',
@@ -249,7 +249,6 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
       ),
       (
         'bench',
-        '--bench.what=decode',
         '--bench.batches=1',
         '--bench.prompt_len=4',
         '--decode.max_new_tokens=4',
@@ -268,7 +267,7 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   assert 1 <= row['values']['bench/tokens_per_forward'] <= 2
   assert row['values']['bench/speed_up'] > 0
   # Another result of the same run trains nothing, and asks what it asks.
-  plain = star._replace(asks=(), columns=results.RESULTS[0].columns)
+  plain = star._replace(commands=(), columns=results.RESULTS[0].columns)
   again = results.measure(plain, 'small', 0, tmp_path, '.')
   assert again['run'] == row['run'] and again['made_of'] != row['made_of']
   assert again['values'].items() < row['values'].items()

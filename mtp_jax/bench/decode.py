@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.generate."""
+"""Benchmarks decoding: speed-up by drafts, acceptance rates, memory bandwidth."""
 
 import dataclasses
 import statistics
@@ -15,7 +15,7 @@ from mtp_jax.decode import summary as summary_lib
 from mtp_jax.evals import acceptance
 from mtp_jax.parallel import sharding
 
-SHORT_S = 0.02  # of a turn; what is shorter is noise
+SHORT_S = 0.02  # shorter measurements are noise
 
 
 # Comparing.
@@ -24,25 +24,25 @@ SHORT_S = 0.02  # of a turn; what is shorter is noise
 def compare(
   opened: load_lib.LoadedModel, ids: list[np.ndarray]
 ) -> tuple[decoder_lib.Decoded, list[str], dict]:
-  """Measures head 1 alone and all heads in use, of which there are several, in turn.
+  """Measures decoding with head 1 only and with all heads in use, alternating.
 
   Args:
     opened: the model.
     ids: token ids of each prompt.
 
   Returns:
-    (what all heads decoded, lines of a report, its values).
+    (the result with all heads, lines of a report, its values).
   """
   cfg, decode = opened.cfg, opened.decoder
   stop_ids = summary_lib.stop_ids(cfg, opened)
-  plain, drafted, ratios = _in_turn(opened, [(), decode.widths], ids, stop_ids)
+  plain, drafted, ratios = _alternating(opened, [(), decode.widths], ids, stop_ids)
   speed_up = ratios[1]
   per_forward = drafted.tokens_per_forward / plain.tokens_per_forward
   lines = [
     f'{opened.name}: {len(ids)} prompts, {drafted.n_tokens:,} tokens,'
-    f' {len(decode.widths) + 1} heads against head 1 alone, rounds:'
+    f' {len(decode.widths) + 1} heads compared with head 1 only, rounds:'
     f' {cfg.bench.rounds}' + summary_lib.sampled(cfg),
-    f'speed-up {timing.shown(speed_up)}, tokens a pass {per_forward:.2f},'
+    f'speed-up {timing.shown(speed_up)}, tokens per forward pass {per_forward:.2f},'
     f' efficiency {speed_up["median"] / per_forward:.2f}',
     *summary_lib.acceptance_lines(drafted),
   ]
@@ -55,26 +55,26 @@ def compare(
   )
   if plain.decode_s < SHORT_S:
     lines.append(
-      f'a turn of head 1 took {1e3 * plain.decode_s:.0f} ms: too short for a'
-      ' ratio; ask for more tokens'
+      f'decoding with head 1 took {1e3 * plain.decode_s:.0f} ms: too short for a'
+      ' ratio; increase --decode.max_new_tokens'
     )
   if cfg.decode.temperature:
     return drafted, [*lines, 'sampled: equal in distribution, not in text'], values
-  parted = _divergences(opened, ids, plain, drafted)
+  diverged = _divergences(opened, ids, plain, drafted)
   lines += [
-    f'row {p["row"]} parts at its new token {p["at"]}, where the two best'
+    f'row {p["row"]} diverges at generated token {p["at"]}, where the top two'
     f' logits of head 1 are {p["margin"]:.1e} apart: programs of different'
     ' width round differently'
-    for p in parted
+    for p in diverged
   ]
-  if not parted:
+  if not diverged:
     lines.append(f'identical, all {len(ids)} rows')
-  return drafted, lines, values | dict(identical=not parted, divergences=parted)
+  return drafted, lines, values | dict(identical=not diverged, divergences=diverged)
 
 
-def _in_turn(opened: load_lib.LoadedModel, variants: list, ids, stop_ids, rows: int = 0):
-  """Each variant's Decoded (of the last round, with the median times) and its
-  speed-ups over the first, by round; `rows` prompts at once, 0 = all."""
+def _alternating(opened: load_lib.LoadedModel, variants: list, ids, stop_ids, rows: int = 0):
+  """Returns each variant's Decoded (of the last round, with median times) and their
+  speed-ups over the first variant; `rows` prompts per batch, 0 = all."""
   rows, rounds = rows or len(ids), opened.cfg.bench.rounds
   seed = opened.cfg.decode.seed
 
@@ -97,7 +97,7 @@ def _in_turn(opened: load_lib.LoadedModel, variants: list, ids, stop_ids, rows: 
   for r in range(rounds + 1):
     for widths in variants if r % 2 else variants[::-1]:
       last[widths] = decode(widths)
-      if r:  # the first is not kept
+      if r:  # the first round is a warm-up
         times[widths].append(last[widths].decode_s)
         prefills[widths].append(last[widths].prefill_s)
   found = [
@@ -113,8 +113,8 @@ def _in_turn(opened: load_lib.LoadedModel, variants: list, ids, stop_ids, rows: 
 
 
 def _divergences(opened: load_lib.LoadedModel, ids, plain, drafted) -> list[dict]:
-  """Where the texts of a row part, and how near head 1's two best were."""
-  parted = []
+  """Returns where the texts of a row diverge, and the margin of head 1's top two."""
+  diverged = []
   for row, (prompt, a, b) in enumerate(zip(ids, plain.tokens, drafted.tokens, strict=True)):
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
@@ -123,16 +123,16 @@ def _divergences(opened: load_lib.LoadedModel, ids, plain, drafted) -> list[dict
     at = int(differ[0]) if len(differ) else n
     logits_V = opened.decoder.next_logits(np.concatenate([prompt, a[:at]]))
     best, second = np.sort(logits_V)[::-1][:2].tolist()
-    parted.append(dict(row=row, at=at, margin=best - second))
-  return parted
+    diverged.append(dict(row=row, at=at, margin=best - second))
+  return diverged
 
 
 # The bench.
 
 
 def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
-  """Measures numbers of draft tokens by rows at once, in turn, on pieces of
-  held-out documents, the same for any number of rows."""
+  """Measures numbers of draft tokens by batch size, alternating, on the same prompts
+  from held-out documents."""
   cfg, decode = opened.cfg, opened.decoder
   b, n = cfg.bench, len(decode.widths) + 1
   drafts = parse.parse_numbers(b.num_draft_tokens) or tuple(range(n))
@@ -147,7 +147,7 @@ def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
   table = []
   for B in parse.parse_numbers(b.batches):
     ids = acceptance.pieces(cfg, max(B, b.num_prompts))
-    *found, ratios = _in_turn(opened, variants, ids, (), B)
+    *found, ratios = _alternating(opened, variants, ids, (), B)
     for widths, decoded, speed_up in zip(variants, found, ratios, strict=True):
       # A batch ends with its slowest row.
       each = [decoded.forwards[i : i + B] for i in range(0, len(ids), B)]
@@ -172,27 +172,27 @@ def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
   columns = {
     'batch': lambda r: str(r['batch']),
     'heads': lambda r: str(r['heads']) + ' tree' * any(width > 1 for width in r['widths']),
-    'tokens a pass': lambda r: f'{r["tokens_per_forward"]:.2f}',
+    'tokens per forward': lambda r: f'{r["tokens_per_forward"]:.2f}',
     'speed-up': lambda r: timing.shown(r['speed_up']),
     'efficiency': lambda r: f'{r["efficiency"]:.2f}',
     'bound': lambda r: f'{r["bound"]:.2f}',
-    'ms a pass': lambda r: f'{1e3 * r["pass_s"]:.2f}',
+    'ms per forward': lambda r: f'{1e3 * r["pass_s"]:.2f}',
     'over weights / bandwidth': lambda r: f'{r["over_floor"]:.1f}',
     'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
-    'drafts stood': lambda r: ' '.join(f'{a:.2f}' for a in r['acceptance']),
+    'acceptance': lambda r: ' '.join(f'{a:.2f}' for a in r['acceptance']),
   }
   return [
-    f'{opened.name}: {b.num_prompts} prompts of {b.prompt_len} tokens, or as many as'
-    f' rows, {cfg.decode.max_new_tokens} new' + summary_lib.sampled(cfg),
+    f'{opened.name}: at least {b.num_prompts} prompts of {b.prompt_len} tokens, one per'
+    f' row, {cfg.decode.max_new_tokens} new tokens' + summary_lib.sampled(cfg),
     *timing.table(table, columns),
-    f'memory reads {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
-    ' bytes of weights that a pass reads with head 1 alone over those read;'
-    ' efficiency: speed-up over tokens a row and pass, until the last row ends',
+    f'memory bandwidth {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
+    ' weight bytes per forward pass with head 1 only over those with all heads;'
+    ' efficiency: speed-up over tokens per row and forward pass, until the last row ends',
   ], dict(rows=table, bandwidth=bandwidth, checkpoint=opened.name, config=dataclasses.asdict(cfg))
 
 
 def _bandwidth(mesh) -> float:
-  """Bytes a second that one device reads, with nothing else to do."""
+  """Measures the bytes per second that one idle device reads."""
   one = sharding.make_mesh(schema.Config(), mesh.devices.flat[:1])
   with jax.set_mesh(one):
     x = jax.jit(lambda: jnp.ones(2**27, jnp.float32))()

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.bench."""
+"""Benchmarks the loss, the training step and the data loader."""
 
 import dataclasses
 import math
@@ -12,19 +12,20 @@ import numpy as np
 
 from mtp_jax.bench import timing
 from mtp_jax.config import schema, validate
-from mtp_jax.losses import multi_token, targets, token_order
+from mtp_jax.losses import backward, head_loss, targets, token_order
 from mtp_jax.model import attention, block, flops, heads, lm, params
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
-READ_TOKENS = 2**18  # a turn of the loader, so that its start does not count
+READ_TOKENS = 2**18  # per measurement of the loader, to amortize its start
 
 
 def run(cfg: schema.Config, what: str) -> tuple[list[str], dict]:
-  """Measures the loss, the step or the data; returns lines to print, and the same
-  as a JSON-able dict."""
+  """Measures the loss, the step or the data loader; returns lines to print, and the
+  same as a JSON-able dict."""
   mesh = sharding.make_mesh(cfg)
+  sharding.check_batch(cfg, mesh.shape)
   with jax.set_mesh(mesh):
     lines, values = {'loss': _loss, 'step': _step, 'data': _data}[what](cfg, mesh)
   about = _about(what, cfg, mesh)
@@ -54,8 +55,8 @@ def _key(cfg: schema.Config) -> tuple[str, int, int]:
 
 
 def _row(cfg: schema.Config, first: schema.Config, seconds: timing.Seconds, memory) -> dict:
-  """What loss and step have in common: a variant beside the first number of
-  heads, and beside the first schedule and chunk."""
+  """Returns the values common to loss and step: a variant relative to the first
+  number of heads, and to the first backward strategy and chunk."""
   schedule, chunk, n = key = _key(cfg)
   fewest = schedule, chunk, first.heads.n
   simplest = first.loss.backward, first.loss.chunk_size, n
@@ -80,7 +81,7 @@ def _row(cfg: schema.Config, first: schema.Config, seconds: timing.Seconds, memo
 
 
 def _batch(cfg: schema.Config, mesh) -> dict:
-  """Random tokens, --bench.documents of equal length in each row."""
+  """Returns random tokens, with --bench.documents of equal length per row."""
   A, U = cfg.train.grad_accum_steps, cfg.data.seq_len + cfg.span
   shape = (A, cfg.data.batch_size // A, U)
   rng = np.random.default_rng(cfg.train.seed)
@@ -94,8 +95,8 @@ def _batch(cfg: schema.Config, mesh) -> dict:
 
 
 def loss_program(cfg: schema.Config, mesh):
-  """(make() -> args, compiled): the heads' loss of one micro-batch and its
-  gradient by all that the heads read, z among them. Under jax.set_mesh."""
+  """Returns (args, compiled program) of the heads' loss of one micro-batch and its
+  gradients with respect to all inputs of the heads. Call under jax.set_mesh."""
   specs = lm.specs(cfg)
   tied = cfg.heads.unembedding == 'tied'
   specs = specs.replace(trunk=None, embed=specs.embed if tied else None)
@@ -111,33 +112,35 @@ def loss_program(cfg: schema.Config, mesh):
       shape = (batch['tokens'].shape[1], length, D)
       return jax.random.normal(key, shape, held_dtype, out_sharding=residual)
 
-    feeds = heads.family(cfg).feeds_tokens and cfg.heads.n > 1
-    return multi_token.Weights(
-      model.heads,
-      states(T),
-      states(T + cfg.span) if feeds else None,
-      model.norm,
-      model.embed if tied else model.unembed,
-      model.order,
-      jnp.zeros(cfg.heads.n),
+    feeds = heads.family(cfg).uses_next_token and cfg.heads.n > 1
+    return backward.Weights(
+      modules=heads.active_modules(model.heads, cfg.heads.n, cfg),
+      z_BTD=states(T),
+      emb_BUD=states(T + cfg.span) if feeds else None,
+      norm_D=model.norm,
+      unembed=model.embed if tied else model.unembed,
+      order_VD=model.order,
+      probe_K=jnp.zeros(cfg.heads.n),
     )
 
-  def value(w: multi_token.Weights, batch):
+  def value(w: backward.Weights, batch):
     batch = jax.tree.map(lambda x: x[0], batch)
     targets_KBT, valid_KBT = targets.targets(batch, cfg)
     scale_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)
     ordered = w.order_VD is not None
-    rows = multi_token.LossInputs(
-      jnp.arange(1, cfg.heads.n + 1),
-      targets_KBT,
-      valid_KBT,
-      scale_K,
-      batch['tokens'],
-      token_order.token_order_targets(batch, cfg) if ordered else None,
-      cfg.loss.token_order_weight * scale_K[0],
-      block.context(batch['position'][:, :T], cfg),
+    inputs = backward.LossInputs(
+      k_K=jnp.arange(1, cfg.heads.n + 1),
+      targets_KBT=targets_KBT,
+      valid_KBT=valid_KBT,
+      scale_K=scale_K,
+      window=head_loss.Window(
+        ctx=block.context(batch['position'][:, :T], cfg),
+        tokens_BU=batch['tokens'],
+        order_WBT=token_order.token_order_targets(batch, cfg) if ordered else None,
+        order_scale=cfg.loss.token_order_weight * scale_K[0],
+      ),
     )
-    return multi_token.BACKWARD[cfg.loss.backward](w, rows, cfg)
+    return backward.STRATEGIES[cfg.loss.backward](w, inputs, cfg)
 
   key = jax.random.key(cfg.train.seed)
   args = jax.jit(weights)(key), batch
@@ -176,8 +179,8 @@ def _step_program(cfg: schema.Config, mesh) -> timing.Program:
 
 
 def _matmul(mesh, cfg: schema.Config) -> tuple[timing.Group, float]:
-  """Square matrices multiplied on one device, and their FLOPs: what it gives to
-  a program that does nothing else."""
+  """Returns a product of square matrices on one device, and its FLOPs, to measure
+  the achievable peak."""
   device = mesh.devices.flat[0]
   side, times = (1024, 4) if device.platform == 'cpu' else (8192, 16)
 
@@ -205,7 +208,7 @@ def _step(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
   seconds = timing.measure([*groups, multiplied], cfg)
   matmul_s = statistics.median(seconds.wall['matmul'])
   matmul_flops_per_s = mesh.size * matmul_flops / matmul_s
-  # What a program multiplies that masks scores instead of skipping them.
+  # Whether the kernel skips masked scores.
   causal = attention.chosen(cfg) != 'reference'
   chip = chips.chip(mesh.devices.flat[0].device_kind)
   memory = {key: program.temp_bytes for key, program in programs.items()}
@@ -249,7 +252,7 @@ def _step(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
   keys = 'T / 2 of T keys (causal)' if causal else 'all T keys (reference)'
   lines += [
     f'FLOP ratio: attention counted with {keys}; MFU and matmul: with T / 2',
-    f'a matrix product alone: {matmul_flops_per_s / 1e12:.3f} TFLOP/s',
+    f'matrix product: {matmul_flops_per_s / 1e12:.3f} TFLOP/s',
   ]
   return lines, dict(
     rows=rows,
@@ -263,7 +266,7 @@ def _step(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
 
 
 def _data(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
-  from mtp_jax.data import batches as batches_lib  # the only part that reads a store
+  from mtp_jax.data import batches as batches_lib  # only this benchmark reads a store
 
   corpus = batches_lib.open_tokens(cfg)
   tokens = cfg.data.batch_size * cfg.data.seq_len
@@ -289,8 +292,8 @@ def _data(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
     loader_over_step=timing.ratio(step, loader, 1 / n_batches),
   )
   return [
-    f'loader: {values["loader_tokens_per_s"]:,.0f} tokens/s, in turns of {n_batches} batches',
+    f'loader: {values["loader_tokens_per_s"]:,.0f} tokens/s, over {n_batches} batches each',
     f'step: {values["step_tokens_per_s"]:,.0f} tokens/s with'
     f' {cfg.heads.n} heads, {cfg.loss.backward}',
-    f'the loader gives {timing.shown(values["loader_over_step"])} times what the step eats',
+    f'the loader is {timing.shown(values["loader_over_step"])} times as fast as the step',
   ], values

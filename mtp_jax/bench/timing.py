@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.bench."""
+"""Timing of programs in interleaved rounds, and tables of results."""
 
 import statistics
 import time
@@ -11,22 +11,22 @@ from mtp_jax.config import schema
 
 
 class Program(NamedTuple):
-  """Something to be timed: args -> (args of the next call, results)."""
+  """A callable to time: args -> (args of the next call, results)."""
 
   call: Callable[[Any], tuple[Any, Any]]
-  temp_bytes: int | None = None  # of one device
+  temp_bytes: int | None = None  # per device
 
 
 class Seconds(NamedTuple):
-  """A call of each program, one number a round."""
+  """Seconds per call of each program, one value per round."""
 
   wall: dict[Any, list[float]]
-  cpu: dict[Any, list[float]]  # of all cores; empty unless they are the device
+  cpu: dict[Any, list[float]]  # over all cores; empty unless the device is a CPU
 
 
 class Group(NamedTuple):
-  """Programs that take the same arguments, made before their turns and dropped
-  after them: the states of two numbers of heads are never alive at once."""
+  """Programs that take the same arguments, which are made before and freed after the
+  group: the states of two numbers of heads are never live at the same time."""
 
   make: Callable[[], Any]
   programs: dict[Any, Program]
@@ -35,20 +35,19 @@ class Group(NamedTuple):
 # Timing.
 
 
-def _turned(items: list, by: int) -> list:
-  """The items from another one on each round: none is always the first."""
+def _rotated(items: list, by: int) -> list:
+  """Rotates the items, so that a different one is first in each round."""
   by %= len(items)
   return items[by:] + items[:by]
 
 
 def measure(groups: list[Group], cfg: schema.Config) -> Seconds:
-  """The first round, in which everything is touched for the first time, is not
-  kept."""
+  """Times all programs in --bench.rounds rounds, after a warm-up round."""
   seconds = Seconds({}, {})
   for r in range(cfg.bench.rounds + 1):
-    for group in _turned(groups, r):
+    for group in _rotated(groups, r):
       args = group.make()
-      for name, program in _turned(list(group.programs.items()), r):
+      for name, program in _rotated(list(group.programs.items()), r):
         jax.block_until_ready(args)
         begin = time.perf_counter(), time.process_time()
         for _ in range(cfg.bench.iters):
@@ -64,13 +63,13 @@ def measure(groups: list[Group], cfg: schema.Config) -> Seconds:
 
 
 def ratio(times: list[float], others: list[float], by: float = 1.0) -> dict[str, float]:
-  """Of the times of the same rounds, over `by`."""
+  """Returns median, min and max of the ratios by round, divided by `by`."""
   ratios = [a / b / by for a, b in zip(times, others, strict=True)]
   return dict(median=statistics.median(ratios), min=min(ratios), max=max(ratios))
 
 
 def seconds(call: Callable[[], Any]) -> float:
-  """That a call takes until its results are there."""
+  """Returns the seconds of a call until its results are ready."""
   begin = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - begin
@@ -93,7 +92,7 @@ def variants_table(rows: list[dict], more: dict[str, Callable[[dict], str]]):
 
 
 def table(rows: list[dict], columns: dict[str, Callable[[dict], str]]):
-  """Lines of a table, a column each, right-aligned."""
+  """Returns the lines of a table with right-aligned columns."""
   cells = [list(columns), *([f(r) for f in columns.values()] for r in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return ['  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in cells]
@@ -117,7 +116,7 @@ def temp_bytes(compiled) -> int | None:
 
 
 def device_peak(n_programs: int) -> int | None:
-  """Most bytes that a device held in this process, if it ran one program only:
+  """Returns the peak bytes of a device in this process, if it ran only one program:
   the counter cannot be reset."""
   stats = jax.local_devices()[0].memory_stats()
   return stats['peak_bytes_in_use'] if stats and n_programs == 1 else None

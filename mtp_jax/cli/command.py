@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""What commands share: checks of their arguments, the start of jax, reports."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from mtp_jax.parallel import chips
 
 
 class Command(NamedTuple):
-  """What a command is for, and the flags that matter to it. mtp_jax.cli.MODULE
-  holds run(parsed) -> exit status; it imports jax inside, after its flags were
-  checked."""
+  """What a command is for, and the flags that it uses. mtp_jax.cli.MODULE holds
+  run(parsed) -> exit status, and imports jax inside, after its flags were checked."""
 
   help: str
-  sections: tuple[str, ...]
+  sections: tuple[str, ...]  # sections of flags, or single ones
+  common: str  # the flags that --help shows
   module: str
   arguments: str = ''  # as in its usage
 

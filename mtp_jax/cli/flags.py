@@ -3,6 +3,7 @@
 import collections
 import os
 import re
+import textwrap
 from typing import NamedTuple
 
 from absl import flags
@@ -115,9 +116,9 @@ def _define() -> flags.FlagValues:
 
 # Flags of a command line that are no field of a run.
 TEXTS = {
-  'out': 'file for the report as JSON; of generate, .jsonl: a row a prompt',
-  'prompt': 'text that generate goes on with',
-  'prompt_ids': 'token ids that generate goes on with, with commas; prints ids',
+  'out': 'JSON file for the report; of generate, .jsonl: a row per prompt',
+  'prompt': 'text to continue',
+  'prompt_ids': 'token ids to continue, with commas; ids are printed',
 }
 
 
@@ -174,15 +175,33 @@ def parse(args: list[str]) -> Parsed:
   return Parsed(given, out, rest, values['prompt'].value, values['prompt_ids'].value)
 
 
+def _shown(name: str, default: object) -> str:
+  return f'--{name}=' + (str(default) if default not in ('', [], None) else "''")
+
+
+def short_usage(names: list[str]) -> str:
+  """Returns a line per flag: its default and the first clause of its help."""
+  found = _define()._flags()
+  shown = [_shown(name, found[name].default) for name in names]
+  width = min(max(map(len, shown)), 44)
+  lines = []
+  for name, flag in zip(names, shown, strict=True):
+    help = re.split(r'[;:(]| \[', found[name].help)[0].strip()
+    lines.append(f'  {flag:{width}}  {textwrap.shorten(help, 96 - width, placeholder=" …")}')
+  return '\n'.join(lines)
+
+
 def usage(sections: tuple[str, ...]) -> str:
-  """The flags of some sections, single ones, and of TEXTS, with help and
-  default."""
+  """Returns all flags of some sections, single ones, and of TEXTS, with help and
+  default, grouped."""
   lines, found = [], _define()._flags()
   names = [*schema.fields(), *TEXTS]
   for section in sections:  # the command's own come first
-    for name in names:
-      if section in (name, name.split('.')[0]):
-        default = found[name].default
-        shown = default if default not in ('', [], None) else "''"
-        lines.append(f'  --{name}={shown}\n      {found[name].help}')
-  return '\n'.join(lines)
+    group = [name for name in names if section in (name, name.split('.')[0])]
+    lines += ['', section] if group and section not in names else []
+    for name in group:
+      lines.append(f'  {_shown(name, found[name].default)}')
+      lines += textwrap.wrap(
+        found[name].help, 96, initial_indent=' ' * 6, subsequent_indent=' ' * 6
+      )
+  return '\n'.join(lines).strip()

@@ -67,7 +67,7 @@ def inspect_batch(cfg: schema.Config) -> tuple[list[str], dict]:
         f'  {flat["position"][b, t]:8d}  {segment_U[t]:7d}  {"  ".join(shown)}'
       )
   lines.append(
-    '[x]: not a target: another document' + (', or not to be scored' if 'scored' in flat else '')
+    '[x]: not a target: another document' + (', or masked out' if 'loss_mask' in flat else '')
   )
   return lines, dict(
     step=cfg.inspect.step,

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.config.parse."""
+"""Texts of a Config: lists in flags, JSON, flag files; those of earlier versions."""
 
 import dataclasses
 import fractions
@@ -119,13 +119,10 @@ def format_stores(refs: typing.Iterable[StoreRef]) -> str:
 
 
 # Sections that say where a run is or what is asked of it, not what it is.
-_BESIDE = ('distributed.', 'decode.', 'export.', 'import.', 'plan.', 'bench.')
-
-
 def to_flag_file(cfg: schema.Config) -> str:
-  """All fields as flag lines, but for the workdir and what is beside a run."""
+  """Returns all fields of a run as flag lines, but for the workdir."""
   return ''.join(
     f'--{name}={schema.get(cfg, name)}\n'
     for name in schema.fields()
-    if name != 'train.workdir' and not name.startswith(_BESIDE)
+    if name != 'train.workdir' and name.split('.')[0] not in schema.COMMAND_SECTIONS
   )

@@ -1,8 +1,9 @@
-"""From documents to batches. Read in this order:
+"""The data pipeline, from documents to batches. Reading order:
 
-documents (readers), tokenizers, vocabulary (a trained one), encoding (texts to
-tokens, in processes), spool, shards, store (what prepare writes), corpus (what
-a run opens), windows, loader (batches).
+documents (readers), tokenizers, vocabulary (trains one), encoding (text to
+tokens, in worker processes), spool, shards, store (the output of mtp prepare),
+corpus (the stores of a run), windows, loader (batches), batches (those of a
+Config).
 
-Floor 2 (loader: 3). No jax here: a batch is NumPy until the loop places it.
+Only batches.py imports jax: a batch is NumPy until the training loop places it.
 """

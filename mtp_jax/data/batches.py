@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.train.loop."""
+"""The batches of a run: opens the stores of a Config and iterates over them."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from mtp_jax.parallel import distributed, sharding
 
 
 def open_tokens(cfg: schema.Config) -> corpus.Corpus:
-  """The stores of a run, refused unless whole, and not of too many tokens."""
+  """Opens the stores of a run; raises if corrupt or if the vocabulary is too large."""
   tokens = corpus.open_corpus(cfg)
   tokenizer = tokens.tokenizer
   if tokenizer.vocab_size > cfg.model.vocab_size:
@@ -24,19 +24,19 @@ def open_tokens(cfg: schema.Config) -> corpus.Corpus:
 
 
 def check_same_store(tokens: corpus.Corpus, cfg: schema.Config) -> None:
-  """Each process may read copies of its own, but of the same stores."""
-  wanted = distributed.broadcast_one_to_all(tokens.fingerprint_of_all)
+  """Raises unless all processes read the same stores (copies are fine)."""
+  expected = distributed.broadcast_one_to_all(tokens.fingerprint_of_all)
   with distributed.fail_together():
-    if tokens.fingerprint_of_all != wanted:
+    if tokens.fingerprint_of_all != expected:
       raise fields.ConfigError(
         'data.store',
         cfg.data.store,
-        f'process {jax.process_index()} reads another store than process 0',
+        f'process {jax.process_index()} reads a different store than process 0',
       )
 
 
 def bytes_of_tokens(tokens: corpus.Corpus, cfg: schema.Config, mesh):
-  """UTF-8 bytes of each row of the vocabulary, on every device."""
+  """Returns the UTF-8 bytes per vocabulary entry (V,), replicated on all devices."""
   bytes_V = np.zeros(cfg.model.vocab_size, np.int32)
   bytes_V[: tokens.tokenizer.vocab_size] = tokens.tokenizer.token_bytes_V
   return jax.device_put(bytes_V, jax.NamedSharding(mesh, jax.P()))
@@ -47,10 +47,10 @@ def train_batches(
   cfg: schema.Config,
   start_step: int,
   mesh=None,
-  left_out: loader.Ranges = (),
+  skipped_batches: loader.Ranges = (),
 ) -> Iterator[dict]:
-  """Batches of each step from start_step on, endlessly, but for those that are
-  left out; with a mesh, the rows of this process."""
+  """Yields the batch of each step from start_step on, without end, except for
+  skipped_batches; with a mesh, only the rows of this process."""
   n_rows = cfg.data.batch_size // cfg.train.grad_accum_steps
   return loader.train_batches(
     tokens.train(),
@@ -60,15 +60,15 @@ def train_batches(
     accumulate=cfg.train.grad_accum_steps,
     seed=cfg.train.seed,
     start_step=start_step,
-    left_out=left_out,
+    skipped_batches=skipped_batches,
     rows=sharding.local_rows(mesh, n_rows) if mesh else None,
     threads=cfg.data.read_threads,
   )
 
 
 def eval_batches(tokens: corpus.Corpus, cfg: schema.Config, mesh=None) -> dict[str, Iterator[dict]]:
-  """Batches of each set to evaluate on, by name; with a mesh, the rows of this
-  process. Every process has as many batches."""
+  """Returns an iterator of batches per evaluation set, by name; with a mesh, of
+  the rows of this process. All processes have the same number of batches."""
   n_rows = cfg.data.batch_size // cfg.train.grad_accum_steps
   return {
     name: loader.eval_batches(

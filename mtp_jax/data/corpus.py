@@ -1,7 +1,7 @@
-"""What a run reads: the stores of --data.store, mixed, and of --eval.stores.
+"""The corpus of a run: the mixture of --data.store, and --eval.stores.
 
-Floor 2. All have one tokenizer, and it comes from them: nobody needs the file
-that it was made of. A store is known by a name, its directory's unless given.
+All stores share one tokenizer, which is loaded from them, so that the original
+tokenizer file is not needed. A store has a name, by default its directory's.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ RECORDED = re.compile(r'\w+#([0-9a-f]{12})')
 
 
 class Source(NamedTuple):
-  """One store, and what a flag says of it."""
+  """One store and its entry in the flag."""
 
   ref: parse.StoreRef
   store: store_lib.Store
 
 
 class Corpus(NamedTuple):
-  """Checked stores and the tokenizer that made them all."""
+  """Verified stores and their common tokenizer."""
 
   sources: tuple[Source, ...]
-  further: tuple[Source, ...]  # evaluated, not trained on
+  further: tuple[Source, ...]  # for evaluation only
   tokenizer: tokenizers.Tokenizer
 
   @property
   def fingerprint(self) -> str:
-    """Of all that decides the rows of a step, but the seed: stores, weights."""
+    """Fingerprint of what determines the rows of a step besides the seed: stores, weights."""
     shas = [source.store.manifest['sha256'] for source in self.sources]
     if len(shas) == 1:
       return shas[0]
@@ -42,23 +42,23 @@ class Corpus(NamedTuple):
 
   @property
   def fingerprint_of_all(self) -> str:
-    """Of the further stores as well: what processes must agree on."""
+    """Fingerprints of all stores, also `further`, which all processes must share."""
     shas = [source.store.manifest['sha256'] for source in self.further]
     return ' '.join([self.fingerprint, *shas])
 
   @property
   def recorded(self) -> str:
-    """--data.tokenizer of a run, KIND#FINGERPRINT: what it is, wherever it came
-    from. A run goes on, and a checkpoint is evaluated, with no other."""
+    """--data.tokenizer as a run records it, KIND#FINGERPRINT, independent of
+    paths. A run is resumed, and a checkpoint evaluated, with no other."""
     return tokenizers.recorded_name(self.tokenizer)
 
   def train(self) -> windows.Mixture:
     splits = {source.ref.name: source.store.split('train') for source in self.sources}
-    return windows.Mixture(tuple(_told_apart(splits).values()), self._weights())
+    return windows.Mixture(tuple(_with_store_names(splits).values()), self._weights())
 
   def held_out(self, split: str) -> dict[str, windows.Split]:
-    """The split of each store that has it; all of a further one that has one
-    split only."""
+    """Returns the named split of each store that has one; of a store in `further`
+    without it, its train split."""
     found = {
       source.ref.name: source.store.splits[split]
       for source in self.sources
@@ -67,31 +67,31 @@ class Corpus(NamedTuple):
     for source in self.further:
       name = split if split in source.store.splits else 'train'
       found[source.ref.name] = source.store.split(name)
-    return _told_apart(found)
+    return _with_store_names(found)
 
   def evaluates_itself_only(self, held_out: dict) -> bool:
-    """Whether there is but one set, of the one store that is trained on: it
-    needs no name."""
+    """Whether the only evaluation set is that of the only training store: its
+    metrics need no name."""
     return len(held_out) == 1 and not self.further
 
   def _weights(self) -> tuple[int, ...]:
-    """The smallest whole numbers in the ratios of the weights."""
+    """Returns the smallest integers in the ratios of the weights."""
     shares = [source.ref.share for source in self.sources]
     over = math.lcm(*(share.denominator for share in shares))
     whole = [int(share * over) for share in shares]
     return tuple(weight // math.gcd(*whole) for weight in whole)
 
 
-def _told_apart(splits: dict) -> dict[str, windows.Split]:
-  """Splits whose names, in errors, say of which of several stores they are."""
+def _with_store_names(splits: dict) -> dict[str, windows.Split]:
+  """Prefixes the names of splits, as errors show them, with that of the store."""
   if len(splits) == 1:
     return splits
   return {name: split._replace(name=f'{name} {split.name}') for name, split in splits.items()}
 
 
 def open_corpus(cfg: schema.Config) -> Corpus:
-  """The stores of a Config, refused unless whole and of one tokenizer, which is
-  that of --data.tokenizer where one is given."""
+  """Opens the stores of a Config; raises ConfigError if one is corrupt, or if
+  their tokenizers differ from each other or from --data.tokenizer."""
   sources, further = (_open(cfg, flag) for flag in ('data.store', 'eval.stores'))
   first = sources[0].store
   made = first.manifest['tokenizer']
@@ -103,7 +103,7 @@ def open_corpus(cfg: schema.Config) -> Corpus:
           flag,
           schema.get(cfg, flag),
           f'{first.path} was made with the tokenizer {made["name"]},'
-          f' {source.store.path} with {other["name"]}, which is another',
+          f' {source.store.path} with {other["name"]}, which differs',
         )
   _check_given(cfg.data.tokenizer, first)
   return Corpus(sources, further, store_lib.tokenizer_of(first))
@@ -115,12 +115,12 @@ def _open(cfg: schema.Config, flag: str) -> tuple[Source, ...]:
       Source(ref, store_lib.open_store(ref.path, verify=cfg.data.verify))
       for ref in parse.parse_stores(schema.get(cfg, flag))
     )
-  except fields.ConfigError as error:  # it takes any store for --data.store
+  except fields.ConfigError as error:  # open_store names --data.store in any case
     raise fields.ConfigError(flag, *error.args[1:]) from error
 
 
 def _check_given(given: str, store: store_lib.Store) -> None:
-  """A tokenizer that is given must be the store's, in name or in content."""
+  """Raises unless --data.tokenizer, if set, equals the store's, in name or content."""
   made = store.manifest['tokenizer']
   if given in ('', made['name']):
     return
@@ -135,6 +135,6 @@ def _check_given(given: str, store: store_lib.Store) -> None:
     raise fields.ConfigError(
       'data.tokenizer',
       given,
-      f'the store {store.path} was made with another, {made["name"]} of'
-      f' fingerprint {made["fingerprint"][:12]}; leave out the flag to take it',
+      f'the store {store.path} was made with a different one, {made["name"]} with'
+      f' fingerprint {made["fingerprint"][:12]}; omit the flag to use it',
     )

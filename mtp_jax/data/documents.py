@@ -1,9 +1,9 @@
-"""Readers of documents: a list of sources becomes a stream of texts.
+"""Document readers: a list of sources becomes a stream of texts.
 
-Floor 2: standard library; pyarrow inside the functions that need it. The order
-is fixed (sorted by name), texts are read one at a time, large files in blocks;
-symbolic links below a directory are not followed. A byte order mark at the
-start of a file is no part of it.
+Standard library; pyarrow is imported in the functions that need it. The order
+is deterministic (sorted by name), texts are read one at a time, large files in
+blocks. Symbolic links below a directory are not followed. A byte order mark at
+the start of a file is dropped.
 """
 
 import codecs
@@ -30,18 +30,21 @@ from mtp_jax.data import tasks
 
 
 class Document(NamedTuple):
-  """cuts: characters at which scoring goes on and off in turn, from off; each
-  piece between two is encoded by itself. () = the whole text is scored.
+  """One document.
 
-  drawn: from a distribution, where how often a text comes is part of it: one
-  that was there before is no duplicate.
+  loss_spans: characters at which the loss mask switches on and off in turn,
+  starting off; each piece between two is encoded separately. () = the loss
+  covers the whole text.
 
-  read: reads the text block by block, anew each time, where it is too large to
-  be held in `text`, which is '' then."""
+  drawn: sampled from a distribution, in which the frequency of a text matters:
+  repeated texts are not dropped as duplicates.
+
+  read: yields the text block by block, from the start on each call, if it is
+  too large to be held in `text`, which is '' then."""
 
   name: str  # relative and stable, e.g. stdlib/json/decoder.py, a.jsonl:17
   text: str
-  cuts: tuple[int, ...] = ()
+  loss_spans: tuple[int, ...] = ()
   drawn: bool = False
   read: Callable[[], Iterator[str]] | None = None
 
@@ -53,21 +56,21 @@ class Document(NamedTuple):
       yield self.text[start : start + BLOCK]
 
 
-BLOCK = 2**16  # bytes or characters at once; of larger ones malloc keeps more
-ROWS = 2**20  # bytes of parquet at once
-HELD = 2**22  # bytes of the largest text that is held as a str, unless all are
+BLOCK = 2**16  # bytes or characters per read; malloc retains more of larger ones
+ROWS = 2**20  # bytes of parquet per read
+HELD = 2**22  # bytes of the largest text held as a str, unless `whole`
 File = tuple[str, str]  # (document name, path)
 Fail = Callable[[str], fields_lib.ConfigError]
 Skipped = collections.Counter  # reason -> files
 
 
-class How(NamedTuple):
-  """What readers are to do with what they come upon."""
+class ReadOptions(NamedTuple):
+  """Limits and callbacks of the readers."""
 
   skipped: Skipped
-  max_bytes: int | None  # of a document; None = any
-  whole: bool  # whether every text is held
-  report: Callable[[str], None]  # a line per document that is too large
+  max_bytes: int | None  # per document; None = no limit
+  whole: bool  # whether every text is held in memory
+  report: Callable[[str], None]  # receives one line per document over the limit
 
   def fits(self, name: str, n_bytes: int) -> bool:
     if self.max_bytes is None or n_bytes <= self.max_bytes:
@@ -93,50 +96,50 @@ def read(
 
   Kinds: python:stdlib, python:PACKAGE, dir:PATH, text:PATH, jsonl:PATH#FIELD,
   parquet:PATH#FIELD; the last three take globs; text and jsonl read .gz and
-  .zst. A path has no comma. jsonl:PATH#PROMPT+COMPLETION makes one document of
-  two fields, of which the second is scored; so does task:NAME/KEY=VALUE/…, of
-  `items` training items of tasks.py.
+  .zst. A path must not contain a comma. jsonl:PATH#PROMPT+COMPLETION joins two
+  fields into one document with a loss mask over the second; task:NAME/KEY=VALUE/…
+  does the same with `items` training items of tasks.py.
 
   Args:
     sources: what to read, in this order.
-    skipped: counts, by what they are, files of python: and dir:, items of
-      task: and documents over max_bytes that are skipped.
-    max_bytes: of the largest document that is read; of jsonl, of its line.
-    whole: False = large files are not held: see Document.read.
-    report: called with a line for each document over max_bytes.
+    skipped: counter, by reason, of skipped files of python: and dir:, items of
+      task: and documents over max_bytes.
+    max_bytes: limit on the size of a document (for jsonl, of its line).
+    whole: False = large files are not held in memory: see Document.read.
+    report: called with one line for each document over max_bytes.
 
   Raises:
-    ConfigError: at once for what can be known before reading (an unknown kind,
-      a missing path), so that a slip in the last source does not cost the
-      hours of the first; from the iterator for what is in the files.
+    ConfigError: on the call for what is known before reading (an unknown kind,
+      a missing path), so that a typo in the last source does not cost the hours
+      spent on the first; from the iterator for the contents of files.
   """
   skipped = collections.Counter() if skipped is None else skipped
-  how = How(skipped, max_bytes, whole, report)
-  opened = [_open(source.strip(), how) for source in sources.split(',')]
+  options = ReadOptions(skipped, max_bytes, whole, report)
+  opened = [_open(source.strip(), options) for source in sources.split(',')]
   return itertools.chain.from_iterable(opened)
 
 
-def _open(source: str, how: How) -> Iterator[Document]:
+def _open(source: str, options: ReadOptions) -> Iterator[Document]:
   fail = functools.partial(fields_lib.ConfigError, 'data.documents', source)
   kind, _, arg = source.partition(':')
   if kind not in READERS or not arg:
     raise fail(f'KIND:ARG with KIND one of: {", ".join(READERS)}')
-  return READERS[kind](arg, fail, how)
+  return READERS[kind](arg, fail, options)
 
 
-def _python(arg: str, fail: Fail, how: How) -> Iterator[Document]:
+def _python(arg: str, fail: Fail, options: ReadOptions) -> Iterator[Document]:
   if arg == 'stdlib':
     root = sysconfig.get_path('stdlib')
-    files = _walk(root, 'stdlib', fail, how, suffix='.py', without=NOT_STDLIB)
+    files = _walk(root, 'stdlib', fail, options, suffix='.py', without=NOT_STDLIB)
   else:
-    files = _package(arg, fail, how)
+    files = _package(arg, fail, options)
   if not files:
-    raise fail('there is no .py file in it')
-  return _texts(files, fail, how)
+    raise fail('contains no .py file')
+  return _texts(files, fail, options)
 
 
-def _package(module: str, fail: Fail, how: How) -> list[File]:
-  """The .py files of a module, found without importing it or its parents."""
+def _package(module: str, fail: Fail, options: ReadOptions) -> list[File]:
+  """Returns the .py files of a module without importing it or its parents."""
   spec = _find_spec(module)
   if spec is None:
     raise fail('no module of this name is installed')
@@ -144,8 +147,8 @@ def _package(module: str, fail: Fail, how: How) -> list[File]:
   if spec.submodule_search_locations is None:
     is_source = spec.has_location and spec.origin.endswith('.py')
     return [(f'{name}.py', spec.origin)] if is_source else []
-  roots = sorted(spec.submodule_search_locations)  # a namespace has several
-  walks = (_walk(root, name, fail, how, suffix='.py') for root in roots)
+  roots = sorted(spec.submodule_search_locations)  # a namespace package has several
+  walks = (_walk(root, name, fail, options, suffix='.py') for root in roots)
   return sorted(itertools.chain.from_iterable(walks))
 
 
@@ -166,25 +169,25 @@ def _find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
   return spec
 
 
-def _dir(arg: str, fail: Fail, how: How) -> Iterator[Document]:
+def _dir(arg: str, fail: Fail, options: ReadOptions) -> Iterator[Document]:
   root = os.path.abspath(os.path.expanduser(arg))
   if not os.path.isdir(root):
     raise fail('no such directory')
-  files = _walk(root, os.path.basename(root), fail, how)
+  files = _walk(root, os.path.basename(root), fail, options)
   if not files:
-    raise fail('there is no regular file in it')
-  return _texts(files, fail, how)
+    raise fail('contains no regular file')
+  return _texts(files, fail, options)
 
 
 VANISHED = 'files that vanished'
 
 
-def _walk(root, label, fail, how, *, suffix='', without=frozenset()) -> list[File]:
-  """Regular files under root, sorted by name."""
+def _walk(root, label, fail, options, *, suffix='', without=frozenset()) -> list[File]:
+  """Returns the regular files under root, sorted by name."""
 
-  def unreadable(error):  # os.walk would pass over it in silence
+  def unreadable(error):  # os.walk ignores errors by default
     if isinstance(error, FileNotFoundError) and error.filename != root:
-      how.skipped[VANISHED] += 1
+      options.skipped[VANISHED] += 1
       return
     raise fail(f'cannot read {error.filename}: {error.strerror}')
 
@@ -196,37 +199,37 @@ def _walk(root, label, fail, how, *, suffix='', without=frozenset()) -> list[Fil
       try:
         mode = os.lstat(path).st_mode
       except FileNotFoundError:
-        how.skipped[VANISHED] += 1
+        options.skipped[VANISHED] += 1
         continue
       if stat.S_ISLNK(mode):
-        how.skipped['symbolic links'] += 1
+        options.skipped['symbolic links'] += 1
       elif stat.S_ISREG(mode):
         relative = os.path.relpath(path, root).replace(os.sep, '/')
         found.append((f'{label}/{relative}', path))
   return sorted(found)
 
 
-def _texts(files, fail, how) -> Iterator[Document]:
+def _texts(files, fail, options) -> Iterator[Document]:
   for name, path in files:
     try:
-      found = _document(name, path, fail, how, open)  # a .gz is not text here
+      found = _document(name, path, fail, options, open)  # a .gz is not text here
     except FileNotFoundError:
-      how.skipped[VANISHED] += 1
+      options.skipped[VANISHED] += 1
     except ValueError as error:
       if isinstance(error, fields_lib.ConfigError):
         raise
-      how.skipped['files that are not UTF-8 text'] += 1
+      options.skipped['files that are not UTF-8 text'] += 1
     else:
       yield from found
 
 
-def _text(arg: str, fail: Fail, how: How) -> Iterator[Document]:
+def _text(arg: str, fail: Fail, options: ReadOptions) -> Iterator[Document]:
   files = _match(arg, fail)
 
   def stream():
     for name, path in files:
       try:
-        found = _document(name, path, fail, how)
+        found = _document(name, path, fail, options)
       except FileNotFoundError as error:
         raise _unreadable(path, error, fail) from error
       except UnicodeDecodeError as error:
@@ -236,9 +239,10 @@ def _text(arg: str, fail: Fail, how: How) -> Iterator[Document]:
   return stream()
 
 
-def _document(name, path, fail, how, open_bytes=None) -> list[Document]:
-  """One, or none if it is too large. What is not held has been read once: it is
-  text. ValueError if it is not, or has a NUL where open_bytes is given."""
+def _document(name, path, fail, options, open_bytes=None) -> list[Document]:
+  """Returns one document, or none if it is too large. One that is not held in
+  memory has been read once, to check that it is text. Raises ValueError if it is
+  not UTF-8, or contains a NUL while open_bytes is given."""
 
   def blocks(before=None):
     decode = codecs.getincrementaldecoder('utf-8-sig')().decode
@@ -251,11 +255,11 @@ def _document(name, path, fail, how, open_bytes=None) -> list[Document]:
     except FileNotFoundError:
       if before is None:
         raise
-      raise fail(f'{path} was removed while it was read') from None
+      raise fail(f'{path} was removed during reading') from None
     except BROKEN as error:
       raise _unreadable(path, error, fail) from error
     if before and (now.st_size, now.st_mtime_ns) != before:
-      raise fail(f'{path} was changed while it was read')
+      raise fail(f'{path} was changed during reading')
 
   def text_blocks():
     for block in blocks():
@@ -270,17 +274,17 @@ def _document(name, path, fail, how, open_bytes=None) -> list[Document]:
   except OSError as error:
     raise _unreadable(path, error, fail) from error
   packed = open_bytes is None and path.endswith(PACKED)
-  if not packed and not how.fits(name, status.st_size):
+  if not packed and not options.fits(name, status.st_size):
     return []
-  if how.whole or (not packed and status.st_size <= HELD):
+  if options.whole or (not packed and status.st_size <= HELD):
     return [Document(name, ''.join(text_blocks()))]
   held, n_bytes = [], 0
   for block in text_blocks():
     n_bytes += len(block.encode())
     if n_bytes <= HELD:
       held.append(block)
-    if how.max_bytes is not None and n_bytes > how.max_bytes:
-      how.fits(name, n_bytes)
+    if options.max_bytes is not None and n_bytes > options.max_bytes:
+      options.fits(name, n_bytes)
       return []
   if n_bytes <= HELD:
     return [Document(name, ''.join(held))]
@@ -294,8 +298,8 @@ def _path_and_field(arg: str) -> tuple[str, str]:
 
 
 class Text(NamedTuple):
-  """A large text that is held as bytes: in UTF-8, or as JSON spells it. A str
-  takes 4 bytes per character where one of them is an emoji."""
+  """A large text held as bytes, in UTF-8 or JSON-escaped: a str with an emoji
+  takes 4 bytes per character."""
 
   data: memoryview
   decode: Callable[[memoryview], Iterator[str]]
@@ -313,7 +317,7 @@ def _from_utf8(data: memoryview) -> Iterator[str]:
 
 
 def _from_json(data: memoryview) -> Iterator[str]:
-  """Raises ValueError if it is not what stands between quotes in JSON."""
+  """Decodes the body of a JSON string; raises ValueError if it is invalid."""
   start, half = 0, ''
   while start < len(data):
     part = bytes(data[start : start + BLOCK])
@@ -324,7 +328,7 @@ def _from_json(data: memoryview) -> Iterator[str]:
     half = text[-1:] if '\ud800' <= text[-1:] <= '\udbff' else ''
     text = text[: len(text) - len(half)]
     if SURROGATE.search(text):
-      text = PAIR.sub(_joined, text)  # of which a block had one half
+      text = PAIR.sub(_joined, text)  # split between two blocks
       text = SURROGATE.sub('\ufffd', text)
     yield text
   if half:
@@ -341,11 +345,11 @@ def _joined(pair: re.Match) -> str:
 
 
 def _whole(part: bytes) -> int:
-  """Bytes of it up to the last place that is within no escape or character."""
+  """Returns the length up to the last position inside no escape or character."""
   at = part.rfind(b'\\', max(0, len(part) - LONGEST_ESCAPE))
   if at >= 0:
     run = part[: at + 1]
-    if (at + 1 - len(run.rstrip(b'\\'))) % 2:  # it begins an escape
+    if (at + 1 - len(run.rstrip(b'\\'))) % 2:  # it starts an escape
       return at or len(part)
     return at + 1
   at = len(part) - 1
@@ -354,7 +358,7 @@ def _whole(part: bytes) -> int:
   return at or len(part)
 
 
-def _jsonl(arg: str, fail: Fail, how: How) -> Iterator[Document]:
+def _jsonl(arg: str, fail: Fail, options: ReadOptions) -> Iterator[Document]:
   path, field = _path_and_field(arg)
   fields = field.split('+')
   if len(fields) > 2 or not all(fields):
@@ -363,42 +367,42 @@ def _jsonl(arg: str, fail: Fail, how: How) -> Iterator[Document]:
 
   def stream():
     for name, path in files:
-      for number, texts in _records(path, fields, fail, how, name):
+      for number, texts in _records(path, fields, fail, options, name):
         yield _of_texts(f'{name}:{number}', texts)
-        del texts  # or two large lines would be held
+        del texts  # or two large lines would be live
 
   return stream()
 
 
 def _of_texts(name: str, texts: list) -> Document:
-  """Of one text, or of two of which the second is scored."""
+  """Makes a document of one text, or of two with a loss mask over the second."""
   if all(isinstance(text, str) for text in texts):
-    cuts = (len(texts[0]),) if len(texts) == 2 else ()
-    return Document(name, ''.join(texts), cuts)
+    loss_spans = (len(texts[0]),) if len(texts) == 2 else ()
+    return Document(name, ''.join(texts), loss_spans)
   texts = [Document('', text) if isinstance(text, str) else text for text in texts]
-  cuts = ()
+  loss_spans = ()
   if len(texts) == 2:
-    cuts = (sum(len(block) for block in texts[0].blocks()),)
+    loss_spans = (sum(len(block) for block in texts[0].blocks()),)
 
   def read():
     for text in texts:
       yield from text.blocks()
 
-  return Document(name, '', cuts, read=read)
+  return Document(name, '', loss_spans, read=read)
 
 
 def records(path: str, fields: list[str], fail: Fail) -> Iterator[tuple[int, list[str]]]:
-  """(number of the line, texts of `fields`) of each object of a jsonl file.
+  """Yields (line number, texts of `fields`) for each object of a jsonl file.
 
-  Reads .gz and .zst as well; null is ''. Raises fail(what is wrong, and where).
+  Reads .gz and .zst as well; null becomes ''. Raises fail(problem with its place).
   """
   return _records(path, fields, fail, None, '')
 
 
-def _records(path, fields, fail, how, name):
-  """As `records`; of a large line, a text is a Text unless all are held."""
-  limited = how is not None and how.max_bytes is not None
-  limit = how.max_bytes + 1 if limited else -1  # with the end of the line
+def _records(path, fields, fail, options, name):
+  """Like `records`; texts of a large line are of class Text unless options.whole."""
+  limited = options is not None and options.max_bytes is not None
+  limit = options.max_bytes + 1 if limited else -1  # including the newline
   number = 0
   try:
     with _open_unpacked(path, 'rb') as file:
@@ -409,25 +413,25 @@ def _records(path, fields, fail, how, name):
         if len(line) == limit and not line.endswith(b'\n'):
           while (line := file.readline(BLOCK)) and not line.endswith(b'\n'):
             pass
-          how.fits(f'{name}:{number}', limit)
+          options.fits(f'{name}:{number}', limit)
           continue
         if line.isspace() or not line:
           continue
-        if len(line) < ROWS:  # a copy; errors then name a column of this line
+        if len(line) < ROWS:  # a copy, so that errors give a column of this line
           line = line.rstrip()
         texts = None
-        if how is not None and not how.whole and len(line) > HELD:
+        if options is not None and not options.whole and len(line) > HELD:
           texts = _large_fields(line, fields)
         if texts is None:
           texts = _fields(line, fields, f'{path}:{number}', fail)
-        line = b''  # it may be large, and so may be what is made of its text
+        line = b''  # it may be large, and so may be the result of its text
         yield number, texts
         del texts
   except BROKEN as error:
     raise _unreadable(path, error, fail) from error
 
 
-def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
+def _parquet(arg: str, fail: Fail, options: ReadOptions) -> Iterator[Document]:
   try:
     pyarrow = _pyarrow()
   except OSError as error:
@@ -439,15 +443,15 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
     for name, path in files:
       try:
         with (
-          open(path, 'rb') as file,  # pyarrow takes no path but in UTF-8
+          open(path, 'rb') as file,  # pyarrow accepts only UTF-8 paths
           pyarrow.parquet.ParquetFile(
             file,
             pre_buffer=False,
-            buffer_size=ROWS,  # not a row group's bytes
+            buffer_size=ROWS,  # rather than a whole row group
           ) as table,
         ):
           yield from _rows(table, name, path)
-      except UnicodeDecodeError as error:  # pyarrow does not look
+      except UnicodeDecodeError as error:  # pyarrow does not validate
         raise fail(f'{path} is not UTF-8 text') from error
       except (OSError, pyarrow.ArrowException) as error:
         first = str(error).splitlines()[0]
@@ -461,25 +465,25 @@ def _parquet(arg: str, fail: Fail, how: How) -> Iterator[Document]:
     kind = table.schema_arrow.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
       raise fail(f'{path}: field {field!r} is {kind}, not a string')
-    # As many rows as a block holds, going by the mean of the file.
+    # As many rows as fit into a block, by the mean row size of the file.
     groups = table.metadata
     n_bytes = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
     rows = max(1, ROWS * groups.num_rows // max(n_bytes, 1))
     number = 0
     for batch in table.iter_batches(min(rows, 2**16), columns=[field]):
-      for text in _column(batch.column(0), not how.whole):
+      for text in _column(batch.column(0), not options.whole):
         number += 1  # a missing value is an empty document
-        if how.fits(f'{name}:{number}', _n_bytes(text, how)):
+        if options.fits(f'{name}:{number}', _n_bytes(text, options)):
           yield _of_texts(f'{name}:{number}', [text])
-        del text  # what is large goes before the next is read
+        del text  # free a large text before reading the next
       del batch
 
   return stream()
 
 
 def _column(array, in_blocks: bool) -> Iterator[str | Text]:
-  """The texts of an array of pyarrow, '' for null. A scalar of it would be a
-  copy."""
+  """Yields the texts of a pyarrow array, '' for null, without the copy that a
+  pyarrow scalar makes."""
   if not in_blocks or array.nbytes <= HELD:
     yield from (text or '' for text in array.to_pylist())
     return
@@ -489,18 +493,18 @@ def _column(array, in_blocks: bool) -> Iterator[str | Text]:
   for i, is_valid in enumerate(array.is_valid().to_pylist()):
     value = data[ends[i] : ends[i + 1]] if is_valid else b''
     if len(value) > HELD:
-      for _ in _from_utf8(value):  # is text
+      for _ in _from_utf8(value):  # check that it is UTF-8
         pass
       yield Text(value, _from_utf8)
     else:
       yield str(value, 'utf-8')
 
 
-def _n_bytes(text: str | Text, how: How) -> int:
-  """Of a text in UTF-8; a text that surely fits is not encoded."""
+def _n_bytes(text: str | Text, options: ReadOptions) -> int:
+  """Returns the bytes in UTF-8, or a lower bound if the text fits in any case."""
   if isinstance(text, Text):
     return len(text.data)
-  if how.max_bytes is None or 4 * len(text) <= how.max_bytes:
+  if options.max_bytes is None or 4 * len(text) <= options.max_bytes:
     return len(text)
   return len(text.encode())
 
@@ -514,7 +518,7 @@ def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
   except json.JSONDecodeError as error:
     what = error.msg.removesuffix(' at')
     raise fail(f'{place}: bad JSON: {what} at column {error.colno}') from error
-  except ValueError as error:  # of int: it limits their digits
+  except ValueError as error:  # int() limits the number of digits
     raise fail(f'{place}: bad JSON: a number has too many digits') from error
   except RecursionError as error:
     raise fail(f'{place}: bad JSON: nested too deeply') from error
@@ -527,17 +531,17 @@ def _fields(line: bytes, fields: list, place: str, fail: Fail) -> list[str]:
     if not isinstance(record[field], str | None):
       kind = type(record[field]).__name__
       raise fail(f'{place}: field {field!r} is {kind}, not a string')
-  # JSON can spell half a character, which UTF-8 (and a byte count) cannot.
+  # JSON can escape a lone surrogate, which UTF-8 cannot encode.
   texts = [record[field] or '' for field in fields]
   return [SURROGATE.sub('\ufffd', text) if SURROGATE.search(text) else text for text in texts]
 
 
 STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
-LONG = 2**12  # bytes of a string in JSON that is not decoded with the rest
+LONG = 2**12  # bytes of a JSON string that is decoded separately
 
 
 def _large_fields(line: bytes, fields: list) -> list[str | Text] | None:
-  """The same, decoded block by block; None for what `_fields` refuses."""
+  """Like `_fields`, decoded block by block; None where `_fields` would raise."""
   mark = uuid.uuid4().hex
   view, short, long, end = memoryview(line), [], {}, 0
   for found in STRING.finditer(line):
@@ -549,7 +553,7 @@ def _large_fields(line: bytes, fields: list) -> list[str | Text] | None:
   short.append(view[end:])
   try:
     record = json.loads(b''.join(short).decode())
-    for text in long.values():  # also of those that nobody reads
+    for text in long.values():  # validate unused fields as well
       for _ in text.blocks():
         pass
     values = [record[field] for field in fields]
@@ -561,11 +565,11 @@ def _large_fields(line: bytes, fields: list) -> list[str | Text] | None:
 
 
 def _match(pattern: str, fail: Fail) -> list[File]:
-  """Files that a path or glob names, each named from where the glob begins."""
+  """Returns the files of a path or glob, named relative to its fixed prefix."""
   pattern = os.path.abspath(os.path.expanduser(pattern))
   if os.path.isdir(pattern):
     raise fail('is a directory; dir:PATH reads one')
-  if os.path.exists(pattern):  # also a name with brackets in it
+  if os.path.exists(pattern):  # also if its name contains brackets
     return [(os.path.basename(pattern), pattern)]
   if not glob.has_magic(pattern):
     raise fail('no such file')
@@ -594,8 +598,8 @@ PACKED = '.gz', '.zst'
 def _open_unpacked(path: str, mode: str):
   if path.endswith('.gz'):
     return gzip.open(path, mode)
-  if path.endswith('.zst'):  # pyarrow's reader notices a truncated one
-    file = open(path, 'rb')  # pyarrow takes no path but in UTF-8
+  if path.endswith('.zst'):  # pyarrow's reader detects truncation
+    file = open(path, 'rb')  # pyarrow accepts only UTF-8 paths
     return io.BufferedReader(_pyarrow().input_stream(file, compression='zstd'))
   return open(path, mode)
 
@@ -604,7 +608,7 @@ def _unreadable(path: str, error: Exception, fail: Fail):
   return fail(f'cannot read {path}: {getattr(error, "strerror", 0) or error}')
 
 
-BROKEN = (OSError, EOFError, zlib.error)  # the last two: a damaged .gz
+BROKEN = (OSError, EOFError, zlib.error)  # the last two: a corrupt .gz
 
 
 def _decode(data: bytes) -> str | None:
@@ -614,26 +618,28 @@ def _decode(data: bytes) -> str | None:
     return None
 
 
-def _task(arg: str, fail: Fail, how: How) -> Iterator[Document]:
+def _task(arg: str, fail: Fail, options: ReadOptions) -> Iterator[Document]:
   try:
-    of = tasks.named(arg, dict(items=100_000))
+    task = tasks.named(arg, dict(items=100_000))
   except ValueError as error:
     raise fail(str(error)) from error
-  items = of.params.pop('items')
+  items = task.params.pop('items')
 
   def stream():
     kept = 0
-    for index, found in tasks.train(of, items):
+    for index, found in tasks.train(task, items):
       kept += 1
-      yield Document(f'{of}:{index}', found.prompt + found.answer, (len(found.prompt),), drawn=True)
+      yield Document(
+        f'{task}:{index}', found.prompt + found.answer, (len(found.prompt),), drawn=True
+      )
     if not kept:
-      raise fail('a test asks all of its items: none is left to train on')
-    how.skipped['items that a test asks'] += items - kept
+      raise fail('all of its items are in the test set: none is left to train on')
+    options.skipped['items in the test set'] += items - kept
 
   return stream()
 
 
-READERS: dict[str, Callable[[str, Fail, How], Iterator[Document]]] = {
+READERS: dict[str, Callable[[str, Fail, ReadOptions], Iterator[Document]]] = {
   'python': _python,
   'dir': _dir,
   'text': _text,

@@ -1,10 +1,10 @@
-"""Documents to tokens, in this process or in several at once.
+"""Encodes documents to tokens, in this process or in worker processes.
 
-Floor 2: standard library and NumPy. Documents go in batches of some hundred
-thousand bytes to processes that were spawned, not forked (which would copy
-threads); what comes back is in the order of reading, so the number of processes
-changes nothing. A few batches a process are under way at any time, hence memory
-is bounded. Letters: M documents, P tokens.
+Standard library and NumPy. Documents are sent in batches of a few hundred
+thousand bytes to workers that are spawned, not forked (fork would copy
+threads); results are yielded in reading order, so that the number of workers
+does not change them. A few batches per worker are in flight at any time, which
+bounds memory. Letters: M documents, P tokens.
 """
 
 import contextlib
@@ -25,35 +25,35 @@ import numpy as np
 from mtp_jax.config import fields
 from mtp_jax.data import documents, splitting, tokenizers, unigram
 
-BATCH_BYTES = 2**18  # of text that goes to a process at once
-UNIGRAM_WHOLE = 2**19  # characters that such a model encodes at once; its parts
-# depend on each other, so that one process has to encode them all
-PART = 2**16  # characters of it, since libraries take some 200 bytes for each
+BATCH_BYTES = 2**18  # of text per batch sent to a worker
+UNIGRAM_WHOLE = 2**19  # characters that a unigram model encodes at once; its parts
+# depend on each other, so that a single process has to encode them
+PART = 2**16  # characters per part: libraries take about 200 bytes for each
 
 
 class Part(NamedTuple):
-  """Some of the text of a document that is too large to be encoded at once."""
+  """A part of a document that is too large to be encoded at once."""
 
   name: str
   text: str
-  before: str  # the character before it; '' at a beginning or a cut
+  before: str  # the character before it; '' at the start of a document or loss span
   follows: bool  # whether there is text before it
   begins: bool
-  is_cut: bool  # whether there is a cut before it
+  starts_span: bool  # whether a loss span boundary precedes it
   ends: bool
 
 
 class Encoded(NamedTuple):
-  """Some documents, each BOS, its tokens, EOS, one after another."""
+  """The tokens of some documents, concatenated: each BOS, its tokens, EOS."""
 
   tokens_P: np.ndarray
   length_M: np.ndarray
-  cuts: list[tuple[int, ...]]  # as in Document, but in tokens of the document
+  loss_spans: list[tuple[int, ...]]  # as in Document, in tokens instead of characters
   n_bytes: int  # of text
-  goes_on: bool = False  # it is one part of a document, and not the last
+  is_partial: bool = False  # a part of a document, and not its last
 
 
-DTYPES = '<u2', '<u4'  # of tokens in a store
+DTYPES = '<u2', '<u4'  # of the tokens in a store
 
 
 def dtype(vocab_size: int) -> str:
@@ -63,57 +63,57 @@ def dtype(vocab_size: int) -> str:
 def encode(
   batch: list[documents.Document] | list[Part] | Encoded, tokenizer: tokenizers.Tokenizer
 ) -> Encoded:
-  """Encodes documents, or one part of one."""
+  """Encodes documents, or one part of a document."""
   if isinstance(batch, Encoded):
     return batch
   if isinstance(batch[0], Part):
     (part,) = batch
     framed = [_frame_part(part, tokenizer)]
-    goes_on = not part.ends
+    is_partial = not part.ends
   else:
     framed = [_frame(document, tokenizer) for document in batch]
-    goes_on = False
+    is_partial = False
   return Encoded(
     np.concatenate([tokens_T for tokens_T, _ in framed]),
     np.array([tokens_T.size for tokens_T, _ in framed], np.int64),
-    [cuts for _, cuts in framed],
+    [loss_spans for _, loss_spans in framed],
     sum(len(document.text.encode()) for document in batch),
-    goes_on,
+    is_partial,
   )
 
 
 def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
-  if not document.cuts:  # most are short, and many
+  if not document.loss_spans:  # most are short, and many
     ids_T = np.asarray(tokenizer.encode(document.text))
     return _checked(document.name, ids_T, tokenizer, 1, 1), ()
-  bounds = [0, *document.cuts, len(document.text)]
+  bounds = [0, *document.loss_spans, len(document.text)]
   parts = []
   for first, last in itertools.pairwise(bounds):
     text = document.text[first:last]
-    parts.append(np.asarray((_after_cut if first else _encode)(text, tokenizer)))
-  cuts = 1 + np.cumsum([ids_T.size for ids_T in parts])[:-1]
+    parts.append(np.asarray((_encode_continuation if first else _encode)(text, tokenizer)))
+  loss_spans = 1 + np.cumsum([ids_T.size for ids_T in parts])[:-1]
   tokens_T = _checked(document.name, np.concatenate(parts), tokenizer, 1, 1)
-  return tokens_T, tuple(cuts.tolist())
+  return tokens_T, tuple(loss_spans.tolist())
 
 
 def _frame_part(part, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
-  if part.before:  # no token reaches over the place after it
+  if part.before:  # no token spans the boundary after it
     n = np.asarray(tokenizer.encode(part.before)).size
     ids_T = np.asarray(tokenizer.encode(part.before + part.text))[n:]
   else:
-    encode = _after_cut if part.follows else _encode
+    encode = _encode_continuation if part.follows else _encode
     ids_T = np.asarray(encode(part.text, tokenizer))
   tokens_T = _checked(part.name, ids_T, tokenizer, part.begins, part.ends)
-  return tokens_T, (0,) * part.is_cut
+  return tokens_T, (0,) * part.starts_span
 
 
 def _checked(name, ids_T, tokenizer, begins, ends) -> np.ndarray:
-  """The ids as they are stored, framed where a document begins or ends."""
+  """Returns the ids as they are stored, with BOS and EOS where a document starts or ends."""
   if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
-    raise fields.ConfigError(  # it would wrap around in silence
+    raise fields.ConfigError(  # the cast would wrap around silently
       'data.tokenizer',
       tokenizer.name,
-      f'gave an id from {ids_T.min()} to {ids_T.max()} in {name}, its'
+      f'returned ids from {ids_T.min()} to {ids_T.max()} in {name}, its'
       f' vocab_size is {tokenizer.vocab_size}',
     )
   tokens_T = np.empty(begins + ids_T.size + ends, dtype(tokenizer.vocab_size))
@@ -129,15 +129,15 @@ def _encode(text: str, tokenizer):
   return tokenizer.encode(text)
 
 
-def _after_cut(text: str, tokenizer):
-  """Ids of a text that stands after another: without the space that many
-  models put before what they are given."""
+def _encode_continuation(text: str, tokenizer):
+  """Returns the ids of a text that follows another one: without the space that
+  many models prepend to their input."""
   before, n = _head(text, tokenizer)
   return np.asarray(tokenizer.encode(before + text))[n:]
 
 
 def _head(text: str, tokenizer) -> tuple[str, int]:
-  """(what is put before a text that stands after another, its tokens)."""
+  """Returns (a prefix for a text that follows another one, its number of tokens)."""
   if tokenizer.token_bytes_V[tokenizer.encode('a')].sum() == 1:
     return '', 0
   for before in ('\n', '\ue000'):  # neither merges with what follows
@@ -151,16 +151,16 @@ def _head(text: str, tokenizer) -> tuple[str, int]:
 def run(
   found: Iterable[documents.Document], tokenizer: tokenizers.Tokenizer, workers: int
 ) -> Iterator[Encoded]:
-  """Encodes documents batch by batch, in their order; a large one in parts,
-  where it is known that this gives the same tokens."""
-  _gives_back()
+  """Encodes documents batch by batch, in order; large ones in parts, where this
+  is known to give the same tokens."""
+  _release_freed_memory()
   batches = _batches(found, tokenizer)
   here = functools.partial(encode, tokenizer=tokenizer)
-  if workers == 1 or not tokenizer.files:  # a byte is its own id
+  if workers == 1 or not tokenizer.files:  # the bytes tokenizer is cheap
     yield from map(here, batches)
     return
   first = list(itertools.islice(batches, workers))
-  if len(first) < 2:  # not worth the start of a process
+  if len(first) < 2:  # not worth starting a worker
     yield from map(here, first)
     return
   batches = itertools.chain(first, batches)
@@ -170,10 +170,10 @@ def run(
 M_MMAP_THRESHOLD, SMALL = -3, 2**17  # of glibc's malloc.h; bytes
 
 
-def _gives_back() -> None:
-  """Has this process give large blocks back to the system once they are free.
-  glibc raises the size from which it does with each that is freed, and then
-  keeps the more the longer a document is."""
+def _release_freed_memory() -> None:
+  """Makes malloc return large blocks to the system once they are freed. By
+  default glibc raises this threshold with each block freed, and retains more
+  memory the longer a document is."""
   with contextlib.suppress(AttributeError, OSError):  # another C library
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)
 
@@ -189,13 +189,13 @@ def _batches(found, tokenizer) -> Iterator[list[documents.Document] | list[Part]
           yield batch
           batch, size = [], 0
         yield from ([part] for part in _parts(document, is_safe()))
-        del document  # or two large ones would be held
+        del document  # or two large ones would be live
         continue
       if (document.read or len(document.text) > UNIGRAM_WHOLE) and encoder():
         if batch:
           yield batch
           batch, size = [], 0
-        yield from _in_turn(document, encoder(), tokenizer)
+        yield from _encode_sequentially(document, encoder(), tokenizer)
         del document
         continue
       document = document._replace(text=''.join(document.blocks()), read=None)
@@ -210,10 +210,10 @@ def _batches(found, tokenizer) -> Iterator[list[documents.Document] | list[Part]
 
 
 def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
-  """The parts of a document: of what is between two cuts, of safe size."""
+  """Yields the parts of a document, split at loss spans and at safe places."""
   part = None
   end = sys.maxsize if document.read else len(document.text)
-  for first, last in itertools.pairwise([0, *document.cuts, end]):
+  for first, last in itertools.pairwise([0, *document.loss_spans, end]):
     blocks = _between(document, first, last)
     before = ''
     for text in splitting.pieces(blocks, is_safe, PART):
@@ -227,8 +227,8 @@ def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
   yield part._replace(ends=True)
 
 
-def _in_turn(document, encoder, tokenizer) -> Iterator[Encoded]:
-  """A large document, encoded part by part, each after what it begins with."""
+def _encode_sequentially(document, encoder, tokenizer) -> Iterator[Encoded]:
+  """Encodes a large document part by part, each with the score so far."""
   score = None
   for part in _parts(document, encoder.is_safe):
     begins = not part.before
@@ -240,14 +240,14 @@ def _in_turn(document, encoder, tokenizer) -> Iterator[Encoded]:
     yield Encoded(
       tokens_T,
       np.array([tokens_T.size], np.int64),
-      [(0,) * part.is_cut],
+      [(0,) * part.starts_span],
       len(part.text.encode()),
       not part.ends,
     )
 
 
 def _between(document, first: int, last: int) -> Iterator[str]:
-  """The text from one character to another, in parts."""
+  """Yields the text from character `first` to `last`, in parts."""
   if not document.read:
     for start in range(first, last, PART):
       yield document.text[start : min(start + PART, last)]
@@ -261,41 +261,41 @@ def _between(document, first: int, last: int) -> Iterator[str]:
 
 
 def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
-  """Each process at a pipe of its own, which ends where the process does: of a
-  queue that several write to (concurrent.futures), half a result of one that
-  was killed would be waited for in all eternity."""
+  """Encodes in worker processes with one pipe each, which closes when its worker
+  dies. With a shared queue (concurrent.futures), a worker killed in the middle
+  of a result would make this process wait forever."""
   started, done, turn = [], {}, 0
 
-  def in_turn():
+  def in_order():
     nonlocal turn
     while turn in done:
       result = done.pop(turn)
       if isinstance(result, Exception):
-        raise result  # in its turn, whichever came first
+        raise result  # the first in order, whichever arrived first
       yield result
       turn += 1
 
   try:
     started += (_started(tokenizer) for _ in range(n))
-    under_way = {pipe: [] for _, pipe in started}
-    free = [*under_way, *under_way]  # one batch to encode, one to go on with
+    in_flight = {pipe: [] for _, pipe in started}
+    free = [*in_flight, *in_flight]  # one batch to encode, one queued
     for number, batch in enumerate(batches):
       if isinstance(batch, Encoded):
         done[number] = batch
         while len(done) > 2 * workers and turn not in done:
-          free += _received(under_way, done, turn, workers)
-        yield from in_turn()
+          free += _received(in_flight, done, turn, workers)
+        yield from in_order()
         continue
       if not free:
-        free += _received(under_way, done, turn, workers)
+        free += _received(in_flight, done, turn, workers)
       pipe = free.pop(0)
-      with _said_if_killed(workers):
+      with _detect_killed_worker(workers):
         pipe.send(batch)
-      under_way[pipe].append(number)
-      yield from in_turn()
-    while any(under_way.values()):
-      _received(under_way, done, turn, workers)
-      yield from in_turn()
+      in_flight[pipe].append(number)
+      yield from in_order()
+    while any(in_flight.values()):
+      _received(in_flight, done, turn, workers)
+      yield from in_order()
   finally:
     for process, pipe in started:
       pipe.close()
@@ -305,52 +305,52 @@ def _in_processes(batches, tokenizer, workers, n) -> Iterator[Encoded]:
 
 
 @contextlib.contextmanager
-def _said_if_killed(workers: int):
+def _detect_killed_worker(workers: int):
   try:
     yield
   except (EOFError, OSError) as error:
     raise fields.ConfigError(
       'data.workers',
       workers,
-      'a process that encodes was killed, perhaps for want of memory; fewer of them need less',
+      'a worker process was killed, perhaps out of memory; fewer workers need less',
     ) from error
 
 
-def _received(under_way: dict, done: dict, turn: int, workers: int) -> list:
-  """Puts results into `done`, by the numbers of their batches; the pipes that
-  they came from. Where too many are done before their turn, the next alone."""
-  pipes = [pipe for pipe, numbers in under_way.items() if numbers]
+def _received(in_flight: dict, done: dict, turn: int, workers: int) -> list:
+  """Receives results into `done`, by batch number, and returns the pipes that they
+  came from. If too many are done out of order, waits for the next one only."""
+  pipes = [pipe for pipe, numbers in in_flight.items() if numbers]
   if len(done) >= 2 * workers:
-    pipes = [pipe for pipe in pipes if turn in under_way[pipe]]
+    pipes = [pipe for pipe in pipes if turn in in_flight[pipe]]
   ready = connection.wait(pipes)
   for pipe in ready:
-    with _said_if_killed(workers):
-      done[under_way[pipe].pop(0)] = pipe.recv()
+    with _detect_killed_worker(workers):
+      done[in_flight[pipe].pop(0)] = pipe.recv()
   return ready
 
 
 def _started(tokenizer: tokenizers.Tokenizer):
-  """(a process that encodes what comes through a pipe, our end of it)."""
+  """Returns (a worker that encodes the batches of a pipe, our end of the pipe)."""
   context = multiprocessing.get_context('spawn')
   ours, theirs = context.Pipe()
   process = context.Process(
     target=_work, args=(theirs, tokenizer.name, tokenizer.files), daemon=True
   )
-  # One that is started now never sees Ctrl-C; this one will end it. The tracker
-  # that starts with the first process would let it through again.
+  # The worker inherits the mask and never sees Ctrl-C; this process ends it. The
+  # resource tracker, started with the first worker, would unblock the signal.
   resource_tracker.ensure_running()
   old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     process.start()
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, old)
-    theirs.close()  # the only other end is the process's
+    theirs.close()  # so that only the worker holds it
   return process, ours
 
 
 def _work(pipe, name: str, files: tokenizers.Files) -> None:
-  """Ends with its pipe, as when the parent was killed. What comes is taken at
-  once: neither end waits for the other to read while it writes."""
+  """Encodes batches until the pipe closes, also when the parent was killed. A
+  thread receives at once, so that both ends never block on writing."""
   batches = queue.SimpleQueue()
 
   def receive():
@@ -359,13 +359,13 @@ def _work(pipe, name: str, files: tokenizers.Files) -> None:
         batches.put(pipe.recv())
     batches.put(None)
 
-  _gives_back()
+  _release_freed_memory()
   threading.Thread(target=receive, daemon=True).start()
   tokenizer = tokenizers.of_files(name, files)
   with contextlib.suppress(OSError):
     while (batch := batches.get()) is not None:
       try:
         result = encode(batch, tokenizer)
-      except Exception as error:  # noqa: BLE001 it is the parent's to raise
+      except Exception as error:  # noqa: BLE001 the parent raises it
         result = error
       pipe.send(result)

@@ -1,11 +1,10 @@
-"""Batches of windows in an order that only (seed, step) decides.
+"""Batches of windows in an order that depends on (seed, step) only.
 
-Floor 3: NumPy and grain. The order is one sequence of window indices, cut into
-global batches: of each split of a mixture a fresh permutation each epoch of its
-own, and the splits interleaved by their weights. Each process takes the rows
-of its devices out of a global batch of indices and reads only those, so step s
-is made of the same rows for any number of processes, and the data position is
-the step.
+NumPy and grain. The order is one sequence of window indices, split into global
+batches: each split of a mixture is shuffled anew in each of its epochs, and the
+splits are interleaved by weight. Each process takes the rows of its devices
+from a global batch of indices and reads only those, so that a step has the same
+rows for any number of processes, and the data position is the step.
 """
 
 import sys
@@ -18,7 +17,7 @@ from mtp_jax.config import fields
 from mtp_jax.data import windows
 
 Batch = dict[str, np.ndarray]
-Ranges = tuple[tuple[int, int], ...]  # (first batch, how many), rising
+Ranges = tuple[tuple[int, int], ...]  # (first batch, count), ascending
 
 
 def train_batches(
@@ -30,33 +29,33 @@ def train_batches(
   accumulate: int,
   seed: int,
   start_step: int = 0,
-  left_out: Ranges = (),
+  skipped_batches: Ranges = (),
   rows: np.ndarray | None = None,
   threads: int = 2,
   prefetch: int = 8,
 ) -> Iterator[Batch]:
-  """Endless {'tokens', 'position'}, int32 of shape (A, b, U), from start_step.
+  """Yields {'tokens', 'position'}, int32 of shape (A, b, U), without end.
 
   A = accumulate micro-batches of b rows, all batch_size / A of a micro-batch or
-  those of `rows`, of U = seq_len + span tokens; and 'scored', bool, if a split
-  of the mixture is masked. Seeking costs nothing.
+  those of `rows`, of U = seq_len + span tokens; also 'loss_mask', bool, if a
+  split of the mixture has one. Seeking is free.
 
   Args:
-    split: what to read, or several to mix.
-    seq_len: queries of a window; windows are this far apart.
-    span: further tokens a window carries for targets.
-    batch_size: windows of an optimizer step, over all processes.
-    accumulate: micro-batches of an optimizer step.
-    seed: of the order, 0 to 2**32 - 1.
+    split: what to read, or a mixture.
+    seq_len: queries per window; windows are this far apart.
+    span: further tokens per window, for the targets.
+    batch_size: windows per optimizer step, over all processes.
+    accumulate: micro-batches per optimizer step.
+    seed: random seed of the order, 0 to 2**32 - 1.
     start_step: step of the first batch.
-    left_out: batches of the order that no step reads.
+    skipped_batches: batches of the order that no step reads.
     rows: rows of each micro-batch to read (`sharding.local_rows`); None = all.
-    threads: that read rows; 0 = read when asked.
-    prefetch: steps read ahead.
+    threads: number of reader threads; 0 = read on demand.
+    prefetch: steps to read ahead.
 
   Raises:
-    ConfigError: no window in the split, a batch that cannot be divided, a seed
-      out of range.
+    ConfigError: a split without windows, an indivisible batch, a seed out of
+      range.
   """
   if isinstance(split, windows.Split):
     split = windows.Mixture((split,), (1,))
@@ -72,26 +71,26 @@ def train_batches(
   order = _index_batches(split.sizes(seq_len, span), split.weights, seed, batch_size)
   steps = (
     grain.MapDataset.range(start_step, sys.maxsize)
-    .map(lambda step: order[index_of(int(step), left_out)])
+    .map(lambda step: order[index_of(int(step), skipped_batches)])
     .map(read)
   )
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
   return iter(steps.to_iter_dataset(options))
 
 
-def index_of(step: int, left_out: Ranges) -> int:
-  """The place of a step's batch in the order."""
-  for first, count in left_out:
+def index_of(step: int, skipped_batches: Ranges) -> int:
+  """Returns the index of a step's batch in the order."""
+  for first, count in skipped_batches:
     if step >= first:
       step += count
   return step
 
 
-def leave_out(left_out: Ranges, first: int, last: int) -> Ranges:
-  """`left_out` and batches first..last: rising ranges that do not touch."""
+def leave_out(skipped_batches: Ranges, first: int, last: int) -> Ranges:
+  """Returns `skipped_batches` with first..last added: ascending, disjoint ranges."""
   first = max(first, 0)
   found: list[list[int]] = []
-  for begin, count in sorted([*left_out, (first, last - first + 1)]):
+  for begin, count in sorted([*skipped_batches, (first, last - first + 1)]):
     if found and begin <= sum(found[-1]):
       found[-1][1] = max(sum(found[-1]), begin + count) - found[-1][0]
     else:
@@ -102,29 +101,29 @@ def leave_out(left_out: Ranges, first: int, last: int) -> Ranges:
 def row_indices(
   sizes: Sequence[int], weights: Sequence[int], seed: int, batch_size: int, step: int
 ) -> np.ndarray:
-  """Windows that a training step reads, in the order of the global batch.
+  """Returns the windows of a training step, in the order of the global batch.
 
   Args:
-    sizes: windows of each split.
-    weights: of each split, positive integers: shares of windows.
-    seed: of the order.
-    batch_size: windows of a step.
-    step: which.
+    sizes: number of windows per split.
+    weights: positive integer per split, its share of the windows.
+    seed: random seed of the order.
+    batch_size: windows per step.
+    step: training step.
 
   Returns:
-    numbers of windows, counted through all splits, as windows.Mixture does.
+    indices of windows, numbered over all splits, as in windows.Mixture.
   """
   return _index_batches(sizes, weights, seed, batch_size)[step]
 
 
 def interleave(row: int, weights: Sequence[int]) -> tuple[int, int]:
-  """Row of a mixture -> (which part it is of, how many rows of it came before).
+  """Maps a row of a mixture to (its part, the number of earlier rows of that part).
 
-  The first part takes every row at which row * weight / sum(weights) passes a
-  whole number; what it leaves goes to the others in the same way. So sum(
-  weights) rows in a row that begin at a multiple of it hold exactly weight rows
-  of each part, and any number of first rows of it are less than one off for the
-  first part.
+  The first part takes every row at which row * weight / sum(weights) passes an
+  integer; the remaining rows are distributed over the other parts in the same
+  way. So each aligned block of sum(weights) rows has exactly `weight` rows of
+  each part, and every prefix of it deviates by less than one row for the first
+  part.
   """
   left = sum(weights)
   for part, weight in enumerate(weights):
@@ -144,13 +143,12 @@ def eval_batches(
   limit: int | None = None,
   rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-  """Every window once, in store order, as {'tokens', 'position'} (1, b, U), and
-  'scored' of a masked split.
+  """Yields every window once, in store order, as {'tokens', 'position'} (1, b, U),
+  with 'loss_mask' if the split has one.
 
-  The last batch is filled up with rows of token 0 at position 0 throughout,
-  which hold no valid target. At most limit batches, of windows that are as far
-  apart as the split allows: its beginning may be one long document. Of each
-  batch the given rows, None = all.
+  The last batch is padded with rows of token 0 at position 0, which have no
+  valid target. At most limit batches, of windows spread evenly over the split,
+  since its start may be one long document. rows: as in `train_batches`.
   """
   _check_windows(split, seq_len, span)
   _check_divides(batch_size, 1)
@@ -183,18 +181,18 @@ def _index_batches(sizes, weights, seed: int, batch_size: int):
 
 
 def _read(split, rows_AB: np.ndarray, seq_len: int, span: int) -> Batch:
-  """The windows; a row past the last one stays 0."""
+  """Reads the windows; rows past the last window are 0."""
   n_windows = split.n_windows(seq_len, span)
   shape = (*rows_AB.shape, seq_len + span)
   batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'position')}
   if split.masked:
-    batch['scored'] = np.zeros(shape, bool)
+    batch['loss_mask'] = np.zeros(shape, bool)
   for place, row in np.ndenumerate(rows_AB):
     if row < n_windows:
       tokens_U, position_U = split.window(row, seq_len, span)
       batch['tokens'][place], batch['position'][place] = tokens_U, position_U
       if split.masked:
-        batch['scored'][place] = split.mask(row, seq_len, span)
+        batch['loss_mask'][place] = split.mask(row, seq_len, span)
   return batch
 
 

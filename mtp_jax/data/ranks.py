@@ -1,8 +1,7 @@
-r"""Vocabularies of tiktoken's form: a token in base64 and its rank per line.
+r"""Vocabularies in tiktoken's format: a base64 token and its rank per line.
 
-Floor 2: standard library. They become a tokenizer.json, as Llama 3's
-tokenizer.model does: its regular expression and its 256 special tokens stand
-in no file, but in Meta's code
+They are converted to a tokenizer.json, as Llama 3's tokenizer.model is: its
+regular expression and its 256 special tokens are in no file, only in Meta's code
 (https://github.com/meta-llama/llama3/blob/main/llama/tokenizer.py).
 """
 
@@ -17,14 +16,14 @@ BEGIN, END, TURN = '<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>'
 
 
 def specials() -> list[str]:
-  """Llama 3's special tokens, by id after the last rank."""
+  """Returns Llama 3's special tokens, in order of their ids after the last rank."""
   named = {0: BEGIN, 1: END, 6: '<|start_header_id|>', 7: '<|end_header_id|>', 9: TURN}
   reserved = (f'<|reserved_special_token_{i}|>' for i in range(256))
   return [named.get(i) or next(reserved) for i in range(256)]
 
 
 def parse(data: bytes) -> dict[bytes, int]:
-  """Token -> rank; ValueError unless ranks are 0, 1, … and hold all bytes."""
+  """Returns token -> rank; raises ValueError unless ranks are 0, 1, … and cover all bytes."""
   found = {}
   for line in data.splitlines():
     if line.strip():
@@ -38,7 +37,7 @@ def parse(data: bytes) -> dict[bytes, int]:
 
 
 def files(data: bytes) -> dict[str, bytes]:
-  """tokenizer.json, and which tokens begin and end a text."""
+  """Returns tokenizer.json, and the files that name its BOS and EOS tokens."""
   ranks = parse(data)
   letters = byte_letters()
 
@@ -110,7 +109,7 @@ def _begins_with(name: str, token: int) -> dict:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-  """Pairs of tokens whose joint is one, that of the lowest rank first."""
+  """Returns the pairs of tokens that merge to a token, by its rank."""
   found = [
     (rank, ranks[token[:i]], ranks[token[i:]], token[:i], token[i:])
     for token, rank in ranks.items()
@@ -121,8 +120,8 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def byte_letters() -> list[str]:
-  """What a byte-level vocabulary writes for each byte, as GPT-2 did: a
-  printable Latin-1 byte is itself, the n-th other one 256 + n."""
+  """Returns the character of each byte in a byte-level vocabulary, as in GPT-2:
+  a printable Latin-1 byte is itself, the n-th other one is 256 + n."""
   plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [b for b in range(256) if b not in plain]
   return [chr(b if b in plain else 256 + others.index(b)) for b in range(256)]

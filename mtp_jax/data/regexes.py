@@ -1,13 +1,13 @@
-r"""Which characters a match of a regular expression can hold beside each other.
+r"""Which pairs of adjacent characters a match of a regular expression can contain.
 
-Floor 2: standard library. The form is that of pre-tokenizers (Oniguruma, of
-which only what they use). Each character of an expression is a position
-(Glushkov 1961, https://doi.org/10.1070/RM1961v016n05ABEH004112): `first` and
-`last` are those where a match can begin and end, `follow` pairs of which the
-second can come right after the first. A match that holds characters c and d
-beside each other has such a pair, of one that accepts c and one that accepts d.
+The syntax is that of pre-tokenizers (the part of Oniguruma that they use). Each
+character of an expression is a position (Glushkov 1961,
+https://doi.org/10.1070/RM1961v016n05ABEH004112): a match can start at `first`
+and end at `last` positions, and `follow` holds pairs of which the second can
+come right after the first. A match that contains characters c and d next to
+each other implies such a pair, of which one accepts c and the other d.
 
-A lookahead is a position that accepts nothing and that need not be there.
+A lookahead is an optional position that accepts nothing.
 """
 
 import unicodedata
@@ -18,7 +18,7 @@ Accepts = Callable[[str], bool]
 
 
 class Unsupported(ValueError):
-  """What this file does not read."""
+  """Raised for syntax outside of the supported subset."""
 
 
 class Position(NamedTuple):
@@ -38,19 +38,19 @@ EMPTY = Node(True, frozenset(), frozenset(), frozenset())
 
 
 def parse(regex: str) -> list[Node]:
-  """The alternatives of an expression; Unsupported if it cannot be read."""
+  """Returns the alternatives of an expression; raises Unsupported."""
   parser = _Parser(regex)
   found = parser.alternatives()
   if parser.text:
     raise Unsupported(regex)
   if any(node.nullable for node in found):
-    raise Unsupported(f'{regex} matches nothing at all')
+    raise Unsupported(f'{regex} matches the empty string')
   return found
 
 
 def may_hold(found: list[Node], before: str, after: str) -> bool:
-  """Whether a match can reach from one character to the other beside it, or
-  look there."""
+  """Whether a match can span these two adjacent characters, or look ahead from
+  the first to the second."""
   return any(
     p.accepts(before) and (q.looks_ahead or q.accepts(after))
     for node in found
@@ -59,11 +59,11 @@ def may_hold(found: list[Node], before: str, after: str) -> bool:
 
 
 def always_takes(found: list[Node], char: str) -> bool:
-  """Whether a match that begins at this character exists, whatever follows."""
+  """Whether some match starts at this character, whatever follows."""
   for node in found:
     starts = [p for p in node.first if p.looks_ahead or p.accepts(char)]
     everywhere = node.first | node.last | {p for pair in node.follow for p in pair}
-    # One of them alone, since a possessive quantifier gives nothing back.
+    # Exactly one start, since a possessive quantifier does not backtrack.
     if len(starts) == 1 and starts[0] in node.last and not any(p.looks_ahead for p in everywhere):
       return True
   return False
@@ -122,7 +122,7 @@ def _nothing(char: str) -> bool:
 
 
 class _Parser:
-  """Takes what it has read off its text."""
+  """Recursive-descent parser, which consumes its text."""
 
   def __init__(self, text: str):
     self.text, self.n, self.any_case = text, 0, False
@@ -136,7 +136,7 @@ class _Parser:
 
   def one(self) -> str:
     if not self.text:
-      raise Unsupported('it ends too soon')
+      raise Unsupported('unexpected end')
     char, self.text = self.text[0], self.text[1:]
     return char
 
@@ -168,9 +168,9 @@ class _Parser:
         if most != '1' and (comma or least != '1'):
           node = _repeated(node)
         optional = int(least or 0) == 0
-        if int(least or 0) > 1:  # one is not enough: as if it looked ahead
+        if int(least or 0) > 1:  # one repetition is not enough: treated as a lookahead
           node = _then(node, self.position(_nothing, looks_ahead=True))
-      else:  # after another one it is lazy, possessive or a repetition
+      else:  # after another quantifier: lazy, possessive or a repetition
         node = _repeated(node) if mark in '*+' else node
         optional = mark in '*?'
       node = node._replace(nullable=node.nullable or optional)
@@ -187,7 +187,7 @@ class _Parser:
         raise Unsupported('a lookahead')
       self.atom()  # of one character
       if not self.take(')'):
-        raise Unsupported('a lookahead of more than a character')
+        raise Unsupported('a lookahead of several characters')
       return self.position(_nothing, looks_ahead=True)
     if self.text.startswith('('):
       return self.group()
@@ -231,7 +231,7 @@ class _Parser:
         raise Unsupported(r'\p')
       name = self.until('}')
       if self.any_case and name.removeprefix('^') in ('Lu', 'Ll', 'Lt'):
-        raise Unsupported('a case, in either case')
+        raise Unsupported('a case category, case-insensitive')
       accepts = _of_category(name.removeprefix('^'))
       return _not(accepts) if (char == 'P') != name.startswith('^') else accepts
     if char.lower() in CLASSES:
@@ -246,11 +246,11 @@ class _Parser:
   def set(self) -> Accepts:
     negated = bool(self.take('^'))
     if negated and self.any_case:
-      raise Unsupported('a set of what is not, in either case')
+      raise Unsupported('a negated set, case-insensitive')
     parts = []
     while not self.take(']'):
       if self.text[:1] == '[' or self.text.startswith('&&'):
-        raise Unsupported('a set in a set')
+        raise Unsupported('a nested set')
       start = self.text
       accepts = self.escaped() if self.take('\\') else self.literal(self.one())
       if self.text[:1] == '-' and self.text[1:2] not in ('', ']'):

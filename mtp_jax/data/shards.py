@@ -1,9 +1,9 @@
-"""Files of one split: written in order, checked when they are opened and read.
+"""The shard files of a split: written in order, checked on opening and reading.
 
-Floor 2: standard library and NumPy. Each file goes to disk with a record of its
-size and sha256. A file that changes while a run reads it ends the run: a memory
-map would give SIGBUS, or zeros, and holds a descriptor per file. Letters: M
-documents, P tokens of the spool.
+Standard library and NumPy. The size and sha256 of each file are recorded. A file
+that changes while a run reads it ends the run; a memory map would give SIGBUS or
+zeros instead, and holds a descriptor per file. Letters: M documents, P tokens of
+the spool.
 """
 
 import functools
@@ -19,19 +19,19 @@ from mtp_jax.data import spool as spool_lib
 from mtp_jax.data import windows
 from mtp_jax.io import paths
 
-COPIED = 2**20  # bytes at once
+COPIED = 2**20  # bytes per copy
 OFFSET_DTYPE = '<u8'
 
 
 def write_split(
   folder: pathlib.Path, spool: spool_lib.Spool, rows_M: np.ndarray, shard_tokens: int
 ) -> dict:
-  """Writes rows of the spool in this order; returns the manifest's entry."""
+  """Writes rows of the spool in this order; returns the entry of the manifest."""
   folder.mkdir()
   start_M = (np.cumsum(spool.length_M) - spool.length_M)[rows_M]
   length_M = spool.length_M[rows_M]
-  # One document with cuts gives every shard of the store a mask.
-  cuts = [spool.cuts[row] for row in rows_M] if any(spool.cuts) else []
+  # A single document with loss spans gives every shard of the store a mask.
+  loss_spans = [spool.loss_spans[row] for row in rows_M] if any(spool.loss_spans) else []
   width = np.dtype(spool.dtype).itemsize
   with open(spool.path, 'rb', buffering=0) as file:
     entries = [
@@ -42,7 +42,7 @@ def write_split(
         width,
         start_M[first:last],
         length_M[first:last],
-        cuts[first:last],
+        loss_spans[first:last],
       )
       for number, (first, last) in enumerate(_bounds(length_M, shard_tokens))
     ]
@@ -53,14 +53,16 @@ def write_split(
     'bytes': int(spool.bytes_M[rows_M].sum()),
     'shards': entries,
   }
-  if cuts:
+  if loss_spans:
     entry['scored'] = sum(shard['scored'] for shard in entries)
   return entry
 
 
-def _write_shard(folder, number: int, spool: int, width: int, start_M, length_M, cuts) -> dict:
+def _write_shard(
+  folder, number: int, spool: int, width: int, start_M, length_M, loss_spans
+) -> dict:
   pairs = zip(start_M.tolist(), length_M.tolist(), strict=True)
-  parts = (  # not mapped, or all of it would be counted as memory in use
+  parts = (  # not memory-mapped: mapped pages count as memory in use
     os.pread(spool, min(width * length - at, COPIED), width * start + at)
     for start, length in pairs
     for at in range(0, width * length, COPIED)
@@ -72,29 +74,29 @@ def _write_shard(folder, number: int, spool: int, width: int, start_M, length_M,
     'tokens_file': write_file(folder / f'tokens-{number:05d}.bin', parts),
     'offsets_file': write_file(folder / f'offsets-{number:05d}.bin', [offset_M]),
   }
-  if cuts:
+  if loss_spans:
     entry['scored'] = 0
 
     def masks():
-      for length, cuts_of_one in zip(length_M.tolist(), cuts, strict=True):
-        scored_T = mask(length, cuts_of_one)
-        entry['scored'] += int(scored_T.sum())
-        yield scored_T
+      for length, spans in zip(length_M.tolist(), loss_spans, strict=True):
+        loss_mask_T = mask(length, spans)
+        entry['scored'] += int(loss_mask_T.sum())
+        yield loss_mask_T
 
     entry['scored_file'] = write_file(folder / f'scored-{number:05d}.bin', masks())
   return entry
 
 
-def mask(length: int, cuts: tuple[int, ...]) -> np.ndarray:
-  """scored_T of a document of so many tokens, switched on and off at cuts."""
-  if not cuts:
+def mask(length: int, loss_spans: tuple[int, ...]) -> np.ndarray:
+  """Returns the loss mask (T,) of a document, which switches at each of loss_spans."""
+  if not loss_spans:
     return np.ones(length, bool)
-  switched_T = np.bincount(cuts, minlength=length)  # two in one place cancel
+  switched_T = np.bincount(loss_spans, minlength=length)  # two at the same token cancel
   return np.cumsum(switched_T) % 2 == 1
 
 
 def _bounds(length_M, shard_tokens: int) -> Iterator[tuple[int, int]]:
-  """Fills shards in order with as many documents as fit, at least one."""
+  """Yields (first, last) document per shard: as many as fit, at least one."""
   end_M, first = np.cumsum(length_M), 0
   shard_tokens = min(shard_tokens, 2**62)  # as an int64 below
   while first < len(end_M):
@@ -126,16 +128,16 @@ def sync_folder(path: pathlib.Path):
     os.close(handle)
 
 
-OPEN_FILES = 64  # descriptors of shards that a process holds
-READ_BYTES = 2**30  # at most, by one system call
+OPEN_FILES = 64  # shard descriptors that a process keeps open
+READ_BYTES = 2**30  # limit per system call
 
 
 class File:
-  """A file of numbers, as an array that is read by slices.
+  """A file of numbers as an array, which is read by slices.
 
-  Raises FileChanged when the file no longer has the size and time of change
-  that it had when the store was opened. (Its inode is not compared: some
-  network file systems number anew what they forgot.)
+  Raises FileChanged if the file no longer has the size and modification time
+  that it had when the store was opened. (Inodes are not compared: some network
+  file systems renumber them.)
   """
 
   def __init__(self, root: pathlib.Path, record: dict, dtype: str, verify):
@@ -153,7 +155,7 @@ class File:
     try:
       handle = _descriptor(self)
       data = _read(handle.number, width * max(last - first, 0), width * first)
-      # Afterwards, so that what was read is from before any change.
+      # After reading, so that the data is from before any change.
       now = _stamp(os.fstat(handle.number))
     except OSError as error:
       raise self._changed(error.strerror) from error
@@ -171,7 +173,7 @@ class File:
 
 
 class _Descriptor:
-  """Closed when nobody reads from it any more, in whichever thread."""
+  """A file descriptor, closed when no thread uses it any more."""
 
   def __init__(self, number: int):
     self.number = number
@@ -202,7 +204,7 @@ def _stamp(stat: os.stat_result) -> tuple[int, int]:
 def open_split(
   root: pathlib.Path, name: str, entry: dict, dtype: str, verify: bool
 ) -> windows.Split:
-  """The files of the manifest's entry, once they are known to be whole."""
+  """Opens the files of a split, after checking them against its manifest entry."""
   files = [
     tuple(File(root, shard[key], of_file, verify) for shard in entry['shards'] if key in shard)
     for key, of_file in (
@@ -215,12 +217,12 @@ def open_split(
 
 
 def checked(root: pathlib.Path, record: dict, verify: bool) -> tuple[pathlib.Path, tuple[int, int]]:
-  """Path and stamp of a file that is as write_file left it, or raises
-  ConfigError."""
+  """Returns the path and stamp of a file that is as write_file left it; raises
+  ConfigError if it is not."""
   path = root / record['file']
   try:
     if not paths.is_within(record['file']):
-      raise OSError(0, 'it lies elsewhere')
+      raise OSError(0, 'is outside of the store')
     stamp = _stamp(path.stat())
     problem = _problem(path, record, stamp[0], verify)
   except OSError as error:
@@ -232,10 +234,10 @@ def checked(root: pathlib.Path, record: dict, verify: bool) -> tuple[pathlib.Pat
 
 def _problem(path, record: dict, size: int, verify: bool) -> str:
   if size != record['size']:
-    return f'it has {size} bytes instead of {record["size"]}'
+    return f'has {size} bytes instead of {record["size"]}'
   if verify:
     with open(path, 'rb') as file:
       sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     if sha256 != record['sha256']:
-      return 'it is damaged, its checksum is wrong'
+      return 'is corrupt: checksum mismatch'
   return ''

@@ -1,17 +1,17 @@
 r"""Where a text can be split so that its pieces have the tokens of the whole.
 
-Floor 2: standard library and NumPy; what else it needs is imported inside.
-Three proofs are known, all from the files of a tokenizer:
+Standard library and NumPy; other libraries are imported in the functions that
+need them. Three proofs are used, all from the files of a tokenizer:
 
-- Byte-pair encoding merges within the vocabulary. If no token has two
-  characters beside each other, no merge reaches over the place between them,
-  and merges on one side do not see the other.
-- A pre-tokenizer splits a text into words, each encoded by itself. If no match
-  of its regular expression holds two characters beside each other, and the
-  first is always in one (regexes.py), a word ends between them.
-- A normalizer rewrites a text. Those known here do it character by character,
-  or by a table or a normal form that takes a space and no letter before it
-  together.
+- Byte-pair encoding merges within the vocabulary. If no token contains two
+  adjacent characters, no merge spans the place between them, and merges on one
+  side do not depend on the other.
+- A pre-tokenizer splits a text into words, each encoded separately. If no match
+  of its regular expression contains two adjacent characters, and the first is
+  always in a match (regexes.py), a word ends between them.
+- A normalizer rewrites a text. Those supported here do it character by
+  character, or by a table or a normal form that never combines a space with a
+  letter before it.
 
 Where nothing is proven, there is no rule: None.
 """
@@ -43,10 +43,9 @@ def rule(tokenizer: tokenizers.Tokenizer) -> SafeSplit | None:
 
 
 def pieces(blocks: Iterable[str], is_safe: SafeSplit, size: int) -> Iterator[str]:
-  """Splits a text, given in blocks, at safe places: '' for ''.
+  """Splits a text, given in blocks, at safe places; yields '' for ''.
 
-  A piece has at most twice `size` characters, or up to the next block that has
-  a safe place.
+  A piece has at most twice `size` characters, unless a block has no safe place.
   """
   held, n = [], 0
   for block in blocks:
@@ -65,7 +64,7 @@ def pieces(blocks: Iterable[str], is_safe: SafeSplit, size: int) -> Iterator[str
 
 
 def _last(text: str, is_safe: SafeSplit) -> int:
-  """The last safe place within a text; 0 if there is none."""
+  """Returns the last safe place within a text; 0 if there is none."""
   for at in range(len(text) - 1, 0, -1):
     if is_safe(text[at - 1], text[at]):
       return at
@@ -73,11 +72,11 @@ def _last(text: str, is_safe: SafeSplit) -> int:
 
 
 def between_pieces(model: bytes, *kinds: str) -> SafeSplit | None:
-  """Safe is what no piece of a SentencePiece model of these kinds spans.
+  """Returns the places that no piece of a SentencePiece model of these kinds spans.
 
-  Where it normalizes, that is between a letter or digit that it leaves alone
-  and a space. Unknown characters are joined, unless they become bytes: of the
-  two, the first is to be known.
+  If the model normalizes, these are between a letter or digit that it does not
+  change and a space. Unknown characters are joined unless they become bytes, so
+  that the first of the two must be known.
   """
   try:
     import sentencepiece
@@ -125,11 +124,11 @@ USUAL_LETTERS = string.ascii_letters + string.digits
 
 @functools.lru_cache(8)
 def _takes_spaces(charsmap: bytes) -> bool:
-  """Whether the table of a normalizer has a key with a space beside another
+  """Whether the table of a normalizer has a key with a space next to another
   character.
 
-  It is the size of a double array, that array of uint32 (darts-clone,
-  https://github.com/s-yata/darts-clone), and texts.
+  The table holds the size of a double array, the array itself, uint32
+  (darts-clone, https://github.com/s-yata/darts-clone), and texts.
   """
   if not charsmap:
     return False
@@ -138,7 +137,7 @@ def _takes_spaces(charsmap: bytes) -> bool:
   labels = units & (2**31 | 0xFF)
   offsets = (units >> 10) << ((units & 2**9) >> 6)
 
-  def below(places):  # one more byte, and which one; ends are shared
+  def below(places):  # (child nodes, their byte); suffixes are shared
     found = (places ^ offsets[places])[:, None] ^ np.arange(1, 256)
     is_there = found < len(units)
     is_there &= labels[np.minimum(found, len(units) - 1)] == np.arange(1, 256)
@@ -159,7 +158,7 @@ def _takes_spaces(charsmap: bytes) -> bool:
 
 
 def between_pairs(names: Iterable[str]) -> SafeSplit:
-  """Safe is what stands beside each other in no name."""
+  """Returns a rule by which two characters adjacent in no name are safe."""
   spaced = [name.replace(tokenizers.SPACE, ' ') for name in names]
   inside = {name[i : i + 2] for name in spaced for i in range(len(name) - 1)}
 
@@ -197,14 +196,14 @@ def _of_json(about: dict) -> SafeSplit | None:
 
 
 def _forms(token: dict, normalizers: list[dict]) -> set[str]:
-  """How an added token may be written; {} if that is not known."""
+  """Returns the spellings of an added token in a text; {} if unknown."""
   name = token['content']
   found = {name, name.casefold()}
   if not token['normalized']:
     return found
   if normalizers and not name.isascii():
     return set()
-  for step in normalizers:  # those that `_normalized` knows
+  for step in normalizers:  # those that `_normalized` supports
     if step['type'] == 'Replace':
       text = step['pattern'].get('String')
       if text:
@@ -222,8 +221,8 @@ def _forms(token: dict, normalizers: list[dict]) -> set[str]:
 
 
 def _away_from(names: dict[str, set[str]]) -> SafeSplit:
-  """Safe is what is in no added token, and not right after one: there a text
-  begins anew, and may get a prefix."""
+  """Returns a rule by which places in or right after an added token are unsafe:
+  the text after one is encoded anew, and may get a prefix."""
   inner = {x for forms in names.values() for form in forms for x in form[1:]}
   last = {form[-1:] for forms in names.values() for form in forms}
 
@@ -235,11 +234,11 @@ def _away_from(names: dict[str, set[str]]) -> SafeSplit:
   return is_away
 
 
-USUAL = ('a ', 'a\n', '. ', '\u4e2d\uff0c', 'a.')  # where it may be safe
+USUAL = ('a ', 'a\n', '. ', '\u4e2d\uff0c', 'a.')  # candidates for safe places
 
 
 def _steps(about: dict | None, kind: str) -> list[dict]:
-  """What a normalizer or pre-tokenizer does, one after the other."""
+  """Returns the steps of a normalizer or pre-tokenizer, flattened."""
   if about is None:
     return []
   if about['type'] == 'Sequence':
@@ -248,10 +247,10 @@ def _steps(about: dict | None, kind: str) -> list[dict]:
 
 
 def _between_words(about: dict, names: dict[str, set[str]]) -> SafeSplit:
-  """Safe is where the pre-tokenizer ends a word, whatever stands around.
+  """Returns a rule by which places where the pre-tokenizer always ends a word are safe.
 
-  A word is encoded by itself. Normalizers and pre-tokenizers are known here by
-  what they do at a place between two characters: `_normalized` and `_parted`.
+  Words are encoded separately. `_normalized` and `_is_parted` describe what
+  normalizers and pre-tokenizers do at a place between two characters.
   """
   normalizers = _steps(about['normalizer'], 'normalizers')
   if normalizers and not all(name.isascii() for name in names):
@@ -275,8 +274,8 @@ def _between_words(about: dict, names: dict[str, set[str]]) -> SafeSplit:
 
 
 def _is_plain(char: str) -> bool:
-  """Whether all versions of Unicode agree about it, and Oniguruma with itself:
-  it takes ½ for \\w, but not within a set."""
+  """Whether all versions of Unicode agree about a character, and Oniguruma is
+  consistent: it accepts ½ as \\w, but not within a set."""
   if char < ' ':
     return char in '\t\n\r'
   if char in '\xb2\xb3\xb9\xbc\xbd\xbe':
@@ -286,7 +285,7 @@ def _is_plain(char: str) -> bool:
 
 
 def _is_steady(char: str) -> bool:
-  """Whether normal forms leave it alone, and what stands before it."""
+  """Whether normal forms change neither the character nor the one before it."""
   if char.isascii():
     return True
   return (unicodedata.category(char)[0] in 'PZ' or '\u4e00' <= char <= '\u9fa5') and all(
@@ -295,8 +294,8 @@ def _is_steady(char: str) -> bool:
 
 
 def _normalized(step: dict, before: str, afters: set[str]) -> set[str]:
-  """What may stand after `before` then; {} if that is not known, or reaches
-  over the place between."""
+  """Returns the characters that may follow `before` after a normalizer step; {} if
+  unknown, or if the step spans the place between."""
   kind, known = step['type'], set()
   both = {before, *afters}
   if kind in ('NFC', 'NFD', 'NFKC', 'NFKD', 'StripAccents'):
@@ -306,7 +305,7 @@ def _normalized(step: dict, before: str, afters: set[str]) -> set[str]:
     known = afters if all(x.isascii() and x == x.lower() for x in both) else known
   elif kind == 'Prepend':
     known = afters
-  elif kind == 'Strip':  # what it strips is at an end, which neither is
+  elif kind == 'Strip':  # strips at the ends only
     known = afters if not regexes.is_space(before) else known
   elif kind in ('BertNormalizer', 'Nmt'):
     known = afters if _is_small(before) and afters <= set(SPACES) else known
@@ -328,8 +327,8 @@ def _is_small(char: str) -> bool:
 
 @functools.lru_cache(2**10)
 def _keeps(charsmap: str, chars: tuple[str, ...]) -> bool:
-  """Whether SentencePiece's table leaves each alone. What it takes together is
-  one grapheme, and between a letter and a space one ends."""
+  """Whether SentencePiece's table changes none of the characters. It rewrites
+  whole graphemes, and one ends between a letter and a space."""
   from tokenizers import normalizers
 
   fast = normalizers.Precompiled(base64.b64decode(charsmap))
@@ -355,7 +354,7 @@ GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 def _parsed(step: dict) -> tuple[dict, list[regexes.Node]]:
-  """(step, the alternatives of its expression)."""
+  """Returns (step, the alternatives of its regular expression)."""
   regex = ''
   if step['type'] == 'ByteLevel' and step.get('use_regex', True):
     regex = GPT_2
@@ -368,8 +367,8 @@ def _parsed(step: dict) -> tuple[dict, list[regexes.Node]]:
 
 
 def _is_parted(steps, before: str, after: str) -> bool:
-  """Whether a step always ends a word between the two, and none before it sees
-  what is on the other side."""
+  """Whether a step always ends a word between the two, and no earlier step
+  depends on the other side."""
   for step, found in steps:
     kind = step['type']
     if kind == 'Metaspace':
@@ -397,7 +396,7 @@ def _is_parted(steps, before: str, after: str) -> bool:
         return False
       if regexes.always_takes(found, before):
         return True
-      if kind == 'ByteLevel':  # what comes next sees bytes
+      if kind == 'ByteLevel':  # the next step sees bytes
         return False
     elif kind == 'Punctuation':
       if step.get('behavior', 'Isolated') not in ('Isolated', 'Removed'):
@@ -408,7 +407,7 @@ def _is_parted(steps, before: str, after: str) -> bool:
 
 
 def _merges_freely(about: dict) -> bool:
-  """Whether a text is merged as a whole, by its characters alone."""
+  """Whether merges apply to the text as a whole, and depend on its characters only."""
   model, steps = about['model'], _steps(about['normalizer'], 'normalizers')
   before = _steps(about['pre_tokenizer'], 'pretokenizers')
   return (

@@ -1,7 +1,7 @@
 """The spool: documents encoded once, in reading order, into one file.
 
-Floor 2: standard library and NumPy. What a document is worth to the store stays
-in memory (hash, tokens, bytes); its tokens go to disk. Letters: M documents.
+Standard library and NumPy. The metadata of a document (hash, tokens, bytes) is
+kept in memory, its tokens on disk. Letters: M documents.
 """
 
 import array
@@ -18,27 +18,27 @@ Progress = Callable[[int, int, int], None]  # documents, tokens, bytes so far
 
 
 class Spool(NamedTuple):
-  """All documents in reading order: tokens in a file, the rest here."""
+  """All documents in reading order: tokens in a file, metadata in memory."""
 
   path: pathlib.Path
   dtype: str
   digest_M4: np.ndarray  # `digest` as four uint64
   length_M: np.ndarray  # tokens
   bytes_M: np.ndarray  # UTF-8 bytes of the text
-  cuts: list[tuple[int, ...]]  # as in Document, but in tokens; a document each
+  loss_spans: list[tuple[int, ...]]  # per document, as in Document, but in tokens
   duplicates: int
   empty: int
 
 
 def digest(document: documents.Document) -> bytes:
-  """sha256 of the text and of what is scored of it: the document's identity.
-  One that is drawn has its name's as well, but for the last word, so that equal
-  ones are of the same split."""
+  """Returns the sha256 of the text and its loss spans, the document's identity.
+  For a drawn document it depends on the name as well, except for the last word,
+  so that equal texts belong to the same split."""
   return _digest(document)[0]
 
 
 def _digest(document: documents.Document) -> tuple[bytes, int]:
-  """(digest, bytes of the text)."""
+  """Returns (digest, bytes of the text)."""
   if document.read or len(document.text) > documents.BLOCK:
     sha256, n_bytes = hashlib.sha256(), 0
     for block in document.blocks():
@@ -48,8 +48,8 @@ def _digest(document: documents.Document) -> tuple[bytes, int]:
   else:  # most are short, and many
     data = document.text.encode()
     sha256, n_bytes = hashlib.sha256(data), len(data)
-  if document.cuts:  # after a byte that UTF-8 does not have
-    sha256.update(b'\xff' + repr(document.cuts).encode())
+  if document.loss_spans:  # after a byte that is not in UTF-8
+    sha256.update(b'\xff' + repr(document.loss_spans).encode())
   found = sha256.digest()
   if document.drawn:
     named = hashlib.sha256(found + document.name.encode()).digest()
@@ -58,13 +58,13 @@ def _digest(document: documents.Document) -> tuple[bytes, int]:
 
 
 def held_out(digest_M4: np.ndarray, fraction: float) -> np.ndarray:
-  """Which documents are of the valid split: the last word of the digest says.
-  The order of the store does not depend on it."""
+  """Returns which documents are in the validation split, by the last word of the
+  digest, on which the order of the store does not depend."""
   return digest_M4[..., 3] < np.uint64(int(fraction * 2**64))
 
 
 def words(digests: bytes) -> np.ndarray:
-  """Digests one after another -> (M, 4) uint64."""
+  """Converts concatenated digests to (M, 4) uint64."""
   return np.frombuffer(digests, '>u8').reshape(-1, 4)
 
 
@@ -75,45 +75,51 @@ def fill(
   progress: Progress | None = None,
   workers: int = 1,
 ) -> Spool:
-  """Writes the tokens of every new document to path."""
+  """Encodes every new document, and writes the tokens to path."""
   digests, sizes, lengths = bytearray(), array.array('q'), array.array('q')
-  cuts, left_out = [], dict(duplicates=0, empty=0)
+  loss_spans, skipped = [], dict(duplicates=0, empty=0)
   n_tokens = n_bytes = 0
-  new = _new(found, digests, sizes, left_out)
-  begun, begun_cuts = 0, ()  # tokens and cuts of a document that goes on
+  new = _new(found, digests, sizes, skipped)
+  begun, begun_spans = 0, ()  # tokens and loss spans of a partial document
   with open(path, 'wb', buffering=2**20) as file:
     for batch in encoding.run(new, tokenizer, workers):
       file.write(batch.tokens_P)
-      length_M, batch_cuts = batch.length_M.tolist(), batch.cuts
+      length_M, batch_spans = batch.length_M.tolist(), batch.loss_spans
       if begun:
-        batch_cuts = [begun_cuts + tuple(begun + at for at in batch_cuts[0])]
+        batch_spans = [begun_spans + tuple(begun + at for at in batch_spans[0])]
         length_M = [begun + length_M[0]]
-      if batch.goes_on:
-        (begun,), (begun_cuts,) = length_M, batch_cuts
+      if batch.is_partial:
+        (begun,), (begun_spans,) = length_M, batch_spans
       else:
-        begun, begun_cuts = 0, ()
+        begun, begun_spans = 0, ()
         lengths.extend(length_M)
-        cuts += batch_cuts
+        loss_spans += batch_spans
       n_tokens += batch.tokens_P.size
       n_bytes += batch.n_bytes
       if progress:
         progress(len(lengths), n_tokens, n_bytes)
   length_M, bytes_M = (np.array(x, np.int64) for x in (lengths, sizes))
   return Spool(
-    path, encoding.dtype(tokenizer.vocab_size), words(digests), length_M, bytes_M, cuts, **left_out
+    path,
+    encoding.dtype(tokenizer.vocab_size),
+    words(digests),
+    length_M,
+    bytes_M,
+    loss_spans,
+    **skipped,
   )
 
 
-def _new(found, digests, sizes, left_out) -> Iterator[documents.Document]:
-  """Documents with a text that was not there yet; notes what it passes on."""
+def _new(found, digests, sizes, skipped) -> Iterator[documents.Document]:
+  """Yields documents with a new text; records their digests and sizes."""
   seen = set()
   for document in found:
     key, n_bytes = _digest(document)
     if not n_bytes or key in seen:
-      left_out['duplicates' if n_bytes else 'empty'] += 1
+      skipped['duplicates' if n_bytes else 'empty'] += 1
       continue
     seen.add(key)
     digests += key
     sizes.append(n_bytes)
     yield document
-    del document  # or two large ones would be held
+    del document  # or two large ones would be live

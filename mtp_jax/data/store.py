@@ -1,18 +1,18 @@
 """The token store: documents as flat token shards with offsets and checksums.
 
-Floor 2: standard library and NumPy. A store is a directory:
+Standard library and NumPy. A store is a directory:
 
   manifest.json                    tokenizer, counts, sizes, checksums
   {train,valid}/tokens-00000.bin   uint16, or uint32 above 65,536 tokens
   {train,valid}/offsets-00000.bin  uint64, where each document starts
-  {train,valid}/scored-00000.bin   a byte a token, 1 = it counts as a target;
-                                   only where some do not
-  tokenizer/*                      the files that the tokenizer is made of
+  {train,valid}/scored-00000.bin   the loss mask, one byte per token, 1 = target;
+                                   only if some tokens are masked out
+  tokenizer/*                      the files of the tokenizer
 
-A document is BOS, its tokens, EOS, within one shard, little endian. The
-sha256 of its text (and of what is scored) decides everything else: duplicates,
-its split, its place in the split. So the order is a shuffle, and the same
-documents in any order make the same bytes. Letter: M documents.
+A document is BOS, its tokens, EOS, within one shard, little endian. The sha256
+of its text (and its loss mask) determines everything else: duplicates, its
+split, its place in the split. So the order is a shuffle, and the same documents
+in any order give the same bytes. Letter: M documents.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from mtp_jax.data import encoding, shards, tokenizers, windows
 from mtp_jax.data import spool as spool_lib
 from mtp_jax.io import jsonl, paths
 
-FORMAT = 2  # raised when an older program would misread the store
-MIN_SHARD_TOKENS = 2**27  # of all shards but the last, however many there are,
-MAX_SHARDS = 512  # or more tokens: of 10**12, 4,096 files hold a store
+FORMAT = 2  # incremented when an older version would misread the store
+MIN_SHARD_TOKENS = 2**27  # tokens per shard, or more, so that there are at most
+MAX_SHARDS = 512  # this many shards
 
-# Of manifest.json; a field of a newer version does not change what these mean.
+# Schema of manifest.json; fields of newer versions are ignored.
 RECORD = {'file': str, 'size': jsonl.NATURAL, 'sha256': str}
 SHARD = {'tokens_file': RECORD, 'offsets_file': RECORD, 'scored_file?': RECORD, ...: object}
 SPLIT = {
@@ -95,27 +95,27 @@ def write(
   overwrite: bool = False,
   workers: int = 1,
 ) -> dict:
-  """Writes a store, complete or not at all, and returns its manifest.
+  """Writes a store atomically, and returns its manifest.
 
-  Each text is encoded once, into a spool beside the store, so the disk holds
-  the tokens twice; memory holds about 200 bytes a document.
+  Each text is encoded once, into a spool beside the store, so that the tokens
+  take twice their size on disk; memory use is about 200 bytes per document.
 
   Args:
     out_dir: the store's directory; it appears when everything is on disk.
-    documents: what to encode, each a documents.Document.
-    tokenizer: how texts become ids.
-    valid_fraction: probability of a document to be held out, by a part of its
-      hash that does not order it; 0 = no valid split.
-    shard_tokens: most tokens of a shard, unless one document is longer; 0 =
-      MIN_SHARD_TOKENS, or more in a store of more than MAX_SHARDS.
-    sources: kept in the manifest for the reader.
-    progress: called now and then with documents, tokens and text bytes so far.
-    overwrite: replace the store that is there.
-    workers: processes that encode; more than one only from a program whose
-      main module can be imported.
+    documents: the documents to encode, each a documents.Document.
+    tokenizer: encodes their texts.
+    valid_fraction: probability that a document is held out, by a part of its
+      hash that does not affect its order; 0 = no valid split.
+    shard_tokens: maximum tokens per shard, unless one document is longer; 0 =
+      MIN_SHARD_TOKENS, or more to stay within MAX_SHARDS.
+    sources: recorded in the manifest for information.
+    progress: called periodically with documents, tokens and text bytes so far.
+    overwrite: replace an existing store.
+    workers: number of encoder processes; above one, the main module of the
+      program must be importable.
 
   Raises:
-    ConfigError: a directory that may not be replaced, a fraction outside
+    ConfigError: a directory that must not be replaced, a fraction outside
       [0, 1), a split without documents.
   """
   out = check_target(out_dir, overwrite)
@@ -143,22 +143,22 @@ def write(
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> int:
-  """Bytes on disk per token of a store."""
+  """Returns the bytes on disk per token of a store."""
   return np.dtype(encoding.dtype(tokenizer.vocab_size)).itemsize
 
 
 def check_target(shown, overwrite: bool) -> pathlib.Path:
-  """The directory that a store may be written to, or raises ConfigError."""
+  """Returns the directory to write a store to; raises ConfigError."""
   out = pathlib.Path(shown).expanduser().resolve()
   if not str(shown):
     raise _error(shown, 'must be a directory')
   if out.exists() and not overwrite:
-    raise _error(shown, 'exists; give another directory, or --data.overwrite')
-  # Overwriting is for stores: a slip must not remove a home directory.
+    raise _error(shown, 'exists; choose another directory, or set --data.overwrite')
+  # Overwrite stores only: a typo must not remove a home directory.
   if out.exists() and not (
     out.is_dir() and ((out / 'manifest.json').exists() or not os.listdir(out))
   ):
-    raise _error(shown, 'is not a token store, so it is not overwritten')
+    raise _error(shown, 'is not a token store, and is not overwritten')
   return out
 
 
@@ -193,7 +193,7 @@ def _describe(tokenizer, sources, valid_fraction, spool) -> dict:
 
 
 def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
-  """Rows of the spool of each split in the order of the store."""
+  """Returns the rows of the spool of each split, in the order of the store."""
   n, key_M4 = len(spool.digest_M4), spool.digest_M4
   if not n:
     raise fields.ConfigError('data.documents', sources, 'there is no document with text in it')
@@ -205,21 +205,21 @@ def _split_rows(spool, valid_fraction, sources) -> dict[str, np.ndarray]:
   for name, rows_M in rows.items():
     if not rows_M.size:
       raise fields.ConfigError(
-        'data.valid_fraction', valid_fraction, f'it leaves the {name} split of {n} documents empty'
+        'data.valid_fraction', valid_fraction, f'leaves the {name} split of {n} documents empty'
       )
   return rows
 
 
 def _publish(tmp: pathlib.Path, out: pathlib.Path):
-  """Puts tmp in the place of out; what was there is removed last."""
+  """Moves tmp to out; a previous directory is removed last."""
   if not out.exists():
     os.rename(tmp, out)
     shards.sync_folder(out.parent)
     return
-  # Not two names of one process id: a leftover must not stop the exchange.
+  # A unique name: a leftover of an earlier process must not block the exchange.
   old = tempfile.mkdtemp(prefix=f'{out.name}.old-', dir=out.parent)
   try:
-    os.rename(out, old)  # power lost here leaves both, under other names
+    os.rename(out, old)  # a power loss here leaves both, under other names
     os.rename(tmp, out)
     shards.sync_folder(out.parent)
   finally:
@@ -234,7 +234,7 @@ def _manifest_sha256(manifest: dict) -> str:
 
 
 def _to_json(manifest: dict) -> str:
-  """One line a key: readable without a line for each token's bytes."""
+  """Formats the manifest with one line per key."""
   lines = (f'{json.dumps(k)}: {json.dumps(v)}' for k, v in manifest.items())
   return '{\n' + ',\n'.join(lines) + '\n}\n'
 
@@ -243,10 +243,10 @@ def _to_json(manifest: dict) -> str:
 
 
 def open_store(path, *, verify: bool = True) -> Store:
-  """Opens a store whose files are whole, or raises ConfigError naming one.
+  """Opens a store; raises ConfigError with the name of a file that is corrupt.
 
-  The manifest's own checksum and every file's size are always checked; with
-  verify, every file is read and its sha256 compared.
+  Checks the checksum of the manifest and the size of every file; with verify,
+  reads every file and compares its sha256.
   """
   root = pathlib.Path(path).expanduser()
   manifest = _read_manifest(path, root)
@@ -260,33 +260,33 @@ def open_store(path, *, verify: bool = True) -> Store:
 def _read_manifest(path, root: pathlib.Path) -> dict:
   if not str(path) or not root.is_dir():
     moved = sorted(root.parent.glob(f'{glob.escape(root.name)}.old-*'))
-    hint = f'; the one before it is {moved[0]}' if moved else ''
-    raise _error(path, f'no such directory; mtp prepare makes a store{hint}')
+    hint = f'; the previous one is {moved[0]}' if moved else ''
+    raise _error(path, f'no such directory; mtp prepare writes a store{hint}')
   try:
     manifest = jsonl.loads((root / 'manifest.json').read_bytes())
   except FileNotFoundError as error:
-    raise _error(path, 'is no token store: no manifest.json') from error
+    raise _error(path, 'is not a token store: no manifest.json') from error
   except OSError as error:
     raise _error(path, f'manifest.json: {error.strerror}') from error
   except ValueError as error:
-    raise _error(path, f'manifest.json is damaged: {error}') from error
+    raise _error(path, f'manifest.json is corrupt: {error}') from error
   if not isinstance(manifest, dict) or 'format' not in manifest:
     raise _error(path, 'manifest.json is not the manifest of a token store')
   if manifest['format'] != FORMAT:
     raise _error(
       path,
-      f'has format {manifest["format"]}, this program reads {FORMAT}; mtp prepare makes it anew',
+      f'has format {manifest["format"]}, this version reads {FORMAT}; rewrite it with mtp prepare',
     )
   if manifest.get('sha256') != _manifest_sha256(manifest):
-    raise _error(path, 'manifest.json is damaged: its checksum is wrong')
+    raise _error(path, 'manifest.json is corrupt: checksum mismatch')
   try:
     jsonl.check(manifest, MANIFEST)
   except ValueError as error:
-    raise _error(path, f'manifest.json is damaged: {error}') from error
+    raise _error(path, f'manifest.json is corrupt: {error}') from error
   for name, split in manifest['splits'].items():
     masked = {'scored_file' in shard for shard in split['shards']}
     if len(masked) != 1:
-      raise _error(path, f'manifest.json: {name} has no shards, or of two kinds')
+      raise _error(path, f'manifest.json: {name} has no shards, or only some with a loss mask')
   if manifest['dtype'] not in encoding.DTYPES:
     raise _error(
       path, f'manifest.json: dtype={manifest["dtype"]}: must be one of {", ".join(encoding.DTYPES)}'
@@ -295,7 +295,7 @@ def _read_manifest(path, root: pathlib.Path) -> dict:
 
 
 def tokenizer_of(store: Store) -> tokenizers.Tokenizer:
-  """The tokenizer that the store was made with, from the files in the store."""
+  """Loads the tokenizer of the store from the files in it."""
   made = store.manifest['tokenizer']
   files = {}
   for record in made['files']:
@@ -306,13 +306,13 @@ def tokenizer_of(store: Store) -> tokenizers.Tokenizer:
     raise _error(
       store.path,
       f'its tokenizer {made["name"]} has fingerprint {made["fingerprint"]},'
-      f' this program makes {tokenizer.fingerprint} of its files',
+      f' but its files give {tokenizer.fingerprint}',
     )
   return tokenizer
 
 
 def summary(manifest: dict) -> list[str]:
-  """What a store holds, in lines for people."""
+  """Returns human-readable lines that describe a store."""
   tokenizer = manifest['tokenizer']
   lines = [
     f'sources    {manifest["sources"] or "not recorded"}',
@@ -323,7 +323,7 @@ def summary(manifest: dict) -> list[str]:
     lines.append(
       f'{name:10} {split["documents"]:,} documents, {split["tokens"]:,} tokens,'
       f' {split["bytes"]:,} bytes of text, shards: {len(split["shards"])}'
-      + (f', {split["scored"]:,} tokens scored' if 'scored' in split else '')
+      + (f', {split["scored"]:,} tokens in the loss mask' if 'scored' in split else '')
     )
-  left_out = f'{manifest["duplicates"]:,} duplicates'
-  return [*lines, f'left out   {left_out}, {manifest["empty"]:,} empty documents']
+  duplicates = f'{manifest["duplicates"]:,} duplicates'
+  return [*lines, f'skipped    {duplicates}, {manifest["empty"]:,} empty documents']

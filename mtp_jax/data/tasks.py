@@ -1,15 +1,15 @@
-"""Synthetic tasks, any item by its index. Floor 2: standard library.
+"""Synthetic tasks with random access to their items. Standard library only.
 
-Two tasks on which predicting several tokens at once is said to help:
+Two tasks on which predicting several tokens at once is reported to help:
 
   star_graph  find the path from the centre of a star to the end of one of its
               arms (Bachmann & Nagarajan 2024, https://arxiv.org/abs/2403.06963)
   polynomial  evaluate an expression over F_p[X]/(X^n) (Gloeckle et al. 2024,
               https://arxiv.org/abs/2404.19737, section 4.2)
 
-A task is named NAME/KEY=VALUE/…; what is not said has its default. An item is
-drawn from a generator seeded by that, the part (train or test), the level and
-the index alone, so that a test set is the same wherever it is made.
+A task is named NAME/KEY=VALUE/…, with defaults for missing keys. An item is
+sampled from a generator seeded by that name, the part (train or test), the
+level and the index only, so that a test set is reproducible.
 
 Every character is one byte, and every choice one character.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 
 class Item(NamedTuple):
-  """What is asked, the only right answer, and how hard it is."""
+  """A prompt, its only correct answer, and its difficulty."""
 
   prompt: str
   answer: str
@@ -29,9 +29,11 @@ class Item(NamedTuple):
 
 
 class Task(NamedTuple):
-  """make(rng, level, params) -> Item. levels(params, part) -> those that an
-  item of this part may have. check(params) -> what is wrong, or ''.
-  question(prompt) -> what two prompts that ask the same have in common."""
+  """The functions of a task.
+
+  make(rng, level, params) -> Item. levels(params, part) -> the levels of items
+  of this part. check(params) -> an error, or ''. question(prompt) -> a canonical
+  form, equal for equivalent prompts."""
 
   defaults: dict[str, int]
   make: Callable[[random.Random, int, dict], Item]
@@ -46,12 +48,12 @@ NODES = string.ascii_letters + string.digits + '!#$%&()*+,-.:;<>?@[]^_{}~'
 
 
 def _star(rng: random.Random, level: int, params: dict) -> Item:
-  """All edges in random order, each from the centre outwards; then the centre
-  and the goal; the path from one to the other is the answer:
+  """Makes a star graph: all edges in random order, each from the centre outwards,
+  then the centre and the goal; the answer is the path between them:
 
     ab|ac|bd|ce/ad=abd
 
-  An arm has `length` nodes, the centre among them, and so has the path.
+  An arm has `length` nodes including the centre, and so has the path.
   """
   d, length = params['d'], params['length']
   labels = rng.sample(NODES[: params['nodes']], d * (length - 1) + 1)
@@ -64,16 +66,16 @@ def _star(rng: random.Random, level: int, params: dict) -> Item:
 
 
 def _sorted_edges(prompt: str) -> str:
-  edges, asked = prompt.split('/')
-  return '|'.join(sorted(edges.split('|'))) + '/' + asked
+  edges, query = prompt.split('/')
+  return '|'.join(sorted(edges.split('|'))) + '/' + query
 
 
 def _check_star(params: dict) -> str:
   d, length, nodes = params['d'], params['length'], params['nodes']
   if d < 1 or length < 2:
-    return 'd >= 1 arms of length >= 2 nodes'
+    return 'd must be at least 1, length at least 2'
   if not d * (length - 1) + 1 <= nodes <= len(NODES):
-    return f'nodes from {d * (length - 1) + 1}, which the graph has, to {len(NODES)}'
+    return f'nodes from {d * (length - 1) + 1}, the size of the graph, to {len(NODES)}'
   return ''
 
 
@@ -81,7 +83,7 @@ def _check_star(params: dict) -> str:
 
 
 def evaluate(expression: str, p: int, n: int) -> str:
-  """The value of an expression of `_polynomial`, lowest coefficient first."""
+  """Returns the value of an expression of `_polynomial`, lowest coefficient first."""
   value, end = _parse(expression, 0, p, n)
   if end != len(expression):
     raise ValueError(f'{expression!r} ends at {end}')
@@ -104,12 +106,12 @@ def _add(f, g, p):
 
 
 def _multiply(f, g, p):
-  """Modulo X^n."""
+  """Returns f * g modulo X^n."""
   return [sum(f[i] * g[k - i] for i in range(k + 1)) % p for k in range(len(f))]
 
 
 def _compose(f, g, p):
-  """f(g(X)) modulo X^n, of the representatives of degree < n, by Horner."""
+  """Returns f(g(X)) modulo X^n, by Horner's method."""
   value = [0] * len(f)
   for c in reversed(f):
     value = _multiply(value, g, p)
@@ -121,14 +123,14 @@ OPERATIONS = {'+': _add, '*': _multiply, 'o': _compose}
 
 
 def _polynomial(rng: random.Random, level: int, params: dict) -> Item:
-  """An expression of `level` operations and its value:
+  """Makes an expression of `level` operations and its value:
 
     (120+-(305*001))=530
 
-  A polynomial is its n coefficients, lowest first; a leading - negates; each
-  binary operation has its brackets: + * and o, f(g(X)). The operation at the
-  root is one of the four with equal chances; the others are divided between its
-  two sides by a uniform draw.
+  A polynomial is written as its n coefficients, lowest first; a leading -
+  negates; binary operations are in brackets: + * and o, f(g(X)). The operation
+  at the root is uniform over the four; the remaining ones are split between its
+  two sides uniformly.
   """
   p, n = params['p'], params['n']
 
@@ -147,9 +149,9 @@ def _polynomial(rng: random.Random, level: int, params: dict) -> Item:
 
 def _check_polynomial(params: dict) -> str:
   if params['p'] not in (2, 3, 5, 7) or params['n'] < 1:
-    return 'p a prime of one digit, as each coefficient is, and n >= 1'
+    return 'p must be a prime of one digit, and n >= 1'
   if not 1 <= params['train'] or not 1 <= params['test']:
-    return 'operations, train and test, from 1'
+    return 'the numbers of operations, train and test, must be at least 1'
   return ''
 
 
@@ -181,23 +183,23 @@ class Named(NamedTuple):
 
 
 def named(text: str, more: dict[str, int] | None = None) -> Named:
-  """Of NAME/KEY=VALUE/…, `more` being further keys with their defaults.
+  """Parses NAME/KEY=VALUE/…; `more` are further keys with their defaults.
 
   Raises:
-    ValueError: what is wrong with it.
+    ValueError: an unknown task or key, or a bad value.
   """
   name, *given = text.split('/')
   if name not in TASKS:
-    raise ValueError(f'a task is one of: {", ".join(TASKS)}')
+    raise ValueError(f'the task must be one of: {", ".join(TASKS)}')
   params, seen = TASKS[name].defaults | (more or {}), set()
   for entry in given:
     key, _, value = entry.partition('=')
     if key in seen:
-      raise ValueError(f'{key} is there twice')
+      raise ValueError(f'duplicate key {key}')
     seen.add(key)
     if key not in params or not value.isdecimal():
       keys = ', '.join(f'{k}={v}' for k, v in params.items())
-      raise ValueError(f'{entry!r} is none of: {keys}; whole numbers')
+      raise ValueError(f'{entry!r} is none of: {keys}; values must be integers')
     params[key] = int(value)
   problem = TASKS[name].check(params)
   if problem:
@@ -205,34 +207,34 @@ def named(text: str, more: dict[str, int] | None = None) -> Named:
   return Named(name, params)
 
 
-def item(of: Named, part: str, index: int, level: int | None = None) -> Item:
-  """One item of train or test: of a level, or of one drawn for it."""
-  shape = {k: v for k, v in of.params.items() if k not in ('train', 'test')}
-  rng = random.Random(f'{Named(of.name, shape)} {part} {level} {index}')
+def item(task: Named, part: str, index: int, level: int | None = None) -> Item:
+  """Returns one item of train or test, of the given or of a random level."""
+  shape = {k: v for k, v in task.params.items() if k not in ('train', 'test')}
+  rng = random.Random(f'{Named(task.name, shape)} {part} {level} {index}')
   if level is None:
-    levels = of.task.levels(of.params, part)
+    levels = task.task.levels(task.params, part)
     level = levels[rng.randrange(len(levels))]
-  return of.task.make(rng, level, of.params)
+  return task.task.make(rng, level, task.params)
 
 
-def tests(of: Named, n: int, parts: tuple[str, ...] = ('test',)) -> list[Item]:
-  """The first n test items of each level that one of `parts` may have."""
-  levels = {x for part in parts for x in of.task.levels(of.params, part)}
-  return [item(of, 'test', i, level) for level in sorted(levels) for i in range(n)]
+def tests(task: Named, n: int, parts: tuple[str, ...] = ('test',)) -> list[Item]:
+  """Returns the first n test items of each level of `parts`."""
+  levels = {x for part in parts for x in task.task.levels(task.params, part)}
+  return [item(task, 'test', i, level) for level in sorted(levels) for i in range(n)]
 
 
-N_TESTS = 2000  # of each level; what these ask is not trained on
+N_TESTS = 2000  # per level; their questions are excluded from training
 
 
-def train(of: Named, n: int) -> Iterator[tuple[int, Item]]:
-  """(index, item) of the first n training items, without those that ask what a
-  test item asks: short expressions are few, and so are small graphs, whose
-  edges may be told in another order."""
-  question = of.task.question
-  # A test may name other levels than this task's own.
-  kept_out = tests(of, N_TESTS, ('test', 'train'))
-  held_out = {question(found.prompt) for found in kept_out}
+def train(task: Named, n: int) -> Iterator[tuple[int, Item]]:
+  """Yields (index, item) of the first n training items, except for those whose
+  question is in the test set (short expressions and small graphs are few, and
+  the edges of a graph may come in another order)."""
+  question = task.task.question
+  # The test set may have other levels than those of this task.
+  test_items = tests(task, N_TESTS, ('test', 'train'))
+  held_out = {question(found.prompt) for found in test_items}
   for index in range(n):
-    found = item(of, 'train', index)
+    found = item(task, 'train', index)
     if question(found.prompt) not in held_out:
       yield index, found

@@ -1,8 +1,8 @@
-"""Tokenizers: text to ids and back, one record of pure functions each.
+"""Tokenizers: text to ids and back, each a record of pure functions.
 
-Floor 2: standard library and NumPy. What else one needs is imported inside its
-`make`. A kind reads files, and makes a tokenizer of what was in them: a store
-keeps the files, so that nobody needs the originals any more.
+Standard library and NumPy; other libraries are imported in `make` functions. A
+kind of tokenizer reads files, and builds a tokenizer from their contents. A
+store keeps these files, so that the originals are no longer needed.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from mtp_jax.io import jsonl, paths
 
 
 class Tokenizer(NamedTuple):
-  """encode adds no BOS or EOS; decode leaves them and unknown ids out."""
+  """encode adds no BOS or EOS; decode skips them and unknown ids."""
 
   name: str
   vocab_size: int
@@ -29,10 +29,10 @@ class Tokenizer(NamedTuple):
   encode: Callable[[str], np.ndarray]
   decode: Callable[..., str]
   piece: Callable[[int], str]  # one token, printable
-  token_bytes_V: np.ndarray  # UTF-8 bytes a token stands for; specials 0
+  token_bytes_V: np.ndarray  # UTF-8 bytes per token; 0 for special tokens
   fingerprint: str  # sha256 of what defines the ids
-  files: dict[str, bytes]  # what `of_files` makes it of again
-  more_eos: tuple[int, ...] = ()  # further ids that end a text when decoding
+  files: dict[str, bytes]  # the argument of `of_files` that rebuilds it
+  more_eos: tuple[int, ...] = ()  # further stop tokens of decoding
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -44,10 +44,10 @@ Files = dict[str, bytes]
 
 
 class Kind(NamedTuple):
-  """What stands before ':' in a tokenizer's name."""
+  """The part of a tokenizer's name before ':'."""
 
-  read: Callable[[str, str], Files]  # (name, what stands after ':')
-  make: Callable[[str, Files], Tokenizer]  # (name, what read gave)
+  read: Callable[[str, str], Files]  # (name, part after ':')
+  make: Callable[[str, Files], Tokenizer]  # (name, result of `read`)
 
 
 BYTES_BOS, BYTES_EOS, BYTES_VOCAB = 256, 257, 258
@@ -73,7 +73,7 @@ def _byte_piece(token: int) -> str:
   if not 0 <= token < BYTES_VOCAB:
     return f'<id {token}>'
   char = chr(token)
-  # Above 127 a byte is a part of a character, not the Latin-1 letter.
+  # Above 127 a byte is part of a character, not the Latin-1 letter.
   printable = token < 128 and char.isprintable()
   return char if printable else ESCAPES.get(char, f'<0x{token:02x}>')
 
@@ -84,7 +84,7 @@ def _error(name: str, problem: str) -> fields.ConfigError:
 
 def _read_bytes(name: str, arg: str) -> Files:
   if arg:
-    raise _error(name, 'bytes takes nothing after it')
+    raise _error(name, 'bytes takes no argument')
   return {}
 
 
@@ -132,19 +132,19 @@ def _read_ranks(name: str, path: str) -> Files:
   except ValueError as error:
     if isinstance(error, fields.ConfigError):
       raise
-    raise _error(name, f'is no file of tokens in base64: {error}') from error
+    raise _error(name, f'is not a file of base64 tokens: {error}') from error
 
 
 def _read_trained(name: str, size: str) -> Files:
-  raise _error(name, 'only mtp prepare trains one; a store keeps its own')
+  raise _error(name, 'only mtp prepare trains a tokenizer, which its store keeps')
 
 
 def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
-  """A SentencePiece .model (Kudo & Richardson 2018,
+  """Builds a tokenizer from a SentencePiece .model (Kudo & Richardson 2018,
   https://arxiv.org/abs/1808.06226).
 
-  Bytes a piece: its own, the mark of a space counted as one. The space that
-  most models put before a text is counted too: one byte a text encoded.
+  Bytes per piece are those of its text, with the space marker as one byte. The
+  space that most models prepend is included: one byte per encoded text.
   """
   import sentencepiece
 
@@ -152,7 +152,7 @@ def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
   try:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     for i in range(pieces.vocab_size()):
-      pieces.id_to_piece(i)  # is text
+      pieces.id_to_piece(i)  # check that it is UTF-8
   except (RuntimeError, UnicodeDecodeError) as error:
     raise _error(name, 'is not a SentencePiece model') from error
   size = pieces.vocab_size()
@@ -190,8 +190,8 @@ def _piece_encoder(pieces) -> Callable[[str], np.ndarray]:
   if pieces.unk_id() in mark or pieces.normalize('a') != 'a':
     return encode
 
-  # The model takes the mark itself, written in a text, for a space. It is put
-  # in as bytes, so that a model that changes no text loses nothing at all.
+  # The model would decode a literal space marker in a text as a space. It is
+  # encoded as bytes, so that a model without normalization is lossless.
   def encode_all(text):
     first, *rest = text.split(SPACE)
     ids = pieces.encode(first)
@@ -208,9 +208,9 @@ ENDS_FORM = {
   ...: object,
 }
 GENERATION = 'generation_config.json'
-# What lies beside a tokenizer.json, and leaves with it as it came.
+# Files next to a tokenizer.json, exported with it unchanged.
 BESIDE = ENDS, 'special_tokens_map.json', 'chat_template.jinja', GENERATION
-MOST_IDS = 2**24  # of a vocabulary: tables of this length are made
+MOST_IDS = 2**24  # per vocabulary: tables of this length are allocated
 
 
 def _read_hugging_face(name: str, path: str) -> Files:
@@ -224,8 +224,8 @@ def _read_hugging_face(name: str, path: str) -> Files:
 
 
 def _generation(name: str, path: str) -> Files:
-  """The GENERATION that lies beside a tokenizer; or one of what config.json
-  there states, if that is several end tokens."""
+  """Returns the GENERATION file next to a tokenizer, or one made from config.json
+  there, if that has several end tokens."""
   folder = os.path.dirname(os.path.expanduser(path))
   if os.path.exists(beside := os.path.join(folder, GENERATION)):
     return {GENERATION: _read_model(name, beside)}
@@ -246,31 +246,31 @@ def _object(name: str, file: str, data: bytes, form: dict) -> dict:
   try:
     return jsonl.loads(data, form)
   except ValueError as error:
-    raise _error(name, f'{file} beside it: {error}') from error
+    raise _error(name, f'{file} next to it: {error}') from error
 
 
 def _more_eos(name: str, files: Files, eos: int) -> tuple[int, ...]:
-  """The end tokens of GENERATION that are not `eos`."""
+  """Returns the end tokens of GENERATION other than `eos`."""
   about = _object(name, GENERATION, files.get(GENERATION, b'{}'), ANY)
   found = about.get('eos_token_id')
   found = found if isinstance(found, list) else [found] * (found is not None)
   if not all(type(i) is int and 0 <= i < MOST_IDS for i in found):
-    raise _error(name, f'{GENERATION} beside it has eos_token_id={found!r}, no token ids')
+    raise _error(name, f'{GENERATION} next to it has eos_token_id={found!r}, not token ids')
   return tuple(i for i in dict.fromkeys(found) if i != eos)
 
 
 def _of_library(error: BaseException) -> bool:
-  """The tokenizers library raises just Exception, or its own panic, which is
-  none."""
+  """Whether an error is of the tokenizers library, which raises plain Exception, or
+  PanicException, a BaseException."""
   return type(error).__name__ in ('Exception', 'PanicException')
 
 
 def _make_hugging_face(name: str, files: Files) -> Tokenizer:
-  """A tokenizer.json, through the tokenizers library.
+  """Builds a tokenizer from a tokenizer.json, with the tokenizers library.
 
-  BOS and EOS are those of tokenizer_config.json beside it, or the usual names.
-  Bytes a token: a character each in a byte-level vocabulary; otherwise as in
-  SentencePiece.
+  BOS and EOS are those of tokenizer_config.json next to it, or the usual names.
+  Bytes per token are one per character in a byte-level vocabulary; otherwise as
+  for SentencePiece.
   """
   model = files['tokenizer.json']
   try:
@@ -285,7 +285,7 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     raise _error(name, 'is not a tokenizer.json') from error
   fast.no_padding()
   fast.no_truncation()
-  fast.encode_special_tokens = True  # '</s>' within a text is but text
+  fast.encode_special_tokens = True  # '</s>' within a text is plain text
   size = 1 + max(fast.get_vocab().values(), default=-1)  # ids may have gaps
   if size > MOST_IDS:
     raise _error(name, f'has the id {size - 1:,}; at most {MOST_IDS - 1:,}')
@@ -293,7 +293,7 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
   added = fast.get_added_tokens_decoder()
   for token in json.loads(model).get('added_tokens') or ():
     known = fast.token_to_id(token['content'])
-    if known != token['id']:  # it counts on from the number of tokens
+    if known != token['id']:  # the library numbers added tokens consecutively
       raise _error(
         name,
         f'has {token["content"]!r} as {token["id"]}, which the tokenizers'
@@ -341,11 +341,11 @@ def _hugging_face_ends(name, files, fast) -> tuple[int, int]:
   about = _object(name, ENDS, files.get(ENDS, b'{}'), ENDS_FORM)
 
   def find(kind, usual):
-    said = about.get(f'{kind}_token')
-    said = said.get('content') if isinstance(said, dict) else said
-    if not isinstance(said, str | None):
-      raise _error(name, f'{ENDS} beside it has {kind}_token={said!r}, no text')
-    ids = [fast.token_to_id(t) for t in ([said] if said else usual)]
+    stated = about.get(f'{kind}_token')
+    stated = stated.get('content') if isinstance(stated, dict) else stated
+    if not isinstance(stated, str | None):
+      raise _error(name, f'{ENDS} next to it has {kind}_token={stated!r}, not a string')
+    ids = [fast.token_to_id(t) for t in ([stated] if stated else usual)]
     found = [i for i in ids if i is not None]
     return _special(name, kind.upper(), found[0] if found else None)
 
@@ -377,22 +377,22 @@ def _kind(name: str) -> Kind:
 
 
 def kind_of_files(files: Files) -> str:
-  """sentencepiece, also of a trained one, or hf."""
+  """Returns the kind: sentencepiece (also for a trained one) or hf."""
   return 'sentencepiece' if PIECES in files else 'hf'
 
 
 def get(name: str) -> Tokenizer:
-  """The tokenizer called KIND or KIND:ARG; ConfigError if there is none."""
+  """Loads the tokenizer KIND or KIND:ARG; raises ConfigError if there is none."""
   return of_files(name, _kind(name).read(name, name.partition(':')[2]))
 
 
 def of_files(name: str, files: Files) -> Tokenizer:
-  """The tokenizer of that name, made of `Tokenizer.files`."""
+  """Builds the tokenizer of that name from `Tokenizer.files`."""
   return _kind(name).make(name, files)
 
 
 def load(folder: str) -> Tokenizer:
-  """The tokenizer whose files lie in a folder."""
+  """Loads the tokenizer whose files are in a folder."""
   files = {
     path.name: _read_model(folder, str(path))
     for path in sorted(paths.as_path(folder).iterdir())
@@ -402,8 +402,8 @@ def load(folder: str) -> Tokenizer:
 
 
 def begins(tokenizer: Tokenizer) -> bool:
-  """Whether other tools, given its files, put BOS before a text: a
-  tokenizer.json says so itself, all others do (interop/tokens.py)."""
+  """Whether other tools, given its files, prepend BOS to a text: stated in a
+  tokenizer.json, always for other kinds (interop/tokens.py)."""
   if 'tokenizer.json' not in tokenizer.files:
     return True
   letter, whole = of_a_letter(tokenizer)
@@ -411,8 +411,8 @@ def begins(tokenizer: Tokenizer) -> bool:
 
 
 def of_a_letter(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-  """(ids of a letter, the same with what a tokenizer.json puts around a text).
-  Of nothing, a token after a text would look like one before it."""
+  """Returns (ids of a letter, the same with the special tokens of tokenizer.json).
+  For an empty text, a token after it would look like one before it."""
   import tokenizers
 
   fast = tokenizers.Tokenizer.from_buffer(tokenizer.files['tokenizer.json'])
@@ -422,12 +422,12 @@ def of_a_letter(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def matches(tokenizer: Tokenizer, recorded: str) -> bool:
-  """Whether it is the one that a run has recorded as its own."""
+  """Whether a run has recorded this tokenizer as its own."""
   return recorded in (tokenizer.name, recorded_name(tokenizer))
 
 
 def recorded_name(tokenizer: Tokenizer) -> str:
-  """KIND#FINGERPRINT: what it is, wherever it came from; bytes are bytes."""
+  """Returns KIND#FINGERPRINT, independent of paths; 'bytes' for bytes."""
   if not tokenizer.files:
     return tokenizer.name
   return f'{kind_of_files(tokenizer.files)}#{tokenizer.fingerprint[:12]}'

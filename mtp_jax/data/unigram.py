@@ -1,14 +1,13 @@
-"""A long text by a unigram model, in parts, with the ids of the whole.
+"""Encodes a long text with a unigram model in parts, with the ids of the whole.
 
-Floor 2: standard library and NumPy; sentencepiece inside the functions that
-need it. SentencePiece seeks the best path through a text (Kudo 2018,
-https://arxiv.org/abs/1804.10959) and adds its scores up in float32, so that
-later pieces depend on the sum so far: of two paths that nearly tie, rounding
-chooses. At a place that no piece spans, all paths meet, and that sum is all
-that what follows depends on. It is given to a model which is the same but for
-further pieces, one character each: of scores -2**k, which before the next part
-add up to the sum exactly, and of the score of unknown characters, which such
-scores would have changed.
+SentencePiece searches the best path through a text (Kudo 2018,
+https://arxiv.org/abs/1804.10959) and accumulates scores in float32, so that
+later pieces depend on the sum so far: rounding decides between two nearly tied
+paths. At a place that no piece spans, all paths meet, and the remaining text
+depends on that sum only. The sum is passed to a copy of the model that has
+further pieces of one character each: some with scores -2**k, which prefixed to
+the next part add up to the sum exactly, and some with the score of unknown
+characters, which such pieces would have changed.
 """
 
 import itertools
@@ -18,11 +17,11 @@ import numpy as np
 
 from mtp_jax.data import splitting, tokenizers
 
-POWERS = range(127, -150, -1)  # all that a float32 is made of
+POWERS = range(127, -150, -1)  # all exponents of float32
 PRIVATE = range(0xF0000, 0xFFFFD), range(0x100000, 0x10FFFD)
 RESET = np.float32(100_000)  # sentencepiece 0.2.3, unigram_model.cc
 USUAL = {*map(chr, range(1, 0x530)), *map(chr, range(0x2000, 0x2070))}
-UNKNOWN_PENALTY = 10.0  # there, too
+UNKNOWN_PENALTY = 10.0  # same file
 
 
 class Encoder:
@@ -42,12 +41,12 @@ class Encoder:
     self._n = len(self._proto.pieces)
     self._unknown: dict[str, int] = {}
     self._model = None
-    # Those of longer pieces alone, which a path may pass by or not. Any other
-    # that is unknown is on all paths.
+    # Letters that occur in longer pieces only, which may or may not be on a path.
+    # Any other unknown letter is on all paths.
     self._build(self._about.all_letters | USUAL, set())
 
   def encode(self, text: str, score: np.float32 | None = None) -> tuple[np.ndarray, np.float32]:
-    """(ids, the sum of scores after them); without a score, a text begins."""
+    """Returns (ids, the sum of scores after them); score = None starts a text."""
     if not self._about.splits_marks:
       return self._encode(text, score)
     first, *rest = text.split(tokenizers.SPACE)  # as _piece_encoder does
@@ -65,17 +64,17 @@ class Encoder:
     score = np.float32(0) if begins else score
     text = self._dummy + text if begins else text
     found_T = self._found(text, score)
-    if found_T is None:  # a letter is new, or one of the signs
+    if found_T is None:  # it has a new letter, or one of the signs
       self._build(set(self._model.normalize(text)), set(text))
       found_T = self._found(text, score)
     score = self._sum(found_T, score)
-    # The next place begins with a reset, if it comes to that.
+    # In this case, the next place starts with a reset.
     if score < -RESET:
       score = np.float32(0)
     return self._known(found_T), score
 
   def _found(self, text, score) -> np.ndarray | None:
-    """None if it has characters that the model must be told of."""
+    """Returns None if the text has characters that the model lacks."""
     prefix = _bits(score) if score else [len(POWERS)]  # the last one has 0
     head = ''.join(self._signs[i] for i in prefix)
     if self._nul in text:
@@ -97,8 +96,8 @@ class Encoder:
     used = self._unknown.keys() | self._about.all_letters | letters | others
     free = (x for x in free if x not in used)
     self._signs = list(itertools.islice(free, len(POWERS) + 1))
-    self._nul = next(free)  # for the character that no piece can have
-    # A copy: a message never gives back what it has held.
+    self._nul = next(free)  # replaces NUL, which no piece can contain
+    # A copy: a protobuf message never releases its memory.
     proto = type(self._proto)()
     proto.CopyFrom(self._proto)
     scores = [*(-(2.0**k) for k in POWERS), 0.0]
@@ -125,19 +124,19 @@ class Encoder:
     self._unknown_score = np.float32(about.unknown_score)
 
   def _sum(self, found_T, score) -> np.float32:
-    """As the library adds up: in float32, and from 0 again where a place has
-    less than -RESET, be it on the best path or not."""
+    """Accumulates scores as the library does: in float32, restarting from 0 where
+    a place is below -RESET, whether or not it is on the best path."""
     if not found_T.size:
       return score
     size_T = self._size_V[found_T]
-    # All paths meet before a space that no piece has after this character.
+    # All paths meet before a space that follows this character in no piece.
     meets_T = self._starts_V[found_T]
     meets_T[1:] &= self._ends_V[found_T[:-1]]
     meets_T[0] = True
     meet_N = np.flatnonzero(meets_T)
     at_T = np.cumsum(size_T) - size_T
     sizes_N = np.diff(at_T[meet_N], append=size_T.sum())
-    # What no path between two such places can fall below.
+    # Lower bound of any path between two such places.
     below_N = np.float32(1.01 * self._about.unknown_score * sizes_N - 1)
     nth = 0
     while True:
@@ -159,7 +158,7 @@ class Encoder:
         return score
 
   def _best(self, text: str, score) -> tuple[np.float32, bool]:
-    """(the score of the best path through a text, whether it was reset)."""
+    """Returns (the score of the best path through a text, whether it was reset)."""
     best: list = [None] * (len(text) + 1)
     best[0], was_reset, frontier = np.float32(score), False, 0
     for start in range(len(text)):
@@ -180,8 +179,8 @@ class Encoder:
     return best[-1], was_reset
 
   def _known(self, found_T) -> np.ndarray:
-    """Bytes for unknown characters, or one unknown token for those that come
-    together."""
+    """Replaces unknown characters by bytes, or each run of them by one unknown
+    token."""
     first = self._n + len(self._signs)
     new_T = found_T >= first
     if not new_T.any():
@@ -200,7 +199,7 @@ class Encoder:
 
 
 def _bits(score: np.float32) -> list[int]:
-  """Indices into POWERS, highest first, of what adds up to a negative score."""
+  """Returns the indices into POWERS, highest first, that sum to a negative score."""
   rest, found = -float(score), []
   for i, k in enumerate(POWERS):
     if rest >= 2.0**k:
@@ -239,7 +238,7 @@ class _About(NamedTuple):
 
 
 def of(tokenizer: tokenizers.Tokenizer) -> Encoder | None:
-  """An encoder in parts; None if it is no such model, or no place is safe."""
+  """Returns an encoder in parts; None for other models, or if no place is safe."""
   model = tokenizer.files.get(tokenizers.PIECES)
   is_safe = splitting.between_pieces(model, 'UNIGRAM') if model else None
   return Encoder(model, is_safe) if is_safe and _is_usual(model) else None

@@ -1,10 +1,9 @@
-"""A SentencePiece vocabulary trained on the documents of a store.
+"""Trains a SentencePiece vocabulary on the documents of a store.
 
-Floor 2: standard library, NumPy; sentencepiece inside the function that needs
-it. Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909)
-with byte fallback, digits one by one, and nothing normalised: decode(encode(x))
-is x. What it sees is decided by hashes, so the same documents in any order give
-the same model.
+Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) with
+byte fallback, split digits and no normalization: decode(encode(x)) is x. The
+sample of the text is chosen by hashes, so that the same documents in any order
+give the same model.
 """
 
 import heapq
@@ -15,20 +14,20 @@ from collections.abc import Iterable, Iterator
 from mtp_jax.config import fields
 from mtp_jax.data import documents, spool, tokenizers
 
-SAMPLE_BYTES = 16 * 10**6  # of text; ten seconds of training
+SAMPLE_BYTES = 16 * 10**6  # of text; about ten seconds of training
 CHUNK = 4096  # characters of text that SentencePiece sees as one sentence
 SPECIALS = 3 + 256  # unknown, BOS, EOS; bytes
 
 
 def size_of(name: str) -> int:
-  """train:SIZE -> SIZE, or raises ConfigError."""
+  """Parses the SIZE of train:SIZE; raises ConfigError."""
   size = name.partition(':')[2]
   ok = size.isascii() and size.isdigit() and SPECIALS < int(size) < 2**31
   if not ok:
     raise fields.ConfigError(
       'data.tokenizer',
       name,
-      f'train:SIZE takes a number of tokens above {SPECIALS}, the bytes and special tokens',
+      f'SIZE of train:SIZE must be an integer above {SPECIALS} (bytes and special tokens)',
     )
   return int(size)
 
@@ -36,10 +35,10 @@ def size_of(name: str) -> int:
 def train(
   name: str, found: Iterable[documents.Document], valid_fraction: float
 ) -> tokenizers.Tokenizer:
-  """The tokenizer train:SIZE of the documents that are not held out.
+  """Trains the tokenizer train:SIZE on the documents that are not held out.
 
   Raises:
-    ConfigError: no text, or too little or too varied a text for SIZE.
+    ConfigError: no text, or too little or too varied text for SIZE.
   """
   import sentencepiece
 
@@ -72,7 +71,7 @@ def train(
 def _problem(message: str) -> str:
   most = re.search(r'value <= (\d+)', message)
   if most:
-    return f'the text gives no more than {most[1]} tokens'
+    return f'the text yields at most {most[1]} tokens'
   least = re.search(r'required_chars\. \d+ vs (\d+)', message)
   if least:
     return f'the characters of the text need at least {least[1]} tokens'
@@ -80,8 +79,8 @@ def _problem(message: str) -> str:
 
 
 def sample(found: Iterable[documents.Document], valid_fraction: float, limit: int) -> list[str]:
-  """Texts of the training documents with the smallest digests, in that order,
-  until they have `limit` characters. Holds about twice that at any time."""
+  """Returns the texts of the training documents with the smallest digests, in that
+  order, up to `limit` characters. Needs memory for about twice that."""
   heap, seen, total = [], set(), 0
   for document in found:
     digest = spool.digest(document)
@@ -93,7 +92,7 @@ def sample(found: Iterable[documents.Document], valid_fraction: float, limit: in
     seen.add(digest)
     heapq.heappush(heap, (-int.from_bytes(digest), digest, text))
     total += len(text)
-    while total - len(heap[0][2]) >= limit:  # it can do without the last
+    while total - len(heap[0][2]) >= limit:  # the last text is not needed
       _, digest, text = heapq.heappop(heap)
       seen.remove(digest)
       total -= len(text)
@@ -101,7 +100,7 @@ def sample(found: Iterable[documents.Document], valid_fraction: float, limit: in
 
 
 def _start(document: documents.Document, limit: int) -> str:
-  """At most `limit` characters of its text."""
+  """Returns the first `limit` characters of the text."""
   found = ''
   for block in document.blocks():
     if len(found) >= limit:
@@ -111,7 +110,7 @@ def _start(document: documents.Document, limit: int) -> str:
 
 
 def _chunks(texts: list[str]) -> Iterator[str]:
-  """Whole lines, some at a time, so that ends of lines are learned as well."""
+  """Yields chunks of whole lines, so that newlines are learned as well."""
   for text in texts:
     start = 0
     while start < len(text):

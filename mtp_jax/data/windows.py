@@ -1,8 +1,8 @@
-"""Windows of packed tokens: what a model reads from the splits of stores.
+"""Windows of packed tokens, the examples that a model reads from a split.
 
-Floor 2: NumPy. A window is U = seq_len + span tokens, windows are seq_len apart
-and stay within a shard; span = K gives every query its K targets. The tail of
-a shard that fills no window is left out.
+A window has U = seq_len + span tokens; windows start seq_len apart and stay
+within a shard. span = K gives every query its K targets. The tail of a shard
+that does not fill a window is dropped.
 """
 
 import functools
@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 512  # offsets that are read at once
+BLOCK = 512  # offsets per read
 
 
 class _Shards(NamedTuple):
   name: str
-  tokens: tuple[np.ndarray, ...]  # one per shard, or what slices to one
+  tokens: tuple[np.ndarray, ...]  # one per shard; anything that slices to an array
   offsets: tuple[np.ndarray, ...]
-  scored: tuple[np.ndarray, ...] = ()  # bool; () = every token is
+  loss_mask: tuple[np.ndarray, ...] = ()  # bool; () = all True
 
 
 class Split(_Shards):
@@ -27,21 +27,21 @@ class Split(_Shards):
 
   @property
   def masked(self) -> bool:
-    """Whether there are tokens that are not to be scored."""
-    return bool(self.scored)
+    """Whether the split has a loss mask."""
+    return bool(self.loss_mask)
 
   def documents(self) -> Iterator[np.ndarray]:
-    """The tokens of each document, in store order."""
+    """Yields the tokens of each document, in store order."""
     for tokens, offset_M in zip(self.tokens, self.offsets, strict=True):
       bounds = itertools.chain(offset_M[:].tolist(), [tokens.size])
       yield from (tokens[begin:end] for begin, end in itertools.pairwise(bounds))
 
   def n_windows(self, seq_len: int, span: int) -> int:
-    """Windows of seq_len + span tokens, seq_len apart, within a shard."""
+    """Returns the number of windows of seq_len + span tokens."""
     return int(self._ends_S(seq_len, span)[-1])
 
   def window(self, index: int, seq_len: int, span: int):
-    """(tokens_U, position_U), int32; position 0 starts window or document."""
+    """Returns (tokens_U, position_U), int32; position 0 starts a window or document."""
     s, start = self._find(index, seq_len, span)
     length = seq_len + span
     tokens_U = self.tokens[s][start : start + length].astype(np.int32)
@@ -53,14 +53,14 @@ class Split(_Shards):
     return tokens_U, position_U - np.maximum.accumulate(begin_U)
 
   def mask(self, index: int, seq_len: int, span: int) -> np.ndarray:
-    """scored_U, bool: the tokens of this window that count as targets."""
+    """Returns loss_mask_U, bool: the tokens of this window that are targets."""
     s, start = self._find(index, seq_len, span)
     if not self.masked:
       return np.ones(seq_len + span, bool)
-    return self.scored[s][start : start + seq_len + span]
+    return self.loss_mask[s][start : start + seq_len + span]
 
   def _find(self, index: int, seq_len: int, span: int) -> tuple[int, int]:
-    """(shard, first token in it) of a window."""
+    """Returns (shard, first token in it) of a window."""
     end_S = self._ends_S(seq_len, span)
     if not 0 <= index < end_S[-1]:
       raise IndexError(f'window {index} of {end_S[-1]} in {self.name}')
@@ -69,7 +69,7 @@ class Split(_Shards):
     return s, (int(index) - first) * seq_len
 
   def _ends_S(self, seq_len: int, span: int) -> np.ndarray:
-    """Windows up to the end of each shard; computed once."""
+    """Returns the cumulative number of windows per shard; cached."""
     if seq_len < 1 or span < 1:
       raise ValueError(f'{seq_len=} and {span=} must be at least 1')
     if (seq_len, span) not in self._ends:
@@ -86,10 +86,10 @@ class Split(_Shards):
 def between(offset_M, first: int, end: int, size: int) -> np.ndarray:
   """Returns the offsets from `first` to below `end`, uint64.
 
-  Reads a few blocks of the sorted offsets of a shard of `size` tokens.
-  Documents are about as long everywhere, so that the first guess is near.
+  Reads a few blocks of the sorted offsets of a shard of `size` tokens. The first
+  guess is close, since document lengths vary little along a shard.
   """
-  low, high = 0, offset_M.size  # the first one wanted lies within
+  low, high = 0, offset_M.size  # bounds of the first offset to return
   at = max(0, first * high // max(size, 1) - BLOCK // 2)
   bounds = np.array([first, end], np.uint64)  # a Python int would give float64
   while True:
@@ -113,10 +113,10 @@ def between(offset_M, first: int, end: int, size: int) -> np.ndarray:
 
 
 class Mixture(NamedTuple):
-  """Splits that are read together, their windows numbered one after another."""
+  """Splits that are mixed, with windows numbered consecutively over all of them."""
 
   splits: tuple[Split, ...]
-  weights: tuple[int, ...]  # of W = sum(weights) windows, so many are of each
+  weights: tuple[int, ...]  # windows of each, per sum(weights) windows
 
   @property
   def masked(self) -> bool:
@@ -129,7 +129,7 @@ class Mixture(NamedTuple):
     return sum(self.sizes(seq_len, span))
 
   def find(self, index: int, seq_len: int, span: int) -> tuple[int, int]:
-    """(split, window in it) of a window of the mixture."""
+    """Returns (split, window in it) of a window of the mixture."""
     end_S = np.cumsum(self.sizes(seq_len, span))
     s = int(np.searchsorted(end_S, index, 'right'))
     return s, int(index) - (int(end_S[s - 1]) if s else 0)

@@ -26,7 +26,7 @@ def draft(
 
   position_BT, last_B1, at_B = sharding.by_rows(positions, root_B, n_accepted_B)
   here = window_lib.window(position_BT, position_BT, S, cfg)
-  asked = window_lib.QueryPosition(at_B, window_lib.window(last_B1, last_B1, S, cfg))
+  query = window_lib.QueryPosition(at_B, window_lib.window(last_B1, last_B1, S, cfg))
   z_BTD, carry_BTD = window_lib.trunk_state(states, s), states[-1]
   if R:
     z_BTD = carry_BTD = sharding.by_rows(
@@ -54,26 +54,30 @@ def draft(
       h_B1D = heads.norm(raw_B1D, w.norm, cfg)
     else:
       next_BT = None
-      if f.feeds_tokens:
+      if f.uses_next_token:
         next_BT = sharding.by_rows(
-          functools.partial(_next_tokens, k=k), state.tokens_BS, position_BT
+          functools.partial(_next_tokens, offset=heads.next_token_offset(k, cfg)),
+          state.tokens_BS,
+          position_BT,
         )
       kv = caches.heads[k - 2] if f.has_block else None
-      carry_BTD, h_B1D, kv = window_lib.head(w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s)
+      carry_BTD, h_B1D, kv = window_lib.head(
+        w, k, z_BTD, carry_BTD, kv, next_BT=next_BT, here=here, query=query, s=s
+      )
       written.append(kv)
-    if f.feeds_tokens:
+    if f.uses_next_token:
       state = propose(state, window_lib.logits(w, h_B1D, k, cfg), k)
     hidden.append(h_B1D)
-  if not f.feeds_tokens:
+  if not f.uses_next_token:
     state = propose(state, window_lib.all_logits(w, hidden, cfg), 2)
   if caches.heads:
     caches = caches._replace(heads=tuple(written))
   return state, caches
 
 
-def _next_tokens(tokens_BS, position_BT, k: int):
-  """What head k is fed: the token of head k - 1 at each position."""
-  at_BT = jnp.maximum(position_BT + k - 1, 0)
+def _next_tokens(tokens_BS, position_BT, offset: int):
+  """The token so far ahead of each position."""
+  at_BT = jnp.maximum(position_BT + offset, 0)
   return jnp.take_along_axis(tokens_BS, at_BT, axis=1)
 
 

@@ -1,10 +1,9 @@
 """TODO of mtp_jax.checkpoint."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 from mtp_jax.checkpoint import metadata, restore
-from mtp_jax.config import commands, fields, parse, schedule, schema, validate
+from mtp_jax.config import fields, parse, schedule, schema, validate
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
@@ -33,14 +32,7 @@ def open_checkpoint(
     restore.verify(workdir, step)
   saved, _ = metadata.read_metadata(workdir, step)
   # Where and beside what it was trained is no matter any more.
-  base = dataclasses.replace(
-    saved,
-    distributed=commands.DistributedConfig(),
-    decode=commands.DecodeConfig(),
-    bench=commands.BenchConfig(),
-    plan=commands.PlanConfig(),
-    export=commands.ExportConfig(),
-  )
+  base = schema.without_command_options(saved)
   cfg = validate.configured(given, schema.replace(base, **elsewhere or {}))
   other_tree = bool(saved.loss.token_order_weight) != bool(cfg.loss.token_order_weight)
   for name, was, now in schema.changed(saved, cfg):
@@ -101,7 +93,7 @@ def of_opened(given: dict[str, object], opened, only_ids: bool) -> CheckpointInf
 
 def load(found: CheckpointInfo) -> LoadedModel:
   """Reads the parameters, and no more."""
-  cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)
+  cfg, mesh = found.cfg, sharding.make_mesh(found.cfg)
   model = restore.restore_model(found.workdir, found.step, cfg, mesh)
   return LoadedModel(
     f'{found.workdir}, step {found.step}',

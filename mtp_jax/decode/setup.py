@@ -54,7 +54,7 @@ class Setup(NamedTuple):
   @property
   def again(self) -> int:
     """R, positions that token-feeding heads read again."""
-    return max(self.window - 2, 0) * heads.family(self.cfg).feeds_tokens
+    return max(self.window - 2, 0) * heads.family(self.cfg).uses_next_token
 
 
 def setup(cfg: schema.Config, active: int, widths: tuple[int, ...], stop_ids=()) -> Setup:

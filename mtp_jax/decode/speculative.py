@@ -49,9 +49,19 @@ def prefill(
   z_BCD = window_lib.trunk_state(states, s)
   carry_BCD, written = states[-1], []
   for k, kv in enumerate(caches.heads, 2):
-    carry_BCD, _, kv = window_lib.head(w, k, z_BCD, carry_BCD, read(k - 1), kv, here, None, s)
+    carry_BCD, _, kv = window_lib.head(
+      w,
+      k,
+      z_BCD,
+      carry_BCD,
+      kv,
+      next_BT=read(heads.next_token_offset(k, cfg)),
+      here=here,
+      query=None,
+      s=s,
+    )
     written.append(kv)
-  if f.feeds_tokens and s.again:
+  if f.uses_next_token and s.again:
     state = state._replace(
       tail_BRD=sharding.by_rows(_tail, state.tail_BRD, z_BCD, state.length_B, same=(first,))
     )

@@ -68,9 +68,9 @@ def read_bytes(w: Weights, s: setup_lib.Setup) -> int:
   as it serves a head; a shared unembedding for head 1 and once more for the
   drafts of all further heads, or for each where one drafts after the other."""
   f, unembedding = heads.family(s.cfg), s.cfg.heads.unembedding
-  modules = w.heads * (s.window - 1) if f.one_module else w.heads
+  modules = w.heads * (s.window - 1) if f.shared_module else w.heads
   table = w.unembed or (w.embed,)
-  reads = 1 + (s.window > 1) * (s.window - 1 if f.feeds_tokens else 1)
+  reads = 1 + (s.window > 1) * (s.window - 1 if f.uses_next_token else 1)
   if unembedding != 'replicated':
     table = table * reads
   return params.bytes_per_device((w.stem, modules, w.norm, table))

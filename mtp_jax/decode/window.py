@@ -39,15 +39,15 @@ def take_position(x_BTD, at_B):
   return sharding.by_rows(rows, x_BTD, at_B)
 
 
-def _layer(layer, x_BTD, kv, here: Window, cfg, asked: QueryPosition | None = None):
+def _layer(layer, x_BTD, kv, here: Window, cfg, query: QueryPosition | None = None):
   """A layer over a window, whose keys and values are cached; the rest of it,
-  if so asked, at one position."""
+  at one position only if a query is given."""
   w = params.gather_cast(layer, block.specs(cfg), cfg)
   y_BTD = layers.rms_norm(x_BTD, w.attn_norm, cfg.model.norm_eps)
   kv = cache_lib.write(kv, *block.keys_values(w, y_BTD, here.ctx), here.slot)
-  if asked is not None:
-    x_BTD, y_BTD = take_position(x_BTD, asked.at_B), take_position(y_BTD, asked.at_B)
-    here = asked.window
+  if query is not None:
+    x_BTD, y_BTD = take_position(x_BTD, query.at_B), take_position(y_BTD, query.at_B)
+    here = query.window
   q_BTNH = block.queries(w, y_BTD, here.ctx)
   a_BTNH = cache_lib.attend(q_BTNH, kv, here.seen_BTS)
   return block.add_mlp(w, block.add_attended(w, x_BTD, a_BTNH), cfg), kv
@@ -69,32 +69,45 @@ def trunk_state(states, s: setup_lib.Setup):
   return states[heads.trunk_layers(s.cfg) - 1]
 
 
-def head(w, k, z_BTD, carry_BTD, next_BT, kv, here, asked, s: setup_lib.Setup):
-  """Head k >= 2 over a window: (carry_BTD, its h_B1D where asked, its cache).
+def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: setup_lib.Setup):
+  """Computes head k >= 2 over a window.
 
-  next_BT: the token that head k - 1 predicts at each position, for families
-  that feed them.
+  Args:
+    w: weights.
+    k: the head's number.
+    z_BTD: the trunk's output.
+    carry_BTD: output of the head before it.
+    kv: its cache; None where it has no block.
+    next_BT: the token at each position whose embedding the head reads, for families
+      that use it.
+    here: the window.
+    query: the one position whose h is returned; None = all.
+    s: the Setup.
+
+  Returns:
+    (carry_BTD, h_B1D at the query or h_BTD, its cache).
   """
   cfg, f = s.cfg, heads.family(s.cfg)
-  module = w.heads[0 if f.one_module else k - 2]
-  next_emb_BTD = lm.embed(w, next_BT, cfg) if f.feeds_tokens else None
-  x = heads.Inputs(w.norm, z_BTD, carry_BTD, next_emb_BTD)
-  if not f.has_block:
-    x = x._replace(z_BTD=take_position(z_BTD, asked.at_B))
-    return *f.leave(module, f.enter(module, x, None, cfg), x, cfg), None
-  at_once = k == s.window or not f.dependent
-  y_BTD, kv = _layer(
-    heads.layer(module),
-    f.enter(module, x, here.ctx, cfg),
-    kv,
-    here,
-    cfg,
-    asked if at_once else None,
+  module = w.heads[0 if f.shared_module else k - 2]
+  # What no later head reads is computed at the query only.
+  at_query = query is not None and (k == s.window or not f.is_chained)
+  if f.layer is None:
+    z_BTD = take_position(z_BTD, query.at_B)
+  written = []
+
+  def cached_block(layer, x_BTD, ctx, cfg):
+    del ctx
+    y_BTD, new = _layer(layer, x_BTD, kv, here, cfg, query if at_query else None)
+    written.append(new)
+    return y_BTD
+
+  x = heads.Inputs(norm_D=w.norm, z_BTD=z_BTD, carry_BTD=carry_BTD)
+  carry_BTD, h_BTD = lm.head_step(
+    module, k, x, here.ctx, cfg, feed=lambda k: lm.embed(w, next_BT, cfg), apply_block=cached_block
   )
-  carry_BTD, h_BTD = f.leave(module, y_BTD, x, cfg)
-  if asked is not None and not at_once:
-    h_BTD = take_position(h_BTD, asked.at_B)
-  return carry_BTD, h_BTD, kv
+  if query is not None and f.layer is not None and not at_query:
+    h_BTD = take_position(h_BTD, query.at_B)
+  return carry_BTD, h_BTD, *(written or [None])
 
 
 def logits(w: weights_lib.Weights, h_BTD, k: int, cfg):

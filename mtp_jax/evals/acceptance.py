@@ -1,7 +1,7 @@
-"""`acceptance`: how many drafts stand when held-out text is gone on with.
+"""`acceptance`: acceptance rates of drafts when continuing held-out text.
 
-Floor 4. What training and held-out windows show of it is teacher-forced, an
-estimate: here the model reads what it has written.
+Acceptance on training and held-out windows is teacher-forced, an estimate: here
+the model reads its own tokens.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
 from mtp_jax.io import paths
 
-PIECES = 32  # unless --eval.limit says how many
+PIECES = 32  # default of --eval.limit
 
 
 def check(arg: str, cfg: schema.Config) -> None:
   if arg:
-    raise fields.ConfigError('eval.tasks', f'acceptance:{arg}', 'takes nothing after it')
+    raise fields.ConfigError('eval.tasks', f'acceptance:{arg}', 'takes no argument')
   if not cfg.data.store:
-    raise fields.ConfigError('data.store', '', 'what acceptance goes on with')
+    raise fields.ConfigError('data.store', '', 'acceptance needs a store with held-out text')
   pieces(cfg, cfg.eval.limit or PIECES)
 
 
@@ -28,31 +28,31 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   prompts = pieces(cfg, cfg.eval.limit or PIECES)
   decoded = subject.decoder(prompts, stop_ids=subject.tokenizer.stop_ids, each=lambda tokens: None)
   scalars = dict(tokens_per_forward=decoded.tokens_per_forward)
-  asked_J, accepted_J = decoded.asked_J, decoded.accepted_J
-  for j, (n, stood) in enumerate(zip(asked_J, accepted_J, strict=True), 2):
-    scalars |= intervals.share(f'accepted_{j}', int(stood), int(n))
+  proposed_J, accepted_J = decoded.asked_J, decoded.accepted_J
+  for j, (n, accepted) in enumerate(zip(proposed_J, accepted_J, strict=True), 2):
+    scalars |= intervals.share(f'accepted_{j}', int(accepted), int(n))
   rates = ', '.join(
     f't+{j} {intervals.shown(scalars, f"accepted_{j}")} of {int(n):,}'
-    for j, n in enumerate(asked_J, 2)
+    for j, n in enumerate(proposed_J, 2)
   )
   line = (
-    f'{len(prompts)} pieces of {cfg.bench.prompt_len} tokens, gone on with for'
-    f' {decoded.n_tokens:,}: {decoded.tokens_per_forward:.2f} tokens a pass'
+    f'{len(prompts)} prompts of {cfg.bench.prompt_len} tokens, continued by'
+    f' {decoded.n_tokens:,}: {decoded.tokens_per_forward:.2f} tokens per forward pass'
   )
   if rates:
-    line += f'; drafts that stood, given those before: {rates}'
+    line += f'; acceptance rates, given that earlier drafts were accepted: {rates}'
   return suites.Result([line], scalars)
 
 
 def pieces(cfg: schema.Config, n: int) -> list[np.ndarray]:
-  """n pieces of held-out documents, --bench.prompt_len tokens each: their
-  beginnings, then what follows."""
+  """Returns n pieces of held-out documents, --bench.prompt_len tokens each: the
+  first piece of each document, then the second of each, and so on."""
   path = parse.parse_stores(cfg.data.store)[0].path
   split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
   P, found = cfg.bench.prompt_len, []
   for skip in range(n):
     for tokens in split.documents():
-      piece = tokens[skip * P : (skip + 1) * P + 1]  # and one to predict
+      piece = tokens[skip * P : (skip + 1) * P + 1]  # and one token to predict
       if piece.size > P:
         found.append(np.array(piece[:P], np.int64))
       if len(found) == n:

@@ -1,4 +1,4 @@
-"""How sure each head is, and how often it is right then. Floor 4."""
+"""Calibration of each head: its confidence, compared with its accuracy."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -11,16 +11,16 @@ from mtp_jax.config import schedule, schema
 from mtp_jax.evals import scores
 from mtp_jax.parallel import sharding
 
-BINS = 15  # of the probability of the best token, equally wide
+BINS = 15  # of equal width, over the probability of the top token
 TOP = 5
 
 
 def evaluator(cfg: schema.Config, mesh) -> Callable:
   """Returns run(params, batches, step) -> sums over all valid targets.
 
-  batches as `heldout.evaluator` takes them. The sums: count_K, top_K (targets
-  among the TOP likeliest), and of each of BINS bins of the best token's
-  probability count_KX, its sum sure_KX, and right_KX.
+  batches: as in `heldout.evaluator`. The sums are count_K, top_K (targets in the
+  top TOP) and, for each of BINS bins of the top token's probability, count_KX,
+  the sum of probabilities sure_KX, and the correct ones right_KX.
   """
 
   @functools.partial(jax.jit, static_argnames='n_active')
@@ -56,8 +56,8 @@ def evaluator(cfg: schema.Config, mesh) -> Callable:
 
 
 def error(total: dict) -> np.ndarray:
-  """Expected calibration error of each head: the mean distance, over targets,
-  of a bin's accuracy from its mean probability (Guo et al. 2017,
+  """Returns the expected calibration error per head: the mean difference, over
+  targets, of a bin's accuracy and its mean probability (Guo et al. 2017,
   https://arxiv.org/abs/1706.04599)."""
   off_KX = np.abs(total['right_KX'] - total['sure_KX'])
   with np.errstate(invalid='ignore'):
@@ -65,7 +65,7 @@ def error(total: dict) -> np.ndarray:
 
 
 def scalars(total: dict) -> dict[str, float]:
-  """NaN of a head without a valid target."""
+  """Returns the metrics per head; NaN for a head without a valid target."""
   out = {}
   with np.errstate(invalid='ignore'):
     top_K = total['top_K'] / total['count_K']
@@ -75,7 +75,7 @@ def scalars(total: dict) -> dict[str, float]:
 
 
 def table(found: dict[str, float]) -> list[str]:
-  """By head, as lines; `-` for NaN."""
+  """Formats the metrics as a table with one line per head; `-` for NaN."""
 
   def shown(value, width):
     return f'{"-" if np.isnan(value) else f"{value:.2%}":>{width}}'

@@ -1,9 +1,9 @@
-"""`choice_points`: a text, and what each head thought of each token. Floor 4.
+"""`choice_points`: a page with the loss of each head at each token of a text.
 
-A token that the near heads expect and the far heads do not was decided between
-the places they looked from: what the method calls a choice point (Gloeckle et
-al. 2024, https://arxiv.org/abs/2404.19737, section 5.1). The page shows the
-nats of every head for every token, and marks these.
+A token that near heads expect and far heads do not was decided between their
+positions: a choice point (Gloeckle et al. 2024,
+https://arxiv.org/abs/2404.19737, section 5.1). The page shows the loss in nats
+of every head at every token, and marks choice points.
 """
 
 import html
@@ -16,9 +16,9 @@ from mtp_jax.config import schedule, schema
 from mtp_jax.evals import induction, scores, suites
 from mtp_jax.evals import subject as subject_lib
 
-DOCUMENTS = 4  # unless --eval.limit says how many
-NEAR, FAR = math.log(2), 3 * math.log(2)  # nats: expected, and a surprise
-STRONG = 6.0  # nats of the strongest colour
+DOCUMENTS = 4  # default of --eval.limit
+NEAR, FAR = math.log(2), 3 * math.log(2)  # nats: expected, unexpected
+STRONG = 6.0  # nats of the most opaque colour
 
 
 def check(arg: str, cfg: schema.Config) -> None:
@@ -33,7 +33,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     np.array([tokenizer.bos, *tokenizer.encode(d.text)])[: cfg.data.seq_len] for d in documents
   ]
   if not any(len(row) > 1 for row in rows):
-    raise induction.refused(cfg, 'has no text in it')
+    raise induction.data_error(cfg, 'contains no text')
   active = schedule.trained_heads(cfg, subject.step)
   found = scores.of_rows(
     subject.model, rows, subject.mesh, cfg, active, cfg.decode.batch_size or subject_lib.ROWS
@@ -42,7 +42,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     by_token(score, len(row), cfg.heads.offsets[:active])
     for row, score in zip(rows, found, strict=True)
   ]
-  asked = np.concatenate([choices(x_KU) for x_KU in nats])
+  chosen_M = np.concatenate([choices(x_KU) for x_KU in nats])
   nats_KM = np.concatenate(nats, axis=1)
   seen_KM = np.isfinite(nats_KM)
   mean_K = np.nansum(nats_KM, axis=1) / np.maximum(seen_KM.sum(axis=1), 1)
@@ -52,11 +52,11 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     if seen_M.any()
   }
   n_both = int((seen_KM[0] & seen_KM[-1]).sum())
-  share = float(asked.sum() / n_both) if n_both else math.nan
+  share = float(chosen_M.sum() / n_both) if n_both else math.nan
   scalars['choice_points'] = share
   lines = [
     f'{len(rows)} documents, {sum(map(len, rows)):,} tokens; of {n_both:,} that'
-    f' heads 1 and {active} see coming choice points'
+    f' heads 1 and {active} predict, choice points'
     f' {f"{share:.1%}" if n_both else "-"}: head 1 below'
     f' {NEAR:.2f} nats, head {active} above {FAR:.2f}'
   ]
@@ -71,8 +71,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
 
 
 def by_token(found: scores.Scores, n_tokens: int, offsets) -> np.ndarray:
-  """nats_KU of each token, as head k saw it coming from t = u - offset; NaN
-  where there is no such place."""
+  """Returns nats_KU, the loss of head k at token u, predicted from position
+  u - offset; NaN where there is no such position."""
   nats_KU = np.full((len(offsets), n_tokens), np.nan)
   for k, offset in enumerate(offsets):
     valid_T = found.valid[k]
@@ -82,7 +82,7 @@ def by_token(found: scores.Scores, n_tokens: int, offsets) -> np.ndarray:
 
 
 def choices(nats_KU: np.ndarray) -> np.ndarray:
-  """Whether each token is a choice point; none is where there is one head."""
+  """Returns which tokens are choice points; none if there is only one head."""
   far_U = nats_KU[-1] > FAR  # False for NaN
   return (nats_KU[0] < NEAR) & far_U
 
@@ -102,8 +102,8 @@ body { font: 16px/1.4 system-ui, sans-serif; margin: 1rem auto;
 
 
 def render(name: str, texts: list[tuple[str, list[str], np.ndarray]]) -> str:
-  """The page: under each token a cell a head, head 1 on top; it opens without
-  a network."""
+  """Renders the page, self-contained: one bar per head below each token, head 1
+  on top."""
   n = texts[0][2].shape[0]
   steps = (0, 1, 2, 4, 6)
   key = ' '.join(f'<i style="opacity:{_opacity(x):.2f}"></i>&nbsp;{x}' for x in steps)
@@ -112,9 +112,9 @@ def render(name: str, texts: list[tuple[str, list[str], np.ndarray]]) -> str:
     '<meta name="viewport" content="width=device-width, initial-scale=1">',
     f'<title>Choice points: {html.escape(name)}</title>',
     f'<style>{STYLE}</style></head><body>',
-    f'<h1>Choice points</h1><p>{html.escape(name)}. Under each token one bar a'
-    f' head, head 1 on top, head {n} below: its nats for this token, seen from'
-    f' as many tokens before.</p><p class="key">nats: {key} or more.'
+    f'<h1>Choice points</h1><p>{html.escape(name)}. Below each token one bar per'
+    f' head, head 1 on top, head {n} at the bottom: its loss at this token, in'
+    f' nats, predicted from its offset before it.</p><p class="key">nats: {key} or more.'
     f' Outlined: head 1 below {NEAR:.2f} nats, head {n} above {FAR:.2f}.</p>',
   ]
   for title, pieces, nats_KU in texts:
@@ -130,10 +130,10 @@ def render(name: str, texts: list[tuple[str, list[str], np.ndarray]]) -> str:
 
 def _token(piece: str, nats_K, marked: bool) -> str:
   shown = html.escape(piece).replace('\u2581', ' ')
-  told = ', '.join('-' if np.isnan(x) else f'{x:.1f}' for x in nats_K)
+  losses = ', '.join('-' if np.isnan(x) else f'{x:.1f}' for x in nats_K)
   bars = ''.join(f'<i style="opacity:{_opacity(x):.2f}"></i>' for x in nats_K)
   chosen = ' c' if marked else ''
-  return f'<span class="t{chosen}" title="{told}"><b>{shown}</b>{bars}</span>'
+  return f'<span class="t{chosen}" title="{losses}"><b>{shown}</b>{bars}</span>'
 
 
 def _opacity(nats: float) -> float:

@@ -1,7 +1,7 @@
-"""GSM8K: grade-school problems, answered by a chain of thought. Floor 4.
+"""GSM8K: grade-school math problems, answered with a chain of thought.
 
-Cobbe et al. 2021, arXiv 2110.14168; asked as by Wei et al. 2022, arXiv
-2201.11903: their eight worked examples (appendix G, table 20) before each
+Cobbe et al. 2021, arXiv 2110.14168; prompted as in Wei et al. 2022, arXiv
+2201.11903: their eight few-shot examples (appendix G, table 20) before each
 problem, greedy, exact match of the number that follows "The answer is".
 """
 
@@ -16,65 +16,65 @@ from mtp_jax.data import documents
 from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
 
-STOP = ('Q:', 'Question:')  # of the next problem, which the model may invent
+STOP = ('Q:', 'Question:')  # the start of a further problem, made up by the model
 
 
 class Example(NamedTuple):
-  """A problem with its solution in words."""
+  """A problem with its worked solution."""
 
   question: str
   worked: str
 
 
 class Problem(NamedTuple):
-  """What is asked, and the number to be found."""
+  """A question and its numeric answer."""
 
-  id: int  # place in the file, from 0
+  id: int  # index in the file
   question: str
   answer: decimal.Decimal
 
 
 def check(arg: str, cfg: schema.Config) -> None:
-  """ConfigError unless there are problems to ask, and examples enough."""
+  """Raises ConfigError unless there are problems, and enough examples."""
   if arg:
-    raise fields.ConfigError('eval.tasks', f'gsm8k:{arg}', 'gsm8k, no more')
+    raise fields.ConfigError('eval.tasks', f'gsm8k:{arg}', 'gsm8k takes no argument')
   if cfg.eval.num_fewshot > len(SHOTS):
     raise fields.ConfigError(
-      'eval.num_fewshot', cfg.eval.num_fewshot, f'gsm8k has {len(SHOTS)} worked examples'
+      'eval.num_fewshot', cfg.eval.num_fewshot, f'gsm8k has {len(SHOTS)} few-shot examples'
     )
   problems(cfg.eval.data)
 
 
 def problems(path: str) -> list[Problem]:
-  """Of a file in the official form: question, and answer with `#### 42`."""
+  """Reads a file in the official format: question, and answer with `#### 42`."""
   fail = functools.partial(fields.ConfigError, 'eval.data', path)
   if not path:
-    raise fail('gsm8k needs its problems, a .jsonl or .jsonl.gz')
+    raise fail('gsm8k needs its problems, a .jsonl or .jsonl.gz file')
   found = []
   for line, (question, worked) in documents.records(path, ['question', 'answer'], fail):
-    _, mark, said = worked.rpartition('####')
-    answer = number(mark + said) if mark else None
+    _, mark, rest = worked.rpartition('####')
+    answer = number(mark + rest) if mark else None
     if answer is None:
-      raise fail(f"{path}:{line}: there is no number after '####' in answer")
+      raise fail(f"{path}:{line}: no number after '####' in answer")
     found.append(Problem(len(found), question, answer))
   if not found:
-    raise fail('there is no problem in it')
+    raise fail('contains no problem')
   return found
 
 
-SAYS = re.compile(r'The answer is|####')
+ANSWER_MARK = re.compile(r'The answer is|####')
 NUMBER = re.compile(r'(?:(?<![0-9])-)?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)')
 
 
 def number(text: str) -> decimal.Decimal | None:
-  """The number that a solution ends with; None if it names none.
+  """Extracts the final number of a solution; None if there is none.
 
-  It is the last one of the sentence that goes on from the first "The answer
-  is", or from `####`: what follows is a problem that the model invents. The
-  strict match of lm-evaluation-harness (gsm8k_cot) takes the first as well.
-  Commas, also LaTeX's {,}, and dollars are no part of it.
+  This is the last number of the sentence after the first "The answer is" or
+  `####`: later text is a further problem, made up by the model. The strict match
+  of lm-evaluation-harness (gsm8k_cot) uses the first match as well. Commas, also
+  LaTeX's {,}, and dollar signs are ignored.
   """
-  _, *after = SAYS.split(text, maxsplit=1)
+  _, *after = ANSWER_MARK.split(text, maxsplit=1)
   if not after:
     return None
   sentence = re.split(r'\.(?=\s|$)|\n', after[0].strip(), maxsplit=1)[0]
@@ -83,29 +83,29 @@ def number(text: str) -> decimal.Decimal | None:
 
 
 def prompt(question: str, examples: Sequence[Example]) -> str:
-  asked = [f'Q: {e.question}\nA: {e.worked}\n\n' for e in examples]
-  return ''.join([*asked, f'Q: {question}\nA:'])
+  shots = [f'Q: {e.question}\nA: {e.worked}\n\n' for e in examples]
+  return ''.join([*shots, f'Q: {question}\nA:'])
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
-  """Asks all problems, or the first --eval.limit.
+  """Evaluates all problems, or the first --eval.limit.
 
-  A text has up to --decode.max_new_tokens tokens. Where prompt and text would be more
-  than the context, examples are left out, the first ones first, and this is
-  said; a question alone is asked however long it is.
+  A solution has up to --decode.max_new_tokens tokens. If prompt and solution
+  exceed the context, examples are dropped, the first ones first, and this is
+  reported; a question without examples is evaluated at any length.
   """
   del arg
   cfg = subject.cfg
-  asked = problems(cfg.eval.data)[: cfg.eval.limit or None]
+  selected = problems(cfg.eval.data)[: cfg.eval.limit or None]
   n = len(SHOTS) if cfg.eval.num_fewshot < 0 else cfg.eval.num_fewshot
-  room = subject_lib.context(cfg) - cfg.decode.max_new_tokens
-  examples = [_that_fit(p, SHOTS[:n], subject, room) for p in asked]
-  prompts = [prompt(p.question, e) for p, e in zip(asked, examples, strict=True)]
+  budget = subject_lib.context(cfg) - cfg.decode.max_new_tokens
+  examples = [_fitting_examples(p, SHOTS[:n], subject, budget) for p in selected]
+  prompts = [prompt(p.question, e) for p, e in zip(selected, examples, strict=True)]
   found = subject_lib.continuations(
-    subject, prompts, subject_lib.Ask(max_new=cfg.decode.max_new_tokens, stop=STOP)
+    subject, prompts, subject_lib.GenerationConfig(max_new=cfg.decode.max_new_tokens, stop=STOP)
   )
   items = []
-  for p, e, (text,) in zip(asked, examples, found, strict=True):
+  for p, e, (text,) in zip(selected, examples, found, strict=True):
     answer = number(text.text)
     items.append(
       dict(
@@ -119,14 +119,14 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
         correct=answer == p.answer,
       )
     )
-  beyond = subject_lib.beyond(subject, prompts, cfg.decode.max_new_tokens)
-  return _result(items, n, cfg, [text for (text,) in found], beyond)
+  warnings = subject_lib.context_warnings(subject, prompts, cfg.decode.max_new_tokens)
+  return _result(items, n, cfg, [text for (text,) in found], warnings)
 
 
-def _that_fit(problem, examples, subject, room: int) -> Sequence[Example]:
+def _fitting_examples(problem, examples, subject, budget: int) -> Sequence[Example]:
   for first in range(len(examples)):
     text = prompt(problem.question, examples[first:])
-    if 1 + len(subject.tokenizer.encode(text)) <= room:
+    if 1 + len(subject.tokenizer.encode(text)) <= budget:
       return examples[first:]
   return ()
 
@@ -135,7 +135,7 @@ def _shown(answer: decimal.Decimal | None) -> str | None:
   return None if answer is None else str(answer)
 
 
-def _result(items, n: int, cfg, texts, beyond) -> suites.Result:
+def _result(items, n: int, cfg, texts, warnings) -> suites.Result:
   right = sum(item['correct'] for item in items)
   tokens = sum(len(text.ids) for text in texts)
   scalars = intervals.share('accuracy', right, len(items)) | dict(
@@ -144,21 +144,21 @@ def _result(items, n: int, cfg, texts, beyond) -> suites.Result:
   )
   fewer = sum(item['shots'] < n for item in items)
   lines = [
-    f'  {len(items):,} problems, right {intervals.shown(scalars, "accuracy")},'
-    f' {"up to " * bool(fewer)}{n} worked examples,'
-    f' {scalars["tokens_per_forward"]:.2f} tokens a pass',
-    *beyond,
+    f'  {len(items):,} problems, accuracy {intervals.shown(scalars, "accuracy")},'
+    f' {"up to " * bool(fewer)}{n} few-shot examples,'
+    f' {scalars["tokens_per_forward"]:.2f} tokens per forward pass',
+    *warnings,
   ]
   if fewer:
     lines.append(
-      f'  {fewer:,} had fewer examples, {scalars["shots"]:.1f} on average over'
-      f' all: with --decode.max_new_tokens={cfg.decode.max_new_tokens} more do not fit the'
-      f' context of {subject_lib.context(cfg)} tokens'
+      f'  {fewer:,} had fewer examples ({scalars["shots"]:.1f} per problem on average):'
+      f' with --decode.max_new_tokens={cfg.decode.max_new_tokens}, more do not fit into'
+      f' the context of {subject_lib.context(cfg)} tokens'
     )
-  cut = sum(item['finish'] == 'length' for item in items)
-  if cut:
+  truncated = sum(item['finish'] == 'length' for item in items)
+  if truncated:
     lines.append(
-      f'  {cut:,} texts were cut off at --decode.max_new_tokens={cfg.decode.max_new_tokens}'
+      f'  {truncated:,} texts truncated at --decode.max_new_tokens={cfg.decode.max_new_tokens}'
     )
   return suites.Result(lines, scalars, items)
 

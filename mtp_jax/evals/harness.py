@@ -1,9 +1,9 @@
-"""Tasks of lm-evaluation-harness, written with the heads' drafts. Floor 4.
+"""Tasks of lm-evaluation-harness, generated with the heads' drafts.
 
 Gao et al. 2024, https://github.com/EleutherAI/lm-evaluation-harness: its tasks,
-prompts and metrics. Texts are encoded, cut and scored as its own class for
-Hugging Face models does it: what `--eval.tasks=lm_eval:TASK` finds is what
-`lm_eval --model hf --tasks TASK` finds of the exported checkpoint.
+prompts and metrics. Texts are encoded, truncated and scored as in its class for
+Hugging Face models: `--eval.tasks=lm_eval:TASK` gives the results of
+`lm_eval --model hf --tasks TASK` on the exported checkpoint.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from mtp_jax.data import tokenizers
 from mtp_jax.evals import intervals, scores, suites
 from mtp_jax.evals import subject as subject_lib
 
-MAX_NEW = 256  # tokens, where a task does not say; the harness's own number
-BOOTSTRAP = 1000  # draws, for the error of what is no mean
+MAX_NEW = 256  # tokens, if a task does not set it; the harness's default
+BOOTSTRAP = 1000  # samples, for the error of metrics other than means
 GENERATION = 'do_sample', 'max_gen_toks', 'temperature', 'top_p', 'until'
 OF_SAMPLES = 'top_k', 'min_p', 'typical_p'  # without effect on greedy decoding
 NEUTRAL = dict(num_beams=1, repetition_penalty=1)
 Fail = Callable[[str], fields.ConfigError]
-SHARES = ('acc', 'acc_norm', 'exact_match')  # of items: 0 or 1 each
+SHARES = ('acc', 'acc_norm', 'exact_match')  # means of 0 or 1 per item
 
 
 def check(arg: str, cfg: schema.Config) -> None:
-  """ConfigError unless the harness is here and knows each of TASK+TASK…"""
+  """Raises ConfigError unless the harness is installed and has each of TASK+TASK…"""
   fail, folder = _fail(arg), cfg.eval.data
   if not arg:
-    raise fail('name its tasks, TASK+TASK…')
+    raise fail('needs the names of tasks, TASK+TASK…')
   if importlib.util.find_spec('lm_eval') is None:
     raise fail('needs lm_eval: pip install "mtp_jax[evals]"')
   if folder and not os.path.isdir(folder):
@@ -49,8 +49,8 @@ def check(arg: str, cfg: schema.Config) -> None:
 
 
 def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
-  """Asks tasks of the harness, with --eval.num_fewshot examples (-1: as each task
-  says) the first --eval.limit documents of each (0: all)."""
+  """Evaluates tasks of the harness, with --eval.num_fewshot examples (-1: the
+  default of each task), on the first --eval.limit documents of each (0: all)."""
   from lm_eval import evaluator
 
   cfg, names = subject.cfg, arg.split('+')
@@ -66,11 +66,11 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
         bootstrap_iters=BOOTSTRAP,
       )
     except Exception as error:
-      if model.asked or isinstance(error, fields.ConfigError):
+      if model.was_called or isinstance(error, fields.ConfigError):
         raise
-      # Nothing was computed: it is the task's data, template or code.
-      said = ' '.join(f'{type(error).__name__}: {error}'.split())
-      raise _fail(arg)(f'cannot be asked: {said}') from error
+      # Nothing was computed: the error is in the task's data, template or code.
+      problem = ' '.join(f'{type(error).__name__}: {error}'.split())
+      raise _fail(arg)(f'cannot be evaluated: {problem}') from error
   return _result(found)
 
 
@@ -81,7 +81,7 @@ def _fail(arg: str) -> Fail:
 
 @functools.cache
 def _tasks(names: tuple[str, ...], folder: str):
-  """The harness's index of tasks; to read all of its own takes long."""
+  """Returns the harness's index of tasks; loads its own, which is slow, only if needed."""
   from lm_eval.tasks import TaskManager
 
   if folder:
@@ -93,7 +93,7 @@ def _tasks(names: tuple[str, ...], folder: str):
 
 @contextlib.contextmanager
 def _contained():
-  """stdout is for the report; and a pool of forks does not go with jax."""
+  """Redirects stdout, which is for the report; avoids forks, which break jax."""
   before = os.environ.get('DISABLE_MULTIPROC')
   os.environ['DISABLE_MULTIPROC'] = '1'
   try:
@@ -106,7 +106,7 @@ def _contained():
 
 
 def _model(subject: subject_lib.Subject, fail: Fail):
-  """The subject as the harness's LM; `asked` says whether it was."""
+  """Wraps the subject as the harness's LM; `was_called` tells whether it was used."""
   from lm_eval import utils
   from lm_eval.api.model import TemplateLM
 
@@ -114,7 +114,7 @@ def _model(subject: subject_lib.Subject, fail: Fail):
   begin = [tokenizer.bos] if tokenizers.begins(tokenizer) else []
 
   class Model(TemplateLM):
-    asked = False
+    was_called = False
     eot_token_id = tokenizer.eos
     prefix_token_id = tokenizer.bos
 
@@ -126,7 +126,7 @@ def _model(subject: subject_lib.Subject, fail: Fail):
       return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-      self.asked = True
+      self.was_called = True
       return _loglikelihoods(subject, [r[1:] for r in requests], context, fail)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
@@ -146,19 +146,19 @@ def _model(subject: subject_lib.Subject, fail: Fail):
       return [sum(next(nats)[0] for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests, disable_tqdm=True):
-      self.asked = True
+      self.was_called = True
       texts, by_kwargs = [''] * len(requests), {}
       for i, r in enumerate(requests):
         key = json.dumps(r.args[1], sort_keys=True)
         by_kwargs.setdefault(key, []).append(i)
       for of_kwargs in by_kwargs.values():
-        ask = _ask(requests[of_kwargs[0]].args[1], subject.cfg, fail)
-        if ask.max_new >= context:
-          raise fail(f'asks for {ask.max_new} new tokens in a context of {context}')
-        room = context - ask.max_new
-        ids = [self.tok_encode(requests[i].args[0])[-room:] for i in of_kwargs]
+        generation = _generation_config(requests[of_kwargs[0]].args[1], subject.cfg, fail)
+        if generation.max_new >= context:
+          raise fail(f'requests {generation.max_new} new tokens in a context of {context}')
+        budget = context - generation.max_new
+        ids = [self.tok_encode(requests[i].args[0])[-budget:] for i in of_kwargs]
         prompts = [np.array(x or [tokenizer.bos]) for x in ids]
-        found = subject_lib.continuations(subject, prompts, ask)
+        found = subject_lib.continuations(subject, prompts, generation)
         for i, (text,) in zip(of_kwargs, found, strict=True):
           texts[i] = text.text
       return texts
@@ -169,8 +169,9 @@ def _model(subject: subject_lib.Subject, fail: Fail):
 def _loglikelihoods(
   subject: subject_lib.Subject, pairs: Sequence, context: int, fail: Fail
 ) -> list[tuple[float, bool]]:
-  """(log-probability under head 1, whether it is what greedy decoding writes)
-  of the second of each (ids before, ids); what is too long loses its start."""
+  """Returns (log-probability under head 1, whether greedy decoding generates it)
+  of the continuation of each (context ids, continuation ids). Rows that are too
+  long are truncated at the start."""
   for _, ids in pairs:
     if not 0 < len(ids) <= context:
       text = subject.tokenizer.decode(ids)
@@ -183,7 +184,7 @@ def _loglikelihoods(
   rows = [np.array([*a, *b], np.int32)[-(context + 1) :] for a, b in pairs]
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
   found = [(0.0, False)] * len(rows)
-  at_once = 16 * B  # what is known of each token is kept no longer
+  at_once = 16 * B  # bounds the scores per token that are kept in memory
   for first in range(0, len(order), at_once):
     of = order[first : first + at_once]
     got = scores.of_rows(subject.model, [rows[i] for i in of], subject.mesh, cfg, n_active, B)
@@ -191,31 +192,33 @@ def _loglikelihoods(
       n = len(pairs[i][1])
       nats, rank = row.nats[0, -n:], row.rank[0, -n:]
       found[i] = -float(nats.sum(dtype=np.float64)), bool((rank == 0).all())
-    subject.say(f'{first + len(of):,} of {len(order):,} scored')
+    subject.report(f'{first + len(of):,} of {len(order):,} scored')
   return found
 
 
-def _ask(kwargs: dict, cfg: schema.Config, fail: Fail) -> subject_lib.Ask:
-  """A task's generation_kwargs, read as the harness does."""
+def _generation_config(
+  kwargs: dict, cfg: schema.Config, fail: Fail
+) -> subject_lib.GenerationConfig:
+  """Parses a task's generation_kwargs as the harness does."""
   from lm_eval.models import utils
 
-  said = utils.normalize_gen_kwargs(kwargs, MAX_NEW)
-  until = utils.handle_stop_sequences(said['until'], eos=None)
-  samples = said['do_sample']
+  options = utils.normalize_gen_kwargs(kwargs, MAX_NEW)
+  until = utils.handle_stop_sequences(options['until'], eos=None)
+  samples = options['do_sample']
   known = GENERATION if samples else GENERATION + OF_SAMPLES
-  for name, value in said.items():
+  for name, value in options.items():
     if name not in known and value != NEUTRAL.get(name):
-      raise fail(f'generation_kwargs with {name}={value}: not to be had here')
-  if samples and not said.get('temperature'):
+      raise fail(f'generation_kwargs with {name}={value}: not supported')
+  if samples and not options.get('temperature'):
     raise fail('generation_kwargs with do_sample but no temperature')
   if samples and cfg.decode.tree:
     raise fail('generation_kwargs with do_sample; --decode.tree is greedy')
-  return subject_lib.Ask(
-    said['max_gen_toks'],
+  return subject_lib.GenerationConfig(
+    options['max_gen_toks'],
     tuple(filter(None, until)),
     seed=cfg.decode.seed,
-    temperature=float(said['temperature']) if samples else 0.0,
-    top_p=said.get('top_p', 1.0),
+    temperature=float(options['temperature']) if samples else 0.0,
+    top_p=options.get('top_p', 1.0),
   )
 
 
@@ -237,12 +240,12 @@ def _result(found: dict) -> suites.Result:
       n = found['n-samples'].get(task, {}).get('effective', 0)
       if isinstance(error, numbers.Real):
         low, high = (value + side * intervals.Z95 * error for side in (-1, 1))
-        if metric in SHARES and n:  # the other has no width at 0 and 1
+        if metric in SHARES and n:  # the normal interval has no width at 0 and 1
           low, high = intervals.wilson(round(value * n), n)
         scalars |= {f'{name}_low': float(low), f'{name}_high': float(high)}
         line += f' (95%: {low:.4f} to {high:.4f})'
       line += f', {n:,} items' if n else ''
-      lines.append(line + (f', {shots} worked examples' if shots != '' else ''))
+      lines.append(line + (f', {shots} few-shot examples' if shots != '' else ''))
   for task, samples in found.get('samples', {}).items():
     items += [_item(task, sample) for sample in samples]
   return suites.Result(lines, scalars, items)

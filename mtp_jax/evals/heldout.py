@@ -1,7 +1,7 @@
-"""Per-head loss, accuracy and acceptance on held-out windows. Floor 4.
+"""Per-head loss, accuracy and acceptance on held-out windows.
 
-The loss is the training loss itself, in sums and counts: each head's nats over
-its own valid targets, over the whole split.
+The loss is the training loss, as sums and counts: each head's nats over its own
+valid targets, over the whole split.
 """
 
 import functools
@@ -17,13 +17,13 @@ from mtp_jax.parallel import sharding
 
 
 def evaluator(cfg: schema.Config, mesh, bytes_V) -> Callable:
-  """Returns run(params, batches, step) -> metrics as a training step has them.
+  """Returns run(params, batches, step) -> metrics as of a training step.
 
-  step: optimizer steps that made the parameters. The heads that were active and
-  the weights in force at the last of them are those of the evaluation: a head
-  that never trained would be noise, to its neighbours in a chain as well.
-  batches yield tokens and position (1, b, U) of this process's rows
-  (`sharding.local_rows`); every process needs as many.
+  step: number of optimizer steps of the parameters. Evaluates the heads that
+  were active, and the head weights, at the last of them: a head that was never
+  trained would be noise, also for its successors in a chain. batches yield
+  tokens and position (1, b, U) of this process's rows (`sharding.local_rows`),
+  the same number on every process.
   """
   n = cfg.heads.n
 
@@ -31,7 +31,7 @@ def evaluator(cfg: schema.Config, mesh, bytes_V) -> Callable:
   def sums(params, batch, bytes_V, *, n_active):
     count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
     rows = jax.tree.map(lambda x: x[0], batch)
-    one_K = jnp.ones(n)  # the total is made of all batches' sums, at the end
+    one_K = jnp.ones(n)  # the total is computed from the sums of all batches
     _, sums = multi_token.mtp_loss(
       params, jnp.zeros(n), rows, count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg
     )
@@ -53,8 +53,8 @@ def evaluator(cfg: schema.Config, mesh, bytes_V) -> Callable:
 
 
 def _finish(total: dict, weight_K, order_weight: float) -> dict:
-  """The sums with the loss that they make: of heads that have a target."""
+  """Adds the total loss to the sums, over heads that have a target."""
   over_K = 1 / np.maximum(total['count_K'], 1)
   loss = np.sum(weight_K * total['loss_sum_K'] * over_K)
-  loss += order_weight * total.get('order_loss_sum', 0) * over_K[0]
+  loss += order_weight * total.get('token_order_loss_sum', 0) * over_K[0]
   return total | dict(total=loss)

@@ -1,8 +1,8 @@
-"""`induction`: is a made-up name, once read, known again? Floor 4.
+"""`induction`: does a model repeat a made-up name that is in its context?
 
 In passages of held-out text a character's name is replaced by a random one of
-exactly two tokens. After the first token of a later occurrence, the second can
-be known from the earlier ones alone (Gloeckle et al. 2024,
+exactly two tokens. After the first token of a later occurrence, the second is
+predictable from earlier occurrences only (Gloeckle et al. 2024,
 https://arxiv.org/abs/2404.19737, section 4.1). Head 1, teacher-forced.
 """
 
@@ -22,29 +22,29 @@ from mtp_jax.data import store as store_lib
 from mtp_jax.evals import intervals, scores, suites
 from mtp_jax.evals import subject as subject_lib
 
-# A word with a capital inside a sentence; what is also seen without is no name.
+# A capitalized word inside a sentence; excluded if it also occurs in lower case.
 NAME = re.compile(r'(?<=[a-z,;] )[A-Z][a-z]{2,}\b')
 WORD = re.compile(r'[A-Za-z]+')
-OCCURRENCES = 3  # of a name in its passage, at least
+OCCURRENCES = 3  # minimum per name and passage
 TRIES = 2000
 BEFORE = {1: 'once', 2: '2 or 3 times', 4: '4 times or more'}  # levels
 
 
 class Item(NamedTuple):
-  """A passage with a made-up name, and where its two tokens are."""
+  """A passage with a made-up name, and the positions of its two tokens."""
 
   document: str
   name: str
-  ids: np.ndarray  # the begin token first
-  at: list[int]  # of the first of the two, in ids
-  before: list[int]  # occurrences before each, of whatever tokens
+  ids: np.ndarray  # starts with BOS
+  at: list[int]  # indices of the first token of each occurrence
+  before: list[int]  # number of earlier occurrences, of any tokens
 
 
 class Second(NamedTuple):
-  """What a model makes of the second token of one occurrence."""
+  """A model's prediction of the second token of one occurrence."""
 
-  before: int  # occurrences read before it
-  right: bool  # the likeliest token
+  before: int  # number of earlier occurrences
+  right: bool  # whether it is the top token
   nats: float  # -log of its probability
 
 
@@ -53,16 +53,16 @@ def check(arg: str, cfg: schema.Config) -> None:
 
 
 def check_documents(name: str, arg: str, cfg: schema.Config) -> None:
-  """ConfigError unless there are texts, and nothing after the suite's name."""
+  """Raises ConfigError unless there are texts, and no argument."""
   if arg:
     raise fields.ConfigError(
-      'eval.tasks', f'{name}:{arg}', 'takes nothing after it; --eval.data names documents'
+      'eval.tasks', f'{name}:{arg}', 'takes no argument; --eval.data names documents'
     )
   if cfg.eval.data:
     _named(cfg)
   elif not cfg.data.store:
     raise fields.ConfigError(
-      'eval.data', '', 'documents, as --data.documents names them, or a store'
+      'eval.data', '', 'needs documents, in the format of --data.documents, or a store'
     )
 
 
@@ -70,7 +70,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   cfg = subject.cfg
   items = make(texts(cfg, subject.tokenizer), subject.tokenizer, cfg.data.seq_len, cfg.eval.limit)
   if not items:
-    raise refused(
+    raise data_error(
       cfg,
       f'has no name that occurs {OCCURRENCES} times in --data.seq_len={cfg.data.seq_len} tokens',
     )
@@ -96,14 +96,14 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   lines = [
     f'{len(items):,} passages of {n_documents:,} documents,'
     f' {sum(n > 0 for item in items for n in item.before):,} later'
-    f' occurrences, second token right'
-    f' {intervals.shown(scalars, "accuracy")}; of first'
-    f' ones {intervals.shown(scalars, "first_occurrence")}',
+    f' occurrences, accuracy of the second token'
+    f' {intervals.shown(scalars, "accuracy")}; at first'
+    f' occurrences {intervals.shown(scalars, "first_occurrence")}',
     *(
-      f'  read {times} before: {intervals.shown(scalars, f"accuracy_{of}")}'
+      f'  seen {times} before: {intervals.shown(scalars, f"accuracy_{of}")}'
       for of, times in BEFORE.items()
     ),
-    f'  nats of it: {scalars["nats"]:.2f}, of first ones {scalars["first_nats"]:.2f}',
+    f'  loss {scalars["nats"]:.2f} nats, at first occurrences {scalars["first_nats"]:.2f}',
   ]
   return suites.Result(
     lines,
@@ -116,19 +116,19 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
 
 
 def score(seconds: list[Second]) -> dict[str, float]:
-  """Accuracy by occurrences read before, and mean nats (NaN of none), which
-  part long before the token is the likeliest. The intervals take occurrences as
-  independent, which those of one passage or document are not: they are too
-  narrow, the more so the fewer documents there are."""
+  """Returns accuracy by number of earlier occurrences, and mean nats (NaN if there
+  are none), which improve long before the token is the top one. The intervals
+  treat occurrences as independent, which those of one passage or document are
+  not: they are too narrow, the more so the fewer documents there are."""
 
   def of(first, after=None):
     return [s for s in seconds if s.before >= first and (after is None or s.before < after)]
 
-  def share(name, asked):
-    return intervals.share(name, sum(s.right for s in asked), len(asked))
+  def share(name, group):
+    return intervals.share(name, sum(s.right for s in group), len(group))
 
-  def nats(asked):
-    return sum(s.nats for s in asked) / len(asked) if asked else math.nan
+  def nats(group):
+    return sum(s.nats for s in group) / len(group) if group else math.nan
 
   later, first = of(1), of(0, 1)
   scalars = share('accuracy', later) | share('first_occurrence', first)
@@ -137,8 +137,8 @@ def score(seconds: list[Second]) -> dict[str, float]:
   return scalars | dict(nats=nats(later), first_nats=nats(first))
 
 
-def refused(cfg: schema.Config, why: str) -> fields.ConfigError:
-  """Of `texts`, by the flag that says where they are."""
+def data_error(cfg: schema.Config, why: str) -> fields.ConfigError:
+  """Returns the error for `texts`, with the flag that locates them."""
   flag = 'eval.data' if cfg.eval.data else 'data.store'
   return fields.ConfigError(flag, schema.get(cfg, flag), why)
 
@@ -151,7 +151,7 @@ def _named(cfg: schema.Config) -> Iterator[documents.Document]:
 
 
 def texts(cfg: schema.Config, tokenizer) -> Iterator[documents.Document]:
-  """Those of --eval.data, or the held-out ones of the run's first store."""
+  """Yields the documents of --eval.data, or held-out ones of the run's first store."""
   if cfg.eval.data:
     yield from _named(cfg)
     return
@@ -164,9 +164,9 @@ def texts(cfg: schema.Config, tokenizer) -> Iterator[documents.Document]:
 def make(
   found: Iterator[documents.Document], tokenizer, seq_len: int, limit: int = 0
 ) -> list[Item]:
-  """Passages of at most seq_len + 1 tokens, one name replaced in each; the same
-  from the same documents, `limit` of them unless it is 0: the first of each
-  document, the second of each, and so on."""
+  """Makes passages of at most seq_len + 1 tokens with one name replaced in each,
+  deterministically. Of `limit` > 0 passages, takes the first of each document,
+  then the second of each, and so on."""
   pool = _pool(tokenizer)
 
   def of_one(document: documents.Document) -> Iterator[Item]:
@@ -181,7 +181,7 @@ def make(
   if not limit:
     return [item for document in found for item in of_one(document)]
   items = []
-  # No more texts in memory at a time than may be needed, one item of each.
+  # At most `limit` texts in memory at the same time, enough for one item of each.
   while len(items) < limit and (some := list(itertools.islice(found, limit))):
     rounds = itertools.zip_longest(*map(of_one, some))
     here = (item for of_round in rounds for item in of_round if item)
@@ -190,7 +190,7 @@ def make(
 
 
 def _passages(text: str, size: int) -> Iterator[str]:
-  """Whole paragraphs, about `size` characters together."""
+  """Yields passages of whole paragraphs, of about `size` characters each."""
   passage = ''
   for paragraph in text.split('\n\n'):
     passage += paragraph + '\n\n'
@@ -212,8 +212,7 @@ def _item(document, passage, names, pool, tokenizer, seq_len, rng):
   name, pair = _name(pool, tokenizer, rng)
   text = re.sub(rf'\b{old}\b', name, passage)
   ids = np.array([tokenizer.bos, *tokenizer.encode(text)])[: seq_len + 1]
-  # Where it is not these two tokens, as after a quotation mark, it is not
-  # scored; what the tokens stand for elsewhere would be.
+  # Occurrences with other tokens, as after a quotation mark, are not scored.
   at = [int(p) for p in np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1]))]
   if len(at) < OCCURRENCES or passage.count(name):
     return None
@@ -222,7 +221,7 @@ def _item(document, passage, names, pool, tokenizer, seq_len, rng):
 
 
 def _pool(tokenizer: tokenizers.Tokenizer):
-  """Tokens that begin a name after a space, and those that may go on."""
+  """Returns tokens that start a name after a space, and those that may continue it."""
   before = tokenizer.encode('the')
   n = len(tokenizer.decode(before))
   firsts, seconds = [], []
@@ -237,11 +236,11 @@ def _pool(tokenizer: tokenizers.Tokenizer):
 
 
 def _name(pool, tokenizer, rng) -> tuple[str, tuple[int, int]]:
-  """A random name, and its two tokens."""
+  """Returns a random name and its two tokens."""
   for _ in range(TRIES):
     (a, start), (b, end) = (rng.choice(tokens or [(0, '')]) for tokens in pool)
     name = (start + end).strip()
     ids = list(tokenizer.encode(f'the {name} was'))
     if len(name) > 1 and (a, b) in zip(ids, ids[1:]):  # noqa: B905
       return name, (a, b)
-  raise fields.ConfigError('data.tokenizer', tokenizer.name, 'makes no name of two tokens')
+  raise fields.ConfigError('data.tokenizer', tokenizer.name, 'has no names of two tokens')

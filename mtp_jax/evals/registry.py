@@ -1,7 +1,7 @@
-"""The evaluators of `--eval.tasks`. Floor 4.
+"""Registry of the suites of `--eval.tasks`.
 
-A suite is asked for as NAME or NAME:ARG. To add one, write a file with its
-`check` and `run` (see suites.py) and name it here.
+A suite is requested as NAME or NAME:ARG. To add one, write a module with `check`
+and `run` (see suites.py) and register it here.
 """
 
 import functools
@@ -41,22 +41,22 @@ SUITES = {
 
 
 def asked(cfg: schema.Config) -> list[tuple[str, str]]:
-  """(name, argument) of each suite of --eval.tasks.
+  """Returns (name, argument) of each requested suite, after checking it.
 
   Raises:
-    ConfigError: there is none of this name, or its argument or flags are wrong.
+    ConfigError: an unknown name, or a bad argument or flag.
   """
   found = []
   for name, arg in named(cfg):
     entry = label(name, arg)
     if name == HELDOUT and arg:
-      raise fields.ConfigError('eval.tasks', entry, f'{HELDOUT}, no more')
+      raise fields.ConfigError('eval.tasks', entry, f'{HELDOUT} takes no argument')
     if name not in SUITES and name != HELDOUT:
       raise fields.ConfigError(
         'eval.tasks', entry, f'NAME or NAME:ARG with NAME one of: {", ".join([HELDOUT, *SUITES])}'
       )
     if (name, arg) in found:
-      raise fields.ConfigError('eval.tasks', entry, 'is there twice')
+      raise fields.ConfigError('eval.tasks', entry, 'duplicate')
     if name in SUITES:
       SUITES[name].check(arg, cfg)
     found.append((name, arg))
@@ -64,7 +64,7 @@ def asked(cfg: schema.Config) -> list[tuple[str, str]]:
 
 
 def named(cfg: schema.Config) -> list[tuple[str, str]]:
-  """The same, unchecked."""
+  """Returns (name, argument) of each requested suite, unchecked."""
   entries = (entry.strip() for entry in cfg.eval.tasks.split(','))
   return [(e.partition(':')[0], e.partition(':')[2]) for e in entries]
 

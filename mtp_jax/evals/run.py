@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.report."""
+"""Evaluates a checkpoint on the suites of --eval.tasks (mtp eval)."""
 
 import sys
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from mtp_jax.parallel import distributed, sharding
 
 
 def evaluate(path: str, given: dict[str, object]) -> Iterator[tuple[list, dict]]:
-  """What each suite of --eval.tasks says of a checkpoint, under its own config:
-  its lines, and the values so far; a later one may fail, after hours.
+  """Yields, for each suite of --eval.tasks, its lines and all values so far, since
+  a later suite may fail after hours.
 
-  Flags may say otherwise for how it is computed (data, mesh, loss), not for
-  what the parameters are.
+  Uses the config of the checkpoint. Flags may override how results are computed
+  (data, mesh, loss), not what the parameters are.
   """
   with distributed.fail_together():
     opened = _open(path, given)
     workdir, step, _, cfg = opened
-    wanted = registry.asked(cfg)
+    selected = registry.asked(cfg)
   values, subject = dict(workdir=workdir, step=step), None
-  for name, arg in wanted:
+  for name, arg in selected:
     if name == registry.HELDOUT:
       lines, found = _held_out(workdir, step, cfg)
       values |= found
@@ -43,7 +43,7 @@ def evaluate(path: str, given: dict[str, object]) -> Iterator[tuple[list, dict]]
 
 
 def _open(path, given):
-  """`checkpoint.opened`; a store that is given has the run's others nowhere."""
+  """Opens the checkpoint; with --data.store, drops the run's --eval.stores."""
   elsewhere = {'eval.stores': ''} if 'data.store' in given else {}
   return load.open_checkpoint(path, given, elsewhere)
 
@@ -53,10 +53,10 @@ def _subject(given: dict[str, object], opened) -> subject_lib.Subject:
     raise fields.ConfigError(
       'eval.tasks',
       given.get('eval.tasks', ''),
-      f'one process; {registry.HELDOUT} alone runs on several',
+      f'needs a single process; only {registry.HELDOUT} supports several',
     )
   found = load.of_opened(given, opened, False)
-  cfg, mesh = found.cfg, sharding.serving_mesh(found.cfg)
+  cfg, mesh = found.cfg, sharding.make_mesh(found.cfg)
   model = restore.restore_model(found.workdir, found.step, cfg, mesh)
   return subject_lib.Subject(
     f'{found.workdir}, step {found.step}',
@@ -71,22 +71,23 @@ def _subject(given: dict[str, object], opened) -> subject_lib.Subject:
 
 
 def _show_progress(line: str) -> None:
-  """How far it is, at a terminal."""
+  """Shows progress, on a terminal."""
   if sys.stderr.isatty():
     print(f'\r{line}\x1b[K', end='\r', file=sys.stderr, flush=True)
 
 
 def _held_out(workdir: str, step: int, cfg: schema.Config):
-  """(lines, values) of the splits of the run's stores."""
+  """Returns (lines, values) of the held-out splits of the run's stores."""
   with distributed.fail_together():
     tokens, mesh = batches_lib.open_tokens(cfg), sharding.make_mesh(cfg)
+    sharding.check_batch(cfg, mesh.shape)
   batches_lib.check_same_store(tokens, cfg)
   model = restore.restore_model(workdir, step, cfg, mesh)
   evaluate_on = heldout.evaluator(cfg, mesh, batches_lib.bytes_of_tokens(tokens, cfg, mesh))
   sets = batches_lib.eval_batches(tokens, cfg, mesh)
   if not sets:
-    tokens.sources[0].store.split(cfg.eval.split)  # says what there is
-  how_sure = calibration.evaluator(cfg, mesh)
+    tokens.sources[0].store.split(cfg.eval.split)  # raises with the names of its splits
+  calibrate = calibration.evaluator(cfg, mesh)
   again = batches_lib.eval_batches(tokens, cfg, mesh)
   lines, by_name, alone = [], {}, tokens.evaluates_itself_only(sets)
   for name, batches in sets.items():
@@ -94,12 +95,12 @@ def _held_out(workdir: str, step: int, cfg: schema.Config):
     values = metrics.scalars(raw)
     of = cfg.data.store if alone else name
     if name not in {source.ref.name for source in tokens.further}:
-      of = f'{cfg.eval.split} split of {of}'  # a further one may have no split
+      of = f'{cfg.eval.split} split of {of}'  # an --eval.stores entry may have no such split
     lines += [
       f'{workdir}, step {step}, {of}: {raw["count_K"][0]:,.0f} targets of head 1',
       *metrics.table(values),
     ]
-    more = how_sure(model, again[name], step)
+    more = calibrate(model, again[name], step)
     found = calibration.scalars(more)
     lines += calibration.table(found)
     bins = {name: x.tolist() for name, x in more.items() if name[-1] == 'X'}

@@ -1,4 +1,4 @@
-"""What an evaluator is: the protocol of `--eval.tasks`. Floor 4."""
+"""The interface of the suites of `--eval.tasks`."""
 
 import os
 from collections.abc import Callable
@@ -10,27 +10,27 @@ from mtp_jax.io import paths
 
 
 class Result(NamedTuple):
-  """What a suite found.
+  """The result of a suite.
 
-  A scalar NAME may have NAME_low and NAME_high beside it: its interval.
+  NAME_low and NAME_high are the bounds of the interval of a scalar NAME.
   """
 
-  lines: list[str]  # for a reader
-  scalars: dict[str, float]  # by flat names, recorded while training
-  items: list[dict] = []  # noqa: RUF012 each item asked, for --out
-  pages: dict[str, str] = {}  # noqa: RUF012 texts of files beside the run
+  lines: list[str]  # human-readable
+  scalars: dict[str, float]  # flat names, logged during training
+  items: list[dict] = []  # noqa: RUF012 one per example, for --out
+  pages: dict[str, str] = {}  # noqa: RUF012 file name -> contents, written to the run directory
 
 
 class Suite(NamedTuple):
   """check(arg, cfg) raises ConfigError before anything is loaded;
-  run(subject, arg) -> Result, with subject.cfg.eval as the flags say."""
+  run(subject, arg) -> Result, with the flags in subject.cfg.eval."""
 
   check: Callable[[str, schema.Config], Any]
   run: Callable[[subject_lib.Subject, str], Result]
 
 
 def write_pages(workdir: str, step: int, pages: dict[str, str]) -> list[str]:
-  """Into WORKDIR/evals/STEP; lines that name the files."""
+  """Writes pages to WORKDIR/evals/STEP; returns lines with their paths."""
   folder = os.path.join(workdir, 'evals', str(step))
   if pages:
     paths.make_folder(folder)

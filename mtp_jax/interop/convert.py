@@ -1,4 +1,4 @@
-"""`mtp export` and `mtp import`. Floor 5."""
+"""`mtp export` and `mtp import`: a checkpoint to another format, and back."""
 
 import os
 
@@ -14,38 +14,38 @@ from mtp_jax.train import init_from
 
 
 def _absent(path: str) -> str:
-  """Returns the absolute path of a directory that is to be written."""
+  """Returns the absolute path of a new directory; raises InputError."""
   path = paths.absolute(path)
-  there = paths.as_path(path)
-  if there.exists() and not (there.is_dir() and not list(there.iterdir())):
-    raise paths.InputError(path, 'is not empty; give another directory')
+  target = paths.as_path(path)
+  if target.exists() and not (target.is_dir() and not list(target.iterdir())):
+    raise paths.InputError(path, 'is not empty; choose another directory')
   if paths.scheme(path):
     return path
   parent = os.path.dirname(path)
   if not os.path.isdir(parent):
-    raise paths.InputError(path, f'there is no {parent}')
+    raise paths.InputError(path, f'no such directory: {parent}')
   return path
 
 
-def _given(given: dict[str, object], flag: str) -> str:
+def _required(given: dict[str, object], flag: str) -> str:
   path = given.get(flag, '')
   if not path:
-    raise fields.ConfigError(flag, '', 'give a directory')
+    raise fields.ConfigError(flag, '', 'must be a directory')
   return path
 
 
 HF = 'safetensors'
-# Of the forms that safetensors does not write alone, the libraries that do, and
-# the extra that installs them.
+# For formats that need other libraries than safetensors: these libraries, and the
+# extra that installs them.
 LIBRARIES = {'meta': (('torch',), 'meta'), 'gguf': (('gguf', HF), 'gguf')}
 
 
 def export(path: str, given: dict[str, object]) -> list[str]:
-  """Writes --export.out from a checkpoint; returns the lines of a report."""
-  out = _absent(_given(given, 'export.out'))
+  """Exports a checkpoint to --export.out; returns the lines of a report."""
+  out = _absent(_required(given, 'export.out'))
   form = given.get('export.format', 'hf')
   if form not in mapping.FORMS:
-    validate.configured(given)  # says which there are
+    validate.configured(given)  # raises with the list of formats
   libraries, extra = LIBRARIES.get(form, ((HF,), 'hf'))
   for library in (*libraries, 'tokenizers'):
     files.need(library, extra)
@@ -54,7 +54,7 @@ def export(path: str, given: dict[str, object]) -> list[str]:
   if tokenizer is not None:
     load.check_rows(tokenizer, cfg)
   hf_folder.check(cfg, tokenizer)
-  model = restore.restore_model(workdir, step, cfg, sharding.serving_mesh(cfg))
+  model = restore.restore_model(workdir, step, cfg, sharding.make_mesh(cfg))
   dtype = cfg.export.dtype
   lines = hf_folder.export(
     model,
@@ -67,14 +67,14 @@ def export(path: str, given: dict[str, object]) -> list[str]:
   trained = init_from.trained_heads(cfg, step)
   if trained < cfg.heads.n:
     lines.append(
-      f'heads {trained + 1} to {cfg.heads.n} have not trained yet'
+      f'heads {trained + 1} to {cfg.heads.n} are not trained yet'
       f' (--loss.curriculum={cfg.loss.curriculum})'
     )
   return lines
 
 
-# What a flag may say of an imported model.
-GIVEN = (
+# Flags that an import accepts.
+ALLOWED = (
   'model.param_dtype',
   'model.compute_dtype',
   'model.remat',
@@ -89,20 +89,20 @@ GIVEN = (
 
 
 def import_(given: dict[str, object]) -> list[str]:
-  """Writes --train.workdir from --import.path."""
-  path = paths.absolute(_given(given, 'import.path'))
+  """Imports --import.path into --train.workdir; returns the lines of a report."""
+  path = paths.absolute(_required(given, 'import.path'))
   if paths.scheme(path):
-    raise paths.InputError(path, 'copy it to a disk of this machine')
+    raise paths.InputError(path, 'must be local; copy it to a local disk')
   if not os.path.isdir(path):
-    raise paths.InputError(path, 'is no directory')
+    raise paths.InputError(path, 'is not a directory')
   for name, value in given.items():
-    if not name.startswith(GIVEN) or name == 'train.init_from':
-      raise fields.ConfigError(name, value, 'an import takes that from what it reads')
-  workdir = _absent(_given(given, 'train.workdir'))
+    if not name.startswith(ALLOWED) or name == 'train.init_from':
+      raise fields.ConfigError(name, value, 'is set by the imported model')
+  workdir = _absent(_required(given, 'train.workdir'))
   saver.check_workdir(workdir)
   form = given.get('import.format', 'hf')
   if form not in hf_folder.DESCRIPTIONS:
-    validate.configured(given)  # says which there are
+    validate.configured(given)  # raises with the list of formats
   if form == 'meta':
     files.need('torch', 'meta')
   cfg, ours = hf_folder.find(path, given)
@@ -115,11 +115,11 @@ def import_(given: dict[str, object]) -> list[str]:
   cfg = schema.replace(
     cfg, **{'data.tokenizer': recorded, 'data.store': '', 'train.workdir': workdir}
   )
-  model = hf_folder.read(path, cfg, sharding.serving_mesh(cfg))
+  model = hf_folder.read(path, cfg, sharding.make_mesh(cfg))
   if paths.scheme(workdir):  # the checkpoint is marked when it is complete
     saver.save_params(model, cfg, tokenizer, workdir)
   else:
-    # At once, or a run would begin with half of it, that is with nothing.
+    # Atomically, or a run would start from an incomplete checkpoint.
     with paths.new_folder(workdir) as tmp:
       saver.save_params(model, cfg, tokenizer, tmp)
   m = cfg.model
@@ -132,17 +132,14 @@ def import_(given: dict[str, object]) -> list[str]:
   ]
 
 
-_WITHOUT = {
-  'read': '; no tokenizer was there: ids only',
-  'skip': '; without its tokenizer: ids only',
-}
+_WITHOUT = {'read': '; no tokenizer found: ids only', 'skip': '; without its tokenizer: ids only'}
 
 
 def _tokenizer(path: str, cfg: schema.Config, ours: bool):
-  """(the tokenizer of a folder or None, added tokens dropped to make it fit).
+  """Returns (the tokenizer of a folder or None, added tokens dropped to make it fit).
 
   Raises:
-    ConfigError: there is one, but it cannot be read or does not fit.
+    ConfigError: the tokenizer cannot be read or does not fit.
   """
   if cfg.import_.tokenizer == 'skip':
     return None, []
@@ -166,6 +163,6 @@ def _tokenizer(path: str, cfg: schema.Config, ours: bool):
   beyond = [i for i in fitted.stop_ids if i >= rows]
   if beyond:
     raise unfit(
-      f'its tokenizer {found.name} ends texts with {beyond[0]}, the model has {rows} tokens'
+      f'its tokenizer {found.name} has the end token {beyond[0]}, the model has {rows} tokens'
     )
   return fitted, dropped

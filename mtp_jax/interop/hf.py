@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's Llama and of what is built on it. Floor 4."""
+"""config.json of Hugging Face's Llama and of formats derived from it."""
 
 import json
 
@@ -7,11 +7,11 @@ from mtp_jax.interop import mapping
 from mtp_jax.io import jsonl
 from mtp_jax.model import heads as heads_lib
 
-# Out.
+# Export.
 
 
 def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
-  """Text files of an export, by name."""
+  """Returns the text files of an export, by name."""
   form = cfg.export.format
   if form == 'gguf':
     return {'README.md': _card(cfg, about)}
@@ -30,7 +30,7 @@ def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
 
 
 def _llama(cfg: schema.Config, tokenizer, dtype: str) -> dict:
-  """config.json of trunk and head 1."""
+  """Returns config.json of trunk and head 1."""
   m = cfg.model
   rope = dict(rope_type='default', rope_theta=m.rope_theta)
   if m.rope_factor > 1:
@@ -57,7 +57,7 @@ def _llama(cfg: schema.Config, tokenizer, dtype: str) -> dict:
     max_position_embeddings=cfg.model.max_position_embeddings or cfg.data.seq_len,
     rms_norm_eps=m.norm_eps,
     rope_parameters=rope,
-    # As transformers before 5 read them.
+    # For transformers before version 5.
     rope_theta=m.rope_theta,
     **(dict(rope_scaling=rope) if m.rope_factor > 1 else {}),
     tie_word_embeddings=cfg.heads.unembedding == 'tied',
@@ -81,7 +81,7 @@ def _modules(cfg: schema.Config) -> int:
   return heads_lib.n_modules(cfg, cfg.heads.n)
 
 
-# What a form's config.json says besides, or otherwise.
+# Fields of config.json that a format adds or changes.
 KINDS = {
   'mtp_llama': lambda cfg: dict(
     architectures=['MTPLlamaForCausalLM'], model_type='mtp_llama', prediction_heads=cfg.heads.n
@@ -103,11 +103,11 @@ KINDS = {
       'AutoModelForCausalLM': 'llama_mtp.LlamaMtpForCausalLM',
     },
     num_mtp_layers=cfg.heads.n - 1,
-    tie_last_hidden_states=False,  # they were trained on the raw ones
+    tie_last_hidden_states=False,  # trained on states before the final norm
   ),
 }
 
-# MiMo is Qwen 2 and a module that transformers does not run.
+# MiMo is Qwen 2 with a module that transformers does not run.
 MIMO = '''"""MiMo's configuration and next-token model (trust_remote_code)."""
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -121,8 +121,8 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
   config_class = MiMoConfig
   _keys_to_ignore_on_load_unexpected = [r'model\\.mtp_layers\\.']
 '''
-# The layers after the last are no part of the Llama: generate(use_mtp=True)
-# reads them itself, those that the model ignores.
+# The layers after the last one are not in the Llama, which ignores them:
+# generate(use_mtp=True) loads them itself.
 LLAMA_MTP = '''"""A Llama whose layers after the last predict further tokens.
 
 Transformers drafts with them in generate(use_mtp=True).
@@ -157,7 +157,7 @@ CODE = {'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('llama_mtp.py', LLAMA_MT
 
 
 def _medusa(cfg: schema.Config, dtype: str) -> dict:
-  """config.json of the heads alone."""
+  """Returns config.json of the heads only."""
   m = cfg.model
   return dict(
     architectures=['MedusaModel'],
@@ -185,11 +185,11 @@ def _card(cfg: schema.Config, about: str) -> str:
     '',
     f'# {about}',
     '',
-    f'A Llama of {mapping.layers_in_all(cfg)} layers, the trunk and next-token'
+    f'A Llama with {mapping.layers_in_all(cfg)} layers, the trunk and next-token'
     ' head of a model that was trained to predict'
     f' {cfg.heads.n} tokens at once ({cfg.heads.family} heads; Gloeckle et al.'
     ' 2024, https://arxiv.org/abs/2404.19737). Written by mtp_jax; mtp_jax.json'
-    ' says how the whole is put together.',
+    ' has the configuration of the whole model.',
     '',
   ]
   if extra:
@@ -205,20 +205,20 @@ def _card(cfg: schema.Config, about: str) -> str:
 USE = {
   'mimo': [
     'The layout is that of MiMo: `--trust-remote-code` for its configuration.'
-    ' Serving engines hand the hidden state after the final norm to the first'
-    ' module; it was trained on that before the norm, so fewer drafts are'
-    ' accepted there than by mtp_jax.',
+    ' Serving engines pass the hidden state after the final norm to the first'
+    ' module, which was trained on the state before the norm, so that they accept'
+    ' fewer drafts than mtp_jax.',
     '',
   ],
   'medusa': [
-    'As the draft of a serving engine: the folder medusa/, with'
+    'As the draft model of a serving engine: the folder medusa/, with'
     ' num_speculative_tokens the number of its heads.',
     '',
   ],
   'mtp_llama': ["The layout is that of Fast-LLM's mtp_llama, whose modeling code runs it.", ''],
 }
 
-# In.
+# Import.
 
 SIZE = range(1, 2**31)
 ROPE = {
@@ -227,7 +227,7 @@ ROPE = {
   'original_max_position_embeddings?': SIZE,
   ...: object,
 }
-# Of a config.json, the fields that are read here.
+# The fields of a config.json that are used.
 ABOUT = {
   **dict.fromkeys(
     ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size', 'vocab_size'),
@@ -250,13 +250,13 @@ ABOUT = {
   'tie_word_embeddings?': (bool, None),
   ...: object,
 }
-# By model_type: the form, and whether its further heads are layers of ours.
+# By model_type: the format, and whether its further heads are layers.
 READ = {
   'llama': ('hf', True),
   'mtp_llama': ('mtp_llama', True),
   'llama_mtp': ('transformers_mtp', False),
 }
-# Fields of a config.json that must have this value, if they are there.
+# Fields of a config.json that must have this value, if present.
 FIXED = {
   'hidden_act': 'silu',
   'attention_bias': False,
@@ -271,7 +271,7 @@ def _error(folder: str, problem: str) -> fields.ConfigError:
 
 
 def read(folder: str, about: dict, given: dict) -> schema.Config:
-  """The Config of a config.json that others wrote."""
+  """Converts a third-party config.json to a Config."""
   kind = about.get('model_type', 'llama')
   if kind not in READ:
     raise _error(folder, f'model_type={kind!r} in config.json; only {", ".join(map(repr, READ))}')
@@ -282,9 +282,9 @@ def read(folder: str, about: dict, given: dict) -> schema.Config:
       'tie_last_hidden_states is not false in config.json: its modules'
       ' read states after the final norm, not before it',
     )
-  for field, wanted in FIXED.items():
-    if about.get(field, wanted) != wanted:
-      raise _error(folder, f'{field}={about[field]!r} in config.json; only {wanted!r}')
+  for field, expected in FIXED.items():
+    if about.get(field, expected) != expected:
+      raise _error(folder, f'{field}={about[field]!r} in config.json; only {expected!r}')
   try:
     jsonl.check(about, ABOUT)
   except ValueError as error:
@@ -311,7 +311,7 @@ def read(folder: str, about: dict, given: dict) -> schema.Config:
     'heads.unembedding': ('tied' if about.get('tie_word_embeddings', False) else 'shared'),
     'model.max_position_embeddings': about.get('max_position_embeddings', 2048),
     'data.seq_len': about.get('max_position_embeddings', 2048),
-    # What it was is what it computes, unless another is asked for.
+    # The dtype of the weights, unless a flag sets another.
     'model.compute_dtype': ('float32' if _dtype(about) == 'float32' else 'bfloat16'),
     'export.format': form,
     **_rope(folder, about),
@@ -325,7 +325,7 @@ def _dtype(about: dict) -> str:
 
 
 def _rope(folder: str, about: dict) -> dict:
-  """Of rope_parameters, or of rope_theta and rope_scaling before them."""
+  """Reads rope_parameters, or the older rope_theta and rope_scaling."""
   rope = about.get('rope_parameters') or about.get('rope_scaling') or {}
   theta = rope.get('rope_theta', about.get('rope_theta', 10_000.0))
   kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -334,8 +334,8 @@ def _rope(folder: str, about: dict) -> dict:
     return values
   if kind != 'llama3':
     raise _error(folder, f'rope_type={kind!r} in config.json; only default and llama3')
-  wanted = 'factor', 'low_freq_factor', 'high_freq_factor'
-  for field in (*wanted, 'original_max_position_embeddings'):
+  expected = 'factor', 'low_freq_factor', 'high_freq_factor'
+  for field in (*expected, 'original_max_position_embeddings'):
     if field not in rope:
       raise _error(folder, f'config.json: RoPE of type llama3 has no {field}')
   return values | {

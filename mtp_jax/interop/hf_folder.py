@@ -1,8 +1,8 @@
-"""A checkpoint of another program: a folder out, a folder in. Floor 4.
+"""Export and import of checkpoint folders of other programs.
 
-Each is a description (hf.py, meta.py), tensors under the names of mapping.py,
-and the tokenizer. What we write also holds mtp_jax.json, our own definition of
-the model, so that it can be read back bit for bit.
+A folder has a description (hf.py, meta.py), tensors with the names of mapping.py,
+and the tokenizer. Exports also contain mtp_jax.json, our own definition of the
+model, so that they can be imported bit for bit.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from mtp_jax.io import jsonl, paths
 from mtp_jax.model import lm, params
 
 OURS = 'mtp_jax.json'
-MOST_LAYERS = 10_000  # of a model that is worth a look at its files
+MOST_LAYERS = 10_000  # limit of plausible models
 
 
-# Out.
+# Export.
 
 
 def check(cfg: schema.Config, tokenizer) -> None:
-  """ConfigError if the form has no place for such a model or tokenizer."""
+  """Raises ConfigError if the format cannot represent the model or tokenizer."""
   unfit = mapping.unfit(cfg, cfg.export.format)
   if not unfit and cfg.export.format == 'gguf':
     unfit = llama_cpp.check(tokenizer)
@@ -39,33 +39,33 @@ def check(cfg: schema.Config, tokenizer) -> None:
 def export(
   model: lm.LM, cfg: schema.Config, tokenizer, out: str, *, dtype: str, about: str
 ) -> list[str]:
-  """Writes a folder, complete or not at all, and reads it again.
+  """Writes a folder atomically, and verifies it by reading it back.
 
   Args:
-    model: parameters; gathered a tensor at a time.
-    cfg: what they are; its export says in which form.
+    model: parameters; gathered one tensor at a time.
+    cfg: config of the model; cfg.export has the format.
     tokenizer: a Tokenizer, or None.
     out: the folder, which must not exist.
-    dtype: of the tensors.
-    about: what the model card says it is.
+    dtype: dtype of the tensors.
+    about: title of the model card.
 
   Returns:
-    lines that say what was written.
+    lines that describe what was written.
 
   Raises:
-    ConfigError: the form has no place for such a model.
+    ConfigError: the format cannot represent the model.
   """
   check(cfg, tokenizer)
   form = mapping.of(cfg)
   describe = meta.describe if form == 'meta' else hf.describe
   written = {name: text.encode() for name, text in describe(cfg, tokenizer, dtype, about).items()}
-  written[OURS] = parse.to_json(_what_it_is(cfg)).encode()
+  written[OURS] = parse.to_json(_model_config(cfg)).encode()
   if tokenizer is not None:
     written |= tokens.files_of(tokenizer)
   with paths.new_folder(out) as tmp:
-    wanted = _write_tensors(model, cfg, tokenizer, tmp, dtype, about)
+    expected = _write_tensors(model, cfg, tokenizer, tmp, dtype, about)
     extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
-    _check(tmp, cfg, wanted, extra > 0)
+    _check(tmp, cfg, expected, extra > 0)
     for name, data in written.items():
       path = os.path.join(tmp, name)
       os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -73,12 +73,12 @@ def export(
         file.write(data)
   where = mapping.FORMS[form].file if extra else ''
   lines = [
-    f'{out}: {len(wanted) - extra} tensors of a Llama of'
+    f'{out}: {len(expected) - extra} tensors of a Llama with'
     f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
-    f'{f" in {where}" if where else ""}; all read again and equal'
+    f'{f" in {where}" if where else ""}; all verified by reading them back'
   ]
   if form == 'gguf' and cfg.heads.n > 1:
-    lines.append(f'llama.cpp drafts with no head: {mapping.undrafted(cfg)}')
+    lines.append(f'llama.cpp cannot draft with these heads: {mapping.undrafted(cfg)}')
   command = run_by(form, out, cfg.heads.n - 1)
   if command and tokenizer is not None:
     lines.append(f'run it: {command}')
@@ -97,8 +97,8 @@ GENERATE = (
 
 
 def run_by(form: str, out: str, n: int) -> str:
-  """The command line of an engine that runs a folder, and drafts n tokens with
-  its heads if it can; '' of forms that no engine serves."""
+  """Returns the command line of an engine that serves a folder, and drafts n tokens
+  with its heads if supported; '' for formats that no engine serves."""
   gguf = ['llama-server', '-m', os.path.join(out, llama_cpp.TENSORS)]
   drafts = dict(method='mtp', num_speculative_tokens=n)
   medusa = dict(drafts, method='medusa', model=os.path.join(out, 'medusa'))
@@ -115,8 +115,8 @@ def run_by(form: str, out: str, n: int) -> str:
   )
 
 
-def _what_it_is(cfg: schema.Config) -> schema.Config:
-  """Without where it was trained, and what was asked of it since."""
+def _model_config(cfg: schema.Config) -> schema.Config:
+  """Returns the Config without paths and without flags of other commands."""
   return dataclasses.replace(
     schema.Config(),
     model=cfg.model,
@@ -129,7 +129,7 @@ def _what_it_is(cfg: schema.Config) -> schema.Config:
 
 
 def _write_tensors(model, cfg, tokenizer, folder, dtype, about) -> dict[str, str]:
-  """Digest of each tensor written."""
+  """Writes the tensors; returns the digest of each."""
   form, leaves, digests = mapping.of(cfg), mapping.leaves(model), {}
   extra_file = mapping.FORMS[form].file
   places = mapping.tensors(cfg, form)
@@ -182,8 +182,8 @@ def _write_tensors(model, cfg, tokenizer, folder, dtype, about) -> dict[str, str
 
 
 def _write_shards(folder: str, arrays, limit: float) -> list[list[str]]:
-  """The names in each file, written as soon as the next array would make it
-  larger than limit (bytes)."""
+  """Writes the arrays to files of at most `limit` bytes, as they come; returns the
+  names in each file."""
   shards: list[list[str]] = []
   batch: dict[str, np.ndarray] = {}
 
@@ -205,10 +205,10 @@ def _shard(folder: str, number: int) -> str:
 
 
 def _name_shards(folder: str, shards: list[list[str]], indexed: bool) -> None:
-  """As transformers names them, once it is known how many there are.
+  """Renames the files as transformers does, given their number.
 
-  indexed: one file has an index too. Without it vLLM reads every file of the
-  folder as a part of the Llama.
+  indexed: writes an index even for one file. Without it, vLLM loads every file of
+  the folder as a part of the Llama.
   """
   n = len(shards)
   if n == 1 and not indexed:
@@ -228,20 +228,20 @@ def _name_shards(folder: str, shards: list[list[str]], indexed: bool) -> None:
     json.dump(index, file, indent=2)
 
 
-def _check(folder, cfg, wanted: dict[str, str], extra: bool) -> None:
-  """What was written, read again: the same keys, the same bytes."""
+def _check(folder, cfg, expected: dict[str, str], extra: bool) -> None:
+  """Reads the files back; raises InputError unless keys and bytes are equal."""
   found = _tensors_of(folder, cfg, extra)
-  if found.keys() != wanted.keys():
-    odd = sorted(found.keys() ^ wanted.keys())
-    raise paths.InputError(folder, f'missing or surplus after writing: {odd[0]}')
+  if found.keys() != expected.keys():
+    odd = sorted(found.keys() ^ expected.keys())
+    raise paths.InputError(folder, f'missing or unexpected after writing: {odd[0]}')
   for name, tensor in found.items():
-    if files.digest(np.array(tensor.read())) != wanted[name]:
-      raise paths.InputError(folder, f'{name} is not what was written')
+    if files.digest(np.array(tensor.read())) != expected[name]:
+      raise paths.InputError(folder, f'{name} differs from what was written')
 
 
 def _tensors_of(folder: str, cfg: schema.Config, extra: bool) -> dict[str, files.Tensor]:
-  """Of a folder; extra: also of the file of further heads, where a form has
-  one."""
+  """Returns the tensors of a folder; with extra, including those in the separate
+  file of further heads, if the format has one."""
   form = mapping.of(cfg)
   if form == 'meta':
     return meta.tensors_of(folder)
@@ -257,40 +257,39 @@ def _tensors_of(folder: str, cfg: schema.Config, extra: bool) -> dict[str, files
   return found
 
 
-# In.
+# Import.
 
 
 def find(folder: str, given: dict) -> tuple[schema.Config, bool]:
-  """(Config of a folder's model, whether mtp_jax wrote it). Its export.format
-  is the form that the folder has.
+  """Returns (Config of a folder's model, whether mtp_jax wrote it). Its
+  export.format is the format of the folder.
 
-  given: flags, of which --heads.family says whether the last layer becomes
-  head 1 or stays in the trunk.
+  given: flags; --heads.family decides whether the last layer becomes head 1 or
+  stays in the trunk.
 
   Raises:
-    ConfigError: no description, or an architecture that is none of ours, by the
-      field that says so.
+    ConfigError: no description, or an unsupported architecture (with the field).
   """
-  wanted = given.get('import.format', 'hf')
+  expected = given.get('import.format', 'hf')
 
   def load(name):
     try:
       with open(os.path.join(folder, name), 'rb') as file:
         return jsonl.loads(file.read(), {...: object})
     except OSError as error:
-      other = 'hf' if wanted == 'meta' else 'meta'
-      there = os.path.exists(os.path.join(folder, DESCRIPTIONS[other]))
+      other = 'hf' if expected == 'meta' else 'meta'
+      found_other = os.path.exists(os.path.join(folder, DESCRIPTIONS[other]))
       raise _error(
         folder,
         f'{name} cannot be read: {error.strerror}'
-        + (f'; --import.format={other} reads what is there' if there else ''),
+        + (f'; use --import.format={other} for this folder' if found_other else ''),
       ) from error
     except ValueError as error:
       raise _error(folder, f'{name}: {error}') from error
 
   made_here = os.path.exists(os.path.join(folder, OURS))
-  if not made_here or wanted == 'meta':
-    about = load(DESCRIPTIONS[wanted])
+  if not made_here or expected == 'meta':
+    about = load(DESCRIPTIONS[expected])
   if made_here:
     try:
       ours = validate.validate(parse.from_json(json.dumps(load(OURS))))
@@ -298,13 +297,13 @@ def find(folder: str, given: dict) -> tuple[schema.Config, bool]:
       raise _error(folder, f'{OURS}: {error}') from error
     family = given.get('heads.family', ours.heads.family)
     if ours.heads.n > 1 and family != ours.heads.family:
-      raise fields.ConfigError('heads.family', family, f'{OURS} says {ours.heads.family}')
+      raise fields.ConfigError('heads.family', family, f'{OURS} has {ours.heads.family}')
     _check_layers(folder, OURS, 'n_layers', ours.model.n_layers)
     _check_layers(folder, OURS, 'heads.n', ours.heads.n)
     return ours, True
   for field in LAYERS:
-    _check_layers(folder, DESCRIPTIONS[wanted], field, about.get(field))
-  cfg = (meta if wanted == 'meta' else hf).read(folder, about, given)
+    _check_layers(folder, DESCRIPTIONS[expected], field, about.get(field))
+  cfg = (meta if expected == 'meta' else hf).read(folder, about, given)
   if 'heads.family' not in given and _repeated(folder, cfg):
     cfg = schema.replace(cfg, **{'heads.family': 'recursive'})
   unfit = mapping.unfit(cfg, cfg.export.format)
@@ -317,7 +316,7 @@ LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers', 'n_future_tokens'
 
 
 def _repeated(folder: str, cfg: schema.Config) -> bool:
-  """Whether the modules of a transformers_mtp folder are one, n - 1 times."""
+  """Whether all modules of a transformers_mtp folder are equal."""
   if cfg.export.format != 'transformers_mtp' or cfg.heads.n < 3:
     return False
   found = files.read_folder(folder, 'import.path')
@@ -334,7 +333,7 @@ def _repeated(folder: str, cfg: schema.Config) -> bool:
 
 
 def _check_layers(folder: str, file: str, field: str, value) -> None:
-  """Refuses before all names of a model's tensors would be listed."""
+  """Raises InputError for an implausible size, before listing tensor names."""
   if isinstance(value, int) and value > MOST_LAYERS:
     raise _error(folder, f'{field}={value} in {file}; at most {MOST_LAYERS:,}')
 
@@ -351,14 +350,14 @@ def _error(folder: str, problem: str) -> paths.InputError:
 
 
 def read(folder: str, cfg: schema.Config, mesh) -> lm.LM:
-  """The parameters, a leaf at a time, straight to the shards of each device.
+  """Loads the parameters, one leaf at a time, directly to the shards of each device.
 
   Raises:
-    ConfigError: a tensor is missing, left over, of another shape, or is not the
-      copy of another one that it has to be.
+    ConfigError: a tensor is missing, unexpected, of a wrong shape, or differs
+      from the tensor of which it must be a copy.
   """
-  wanted = mapping.tensors(cfg, mapping.of(cfg))
-  extra = any(place.extra for place in wanted.values())
+  expected = mapping.tensors(cfg, mapping.of(cfg))
+  extra = any(place.extra for place in expected.values())
   found = _tensors_of(folder, cfg, extra)
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
   leaves = mapping.leaves(abstract)
@@ -366,22 +365,22 @@ def read(folder: str, cfg: schema.Config, mesh) -> lm.LM:
   found = {
     name: x for name, x in found.items() if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))
   }
-  for odd, said in (
-    (wanted.keys() - found.keys(), 'is missing'),
-    (found.keys() - wanted.keys(), 'has no place in this model'),
+  for odd, problem in (
+    (expected.keys() - found.keys(), 'is missing'),
+    (found.keys() - expected.keys(), 'is not part of this model'),
   ):
     if odd:
-      raise _error(folder, f'{min(odd)} {said}')
+      raise _error(folder, f'{min(odd)} {problem}')
   names: dict[str, dict] = {}
-  for name, place in wanted.items():
+  for name, place in expected.items():
     shape = leaves[place.path].shape
     shape = place.form.shape(shape if place.index is None else shape[1:])
     if found[name].shape != shape:
       raise _error(folder, f'{name} has shape {found[name].shape}, the model {shape}')
     if not place.copy:
       names.setdefault(place.path, {})[place.index] = name
-  _check_copies(folder, cfg, found, wanted, names)
-  # Some write the embedding twice.
+  _check_copies(folder, cfg, found, expected, names)
+  # Some programs write the embedding twice.
   if head and not np.array_equal(head.read(), found[EMBEDDING].read()):
     raise _error(
       folder,
@@ -393,20 +392,20 @@ def read(folder: str, cfg: schema.Config, mesh) -> lm.LM:
     of_index = names[jax.tree_util.keystr(path, simple=True, separator='.')]
 
     def shard(index):
-      return _shard_of(folder, index, target, of_index, found, wanted, cfg)
+      return _shard_of(folder, index, target, of_index, found, expected, cfg)
 
-    # Ready, or its copy on the host would still be there beside the next one's.
+    # Block, or its host copy would be live together with the next leaf's.
     return jax.block_until_ready(jax.make_array_from_callback(target.shape, target.sharding, shard))
 
   return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def _check_copies(folder, cfg, found, wanted, names) -> None:
-  for name, place in wanted.items():
+def _check_copies(folder, cfg, found, expected, names) -> None:
+  for name, place in expected.items():
     if not place.copy:
       continue
     first = names[place.path][place.index]
-    ours = wanted[first].form.back(found[first].read(), cfg)
+    ours = expected[first].form.back(found[first].read(), cfg)
     if not np.array_equal(place.form.out(ours, cfg), found[name].read()):
       raise _error(
         folder,
@@ -416,17 +415,17 @@ def _check_copies(folder, cfg, found, wanted, names) -> None:
       )
 
 
-def _shard_of(folder, index, target, of_index, found, wanted, cfg) -> Any:
-  """One device's part of a leaf, its tensors read one after the other."""
+def _shard_of(folder, index, target, of_index, found, expected, cfg) -> Any:
+  """Returns one device's shard of a leaf, reading its tensors one by one."""
 
   def ours(name, index):
-    part = wanted[name].form.back(found[name].read(), cfg)[index]
-    with np.errstate(over='ignore'):  # it is infinite then
+    part = expected[name].form.back(found[name].read(), cfg)[index]
+    with np.errstate(over='ignore'):  # overflows to inf
       part = part.astype(target.dtype)
     if not files.all_finite(part):
       raise _error(
         folder,
-        f'{name} in {os.path.basename(found[name].path)} has numbers that are'
+        f'{name} in {os.path.basename(found[name].path)} has values that are'
         f' NaN or infinite in {target.dtype.name}',
       )
     return part

@@ -1,11 +1,11 @@
-"""GGUF, the file that llama.cpp runs. Floor 4.
+"""GGUF, the file format of llama.cpp.
 
-The names of tensors are in mapping.py; here is how the file holds them, and
-what it says beside them: the sizes, and the vocabulary, with which llama.cpp
-cuts text itself. Two architectures are written: `llama`, and `mimo2` (MiMo V2,
+The names of tensors are in mapping.py; this module owns their layout in the file
+and its metadata: the sizes, and the vocabulary, with which llama.cpp tokenizes
+text itself. Two architectures are written: `llama`, and `mimo2` (MiMo V2,
 https://github.com/ggml-org/llama.cpp/blob/master/src/models/mimo2.cpp), whose
-modules are ours: each reads the token's embedding and the hidden state before
-the final norm, and hands its own on before its norm.
+modules equal ours: each reads the token's embedding and the hidden state before
+the final norm, and passes on its own before its norm.
 """
 
 import json
@@ -24,14 +24,14 @@ from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import layers
 
 TENSORS = 'model.gguf'
-# Queries, keys and values are one tensor there, where there are modules.
+# Queries, keys and values are one tensor in files with modules.
 APART, FUSED = ('attn_q', 'attn_k', 'attn_v'), 'attn_qkv'
-# What stretches the angles of RoPE: no parameter, but computed from the flags.
+# Scaling of RoPE frequencies: not a parameter, computed from the flags.
 FREQUENCIES = 'rope_freqs.weight'
 
 
 def _fused(form: str, name: str) -> tuple[str, bool]:
-  """(the tensor that a name is in, whether others are in it too)."""
+  """Returns (the tensor that contains a name, whether it contains others too)."""
   layer, _, last = name.removesuffix('.weight').rpartition('.')
   if form != 'gguf_mtp' or last not in APART:
     return name, False
@@ -39,11 +39,11 @@ def _fused(form: str, name: str) -> tuple[str, bool]:
 
 
 def dtype_of(shape: tuple[int, ...], dtype: str) -> np.dtype:
-  """Norms stay in float32: llama.cpp multiplies with nothing else."""
+  """Returns the dtype in the file; llama.cpp requires norms in float32."""
   return np.dtype(np.float32 if len(shape) == 1 else dtype)
 
 
-# Out.
+# Export.
 
 
 def write(
@@ -54,14 +54,14 @@ def write(
   shapes: dict[str, tuple[tuple[int, ...], np.dtype]],
   arrays: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-  """Writes a GGUF file, a tensor at a time.
+  """Writes a GGUF file, one tensor at a time.
 
   Args:
-    path: of the file.
-    cfg: the model.
-    tokenizer: a Tokenizer that `check` let pass, or None.
-    about: its name there.
-    shapes: of each tensor, with its dtype, by the names of mapping.py.
+    path: path of the file.
+    cfg: config of the model.
+    tokenizer: a Tokenizer that passed `check`, or None.
+    about: name of the model in the file.
+    shapes: shape and dtype of each tensor, by the names of mapping.py.
     arrays: the tensors, in the same order.
   """
   import gguf
@@ -75,8 +75,8 @@ def write(
     whole[name] = shape, dtype
   stretched = _frequencies(cfg)
   writer = gguf.GGUFWriter(None, ARCHITECTURES[form])
-  says = _sizes(cfg, about) | vocabulary(tokenizer, cfg)
-  for key, value in says.items():
+  metadata = _sizes(cfg, about) | vocabulary(tokenizer, cfg)
+  for key, value in metadata.items():
     _add(writer, key, value)
   kinds = gguf.GGMLQuantizationType
   for name, (shape, dtype) in whole.items():
@@ -93,7 +93,7 @@ def write(
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
   writer.close()
-  # By hand: the library's tofile forgets what was wrong with a disk.
+  # Without the library's tofile, which loses the cause of disk errors.
   pad = writer.data_alignment
   try:
     with open(path, 'ab') as file:
@@ -111,7 +111,7 @@ def _joined(form, arrays, stretched):
     if not _fused(form, name)[1]:
       yield array
       continue
-    held.append(array)  # q, k and v follow each other
+    held.append(array)  # q, k and v are consecutive
     if len(held) == len(APART):
       yield np.concatenate(held)
       held = []
@@ -120,7 +120,7 @@ def _joined(form, arrays, stretched):
 
 
 def _frequencies(cfg: schema.Config) -> np.ndarray | None:
-  """How many times longer each wave is than without --model.rope_factor."""
+  """Returns the factor by which --model.rope_factor lengthens each wavelength."""
   if cfg.model.rope_factor == 1:
     return None
   plain = schema.replace(cfg, **{'model.rope_factor': 1.0})
@@ -155,8 +155,8 @@ def _sizes(cfg: schema.Config, about: str) -> dict:
       'nextn_predict_layers': modules,
       'expert_feed_forward_length': 0,
       'rope.freq_base_swa': m.rope_theta,
-      # mimo2 wants layers with a window among the others: one of the trunk and
-      # the modules, with a window that never ends within the context.
+      # mimo2 requires some layers with a sliding window: one of the trunk and the
+      # modules, with a window of the whole context.
       'attention.sliding_window': context,
       'attention.sliding_window_pattern': [True] + [False] * (n - 1) + [True] * modules,
     }
@@ -176,27 +176,27 @@ def _add(writer, key: str, value) -> None:
 
 # The vocabulary.
 
-# Kinds of a token, as SentencePiece numbers them.
+# Token types, as SentencePiece numbers them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def check(tokenizer) -> str:
-  """Why llama.cpp would not cut texts as a tokenizer does; '' if it does."""
+  """Returns why llama.cpp would tokenize texts differently; '' if it does not."""
   if tokenizer is None:
     return ''
   if not {tokenizers.PIECES, tokens.JSON} & tokenizer.files.keys():
     return (
-      'has no tokenizer of bytes (--data.tokenizer=bytes): llama.cpp knows'
-      ' SentencePiece models and byte-level BPE'
+      'does not support --data.tokenizer=bytes: llama.cpp has SentencePiece models'
+      ' and byte-level BPE'
     )
   unfit = _unfit_pieces if tokenizers.PIECES in tokenizer.files else _unfit_json
   why = unfit(tokenizer)
   ends = len(tokenizer.stop_ids)
   if not why and ends > 1 + len(ENDS):
-    why = f'it has {ends} end tokens, llama.cpp places for {1 + len(ENDS)}'
+    why = f'it has {ends} end tokens, llama.cpp supports {1 + len(ENDS)}'
   if not why and max(tokenizer.stop_ids) >= tokenizer.vocab_size:
-    why = f'it has no token {max(tokenizer.stop_ids)}, which ends texts'
-  return f'cannot hold the tokenizer {tokenizer.name}: {why}' if why else ''
+    why = f'its end token {max(tokenizer.stop_ids)} is out of range'
+  return f'does not support the tokenizer {tokenizer.name}: {why}' if why else ''
 
 
 ENDS = ('eot', 'eom')  # names of further end tokens
@@ -206,33 +206,33 @@ def _unfit_pieces(tokenizer) -> str:
   proto = tokens.model_proto(tokenizer.files[tokenizers.PIECES])
   spec, about = proto.normalizer_spec, proto.trainer_spec
   if about.model_type != about.BPE:
-    return 'llama.cpp cuts texts by merges (BPE), not by likelihood (unigram)'
+    return 'llama.cpp tokenizes by merges (BPE), not by likelihood (unigram)'
   if spec.precompiled_charsmap:
     return f'it normalizes texts ({spec.name}), which llama.cpp does not'
   if spec.remove_extra_whitespaces:
     return 'it removes spaces, which llama.cpp does not'
   if about.treat_whitespace_as_suffix or not spec.escape_whitespaces:
-    return 'it marks spaces in another way than llama.cpp'
+    return 'it marks spaces differently than llama.cpp'
   if not about.byte_fallback:
-    return 'it has no pieces for bytes, which llama.cpp falls back on'
+    return 'it has no byte pieces, which llama.cpp falls back on'
   kinds = {piece.type for piece in proto.pieces}
   if UNUSED in kinds:
     return 'it has unused pieces, which llama.cpp would use'
   if USER_DEFINED in kinds:
-    return 'it has symbols of its user, which llama.cpp finds in another order'
+    return 'it has user-defined symbols, which llama.cpp matches in another order'
   names = {piece.piece for piece in proto.pieces}
-  for piece in proto.pieces:  # llama.cpp does not look at its kind
+  for piece in proto.pieces:  # llama.cpp ignores its type
     if piece.type not in (CONTROL, UNKNOWN, BYTE):
       continue
     x = piece.piece
-    for cut in ((x[:i], x[i:]) for i in range(1, len(x))):
-      if names.issuperset(cut):
-        return f'llama.cpp would join its pieces {cut} to the special {x!r}'
+    for parts in ((x[:i], x[i:]) for i in range(1, len(x))):
+      if names.issuperset(parts):
+        return f'llama.cpp would join its pieces {parts} to the special {x!r}'
   return ''
 
 
-# How a tokenizer.json cuts words, by the name that llama.cpp has for it, and
-# whether a word that is a token is never cut.
+# llama.cpp's names of pre-tokenizers, by the regular expression of a
+# tokenizer.json, and whether a word that is a token is never split.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 QWEN2 = ranks.WORDS.replace(r'\p{N}{1,3}', r'\p{N}')
 WORDS = {
@@ -250,15 +250,15 @@ def _unfit_json(tokenizer) -> str:
   about = json.loads(tokenizer.files[tokens.JSON])
   model = about['model']
   if model.get('type', 'BPE') != 'BPE' or model.get('byte_fallback'):
-    return 'llama.cpp knows byte-level BPE of a tokenizer.json'
+    return 'llama.cpp supports only byte-level BPE of a tokenizer.json'
   for field in 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix':
     if model.get(field):
-      return f'llama.cpp knows no {field}={model[field]!r}'
+      return f'llama.cpp does not support {field}={model[field]!r}'
   if about.get('normalizer'):
     return 'it normalizes texts, which llama.cpp does not'
   if _words(about) is None:
     return (
-      'it cuts words as none of those does that are known here'
+      'its pre-tokenizer is none of the supported ones'
       f' ({", ".join(dict.fromkeys(WORDS.values()))})'
     )
   fast = library.Tokenizer.from_buffer(tokenizer.files[tokens.JSON])
@@ -266,9 +266,9 @@ def _unfit_json(tokenizer) -> str:
   for token in added:
     name = token['content']
     if any(token.get(x) for x in ('single_word', 'lstrip', 'rstrip')):
-      return f'its token {name!r} minds the spaces around it'
+      return f'its token {name!r} depends on the spaces around it'
     if not token.get('special') and name in NAMED:
-      return f'its token {name!r} is no special one, which it is to llama.cpp'
+      return f'its token {name!r} is not special, but is to llama.cpp'
     whole = model.get('ignore_merges') and name not in model['vocab']
     if whole and len(fast.pre_tokenizer.pre_tokenize_str(name)) == 1:
       return f'llama.cpp would find its token {name!r} in plain text'
@@ -277,11 +277,11 @@ def _unfit_json(tokenizer) -> str:
     return f'its tokens {" and ".join(overlap)} may overlap in a text'
   letter, whole = tokenizers.of_a_letter(tokenizer)
   if whole not in (letter, [tokenizer.bos, *letter]):
-    return f'it makes {whole} of x, not {letter} or a begin token and that'
+    return f'it encodes x as {whole}, not as {letter} or BOS and {letter}'
   return ''
 
 
-# Names of tokens that are special to llama.cpp whatever a file says.
+# Names of tokens that llama.cpp treats as special in any file.
 NAMED = frozenset(
   (
     '</s> <eos> <EOT> _<EOT> [EOS] [EOT] [PAD] <PAD> <PRE> <SUF> <MID> <REPO>'
@@ -298,8 +298,8 @@ NAMED = frozenset(
 
 
 def _overlap(contents: list[str]) -> tuple[str, str] | None:
-  """Two tokens of which one may begin within the other: which of them is cut
-  out of a text first is not the same in all programs."""
+  """Returns two tokens of which one may start within the other: programs differ in
+  which of them they match first."""
   ends = {(x[i:]): x for x in contents for i in range(1, len(x))}
   for x in contents:
     for i in range(1, len(x)):
@@ -309,7 +309,7 @@ def _overlap(contents: list[str]) -> tuple[str, str] | None:
 
 
 def _words(about: dict) -> str | None:
-  """llama.cpp's name for how a tokenizer.json cuts words, if it has one."""
+  """Returns llama.cpp's name for the pre-tokenizer of a tokenizer.json, or None."""
   before = about.get('pre_tokenizer') or {}
   steps = before.get('pretokenizers', [before]) or [{}]
   *splits, level = steps
@@ -330,8 +330,8 @@ def _words(about: dict) -> str | None:
 
 
 def vocabulary(tokenizer, cfg: schema.Config) -> dict:
-  """What a file says of a tokenizer that `check` let pass, or of none; rows of
-  the model that no token has are unused ones."""
+  """Returns the metadata of a tokenizer that passed `check`, or of None; rows of the
+  model without a token become unused tokens."""
   if tokenizer is None:
     return {'tokenizer.ggml.model': 'none'}
   if tokenizers.PIECES in tokenizer.files:
@@ -342,7 +342,7 @@ def vocabulary(tokenizer, cfg: schema.Config) -> dict:
   names += [''] * (cfg.model.vocab_size - len(names))
   taken = set(names)
   for i, name in enumerate(names):
-    if not name:  # ids without a token; each name may be there once
+    if not name:  # ids without a token; names must be unique
       free = f'[unused {i}]'
       while free in taken:
         free += '_'
@@ -395,14 +395,14 @@ def _of_json(tokenizer) -> dict:
     'pre': _words(about),
     'tokens': found,
     'token_type': kinds,
-    # A file without any is refused; this one joins nothing that is a token.
+    # llama.cpp rejects an empty list; this merge has no effect.
     'merges': merges or ['\u0120 \u0120'],
   }
 
 
-# In.
+# Import.
 
-# By hand, since the library believes every length that a file states
+# Without the library, which trusts every length in a file
 # (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY, UINT32 = 8, 9, 4
@@ -411,14 +411,14 @@ ALIGNMENT = 'general.alignment'
 
 
 class _Header:
-  """A file from its beginning on; ValueError where it ends too soon."""
+  """Reads a file sequentially; raises ValueError at its end."""
 
   def __init__(self, data: np.ndarray):
     self.data, self.at = data, 0
 
   def take(self, n: int) -> bytes:
     if n > len(self.data) - self.at:
-      raise ValueError('it is cut off, or damaged')
+      raise ValueError('it is truncated or corrupt')
     self.at += n
     return self.data[self.at - n : self.at].tobytes()
 
@@ -439,20 +439,20 @@ class _Header:
         for _ in range(n):
           self.take(self.number(8))
       else:
-        raise ValueError(f'it holds arrays of kind {of}')
+        raise ValueError(f'it has arrays of type {of}')
     elif kind in SIZES:
       self.take(SIZES[kind])
     else:
-      raise ValueError(f'it holds values of kind {kind}')
+      raise ValueError(f'it has values of type {kind}')
 
 
 def _tensors(path: str) -> dict[str, files.Tensor]:
-  """Those of a file; ValueError says what is wrong with it."""
+  """Returns the tensors of a file; raises ValueError if it is invalid."""
   if os.path.getsize(path) == 0:
     raise ValueError('it is empty')
   header = _Header(np.memmap(path, np.uint8, 'r'))
   if header.take(4) != b'GGUF' or header.number(4) not in (2, 3):
-    raise ValueError('it does not begin as GGUF, version 2 or 3, does')
+    raise ValueError('it has no header of GGUF version 2 or 3')
   n_tensors, n_values = header.number(8), header.number(8)
   alignment = 32
   for _ in range(n_values):
@@ -469,23 +469,23 @@ def _tensors(path: str) -> dict[str, files.Tensor]:
     shape = tuple(header.number(8) for _ in range(n))[::-1]
     kind, offset = header.number(4), header.number(8)
     if kind not in DTYPES:
-      raise ValueError(f'{name} is of kind {kind}; only F32 and BF16 are read')
+      raise ValueError(f'{name} has type {kind}; only F32 and BF16 are supported')
     abouts.append((name, shape, DTYPES[kind], offset))
   data = -(-header.at // alignment) * alignment
   found = {}
   for name, shape, dtype, offset in abouts:
     end = data + offset + math.prod(shape) * dtype.itemsize
     if end > len(header.data):
-      raise ValueError(f'it is cut off within {name}')
+      raise ValueError(f'it is truncated within {name}')
     found[name] = files.Tensor(path, name, dtype, shape, data + offset)
   return found
 
 
 def read(folder: str, cfg: schema.Config) -> dict[str, files.Tensor]:
-  """The tensors of a folder's file, by the names of mapping.py.
+  """Returns the tensors of a folder's file, by the names of mapping.py.
 
   Raises:
-    ConfigError: it is missing, damaged, or holds other kinds of numbers.
+    ConfigError: it is missing, corrupt, or has unsupported types.
   """
   path, form = os.path.join(folder, TENSORS), mapping.of(cfg)
   try:
@@ -493,7 +493,7 @@ def read(folder: str, cfg: schema.Config) -> dict[str, files.Tensor]:
   except OSError as error:
     raise paths.InputError(path, f'cannot be read: {error.strerror}') from error
   except ValueError as error:
-    raise paths.InputError(path, f'is no GGUF file that can be read: {error}') from error
+    raise paths.InputError(path, f'is not a valid GGUF file: {error}') from error
   whole.pop(FREQUENCIES, None)
   found = {}
   for name, tensor in whole.items():
@@ -504,7 +504,7 @@ def read(folder: str, cfg: schema.Config) -> dict[str, files.Tensor]:
 
 
 def _apart(cfg, whole: files.Tensor) -> dict[str, files.Tensor]:
-  """Queries, keys and values of one tensor; whole if they are not those."""
+  """Splits a tensor into queries, keys and values, if it has their shape."""
   m, at, found = cfg.model, whole.offset, {}
   heads = m.n_attn_heads, m.kv_heads, m.kv_heads
   if whole.shape != (sum(heads) * m.head_width, m.d_model):

@@ -1,24 +1,24 @@
-"""One table: our parameters, and what other programs call them. Floor 4.
+"""One table of our parameters and their names in other programs.
 
-`LAYER`, `MODULE` and the rows around them name each parameter in each form of
-checkpoint, with the transform between the arrays; `FORMS` says where a form has
-its layers and heads. `tensors` spells that out for a Config: every tensor of a
-checkpoint, and where in our pytree it is. Export walks it one way, import the
-other, so that a key is in neither or in both.
+`LAYER`, `MODULE` and the rows around them name each parameter in each checkpoint
+format, with the transform between the arrays; `FORMS` has the names of layers
+and heads per format. `tensors` expands that for a Config: every tensor of a
+checkpoint, and its place in our pytree. Export uses it in one direction, import
+in the other, so that a key is in neither or in both.
 
-Trunk and head 1 bear Llama's names in all forms: the trunk's layers, then those
-of the heads that head 1 sits on (an anticausal chain, from n down), then its
-own. The further heads have, in `hf`, names of ours, k from 2 on:
+Trunk and head 1 have Llama's names in all formats: the layers of the trunk, then
+those of the heads that head 1 depends on (an anticausal chain, from n down), then
+its own. In `hf` the further heads have our names, with K from 2:
 
   mtp_heads.K.LAYER        the layer of head K, in Llama's names
   mtp_heads.K.proj         W_k of a linear or residual head; M_k, which reads
                            [hidden; embedding], of a sequential one
   mtp_heads.K.{hidden,embed,final}_norm  of a sequential module
   mtp_heads.shared.…       the one module of the recursive family
-  mtp_heads.K.lm_head      an unembedding of its own
+  mtp_heads.K.lm_head      the head's own unembedding
   mtp_order                the second unembedding of head 1 (token order)
 
-The other forms are those of the programs that read them:
+The other formats are those of the programs that read them:
 
   meta       Meta's release of the paper's models: consolidated.pth
   mtp_llama  ServiceNow's Fast-LLM, https://github.com/ServiceNow/Fast-LLM
@@ -47,12 +47,12 @@ from mtp_jax.model import heads as heads_lib
 
 
 class Form(NamedTuple):
-  """How an array of ours becomes one of a file, and back. Both get the Config;
-  matrices of a file are (out, in)."""
+  """The transform of an array of ours to one of a file, and back. Both get the
+  Config; matrices in files are (out, in)."""
 
   out: Callable[[np.ndarray, schema.Config], np.ndarray]
   back: Callable[[np.ndarray, schema.Config], np.ndarray]
-  shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # of the file, by ours
+  shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # our shape -> the file's
 
 
 def _heads_out(w_DNH, cfg):
@@ -67,8 +67,8 @@ def _heads_back(w_ED, cfg):
 
 
 def _pairs_out(w_DNH, cfg):
-  """RoPE turns dimensions i and i + H/2 of a head together here and in Hugging
-  Face's Llama, 2i and 2i + 1 in Meta's."""
+  """Reorders dimensions for RoPE, which rotates i and i + H/2 of a head together
+  here and in Hugging Face's Llama, 2i and 2i + 1 in Meta's."""
   D, N, H = w_DNH.shape
   w_DNHP = w_DNH.reshape(D, N, 2, H // 2).swapaxes(2, 3)
   return _heads_out(w_DNHP.reshape(D, N, H), cfg)
@@ -81,7 +81,7 @@ def _pairs_back(w_ED, cfg):
 
 
 def _swapped(w_ED):
-  """The halves of what a matrix reads, the other way round."""
+  """Swaps the two halves of the input dimension."""
   return np.concatenate(np.split(w_ED, 2)[::-1])
 
 
@@ -101,13 +101,13 @@ def _zeros_of(w_DNH, cfg):
   return np.zeros(w_DNH.shape[1] * w_DNH.shape[2], w_DNH.dtype)
 
 
-# A bias that our layers have not: a copy, in the sense of Place.
+# A bias, which our layers do not have: always zero, a copy in the sense of Place.
 NO_BIAS = Form(_zeros_of, SAME.back, lambda s: (s[1] * s[2],))
 
 
 class Row(NamedTuple):
-  """A parameter: its name in ours, its transform, and its name by form; what a
-  form does not say is as in hf. (name, Form) where the array differs too."""
+  """A parameter: our name, its transform, and its name per format, by default as
+  in hf; (name, Form) if the transform differs too."""
 
   ours: str
   form: Form
@@ -119,7 +119,7 @@ class Row(NamedTuple):
     return (name, self.form) if isinstance(name, str) else name
 
 
-LIKE = {'gguf_mtp': 'gguf'}  # forms with the names of another, but for some
+LIKE = {'gguf_mtp': 'gguf'}  # formats that share most names with another one
 
 
 def _row(ours: str, form: Form, **names) -> Row:
@@ -158,7 +158,7 @@ NORM = _row(
 UNEMBED = _row('unembed', TRANSPOSED, hf='lm_head', meta='output', gguf='output')
 TIED = _row('embed', SAME, hf='lm_head', meta='output', gguf='output')
 ORDER = _row('order', SAME, hf='mtp_order')
-# Of a head's module, around its layer or instead of one.
+# Parameters of a head's module, in addition to its layer or instead of one.
 MODULE = {
   'linear': (_row('proj', TRANSPOSED, hf='proj'),),
   'residual': (_row('proj', TRANSPOSED, hf='proj', medusa='layers.0'),),
@@ -201,13 +201,13 @@ MODULE['recursive'] = MODULE['sequential']
 
 
 class Place(NamedTuple):
-  """Where a tensor of a file is in ours."""
+  """The place of a tensor of a file in our pytree."""
 
   path: str  # of the leaf, e.g. trunk.q
-  index: int | None  # on its leading axis, where leaves are stacked
+  index: int | None  # on the leading axis of stacked leaves
   form: Form
-  extra: bool = False  # of what a next-token Llama has not
-  copy: bool = False  # another tensor holds it already; this one must agree
+  extra: bool = False  # not part of a next-token Llama
+  copy: bool = False  # a copy of another tensor, which must agree
 
 
 def _norm_of_each_head(cfg, found):
@@ -227,8 +227,8 @@ def _no_biases(cfg, found):
 
 
 def _module_of_each_step(cfg, found):
-  """Of the one module of recursive heads: Transformers runs a module a step."""
-  if not heads_lib.family(cfg).one_module:
+  """Copies of the shared module of recursive heads: Transformers has one per step."""
+  if not heads_lib.family(cfg).shared_module:
     return {}
   first = _prefix('transformers_mtp', cfg, 0)
   return {
@@ -240,7 +240,7 @@ def _module_of_each_step(cfg, found):
 
 
 def _unembedding_of_llama_cpp(cfg, found):
-  """Which mimo2, the architecture that has modules, wants though it is tied."""
+  """A copy of a tied unembedding, which mimo2, the architecture with modules, requires."""
   if cfg.heads.unembedding != 'tied':
     return {}
   return {'output.weight': _unembedding(cfg)._replace(copy=True)}
@@ -259,19 +259,19 @@ def _unembedding(cfg) -> Place:
 
 
 class Layout(NamedTuple):
-  """Where a form of checkpoint has what, and which models fit in.
+  """The names of layers and heads in a checkpoint format, and the families it supports.
 
-  In the names of layers and heads, i counts layers, k heads from 2 on, j from
-  0, and l goes on after the last layer. heads_like: the form whose names the
-  parameters of further heads have, where it is another.
+  In these names, i counts layers, k heads from 2, j heads from 0, and l continues
+  after the last layer. heads_like: the format whose names the parameters of
+  further heads have, if it is another one.
   """
 
   families: tuple[str, ...]
   head: str
   layer: str = 'model.layers.{i}.'
-  one_module: str = ''  # of the recursive family; '' = as the first
+  shared_module: str = ''  # of the recursive family; '' = that of the first module
   replicated: str = ''  # a further head's own unembedding; '' = none
-  file: str = ''  # of what a next-token Llama has not; '' = with the rest
+  file: str = ''  # the file of further heads; '' = with the rest
   more: Callable[..., dict[str, Place]] = lambda cfg, found: {}
   heads_like: str = ''
 
@@ -280,7 +280,7 @@ FORMS = {
   'hf': Layout(
     tuple(heads_lib.FAMILIES),
     'mtp_heads.{k}.',
-    one_module='mtp_heads.shared.',
+    shared_module='mtp_heads.shared.',
     replicated='mtp_heads.{k}.lm_head.weight',
     file='mtp_heads.safetensors',
   ),
@@ -309,33 +309,33 @@ FORMS['gguf'] = FORMS['hf']._replace(layer='blk.{i}.', heads_like='hf')
 
 
 def _prefix(form: str, cfg: schema.Config, j: int) -> str:
-  """Of the module or layer of further head j + 2."""
+  """Returns the prefix of the module or layer of further head j + 2."""
   f = FORMS[form]
-  if heads_lib.family(cfg).one_module and f.one_module:
-    return f.one_module
+  if heads_lib.family(cfg).shared_module and f.shared_module:
+    return f.shared_module
   return f.head.format(j=j, k=j + 2, l=layers_in_all(cfg) + j)
 
 
 def of(cfg: schema.Config) -> str:
-  """The form of --export.format, for this model."""
+  """Returns the format for this model: --export.format, or gguf_mtp."""
   form = cfg.export.format
   return 'gguf_mtp' if form == 'gguf' and not undrafted(cfg) else form
 
 
 def undrafted(cfg: schema.Config) -> str:
-  """Why llama.cpp cannot draft with a model's further heads; '' if it can."""
+  """Returns why llama.cpp cannot draft with a model's further heads; '' if it can."""
   h = cfg.heads
   if h.n == 1:
     return 'there are none'
   if h.family not in FORMS['gguf_mtp'].families:
-    return f'it runs sequential and recursive modules; these are {h.family}'
+    return f'it supports sequential and recursive modules; these are {h.family}'
   if h.stride > 1:
-    return f'it knows no heads that leap (--heads.stride={h.stride})'
+    return f'it does not support strided heads (--heads.stride={h.stride})'
   modules = heads_lib.n_modules(cfg, h.n)
   if h.unembedding == 'replicated' and modules < h.n - 1:
-    return 'a module has one unembedding there; this one has one a step'
+    return 'a module has one unembedding there; this one has one per step'
   if cfg.loss.token_order_weight:
-    return 'it has no place for the unembedding of --loss.token_order_weight'
+    return 'it has no tensor for the unembedding of --loss.token_order_weight'
   if cfg.model.rope_factor > 1:
     return (
       'its architecture with modules does not scale RoPE'
@@ -345,35 +345,32 @@ def undrafted(cfg: schema.Config) -> str:
 
 
 def unfit(cfg: schema.Config, form: str) -> str:
-  """Why a model cannot be written in a form; '' if it can."""
+  """Returns why a format cannot represent a model; '' if it can."""
   f, h = FORMS[form], cfg.heads
   if form in ('hf', 'gguf'):
     return ''
   if h.family not in f.families and not (h.n == 1 and 'parallel' in f.families):
-    return f'has a place for {" and ".join(f.families)} heads; these are {h.family}'
+    return f'supports {" and ".join(f.families)} heads; these are {h.family}'
   if form == 'medusa' and h.n == 1:
-    return 'has further heads; this is a model of one'
+    return 'requires further heads; this model has one'
   if h.unembedding == 'replicated' and not f.replicated:
     return 'has one unembedding; here each head has its own'
   if form in ('transformers_mtp', 'mimo') and h.n == 1:
-    return 'has further modules; this is a model of one head'
+    return 'requires further modules; this model has one head'
   if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 1:
-    return (
-      f'is run with one module, this model has {several}; transformers_mtp and'
-      ' gguf are run with all'
-    )
+    return f'supports one module, this model has {several}; transformers_mtp and gguf support all'
   if cfg.loss.token_order_weight:
-    return 'has no place for the unembedding of --loss.token_order_weight'
+    return 'has no tensor for the unembedding of --loss.token_order_weight'
   if h.stride > 1:
-    return f'knows no heads that leap (--heads.stride={h.stride})'
+    return f'does not support strided heads (--heads.stride={h.stride})'
   m = cfg.model
   own_width = m.head_width * m.n_attn_heads != m.d_model
   if form == 'meta' and own_width:
     return f'has no field for --model.d_head={m.d_head}'
   if form == 'mimo' and own_width:
     return (
-      f'is read with heads of d_model / n_attn_heads ='
-      f' {m.d_model / m.n_attn_heads:g}, whatever --model.d_head={m.d_head}'
+      f'requires d_head = d_model / n_attn_heads ='
+      f' {m.d_model / m.n_attn_heads:g}, not --model.d_head={m.d_head}'
     )
   if form == 'meta' and m.rope_factor > 1:
     return f'has no field for --model.rope_factor={m.rope_factor:g}'
@@ -381,8 +378,8 @@ def unfit(cfg: schema.Config, form: str) -> str:
 
 
 def tensors(cfg: schema.Config, form: str = 'hf') -> dict[str, Place]:
-  """Every tensor of a checkpoint of a form, by name; of one in a folder of its
-  own, FOLDER/NAME."""
+  """Returns every tensor of a checkpoint in a format, by name, or by FOLDER/NAME if
+  it is in a subfolder."""
   f, n, layout = heads_lib.family(cfg), cfg.heads.n, FORMS[form]
   unembedding = cfg.heads.unembedding
   found = {}
@@ -413,7 +410,7 @@ def tensors(cfg: schema.Config, form: str = 'hf') -> dict[str, Place]:
       if not f.reverse:
         put_layer(prefix, 'heads.', k - 1, extra=True)
       continue
-    if f.one_module and k > 2:
+    if f.shared_module and k > 2:
       continue
     for row in MODULE[cfg.heads.family]:
       put(row, prefix, 'heads.', k - 2, extra=True)
@@ -425,12 +422,12 @@ def tensors(cfg: schema.Config, form: str = 'hf') -> dict[str, Place]:
 
 
 def layers_in_all(cfg: schema.Config) -> int:
-  """Of the Llama that trunk and head 1 are."""
+  """Returns the number of layers of the Llama of trunk and head 1."""
   return len(heads_lib.next_token_layers(cfg))
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-  """'trunk.q' -> leaf."""
+  """Returns the leaves by path, as 'trunk.q'."""
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -1,8 +1,8 @@
-"""params.json of Meta's Llamas, and of the paper's release. Floor 4.
+"""params.json of Meta's Llamas, and of the paper's release.
 
-https://huggingface.co/facebook/multi-token-prediction: n_layers counts all
+https://huggingface.co/facebook/multi-token-prediction: n_layers includes all
 heads; layers.{n_layers - n_future_tokens}, the last one, is head 1, and
-extra_heads.0 head 2. The context is not said.
+extra_heads.0 is head 2. The context length is not recorded.
 """
 
 import json
@@ -13,11 +13,11 @@ from mtp_jax.interop import files
 from mtp_jax.io import jsonl, paths
 
 TENSORS = 'consolidated.pth'
-FIRST = 'consolidated.00.pth'  # as Llama 2 and 3 call it; 01 … are its shards
-CONTEXT = 4096  # of the released models
+FIRST = 'consolidated.00.pth'  # name in Llama 2 and 3; 01 … are further shards
+CONTEXT = 4096  # context length of the released models
 
 SIZE = range(1, 2**31)
-# The fields that are read here.
+# The fields that are used.
 ABOUT = {
   **dict.fromkeys(('dim', 'n_layers', 'n_heads', 'vocab_size'), SIZE),
   **dict.fromkeys(('n_kv_heads?', 'n_future_tokens?'), (SIZE, None)),
@@ -26,20 +26,22 @@ ABOUT = {
   ...: object,
 }
 
-# Fields that must have this value, if they are there.
+# Fields that must have this value, if present.
 FIXED = {'use_scaled_rope': False}
 
 
 def tensors_of(folder: str) -> dict[str, files.Loaded]:
   names = [n for n in os.listdir(folder) if n.startswith('consolidated.')]
   if FIRST in names and len(names) > 1:
-    raise paths.InputError(folder, f'is cut over {len(names)} files by heads; join them first')
+    raise paths.InputError(
+      folder, f'is sharded over {len(names)} files by attention heads; merge them first'
+    )
   name = FIRST if FIRST in names else TENSORS
   return files.read_torch(os.path.join(folder, name))
 
 
 def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
-  """Text files of an export, by name."""
+  """Returns the text files of an export, by name."""
   del tokenizer, dtype, about
   m = cfg.model
   values = dict(
@@ -57,7 +59,7 @@ def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
 
 
 def width(dim: int, multiple_of: int, multiplier: float | None) -> int:
-  """Of the feed-forward network, as Meta's code makes it of three fields."""
+  """Returns the width of the feed-forward network, as Meta's code computes it."""
   hidden = int(2 * 4 * dim / 3)
   if multiplier is not None:
     hidden = int(multiplier * hidden)
@@ -65,24 +67,24 @@ def width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def _multiples(dim: int, d_ff: int) -> dict:
-  """Fields of which `width` is d_ff: as few as possible."""
+  """Returns the fields for which `width` is d_ff, as few as possible."""
   if width(dim, 256, None) == d_ff:
     return dict(multiple_of=256, ffn_dim_multiplier=None)
-  # Half more than needed, that rounding down ends where it should.
+  # Plus one half, so that rounding down gives d_ff.
   multiplier = (d_ff + 0.5) / int(2 * 4 * dim / 3)
   return dict(multiple_of=1, ffn_dim_multiplier=multiplier)
 
 
 def read(folder: str, about: dict, given: dict) -> schema.Config:
-  """The Config of a params.json that others wrote."""
+  """Converts a third-party params.json to a Config."""
 
   def wrong(problem):
     return paths.InputError(folder, problem)
 
-  for field, wanted in FIXED.items():
-    if about.get(field, wanted) != wanted:
-      raise wrong(f'{field}={about[field]!r} in params.json; only {wanted!r}')
-  if about.get('vocab_size', -1) == -1:  # as in Llama 2: of the tokenizer
+  for field, expected in FIXED.items():
+    if about.get(field, expected) != expected:
+      raise wrong(f'{field}={about[field]!r} in params.json; only {expected!r}')
+  if about.get('vocab_size', -1) == -1:  # as in Llama 2, where the tokenizer defines it
     tensors = tensors_of(folder, 'import.path')
     embed = tensors.get('tok_embeddings.weight')
     about = about | {'vocab_size': embed.shape[0] if embed else None}

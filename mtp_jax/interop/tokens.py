@@ -1,4 +1,4 @@
-"""Tokenizer files that transformers reads, with the same ids. Floor 4."""
+"""Converts tokenizers to files for transformers, with the same ids."""
 
 import json
 import os
@@ -6,20 +6,20 @@ import re
 
 from mtp_jax.data import ranks, tokenizers
 
-MODEL = 'tokenizer.model'  # what Llama calls a SentencePiece model, or Llama 3
-# its file of tokens in base64
+MODEL = 'tokenizer.model'  # Llama's name for a SentencePiece model, and Llama 3's
+# for a file of base64 tokens
 JSON = 'tokenizer.json'
 
 
 def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
-  """The files of an export's folder, by name.
+  """Returns the tokenizer files of an export, by name.
 
-  A tokenizer.json leaves as it came, with what lay beside it: whether it puts a
-  begin token before a text, as documents here have it, is its own affair. For
-  bytes and SentencePiece models one is made, which does, and to which what
-  looks like a special token in a text is text, as here. A SentencePiece model
-  with symbols of its user, or without marks of spaces, has only MODEL. (In a
-  text, the mark itself is a space to the one that is made.)
+  A tokenizer.json is exported unchanged, with the files next to it, whether or
+  not it prepends BOS to a text, as documents here have it. For bytes and
+  SentencePiece models a tokenizer.json is built that does, and that encodes
+  special tokens in a text as text, as here. A SentencePiece model with
+  user-defined symbols, or without space markers, has only MODEL. (The built one
+  decodes a literal space marker in a text as a space.)
   """
   files = dict(tokenizer.files)
   if JSON in files:
@@ -53,18 +53,18 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
     split_special_tokens=True,
     clean_up_tokenization_spaces=False,
     model_max_length=10**30,
-    add_prefix_space=prefix,  # llama.cpp puts a space before, unless told
+    add_prefix_space=prefix,  # llama.cpp prepends a space by default
   )
   files[tokenizers.ENDS] = json.dumps(about, indent=2).encode()
   return files
 
 
 def _of_bytes():
-  """256 bytes without merges, and the two ends."""
+  """Builds a tokenizer of 256 bytes without merges, and BOS and EOS."""
   import tokenizers as library
   from tokenizers import decoders, models, pre_tokenizers
 
-  # The letters that a byte-level vocabulary writes for bytes, in their order.
+  # The characters of bytes in a byte-level vocabulary, in order.
   letters = ranks.byte_letters()
   fast = library.Tokenizer(models.BPE({letter: b for b, letter in enumerate(letters)}, []))
   fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -73,13 +73,13 @@ def _of_bytes():
   return fast
 
 
-# Kinds of a piece in SentencePiece's ModelProto.
+# Piece types in SentencePiece's ModelProto.
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-NEVER = -1e6  # the score of what no text may be cut into
+NEVER = -1e6  # the score of pieces that must not be used
 
 
 def model_proto(model: bytes):
-  """What stands in a SentencePiece model: pieces, and how they are used."""
+  """Parses a SentencePiece model: pieces, and how they are used."""
   from sentencepiece import sentencepiece_model_pb2
 
   proto = sentencepiece_model_pb2.ModelProto()
@@ -88,11 +88,11 @@ def model_proto(model: bytes):
 
 
 def _of_pieces(model: bytes, tokenizer):
-  """(a fast tokenizer with the ids of a SentencePiece model, BOS, EOS, whether
-  the model puts a space before a text); None for the first if the model has
-  pieces of other kinds.
+  """Returns (a fast tokenizer with the ids of a SentencePiece model, BOS, EOS,
+  whether the model prepends a space to a text); None for the first if the model
+  has pieces of other types.
 
-  transformers' own conversion leaves out what a model does with white space.
+  transformers' own conversion ignores the whitespace rules of a model.
   """
   import tokenizers as library
   from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -111,9 +111,9 @@ def _of_pieces(model: bytes, tokenizer):
   if about.model_type == about.UNIGRAM:
     scores = [(p.piece, p.score if p.type == NORMAL else NEVER) for p in proto.pieces]
     fast = library.Tokenizer(models.Unigram(scores, kinds.index(UNKNOWN), about.byte_fallback))
-    cut = _cuts(names, kinds)
-    if cut:
-      fast.pre_tokenizer = pre_tokenizers.Split(library.Regex(cut), 'isolated')
+    pattern = _split_pattern(names, kinds)
+    if pattern:
+      fast.pre_tokenizer = pre_tokenizers.Split(library.Regex(pattern), 'isolated')
   elif about.model_type == about.BPE:
     fast = library.Tokenizer(
       models.BPE(
@@ -148,10 +148,10 @@ def _of_pieces(model: bytes, tokenizer):
   return fast, bos, eos, spec.add_dummy_prefix
 
 
-def _cuts(names, kinds) -> str:
-  """Where a Unigram model must cut a text that has '</s>' in it, as a regular
-  expression. An unknown letter costs it more than NEVER, so it would take the
-  piece; no other piece has that letter, hence none reaches over the cut."""
+def _split_pattern(names, kinds) -> str:
+  """Returns a regular expression that splits special pieces, as '</s>' in a text,
+  for a Unigram model. An unknown letter costs more than NEVER, so that it would
+  use the piece; no other piece has that letter, hence none spans the split."""
   known = {n for n, kind in zip(names, kinds, strict=True) if kind == NORMAL}
   found = []
   for name, kind in zip(names, kinds, strict=True):
@@ -166,7 +166,7 @@ def _cuts(names, kinds) -> str:
 
 
 def _merges(pieces) -> list[tuple[str, str]]:
-  """Of two pieces to a third one, that of the highest score first."""
+  """Returns the merges of two pieces to a third one, by descending score."""
   score = {p.piece: p.score for p in pieces if p.type == NORMAL}
   found = [
     (whole, whole[:i], whole[i:])
@@ -179,9 +179,9 @@ def _merges(pieces) -> list[tuple[str, str]]:
 
 
 def read(folder: str, ours: str | None) -> tokenizers.Tokenizer | None:
-  """The tokenizer of a folder; None if there is none.
+  """Loads the tokenizer of a folder; None if there is none.
 
-  ours: its name in mtp_jax.json, if we wrote the folder, '' for none.
+  ours: its name in mtp_jax.json, '' for none; None if there is no such file.
   """
   if ours is not None and not ours.startswith(('hf', 'sentencepiece')):
     return tokenizers.get('bytes') if ours else None
@@ -197,14 +197,14 @@ def read(folder: str, ours: str | None) -> tokenizers.Tokenizer | None:
 
 
 def _is_ranks(path: str) -> bool:
-  """Whether a file's first line is a token in base64 and a number."""
+  """Whether the first line of a file is a base64 token and a number."""
   with open(path, 'rb') as file:
     return bool(re.fullmatch(rb'[A-Za-z0-9+/]+=* [0-9]+\s*', file.readline(999)))
 
 
 def fitted(tokenizer: tokenizers.Tokenizer, rows: int) -> tuple[tokenizers.Tokenizer, list[str]]:
-  """(a tokenizer without the added tokens that a model of so many rows has no
-  row for, their names). As it is if that is not all that is too much."""
+  """Returns (the tokenizer without added tokens beyond the rows of the model, their
+  names); unchanged if other tokens are out of range too."""
   model = tokenizer.files.get(JSON)
   if model is None or tokenizer.vocab_size <= rows:
     return tokenizer, []

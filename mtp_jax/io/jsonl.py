@@ -1,16 +1,16 @@
-"""Reads JSON that comes from outside, with its one type check. Floor 0.
+"""Parses and validates JSON input.
 
 NaN and Infinity, which are not JSON, are read as null.
 
-What a file must hold is data, a form:
+A schema is data, called a form here:
 
   int, float, str, bool, None   that type: an int has 64 bits, a float may be an
-                                integer and is at most 1e100, no bool is one
-  range(a, b)                   an integer in it
+                                integer and is at most 1e100, neither is a bool
+  range(a, b)                   an integer in the range
   [FORM]                        a list, each element of that form
   (FORM, FORM, …)               one of these, the first that fits the type
-  {'a': FORM, 'b?': FORM}       an object with a field a, perhaps a field b, and
-                                no other; the key ... gives the form of others
+  {'a': FORM, 'b?': FORM}       an object with a field a, an optional field b, and
+                                no other; the key ... is the form of other fields
   object                        anything
 """
 
@@ -20,13 +20,13 @@ from typing import Any
 
 NATURAL = range(2**63)  # 0, 1, …
 STEP = range(2**31)
-NUMBER = (float, None)  # null: not finite, or nothing to measure
+NUMBER = (float, None)  # null: not finite, or not measured
 NAMES = {int: 'an integer', str: 'text', bool: 'true or false', None: 'null'}
 
 
 def one_line(value: object, most: int = 200) -> str:
-  """Returns its text with what does not print escaped, such as a line break,
-  and the middle of a long one skipped."""
+  """Returns a value as text with unprintable characters, such as line breaks,
+  escaped, and the middle of a long text elided."""
   text = str(value)
   if len(text) > most:
     half = most // 2
@@ -38,7 +38,7 @@ def loads(text: bytes | str, form: Any = object) -> Any:
   """Parses one JSON value and checks its form.
 
   Raises:
-    ValueError: one line that names the field, its value, and what it must be.
+    ValueError: one line with the field, its value, and what it must be.
   """
   try:
     # NaN and infinities, which some programs write, are not JSON.
@@ -53,21 +53,21 @@ def loads(text: bytes | str, form: Any = object) -> Any:
 
 
 def check(value: Any, form: Any, name: str = '') -> Any:
-  """Returns a parsed value; ValueError, as of `loads`, if it has not the form.
+  """Returns a parsed value; raises ValueError, like `loads`, if it does not match.
 
-  name: of the field that holds it.
+  name: name of its field.
   """
   forms = form if isinstance(form, tuple) else (form,)
   for one in forms:
     if _has_type(value, one):
       _check_within(value, one, name)
       return value
-  wanted = ' or '.join(map(_wanted, forms))
+  expected = ' or '.join(map(_describe, forms))
   try:
     shown = json.dumps(value)
-  except (TypeError, ValueError, RecursionError):  # e.g. of orbax, not of JSON
+  except (TypeError, ValueError, RecursionError):  # e.g. an object of orbax
     shown = type(value).__name__
-  raise ValueError(f'{name or "it"}={one_line(shown, 60)}: must be {wanted}')
+  raise ValueError(f'{name or "it"}={one_line(shown, 60)}: must be {expected}')
 
 
 def _has_type(value, form) -> bool:
@@ -81,9 +81,9 @@ def _has_type(value, form) -> bool:
     return type(value) is int and value in form
   if form is int:
     return type(value) is int and -(2**63) <= value < 2**63
-  if form is float:  # what is larger has sums and squares that overflow
+  if form is float:  # sums and squares of larger values overflow
     return type(value) in (int, float) and abs(value) <= 1e100
-  if form is str:  # half of a surrogate pair cannot be written
+  if form is str:  # lone surrogates cannot be encoded
     return type(value) is str and not re.search('[\ud800-\udfff]', value)
   return type(value) is form
 
@@ -100,14 +100,14 @@ def _check_within(value, form, name: str) -> None:
     if field is not ... and not field.endswith('?') and field not in value:
       raise ValueError(f'has no field {of}{field}')
   for field, element in value.items():
-    wanted = fields.get(field, form.get(...))
+    expected = fields.get(field, form.get(...))
     shown = of + one_line(field, 60)
     if field not in fields and ... not in form:
       raise ValueError(f'{shown}: no such field')
-    check(element, wanted, shown)
+    check(element, expected, shown)
 
 
-def _wanted(form) -> str:
+def _describe(form) -> str:
   if isinstance(form, range):
     upper = f' to {form.stop - 1:,}' if form.stop < 2**63 else ''
     return f'an integer from {form.start}{upper}'

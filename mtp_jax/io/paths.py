@@ -1,8 +1,8 @@
-"""Paths of this machine, or gs://BUCKET/… of object storage. Floor 1.
+"""Local paths, and gs://BUCKET/… in object storage.
 
-etils.epath makes the two alike. What object storage has not is an append, a
-folder, a rename of one, a time that one can set: what differs for that reason
-stands here and in train/lock.py.
+etils.epath has one interface for both. Object storage has no append, no folders,
+no renames of folders and no settable times: code that depends on this is here and
+in train/lock.py.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from etils import epath
 
 from mtp_jax.io import jsonl
 
-REMOTE = {'gs': 'gcsfs'}  # scheme -> the library that epath needs for it
-EVERY_S = 30.0  # between two uploads of what grows,
-SHARE = 0.01  # or longer, so that they take this part of the time at most
+REMOTE = {'gs': 'gcsfs'}  # scheme -> library that epath requires
+EVERY_S = 30.0  # minimum interval between uploads of an appended file,
+SHARE = 0.01  # or more, so that uploads take at most this fraction of the time
 
 
-# What a device answers that has no room, or no life, left.
+# Errors of a full or failing device.
 DISK_ERRORS = {
   getattr(errno, name)
   for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EIO', 'EROFS')
@@ -39,7 +39,7 @@ DISK_ERRORS = {
 
 @contextlib.contextmanager
 def naming(path) -> Iterator[None]:
-  """Errors of an open file, which does not say its name, say this one."""
+  """Adds this file name to errors of an open file, which lack it."""
   try:
     yield
   except OSError as error:
@@ -48,7 +48,7 @@ def naming(path) -> Iterator[None]:
 
 
 def disk_error(error: OSError) -> str | None:
-  """'FILE: no space left on device', if it is an error of that kind."""
+  """Returns 'FILE: no space left on device' for errors of that kind, else None."""
   if error.errno not in DISK_ERRORS:
     return None
   why = os.strerror(error.errno)
@@ -56,17 +56,17 @@ def disk_error(error: OSError) -> str | None:
 
 
 def scheme(path) -> str:
-  """'gs' of gs://BUCKET/…, '' of a path of this machine."""
+  """Returns 'gs' for gs://BUCKET/…, '' for a local path."""
   return str(path).partition('://')[0] if '://' in str(path) else ''
 
 
 class InputError(ValueError):
-  """Bad input, in one line that names what it is, often a file, and the problem."""
+  """Raised for bad input, in one line with its subject, often a file, and the problem."""
 
-  status = 2  # with which a process then ends
+  status = 2  # exit status
 
   def __init__(self, subject: object, problem: str):
-    super().__init__(str(subject), problem)  # as pickle hands them on
+    super().__init__(str(subject), problem)  # the arguments that pickle restores
 
   def __str__(self):
     subject, problem = self.args
@@ -74,29 +74,29 @@ class InputError(ValueError):
 
 
 def absolute(path: str) -> str:
-  """Returns the path as it reads from any working directory.
+  """Returns the absolute path, or a checked URL.
 
   Raises:
-    InputError: it is on a storage that is not known, or cannot be reached.
+    InputError: an unknown or unreachable storage.
   """
   kind = scheme(path)
   if not kind:
     return os.path.abspath(os.path.expanduser(path))
   if kind not in REMOTE:
     known = ', '.join(f'{k}://' for k in REMOTE)
-    raise InputError(path, f'of object storage only {known}')
+    raise InputError(path, f'unsupported storage; use {known}')
   if not importlib.util.find_spec(REMOTE[kind]):
     raise InputError(path, f"needs {REMOTE[kind]}: pip install 'mtp_jax[gcs]'")
   try:
     as_path(path).exists()
-  except Exception as error:  # of a client: of any class
+  except Exception as error:  # clients raise any class
     raise InputError(path, f'cannot be reached: {first_line(error)}') from error
   return path.rstrip('/')
 
 
 def is_within(name: str) -> bool:
-  """Whether a name that a file gives is that of one below its own folder; a
-  stranger's file must not have others read."""
+  """Whether a name in a file refers to a file below its own folder; an untrusted
+  file must not cause others to be read."""
   path = pathlib.PurePosixPath(name)
   return (
     not path.is_absolute()
@@ -111,35 +111,34 @@ def first_line(error: Exception) -> str:
 
 
 def as_path(path) -> epath.Path:
-  """The same as an epath.Path, which what is below a command works with."""
+  """Converts to the epath.Path that all code below the commands uses."""
   kind = scheme(path)
   if kind:
-    # Its listings would be those of the first look: other processes write, and
-    # so does tensorstore beside it.
+    # Cached listings would be stale: other processes and tensorstore also write.
     settings = fsspec.config.conf.setdefault(kind, {})
     settings.setdefault('use_listings_cache', False)
   return epath.Path(path if kind else os.path.abspath(path))
 
 
 def make_folder(path) -> None:
-  if not scheme(path):  # there a folder is but a part of names
+  if not scheme(path):  # object storage has no folders
     os.makedirs(path, exist_ok=True)
 
 
 def write(path, data: bytes) -> None:
-  """Writes a file, whole or not at all."""
+  """Writes a file atomically."""
   if scheme(path):
     try:
-      as_path(path).write_bytes(data)  # appears when it is complete
+      as_path(path).write_bytes(data)  # visible only when complete
     except FileNotFoundError as error:
-      raise FileNotFoundError(errno.ENOENT, 'there is no such bucket', str(path)) from error
+      raise FileNotFoundError(errno.ENOENT, 'no such bucket', str(path)) from error
     return
-  path = os.path.realpath(path)  # of a link, what it points to
+  path = os.path.realpath(path)  # the target of a link
   if os.path.exists(path) and not os.path.isfile(path):
     with naming(path), open(path, 'wb') as file:  # a device or a pipe
       file.write(data)
     return
-  part = f'{path}.{uuid.uuid4().hex[:8]}.tmp'  # of two that write at once
+  part = f'{path}.{uuid.uuid4().hex[:8]}.tmp'  # unique among concurrent writers
   try:
     with naming(path):
       with open(part, 'wb') as file:
@@ -152,13 +151,13 @@ def write(path, data: bytes) -> None:
 
 
 def open_append(path, start: bytes = b''):
-  """A file of `start` and what is then written, on disk line by line.
+  """Opens a new file for appending, with the contents `start`.
 
-  `flush` after a line, `sync` where it must not be lost, `close`. In object
-  storage nothing can be appended to, so that the whole is kept in memory and
-  uploaded again: by `flush` when EVERY_S have passed, by `sync` and `close` at
-  once. What is killed loses the lines since. An upload that fails is told, and
-  tried again at its next turn.
+  Call `flush` after a line, `sync` if it must not be lost, and `close`. Objects
+  in object storage cannot be appended to: the whole file is kept in memory and
+  uploaded again, by `flush` every EVERY_S, by `sync` and `close` at once. A killed
+  process loses the lines since the last upload. A failed upload is logged, and
+  retried at the next call.
   """
   return _Object(path, start) if scheme(path) else _File(path, start)
 
@@ -204,10 +203,8 @@ class _Object:
     try:
       self._path.write_bytes(bytes(self._data))
       self._changed = False
-    except Exception as error:  # of a client: of any class
-      print(
-        f'{self._path} could not be written: {first_line(error)}; it is tried again', flush=True
-      )
+    except Exception as error:  # clients raise any class
+      print(f'{self._path} could not be written: {first_line(error)}; will retry', flush=True)
     end = time.monotonic()
     self._next_s = end + max(EVERY_S, (end - begin) / SHARE)
 
@@ -221,22 +218,22 @@ class _Object:
 
 @contextlib.contextmanager
 def local(folder) -> Iterator[str]:
-  """A folder on disk to write into: the folder itself, or one whose files are
-  copied to object storage at the end, those of its top last."""
+  """Yields a local folder to write to: the folder itself, or a temporary one whose
+  files are copied to object storage at the end, top-level files last."""
   if not scheme(folder):
     yield str(folder)
     return
   with tempfile.TemporaryDirectory() as disk:
     yield disk
     for top, _, names in os.walk(disk, topdown=False):
-      there = as_path(folder) / os.path.relpath(top, disk)
+      target = as_path(folder) / os.path.relpath(top, disk)
       for name in sorted(names):
-        epath.Path(top, name).copy(there / name, overwrite=True)
+        epath.Path(top, name).copy(target / name, overwrite=True)
 
 
 @contextlib.contextmanager
 def new_folder(path: str) -> Iterator[str]:
-  """A folder on disk to fill, which becomes `path` if nothing fails."""
+  """Yields a local folder, which becomes `path` if no exception is raised."""
   if scheme(path):
     with local(path) as disk:
       yield disk
@@ -248,11 +245,11 @@ def new_folder(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def temporary_folder(path) -> Iterator[str]:
-  """PATH.tmp-PID-HOST, locked, and removed at the end unless renamed; first
-  removes those that killed processes of this host have left beside it."""
+  """Yields PATH.tmp-PID-HOST, locked, and removed at the end unless renamed. First
+  removes those that killed processes of this host have left."""
   _sweep(str(path))
   tmp = f'{path}.tmp-{os.getpid()}-{socket.gethostname()}'
-  shutil.rmtree(tmp, ignore_errors=True)  # of a dead process with this id
+  shutil.rmtree(tmp, ignore_errors=True)  # left by a dead process with this id
   os.makedirs(tmp)
   handle = os.open(tmp, os.O_RDONLY)
   try:
@@ -264,7 +261,7 @@ def temporary_folder(path) -> Iterator[str]:
 
 
 def _lock(handle: int) -> bool:
-  """Whether nobody else has it. A file system without locks gives it to all."""
+  """Tries to lock; returns whether it succeeded, or locks are not supported."""
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
@@ -273,8 +270,8 @@ def _lock(handle: int) -> bool:
 
 
 def _sweep(path: str) -> None:
-  """Removes temporary folders whose process is dead. A process id says so on
-  its host alone, and there in its own namespace; a lock says it of others."""
+  """Removes temporary folders of dead processes. A process id is valid only on its
+  host and in its namespace; locks cover the other cases."""
   folder, name = os.path.split(os.path.abspath(path))
   pattern = re.compile(rf'{re.escape(name)}\.tmp-([0-9]+)(?:-(.+))?')
   try:
@@ -302,5 +299,5 @@ def _is_alive(pid: int) -> bool:
   except (ProcessLookupError, OverflowError):
     return False
   except PermissionError:
-    pass  # another user's
+    pass  # a process of another user
   return True

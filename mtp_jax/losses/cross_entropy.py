@@ -1,4 +1,5 @@
-"""TODO of mtp_jax.cross_entropy."""
+"""Cross-entropy of one head, a chunk of positions at a time: logits, B x C x V, are
+in memory for one chunk only, forward and backward."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from mtp_jax.config import schema
 from mtp_jax.parallel import sharding
 
-LOGITS_BYTES = 2**29  # of one device, unless --loss.chunk_size says how many
+LOGITS_BYTES = 2**29  # per device, unless --loss.chunk_size is given
 
 
 class Stats(NamedTuple):
@@ -57,16 +58,18 @@ def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
   return loss, Stats(loss, z_loss, correct, of.argmax_BC)
 
 
-def chunk(cfg: schema.Config, rows: int) -> int:
-  """Positions whose logits are alive at once, C: as --loss.chunk_size says, or else
-  the most that divide T evenly with B x C x V logits of a device in half a GiB
-  (and no fewer than 128: a product of few rows wastes the multiplier)."""
-  T = cfg.data.seq_len
+def chunk_size(B: int, T: int, cfg: schema.Config) -> int:
+  """Returns C, the positions whose logits are in memory at the same time.
+
+  That of --loss.chunk_size or else the most that divide T evenly with B x C x V
+  logits of a device in half a GiB, and no fewer than 128: a product of few rows
+  wastes the multiplier.
+  """
   if cfg.loss.chunk_size:
     return cfg.loss.chunk_size
   size = dict(jax.sharding.get_abstract_mesh().shape)
   batch = math.prod(size.get(axis, 1) for axis in sharding.BATCH)
-  of_position = 4 * rows * cfg.model.vocab_size / batch / size.get('tensor', 1)
+  of_position = 4 * B * cfg.model.vocab_size / batch / size.get('tensor', 1)
   divisors = [c for c in range(1, T + 1) if T % c == 0 and c >= min(T, 128)]
   fit = [c for c in divisors if c * of_position <= LOGITS_BYTES]
   return max(fit, default=divisors[0])
@@ -75,7 +78,7 @@ def chunk(cfg: schema.Config, rows: int) -> int:
 def _in_chunks(cfg, *xs_BT):
   """Each (B, T, …) -> (T/C, B, C, …)."""
   B, T = xs_BT[0].shape[:2]
-  C = chunk(cfg, B)
+  C = chunk_size(B, T, cfg)
   return tuple(
     sharding.reshape(x, (B, T // C, C, *x.shape[2:]), 'batch').swapaxes(0, 1) for x in xs_BT
   )
@@ -102,12 +105,18 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
   return jnp.sum(loss_X), rest
 
 
-def grad_chunks(f, h_BTD, unembed, dunembed, of_tokens, scale, cfg):
+def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
   """`sum_chunks` with the gradients of scale x loss, computed at once.
 
+  Args:
+    f, h_BTD, of_tokens, cfg: as of `sum_chunks`.
+    weights: (unembed, the gradient of it so far).
+    scale: of the loss that is differentiated.
+
   Returns:
-    (dunembed with this one's added, dh_BTD, loss, the rest of each chunk).
+    (gradient of unembed with this one's added, dh_BTD, loss, the rest of each chunk).
   """
+  unembed, dunembed = weights
 
   def one(dunembed, xs):
     h_BCD, *of_chunk = xs

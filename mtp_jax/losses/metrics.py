@@ -39,8 +39,8 @@ def scalars(metrics: dict) -> dict[str, float | None]:
   for name in ('head_grad_norm', 'weight'):
     for k, value in enumerate(metrics.get(f'{name}_K', ()), 1):
       out[f'{name}_{k}'] = float(value)
-  if 'order_loss_sum' in metrics:
-    out['order_loss'] = mean(metrics['order_loss_sum'], count_K[0])
+  if 'token_order_loss_sum' in metrics:
+    out['order_loss'] = mean(metrics['token_order_loss_sum'], count_K[0])
   rates, length = acceptance(metrics['accepted_K'])
   out |= {f'acceptance_{k}': rate for k, rate in enumerate(rates, 2)}
   out['accepted_length'] = length

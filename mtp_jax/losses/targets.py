@@ -35,8 +35,8 @@ def ahead(rows, offset: int, T: int):
   there = slice(offset, offset + T)
   position_BU = rows['position']
   valid_BT = position_BU[:, there] == position_BU[:, :T] + offset
-  if 'scored' in rows:
-    valid_BT &= rows['scored'][:, there]
+  if 'loss_mask' in rows:
+    valid_BT &= rows['loss_mask'][:, there]
   return rows['tokens'][:, there], valid_BT
 
 

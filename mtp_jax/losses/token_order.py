@@ -1,4 +1,7 @@
-"""TODO of mtp_jax.cross_entropy."""
+"""Token order prediction (TOP): a second unembedding of head 1's hidden state ranks
+the upcoming tokens by how soon they come (Zuhri et al. 2025,
+https://arxiv.org/abs/2508.19228). Its target distribution lives on at most W tokens
+of the text, so it is never written out over the vocabulary."""
 
 import math
 
@@ -6,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
+from mtp_jax.losses import cross_entropy
 from mtp_jax.losses import targets as targets_lib
 from mtp_jax.model import layers
 
@@ -68,3 +72,40 @@ def token_order_targets(rows: dict, cfg: schema.Config):
   mass_WBT = jnp.stack(masses) * (masses[0] > 0)[None]
   total_BT = jnp.sum(mass_WBT, axis=0)
   return mass_WBT / jnp.where(total_BT > 0, total_BT, 1)[None]
+
+
+def loss(h_BTD, order_VD, valid_BT, window, cfg: schema.Config):
+  """Computes the loss, a sum over valid positions in nats.
+
+  Args:
+    h_BTD: head 1's hidden state.
+    order_VD: the second unembedding, gathered.
+    valid_BT: positions with a next token to predict.
+    window: tokens_BU and order_WBT of `token_order_targets`.
+    cfg: the Config.
+  """
+  total, _ = cross_entropy.sum_chunks(lse, h_BTD, order_VD, (valid_BT,), cfg)
+  return total - token_order_score(h_BTD, order_VD, window.tokens_BU, window.order_WBT)
+
+
+def loss_and_grads(h_BTD, weights, valid_BT, window, cfg: schema.Config):
+  """`loss` and the gradients of window.order_scale x loss, computed at once.
+
+  weights: (order_VD, the gradient of it so far).
+
+  Returns:
+    (gradient of order_VD with this one's added, dh_BTD, loss).
+  """
+  order_VD, _ = weights
+
+  def scored(h_BTD, order_VD):
+    score = token_order_score(h_BTD, order_VD, window.tokens_BU, window.order_WBT)
+    return -window.order_scale * score, score
+
+  dorder_VD, d_BTD, total, _ = cross_entropy.grad_chunks(
+    lse, h_BTD, weights, (valid_BT,), window.order_scale, cfg=cfg
+  )
+  (_, score), (d2_BTD, d_VD) = jax.value_and_grad(scored, argnums=(0, 1), has_aux=True)(
+    h_BTD, order_VD
+  )
+  return dorder_VD + d_VD, d_BTD + d2_BTD, total - score

@@ -2,7 +2,7 @@
 
 Floor 2. A family is a few pure functions with the same signature, so that the
 loss is one scan over heads whatever the family, and decoding one walk. To add
-one, write its specs, its enter and its leave and name it in FAMILIES and in
+one, write its specs, its block_input and its block_output and name it in FAMILIES and in
 config.Heads.
 
 In a *block first* family each head is a layer, head 1 too: the trunk has L - n.
@@ -23,60 +23,77 @@ from mtp_jax.parallel import sharding
 
 
 class Inputs(NamedTuple):
-  """What a head may read. `carry` is what the head before it in the scan handed
-  on (z before the first), `next_emb` the embedding of head k - 1's token (t + k
-  - 1, unless heads leap), already known when head k drafts its own; None unless
-  the family feeds tokens."""
+  """What a head may read."""
 
-  norm_D: Any  # of the trunk, before the unembedding
-  z_BTD: Any
-  carry_BTD: Any
-  next_emb_BTD: Any
+  norm_D: Any  # weight of the trunk's final norm, before the unembedding
+  z_BTD: Any  # the trunk's output
+  carry_BTD: Any  # output of the head before it in the scan; z before the first
+  next_emb_BTD: Any = None  # see `next_token_offset`; None unless the family uses it
+
+
+def whole_module(module):
+  """The layer of a module that is nothing but a layer."""
+  return module
 
 
 class Family(NamedTuple):
-  """How head k is computed, before and after its layer if it has one.
+  """How head k is computed: a block, what it reads, and what becomes of its output.
 
-  specs(cfg): of one module. enter(module, inputs, ctx, cfg) -> x_BTD, what the
-  layer reads. leave(module, x_BTD, inputs, cfg) -> (carry_BTD, h_BTD), h normed
-  as the unembedding reads it; x is what the layer gave.
+  specs(cfg): Specs of one module.
+  block_input(module, inputs, ctx, cfg) -> x_BTD, what the block reads.
+  block_output(module, y_BTD, inputs, cfg) -> (carry_BTD, h_BTD), of the block's
+  output y; h is normed as the unembedding reads it.
+  layer(module) -> block.Block; None where a head has no block, and y = x.
   """
 
   specs: Callable[[schema.Config], Any]
-  enter: Callable[..., Any]
-  leave: Callable[..., tuple[Any, Any]]
+  block_input: Callable[..., Any]
+  block_output: Callable[..., tuple[Any, Any]]
+  layer: Callable[[Any], block.Block] | None = whole_module
   reverse: bool = False  # the scan starts at head n
-  dependent: bool = False  # a head reads the carry
-  feeds_tokens: bool = False  # a head reads next_emb
-  one_module: bool = False  # serves all extra heads
-  has_block: bool = True  # its module holds a layer
+  is_chained: bool = False  # a head reads the carry
+  uses_next_token: bool = False  # a head reads next_emb
+  shared_module: bool = False  # one module serves all extra heads
+
+  @property
+  def has_block(self) -> bool:
+    return self.layer is not None
 
 
-def step(module, x: Inputs, ctx, cfg):
-  """(carry_BTD, h_BTD) of one head."""
+def next_token_offset(k, cfg: schema.Config):
+  """Returns how far ahead of the query the token lies whose embedding head k
+  reads, where its family uses one: that of head k - 1's target, which is known
+  when head k drafts its own."""
+  return 1 + cfg.heads.stride * (k - 2)
+
+
+def step(module, x: Inputs, ctx, cfg, apply_block=block.block):
+  """Computes one head: block input, block, block output.
+
+  Args:
+    module: its parameters, as sharded at rest; None for an identity head.
+    x: what it reads.
+    ctx: positions of the window.
+    cfg: the Config.
+    apply_block: (layer, x_BTD, ctx, cfg) -> y_BTD; a decoder's has a cache.
+
+  Returns:
+    (carry_BTD, h_BTD).
+  """
   f = family(cfg)
-  y_BTD = f.enter(module, x, ctx, cfg)
-  if f.has_block:
-    y_BTD = block.block(layer(module), y_BTD, ctx, cfg)
-  return f.leave(module, y_BTD, x, cfg)
-
-
-def identity(module, x: Inputs, ctx, cfg):
-  """h_1 = z: head 1 of the identity-first families."""
-  del module, ctx
-  return x.carry_BTD, norm(x.z_BTD, x.norm_D, cfg)
-
-
-def layer(module) -> block.Block:
-  """That of a module which has one."""
-  return module.block if isinstance(module, Sequential) else module
+  if module is None:  # head 1 of an identity-first family: h_1 = norm(z)
+    return x.carry_BTD, norm(x.z_BTD, x.norm_D, cfg)
+  y_BTD = f.block_input(module, x, ctx, cfg)
+  if f.layer is not None:
+    y_BTD = apply_block(f.layer(module), y_BTD, ctx, cfg)
+  return f.block_output(module, y_BTD, x, cfg)
 
 
 def norm(x_BTD, w_D, cfg):
   return layers.rms_norm(x_BTD, w_D, cfg.model.norm_eps)
 
 
-def _enter_z(module, x: Inputs, ctx, cfg):
+def _block_input_z(module, x: Inputs, ctx, cfg):
   """h_k = block_k(z) (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737).
 
   RoPE and the mask are those of the query's own position t, whatever k is.
@@ -85,12 +102,12 @@ def _enter_z(module, x: Inputs, ctx, cfg):
   return x.z_BTD
 
 
-def _leave(module, y_BTD, x: Inputs, cfg):
+def _block_output(module, y_BTD, x: Inputs, cfg):
   del module
   return x.carry_BTD, norm(y_BTD, x.norm_D, cfg)
 
 
-def _enter_chain(module, x: Inputs, ctx, cfg):
+def _block_input_chain(module, x: Inputs, ctx, cfg):
   """h_k = block_k(h_k-1), or of h_k+1 in reverse (same paper, appendix B).
 
   "Anticausal" orders the heads; attention is causal over positions in both.
@@ -99,7 +116,7 @@ def _enter_chain(module, x: Inputs, ctx, cfg):
   return x.carry_BTD
 
 
-def _leave_chain(module, y_BTD, x: Inputs, cfg):
+def _block_output_chain(module, y_BTD, x: Inputs, cfg):
   del module
   return y_BTD, norm(y_BTD, x.norm_D, cfg)
 
@@ -121,12 +138,12 @@ def _residual(module, x: Inputs, ctx, cfg):
   return y_BTD + jax.nn.silu(w_BTD)
 
 
-def _leave_residual(module, y_BTD, x: Inputs, cfg):
+def _block_output_residual(module, y_BTD, x: Inputs, cfg):
   del module, cfg
   return x.carry_BTD, y_BTD
 
 
-def _enter_sequential(module, x: Inputs, ctx, cfg):
+def _block_input_sequential(module, x: Inputs, ctx, cfg):
   """h_k = block_k(M_k [norm(h_k-1); norm(embedding of token t + k - 1)]), with
   M_k: 2D -> D and its own final norm; the raw h_k is handed on (DeepSeek-V3,
   2024, https://arxiv.org/abs/2412.19437, the report's order: hidden first).
@@ -143,7 +160,7 @@ def _enter_sequential(module, x: Inputs, ctx, cfg):
   return jnp.einsum('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
 
 
-def _leave_sequential(module, y_BTD, x: Inputs, cfg):
+def _block_output_sequential(module, y_BTD, x: Inputs, cfg):
   del x
   return y_BTD, norm(y_BTD, module.final_norm, cfg)
 
@@ -193,35 +210,73 @@ def sequential_specs(cfg: schema.Config) -> Sequential:
   )
 
 
+def _sequential_layer(module: Sequential) -> block.Block:
+  return module.block
+
+
+_SEQUENTIAL = Family(
+  sequential_specs,
+  _block_input_sequential,
+  _block_output_sequential,
+  layer=_sequential_layer,
+  is_chained=True,
+  uses_next_token=True,
+)
+_CHAIN = Family(block.specs, _block_input_chain, _block_output_chain, is_chained=True)
 FAMILIES = {
-  'parallel': Family(block.specs, _enter_z, _leave),
-  'causal': Family(block.specs, _enter_chain, _leave_chain, dependent=True),
-  'anticausal': Family(block.specs, _enter_chain, _leave_chain, dependent=True, reverse=True),
-  'linear': Family(linear_specs, _linear, _leave, has_block=False),
-  'residual': Family(linear_specs, _residual, _leave_residual, has_block=False),
-  'sequential': Family(
-    sequential_specs, _enter_sequential, _leave_sequential, dependent=True, feeds_tokens=True
-  ),
-  'recursive': Family(
-    sequential_specs,
-    _enter_sequential,
-    _leave_sequential,
-    dependent=True,
-    feeds_tokens=True,
-    one_module=True,
-  ),
+  'parallel': Family(block.specs, _block_input_z, _block_output),
+  'causal': _CHAIN,
+  'anticausal': _CHAIN._replace(reverse=True),
+  'linear': Family(linear_specs, _linear, _block_output, layer=None),
+  'residual': Family(linear_specs, _residual, _block_output_residual, layer=None),
+  'sequential': _SEQUENTIAL,
+  'recursive': _SEQUENTIAL._replace(shared_module=True),
 }
+
+
+def register(name: str, family: Family, *, block_first: bool) -> None:
+  """Adds a head family from outside the package, under --heads.family=NAME.
+
+  It then trains, decodes, is planned and checkpointed as those of the package;
+  `mtp export` refuses it, since no other program knows it.
+
+  Args:
+    name: an identifier that no family has.
+    family: its functions.
+    block_first: whether every head, head 1 too, is one of --model.n_layers layers;
+      else head 1 reads the trunk directly and n - 1 modules stand beside it.
+
+  Raises:
+    ValueError: the name is no identifier, or is taken.
+  """
+  if not name.isidentifier() or name in FAMILIES:
+    raise ValueError(f'{name!r}: must be an identifier other than {", ".join(FAMILIES)}')
+  schema.HEAD_FAMILIES[name] = block_first
+  FAMILIES[name] = family
 
 
 def family(cfg: schema.Config) -> Family:
   return FAMILIES[cfg.heads.family]
 
 
+def active_modules(modules, n: int, cfg: schema.Config):
+  """Returns of all stacked modules those that heads 1..n use; where one module
+  serves all extra heads, that one, unstacked."""
+  in_use = 0 if family(cfg).shared_module else slice(n_modules(cfg, n))
+  return jax.tree.map(lambda w: w[in_use], modules)
+
+
+def is_head_1(module, k, cfg: schema.Config):
+  """Whether a visit of `scan_heads` is that of head 1: known ahead of time
+  (a bool) where head 1 has no module, else traced."""
+  return k == 1 if cfg.heads.block_first else module is None
+
+
 def n_modules(cfg: schema.Config, n: int) -> int:
   """Modules that heads 1..n use."""
   if cfg.heads.block_first:
     return n
-  return min(n - 1, 1) if family(cfg).one_module else n - 1
+  return min(n - 1, 1) if family(cfg).shared_module else n - 1
 
 
 def specs(cfg: schema.Config):
@@ -248,14 +303,15 @@ def next_token_layers(cfg: schema.Config) -> list[tuple[str, int]]:
 
 
 def scan_heads(body, carry, modules, per_head, cfg: schema.Config):
-  """Visits heads 1..m in the family's order: lax.scan, but for an identity.
+  """Visits heads 1..m in the family's order: lax.scan, but for an identity head.
 
   Args:
-    body: (step, carry, module, of_head) -> (carry, (out, of_module)).
+    body: (carry, module, of_head) -> (carry, (out, of_module)); module is None
+      for an identity head.
     carry: what the first one gets.
-    modules: stacked on the heads that have one; a single one if all share it.
+    modules: stacked over the heads that have one; a single one if all share it.
     per_head: pytree with leading m.
-    cfg: its family says what is scanned and how.
+    cfg: its family decides what is scanned, and in which order.
 
   Returns:
     (carry, (outs with leading m, of_modules stacked like modules)).
@@ -263,22 +319,21 @@ def scan_heads(body, carry, modules, per_head, cfg: schema.Config):
   f = family(cfg)
   if cfg.heads.block_first:
     return jax.lax.scan(
-      lambda carry, xs: body(step, carry, *xs), carry, (modules, per_head), reverse=f.reverse
+      lambda carry, xs: body(carry, *xs), carry, (modules, per_head), reverse=f.reverse
     )
-  first, rest = (
-    jax.tree.map(lambda x: x[at], per_head)  # noqa: B023
-    for at in (0, slice(1, None))
-  )
-  carry, (out, _) = body(identity, carry, None, first)
+  first = jax.tree.map(lambda x: x[0], per_head)
+  rest = jax.tree.map(lambda x: x[1:], per_head)
+  carry, (out, _) = body(carry, None, first)
   outs = jax.tree.map(lambda x: x[None], out)
   if not jax.tree.leaves(rest)[0].shape[0]:
     return carry, (outs, jax.tree.map(jnp.zeros_like, modules))
-  scanned, fixed = (None, modules) if f.one_module else (modules, None)
-  carry, (more, of_modules) = jax.lax.scan(
-    lambda carry, xs: body(step, carry, fixed if f.one_module else xs[0], xs[1]),
-    carry,
-    (scanned, rest),
-  )
+
+  def visit(carry, xs):
+    module, of_head = xs
+    return body(carry, modules if f.shared_module else module, of_head)
+
+  scanned = None if f.shared_module else modules
+  carry, (more, of_modules) = jax.lax.scan(visit, carry, (scanned, rest))
   return carry, (jax.tree.map(_prepend, outs, more), of_modules)
 
 

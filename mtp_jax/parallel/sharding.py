@@ -37,28 +37,27 @@ EXPLICIT = (AxisType.Explicit,) * len(AXES)
 
 
 def make_mesh(cfg: schema.Config, devices=None) -> Mesh:
-  """The mesh of --mesh.*, over all devices; validates what depends on it."""
+  """Returns the mesh of --mesh.* over all devices, or over some.
+
+  Raises:
+    ConfigError: the mesh does not divide the devices or the model, or an attention
+      kernel is not of this platform. `check_batch` says whether it divides a batch.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = mesh_sizes(cfg, len(devices))
   _check_platform(cfg, devices[0].platform)
   return Mesh(_arranged(sizes, devices), AXES, axis_types=EXPLICIT)
 
 
-def serving_mesh(cfg: schema.Config) -> Mesh:
-  """The mesh of --mesh.* over all devices, where no training batch has to be
-  divided by it."""
-  rows = {'data.batch_size': len(jax.devices()), 'train.grad_accum_steps': 1}
-  return make_mesh(schema.replace(cfg, **rows))
-
-
 def abstract_mesh(cfg: schema.Config, n_devices: int) -> AbstractMesh:
-  """The same without devices: enough for shardings and bytes."""
+  """Returns the same mesh without devices: enough for shardings and bytes."""
   sizes = mesh_sizes(cfg, n_devices)
   return AbstractMesh(tuple(sizes.values()), AXES, axis_types=EXPLICIT)
 
 
 def mesh_sizes(cfg: schema.Config, n_devices: int) -> dict[str, int]:
-  """Devices along each axis, -1 filled in; refused unless all divides."""
+  """Returns the devices along each axis, -1 filled in; ConfigError unless they divide
+  the devices and the model."""
   sizes = {axis: getattr(cfg.mesh, axis) for axis in AXES}
   free = [axis for axis in AXES if sizes[axis] == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -96,7 +95,8 @@ def _arranged(sizes: dict[str, int], devices) -> np.ndarray:
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _check_divisible(cfg, sizes):
+def check_batch(cfg: schema.Config, sizes) -> None:
+  """Raises ConfigError unless a mesh (its devices by axis) divides a micro-batch."""
   rows = cfg.data.batch_size // cfg.train.grad_accum_steps
   n_batch = math.prod(sizes[axis] for axis in BATCH)
   if rows % n_batch:
@@ -106,6 +106,9 @@ def _check_divisible(cfg, sizes):
       f'must be a multiple of mesh data x fsdp = {n_batch} times'
       f' --train.grad_accum_steps={cfg.train.grad_accum_steps}',
     )
+
+
+def _check_divisible(cfg, sizes):
   m = cfg.model
   for name, size, axis in (
     ('model.d_model', m.d_model, 'fsdp'),

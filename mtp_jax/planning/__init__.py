@@ -1,6 +1,6 @@
-"""`mtp plan`: what a run needs, before anybody pays for it. Floor 5.
+"""`mtp plan`: memory and time of a run before it starts.
 
-Reading order: hlo (a compiled program's text) -> ahead (the real step, compiled
-for devices that need not be there) -> analytic (bytes and time by formula) ->
-report (what is printed: one plan, a sweep, a search).
+Reading order: hlo (parses a compiled program) -> ahead (compiles the real step
+for devices that need not be present) -> analytic (bytes and time by formula) ->
+report (prints one plan, a sweep or a search).
 """

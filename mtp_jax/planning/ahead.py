@@ -1,4 +1,4 @@
-"""The real train step, compiled for devices that need not be there. Floor 5."""
+"""Compiles the real train step ahead of time, for devices that need not be present."""
 
 import importlib.util
 import re
@@ -16,9 +16,9 @@ from mtp_jax.train import state, step
 
 NO_LIBTPU = (
   "the TPU compiler is not installed: pip install 'mtp_jax[tpu]';"
-  ' below is what the shardings alone say, without activations'
+  ' below is the sharding-only estimate, without activations'
 )
-GENERATIONS = {  # of --plan.topology -> as jax names the chip
+GENERATIONS = {  # of --plan.topology -> device_kind in jax
   'v4': 'TPU v4',
   'v5e': 'TPU v5 lite',
   'v5p': 'TPU v5',
@@ -27,22 +27,22 @@ GENERATIONS = {  # of --plan.topology -> as jax names the chip
 
 
 class Plan(NamedTuple):
-  """One configuration on one set of devices; bytes are of one device."""
+  """One configuration on one set of devices; bytes are per device."""
 
   cfg: schema.Config
   mesh: dict[str, int]
   device_kind: str
   params_bytes: int
   opt_state_bytes: int
-  # None: not compiled. Of a program that did not fit: what it would need.
+  # None: not compiled. For a program that did not fit, what it would need.
   temp_bytes: float | None = None
   code_bytes: float = 0.0
-  # State and batch as the compiled program holds them, in tiles of the chip.
+  # State and batch in the compiled program, including layout padding.
   held_bytes: float | None = None
-  refused: bool = False  # by the compiler, for want of memory
-  chunk: int = 0  # positions whose logits are alive at once
+  refused: bool = False  # the compiler ran out of memory
+  chunk: int = 0  # positions whose logits are live at the same time
   compile_s: float | None = None
-  executed_flops: float | None = None  # of one device, a step
+  executed_flops: float | None = None  # per device and step
   ledger: hlo.Ledger | None = None
 
   @property
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
   @property
   def fits(self) -> bool | None:
-    """None: not known, for want of a compiler or of the memory's size."""
+    """None: unknown, without a compiler or the memory size of the chip."""
     if self.refused:
       return False
     if self.chip is None:
@@ -77,23 +77,23 @@ class Plan(NamedTuple):
 
   @property
   def tokens(self) -> int:
-    """Of a step, over all devices."""
+    """Tokens per step, over all devices."""
     return self.cfg.data.batch_size * self.cfg.data.seq_len
 
   @property
   def model_flops(self) -> float:
-    """Of a step, over all devices, attention causal."""
+    """Model FLOPs per step, over all devices, with causal attention."""
     return self.tokens * flops.flops_per_token(self.cfg, self.cfg.heads.n)
 
   def roofline(self) -> dict[str, float]:
-    """Seconds of a step that each resource alone would take, at its peak."""
+    """Seconds per step that each resource would take at its peak."""
     if self.ledger is None or self.chip is None:
       return {}
     return dict(
       compute=self.executed_flops / self.chip.flops_per_s,
       memory=self.ledger.memory_bytes / self.chip.hbm_bytes_per_s,
       links=self.ledger.sent_bytes(network=False) / self.chip.link_bytes_per_s,
-      # Slices reduce among themselves; what is sent is a summand, once.
+      # All-reduce between slices: each sends its summand once.
       network=2
       * (1 - 1 / self.cfg.plan.slices)
       * self.ledger.sent_bytes(network=True)
@@ -102,10 +102,11 @@ class Plan(NamedTuple):
 
 
 def devices(cfg: schema.Config) -> list:
-  """Of --plan.topology, which needs libtpu but no TPU; else those here.
+  """Returns the devices of --plan.topology, which needs libtpu but no TPU, or the
+  local devices.
 
   Raises:
-    ConfigError: there is no such topology.
+    ConfigError: an unknown topology.
   """
   p = cfg.plan
   if not p.topology:
@@ -116,22 +117,22 @@ def devices(cfg: schema.Config) -> list:
   several = dict(num_slices=p.slices) if p.slices > 1 else {}
   try:
     return topologies.get_topology_desc(p.topology, platform='tpu', **several).devices
-  except Exception as error:  # of several types, by what is wrong
+  except Exception as error:  # of various types
     raise fields.ConfigError(
       'plan.topology',
       p.topology,
-      'e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16; the TPU compiler says:'
+      'e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16; the TPU compiler reports:'
       f' {str(error).splitlines()[0][:120]}',
     ) from error
 
 
 def check_mesh(cfg: schema.Config) -> None:
-  """Raises ConfigError where the mesh does not divide the devices or the model:
-  what can be known of them without compiling."""
+  """Raises ConfigError if the mesh does not divide the devices or the model, without
+  compiling."""
   if cfg.plan.topology and not has_libtpu():
     of_shardings(cfg)
   else:
-    sharding.make_mesh(cfg, devices(cfg))
+    sharding.check_batch(cfg, sharding.make_mesh(cfg, devices(cfg)).shape)
 
 
 def has_libtpu() -> bool:
@@ -139,11 +140,12 @@ def has_libtpu() -> bool:
 
 
 def plan(cfg: schema.Config) -> Plan:
-  """Compiles the step of cfg and reads what it needs."""
+  """Compiles the step of cfg and reads its memory and cost."""
   if cfg.plan.topology and not has_libtpu():
     return of_shardings(cfg)
   on = devices(cfg)
   mesh = sharding.make_mesh(cfg, on)
+  sharding.check_batch(cfg, mesh.shape)
   found = _of_state(cfg, mesh, on[0].device_kind)
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
@@ -151,7 +153,7 @@ def plan(cfg: schema.Config) -> Plan:
     rows = cfg.data.batch_size // cfg.train.grad_accum_steps
     found = found._replace(
       executed_flops=flops.of_program(traced.jaxpr, cfg.data.seq_len),
-      chunk=cross_entropy.chunk(cfg, rows),
+      chunk=cross_entropy.chunk_size(rows, cfg.data.seq_len, cfg),
     )
     try:
       compiled = traced.lower().compile()
@@ -176,9 +178,9 @@ def plan(cfg: schema.Config) -> Plan:
 
 
 def _ledger(compiled) -> hlo.Ledger | None:
-  """None where jaxlib cannot read back what a newer libtpu has compiled (it is
-  stricter about operands of an async-update, which programs for v5p have), or
-  a loop does not say how often it runs: the rest of a plan stands without."""
+  """Returns the ledger of a program. None if jaxlib cannot parse the output of a newer
+  libtpu (it is stricter about operands of an async-update, which programs for v5p
+  have), or a trip count is unknown: the rest of the plan remains valid."""
   try:
     return hlo.ledger(compiled.as_text())
   except (jax.errors.JaxRuntimeError, ValueError):
@@ -186,7 +188,7 @@ def _ledger(compiled) -> hlo.Ledger | None:
 
 
 def of_shardings(cfg: schema.Config) -> Plan:
-  """What can be known without a compiler: the state's own bytes."""
+  """Returns the sharding-only estimate: the bytes of the state."""
   generation, _, shape = cfg.plan.topology.partition(':')
   sizes = re.findall(r'\d+', shape)
   if generation not in GENERATIONS or not sizes:
@@ -197,6 +199,7 @@ def of_shardings(cfg: schema.Config) -> Plan:
   for size in sizes:
     n *= int(size)
   mesh = sharding.abstract_mesh(cfg, n)
+  sharding.check_batch(cfg, mesh.shape)
   return _of_state(cfg, mesh, GENERATIONS[generation])
 
 
@@ -212,9 +215,9 @@ def _of_state(cfg, mesh, device_kind) -> Plan:
 
 
 def _needed(error: str):
-  """Reads how much memory a program would have needed off the compiler's
-  message; None where memory is not what it complains about. Returns a function
-  of the Plan, since some messages count the state in and some do not."""
+  """Parses from a compiler error how much memory a program would have needed; None
+  if the error is not about memory. Returns a function of the Plan, since only some
+  messages include the state."""
   temporaries = re.search(r'HLO temporaries \(([\d.]+[KMGT]?)\)', error)
   if temporaries:
     return lambda plan: _bytes(temporaries[1])

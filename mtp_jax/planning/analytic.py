@@ -1,8 +1,8 @@
-"""Bytes and seconds of a step by formula: to rank what is then compiled.
+"""Bytes and seconds per step by formula, to rank candidates for compilation.
 
-Floor 5. The state is exact, from the Specs' shardings. The rest adds up the
-arrays that are known to be large. docs/STATUS.md says how near that comes to
-compiled programs; it ranks, and never decides what fits.
+The state is exact, from the shardings of the Specs. The rest sums the arrays that
+are known to be large. docs/STATUS.md has its accuracy compared with compiled
+programs; it ranks, and never decides what fits.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ REMAT = ('none', 'dots', 'block')
 
 
 class Estimate(NamedTuple):
-  """Of one device; seconds that each resource alone would take for a step."""
+  """Bytes per device, and seconds per step that each resource would take."""
 
   cfg: schema.Config
   mesh: dict[str, int]
@@ -35,20 +35,20 @@ class Estimate(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-  """A configuration on a mesh, in numbers that both formulas use."""
+  """Sizes of a configuration on a mesh, used by both formulas."""
 
-  rows: int  # of one device and micro-batch
+  rows: int  # per device and micro-batch
   micro_batches: int
   layers: int  # of the trunk
   blocks: int  # of all heads
-  layer: int  # parameters of a layer
+  layer: int  # parameters per layer
   unembed: int
   tensor: int
-  batch: int  # devices that split the batch
+  batch: int  # devices over which the batch is sharded
 
 
 def estimate(cfg: schema.Config, mesh: dict[str, int], chip) -> Estimate:
-  """Raises ConfigError where the mesh does not divide the model."""
+  """Returns the estimate; raises ConfigError if the mesh does not divide the model."""
   m, n = cfg.model, cfg.heads.n
   batch = mesh['data'] * mesh['fsdp']
   sizes = _Sizes(
@@ -76,8 +76,8 @@ def _state_of(cfg, shape) -> tuple[int, int]:
 
 
 def _state_bytes(cfg, shape) -> tuple[int, int]:
-  """(parameters, optimizer state); neither micro-batches nor remat change it,
-  so that a search asks once a mesh."""
+  """Returns bytes of (parameters, optimizer state). Neither micro-batches nor remat
+  change them, so that a search computes them once per mesh."""
   same = schema.replace(
     cfg, **{'train.grad_accum_steps': 1, 'model.remat': 'block', 'loss.chunk_size': 0}
   )
@@ -89,8 +89,8 @@ def _width(cfg) -> int:
 
 
 def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
-  """The larger of two moments: the cross-entropy of a head, and a layer of the
-  trunk going backward. Beside either: inputs that layers keep, gradients."""
+  """Returns the larger of two peaks, in the cross-entropy of a head and in the
+  backward pass of a trunk layer, each plus saved inputs of layers and gradients."""
   m, w = cfg.model, _width(cfg)
   tokens = s.rows * cfg.data.seq_len
   attn = (m.n_attn_heads + 2 * m.kv_heads) * m.head_width
@@ -105,7 +105,7 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     scores = 6 * s.rows * m.n_attn_heads * cfg.data.seq_len**2 / s.tensor
     inside += scores
     kept += scores if m.remat == 'none' else 0
-  layer = s.layer * (w + 4) / s.tensor  # gathered, and its whole gradient
+  layer = s.layer * (w + 4) / s.tensor  # gathered weights, and the full gradient
   logits = 4 * s.rows * cfg.data.seq_len * m.vocab_size / s.tensor
   if cfg.loss.chunk_size:
     logits *= cfg.loss.chunk_size / cfg.data.seq_len
@@ -113,8 +113,8 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     logits = min(logits, cross_entropy.LOGITS_BYTES)
   unembed = s.unembed * (w + 4) / s.tensor
   gradients = params_bytes * (2 if s.micro_batches > 1 else 1)
-  kept_of_head = w * tokens * m.d_model * heads.family(cfg).dependent
-  if cfg.loss.backward == 'interleaved':  # its cotangent beside what it is handed
+  kept_of_head = w * tokens * m.d_model * heads.family(cfg).is_chained
+  if cfg.loss.backward == 'interleaved':  # its cotangent in addition to its input
     kept_of_head *= 2
   return (
     s.layers * kept
@@ -122,7 +122,7 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     + max(
       logits + unembed + inside + kept_of_head * cfg.heads.n,
       inside + layer,
-      2 * 4 * s.unembed / s.tensor,  # the embedding's gradient, summed
+      2 * 4 * s.unembed / s.tensor,  # the gradient of the embedding, reduced
     )
   )
 
@@ -133,7 +133,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   A, t = s.micro_batches, s.tensor
   trunk, modules, unembeddings, order = flops.forward(cfg, n)
   again_trunk = m.remat == 'block'
-  dependent = heads.family(cfg).dependent
+  dependent = heads.family(cfg).is_chained
   eager = cfg.loss.backward == 'interleaved'
   executed = (
     (3 + again_trunk) * trunk
@@ -163,8 +163,8 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
 
 
 def candidates(cfg: schema.Config, n_devices: int) -> Iterator[schema.Config]:
-  """Every mesh, number of micro-batches and remat policy that divides cfg's
-  batch and model, slices along data."""
+  """Yields every mesh, number of micro-batches and remat policy that divides the
+  batch and model of cfg, with slices along data."""
   for data, fsdp in itertools.product(_divisors(n_devices), repeat=2):
     if n_devices % (data * fsdp) or data % cfg.plan.slices:
       continue
@@ -183,7 +183,8 @@ def candidates(cfg: schema.Config, n_devices: int) -> Iterator[schema.Config]:
           },
         )
         try:
-          sharding.mesh_sizes(validate.validate(one), n_devices)
+          sizes = sharding.mesh_sizes(validate.validate(one), n_devices)
+          sharding.check_batch(one, sizes)
         except fields.ConfigError:
           continue
         yield one
@@ -194,22 +195,21 @@ def _divisors(n: int) -> list[int]:
 
 
 def ranked(cfg: schema.Config, n_devices: int, device_kind: str):
-  """Estimates of all candidates, the fastest that should fit first."""
+  """Returns the estimates of all candidates, the fastest that should fit first."""
   chip = chips.chip(device_kind)
   if chip is None:
     raise fields.ConfigError(
       'plan.search_mesh',
       True,
-      f'needs a chip whose peaks are known, not {device_kind}; give --plan.topology',
+      f'needs a chip with known peaks, not {device_kind}; set --plan.topology',
     )
   found = [estimate(one, dataclasses.asdict(one.mesh), chip) for one in candidates(cfg, n_devices)]
-  # What overlaps not at all would take: of equal rooflines the one with the
-  # least beside it.
+  # Ties of rooflines are broken by the time without any overlap.
   return sorted(
     found, key=lambda e: (e.total_bytes > chip.hbm_bytes, e.step_s, sum(e.seconds.values()))
   )
 
 
 def check(plan: ahead.Plan) -> Estimate:
-  """The estimate of what was compiled, to compare."""
+  """Returns the estimate for a compiled plan, for comparison."""
   return estimate(plan.cfg, plan.mesh, plan.chip)

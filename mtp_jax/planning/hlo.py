@@ -1,16 +1,16 @@
-"""A ledger of what a compiled program moves, from its own text. Floor 5.
+"""A ledger of the communication and memory traffic of a compiled program, from HLO text.
 
 HLO text shows an operation in a loop once. `ledger` walks the program from its
-entry, multiplies by the trip count of each loop, and adds up
+entry, multiplies by the trip count of each loop, and sums
 
-  collectives  what a device sends: bytes on its links, ring algorithms assumed;
-  memory       what it reads from and writes to its memory, instruction by
-               instruction, fusions as one, slices as what is sliced.
+  collectives  bytes that a device sends over its links, with ring algorithms;
+  memory       bytes read from and written to memory per instruction, with a
+               fusion as one instruction, and slices counted by their size.
 
-TPU programs differ from others in three ways that are allowed for: an async
-collective is spread over several fusions, which share a chain id; a
-reduce-scatter is an all-reduce inside a computation of that name; arrays in
-memory space S(1), the on-chip VMEM, cost no memory traffic.
+Three peculiarities of TPU programs are handled: an async collective is spread
+over several fusions, which share a chain id; a reduce-scatter is an all-reduce
+inside a computation of that name; arrays in memory space S(1), the on-chip VMEM,
+cause no memory traffic.
 """
 
 import functools
@@ -48,7 +48,7 @@ COLLECTIVES = (
   'collective-permute',
   'send',
 )
-# Neither work nor traffic of their own.
+# Without work or traffic of their own.
 FREE = (
   'parameter',
   'constant',
@@ -73,11 +73,11 @@ FREE = (
   'slice-done',
   'add-dependency',
 )
-NOTHING = 0.05  # of what another choice of a branch moves
+NOTHING = 0.05  # relative cost below which a branch counts as empty
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
-# Axes of a mesh; its devices may be in another order than 0, 1, 2, …
+# Axes of a mesh; the order of devices may differ from 0, 1, 2, …
 MESH_GROUPS = re.compile(
   r'replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(.*?\)\s*(?=\{))?'
   r'\s*\{([^}]*)\}'
@@ -100,7 +100,7 @@ class Instruction(NamedTuple):
 
   name: str
   root: bool
-  arrays: tuple[Array, ...]  # of its result
+  arrays: tuple[Array, ...]  # its results
   opcode: str
   operands: tuple[str, ...]
   rest: str  # attributes, as text
@@ -118,21 +118,21 @@ class Collective(NamedTuple):
   """A collective operation and how often a step runs it."""
 
   kind: str
-  arrays: tuple[Array, ...]  # whole: of an all-gather what comes out
-  group: int  # devices that take part in one
+  arrays: tuple[Array, ...]  # full arrays: the output of an all-gather
+  group: int  # devices per replica group
   times: int
-  op_name: str  # jax's name stack where it came from
-  loops: tuple[str, ...]  # the loops around it, as op names
-  chain: str | None = None  # of the fusions that an async one is spread over
+  op_name: str  # jax's name stack of its origin
+  loops: tuple[str, ...]  # enclosing loops, as op names
+  chain: str | None = None  # id shared by the fusions of an async collective
 
   @property
   def bytes(self) -> float:
-    """Of the whole arrays, once."""
+    """Bytes of the full arrays, for one execution."""
     return sum(a.bytes for a in self.arrays)
 
   @property
   def sent_bytes(self) -> float:
-    """That one device sends in a step."""
+    """Bytes that one device sends per step."""
     share = (self.group - 1) / self.group if self.group else 1.0
     factor = {'all-reduce': 2 * share, 'collective-permute': 1.0, 'send': 1.0}.get(self.kind, share)
     return factor * self.bytes * self.times
@@ -140,15 +140,15 @@ class Collective(NamedTuple):
 
 class Ledger(NamedTuple):
   collectives: tuple[Collective, ...]
-  memory_bytes: float  # read and written, of one device in a step
+  memory_bytes: float  # read and written, per device and step
 
   @property
   def cost(self) -> float:
-    """To compare the choices of a branch."""
+    """Cost for comparing the branches of a conditional."""
     return self.memory_bytes + sum(c.sent_bytes for c in self.collectives)
 
   def by_kind(self) -> dict[str, dict]:
-    """kind -> operations, and bytes sent by a device, in a step."""
+    """Returns kind -> operations, and bytes sent per device, per step."""
     kinds = {}
     for c in self.collectives:
       row = kinds.setdefault(c.kind, dict(count=0, sent_bytes=0.0))
@@ -157,13 +157,13 @@ class Ledger(NamedTuple):
     return dict(sorted(kinds.items()))
 
   def sent_bytes(self, *, network: bool) -> float:
-    """Over links within a slice, or over the network between slices: there XLA
-    sends and receives, and nothing else does."""
+    """Returns the bytes sent over links within a slice, or over the network between
+    slices, for which XLA uses send and receive only."""
     return sum(c.sent_bytes for c in self.collectives if (c.kind == 'send') == network)
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """(computation name -> its instructions, name of the entry)."""
+  """Returns (computation name -> its instructions, name of the entry)."""
   computations, entry, current = {}, '', None
   for line in text.splitlines():
     if current is None:
@@ -175,7 +175,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
       current = None
     elif instruction := _instruction(line):
       current.append(instruction)
-    elif current:  # attributes of a kernel may go on for several lines
+    elif current:  # attributes of a kernel may span several lines
       current[-1] = current[-1]._replace(rest=current[-1].rest + line)
   return computations, entry
 
@@ -194,14 +194,14 @@ def _instruction(line: str) -> Instruction | None:
     bool(root),
     _arrays(rest[:type_end]),
     opcode,
-    # A constant or a parameter has its value or number there.
+    # A constant or parameter has its value or number here.
     tuple(OPERAND.findall(inside)) or ((inside,) if inside else ()),
     attributes,
   )
 
 
 def _closing(text: str, start: int) -> int:
-  """Just past the parenthesis that closes the one at start."""
+  """Returns the index just past the parenthesis that closes the one at start."""
   depth = 0
   for i in range(start, len(text)):
     depth += {'(': 1, ')': -1}.get(text[i], 0)
@@ -218,15 +218,15 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def ledger(text: str) -> Ledger:
-  """The ledger of a compiled program's text.
+  """Returns the ledger of the text of a compiled program.
 
-  Of a branch it takes the choice that moves most, but once a loop where another
-  choice moves next to nothing (what is asked of head 1 alone).
+  Of a conditional it takes the most expensive branch, but only once per loop if
+  another branch costs next to nothing (as for work of head 1 only).
   """
   computations, entry = parse(text)
 
   def inside(i, times, trips, loops, fused) -> list[Ledger]:
-    """Of the computations that an instruction runs."""
+    """Returns the ledgers of the computations that an instruction runs."""
     if i.opcode == 'while':
       n = trip_count(i, computations)
       loops = (*loops, i.attribute(r'op_name="([^"]*)"') or i.name)
@@ -255,7 +255,7 @@ def ledger(text: str) -> Ledger:
       for part in parts:
         memory += part.memory_bytes
         for c in part.collectives:
-          # Of a chain, which is spread over several fusions, the first.
+          # Of a chain, which spans several fusions, count the first only.
           found.setdefault((c.chain, c.loops) if c.chain else len(found), c)
     return Ledger(tuple(found.values()), memory)
 
@@ -263,10 +263,11 @@ def ledger(text: str) -> Ledger:
 
 
 def trip_count(loop: Instruction, computations) -> int:
-  """Of a while loop: as XLA says, or the constant its condition counts up to.
+  """Returns the trip count of a while loop: as annotated by XLA, or the constant in
+  its condition.
 
   Raises:
-    ValueError: neither is there. A loop of jax.lax.scan always has one.
+    ValueError: neither is present; loops of jax.lax.scan always have one.
   """
   known = loop.attribute(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
   if known:
@@ -286,7 +287,7 @@ def trip_count(loop: Instruction, computations) -> int:
 
 
 def _called(i: Instruction) -> list[str]:
-  """Computations that an instruction runs once."""
+  """Returns the computations that an instruction runs once."""
   if i.opcode in ('fusion', 'call', 'async-start', 'custom-call'):
     found = re.findall(r'(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)', i.rest)
     return found
@@ -304,9 +305,9 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
     return None
   arrays, group = i.arrays, _group_size(i)
   given = tuple(a for name in i.operands for a in here[name].arrays)
-  if kind in ('send', 'reduce-scatter'):  # whole is what goes in
+  if kind in ('send', 'reduce-scatter'):  # the full array is the input
     arrays = given
-  elif i.opcode.endswith('-start'):  # its result holds what goes in as well
+  elif i.opcode.endswith('-start'):  # its result includes its input
     arrays = given
     if kind == 'all-gather':
       arrays = tuple(a._replace(dims=(group, *a.dims)) for a in given)
@@ -324,34 +325,34 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
 
 
 def _group_size(i: Instruction) -> int:
-  """Devices of one replica group, in any of the three notations; 0 where an
-  instruction has none. ValueError if it cannot be read."""
+  """Returns the devices per replica group, in any of the three notations; 0 if an
+  instruction has none. Raises ValueError for unknown notations."""
   mesh = MESH_GROUPS.search(i.rest)
   if mesh:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    # Of an axis, all or the part that lies behind others: 'a':(2)4.
+    # A full axis, or a part of one: 'a':(2)4.
     named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
     return math.prod(int(part or sizes[axis]) for axis, part in named)
   iota = i.attribute(r'replica_groups=\[(\d+(?:,\d+)*)\]<=')
   if iota:
     return int(iota.split(',')[-1])
   listed = i.attribute(r'replica_groups=\{\{([\d,]*)\}')
-  if not listed and 'replica_groups=' in i.rest:  # {} is all, however many
+  if not listed and 'replica_groups=' in i.rest:  # {} means all devices
     raise ValueError(f'unknown replica groups of {i.name}: {i.rest[:200]}')
   return len(listed.split(',')) if listed else 0
 
 
 def _traffic(i: Instruction, here, computations) -> float:
-  """Bytes that an instruction reads from and writes to memory."""
+  """Returns the bytes that an instruction reads from and writes to memory."""
   if i.opcode in FREE or i.opcode.endswith('-done'):
     return 0.0
-  if i.opcode in ('copy-start', 'slice-start'):  # between memory and chip
+  if i.opcode in ('copy-start', 'slice-start'):  # between HBM and VMEM
     moved = i.arrays[0 if i.opcode == 'copy-start' else 1]
     ends = [moved, *(a for o in i.operands for a in here[o].arrays)]
     return moved.bytes * sum(not a.on_chip for a in ends)
   read = [_off_chip(here[o].arrays) for o in i.operands if o in here]
   written = _off_chip(i.arrays)
-  if i.opcode.endswith('-start'):  # its result holds what goes in as well
+  if i.opcode.endswith('-start'):  # its result includes its input
     written -= sum(read)
   if i.opcode == 'dynamic-slice' or i.opcode == 'gather':
     return 2 * written if read and read[0] else written
@@ -368,8 +369,8 @@ def _off_chip(arrays) -> float:
 
 
 def _fusion_traffic(i, here, body) -> float:
-  """Operands and results; of one that is only sliced, or only updated in a
-  slice, as much as the slice."""
+  """Returns the bytes of operands and results; for those that are only sliced, or
+  only updated in a slice, those of the slice."""
   inside = {x.name: x for x in body}
   users = {}
   for x in body:
@@ -400,7 +401,7 @@ def _fusion_traffic(i, here, body) -> float:
 
 
 def _touched(parameter, users, inside, size) -> float:
-  """Bytes of a fusion's operand that it reads."""
+  """Returns the bytes that a fusion reads of an operand."""
   total, waiting = 0.0, [parameter]
   while waiting:
     x = waiting.pop()

@@ -1,7 +1,7 @@
-"""What `mtp plan` prints: one plan, a sweep of flags, a search. Floor 5.
+"""The output of `mtp plan`: one plan, a sweep of flags, a search.
 
-Each function says line by line what it knows, since a compile takes minutes,
-and returns (the same as a JSON-able dict, exit status).
+Each function prints line by line, since a compilation takes minutes, and returns
+(the same as a JSON-able dict, exit status).
 """
 
 import itertools
@@ -15,39 +15,39 @@ from mtp_jax.parallel import chips
 from mtp_jax.planning import ahead, analytic, hlo
 
 FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
-COMPILES = 4  # of a search, that fit; those that do not are passed over
+COMPILES = 4  # fitting candidates that a search compiles
 
 
 def status(plans: list[ahead.Plan]) -> int:
-  """The worst of several."""
+  """Returns the worst exit status of several plans."""
   fits = [plan.fits for plan in plans]
   if False in fits:
     return TOO_LARGE
-  # A CPU has no limit that is known, and takes what is asked for.
+  # The memory limit of a CPU is unknown; allocations succeed.
   known = all(
     plan.fits or (plan.device_kind == 'cpu' and plan.temp_bytes is not None) for plan in plans
   )
   return FITS if known else UNKNOWN
 
 
-def run(cfg: schema.Config, say: Callable[[str], None]) -> tuple[dict, int]:
-  """What the flags of cfg ask for."""
+def run(cfg: schema.Config, report: Callable[[str], None]) -> tuple[dict, int]:
+  """Runs what the flags of cfg request: a plan, a sweep or a search."""
   if cfg.plan.search_mesh and cfg.plan.sweep:
     raise fields.ConfigError(
-      'plan.sweep', cfg.plan.sweep[0], 'not together with --plan.search_mesh'
+      'plan.sweep', cfg.plan.sweep[0], 'not supported together with --plan.search_mesh'
     )
   if cfg.plan.search_mesh:
-    return search(cfg, say)
+    return search(cfg, report)
   if cfg.plan.sweep:
-    return sweep(cfg, say)
+    return sweep(cfg, report)
   plan = ahead.plan(cfg)
   for line in lines_of(plan):
-    say(line)
+    report(line)
   return values_of(plan), status([plan])
 
 
 def values_of(plan: ahead.Plan) -> dict:
-  """A plan as flat values; bytes and FLOPs of one device unless they say."""
+  """Returns a plan as flat values; bytes and FLOPs per device unless named otherwise."""
   cfg, chip = plan.cfg, plan.chip
   roofline = plan.roofline()
   by_formula = bool(unread(plan) and chip)
@@ -97,7 +97,7 @@ def values_of(plan: ahead.Plan) -> dict:
 
 
 def _largest(ledger: hlo.Ledger) -> list[dict]:
-  """The ten that send most, with the place in the program they come from."""
+  """Returns the ten collectives that send most, with their op names."""
   found = sorted(ledger.collectives, key=lambda c: -c.sent_bytes)[:10]
   return [
     dict(
@@ -113,14 +113,14 @@ def _largest(ledger: hlo.Ledger) -> list[dict]:
 
 
 def unread(plan: ahead.Plan) -> bool:
-  """Compiled, and fits, but its text could not be read back."""
+  """Whether the program was compiled, but its text could not be parsed."""
   return plan.code_bytes > 0 and plan.ledger is None
 
 
 def lines_of(plan: ahead.Plan) -> list[str]:
-  """A plan as a page."""
+  """Returns a plan as lines of text."""
   cfg, v = plan.cfg, values_of(plan)
-  where = cfg.plan.topology or 'the devices here'
+  where = cfg.plan.topology or 'local devices'
   if cfg.plan.slices > 1:
     where = f'{cfg.plan.slices} slices of {where}'
   axes = ' x '.join(f'{axis}={size}' for axis, size in plan.mesh.items())
@@ -130,7 +130,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     f' {cfg.heads.n} {cfg.heads.family} heads, loss {cfg.loss.backward}'
     f'{f" in chunks of {plan.chunk}" if plan.chunk else ""}, trunk remat'
     f' {cfg.model.remat}',
-    f'{plan.tokens:,} tokens a step: {cfg.data.batch_size} windows of'
+    f'{plan.tokens:,} tokens per step: {cfg.data.batch_size} windows of'
     f' {cfg.data.seq_len} in {cfg.train.grad_accum_steps} micro-batches',
     '',
   ]
@@ -139,39 +139,38 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   rows = [
     ('parameters', plan.params_bytes),
     ('optimizer state', plan.opt_state_bytes),
-    ('batch, and tiles that are not full', _beside_state(plan)),
+    ('batch and layout padding', _beside_state(plan)),
     ('activations, gradients, temporaries', plan.temp_bytes),
     ('program', plan.code_bytes or None),
     ('total', plan.total_bytes),
-    ('memory of the chip', v['hbm_bytes']),
+    ('memory per chip', v['hbm_bytes']),
   ]
   lines += ['per device' + ' ' * 33 + 'GiB']
   lines += [f'  {name:36} {_gib(n):>7}' for name, n in rows if n is not None]
-  fits = {True: 'fits', False: 'DOES NOT FIT', None: 'not known to fit or not'}
+  fits = {True: 'fits', False: 'DOES NOT FIT', None: 'unknown whether it fits'}
   lines += [f'  {fits[plan.fits]}', '']
   lines += [
-    f'model FLOPs: {v["model_flops_per_token"] / 1e9:.3f} GFLOP a token,'
-    f' {plan.model_flops / 1e12:,.4g} TFLOP a step over all devices'
+    f'model FLOPs: {v["model_flops_per_token"] / 1e9:.3f} GFLOP per token,'
+    f' {plan.model_flops / 1e12:,.4g} TFLOP per step over all devices'
     ' (attention causal)'
   ]
   if plan.executed_flops:
     share = plan.executed_flops * plan.devices / plan.model_flops
     lines += [
       f'executed, recomputation included: {plan.executed_flops / 1e12:,.3g}'
-      f' TFLOP a step and device, {share:.2f} times the model FLOPs'
+      f' TFLOP per step and device, {share:.2f} times the model FLOPs'
     ]
   if plan.ledger:
-    lines += ['', 'collectives of a step, per device' + ' ' * 8 + 'count       MiB']
+    lines += ['', 'collectives per step and device' + ' ' * 10 + 'count       MiB']
     lines += [
       f'  {kind:36} {row["count"]:7,} {row["sent_bytes"] / 2**20:9,.1f}'
       for kind, row in plan.ledger.by_kind().items()
     ]
-    lines += [f'memory traffic of a step, per device: {plan.ledger.memory_bytes / 2**30:,.1f} GiB']
+    lines += [f'memory traffic per step and device: {plan.ledger.memory_bytes / 2**30:,.1f} GiB']
   if unread(plan):
     lines += [
       '',
-      'this jaxlib cannot read the compiled program back: no ledger,'
-      ' and the roofline is by formula',
+      'this jaxlib cannot parse the compiled program: no ledger, and the roofline is by formula',
     ]
   lines += _time_lines(v)
   if plan.compile_s is not None:
@@ -180,7 +179,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
 
 
 def _beside_state(plan: ahead.Plan) -> float | None:
-  """Arguments of the program that are no state."""
+  """Returns the bytes of program arguments other than the state."""
   if plan.held_bytes is None:
     return None
   return max(plan.held_bytes - plan.state_bytes, 0)
@@ -192,7 +191,7 @@ def _time_lines(v) -> list[str]:
   parts = ', '.join(f'{k} {s:.3g}' for k, s in v['roofline_s'].items() if s)
   return [
     '',
-    f'roofline: {v["step_s"]:.3g} s a step, the largest of (seconds at peak) {parts}',
+    f'roofline: {v["step_s"]:.3g} s per step, the largest of (seconds at peak) {parts}',
     f'  {v["tokens_per_s_all"]:,.0f} tokens/s over all devices, MFU {v["mfu"]:.1%} at best',
     f'  {v["steps"]:,} steps: {v["tokens_all"] / 1e9:,.3g}B tokens, {v["days"]:,.3g} days at best',
   ]
@@ -203,15 +202,15 @@ def _gib(n: float) -> str:
 
 
 def _short(x: float) -> str:
-  """Two decimals, or two digits of what is smaller."""
+  """Formats with two decimals, or two significant digits below 0.1."""
   return f'{x:.2f}' if x >= 0.1 else f'{x:.2g}'
 
 
 def variants(cfg: schema.Config) -> list[tuple[dict, schema.Config]]:
-  """The configurations of --plan.sweep: (what each sets, Config).
+  """Returns the configurations of --plan.sweep: (the flags that each sets, Config).
 
   Raises:
-    ConfigError: an entry is not FLAG=VALUE,…, or a value is wrong for FLAG.
+    ConfigError: an entry is not FLAG=VALUE,…, or a value is invalid.
   """
   axes, swept = [], set()
   for text in cfg.plan.sweep:
@@ -219,7 +218,7 @@ def variants(cfg: schema.Config) -> list[tuple[dict, schema.Config]]:
     name = name.removeprefix('--')
     field = schema.fields().get(name)
     wrong = {
-      f'{name} is no flag': field is None,
+      f'{name} is not a flag': field is None,
       f'{name} cannot be swept': name.startswith('plan.'),
       'no values after =': not values,
     }
@@ -227,7 +226,7 @@ def variants(cfg: schema.Config) -> list[tuple[dict, schema.Config]]:
       reason = next(text for text, is_so in wrong.items() if is_so)
       raise fields.ConfigError('plan.sweep', text, f'{reason}; FLAG=VALUE,VALUE,… of a run')
     if name in swept:
-      raise fields.ConfigError('plan.sweep', text, f'sweeps {name} again')
+      raise fields.ConfigError('plan.sweep', text, f'duplicate flag {name}')
     swept.add(name)
     try:
       axes.append([(name, _typed(field, v)) for v in values.split(',')])
@@ -252,23 +251,23 @@ def _typed(field, text: str):
 COLUMNS = ('GiB state', 'temp', 'total', 'fits', 'step s', 'days', 'compile s')
 
 
-def sweep(cfg: schema.Config, say) -> tuple[dict, int]:
-  """A row for each value of --plan.sweep, a grid for two."""
+def sweep(cfg: schema.Config, report) -> tuple[dict, int]:
+  """Prints one row per value of --plan.sweep, a grid for several flags."""
   points = variants(cfg)
-  for _, one in points:  # all are checked before one is compiled
+  for _, one in points:  # check all before compiling the first
     ahead.check_mesh(one)
   widths = [max(len(name), 14) for name in points[0][0]]
 
   def cells(texts):
     return [f'{text!s:>{w}}' for text, w in zip(texts, widths, strict=True)]
 
-  say('  '.join([*cells(points[0][0]), *_cells(COLUMNS)]))
+  report('  '.join([*cells(points[0][0]), *_cells(COLUMNS)]))
   plans, rows = [], []
   for point, one in points:
     plan = ahead.plan(one)
     plans.append(plan)
     rows.append(dict(set=point) | values_of(plan))
-    say('  '.join([*cells(point.values()), *_row(plan)]))
+    report('  '.join([*cells(point.values()), *_row(plan)]))
   return dict(sweep=list(cfg.plan.sweep), rows=rows), status(plans)
 
 
@@ -292,8 +291,8 @@ def _row(plan: ahead.Plan) -> list[str]:
   )
 
 
-def search(cfg: schema.Config, say) -> tuple[dict, int]:
-  """Meshes, micro-batches and remat ranked by formula, the best compiled."""
+def search(cfg: schema.Config, report) -> tuple[dict, int]:
+  """Ranks meshes, micro-batches and remat by formula, and compiles the best."""
   if cfg.plan.topology and not ahead.has_libtpu():
     one = ahead.of_shardings(cfg)
     n, kind = one.devices, one.device_kind
@@ -309,32 +308,32 @@ def search(cfg: schema.Config, say) -> tuple[dict, int]:
     )
   hbm = chips.chip(kind).hbm_bytes
   fitting = sum(e.total_bytes <= hbm for e in found)
-  say(
-    f'{n} x {kind}: {len(found)} candidates, {fitting} of them fit by formula; the best, compiled:'
-  )
+  report(f'{n} x {kind}: {len(found)} candidates, {fitting} fit by formula; the best, compiled:')
   columns = ('by formula', 'step s', *COLUMNS)
-  say('  '.join([f'{"data x fsdp x tensor":>20}', *_cells(('micro', 'remat'))] + _cells(columns)))
+  report(
+    '  '.join([f'{"data x fsdp x tensor":>20}', *_cells(('micro', 'remat'))] + _cells(columns))
+  )
   plans, rows, begin = [], [], time.perf_counter()
   for e in found:
     if sum(p.fits is not False for p in plans) == COMPILES:
       break
     if plans and time.perf_counter() - begin > cfg.plan.search_timeout_s:
-      say(f'--plan.search_timeout_s={cfg.plan.search_timeout_s} are over')
+      report(f'stopped after --plan.search_timeout_s={cfg.plan.search_timeout_s}')
       break
     plan = ahead.plan(e.cfg)
     plans.append(plan)
     chosen = e.cfg.train.grad_accum_steps, e.cfg.model.remat
     formula = _gib(e.total_bytes), f'{e.step_s:.3f}'
     mesh = ' x '.join(map(str, plan.mesh.values()))
-    say('  '.join([f'{mesh:>20}', *_cells((*chosen, *formula)), *_row(plan)]))
+    report('  '.join([f'{mesh:>20}', *_cells((*chosen, *formula)), *_row(plan)]))
     rows.append(dict(formula_bytes=e.total_bytes, formula_s=e.seconds) | values_of(plan))
   best = min(
     (p for p in plans if p.fits), default=None, key=lambda p: values_of(p)['step_s'] or math.inf
   )
   if best:
-    say('')
-    say('the fastest of them that fits:')
-    say(_flags(best.cfg))
+    report('')
+    report('the fastest that fits:')
+    report(_flags(best.cfg))
   return (
     dict(candidates=len(found), rows=rows, best=_flags(best.cfg) if best else None),
     FITS if best else status(plans),

@@ -1,6 +1,6 @@
-"""`mtp report`: what runs recorded -> one page and its figures. Floor 5.
+"""`mtp report`: one HTML page with figures from the records of runs.
 
-history reads runs; curves and cost hold what there is to show of them, as data
-(content); figures draws; page writes HTML; files puts it all into a workdir.
-Only history and files touch the disk.
+history reads runs; curves and cost build the sections of the page as data
+(content); figures draws; page renders HTML; files writes to a workdir. Only
+history and files access the disk.
 """

@@ -1,15 +1,15 @@
-"""What a page is made of: sections of text, plots and tables."""
+"""The contents of a page: sections of text, plots and tables."""
 
 import re
 from typing import NamedTuple
 
 from mtp_jax.report import figures, history
 
-NONE = '–'  # in a table: not recorded, or not a number
+NONE = '–'  # table cell: not recorded, or not finite
 
 
 class Table(NamedTuple):
-  """The first cell of a row is its heading."""
+  """A table; the first cell of a row is its heading."""
 
   caption: str
   header: list[str]
@@ -17,7 +17,7 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-  key: str  # of a link within the page
+  key: str  # anchor within the page
   title: str
   text: list[str]
   plots: list[figures.Plot] = []
@@ -30,13 +30,13 @@ def shown(value, form: str) -> str:
 
 
 def slug(*parts) -> str:
-  """The name of a file and of an id, of any text."""
+  """Returns a file name and id for any text."""
   text = re.sub(r'[^A-Za-z0-9]+', '-', '-'.join(map(str, parts)))
   return text.strip('-')[:80]
 
 
 def by_run(caption: str, runs: list[history.Run], rows: dict[str, list]) -> Table:
-  """A column for each run; a row that no run has is left out."""
+  """Returns a table with one column per run, without empty rows."""
   return Table(
     caption,
     ['', *(run.name for run in runs)],

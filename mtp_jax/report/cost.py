@@ -1,9 +1,9 @@
-"""What runs took, and with which flags: speed, memory, time, spikes."""
+"""Sections on the cost of runs: speed, memory, goodput, spikes, flags."""
 
 from mtp_jax.report import content, figures, history
 from mtp_jax.train import goodput
 
-BARS = 12  # sessions in one figure
+BARS = 12  # sessions per figure
 
 
 def speed(runs: list[history.Run]) -> content.Section:
@@ -21,19 +21,19 @@ def speed(runs: list[history.Run]) -> content.Section:
   causes = {run.name: history.step_seconds(run) for run in runs}
   bars = figures.Bars(
     'step-time',
-    'Time of a step, by cause',
+    'Time per step, by cause',
     'milliseconds',
     {name: {NAMES[cause]: 1e3 * s for cause, s in of.items()} for name, of in causes.items() if of},
     note='Means over all sessions.',
   )
-  table = content.by_run('Medians of the log lines of training', runs, rows)
+  table = content.by_run('Medians over the training log', runs, rows)
   return content.Section(
     'speed',
     'Speed',
     [],
     [
       *content.drawn(
-        _training(runs, 'tokens_per_s', 'Tokens a second', 'tokens/s'),
+        _training(runs, 'tokens_per_s', 'Tokens per second', 'tokens/s'),
         _training(runs, 'mfu', 'Model FLOPs utilization', 'MFU'),
       ),
       *([bars] if bars.rows else []),
@@ -60,7 +60,7 @@ def memory(runs: list[history.Run]) -> content.Section:
   bars = figures.Bars(
     'memory',
     'Memory of the compiled step',
-    'MiB a device',
+    'MiB per device',
     {name: {part: m[part] / 2**20 for part in parts} for name, m in found.items() if m},
   )
   rows = {
@@ -68,20 +68,20 @@ def memory(runs: list[history.Run]) -> content.Section:
     for part in parts
   }
   text = (
-    'Of each device: parameters and optimizer state, and the temporaries of the'
-    ' training step as the compiler counts them.'
+    'Per device: parameters, optimizer state, and the temporaries of the training'
+    ' step as reported by the compiler.'
   )
-  table = content.by_run('Memory a device', runs, rows)
+  table = content.by_run('Memory per device', runs, rows)
   return content.Section(
     'memory', 'Memory', [text], [bars] if bars.rows else [], [table] if table.rows else []
   )
 
 
-NAMES = {'data': 'waiting for data', 'host': 'host at work', 'device': 'waiting for device'}
+NAMES = {'data': 'waiting for data', 'host': 'host work', 'device': 'waiting for device'}
 
 
 def where_time_went(runs: list[history.Run]) -> content.Section:
-  """Goodput: by cause for each run, by session for all."""
+  """Goodput: by cause per run, and by session."""
   sums = [goodput.summary(run.sessions) for run in runs]
 
   def shares(name):
@@ -98,7 +98,7 @@ def where_time_went(runs: list[history.Run]) -> content.Section:
   rows |= {cause: shares(cause) for cause in causes}
   bars, by_session = {}, []
   for run, found in zip(runs, sums, strict=True):
-    for i, (said, at) in enumerate(
+    for i, (summary, at) in enumerate(
       zip(found.get('sessions', []), history.sessions(run), strict=True)
     ):
       name = f'{run.name}, session {i}' if len(runs) > 1 else f'session {i}'
@@ -106,9 +106,9 @@ def where_time_went(runs: list[history.Run]) -> content.Section:
       by_session.append(
         [
           name,
-          f'{said["start"]:,} to {said["step"]:,}',
-          said['end'],
-          f'{said["repeated_steps"]:,}',
+          f'{summary["start"]:,} to {summary["step"]:,}',
+          summary['end'],
+          f'{summary["repeated_steps"]:,}',
           *(f'{at["seconds"][cause]:,.1f}' for cause in goodput.CAUSES),
         ]
       )
@@ -116,13 +116,14 @@ def where_time_went(runs: list[history.Run]) -> content.Section:
   plot = figures.Bars(
     'goodput', f'Seconds of each session, by cause{of}', 'seconds', dict(list(bars.items())[-BARS:])
   )
-  header = ['', 'steps', 'ended', 'done again', *goodput.CAUSES]
+  header = ['', 'steps', 'ended', 'repeated', *goodput.CAUSES]
   terms = goodput.CAUSES | dict(
-    repeated='steps done again: a session ended without saving them', down='between two sessions'
+    repeated='steps repeated because a session ended without saving them',
+    down='between two sessions',
   )
   text = (
-    'Goodput is the share of the time since the first start in steps that did'
-    ' not have to be done again.'
+    'Goodput is the fraction of the time since the first start spent in steps that'
+    ' were not repeated.'
   )
   if not bars:
     return content.Section('goodput', 'Goodput', [])
@@ -132,7 +133,7 @@ def where_time_went(runs: list[history.Run]) -> content.Section:
     [text],
     [plot],
     [
-      content.by_run('Share of the whole time', runs, rows),
+      content.by_run('Fraction of total time', runs, rows),
       content.Table('Sessions, in seconds', header, by_session),
     ],
     terms,
@@ -152,10 +153,10 @@ def spikes(runs: list[history.Run]) -> content.Section:
 
 
 def flags(runs: list[history.Run]) -> content.Section:
-  """Those that differ; of one run, those that are not the defaults."""
+  """Flags that differ between runs; for a single run, non-default flags."""
   several = len(runs) > 1
   found = history.differing(runs) if several else history.given(runs[0])
-  title = 'Flags that differ' if several else 'Flags beside the defaults'
+  title = 'Flags that differ' if several else 'Non-default flags'
   rows = [
     [name, *(content.NONE if v is None else _flag(v) for v in values)]
     for name, values in found.items()

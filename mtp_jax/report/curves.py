@@ -1,21 +1,21 @@
-"""What runs came to: sizes and results, heads, drafts, evaluators."""
+"""Sections on the results of runs: sizes, losses, acceptance rates, evaluations."""
 
 import math
 
 from mtp_jax.report import content, figures, history
 
-# The whole.
+# Summary.
 
 
 def compared(runs: list[history.Run]) -> content.Section:
-  """Heads, size, tokens and what they came to, of each run."""
+  """Heads, size, tokens and last results of each run."""
   n, count = history.heads, history.n_parameters
 
   def family(run):
     return run.cfg.heads.family if n(run) > 1 and run.cfg else content.NONE
 
   def tokens(run):
-    each = history.tokens_a_step(run)
+    each = history.tokens_per_step(run)
     return each and each * history.steps(run)
 
   rows = {
@@ -34,8 +34,8 @@ def compared(runs: list[history.Run]) -> content.Section:
     text = [
       _alike({'parameters': [count(run) for run in runs], 'tokens': [tokens(run) for run in runs]}),
       'Between different n only the loss of head 1, the next token, is'
-      ' comparable: a total over heads is a sum of different things. Accepted'
-      ' lengths are teacher-forced estimates of the tokens of a forward pass.',
+      ' comparable: a total over heads sums different targets. Acceptance lengths'
+      ' are teacher-forced estimates of the tokens per forward pass.',
     ]
   title = 'The runs compared' if several else 'The run'
   return content.Section(
@@ -59,7 +59,7 @@ def _held_out(runs, evals: list[list[dict]], source: str) -> dict[str, list]:
     if history.heads(run) == 1 and history.number(r.get('loss_1'))
   ]
   if plain and len(runs) > 1:
-    rows[f'against n = 1{of}'] = [
+    rows[f'difference to n = 1{of}'] = [
       content.shown(r['loss_1'] - plain[0], '+.4f')
       if history.number(r.get('loss_1'))
       else content.NONE
@@ -68,7 +68,7 @@ def _held_out(runs, evals: list[list[dict]], source: str) -> dict[str, list]:
   return rows | {
     f'bits per byte{of}': [content.shown(r.get('bits_per_byte'), '.4f') for r in last],
     f'accuracy of head 1{of}': [content.shown(r.get('accuracy_1'), '.2%') for r in last],
-    f'expected accepted length (tokens){of}': [
+    f'mean acceptance length (tokens){of}': [
       content.shown(r.get('accepted_length'), '.3f') for r in last
     ],
   }
@@ -78,20 +78,20 @@ def _alike(counts: dict[str, list[int | None]]) -> str:
   known = {what: values for what, values in counts.items() if all(values)}
   apart = {what: max(v) / min(v) - 1 for what, v in known.items()}
   same = [what for what, by in apart.items() if not by]
-  said = [f'All have the same number of {" and ".join(same)}.'] if same else []
-  said += [f'They differ in {what} by up to {by:.1%}.' for what, by in apart.items() if by]
+  lines = [f'All have the same number of {" and ".join(same)}.'] if same else []
+  lines += [f'They differ in {what} by up to {by:.1%}.' for what, by in apart.items() if by]
   unknown = [what for what in counts if what not in known]
   if unknown:
-    said.append(f'Not all say their {" and ".join(unknown)}.')
-  return ' '.join(said)
+    lines.append(f'Not all runs record their {" and ".join(unknown)}.')
+  return ' '.join(lines)
 
 
 def _head_1(runs: list[history.Run]) -> list[figures.Plot]:
-  """Held-out loss of head 1 over what each run had read by then."""
+  """Held-out loss of head 1 over tokens seen."""
   over_tokens = all(run.cfg for run in runs)
   series = []
   for i, run in enumerate(runs):
-    scale = history.tokens_a_step(run) if over_tokens else 1
+    scale = history.tokens_per_step(run) if over_tokens else 1
     sets = history.by_source(run.of('eval'))
     for marker, (source, records) in enumerate(sets.items()):
       found = [(s * scale, y) for s, y in history.points(records, 'loss_1')]
@@ -103,7 +103,7 @@ def _head_1(runs: list[history.Run]) -> list[figures.Plot]:
       'head-1-held-out',
       'Held-out loss of head 1, by run',
       'tokens seen' if over_tokens else 'steps',
-      'nats a token',
+      'nats per token',
       series,
     )
   )
@@ -123,9 +123,9 @@ def losses(runs: list[history.Run]) -> content.Section:
   plots = [plot._replace(limits=limits) for plot in plots]
   text = []
   if any(history.heads(run) > 1 for run in runs):
-    text = ['Each head looks further ahead than the one before it.']
+    text = ['Each head predicts a token further ahead than the previous one.']
   if any(y > limits[1] for p in plots for s in p.series for _, y in s.points):
-    text.append('The highest losses, as of the first steps, leave the frame.')
+    text.append('The highest losses, mostly of the first steps, are clipped.')
   return content.Section(
     'loss',
     'Loss by head',
@@ -137,8 +137,8 @@ def losses(runs: list[history.Run]) -> content.Section:
 
 def acceptance(runs: list[history.Run]) -> content.Section:
   text = (
-    'How often a draft is the token that head 1 says, given that those before'
-    ' it were; teacher-forced, an estimate of what decoding accepts.'
+    'How often a draft equals the prediction of head 1, given that the earlier'
+    ' drafts did; teacher-forced, an estimate of acceptance in decoding.'
   )
   plots = [
     plot._replace(limits=(0, 1.02))
@@ -152,7 +152,7 @@ TITLES = {'loss': 'Loss by head', 'acceptance': 'Drafts accepted by position'}
 
 
 def _by_head(run: history.Run, name: str, what: str) -> figures.Lines:
-  """Training as lines, held-out values as dots; of another shape a set."""
+  """Training as lines, held-out values as markers, one shape per set."""
   series, evals, each = [], history.by_source(run.of('eval')), 1
   for k, field in history.by_head(run.records, name).items():
     found = history.points(run.of('train'), field)
@@ -171,7 +171,7 @@ def _by_head(run: history.Run, name: str, what: str) -> figures.Lines:
   note = 'Lines: training' + (f', means of {each} log lines' if each > 1 else '')
   if any(evals):
     shapes = ('circles', 'squares', 'triangles', 'triangles down', 'diamonds')
-    note += '. Marks: held out' + ''.join(
+    note += '. Markers: held out' + ''.join(
       f'; {source}: {shapes[i % len(shapes)]}' for i, source in enumerate(evals)
     )
   elif evals:
@@ -180,16 +180,15 @@ def _by_head(run: history.Run, name: str, what: str) -> figures.Lines:
     content.slug(name, run.name),
     f'{TITLES[name]}, {run.name}',
     'step',
-    'nats a token' if name == 'loss' else 'rate',
+    'nats per token' if name == 'loss' else 'rate',
     series,
     note=f'{note}.',
   )
 
 
 def _limits(plots: list[figures.Lines]) -> tuple[float, float] | None:
-  """The same for all, so that runs compare. What would flatten the rest leaves
-  the frame above: losses of the first twentieth of the steps, and the highest
-  fiftieth if it is far away."""
+  """Returns common limits, so that runs are comparable. Clips what would flatten the
+  rest: losses of the first 5% of the steps, and outliers in the top 2%."""
   if not plots:
     return None
   end = max(x for plot in plots for s in plot.series for x, _ in s.points)
@@ -201,8 +200,8 @@ def _limits(plots: list[figures.Lines]) -> tuple[float, float] | None:
 
 
 def _heads_table(run: history.Run) -> list[content.Table]:
-  """The last held-out results of each set; rates of drafts beyond the heads
-  (leaps) have rows of their own."""
+  """Returns the last held-out results of each set; acceptance rates beyond the heads
+  (of strided heads) have their own rows."""
   tables = []
   for source, records in history.by_source(run.of('eval')).items():
     r = records[-1]
@@ -236,7 +235,7 @@ def suites(runs: list[history.Run]) -> content.Section:
   plots, tables = [], {}
   for (source, group), names in history.suites(runs).items():
     several = sum(_has(run, source, names) for run in runs) > 1
-    # One run: its levels in a figure. Several: a figure a level, of the runs.
+    # One run: one figure for all levels. Several runs: one figure per level.
     for title, shown in [(name, [name]) for name in names] if several else [(group, names)]:
       plots += _suite_plot(runs, source, title, shown)
     rows = tables.setdefault(source, {})
@@ -262,7 +261,7 @@ def _has(run: history.Run, source: str, names: list[str]) -> bool:
 
 
 def _suite_plot(runs, source, group, names) -> list[figures.Plot]:
-  """None of what never changes, or was measured once: the table has it."""
+  """Returns no plot for values that never change: the table has them."""
   series = []
   for i, run in enumerate(runs):
     records = history.suite_records(run, source)

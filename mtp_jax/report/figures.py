@@ -1,14 +1,14 @@
-"""Figures: data in, SVG for the page and PNG for papers out.
+"""Draws figures from data: SVG for the page and PNG for papers.
 
-The SVG takes its ink from the page (currentColor), so that one drawing reads on
-light and on dark ground; the colours of COLORS read on both.
+The SVG takes its text colour from the page (currentColor), so that it is legible
+on light and dark backgrounds, as COLORS are.
 """
 
 import io
 import re
 from typing import NamedTuple
 
-LIGHT, DARK = '#ffffff', '#15181d'  # grounds of the page
+LIGHT, DARK = '#ffffff', '#15181d'  # backgrounds of the page
 INK = '#1f2329'  # replaced by currentColor
 COLORS = (
   '#2f7de1',
@@ -27,40 +27,40 @@ LABEL = 34  # characters
 
 
 def plain(value: float) -> str:
-  """In three digits, or as many as it has before the point."""
+  """Formats with three significant digits, or as an integer from 100."""
   return f'{value:,.0f}' if abs(value) >= 100 else f'{value:.3g}'
 
 
 class Series(NamedTuple):
-  """One line: (x, y), or dots, in the colour of its number."""
+  """A line or markers through points (x, y), in the colour with index `color`."""
 
-  label: str  # '' if another one's stands for it
+  label: str  # '' if the legend has another series of this colour
   points: list
   color: int
-  marker: str = ''  # dots instead of a line
-  joined: bool = True  # dots, with a line through them
+  marker: str = ''  # '' = a line without markers
+  joined: bool = True  # connect the points
   band: tuple | None = None  # (low, high) at each point
 
 
 class Lines(NamedTuple):
   """Series over steps or tokens."""
 
-  name: str  # of the PNG
+  name: str  # file name of the PNG
   title: str
   x: str
   y: str
   series: list[Series]
-  limits: tuple | None = None  # of y
+  limits: tuple | None = None  # y limits
   note: str = ''
 
-  def said(self) -> str:
-    """For a reader who does not see it."""
+  def description(self) -> str:
+    """Alternative text for readers who cannot see the figure."""
     ends = [f'{s.label} ends at {plain(s.points[-1][1])}' for s in self.series if s.label]
     return f'{self.title}: {self.y} over {self.x}. ' + '; '.join(ends)
 
 
 class Bars(NamedTuple):
-  """Rows of stacked parts."""
+  """Stacked horizontal bars."""
 
   name: str
   title: str
@@ -68,7 +68,7 @@ class Bars(NamedTuple):
   rows: dict[str, dict[str, float]]  # row -> part -> value
   note: str = ''
 
-  def said(self) -> str:
+  def description(self) -> str:
     rows = [
       f'{row}: ' + ', '.join(f'{part} {plain(v)}' for part, v in parts.items())
       for row, parts in self.rows.items()
@@ -80,8 +80,8 @@ Plot = Lines | Bars
 
 STYLE = {
   'font.size': 10.5,
-  'svg.fonttype': 'none',  # text stays text, in the reader's font
-  'svg.hashsalt': 'mtp',  # the same ids each time
+  'svg.fonttype': 'none',  # keep text as text, in the reader's font
+  'svg.hashsalt': 'mtp',  # deterministic ids
   **dict.fromkeys(
     ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'grid.color'),
     INK,
@@ -94,7 +94,7 @@ STYLE = {
 
 
 def draw(plot: Plot) -> tuple[str, bytes]:
-  """(SVG element, PNG file)."""
+  """Returns (SVG element, PNG file)."""
   import matplotlib
   from matplotlib import figure
 
@@ -121,17 +121,17 @@ def draw(plot: Plot) -> tuple[str, bytes]:
 
 
 def short(text: str) -> str:
-  """As much as fits into a figure; its $ are no formula."""
+  """Shortens a label to fit a figure, and escapes $, which starts a formula."""
   if len(text) > LABEL:
     text = f'{text[: LABEL // 2]}…{text[1 - LABEL // 2 :]}'
   return text.replace('$', r'\$')
 
 
 def _lines(axes, plot: Lines) -> dict:
-  """Draws; returns label -> what it stands for."""
+  """Draws lines; returns label -> legend handle."""
   from matplotlib import ticker
 
-  # Training behind what is held out.
+  # Training curves behind held-out markers.
   behind = 0.75 if any(not s.joined for s in plot.series) else 1
   key = {}
   for s in plot.series:
@@ -165,7 +165,7 @@ def _lines(axes, plot: Lines) -> dict:
 
 
 def _bars(axes, plot: Bars) -> dict:
-  """Draws; returns part -> what it stands for."""
+  """Draws bars; returns part -> legend handle."""
   from matplotlib import ticker
 
   key = {}
@@ -192,8 +192,8 @@ def _bars(axes, plot: Bars) -> dict:
 
 
 def _svg(drawn, plot: Plot) -> str:
-  """Fit to stand in a page beside others: ids of its own, no size, none of the
-  addresses that name its language and its metadata."""
+  """Returns the SVG element for embedding: unique ids, no size, no namespaces or
+  metadata."""
   file = io.StringIO()
   drawn.savefig(file, format='svg', transparent=True)
   text = file.getvalue()

@@ -1,4 +1,4 @@
-"""RUN/report.html and RUN/report/*.png, and what the command prints."""
+"""Writes RUN/report.html and RUN/report/*.png; returns the printed summary."""
 
 import json
 import os
@@ -22,11 +22,11 @@ SECTIONS = (
 
 
 def write(workdirs: list[str]) -> tuple[list[str], dict]:
-  """The report of runs, into the first one's workdir, for what was there.
+  """Writes the report of runs to the first one's workdir.
 
-  Returns (lines to print, the same as a JSON-able dict): the last record of
-  each run, its goodput, and the files. ValueError, naming the run, if one is no
-  workdir or cannot be written to.
+  Returns (lines to print, the same as a JSON-able dict): the last record of each
+  run, its goodput, and the files. Raises ValueError with the name of a run that is
+  not a workdir or not writable.
   """
   runs = history.read(workdirs)
   workdir = runs[0].path
@@ -34,10 +34,10 @@ def write(workdirs: list[str]) -> tuple[list[str], dict]:
     raise ValueError(f'{workdir}: cannot write there')
   folder = os.path.join(workdir, 'report')
   if paths.as_path(folder).is_file():
-    raise ValueError(f'{folder}: is no directory')
+    raise ValueError(f'{folder}: is not a directory')
   sections = [section(runs) for section in SECTIONS]
-  # The others have nothing to show.
-  found = _apart([s for s in sections if s.plots or s.tables])
+  # Skip empty sections.
+  found = _with_unique_names([s for s in sections if s.plots or s.tables])
   svgs, pngs = {}, {}
   for plot in (plot for s in found for plot in s.plots):
     svgs[plot.name], pngs[f'{plot.name}.png'] = figures.draw(plot)
@@ -47,11 +47,11 @@ def write(workdirs: list[str]) -> tuple[list[str], dict]:
   about = [f'{run.name}: {paths.as_path(run.path)}' for run in runs]
   text = page.render(f'Report on {title}', about, found, svgs)
   paths.write(html, text.encode())
-  return _said(runs, html, [os.path.join(folder, name) for name in pngs])
+  return _summary(runs, html, [os.path.join(folder, name) for name in pngs])
 
 
-def _apart(sections: list[content.Section]) -> list[content.Section]:
-  """No two plots of one name, which those of two runs may have come to."""
+def _with_unique_names(sections: list[content.Section]) -> list[content.Section]:
+  """Makes the names of plots unique, which may collide between runs."""
   seen, found = set(), []
   for s in sections:
     plots = []
@@ -70,15 +70,15 @@ DRAWN = 'drawn.json'  # names of the figures of the last report
 
 
 def _write_figures(folder: str, pngs: dict[str, bytes]) -> None:
-  """Those of an earlier report that are no longer drawn go; what others put
-  into the folder is theirs."""
+  """Writes the figures, and removes those of an earlier report that are no longer
+  drawn; other files in the folder are kept."""
   paths.make_folder(folder)
   of = paths.as_path(folder)
   try:
     before = json.loads((of / DRAWN).read_text())
     before = [name for name in before if name.endswith('.png')]
   except (OSError, ValueError, TypeError, AttributeError):
-    before = []  # the first one, or by who knows whom
+    before = []  # no or an unknown earlier report
   for name, data in pngs.items():
     paths.write(os.path.join(folder, name), data)
   paths.write(os.path.join(folder, DRAWN), json.dumps(sorted(pngs)).encode())
@@ -87,7 +87,7 @@ def _write_figures(folder: str, pngs: dict[str, bytes]) -> None:
       (of / name).unlink(missing_ok=True)
 
 
-def _said(runs, html: str, drawn: list[str]) -> tuple[list[str], dict]:
+def _summary(runs, html: str, drawn: list[str]) -> tuple[list[str], dict]:
   last, spent, lines = {}, {}, []
   for run in runs:
     records = history.last(run)

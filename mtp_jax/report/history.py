@@ -1,4 +1,4 @@
-"""What runs recorded, as points and figures."""
+"""Reads the records of runs, and extracts points and numbers."""
 
 import math
 import os
@@ -16,21 +16,21 @@ Points = list[tuple[float, float]]
 
 
 class Run(NamedTuple):
-  """A workdir as it was read."""
+  """The contents of a workdir."""
 
   path: str
-  name: str  # short, and of this run alone
-  cfg: schema.Config | None  # of another version of this program: unread
-  records: list[dict]  # of metrics.jsonl
-  sessions: list[dict]  # of goodput.jsonl
+  name: str  # short and unique
+  cfg: schema.Config | None  # None if written by another version
+  records: list[dict]  # lines of metrics.jsonl
+  sessions: list[dict]  # lines of goodput.jsonl
 
   def of(self, kind: str) -> list[dict]:
     return [r for r in self.records if r['kind'] == kind]
 
 
 def read(workdirs: list[str]) -> list[Run]:
-  """Runs in the order given, each once; ValueError if one is no workdir, or a
-  file of it damaged."""
+  """Reads runs in the given order, without duplicates; raises ValueError if one is
+  not a workdir, or has a corrupt file."""
   found = list(dict.fromkeys(map(_normal, workdirs)))
   runs = []
   for path, name in zip(found, _names(found), strict=True):
@@ -46,7 +46,7 @@ def _config(path: str) -> schema.Config | None:
   try:
     return validate.validate(parse.from_json(file.read_bytes()))
   except (OSError, parse.OtherVersion, paths.InputError):
-    return None  # what another version wrote, or would now refuse
+    return None  # written by another version, or no longer valid
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
 
@@ -56,7 +56,7 @@ def _normal(path: str) -> str:
 
 
 def _names(workdirs: list[str]) -> list[str]:
-  """The last parts of the paths, as many as tell them apart."""
+  """Returns the last parts of the paths, as many as make them unique."""
   parts = [str(paths.as_path(path)).strip('/').split('/') for path in workdirs]
   n = 1
   while len({tuple(p[-n:]) for p in parts}) < len(parts):
@@ -69,12 +69,12 @@ def number(value) -> bool:
 
 
 def points(records: Iterable[dict], name: str) -> Points:
-  """(step, value) where there is one."""
+  """Returns (step, value) where there is a value."""
   return [(r['step'], r[name]) for r in records if number(r.get(name))]
 
 
 def thinned(found: Points, most: int = 240) -> tuple[Points, int]:
-  """At most so many points, each the mean of that many in a row."""
+  """Returns (at most `most` points, the number of points averaged into each)."""
   each = -(-len(found) // most) or 1
   return [
     tuple(map(statistics.fmean, zip(*found[i : i + each], strict=True)))
@@ -83,7 +83,7 @@ def thinned(found: Points, most: int = 240) -> tuple[Points, int]:
 
 
 def by_head(records: Iterable[dict], name: str) -> dict[int, str]:
-  """The fields name_1, name_2 … that occur, in order."""
+  """Returns the fields name_1, name_2, … that occur, by number."""
   found = {
     int(field.rpartition('_')[2]): field
     for record in records
@@ -94,7 +94,7 @@ def by_head(records: Iterable[dict], name: str) -> dict[int, str]:
 
 
 def by_source(records: Iterable[dict]) -> dict[str, list[dict]]:
-  """Records of each set that was evaluated on; '' if it has no name."""
+  """Groups records by evaluation set; '' if it has no name."""
   found = {}
   for record in records:
     found.setdefault(record.get('source') or '', []).append(record)
@@ -102,7 +102,7 @@ def by_source(records: Iterable[dict]) -> dict[str, list[dict]]:
 
 
 def last(run: Run) -> list[dict]:
-  """The last record of a step, and those of other sets evaluated with it."""
+  """Returns the last record, and those of other sets evaluated at the same step."""
   found = [r for r in run.records if r['kind'] in ('train', 'eval')]
   same = found and (found[-1]['kind'], found[-1]['step'])
   return [r for r in found if (r['kind'], r['step']) == same]
@@ -116,7 +116,7 @@ def n_parameters(run: Run) -> int | None:
   return params.count(lm.specs(run.cfg)) if run.cfg else None
 
 
-def tokens_a_step(run: Run) -> int | None:
+def tokens_per_step(run: Run) -> int | None:
   return run.cfg and run.cfg.data.batch_size * run.cfg.data.seq_len
 
 
@@ -125,19 +125,19 @@ def steps(run: Run) -> int:
 
 
 def median(run: Run, name: str) -> float | None:
-  """Of the log lines of training."""
+  """Returns the median of a metric over the training log."""
   values = [y for _, y in points(run.of('train'), name)]
   return statistics.median(values) if values else None
 
 
 def sessions(run: Run) -> list[dict]:
-  """The last line of each start of the program, in order."""
+  """Returns the last record of each session, in order."""
   found = {r['session']: r for r in run.sessions}
   return [found[session] for session in sorted(found)]
 
 
 def step_seconds(run: Run) -> dict[str, float]:
-  """Seconds of a step by cause, over all sessions."""
+  """Returns mean seconds per step by cause, over all sessions."""
   found = sessions(run)
   done = sum(r['step'] - r['start'] for r in found)
   return {
@@ -148,7 +148,7 @@ def step_seconds(run: Run) -> dict[str, float]:
 
 
 def memory(run: Run) -> dict[str, int] | None:
-  """Bytes a device of the program that needs most, in the last session that
+  """Returns bytes per device of the largest program, in the last session that
   compiled one."""
   found = [r for r in run.sessions if 'memory' in r]
   of_last = [r for r in found if r['session'] == found[-1]['session']]
@@ -156,13 +156,13 @@ def memory(run: Run) -> dict[str, int] | None:
 
 
 def spikes(run: Run) -> Points:
-  """(step, loss of head 1), each once."""
+  """Returns (step, loss of head 1) of each spike, without duplicates."""
   found = {(r['spike'], r['loss']) for r in run.sessions if 'spike' in r and number(r.get('loss'))}
   return sorted(found, key=lambda point: point[0])
 
 
 def suites(runs: list[Run]) -> dict[tuple[str, str], list[str]]:
-  """(suite, group) -> its scalars; x_1, x_2 … are a group."""
+  """Returns (suite, group) -> its scalars; x_1, x_2, … form a group."""
   found: dict[tuple[str, str], dict] = {}
   for run in runs:
     for record in run.of('suite'):
@@ -181,14 +181,14 @@ def suite_records(run: Run, source: str) -> list[dict]:
 
 
 def band(records: list[dict], name: str) -> tuple[list, list] | None:
-  """(low, high) at each of `points`, if all of them have both."""
+  """Returns (low, high) at each of `points`, if all have both."""
   found = [r for r in records if number(r.get(name))]
   ends = [[r.get(f'{name}_{end}') for r in found] for end in ('low', 'high')]
   return tuple(ends) if all(map(number, sum(ends, []))) else None
 
 
 def differing(runs: list[Run]) -> dict[str, tuple]:
-  """Flag -> its values by run, where they differ; not of the workdir itself."""
+  """Returns flag -> values by run, where they differ, except for the workdir."""
   cfgs = [run.cfg for run in runs if run.cfg]
   return {
     name: tuple(schema.get(run.cfg, name) if run.cfg else None for run in runs)
@@ -198,7 +198,7 @@ def differing(runs: list[Run]) -> dict[str, tuple]:
 
 
 def given(run: Run) -> dict[str, tuple]:
-  """Flag -> (its value,) where that is not the default."""
+  """Returns flag -> (value,) for non-default values."""
   default = schema.Config()
   return {
     name: (schema.get(run.cfg, name),)

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing beside itself."""
+"""Renders a self-contained HTML page."""
 
 import html
 
@@ -65,13 +65,13 @@ dd { margin: 0 0 .3rem 1rem; }
 
 
 def render(title: str, about: list[str], sections: list[content.Section], svgs) -> str:
-  """svgs: the SVG element of each plot's name."""
+  """Renders the page; svgs: name of a plot -> its SVG element."""
   links = ''.join(f'<li><a href="#{s.key}">{_text(s.title)}</a></li>' for s in sections)
   return ''.join(
     [
       '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
       '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
-      '<link rel="icon" href="data:,">\n',  # or a server would be asked for one
+      '<link rel="icon" href="data:,">\n',  # or browsers would request one
       f'<title>{_text(title)}</title>\n<style>{GROUNDS}{CSS}</style>\n</head>\n<body>\n',
       f'<header>\n<h1>{_text(title)}</h1>\n',
       *(f'<p class="soft">{_text(line)}</p>\n' for line in about),
@@ -108,12 +108,12 @@ def _terms(terms: dict[str, str]) -> str:
   if not terms:
     return ''
   rows = ''.join(f'<dt>{_text(term)}</dt><dd>{_text(what)}</dd>\n' for term, what in terms.items())
-  return f'<details><summary>What the words mean</summary>\n<dl>\n{rows}</dl></details>\n'
+  return f'<details><summary>Definitions</summary>\n<dl>\n{rows}</dl></details>\n'
 
 
 def _figure(plot, svg: str) -> str:
-  said = html.escape(plot.said())
-  svg = svg.replace('<svg', f'<svg role="img" aria-label="{said}"', 1)
+  description = html.escape(plot.description())
+  svg = svg.replace('<svg', f'<svg role="img" aria-label="{description}"', 1)
   note = f'<span>{_text(plot.note)}</span>' if plot.note else ''
   return f'<figure><figcaption>{_text(plot.title)}{note}</figcaption>\n{svg}</figure>\n'
 
@@ -127,7 +127,7 @@ def _table(t: content.Table) -> str:
     for row in t.rows
   )
   tall = ' tall' if len(t.rows) > 24 else ''
-  # A box that scrolls is reached by the keyboard.
+  # A scrollable box must be focusable by keyboard.
   return (
     f'<div class="box{tall}" role="region" tabindex="0" aria-label='
     f'"{html.escape(t.caption)}">\n<table><caption>{_text(t.caption)}</caption>'

@@ -91,7 +91,7 @@ def described(was: schema.Config, cfg: schema.Config) -> str:
   if n > first:
     new = 'as head 1' if cfg.train.head_init == 'copy' else 'fresh'
     new = 'layers of the trunk' if heads.family(cfg).reverse else new
-    if heads.family(cfg).one_module and first > 1:
+    if heads.family(cfg).shared_module and first > 1:
       new = 'by the same module'
     parts.append(f'{_numbers(first + 1, n)} new, {new}')
   if was.heads.n > n:
@@ -147,7 +147,7 @@ def _heads(fresh, old, layers, was, cfg):
   if cfg.heads.block_first:
     parts, done = [jax.tree.map(lambda w: w[-1:], layers)], 1
   more = min(kept(was, cfg) - 1, n_modules - done)
-  if more and heads.family(was).one_module:
+  if more and heads.family(was).shared_module:
     parts += [old.heads] * more
   elif more:
     parts.append(jax.tree.map(lambda w: w[done : done + more], old.heads))

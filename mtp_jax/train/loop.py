@@ -45,6 +45,7 @@ def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) 
     saver_lib.check_workdir(cfg.train.workdir)
     tokens = batches_lib.open_tokens(cfg)
     mesh = sharding.make_mesh(cfg)
+    sharding.check_batch(cfg, mesh.shape)
     batches_lib.train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide,
     batches_lib.eval_batches(tokens, cfg, mesh)  # and sets without a window
     evaluation.check(cfg)

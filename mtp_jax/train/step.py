@@ -124,7 +124,7 @@ def trace(cfg: schema.Config, mesh: Mesh, n_active: int, masked: bool = False):
   )
   dtypes = dict(tokens=jnp.int32, position=jnp.int32)
   if masked:
-    dtypes['scored'] = jnp.bool_
+    dtypes['loss_mask'] = jnp.bool_
   batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=cut) for name, dtype in dtypes.items()}
   bytes_V = jax.ShapeDtypeStruct(
     (cfg.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P())

@@ -1,11 +1,11 @@
-"""What the step needs on a TPU with the logits of all heads alive at once.
+"""Memory of the step on a TPU with the logits of all heads live at the same time.
 
   python -m tests.baselines.ahead --flagfile=… --plan.topology=v5e:4x4 --out=…
 
-The package's own step, trunk, sharding and optimizer, but for the loss: every
-head's hidden states, then the logits of all heads in one product. Heads keep
-their activations, as in a first version; with --loss.backward=remat they are
-rematerialised as our own are. Prints what `mtp plan` prints.
+The package's step, trunk, sharding and optimizer, with another loss: the hidden
+states of all heads, then their logits in one product. Heads save their
+activations, as in a naive version; with --loss.backward=remat they are
+rematerialised as ours are. Prints the output of `mtp plan`.
 """
 
 import functools
@@ -16,29 +16,30 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.cli import flags
-from mtp_jax.losses import cross_entropy, multi_token
+from mtp_jax.losses import backward, cross_entropy, head_loss
 from mtp_jax.model import heads
 from mtp_jax.planning import ahead, report
 
 
-def keeps_all_logits(w: multi_token.Weights, rows: multi_token.LossInputs, cfg):
-  """A schedule as those of loss.SCHEDULES, for a shared unembedding."""
-  shared = multi_token.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+def keeps_all_logits(w: backward.Weights, rows: backward.LossInputs, cfg):
+  """A strategy like those of backward.STRATEGIES, for a shared unembedding."""
+  shared = head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+  w = w._replace(norm_D=shared.norm_D)
 
   keeps = jax.checkpoint_policies.everything_saveable
   if cfg.loss.backward == 'remat':
     keeps = jax.checkpoint_policies.nothing_saveable
 
-  @functools.partial(jax.checkpoint, static_argnums=0, policy=keeps)
-  def head(step, carry_BTD, module, of_head):
-    k, probe = of_head
-    carry_BTD, h_BTD = multi_token._hidden(
-      step, module, w, shared.norm_D, carry_BTD, k, probe, rows.ctx, cfg
-    )
+  @functools.partial(jax.checkpoint, policy=keeps)
+  def visit(carry_BTD, module, head):
+    carry_BTD, h_BTD = backward.hidden(module, head, carry_BTD, w, ctx=rows.window.ctx, cfg=cfg)
     return carry_BTD, (h_BTD, None)
 
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
-  _, (h_KBTD, _) = heads.scan_heads(head, z_BTD, w.modules, (rows.k_K, w.probe_K), cfg)
+  per_head = head_loss.HeadBatch(
+    k=rows.k_K, target_BT=None, valid_BT=None, scale=None, probe=w.probe_K
+  )
+  _, (h_KBTD, _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg)
   logits_KBTV = jnp.einsum(
     'KBTD,DV->KBTV',
     h_KBTD,
@@ -55,14 +56,14 @@ def keeps_all_logits(w: multi_token.Weights, rows: multi_token.LossInputs, cfg):
     rows.valid_KBT * (argmax_KBT == rows.targets_KBT), axis=(1, 2), dtype=jnp.float32
   )
   stats = cross_entropy.Stats(loss_K, 0 * loss_K, correct_K, argmax_KBT)
-  return jnp.sum(rows.scale_K * loss_K), (stats, 0.0)
+  return jnp.sum(rows.scale_K * loss_K), head_loss.HeadStats(stats, jnp.zeros_like(loss_K))
 
 
 def main(args) -> None:
   parsed = flags.parse(args)
   cfg = parsed.config()
   jax.config.update('jax_platforms', 'cpu')
-  multi_token.BACKWARD[cfg.loss.backward] = keeps_all_logits
+  backward.STRATEGIES[cfg.loss.backward] = keeps_all_logits
   plan = ahead.plan(cfg)
   print('\n'.join(report.lines_of(plan)))
   if parsed.out:

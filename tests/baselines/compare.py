@@ -1,14 +1,14 @@
-"""Our schedules beside n logits alive and beside the paper's loop in PyTorch.
+"""Compares our backward strategies with a naive loss and the paper's loop in PyTorch.
 
   python -m tests.baselines.compare --flagfile=… --bench.heads=1,4 --out=…
 
-Loss and gradients of the whole model, in float32, no optimizer. Every contender
-has a process of its own, so that thread pools and allocators do not mix; in
-each round every one of them has its turn, alone. Memory is what a process grows
-by at most in its first call, gradients included: parameters are there before,
-and the program is compiled. It is that of the operating system (Linux), the
-same measure for JAX and PyTorch. Seconds of the cores (`cpu`) stand beside
-those of the clock, which others on the machine lengthen.
+Loss and gradients of the whole model, in float32, without an optimizer. Every
+contender has its own process, so that thread pools and allocators do not
+interfere; in each round they run one after the other. Memory is the peak growth of
+a process in its first call, including gradients: parameters exist and the program
+is compiled before. It is measured by the operating system (Linux), equally for JAX
+and PyTorch. CPU seconds (`cpu`) are reported in addition to wall time, which other
+processes affect.
 """
 
 import json
@@ -28,7 +28,7 @@ CONTENDERS = ('interleaved', 'remat', 'n logits', 'torch')
 
 
 def _model(cfg):
-  """Initial parameters, whole, on the host."""
+  """Returns the initial parameters, unsharded, on the host."""
   import jax
 
   from mtp_jax.model import lm, params
@@ -118,7 +118,7 @@ def _torch(cfg):
 
 
 def _resident(field: str) -> int | None:
-  """Bytes, of this process: VmRSS, or VmHWM, the most since it was reset."""
+  """Returns bytes of this process: VmRSS, or VmHWM, the peak since its reset."""
   try:
     with open('/proc/self/status') as f:
       (line,) = [line for line in f if line.startswith(field)]
@@ -137,7 +137,7 @@ def _reset_peak() -> bool:
 
 
 def _work(contender: str, cfg: schema.Config, pipe) -> None:
-  """One contender: its first call, then a timed one whenever it is asked."""
+  """Runs a contender: a first call, then a timed one for each request."""
   make = {'n logits': _n_logits, 'torch': _torch}.get(contender, _ours)
   call = make(cfg)
   can, before = _reset_peak(), _resident('VmRSS')
@@ -153,8 +153,8 @@ def _work(contender: str, cfg: schema.Config, pipe) -> None:
 
 
 def compare(cfg: schema.Config) -> dict[tuple[str, int], dict]:
-  """(contender, n) -> its loss, its memory, and by round its seconds, those of
-  the clock and those of the cores."""
+  """Returns (contender, n) -> its loss, its memory, and by round its wall and CPU
+  seconds."""
   context, started, found = multiprocessing.get_context('spawn'), {}, {}
   try:
     for n in parse.parse_numbers(cfg.bench.heads):
@@ -164,7 +164,7 @@ def compare(cfg: schema.Config) -> dict[tuple[str, int], dict]:
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(contender, validate.validate(c), theirs))
         process.start()
-        theirs.close()  # so that the end of the process is seen here
+        theirs.close()  # so that the end of the process is detected
         started[contender, n] = process, ours
         total, grown = ours.recv()
         found[contender, n] = dict(loss=total, grown_bytes=grown, seconds=[], cpu=[])
@@ -183,7 +183,7 @@ def compare(cfg: schema.Config) -> dict[tuple[str, int], dict]:
 
 
 def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
-  """(lines, JSON-able rows), times over those of eager and of the first n."""
+  """Returns (lines, JSON-able rows), with times relative to interleaved and the first n."""
   (_, first), *_ = found
   rows = [
     dict(
@@ -202,8 +202,8 @@ def table(found: dict[tuple[str, int], dict]) -> tuple[list[str], list[dict]]:
   ]
   lines = [
     f'{r["contender"]:>8} n={r["n"]}  loss {r["loss"]:.4f}'
-    f'  {r["time_s"]:7.3f} s  over eager {timing.shown(r["over_eager"])}'
-    f' cpu {r["cpu_over_eager"]["median"]:.3f}'
+    f'  {r["time_s"]:7.3f} s  over interleaved {timing.shown(r["over_interleaved"])}'
+    f' cpu {r["cpu_over_interleaved"]["median"]:.3f}'
     f'  over first n {timing.shown(r["over_first_n"])}'
     f' cpu {r["cpu_over_first_n"]["median"]:.3f}'
     f'  grown {timing.mib(r["grown_bytes"])} MiB'
@@ -222,7 +222,7 @@ def main(args: list[str]) -> None:
     ('train.grad_accum_steps', 1),
   ):
     if schema.get(cfg, name) != needed:
-      raise SystemExit(f'--{name}: the baselines know {needed} only')
+      raise SystemExit(f'--{name}: the baselines support {needed} only')
   found = compare(cfg)
   for n in parse.parse_numbers(cfg.bench.heads):
     losses = [found[contender, n]['loss'] for contender in CONTENDERS]

@@ -1,8 +1,8 @@
-"""A multi-token loss that keeps the logits of all heads alive.
+"""A naive multi-token loss, with the logits of all heads live at the same time.
 
-What a first version looks like: plain JAX, heads batched, nothing scanned over
-heads, rematerialised or cut into chunks. Of the package it knows the names of
-parameters only; parallel heads, a shared unembedding, one document a row.
+Plain JAX with batched heads: no scan over heads, no rematerialisation, no chunks.
+It uses only the parameter names of the package; parallel heads, a shared
+unembedding, one document per row.
 """
 
 import jax
@@ -43,9 +43,9 @@ def loss(w, tokens_BU, n: int, m):
   """Sum over heads of the mean cross-entropy of token t + k.
 
   Args:
-    w: lm.LM of whole arrays in float32.
+    w: lm.LM of unsharded arrays in float32.
     tokens_BU: U = T + n.
-    n: heads.
+    n: number of heads.
     m: config.Model.
   """
   T = tokens_BU.shape[1] - n

@@ -6,12 +6,11 @@
   python -m tests.baselines.prepare speed --work=WORK --before=CHECKOUT
     [--tokenizers=A,B] [--mb=4] [--pairs=6]
 
-`make` trains small tokenizers of each kind on the books of DIR
-(books.jsonl.gz), or takes what WORK has already. `memory` prepares one
-document, the books tiled, in a fresh process that encodes by itself, and prints
-the peak of its resident memory above that before the document was opened.
-`speed` compares the CPU time of this checkout's encoding with another's, in
-turns.
+`make` trains small tokenizers of each kind on the books of DIR (books.jsonl.gz),
+or uses those in WORK. `memory` prepares one document, the books tiled, in a fresh
+process without workers, and prints the growth of its peak resident memory from
+before the document was opened. `speed` compares the CPU time of encoding with that
+of another checkout, alternating.
 """
 
 import argparse
@@ -39,7 +38,7 @@ KINDS = {
   'hf-unigram': 'hf:hf-unigram/tokenizer.json',
   'tiktoken': 'tiktoken:ranks.tiktoken',
 }
-# One alternative of it is of no known tokenizer.
+# One of its alternatives is not in any known tokenizer.
 OTHER_WORDS = (
   r'[0-9]{1,4}|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\s\p{L}\p{N}]+[\r\n]*|'
   r'\s*[\r\n]+|\s+(?!\S)|\s+|\p{N}'
@@ -158,7 +157,7 @@ PREPARE = """
 import json, re, sys
 from mtp_jax.data import documents, store, tokenizers
 
-def peak():  # getrusage would have that of the process before exec
+def peak():  # getrusage would include the process before exec
   status = open('/proc/self/status').read()
   return int(re.search(r'VmHWM:\\s+(\\d+)', status)[1])
 
@@ -179,7 +178,7 @@ print(json.dumps(dict(
 
 
 def write_source(kind: str, folder: pathlib.Path, text: str, mb: int) -> str:
-  """One document of so many million bytes: what --data.documents is."""
+  """Writes one document of `mb` million bytes; returns the --data.documents flag."""
   data = text.encode()
   n = 10**6 * mb
   data = (data * (n // len(data) + 1))[:n].decode(errors='ignore')

@@ -1,10 +1,10 @@
 """The paper's loop over heads in plain PyTorch, in float32.
 
 Gloeckle et al. 2024 (https://arxiv.org/abs/2404.19737), section 2: one forward
-pass of the trunk; then each head by itself forward and backward, down to a
-detached z whose gradient adds up, so that its logits go before the next head's
-come; then one backward pass of the trunk. The same Llama as the package's, with
-parallel heads, a shared unembedding, and one document a row.
+pass of the trunk; then forward and backward of one head after the other, down to a
+detached z that accumulates gradients, so that the logits of a head are freed before
+those of the next; then one backward pass of the trunk. The same Llama as in the
+package, with parallel heads, a shared unembedding, and one document per row.
 """
 
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 
 class Parameters(NamedTuple):
-  """Leaves of autograd; layers are lists, since the gradient of a slice of a
-  stack is as large as the stack."""
+  """Leaf tensors; layers are lists, since the gradient of a slice of a stack is as
+  large as the stack."""
 
   embed: Any
   trunk: list[dict]
@@ -25,7 +25,7 @@ class Parameters(NamedTuple):
 
 
 def load(w) -> Parameters:
-  """lm.LM of whole arrays -> the same values as tensors of their own."""
+  """Copies an lm.LM of unsharded arrays to tensors."""
 
   def leaf(x):
     return torch.tensor(x, dtype=torch.float32, requires_grad=True)
@@ -38,7 +38,7 @@ def load(w) -> Parameters:
 
 
 def gradients(p: Parameters) -> dict:
-  """'trunk.q' -> array, stacked as the package has it."""
+  """Returns gradients by path, as 'trunk.q', stacked as in the package."""
   found = {name: getattr(p, name).grad for name in ('embed', 'norm', 'unembed')}
   for part in ('trunk', 'heads'):
     layers = getattr(p, part)
@@ -71,7 +71,7 @@ def _block(w, x, m):
 
 
 def step(p: Parameters, tokens_BU, n: int, m) -> float:
-  """The loss; gradients are left in the parameters, in place of older ones."""
+  """Returns the loss; replaces the gradients of the parameters."""
   for x in (p.embed, p.norm, p.unembed):
     x.grad = None
   for layer in p.trunk + p.heads:
@@ -81,14 +81,14 @@ def step(p: Parameters, tokens_BU, n: int, m) -> float:
   z = F.embedding(tokens_BU[:, :T], p.embed)
   for layer in p.trunk:
     z = _block(layer, z, m)
-  cut = z.detach().requires_grad_()
+  detached = z.detach().requires_grad_()
   total = 0.0
   for k, head in enumerate(p.heads, 1):
-    h = _norm(_block(head, cut, m), p.norm, m.norm_eps)
+    h = _norm(_block(head, detached, m), p.norm, m.norm_eps)
     logits = (h @ p.unembed).flatten(0, 1)
     loss = F.cross_entropy(logits, tokens_BU[:, k : k + T].flatten())
     loss.backward()
     total += loss.item()
-    del logits, loss  # before the next head's come
-  z.backward(cut.grad)
+    del logits, loss  # free them before the next head
+  z.backward(detached.grad)
   return total

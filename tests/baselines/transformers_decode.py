@@ -1,12 +1,11 @@
-"""Plain and speculative decoding beside Hugging Face transformers.
+"""Compares plain and speculative decoding with Hugging Face transformers.
 
-  python -m tests.baselines.transformers_decode --decode.checkpoint=RUN \
+  python -m tests.baselines.transformers_decode RUN \
     --bench.batches=1,8 --bench.prompt_len=128 --decode.max_new_tokens=128
 
 The same weights (trunk and head 1, exported), prompts (held-out documents) and
-machine; greedy, float32, each contender in turn in every round, prompts
-included. transformers generates as its own generate() does, with its cache and
-without gradients.
+machine; greedy, float32, contenders alternating in every round, including prefill.
+transformers uses its generate(), with its cache and without gradients.
 """
 
 import statistics
@@ -56,12 +55,12 @@ def main(args: list[str]) -> None:
     def theirs(batches=batches):
       begin, texts = time.perf_counter(), []
       for batch in batches:
-        asked = torch.tensor(np.stack(batch))
+        prompts = torch.tensor(np.stack(batch))
         with torch.inference_mode():
           rows = llama.generate(
-            asked,
+            prompts,
             do_sample=False,
-            attention_mask=torch.ones_like(asked),
+            attention_mask=torch.ones_like(prompts),
             max_new_tokens=cfg.decode.max_new_tokens,
             eos_token_id=None,
             pad_token_id=0,
@@ -89,7 +88,7 @@ def main(args: list[str]) -> None:
         f'batch {B}, {name}: {n / statistics.median(times[name]):,.0f}'
         ' tokens/s, time over transformers'
         f' {timing.shown(timing.ratio(times[name], times["transformers"]))},'
-        f' {same} of {len(ids)} texts the same'
+        f' {same} of {len(ids)} texts identical'
       )
 
 

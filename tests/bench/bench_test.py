@@ -1,4 +1,4 @@
-"""What `mtp bench` says, and the baselines it is set beside."""
+"""`mtp bench`: values and tables, and the baselines for comparison."""
 
 import itertools
 import json
@@ -18,13 +18,13 @@ from tests.support import runs, tiny
 TINY = runs.FLAGS | {'model.n_layers': 5, 'bench.rounds': 2, 'optim.warmup_steps': 1}
 
 
-def _args(*more, **changes):
+def _args(*more, what='loss', **changes):
   values = TINY | {k.replace('__', '.'): v for k, v in changes.items()}
-  return ['bench', *(f'--{n}={v}' for n, v in values.items()), *more]
+  return ['bench', what, *(f'--{n}={v}' for n, v in values.items()), *more]
 
 
 def _bench(tmp_path, capsys, **changes):
-  """(printed lines, what --out holds); strictly JSON."""
+  """Returns (printed lines, contents of --out), which must be strict JSON."""
   path = tmp_path / 'bench.json'
   capsys.readouterr()
   assert main.main(_args(f'--out={path}', **changes)) == 0
@@ -45,7 +45,7 @@ ONE = dict(median=1.0, min=1.0, max=1.0)
 
 
 def _of_itself(rows):
-  """Ratios to the first n, and to the first schedule and chunk, begin at 1."""
+  """Checks that ratios to the first n, schedule and chunk are 1 for themselves."""
   first = rows[0]
   for row in rows:
     if row['n'] == first['n']:
@@ -54,29 +54,29 @@ def _of_itself(rows):
       assert row['over_first_schedule'] == ONE
 
 
-def _one_program_a_number_of_heads(monkeypatch, name) -> list:
-  """Has a maker of programs make one for all schedules and chunks, and returns
-  the Configs that it was asked for; how long they take is not asked here."""
-  make, made, asked = getattr(run, name), {}, []
+def _one_program_per_number_of_heads(monkeypatch, name) -> list:
+  """Patches a function that builds programs to build one for all schedules and
+  chunks; returns the requested Configs. Their times are not tested here."""
+  make, made, requested = getattr(run, name), {}, []
 
   def once(cfg, mesh):
-    asked.append(cfg)
+    requested.append(cfg)
     if cfg.heads.n not in made:
       made[cfg.heads.n] = make(cfg, mesh)
     return made[cfg.heads.n]
 
   monkeypatch.setattr(run, name, once)
-  return asked
+  return requested
 
 
-def test_loss_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
-  asked = _one_program_a_number_of_heads(monkeypatch, 'loss_program')
+def test_loss_bench_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
+  requested = _one_program_per_number_of_heads(monkeypatch, 'loss_program')
   out, values = _bench(tmp_path, capsys, bench__heads='1,3', bench__chunk_size='0,4')
   rows = values['rows']
   assert [(r['schedule'], r['chunk'], r['n']) for r in rows] == list(
     itertools.product(('remat', 'interleaved'), (0, 4), (1, 3))
   )
-  assert [(c.loss.backward, c.loss.chunk_size, c.heads.n) for c in asked] == [
+  assert [(c.loss.backward, c.loss.chunk_size, c.heads.n) for c in requested] == [
     (r['schedule'], r['chunk'], r['n']) for r in rows
   ]
   for row in rows:
@@ -88,7 +88,7 @@ def test_loss_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
   assert values['versions']['jax'] == jax.__version__
   assert values['config']['model']['d_model'] == 16
   assert values['config']['data']['seq_len'] == 16
-  assert values['device_peak_bytes'] is None  # a CPU counts none
+  assert values['device_peak_bytes'] is None  # not counted on a CPU
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_loss_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
     ),
   ],
 )
-def test_loss_of_every_kind_of_heads(tmp_path, capsys, more):
+def test_loss_bench_of_every_head_family(tmp_path, capsys, more):
   _, values = _bench(
     tmp_path,
     capsys,
@@ -118,11 +118,11 @@ def test_loss_of_every_kind_of_heads(tmp_path, capsys, more):
     _positive(row)
 
 
-def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
+def test_step_bench_compares_time_with_flops(tmp_path, capsys, monkeypatch):
   peak = chips.CHIPS['NVIDIA H100']
   monkeypatch.setattr(chips, 'chip', lambda kind: peak)
-  asked = _one_program_a_number_of_heads(monkeypatch, '_step_program')
-  out, values = _bench(tmp_path, capsys, bench__what='step', bench__heads='1,2', bench__iters=2)
+  requested = _one_program_per_number_of_heads(monkeypatch, '_step_program')
+  out, values = _bench(tmp_path, capsys, what='step', bench__heads='1,2', bench__iters=2)
   rows = values['rows']
   assert [(r['schedule'], r['n']) for r in rows] == [
     ('remat', 1),
@@ -130,7 +130,9 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
     ('interleaved', 1),
     ('interleaved', 2),
   ]
-  assert [(c.loss.backward, c.heads.n) for c in asked] == [(r['schedule'], r['n']) for r in rows]
+  assert [(c.loss.backward, c.heads.n) for c in requested] == [
+    (r['schedule'], r['n']) for r in rows
+  ]
   _of_itself(rows)
   cfg = flags.parse(_args()[1:]).config()
   for row in rows:
@@ -151,9 +153,9 @@ def test_step_is_set_beside_its_flops(tmp_path, capsys, monkeypatch):
   assert len(out) == 2 + len(rows) + 2
 
 
-def test_a_cpu_has_no_mfu(tmp_path, capsys):
+def test_step_bench_on_cpu_has_no_mfu(tmp_path, capsys):
   out, values = _bench(
-    tmp_path, capsys, bench__what='step', bench__heads='2', bench__backward='', bench__rounds=1
+    tmp_path, capsys, what='step', bench__heads='2', bench__backward='', bench__rounds=1
   )
   (row,) = values['rows']
   assert row['mfu'] is None and row['of_matmul'] > 0
@@ -161,11 +163,11 @@ def test_a_cpu_has_no_mfu(tmp_path, capsys):
   assert 'n/a' in out[2]
 
 
-def test_data_is_set_beside_the_step(store, tmp_path, capsys):
+def test_data_bench_compares_loader_with_step(store, tmp_path, capsys):
   out, values = _bench(
     tmp_path,
     capsys,
-    bench__what='data',
+    what='data',
     data__store=store,
     bench__rounds=1,
     model__vocab_size=264,
@@ -180,9 +182,8 @@ def test_data_is_set_beside_the_step(store, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  'flag, value, said',
+  'flag, value, problem',
   [
-    ('bench.what', 'everything', 'one of loss, step, data'),
     ('bench.heads', '1,x', 'different ones, with commas: numbers above 0'),
     ('bench.heads', '0', 'different ones, with commas: numbers above 0'),
     ('bench.heads', '2,2', 'different ones, with commas: numbers above 0'),
@@ -196,20 +197,20 @@ def test_data_is_set_beside_the_step(store, tmp_path, capsys):
     ('bench.documents', 17, 'must be at most --data.seq_len=16'),
   ],
 )
-def test_what_cannot_be_measured_is_refused(capsys, flag, value, said):
+def test_bad_bench_flags_raise(capsys, flag, value, problem):
   capsys.readouterr()
   assert main.main(_args(f'--{flag}={value}')) == 2
   out, error = capsys.readouterr()
   assert out == '' and error.count('\n') == 1
-  assert error.startswith(f'mtp: --{flag}={value}: {said}')
+  assert error.startswith(f'mtp: --{flag}={value}: {problem}')
 
 
-def test_data_needs_a_store(capsys):
-  assert main.main(_args('--bench.what=data')) == 2
+def test_data_bench_requires_a_store(capsys):
+  assert main.main(_args(what='data')) == 2
   assert capsys.readouterr().err.startswith('mtp: --data.store=: give the')
 
 
-# The baselines compute what ours does.
+# The baselines compute the same loss and gradients.
 
 
 def _ours():
@@ -220,48 +221,48 @@ def _ours():
   return c, model, rows['tokens'][0], total, tiny.flat(grads)
 
 
-def _same(found, wanted):
-  assert found.keys() == wanted.keys()
+def _same(found, expected):
+  assert found.keys() == expected.keys()
   for name, x in found.items():
-    np.testing.assert_allclose(x, wanted[name], rtol=2e-4, atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(x, expected[name], rtol=2e-4, atol=2e-6, err_msg=name)
 
 
-def test_n_logits_computes_ours():
-  c, model, tokens_BU, total, wanted = _ours()
+def test_n_logits_baseline_matches():
+  c, model, tokens_BU, total, expected = _ours()
   step = jax.jit(jax.value_and_grad(n_logits.loss), static_argnums=(2, 3))
   value, grads = step(jax.tree.map(jax.numpy.asarray, model), tokens_BU, 3, c.model)
   np.testing.assert_allclose(value, total, rtol=1e-5)
-  _same(tiny.flat(grads), wanted)
+  _same(tiny.flat(grads), expected)
 
 
 @pytest.mark.parity
-def test_the_loop_in_torch_computes_ours():
+def test_torch_baseline_matches():
   import torch
 
   from tests.baselines import torch_sequential
 
-  c, model, tokens_BU, total, wanted = _ours()
+  c, model, tokens_BU, total, expected = _ours()
   p = torch_sequential.load(model)
   tokens = torch.tensor(tokens_BU).long()
-  for _ in range(2):  # a second step adds nothing to the first one's
+  for _ in range(2):  # gradients of two steps do not accumulate
     value = torch_sequential.step(p, tokens, 3, c.model)
   np.testing.assert_allclose(value, total, rtol=1e-5)
-  _same(torch_sequential.gradients(p), wanted)
+  _same(torch_sequential.gradients(p), expected)
 
 
-def test_compare_takes_no_other_model():
-  with pytest.raises(SystemExit, match='--heads.family: the baselines know'):
+def test_compare_rejects_unsupported_models():
+  with pytest.raises(SystemExit, match='--heads.family: the baselines support'):
     compare.main(['--heads.family=causal'])
 
 
-def test_ratios_of_a_comparison():
+def test_comparison_ratios():
   found = {
     (contender, n): dict(loss=1.0, grown_bytes=None, seconds=[s * n, 2 * s * n], cpu=[n, s])
     for contender, s in (('interleaved', 2.0), ('torch', 3.0))
     for n in (1, 4)
   }
   lines, rows = compare.table(found)
-  assert [r['over_eager']['median'] for r in rows] == [1, 1, 1.5, 1.5]
+  assert [r['over_interleaved']['median'] for r in rows] == [1, 1, 1.5, 1.5]
   assert [r['over_first_n']['median'] for r in rows] == [1, 4, 1, 4]
-  assert [r['cpu_over_eager']['max'] for r in rows] == [1, 1, 1.5, 1.5]
+  assert [r['cpu_over_interleaved']['max'] for r in rows] == [1, 1, 1.5, 1.5]
   assert len(lines) == 4

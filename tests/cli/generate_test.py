@@ -150,7 +150,7 @@ def test_compare_says_that_the_text_is_the_same(undisturbed, tmp_path, capsys):
   )
   shown = capsys.readouterr().out
   assert 'identical, all 1 rows' in shown
-  assert re.search(r'speed-up [\d.]+ \([\d.]+-[\d.]+\), tokens a pass', shown)
+  assert re.search(r'speed-up [\d.]+ \([\d.]+-[\d.]+\), tokens per forward pass', shown)
   found = json.loads(out.read_text())
   assert found['identical'] and not found['divergences']
   assert found['efficiency'] == pytest.approx(
@@ -197,7 +197,7 @@ def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
     == 0
   )
   out = capsys.readouterr().out
-  found = re.search(r'row 0 parts at its new token 5, where .* are (\S+) apart', out)
+  found = re.search(r'row 0 diverges at generated token 5, where .* are (\S+) apart', out)
   state = runs.restored(undisturbed, 6)
   prompt = [256, *b'ab']
   ids = prompt + _oracle(undisturbed, prompt, 5)
@@ -218,7 +218,7 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
     main.main(
       [
         'bench',
-        '--bench.what=decode',
+        'decode',
         f'{undisturbed}',
         '--bench.batches=1,2',
         '--bench.num_prompts=3',
@@ -252,7 +252,7 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   layer = 4 * 16**2 + 3 * 16 * 32 + 2 * 16
   assert plain['read_bytes'] == 4 * (2 * layer + 16 + 16 * 264)
   assert drafted['read_bytes'] == 4 * (3 * layer + 16 + 2 * 16 * 264)
-  assert 'tokens a pass' in capsys.readouterr().out
+  assert 'tokens per forward' in capsys.readouterr().out
 
 
 def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
@@ -422,7 +422,7 @@ def test_a_prompt_beyond_all_bounds_is_one_line(undisturbed, capsys):
   assert len(error) < 600
   assert _generate(undisturbed, '--decode.prompts=s3://x') == 2
   error = capsys.readouterr().err
-  assert error == 'mtp: s3://x: of object storage only gs://\n'
+  assert error == 'mtp: s3://x: unsupported storage; use gs://\n'
 
 
 def test_streamed_text_is_all_of_it(undisturbed):

@@ -267,7 +267,7 @@ def test_import_refuses_what_only_training_reads(capsys, tmp_path):
     f'--train.workdir={tmp_path}/new',
     '--train.init_from=x',
   )
-  assert line.startswith('--train.init_from=x: an import takes that from')
+  assert line.startswith('--train.init_from=x: is set by the imported model')
 
 
 def test_a_refusal_is_one_line_whatever_the_value(capsys, tmp_path, store):

@@ -1,4 +1,4 @@
-"""Stores that are read together, and what a flag may say of them."""
+"""The corpus of a run: store lists, mixtures, tokenizers."""
 
 import os
 import re
@@ -12,18 +12,18 @@ TEXTS = [f'text {i} of some, {i * i} ' * 3 for i in range(80)]
 BYTES = tokenizers.get('bytes')
 
 
-def _write(path, tokenizer=BYTES, texts=TEXTS, fraction=0.3, cuts=()):
-  found = (documents.Document(str(i), t, cuts) for i, t in enumerate(texts))
+def _write(path, tokenizer=BYTES, texts=TEXTS, fraction=0.3, loss_spans=()):
+  found = (documents.Document(str(i), t, loss_spans) for i, t in enumerate(texts))
   store.write(path, found, tokenizer, valid_fraction=fraction)
 
 
 @pytest.fixture(scope='module')
 def stores(tmp_path_factory):
-  """Directories: a and b in bytes, whole without a split, words of a trained
-  vocabulary, more of the same one, other of another."""
+  """Directories: a and b in bytes, whole without a split, words with a trained
+  vocabulary, more with the same one, other with a different one."""
   root = tmp_path_factory.mktemp('stores')
   _write(root / 'a')
-  _write(root / 'b', texts=TEXTS[:50], cuts=(4,))
+  _write(root / 'b', texts=TEXTS[:50], loss_spans=(4,))
   _write(root / 'whole', texts=TEXTS[:40], fraction=0)
   found = [documents.Document('', text) for text in TEXTS]
   trained = vocabulary.train('train:290', found, 0)
@@ -36,7 +36,7 @@ def stores(tmp_path_factory):
 
 
 def _cfg(stores, text, **changes):
-  """`text` names stores with @ for the directory that they lie in."""
+  """`text` is a list of stores with @ for their directory."""
   text = text.replace('@', f'{stores}/')
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
   return schema.replace(schema.Config(), **{'data.store': text} | changes)
@@ -68,16 +68,16 @@ def _refused(call, *args, **kwargs) -> str:
     ('a:1e3', [('a:1e3', 'a:1e3', '1')]),
   ],
 )
-def test_names_paths_and_weights(text, refs):
+def test_parse_stores_reads_names_paths_and_weights(text, refs):
   found = parse.parse_stores(text)
   assert [tuple(ref) for ref in found] == refs
   assert parse.parse_stores(parse.format_stores(found)) == found
 
 
-def test_a_single_store_is_written_as_it_is():
+def test_format_stores_keeps_a_single_store_unchanged():
   for text in ('/x/y', 'a:3', 'n=/x/y', 'n=x:2,/y:.5', '/a:3:1'):
     assert parse.format_stores(parse.parse_stores(text)) == text
-  # No NAME= can say '~'; what counts is the path.
+  # NAME= cannot be '~'; only the path matters.
   found = parse.format_stores([parse.StoreRef('~', '/root')])
   assert parse.parse_stores(found)[0].path == '/root'
 
@@ -94,13 +94,13 @@ def test_a_single_store_is_written_as_it_is():
     ('eval.stores', ',', '[NAME=]PATH,…'),
   ],
 )
-def test_bad_lists_are_refused(flag, text, problem):
+def test_bad_store_lists_raise(flag, text, problem):
   cfg = schema.replace(schema.Config(), **{'data.store': 's', flag: text})
   line = _refused(validate.validate, cfg)
   assert line == f'--{flag}={text}: {problem}'
 
 
-def test_weights_are_whole_numbers_in_the_same_ratio(stores):
+def test_mixture_weights_are_reduced_to_integers(stores):
   for text, weights in (
     ('@a', (1,)),
     ('@a:7', (1,)),
@@ -116,7 +116,7 @@ def test_weights_are_whole_numbers_in_the_same_ratio(stores):
   assert mixture.masked and not _open(stores, '@a,@whole').train().masked
 
 
-def test_the_fingerprint_is_of_stores_and_weights(stores):
+def test_fingerprint_depends_on_stores_and_weights(stores):
   one = _open(stores, '@a')
   assert one.fingerprint == one.sources[0].store.manifest['sha256']
   texts = ['@a', '@b', '@a,@b', '@b,@a', '@a:2,@b', '@a,@b:2', '@a,@b,@whole']
@@ -128,7 +128,7 @@ def test_the_fingerprint_is_of_stores_and_weights(stores):
   assert further.fingerprint == one.fingerprint
 
 
-def test_held_out_sets_have_the_names_of_their_stores(stores):
+def test_held_out_sets_are_named_after_their_stores(stores):
   def sets(text, split='valid', **changes):
     found = _open(stores, text, **changes).held_out(split)
     return {name: split.name for name, split in found.items()}
@@ -141,29 +141,29 @@ def test_held_out_sets_have_the_names_of_their_stores(stores):
   assert sets('@a,@b', 'train') == {'a': 'a train', 'b': 'b train'}
 
 
-def test_what_is_missing_is_named_with_its_flag(stores):
+def test_missing_store_error_names_its_flag(stores):
   line = _refused(_open, stores, '@a,@none')
   assert line.startswith(f'--data.store={stores}/none: no such directory')
   line = _refused(_open, stores, '@a', eval__stores=f'{stores}/none')
   assert line.startswith(f'--eval.stores={stores}/none: no such directory')
 
 
-def test_all_stores_must_share_one_tokenizer(stores):
+def test_stores_with_different_tokenizers_raise(stores):
   line = _refused(_open, stores, '@words,@a')
   assert line == (
     f'--data.store={stores}/words,{stores}/a: {stores}/words was made with the'
-    f' tokenizer train:290, {stores}/a with bytes, which is another'
+    f' tokenizer train:290, {stores}/a with bytes, which differs'
   )
   line = _refused(_open, stores, '@words,@other')
-  assert 'with train:280, which is another' in line
+  assert 'with train:280, which differs' in line
   further = dict(eval__stores=f'{stores}/a')
   line = _refused(_open, stores, '@words', **further)
   assert line.startswith(f'--eval.stores={stores}/a: {stores}/words was made')
-  # The file that one was made with is the model that the other has trained.
+  # One was made with the file of the model that the other has trained.
   assert _open(stores, '@words,@more').tokenizer.name == 'train:290'
 
 
-def test_the_tokenizer_is_that_of_the_store(stores):
+def test_corpus_loads_the_tokenizer_of_the_store(stores):
   assert _open(stores, '@a').tokenizer.name == 'bytes'
   words = _open(stores, '@words')
   assert (words.tokenizer.name, words.tokenizer.vocab_size) == ('train:290', 290)
@@ -173,7 +173,7 @@ def test_the_tokenizer_is_that_of_the_store(stores):
   assert _open(stores, '@more').recorded == words.recorded
 
 
-def test_a_tokenizer_that_is_given_must_be_the_stores(stores, tmp_path):
+def test_given_tokenizer_must_match_the_store(stores, tmp_path):
   def given(text, name):
     return _open(stores, text, data__tokenizer=name)
 
@@ -201,12 +201,12 @@ def test_a_tokenizer_that_is_given_must_be_the_stores(stores, tmp_path):
     path = text.replace('@', f'{stores}/')
     assert re.fullmatch(
       rf'--data.tokenizer={re.escape(name)}: the store {path} was made with'
-      r' another, [\w:]+ of fingerprint \w{12}; leave out the flag to take it',
+      r' a different one, [\w:]+ with fingerprint \w{12}; omit the flag to use it',
       line,
     )
   line = _refused(given, '@a', 'sentencepiece:/none')
   assert line.endswith('cannot be read: No such file or directory')
-  # A store may be moved, and what its name says may be gone.
+  # The tokenizer file in its name may have been moved.
   os.rename(stores / 'x.model', tmp_path / 'y.model')
   try:
     assert given('@more', model).tokenizer.vocab_size == 290

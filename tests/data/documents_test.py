@@ -12,14 +12,14 @@ from mtp_jax.data import documents, store
 
 
 def _read(sources: str, *args) -> list[tuple[str, str]]:
-  """Names and texts of documents that are scored as a whole."""
+  """Returns names and texts of documents without loss spans."""
   found = list(documents.read(sources, *args))
-  assert not any(document.cuts for document in found)
+  assert not any(document.loss_spans for document in found)
   return [(document.name, document.text) for document in found]
 
 
 def _refused(sources: str) -> str:
-  """The line that reading ends with, checked to name the source."""
+  """Returns the error of a source, after checking that it names the source."""
   with pytest.raises(fields_lib.ConfigError) as error:
     _read(sources)
   line = str(error.value)
@@ -33,7 +33,7 @@ def _gz(path, data: bytes):
     file.write(data)
 
 
-def test_stdlib():
+def test_stdlib_source_lists_sorted_modules():
   found = dict(_read('python:stdlib'))
   names = list(found)
   assert names == sorted(names) and len(names) > 500
@@ -82,13 +82,13 @@ def test_python_module_missing(module):
 
 
 def test_python_without_source(monkeypatch):
-  assert _refused('python:sys') == 'there is no .py file in it'
+  assert _refused('python:sys') == 'contains no .py file'
   monkeypatch.setitem(sys.modules, 'floor_specless', type(sys)('x'))
   problem = _refused('python:floor_specless')  # as __main__: __spec__ is None
   assert problem == 'no module of this name is installed'
 
 
-def test_dir_skips_and_counts_what_is_no_text(tmp_path):
+def test_dir_skips_and_counts_files_that_are_not_text(tmp_path):
   root = tmp_path / 'tree'
   (root / 'b').mkdir(parents=True)
   (root / 'z.txt').write_bytes('é\r\n'.encode())
@@ -111,7 +111,7 @@ def test_dir_skips_and_counts_what_is_no_text(tmp_path):
 
 def test_dir_errors(tmp_path, monkeypatch):
   assert _refused(f'dir:{tmp_path}/none') == 'no such directory'
-  assert _refused(f'dir:{tmp_path}') == 'there is no regular file in it'
+  assert _refused(f'dir:{tmp_path}') == 'contains no regular file'
 
   def denied(top, onerror):
     onerror(PermissionError(13, 'Permission denied', f'{top}/x'))
@@ -153,7 +153,7 @@ def test_text_errors(tmp_path):
   assert _refused(f'text:{bad}') == f'{bad} is not UTF-8 text'
 
 
-def test_unreadable_files(tmp_path, monkeypatch):
+def test_corrupt_or_missing_files_raise_with_their_path(tmp_path, monkeypatch):
   whole = tmp_path / 'whole.gz'
   _gz(whole, b'{"text": "x"}\n' * 1000)
   cut = tmp_path / 'cut.gz'
@@ -173,7 +173,7 @@ def test_unreadable_files(tmp_path, monkeypatch):
     next(later)
 
 
-def test_jsonl(tmp_path):
+def test_jsonl_reads_fields_of_plain_and_gz_files(tmp_path):
   lines = '{"text": "one", "body": "eins"}\n\n  \n{"text": "\\ud83d\\ude00"}\n'
   (tmp_path / 'a.jsonl').write_text(lines)
   assert _read(f'jsonl:{tmp_path}/a.jsonl') == [('a.jsonl:1', 'one'), ('a.jsonl:4', '😀')]
@@ -206,7 +206,7 @@ def test_jsonl_errors_name_file_and_line(tmp_path, line, problem):
 
 
 @pytest.mark.parametrize('source', ['', 'orc:x', 'dir', 'dir:', 'x.txt'])
-def test_unknown_kinds(source):
+def test_unknown_source_kinds_raise(source):
   kinds = 'python, dir, text, jsonl, parquet, task'
   assert _refused(source) == f'KIND:ARG with KIND one of: {kinds}'
 
@@ -222,13 +222,13 @@ def test_sources_are_looked_up_before_reading(tmp_path):
   assert _read(both) == [('a.txt', 'a'), ('b.jsonl:1', 'b')]
 
 
-def test_a_prompt_and_a_completion_are_one_document(tmp_path):
+def test_jsonl_joins_prompt_and_completion(tmp_path):
   path = tmp_path / 'a.jsonl'
-  rows = [dict(p='ask é', c='say'), dict(p='', c='x'), dict(p='y', c='')]
+  rows = [dict(p='try é', c='now'), dict(p='', c='x'), dict(p='y', c='')]
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   found = list(documents.read(f'jsonl:{path}#p+c'))
-  assert [(d.name, d.text, d.cuts) for d in found] == [
-    ('a.jsonl:1', 'ask ésay', (5,)),
+  assert [(d.name, d.text, d.loss_spans) for d in found] == [
+    ('a.jsonl:1', 'try énow', (5,)),
     ('a.jsonl:2', 'x', (0,)),
     ('a.jsonl:3', 'y', (1,)),
   ]
@@ -238,12 +238,12 @@ def test_a_prompt_and_a_completion_are_one_document(tmp_path):
   assert "no field 'd', its fields are: c, p" in _refused(f'jsonl:{path}#p+d')
 
 
-# Byte order marks, links, what vanishes, what is too large.
+# Byte order marks, symbolic links, vanished files, size limits.
 
 MARK = b'\xef\xbb\xbf'
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_byte_order_mark_is_dropped(tmp_path):
   (tmp_path / 'a.jsonl').write_bytes(MARK + b'{"text": "one"}\n')
   (tmp_path / 'b.txt').write_bytes(MARK + 'two \ufeff'.encode())
   _gz(tmp_path / 'c.txt.gz', MARK + b'three')
@@ -255,15 +255,15 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert _read(source.format(tmp_path))[0][1] == text
 
 
-def test_null_is_an_empty_text(tmp_path):
+def test_jsonl_null_is_an_empty_text(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": null, "b": "x"}\n')
   assert _read(f'jsonl:{path}') == [('a.jsonl:1', '')]
   (found,) = documents.read(f'jsonl:{path}#text+b')
-  assert (found.text, found.cuts) == ('x', (0,))
+  assert (found.text, found.loss_spans) == ('x', (0,))
 
 
-def test_a_file_that_vanishes_is_counted(tmp_path, monkeypatch):
+def test_dir_counts_files_that_vanish(tmp_path, monkeypatch):
   for name in 'abc':
     (tmp_path / name).write_text(name)
   real = os.lstat
@@ -281,7 +281,7 @@ def test_a_file_that_vanishes_is_counted(tmp_path, monkeypatch):
   assert skipped == {documents.VANISHED: 2}
 
 
-def test_documents_that_are_too_large_are_named(tmp_path):
+def test_documents_over_the_size_limit_are_skipped_and_reported(tmp_path):
   (tmp_path / 'd').mkdir()
   (tmp_path / 'd/a').write_text('x' * 101)
   (tmp_path / 'd/b').write_text('y' * 100)
@@ -307,7 +307,7 @@ def test_documents_that_are_too_large_are_named(tmp_path):
   ]
 
 
-def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
+def test_large_files_are_read_in_blocks(tmp_path, monkeypatch):
   monkeypatch.setattr(documents, 'HELD', 10)
   monkeypatch.setattr(documents, 'BLOCK', 4)
   text, skipped = 'zwölf Ähren\n' * 3, collections.Counter()
@@ -323,7 +323,7 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
   assert skipped == {'files that are not UTF-8 text': 3}
   (found,) = documents.read(f'text:{tmp_path}/a', whole=False)
   (tmp_path / 'a').write_text(text + 'x')
-  with pytest.raises(fields_lib.ConfigError, match='changed while it was read'):
+  with pytest.raises(fields_lib.ConfigError, match='changed during reading'):
     list(found.blocks())
 
 
@@ -342,13 +342,13 @@ LINES = [
 
 @pytest.mark.parametrize('block', [12, 13, 17, 64, 10**6])
 @pytest.mark.parametrize('escaped', [True, False])
-def test_a_large_line_is_decoded_in_blocks(tmp_path, monkeypatch, block, escaped):
-  """To what json makes of it."""
+def test_large_jsonl_lines_are_decoded_in_blocks(tmp_path, monkeypatch, block, escaped):
+  """The result equals that of the json module."""
   monkeypatch.setattr(documents, 'HELD', 50)
   monkeypatch.setattr(documents, 'LONG', 20)
   monkeypatch.setattr(documents, 'BLOCK', block)
   lines = [json.dumps(x, ensure_ascii=escaped) for x in LINES]
-  # Halves of characters, as JSON alone can spell them, alone and in pairs.
+  # Surrogates, as JSON escapes, alone and in pairs.
   lines += [
     r'{"text": "%s"}' % (x * 30)
     for x in (r'\ud83d', r'\ude00', r'\ud83d\ude00', r'\ud83dx', r'\\ud83d', r'\/\b\f')
@@ -356,20 +356,20 @@ def test_a_large_line_is_decoded_in_blocks(tmp_path, monkeypatch, block, escaped
   lines += [r'{"text": "a", "text": "%s"}' % ('b' * 99)]
   path = tmp_path / 'a.jsonl'
   path.write_text('\n'.join(lines))
-  wanted = [d.text for d in documents.read(f'jsonl:{path}')]
+  expected = [d.text for d in documents.read(f'jsonl:{path}')]
   found = list(documents.read(f'jsonl:{path}', whole=False))
-  assert [''.join(d.blocks()) for d in found] == wanted
+  assert [''.join(d.blocks()) for d in found] == expected
   assert sum(d.read is not None for d in found) >= len(lines) - 3
 
 
-def test_a_prompt_of_a_large_line_keeps_its_cut(tmp_path, monkeypatch):
+def test_large_jsonl_lines_keep_their_loss_spans(tmp_path, monkeypatch):
   monkeypatch.setattr(documents, 'HELD', 50)
   monkeypatch.setattr(documents, 'LONG', 20)
   path, pairs = (tmp_path / 'a.jsonl', [('\u00e9', 'x'), ('a' * 60, 'b\u00e9' * 60)])
   pairs += [('\u00e9' * 60, 'y'), ('z', '\u4e2d' * 60), ('', 'x' * 60)]
   path.write_text('\n'.join(json.dumps(dict(p=p, c=c)) for p, c in pairs))
   for found, (p, c) in zip(documents.read(f'jsonl:{path}#p+c', whole=False), pairs, strict=True):
-    assert ''.join(found.blocks()) == p + c and found.cuts == (len(p),)
+    assert ''.join(found.blocks()) == p + c and found.loss_spans == (len(p),)
 
 
 BAD_LINES = [
@@ -389,7 +389,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize('line', BAD_LINES)
-def test_a_large_line_has_the_errors_of_others(tmp_path, monkeypatch, line):
+def test_large_jsonl_lines_raise_the_same_errors(tmp_path, monkeypatch, line):
   monkeypatch.setattr(documents, 'HELD', 50)
   monkeypatch.setattr(documents, 'LONG', 20)
   path = tmp_path / 'a.jsonl'
@@ -403,7 +403,7 @@ def test_a_large_line_has_the_errors_of_others(tmp_path, monkeypatch, line):
   assert 'at at' not in problems[0]
 
 
-def test_a_large_value_of_parquet_is_decoded_in_blocks(tmp_path, monkeypatch):
+def test_large_parquet_values_are_decoded_in_blocks(tmp_path, monkeypatch):
   pyarrow = pytest.importorskip('pyarrow')
   parquet = pytest.importorskip('pyarrow.parquet')
 
@@ -420,7 +420,7 @@ def test_a_large_value_of_parquet_is_decoded_in_blocks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('n', [1, 100])
-def test_a_value_of_parquet_that_is_no_text(tmp_path, monkeypatch, n):
+def test_parquet_values_that_are_not_utf8_raise(tmp_path, monkeypatch, n):
   pyarrow = pytest.importorskip('pyarrow')
   parquet = pytest.importorskip('pyarrow.parquet')
   monkeypatch.setattr(documents, 'HELD', 50)
@@ -435,15 +435,15 @@ def test_a_value_of_parquet_that_is_no_text(tmp_path, monkeypatch, n):
 # Names that are not UTF-8.
 
 
-def test_files_whose_names_are_not_utf8(tmp_path, capsys):
-  """In a folder they are read; in a flag they are refused."""
+def test_file_names_that_are_not_utf8(tmp_path, capsys):
+  """They are read from a folder, but raise in a flag."""
   folder = tmp_path / 'texts'
   folder.mkdir()
   name = os.fsdecode(b'a\xff.txt')
   try:
     (folder / name).write_text('text')
   except OSError:
-    pytest.skip('a file system that takes UTF-8 alone')
+    pytest.skip('the file system accepts only UTF-8')
   out = tmp_path / 'store'
 
   def prepare(source):

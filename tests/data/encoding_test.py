@@ -1,4 +1,4 @@
-"""Encoding in one process or in several; masks; errors of a process."""
+"""Encoding in one or several processes; loss masks; errors of workers."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ Document = documents.Document
 
 @pytest.fixture
 def words(tmp_path):
-  """A tokenizer.json of some words, whose ids have a gap."""
+  """A tokenizer.json of a few words, whose ids have a gap."""
   vocab = {'<s>': 0, '</s>': 1, '?': 2, 'a': 3, 'b': 4, 'bad': 99}
   fast = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='?'))
   fast.pre_tokenizer = hf.pre_tokenizers.Whitespace()
@@ -53,7 +53,7 @@ def _files(path) -> dict[str, bytes]:
   return {str(p.relative_to(path)): p.read_bytes() for p in files}
 
 
-def test_one_process_or_several_make_the_same_bytes(tmp_path, words, monkeypatch):
+def test_store_bytes_do_not_depend_on_number_of_workers(tmp_path, words, monkeypatch):
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 200)  # many batches
   texts = ['a b ' * (i % 37) + str(i) for i in range(300)]
   for workers in (1, 2):
@@ -64,7 +64,7 @@ def test_one_process_or_several_make_the_same_bytes(tmp_path, words, monkeypatch
 
 
 @pytest.mark.parametrize('workers', [1, 2])
-def test_an_error_while_encoding_is_one_line(tmp_path, words, monkeypatch, capsys, workers):
+def test_encoding_error_is_reported_on_one_line(tmp_path, words, monkeypatch, capsys, workers):
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 200)
   about = json.loads((tmp_path / 'tokenizer.json').read_text())
   del about['model']['vocab']['?']  # what an unknown word would be
@@ -77,7 +77,7 @@ def test_an_error_while_encoding_is_one_line(tmp_path, words, monkeypatch, capsy
   assert sorted(os.listdir(tmp_path)) == ['d.jsonl', 'tokenizer.json']
 
 
-def test_a_panic_of_the_library_is_one_line(words, monkeypatch):
+def test_tokenizers_panic_becomes_config_error(words, monkeypatch):
   class PanicException(BaseException):  # as pyo3 has it
     pass
 
@@ -98,7 +98,7 @@ def test_a_panic_of_the_library_is_one_line(words, monkeypatch):
 
 
 @pytest.mark.parametrize('wait_s', [0, 2])  # until it can write no more
-def test_a_killed_process_is_one_line(words, wait_s):
+def test_killed_worker_raises_config_error(words, wait_s):
   tokenizer = tokenizers.get(words)
   found = (Document('x', 'a b ' * 2**17) for _ in range(9))
   running = encoding.run(found, tokenizer, 1 + 1)
@@ -106,19 +106,19 @@ def test_a_killed_process_is_one_line(words, wait_s):
   time.sleep(wait_s)
   for child in encoding.multiprocessing.active_children():
     os.kill(child.pid, signal.SIGKILL)
-  with pytest.raises(fields.ConfigError, match='--data.workers=2: a process'):
+  with pytest.raises(fields.ConfigError, match='--data.workers=2: a worker'):
     list(running)
 
 
-def test_a_slow_batch_holds_back_a_bounded_number(words, monkeypatch):
-  """Of others' results, and the order stays."""
+def test_results_held_behind_a_slow_batch_are_bounded(words, monkeypatch):
+  """The order of results is kept."""
   tokenizer = tokenizers.get(words)
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 1)
   monkeypatch.setattr(encoding, 'PART', 2**20)  # whole documents
   held, received = [], encoding._received
 
-  def counting(under_way, done, turn, workers):
-    found = received(under_way, done, turn, workers)
+  def counting(in_flight, done, turn, workers):
+    found = received(in_flight, done, turn, workers)
     held.append(len(done))
     return found
 
@@ -148,7 +148,7 @@ if __name__ == '__main__':
 """
 
 
-def test_an_interrupt_ends_all_processes_with_one_line(tmp_path, words):
+def test_interrupt_ends_all_workers(tmp_path, words):
   (tmp_path / 'd.txt').write_text('a b ' * 100)
   for i in range(50):
     (tmp_path / f'{i}.txt').write_text(f'a b {i}' * 99)
@@ -178,7 +178,7 @@ def _encode(*found: Document, tokenizer=BYTES) -> encoding.Encoded:
   return encoded
 
 
-def test_cuts_are_counted_in_tokens():
+def test_loss_spans_are_converted_to_tokens():
   found = [
     Document('a', 'Qé?Ab', (3,)),
     Document('b', 'plain'),
@@ -187,36 +187,36 @@ def test_cuts_are_counted_in_tokens():
     Document('e', 'xy', (2,)),
   ]
   got = _encode(*found)
-  assert got.cuts == [(5,), (), (2, 4, 6), (1,), (3,)]
+  assert got.loss_spans == [(5,), (), (2, 4, 6), (1,), (3,)]
   assert got.length_M.tolist() == [8, 7, 8, 4, 4]
   assert got.n_bytes == 6 + 5 + 6 + 2 + 2
 
 
 @pytest.mark.parametrize(
-  'length, cuts, scored',
+  'length, loss_spans, expected',
   [
     (4, (), '1111'),
     (5, (3,), '00011'),
     (4, (1,), '0111'),
     (4, (3,), '0001'),  # nothing but EOS
     (8, (2, 4, 6), '00110011'),
-    (8, (2, 4), '00110000'),  # the last turn is not scored, nor its end
+    (8, (2, 4), '00110000'),  # the last span and EOS are masked out
     (6, (2, 2, 4), '000011'),
   ],
 )
-def test_mask_of_a_document(length, cuts, scored):
-  mask_T = shards.mask(length, cuts)
-  assert ''.join(map(str, mask_T.astype(int))) == scored
+def test_loss_mask_of_a_document(length, loss_spans, expected):
+  mask_T = shards.mask(length, loss_spans)
+  assert ''.join(map(str, mask_T.astype(int))) == expected
 
 
-def test_what_is_scored_belongs_to_a_document():
-  one, two, plain = (Document('', 'ab', cuts) for cuts in ((1,), (2,), ()))
+def test_digest_depends_on_loss_spans():
+  one, two, plain = (Document('', 'ab', loss_spans) for loss_spans in ((1,), (2,), ()))
   assert len({spool.digest(d) for d in (one, two, plain)}) == 3
   assert spool.digest(plain) == hashlib.sha256(b'ab').digest()
 
 
-def test_parts_are_encoded_by_themselves(tmp_path):
-  """As a prompt is at decoding time: no token spans its end."""
+def test_loss_spans_are_encoded_separately(tmp_path):
+  """As at decoding time, no token spans the end of a prompt."""
   model = tmp_path / 'm.model'
   with open(model, 'wb') as file:
     sentencepiece.SentencePieceTrainer.train(
@@ -230,13 +230,15 @@ def test_parts_are_encoded_by_themselves(tmp_path):
       add_dummy_prefix=False,
     )
   tokenizer = tokenizers.get(f'sentencepiece:{model}')
-  whole, parts = (_encode(Document('', 'abab', cuts), tokenizer=tokenizer) for cuts in ((), (1,)))
+  whole, parts = (
+    _encode(Document('', 'abab', loss_spans), tokenizer=tokenizer) for loss_spans in ((), (1,))
+  )
   ids = [*tokenizer.encode('a'), *tokenizer.encode('bab')]
   assert parts.tokens_P.tolist() == [tokenizer.bos, *ids, tokenizer.eos]
-  assert len(ids) > whole.tokens_P.size - 2 and parts.cuts == [(2,)]
+  assert len(ids) > whole.tokens_P.size - 2 and parts.loss_spans == [(2,)]
 
 
-def test_a_part_begins_without_the_space_of_a_first_one(tmp_path):
+def test_loss_spans_do_not_start_with_a_dummy_prefix(tmp_path):
   model = tmp_path / 'm.model'
   with open(model, 'wb') as file:
     sentencepiece.SentencePieceTrainer.train(
@@ -252,12 +254,12 @@ def test_a_part_begins_without_the_space_of_a_first_one(tmp_path):
     )
   tokenizer = tokenizers.get(f'sentencepiece:{model}')
   text = 'the answer is B'
-  for cut in (14, 13, 3):
-    found = _encode(Document('', text, (cut,)), tokenizer=tokenizer)
+  for split in (14, 13, 3):
+    found = _encode(Document('', text, (split,)), tokenizer=tokenizer)
     inner = found.tokens_P[1:-1]
     assert tokenizer.decode(inner) == text
-    scored = found.tokens_P[found.cuts[0][0] :]
-    assert tokenizer.token_bytes_V[scored].sum() == len(text) - cut
+    completion = found.tokens_P[found.loss_spans[0][0] :]
+    assert tokenizer.token_bytes_V[completion].sum() == len(text) - split
 
 
 def _write(path, found, **kwargs):
@@ -265,7 +267,7 @@ def _write(path, found, **kwargs):
   return store.open_store(path)
 
 
-def test_a_store_keeps_what_is_scored(tmp_path):
+def test_store_round_trips_loss_masks(tmp_path):
   found = [
     Document(
       str(i),
@@ -276,27 +278,31 @@ def test_a_store_keeps_what_is_scored(tmp_path):
   ]
   opened = _write(tmp_path / 's', found, shard_tokens=400)
   split = opened.split('train')
-  assert len(split.scored) == len(split.tokens) > 1
-  texts = {d.text: d.cuts for d in found}
+  assert len(split.loss_mask) == len(split.tokens) > 1
+  texts = {d.text: d.loss_spans for d in found}
   total = 0
-  for tokens_P, offset_M, scored_P in zip(split.tokens, split.offsets, split.scored, strict=True):
-    cut = offset_M[1:].astype(np.int64)
-    for ids_T, scored_T in zip(np.split(tokens_P[:], cut), np.split(scored_P[:], cut), strict=True):
-      cuts = texts.pop(BYTES.decode(ids_T))
-      wanted_T = np.arange(ids_T.size) > (cuts[0] if cuts else -1)
-      np.testing.assert_array_equal(scored_T, wanted_T)
-      total += wanted_T.sum()
+  for tokens_P, offset_M, loss_mask_P in zip(
+    split.tokens, split.offsets, split.loss_mask, strict=True
+  ):
+    split = offset_M[1:].astype(np.int64)
+    for ids_T, loss_mask_T in zip(
+      np.split(tokens_P[:], split), np.split(loss_mask_P[:], split), strict=True
+    ):
+      loss_spans = texts.pop(BYTES.decode(ids_T))
+      expected_T = np.arange(ids_T.size) > (loss_spans[0] if loss_spans else -1)
+      np.testing.assert_array_equal(loss_mask_T, expected_T)
+      total += expected_T.sum()
   assert not texts and opened.manifest['splits']['train']['scored'] == total
-  assert f'{total:,} tokens scored' in store.summary(opened.manifest)[2]
+  assert f'{total:,} tokens in the loss mask' in store.summary(opened.manifest)[2]
   file = opened.manifest['splits']['train']['shards'][0]['scored_file']['file']
   data = bytearray((tmp_path / 's' / file).read_bytes())
   data[3] ^= 1
   (tmp_path / 's' / file).write_bytes(data)
-  with pytest.raises(fields.ConfigError, match=f'{file}: it is damaged'):
+  with pytest.raises(fields.ConfigError, match=f'{file}: is corrupt'):
     store.open_store(tmp_path / 's')
 
 
-def test_a_store_without_prompts_has_no_mask(tmp_path):
+def test_store_without_prompts_has_no_loss_mask(tmp_path):
   opened = _write(tmp_path / 's', [Document('', f'text {i}') for i in range(9)])
   assert not opened.split('train').masked
   assert not list(tmp_path.rglob('scored*'))

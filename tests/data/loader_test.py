@@ -12,7 +12,7 @@ from mtp_jax.data import documents, loader, store, tokenizers, windows
 
 T, SPAN = 7, 3
 U = T + SPAN
-ROWS_OF_OLD = [[28, 9, 0, 8], [8, 20, 3, 30]]
+ROWS_BEFORE_MIXTURES = [[28, 9, 0, 8], [8, 20, 3, 30]]
 
 
 def _split(sizes=(150, 101, 5)) -> windows.Split:
@@ -100,7 +100,7 @@ def test_processes_share_one_order(process_count, accumulate):
   _assert_equal(_concatenate(parts), _train(10, accumulate=accumulate))
 
 
-def test_rows_need_not_lie_together():
+def test_rows_may_be_non_contiguous():
   rows = np.array([0, 3, 6])
   for some, whole in ((_train(5, rows=rows), _train(5)), (_eval(rows=rows), _eval())):
     _assert_equal(some, [{k: x[:, rows] for k, x in b.items()} for b in whole])
@@ -121,7 +121,7 @@ def test_threads_do_not_change_the_order():
   _assert_equal(_train(50, threads=2, prefetch=1), whole)
 
 
-def test_a_process_reads_its_own_rows_only():
+def test_process_reads_only_its_own_rows():
   split, read = _split(), []
 
   class Counting(windows.Split):
@@ -158,7 +158,7 @@ def _rows(mixture, n_steps, seed=3, batch_size=8) -> np.ndarray:
 
 
 @pytest.mark.parametrize('weights', [(1,), (1, 1), (3, 1), (1, 3), (7, 2, 1), (1, 997), (5, 5, 5)])
-def test_shares_are_exact_and_evenly_spread(weights):
+def test_interleave_shares_are_exact_and_evenly_spread(weights):
   W = sum(weights)
   parts, before = zip(*(loader.interleave(row, weights) for row in range(3 * W)), strict=True)
   for part, weight in enumerate(weights):
@@ -173,7 +173,7 @@ def test_shares_are_exact_and_evenly_spread(weights):
   assert [loader.interleave(far + r, weights)[0] for r in range(3 * W)] == [*parts]
 
 
-def test_each_part_of_a_mixture_is_shuffled_for_itself():
+def test_mixture_shuffles_each_part_separately():
   mixture = _mixture()
   first, second = mixture.sizes(T, SPAN)
   rows = _rows(mixture, 1, batch_size=32 * first)
@@ -188,7 +188,7 @@ def test_each_part_of_a_mixture_is_shuffled_for_itself():
     np.testing.assert_array_equal(own, alone)
 
 
-def test_batches_of_a_mixture_are_its_windows():
+def test_mixture_batches_match_its_windows():
   mixture = _mixture()
   first = mixture.sizes(T, SPAN)[0]
   rows = _rows(mixture, 5).reshape(5, 8)
@@ -203,7 +203,7 @@ def test_batches_of_a_mixture_are_its_windows():
 
 
 @pytest.mark.parametrize('process_count', [2, 4])
-def test_processes_share_one_mixture_from_any_step(process_count):
+def test_processes_share_one_mixture_order_from_any_step(process_count):
   mixture = _mixture((2, 1))
   whole = _train(12, mixture, accumulate=2)
   rows = np.arange(4).reshape(process_count, -1)
@@ -211,15 +211,15 @@ def test_processes_share_one_mixture_from_any_step(process_count):
   _assert_equal(_concatenate(parts), whole[5:])
 
 
-def test_a_mixture_of_one_is_the_plain_split():
+def test_mixture_of_one_split_equals_the_split():
   split = _split()
   _assert_equal(_train(20, windows.Mixture((split,), (1,))), _train(20, split))
-  # As they were before there were mixtures: runs go on with the same rows.
+  # The same rows as before mixtures existed, so that old runs can be resumed.
   rows = [loader.row_indices([35], [1], 7, 4, s).tolist() for s in (0, 50)]
-  assert rows == ROWS_OF_OLD
+  assert rows == ROWS_BEFORE_MIXTURES
 
 
-def test_a_part_without_a_window_is_refused_by_name():
+def test_mixture_part_without_windows_raises():
   mixture = _mixture()
   small = _split((9,))._replace(name='b train')
   with pytest.raises(fields.ConfigError, match='shard of the b train split'):
@@ -231,39 +231,39 @@ def test_a_part_without_a_window_is_refused_by_name():
 
 def _masked(sizes=(150, 101, 5), seed=0) -> windows.Split:
   rng, split = np.random.default_rng(seed), _split(sizes)
-  return split._replace(scored=tuple(rng.random(t.size) < 0.5 for t in split.tokens))
+  return split._replace(loss_mask=tuple(rng.random(t.size) < 0.5 for t in split.tokens))
 
 
-def test_a_mask_goes_with_its_tokens():
+def test_loss_mask_matches_its_tokens():
   split = _masked()
-  whole = np.concatenate(split.scored)
+  whole = np.concatenate(split.loss_mask)
   plain = _train(3, _split())
   for batch, same in zip(_train(3, split), plain, strict=True):
-    assert batch['scored'].dtype == bool
-    # Tokens of _split are their own places.
-    np.testing.assert_array_equal(batch['scored'], whole[batch['tokens']])
+    assert batch['loss_mask'].dtype == bool
+    # A token of _split equals its index.
+    np.testing.assert_array_equal(batch['loss_mask'], whole[batch['tokens']])
     _assert_equal([{k: batch[k] for k in same}], [same])
   *_, last = _eval(split)
   n = split.n_windows(T, SPAN) % 8
-  assert last['scored'][0, :n].any() and not last['scored'][0, n:].any()
+  assert last['loss_mask'][0, :n].any() and not last['loss_mask'][0, n:].any()
 
 
-def test_one_masked_split_gives_a_mixture_a_mask():
+def test_mixture_with_one_masked_split_has_a_loss_mask():
   mixture = windows.Mixture((_split((99,)), _masked()), (1, 1))
   first = mixture.sizes(T, SPAN)[0]
   rows = _rows(mixture, 3).reshape(3, 8)
   for step, batch in enumerate(_train(3, mixture)):
     for b, row in enumerate(rows[step]):
-      scored_U = batch['scored'][0, b]
+      loss_mask_U = batch['loss_mask'][0, b]
       if row < first:
-        assert scored_U.all()
+        assert loss_mask_U.all()
       else:
         own = mixture.splits[1].mask(row - first, T, SPAN)
-        np.testing.assert_array_equal(scored_U, own)
-        assert not scored_U.all()
+        np.testing.assert_array_equal(loss_mask_U, own)
+        assert not loss_mask_U.all()
 
 
-def test_errors():
+def test_loader_errors():
   for call in (_eval, lambda split: _train(1, split)):
     with pytest.raises(fields.ConfigError) as error:
       call(_split((9,)))
@@ -277,7 +277,7 @@ def test_errors():
       _train(1, seed=seed)
 
 
-def test_errors_of_a_reading_thread_reach_the_loop():
+def test_errors_of_reader_threads_are_raised():
   class Failing(windows.Split):
     def window(self, *args):
       raise OSError('disk gone')
@@ -286,7 +286,7 @@ def test_errors_of_a_reading_thread_reach_the_loop():
     _train(1, Failing(*_split()))
 
 
-def test_a_shard_that_is_overwritten_ends_the_loop_with_its_name(tmp_path):
+def test_overwritten_shard_raises_file_changed(tmp_path):
   texts = (documents.Document(str(i), f'text {i}') for i in range(99))
   store.write(tmp_path / 's', texts, tokenizers.get('bytes'), valid_fraction=0)
   split = store.open_store(tmp_path / 's').split('train')
@@ -303,7 +303,7 @@ def test_a_shard_that_is_overwritten_ends_the_loop_with_its_name(tmp_path):
 
 
 @pytest.mark.parametrize('batch_size', [1, 4, 8, 33, 34, 35, 100])
-def test_eval_reads_each_window_once_and_pads(batch_size):
+def test_eval_batches_read_each_window_once_and_pad(batch_size):
   split = _split()
   n = split.n_windows(T, SPAN)
   batches = _eval(split, batch_size=batch_size)
@@ -330,8 +330,8 @@ def test_eval_limit_and_processes():
 
 
 @pytest.mark.parametrize('limit, batch_size', [(1, 8), (3, 8), (4, 3), (16, 2)])
-def test_eval_of_few_batches_is_spread_over_the_split(limit, batch_size):
-  """As many windows, each another one, none of them far from its share."""
+def test_limited_eval_batches_are_spread_over_the_split(limit, batch_size):
+  """The windows are distinct and evenly spaced."""
   split = _split()
   n = split.n_windows(T, SPAN)
   batches = _eval(limit=limit, batch_size=batch_size)
@@ -339,9 +339,9 @@ def test_eval_of_few_batches_is_spread_over_the_split(limit, batch_size):
   rows = np.concatenate([b['tokens'][0] for b in batches])
   whole = np.concatenate([b['tokens'][0] for b in _eval(batch_size=1)])
   m = limit * batch_size
-  wanted = [math.floor(i * n / m) for i in range(m)]
-  assert len(set(wanted)) == m < n
-  np.testing.assert_array_equal(rows, whole[wanted])
+  expected = [math.floor(i * n / m) for i in range(m)]
+  assert len(set(expected)) == m < n
+  np.testing.assert_array_equal(rows, whole[expected])
   halves = [
     _eval(limit=limit, batch_size=batch_size, rows=r)
     for r in np.array_split(np.arange(batch_size), min(2, batch_size))
@@ -349,8 +349,8 @@ def test_eval_of_few_batches_is_spread_over_the_split(limit, batch_size):
   _assert_equal(_concatenate(halves), batches)
 
 
-def test_no_flags_are_needed():
-  """grain's workers want parsed absl flags; its threads must not."""
+def test_loader_works_without_parsed_flags():
+  """grain's worker processes need parsed absl flags; its threads must not."""
   program = (
     'import numpy as np\n'
     'from mtp_jax.data import loader, windows\n'
@@ -367,19 +367,19 @@ def test_no_flags_are_needed():
   assert done.stdout == '(1, 2, 5)\n'
 
 
-def test_batches_that_are_left_out():
-  """Against a list without them, ranges joined as they come."""
-  left_out, order = (), list(range(40))
+def test_skipped_ranges_are_merged():
+  """Compares with a list from which the batches are removed."""
+  skipped, order = (), list(range(40))
   for first, last in ((10, 12), (5, 5), (12, 15), (-2, 1), (6, 9), (30, 31)):
-    left_out = loader.leave_out(left_out, first, last)
+    skipped = loader.leave_out(skipped, first, last)
     order = [x for x in order if not first <= x <= last]
-    assert [loader.index_of(i, left_out) for i in range(len(order))] == order
-  assert left_out == ((0, 2), (5, 11), (30, 2))
+    assert [loader.index_of(i, skipped) for i in range(len(order))] == order
+  assert skipped == ((0, 2), (5, 11), (30, 2))
 
 
-def test_a_step_reads_past_what_is_left_out():
+def test_loader_skips_quarantined_batches():
   whole = _train(9)
-  some = _train(4, left_out=((1, 2), (5, 1)))
+  some = _train(4, skipped_batches=((1, 2), (5, 1)))
   _assert_equal(some, [whole[i] for i in (0, 3, 4, 6)])
-  later = _train(2, left_out=((1, 2), (5, 1)), start_step=3)
+  later = _train(2, skipped_batches=((1, 2), (5, 1)), start_step=3)
   _assert_equal(later, [whole[i] for i in (6, 7)])

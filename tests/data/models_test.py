@@ -21,7 +21,7 @@ TEXTS = ('def f(x):\n  return "é😀"\n', CODE[:3000])
 
 @pytest.fixture(scope='module')
 def spm(tmp_path_factory):
-  """A small model that loses nothing: no normalisation, byte fallback."""
+  """A small lossless model: no normalization, byte fallback."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(CODE.split('\n')),
@@ -56,7 +56,7 @@ def _byte_level(path):
 
 
 def _llama_like(path):
-  """Characters and bytes, with the mark of a space, as Llama's file has."""
+  """Characters and bytes, with the space marker, as in Llama's file."""
   pieces = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
   pieces += sorted(set(CODE.replace(' ', '\u2581')) - {'\n'})
   vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -84,7 +84,7 @@ def test_round_trip_and_bytes(tokenizer, text):
   assert ids.dtype == np.int32 and len(ids) < len(text.encode()) + 2
   assert tokenizer.decode(ids) == text
   assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.eos]) == text
-  # SentencePiece puts a space before each text.
+  # SentencePiece prepends a space to each text.
   ahead = tokenizer.name.startswith('sentencepiece')
   assert tokenizer.token_bytes_V[ids].sum() == len(text.encode()) + ahead
   assert tokenizer.token_bytes_V.shape == (tokenizer.vocab_size,)
@@ -92,19 +92,19 @@ def test_round_trip_and_bytes(tokenizer, text):
   assert {tokenizer.bos, tokenizer.eos}.isdisjoint(ids.tolist())
 
 
-def test_pieces_are_printable(tokenizer):
+def test_token_pieces_are_printable(tokenizer):
   ids = tokenizer.encode('return')
   joined = ''.join(tokenizer.piece(int(i)) for i in ids)
   assert joined.lstrip('\u2581') == 'return'
   assert tokenizer.piece(tokenizer.vocab_size) == (f'<id {tokenizer.vocab_size}>')
 
 
-def test_a_store_carries_its_tokenizer(tokenizer, tmp_path):
+def test_store_contains_its_tokenizer(tokenizer, tmp_path):
   path = tmp_path / 's'
   texts = (documents.Document(str(i), f'text {i}') for i in range(40))
   store.write(path, texts, tokenizer, valid_fraction=0.2)
   for file in tmp_path.glob('*.json'):
-    file.unlink()  # nobody needs the original any more
+    file.unlink()  # the original is no longer needed
   opened = store.open_store(path)
   assert opened.manifest['tokenizer']['token_bytes'][tokenizer.bos] == 0
   again = store.tokenizer_of(opened)
@@ -116,8 +116,8 @@ def test_a_store_carries_its_tokenizer(tokenizer, tmp_path):
   file = path / 'tokenizer' / name
   whole = file.read_bytes()
   for bad, problem in (
-    (whole[:-1], f'it has {len(whole) - 1} bytes instead of {len(whole)}'),
-    (bytes([whole[0] ^ 1]) + whole[1:], 'it is damaged, its checksum is wrong'),
+    (whole[:-1], f'has {len(whole) - 1} bytes instead of {len(whole)}'),
+    (bytes([whole[0] ^ 1]) + whole[1:], 'is corrupt: checksum mismatch'),
   ):
     file.write_bytes(bad)
     line = f'--data.store={path}: tokenizer/{name}: {problem}'
@@ -125,7 +125,7 @@ def test_a_store_carries_its_tokenizer(tokenizer, tmp_path):
       store.tokenizer_of(store.open_store(path, verify=False))
 
 
-def test_special_tokens_in_a_text_are_text(tmp_path):
+def test_special_tokens_in_a_text_are_encoded_as_text(tmp_path):
   path = tmp_path / 'tokenizer.json'
   _byte_level(path)
   fast = hf.Tokenizer.from_file(str(path))
@@ -139,7 +139,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path):
   assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
 
 
-def test_ends_are_read_beside_the_file(tmp_path):
+def test_bos_and_eos_are_read_from_tokenizer_config(tmp_path):
   path = tmp_path / 'tokenizer.json'
   _llama_like(path)
   about = dict(bos_token='</s>', eos_token={'content': '<s>'})
@@ -157,7 +157,7 @@ def test_ends_are_read_beside_the_file(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['sentencepiece', 'hf'])
-def test_what_is_no_model_is_refused(tmp_path, kind):
+def test_invalid_tokenizer_files_raise(tmp_path, kind):
   with pytest.raises(fields.ConfigError, match='No such file') as error:
     tokenizers.get(f'{kind}:{tmp_path}/none')
   assert str(error.value).startswith(f'--data.tokenizer={kind}:')
@@ -191,7 +191,7 @@ def test_parquet_and_zst(tmp_path):
     ('text:{}/junk.txt.zst', 'cannot read'),
   ],
 )
-def test_a_broken_file_is_one_line(tmp_path, source, problem):
+def test_corrupt_documents_raise_on_one_line(tmp_path, source, problem):
   import pyarrow
   import pyarrow.parquet
 
@@ -207,7 +207,7 @@ def test_a_broken_file_is_one_line(tmp_path, source, problem):
   assert '\n' not in str(error.value)
 
 
-def test_a_vocabulary_ends_after_its_largest_id(tmp_path):
+def test_vocab_size_covers_the_largest_id(tmp_path):
   path = tmp_path / 'tokenizer.json'
   vocab = {'<s>': 0, '</s>': 1, '?': 2, 'a': 7, 'b': 40}
   fast = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='?'))
@@ -234,7 +234,7 @@ def test_a_vocabulary_ends_after_its_largest_id(tmp_path):
 
 @pytest.mark.parametrize('file', ['generation_config.json', 'config.json'])
 @pytest.mark.parametrize('kind', ['hf', 'sentencepiece'])
-def test_all_end_tokens_are_read_beside_the_file(tmp_path, spm, file, kind):
+def test_stop_tokens_are_read_from_generation_config(tmp_path, spm, file, kind):
   path = tmp_path / 'x.json'
   if kind == 'hf':
     _llama_like(path)
@@ -259,7 +259,7 @@ def test_all_end_tokens_are_read_beside_the_file(tmp_path, spm, file, kind):
 
 
 def _ranks_file(path) -> tuple[bytes, dict]:
-  """The tokens of a byte-level vocabulary in the order of their merges."""
+  """Returns a byte-level vocabulary as a file of ranks, and its ranks."""
   _byte_level(path)
   vocab = json.loads(path.read_text())['model']['vocab']
   byte_of = {letter: b for b, letter in enumerate(ranks.byte_letters())}
@@ -269,24 +269,28 @@ def _ranks_file(path) -> tuple[bytes, dict]:
   return b'\n'.join(lines), {token: i for i, token in enumerate(tokens)}
 
 
-def _by_ranks(word: bytes, of) -> list[int]:
-  """tiktoken's own rule: the pair of the lowest rank first, the leftmost."""
-  if word in of:
-    return [of[word]]
+def _by_ranks(word: bytes, index_of) -> list[int]:
+  """tiktoken's rule: merges the leftmost pair of the lowest rank first."""
+  if word in index_of:
+    return [index_of[word]]
   parts = [bytes([byte]) for byte in word]
   while True:
-    pairs = [(of[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in of]
+    pairs = [
+      (index_of[a + b], i)
+      for i, (a, b) in enumerate(itertools.pairwise(parts))
+      if a + b in index_of
+    ]
     if not pairs:
-      return [of[part] for part in parts]
+      return [index_of[part] for part in parts]
     i = min(pairs)[1]
     parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def test_a_file_of_ranks_is_read_as_tiktoken_reads_it(tmp_path):
-  data, of = _ranks_file(tmp_path / 'trained.json')
+def test_tiktoken_ranks_encode_like_tiktoken(tmp_path):
+  data, index_of = _ranks_file(tmp_path / 'trained.json')
   (tmp_path / 'tokenizer.model').write_bytes(data)
   tokenizer = tokenizers.get(f'tiktoken:{tmp_path}/tokenizer.model')
-  n = len(of)
+  n = len(index_of)
   assert tokenizer.vocab_size == n + 256
   assert (tokenizer.bos, tokenizer.stop_ids) == (n, (n + 1, n + 9))
   assert tokenizer.piece(n + 255) == '<|reserved_special_token_250|>'
@@ -298,17 +302,17 @@ def test_a_file_of_ranks_is_read_as_tiktoken_reads_it(tmp_path):
   words = set(re.findall(r' ?[a-zA-Z]+', CODE)) | {'selfself', 'eeeeee'}
   assert len(words) > 300
   for word in words:
-    assert tokenizer.encode(word).tolist() == _by_ranks(word.encode(), of)
+    assert tokenizer.encode(word).tolist() == _by_ranks(word.encode(), index_of)
   again = tokenizers.of_files(
     tokenizers.recorded_name(tokenizer).replace('#', ':'), tokenizer.files
   )
   assert again.fingerprint == tokenizer.fingerprint
-  for wrong, said in (
+  for wrong, problem in (
     (data[:-5], 'base64'),
     (b'junk', 'base64'),
     (data + b'\nYWE= 9999', 'ranks'),
     (b'YQ== 0', 'a byte has no token'),
   ):
     (tmp_path / 'tokenizer.model').write_bytes(wrong)
-    with pytest.raises(fields.ConfigError, match=said):
+    with pytest.raises(fields.ConfigError, match=problem):
       tokenizers.get(f'tiktoken:{tmp_path}/tokenizer.model')

@@ -1,4 +1,4 @@
-"""What can stand beside each other in a match, against the library's own."""
+"""Pairs of adjacent characters in a match, compared with the tokenizers library."""
 
 import itertools
 import random
@@ -23,7 +23,7 @@ REGEXES = {
 
 
 def _holds(regex: str) -> set[tuple[str, str]]:
-  """Pairs that were beside each other in a match, or decided about one."""
+  """Returns the pairs that were adjacent in a match of the library."""
   rng, found = random.Random(0), set()
   split = hf.pre_tokenizers.Split(hf.Regex(regex), 'isolated')
   for _ in range(4000):
@@ -35,7 +35,7 @@ def _holds(regex: str) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize('name', sorted(set(REGEXES) - {'possessive'}))
-def test_a_pair_that_a_match_holds_is_known(name):
+def test_may_hold_covers_pairs_inside_matches(name):
   parsed = regexes.parse(REGEXES[name])
   held = _holds(REGEXES[name])
   safe = {
@@ -75,20 +75,20 @@ def test_a_pair_that_a_match_holds_is_known(name):
     REGEXES['possessive'],
   ],
 )
-def test_what_is_not_read_is_refused(regex):
+def test_unsupported_regexes_raise(regex):
   with pytest.raises(regexes.Unsupported):
     regexes.parse(regex)
 
 
-def test_what_is_always_taken():
+def test_always_takes_by_first_character():
   parsed = regexes.parse(r'\d{2}|ab?|[^c]?+c|(?!x)d|ee+|f(?:g|h)*')
   taken = {x for x in 'abcdefg1' if regexes.always_takes(parsed, x)}
   assert taken == {'a', 'c', 'f'}
 
 
 @pytest.mark.parametrize('name', ['w', 's', 'd', 'p{L}', 'p{N}', 'p{P}', 'p{Lu}'])
-def test_a_class_is_the_librarys(name):
-  """Of every character that all versions of Unicode agree about."""
+def test_character_classes_match_the_library(name):
+  """For every character that all versions of Unicode agree about."""
   plain = [x for x in map(chr, range(0x110000)) if splitting._is_plain(x)]
   split = hf.pre_tokenizers.Split(hf.Regex(rf'\{name}'), 'removed')
   parsed = regexes.parse(rf'\{name}')

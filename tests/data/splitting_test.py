@@ -1,4 +1,4 @@
-"""TODO of tests.data.splitting_test."""
+"""Safe places to split a text, compared with encoding the whole text."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def _byte_level(regex=None, normalizer=None, added=(), prefix=False):
 
 
 def _spaced(split=None, added=()):
-  """As the Llama 2 of Hugging Face: spaces are marks, bytes what is unknown."""
+  """Like Hugging Face's Llama 2: space markers, byte fallback."""
   fast = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
   fast.normalizer = hf.normalizers.Sequence(
     [hf.normalizers.Prepend('\u2581'), hf.normalizers.Replace(' ', '\u2581')]
@@ -114,7 +114,7 @@ KNOWN = {
 
 
 def _words(model, step, normalizer=None, **options):
-  """Words of any model."""
+  """A tokenizer with a pre-tokenizer and any model."""
   fast = hf.Tokenizer(model(**options))
   fast.normalizer, fast.pre_tokenizer = normalizer, step
   kind = type(fast.model).__name__
@@ -132,7 +132,7 @@ def _words(model, step, normalizer=None, **options):
 
 
 def _charsmap():
-  """That of a SentencePiece model with nmt_nfkc, as T5's."""
+  """Returns the charsmap of a SentencePiece model with nmt_nfkc, as in T5."""
   from sentencepiece import sentencepiece_model_pb2
 
   proto = sentencepiece_model_pb2.ModelProto()
@@ -203,13 +203,13 @@ UNKNOWN = {
 
 
 def _tokens(tokenizer, document):
-  """What a store would have of it, with its cuts."""
+  """Returns the encoded batches of a document, and its tokens."""
   batches = list(encoding.run([document], tokenizer, workers=1))
   return batches, np.concatenate([batch.tokens_P for batch in batches])
 
 
 @pytest.mark.parametrize('kind', KNOWN)
-def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch, tmp_path):
+def test_parts_have_the_tokens_of_the_whole_text(kind, monkeypatch, tmp_path):
   tokenizer = KNOWN[kind]()
   is_safe = splitting.rule(tokenizer)
   texts = [_text(seed, 120) for seed in range(100, 130)]
@@ -243,13 +243,13 @@ def test_parts_have_the_tokens_of_the_whole(kind, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('kind', UNKNOWN)
-def test_what_is_not_known_has_no_rule(kind):
+def test_unsupported_tokenizers_have_no_split_rule(kind):
   assert splitting.rule(UNKNOWN[kind]()) is None
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'llama-2', 'qwen-2'])
-def test_a_spool_of_parts_is_that_of_documents(kind, monkeypatch, tmp_path):
-  """Cuts, files that are read in blocks, small and large ones in turn."""
+def test_spool_does_not_depend_on_splitting(kind, monkeypatch, tmp_path):
+  """With loss spans, files read in blocks, small and large documents."""
   tokenizer = KNOWN[kind]()
   (tmp_path / 'a.txt').write_text(CORPUS[0], newline='')
   more = [
@@ -265,13 +265,13 @@ def test_a_spool_of_parts_is_that_of_documents(kind, monkeypatch, tmp_path):
     found = spool.fill(tmp_path / name, [*read, *more], tokenizer)
     return (tmp_path / name).read_bytes(), found
 
-  wanted, first = fill('1', True)
+  expected, first = fill('1', True)
   monkeypatch.setattr(encoding, 'PART', 50)
   monkeypatch.setattr(documents, 'HELD', 10)
   monkeypatch.setattr(documents, 'BLOCK', 33)
   found, second = fill('2', False)
-  assert found == wanted
-  assert second.cuts == first.cuts and second.empty == 1
+  assert found == expected
+  assert second.loss_spans == first.loss_spans and second.empty == 1
   for a, b in zip(first[2:5], second[2:5], strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -283,8 +283,8 @@ def test_pieces_of_a_text_without_a_safe_place():
   assert list(splitting.pieces([], spaces, 3)) == ['']
 
 
-def test_memory_does_not_follow_the_document(tmp_path):
-  """40 MB of text: some MB are held, not a multiple of it."""
+def test_memory_does_not_grow_with_document_size(tmp_path):
+  """For 40 MB of text a few MB are held, not a multiple of the text."""
   import tracemalloc
 
   path = tmp_path / 'a.txt'

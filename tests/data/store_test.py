@@ -31,7 +31,7 @@ def _write(path, texts=TEXTS, tokenizer=BYTES, *, valid_fraction=0.2, **kwargs):
 
 
 def _texts(opened: store.Store, name: str) -> list[str]:
-  """Documents of a split, framing checked, in the order of the store."""
+  """Returns the texts of a split in store order, after checking BOS and EOS."""
   made, found, split = opened.manifest['tokenizer'], [], opened.split(name)
   for tokens_P, offset_M in zip(split.tokens, split.offsets, strict=True):
     for ids_T in np.split(tokens_P[:], offset_M[1:].astype(np.int64)):
@@ -64,7 +64,7 @@ def _wide(vocab_size: int) -> tokenizers.Tokenizer:
   )
 
 
-def test_round_trip(tmp_path):
+def test_store_round_trip(tmp_path):
   manifest = _write(tmp_path / 's', sources='here')
   opened = store.open_store(tmp_path / 's')
   assert opened.manifest == manifest and manifest['sources'] == 'here'
@@ -81,7 +81,7 @@ def test_round_trip(tmp_path):
   assert os.listdir(tmp_path) == ['s']  # no spool, no temporary directory
 
 
-def test_manifest_lists_every_file_truly(tmp_path):
+def test_manifest_matches_every_file(tmp_path):
   manifest = _write(tmp_path / 's', shard_tokens=300)
   files = _files(tmp_path / 's')
   del files['manifest.json']
@@ -108,7 +108,7 @@ def test_order_is_by_hash_and_independent_of_reading(tmp_path):
     assert hashes == sorted(hashes)
 
 
-def test_split_of_a_document_is_its_own(tmp_path):
+def test_split_of_a_document_does_not_depend_on_others(tmp_path):
   _write(tmp_path / 'a')
   _write(tmp_path / 'b', [*TEXTS[50:], *(f'more {i}' for i in range(300))])
   _write(tmp_path / 'c', valid_fraction=0.5)
@@ -118,7 +118,7 @@ def test_split_of_a_document_is_its_own(tmp_path):
     assert kept == set(_texts(b, name)) & set(TEXTS)
   # A larger fraction holds out more, and never trains on what was held out.
   assert set(_texts(a, 'valid')) < set(_texts(c, 'valid'))
-  # The order of the store says nothing about the split.
+  # The order of the store is independent of the split.
   first = [hashlib.sha256(t.encode()).digest()[0] for t in _texts(c, 'valid')]
   assert np.mean(first) == pytest.approx(127.5, abs=25)
 
@@ -131,7 +131,7 @@ def test_duplicates_and_empty_documents(tmp_path):
 
 
 @pytest.mark.parametrize('vocab_size, dtype', [(258, 'u2'), (65536, 'u2'), (65537, 'u4')])
-def test_dtype(tmp_path, vocab_size, dtype):
+def test_store_dtype_follows_vocab_size(tmp_path, vocab_size, dtype):
   tokenizer = _wide(vocab_size)
   manifest = _write(tmp_path / 's', tokenizer=tokenizer)
   assert manifest['dtype'] == f'<{dtype}'
@@ -142,7 +142,7 @@ def test_dtype(tmp_path, vocab_size, dtype):
   assert sorted(both) == sorted(TEXTS)
 
 
-def test_ids_outside_the_vocabulary_are_an_error(tmp_path):
+def test_ids_outside_the_vocabulary_raise(tmp_path):
   for bad in ([70000], [-1]):
     broken = BYTES._replace(encode=lambda text, bad=bad: np.array(bad))
     with pytest.raises(ValueError, match='its vocab_size is 258'):
@@ -185,7 +185,7 @@ def test_progress_rises_to_the_totals(tmp_path, monkeypatch):
   )
 
 
-def test_fractions(tmp_path):
+def test_valid_fraction_limits(tmp_path):
   manifest = _write(tmp_path / 's', valid_fraction=0)
   assert list(manifest['splits']) == ['train']
   line = _refused(store.open_store(tmp_path / 's').split, 'valid')
@@ -195,24 +195,24 @@ def test_fractions(tmp_path):
     assert line == f'--data.valid_fraction={fraction}: from 0 to below 1'
   for fraction, name in ((1e-9, 'valid'), (1 - 1e-9, 'train')):
     line = _refused(_write, tmp_path / 't', TEXTS[:3], valid_fraction=fraction)
-    problem = f'it leaves the {name} split of 3 documents empty'
+    problem = f'leaves the {name} split of 3 documents empty'
     assert line == f'--data.valid_fraction={fraction}: {problem}'
   line = _refused(_write, tmp_path / 't', ['', ''], sources='dir:x')
   assert line == ('--data.documents=dir:x: there is no document with text in it')
   assert os.listdir(tmp_path) == ['s']
 
 
-def test_targets_that_are_not_overwritten(tmp_path):
+def test_existing_targets_are_not_overwritten(tmp_path):
   _write(tmp_path / 's')
   before = _files(tmp_path / 's')
   line = _refused(_write, tmp_path / 's', TEXTS[:50])
-  assert line.endswith('s: exists; give another directory, or --data.overwrite')
+  assert line.endswith('s: exists; choose another directory, or set --data.overwrite')
   home = tmp_path / 'home'
   (home / 'thesis').mkdir(parents=True)
   (tmp_path / 'file').write_text('x')
   for name in ('home', 'file'):
     line = _refused(_write, tmp_path / name, overwrite=True)
-    assert line.endswith('is not a token store, so it is not overwritten')
+    assert line.endswith('is not a token store, and is not overwritten')
   assert (home / 'thesis').is_dir() and _files(tmp_path / 's') == before
   assert _refused(_write, '') == '--data.store=: must be a directory'
   line = _refused(_write, tmp_path / 'file' / 'below')
@@ -220,7 +220,7 @@ def test_targets_that_are_not_overwritten(tmp_path):
 
 
 def test_overwrite(tmp_path, monkeypatch):
-  (tmp_path / 's').mkdir()  # an empty directory may be taken
+  (tmp_path / 's').mkdir()  # an empty directory may be replaced
   _write(tmp_path / 's', overwrite=True)
   monkeypatch.setenv('HOME', str(tmp_path))
   manifest = _write('~/s', TEXTS[:50], overwrite=True)
@@ -229,7 +229,7 @@ def test_overwrite(tmp_path, monkeypatch):
 
 
 class Killed(BaseException):
-  """What no `except Exception` catches, as KeyboardInterrupt."""
+  """Not caught by `except Exception`, like KeyboardInterrupt."""
 
 
 def _killed_after(n: int):
@@ -237,7 +237,7 @@ def _killed_after(n: int):
   raise Killed
 
 
-def test_killed_write_leaves_nothing(tmp_path):
+def test_killed_write_leaves_no_files(tmp_path):
   with pytest.raises(Killed):
     store.write(tmp_path / 's', _killed_after(50), BYTES, valid_fraction=0.2)
   assert not os.listdir(tmp_path)
@@ -276,7 +276,7 @@ def _record(path: pathlib.Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize('kind', ['tokens_file', 'offsets_file'])
-def test_damaged_files_are_refused_by_name(tmp_path, kind):
+def test_corrupt_files_raise_with_their_name(tmp_path, kind):
   path = tmp_path / 's'
   _write(path)
   name = _record(path, kind)
@@ -286,29 +286,29 @@ def test_damaged_files_are_refused_by_name(tmp_path, kind):
   (path / name).write_bytes(flipped)
   line = _refused(store.open_store, path)
   start = f'--data.store={path}: {name}: '
-  assert line == start + 'it is damaged, its checksum is wrong'
+  assert line == start + 'is corrupt: checksum mismatch'
   store.open_store(path, verify=False)
   n = len(data)
   for bad in (data[:-1], data + b'\0'):
     (path / name).write_bytes(bad)
     line = _refused(store.open_store, path, verify=False)
-    assert line == start + f'it has {len(bad)} bytes instead of {n}'
+    assert line == start + f'has {len(bad)} bytes instead of {n}'
   (path / name).unlink()
   assert _refused(store.open_store, path) == start + 'No such file or directory'
 
 
-def test_damaged_manifests_are_refused(tmp_path):
+def test_corrupt_manifests_raise(tmp_path):
   path = tmp_path / 's'
   _write(path)
   manifest = path / 'manifest.json'
   good = manifest.read_text()
   for bad, problem in (
-    (good[:-10], 'manifest.json is damaged: '),
-    ('\xff', 'manifest.json is damaged: '),
+    (good[:-10], 'manifest.json is corrupt: '),
+    ('\xff', 'manifest.json is corrupt: '),
     ('[1]', 'manifest.json is not the manifest of a token store'),
     ('{"a": 1}', 'manifest.json is not the manifest of a token store'),
-    (good.replace('"format": 2', '"format": 9'), 'has format 9, this program'),
-    (good.replace('"bos": 256', '"bos": 0'), 'its checksum is wrong'),
+    (good.replace('"format": 2', '"format": 9'), 'has format 9, this version'),
+    (good.replace('"bos": 256', '"bos": 0'), 'checksum mismatch'),
   ):
     assert bad != good
     manifest.write_bytes(bad.encode('latin-1'))
@@ -316,13 +316,13 @@ def test_damaged_manifests_are_refused(tmp_path):
     assert line.startswith(f'--data.store={path}: ') and problem in line
   manifest.unlink()
   line = _refused(store.open_store, path)
-  assert line == f'--data.store={path}: is no token store: no manifest.json'
+  assert line == f'--data.store={path}: is not a token store: no manifest.json'
   manifest.mkdir()
   assert 'manifest.json: Is a directory' in _refused(store.open_store, path)
 
 
 @pytest.mark.parametrize(
-  'place, value, said',
+  'place, value, problem',
   [
     (('splits',), [], 'splits=[]: must be an object'),
     (('splits', 'train', 'shards'), None, 'splits.train.shards=null: must be a list'),
@@ -338,17 +338,17 @@ def test_damaged_manifests_are_refused(tmp_path):
     (
       ('splits', 'valid', 'shards', 0, 'tokens_file', 'file'),
       '../../x',
-      '../../x: it lies elsewhere',
+      '../../x: is outside of the store',
     ),
     (
       ('splits', 'valid', 'shards', 0, 'tokens_file', 'file'),
       '/dev/zero',
-      '/dev/zero: it lies elsewhere',
+      '/dev/zero: is outside of the store',
     ),
   ],
 )
-def test_a_manifest_of_a_wrong_type_names_the_field(tmp_path, place, value, said):
-  """Though its checksum is right."""
+def test_manifest_type_errors_name_the_field(tmp_path, place, value, problem):
+  """Even if its checksum is correct."""
   path = tmp_path / 's'
   _write(path)
   manifest = json.loads((path / 'manifest.json').read_bytes())
@@ -359,26 +359,26 @@ def test_a_manifest_of_a_wrong_type_names_the_field(tmp_path, place, value, said
   manifest['sha256'] = store._manifest_sha256(manifest)
   (path / 'manifest.json').write_text(json.dumps(manifest))
   line = _refused(store.open_store, path)
-  assert line.startswith(f'--data.store={path}: ') and said in line
+  assert line.startswith(f'--data.store={path}: ') and problem in line
 
 
-def test_missing_stores(tmp_path):
+def test_missing_stores_raise(tmp_path):
   for path in ('', tmp_path / 'none', __file__):
     line = _refused(store.open_store, path)
-    assert line == (f'--data.store={path}: no such directory; mtp prepare makes a store')
-  (tmp_path / 'none.old-x1').mkdir()  # power lost between two renames
+    assert line == (f'--data.store={path}: no such directory; mtp prepare writes a store')
+  (tmp_path / 'none.old-x1').mkdir()  # power loss between two renames
   line = _refused(store.open_store, tmp_path / 'none')
-  assert line.endswith(f'; the one before it is {tmp_path}/none.old-x1')
+  assert line.endswith(f'; the previous one is {tmp_path}/none.old-x1')
 
 
-def test_summary(tmp_path):
+def test_store_summary(tmp_path):
   manifest = _write(tmp_path / 's', [*TEXTS, ''], sources='dir:x')
   n = {name: entry['documents'] for name, entry in manifest['splits'].items()}
   lines = store.summary(manifest)
   assert lines[:2] == ['sources    dir:x', 'tokenizer  bytes, 258 tokens as uint16']
   assert lines[2].startswith(f'train      {n["train"]} documents, ')
   assert lines[3].startswith(f'valid      {n["valid"]} documents, ')
-  assert lines[4] == 'left out   0 duplicates, 1 empty documents'
+  assert lines[4] == 'skipped    0 duplicates, 1 empty documents'
 
 
 # Files that change, and many of them.
@@ -399,19 +399,19 @@ CHANGES = {
 
 @pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.parametrize('kind', ['tokens', 'offsets'])
-def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change, kind):
+def test_shard_changed_while_open_raises(tmp_path, change, kind):
   _write(tmp_path / 's', valid_fraction=0)
   split = store.open_store(tmp_path / 's').split('train')
-  if change != 'removed':  # an open file stays when its name goes
+  if change != 'removed':  # an open file survives its removal
     split.window(0, 8, 1)
-  os.utime(tmp_path / 's')  # of the folder: no matter
+  os.utime(tmp_path / 's')  # the time of the folder does not matter
   CHANGES[change](tmp_path / f's/train/{kind}-00000.bin')
   line = _refused(split.window, 1, 8, 1)
   assert line.startswith(f'--data.store={tmp_path}/s: train/{kind}-00000.bin ')
   assert 'changed' in line or 'No such file' in line
 
 
-def test_many_shards_take_few_descriptors(tmp_path):
+def test_many_shards_use_few_descriptors(tmp_path):
   _write(tmp_path / 's', valid_fraction=0, shard_tokens=1)
   opened = store.open_store(tmp_path / 's')
   split, before = opened.split('train'), len(os.listdir('/proc/self/fd'))
@@ -441,7 +441,7 @@ print(len(split.tokens), n)
 
 
 @pytest.mark.slow
-def test_a_store_of_20_000_shards_opens_under_256_descriptors(tmp_path):
+def test_store_of_20_000_shards_opens_under_256_descriptors(tmp_path):
   store.write(
     tmp_path / 's',
     (documents.Document(str(i), f'{i:06d}') for i in range(20_000)),
@@ -455,8 +455,8 @@ def test_a_store_of_20_000_shards_opens_under_256_descriptors(tmp_path):
   assert done.stdout.split()[:1] == ['20000'], done.stderr
 
 
-def test_shards_grow_with_the_store(tmp_path, monkeypatch):
-  """No more files than MAX_SHARDS of each kind and split ask for."""
+def test_shard_size_grows_with_the_store(tmp_path, monkeypatch):
+  """There are at most MAX_SHARDS shards per split."""
   monkeypatch.setattr(store, 'MAX_SHARDS', 3)
   monkeypatch.setattr(store, 'MIN_SHARD_TOKENS', 16)
   manifest = _write(tmp_path / 's')
@@ -464,8 +464,8 @@ def test_shards_grow_with_the_store(tmp_path, monkeypatch):
   assert 4 <= n <= 6
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path):
-  """By name and lock: not of living processes, other hosts, other folders."""
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path):
+  """By name and lock; not those of live processes, other hosts, other folders."""
   done = subprocess.run(
     [sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, check=True
   )

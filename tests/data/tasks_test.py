@@ -1,4 +1,4 @@
-"""TODO of tests.data.tasks_test."""
+"""Synthetic tasks: items, disjoint training and test sets, loss masks."""
 
 import collections
 import itertools
@@ -24,11 +24,11 @@ POLYNOMIAL = tasks.named('polynomial')
     str(STAR),
   ],
 )
-def test_a_star_graph_has_one_path(name):
-  of = tasks.named(name)
-  d, length = of.params['d'], of.params['length']
+def test_star_graph_has_one_path(name):
+  task = tasks.named(name)
+  d, length = task.params['d'], task.params['length']
   for part, i in itertools.product(('train', 'test'), range(100)):
-    item = tasks.item(of, part, i)
+    item = tasks.item(task, part, i)
     assert solvers.all_paths(item.prompt) == [item.answer]
     assert len(item.answer) == length
     edges = item.prompt.split('/')[0].split('|')
@@ -37,9 +37,9 @@ def test_a_star_graph_has_one_path(name):
     assert degrees.pop(item.answer[0]) == d and set(degrees.values()) <= {1}
 
 
-def test_the_arm_and_the_order_of_edges_are_random():
+def test_star_graph_arm_and_edge_order_are_random():
   items = [tasks.item(STAR, 'train', i) for i in range(600)]
-  # Where the answer's first edge stands among the nine says nothing.
+  # The place of the answer's first edge among the nine is uniform.
   places = collections.Counter(
     item.prompt.split('/')[0].split('|').index(item.answer[:2]) for item in items
   )
@@ -47,17 +47,17 @@ def test_the_arm_and_the_order_of_edges_are_random():
 
 
 @pytest.mark.parametrize('name', ['polynomial', 'polynomial/n=3', 'polynomial/p=5/n=1/test=4'])
-def test_polynomials_are_evaluated_anew(name):
-  of = tasks.named(name)
-  p, n = of.params['p'], of.params['n']
-  for item in tasks.tests(of, 30):
+def test_polynomial_answers_match_an_independent_solver(name):
+  task = tasks.named(name)
+  p, n = task.params['p'], task.params['n']
+  for item in tasks.tests(task, 30):
     expression = item.prompt.removesuffix('=')
     assert solvers.polynomial_value(expression, p, n) == [int(c) for c in item.answer]
     assert sum(map(expression.count, '-+*o')) == item.level
     assert expression.count('(') == sum(map(expression.count, '+*o'))
 
 
-def test_operations_by_hand():
+def test_polynomial_operations_on_known_values():
   assert tasks.evaluate('(12000+60000)', 7, 5) == '02000'
   assert tasks.evaluate('(110*110)', 7, 3) == '121'
   assert tasks.evaluate('(001*010)', 7, 3) == '000'  # X^3 = 0
@@ -81,44 +81,44 @@ def test_levels_and_operations_are_uniform():
   assert {item.level for item in tasks.tests(POLYNOMIAL, 1)} == {*range(1, 11)}
 
 
-def test_an_item_is_known_by_its_index():
-  """Also in years, on other machines: these are part of what results mean."""
+def test_task_items_are_reproducible_by_index():
+  """Across versions and machines: recorded results depend on these items."""
   assert tasks.item(STAR, 'test', 7) == tasks.item(STAR, 'test', 7)
   assert tasks.item(STAR, 'test', 7) != tasks.item(STAR, 'train', 7)
-  of = tasks.named('star_graph/d=2/length=5')
-  assert tasks.item(of, 'train', 3) == tasks.Item('Wa|aQ|ol|RW|ld|Rn|no|Qr/Rr=', 'RWaQr', 0)
-  of = tasks.named('polynomial/n=3')
-  assert tasks.item(of, 'test', 1, 2) == tasks.Item('(201o(661o423))=', '404', 2)
-  # What is trained on does not change what is asked.
+  task = tasks.named('star_graph/d=2/length=5')
+  assert tasks.item(task, 'train', 3) == tasks.Item('Wa|aQ|ol|RW|ld|Rn|no|Qr/Rr=', 'RWaQr', 0)
+  task = tasks.named('polynomial/n=3')
+  assert tasks.item(task, 'test', 1, 2) == tasks.Item('(201o(661o423))=', '404', 2)
+  # The training level does not change the test items.
   assert tasks.item(tasks.named('polynomial/n=3/train=2'), 'test', 1, 2) == (
-    tasks.item(of, 'test', 1, 2)
+    tasks.item(task, 'test', 1, 2)
   )
 
 
-def test_no_test_item_is_trained_on(monkeypatch):
-  of = tasks.named('polynomial/n=1/p=2/train=1/test=1')  # 14 expressions
-  asked = {item.prompt for item in tasks.tests(of, 3)}
+def test_training_items_exclude_test_items(monkeypatch):
+  task = tasks.named('polynomial/n=1/p=2/train=1/test=1')  # 14 expressions
+  tested = {item.prompt for item in tasks.tests(task, 3)}
   monkeypatch.setattr(tasks, 'N_TESTS', 3)
-  trained = {item.prompt for _, item in tasks.train(of, 500)}
-  assert trained and not trained & asked
-  assert len(trained | asked) == 14
-  # Nor one of a level that another test than this task's own has.
-  of = tasks.named('polynomial/n=1/p=2/train=2/test=1')
-  asked = {tasks.item(of, 'test', i, m).prompt for m in (1, 2) for i in range(3)}
-  trained = {item.prompt for _, item in tasks.train(of, 500)}
-  assert trained and not trained & asked
+  trained = {item.prompt for _, item in tasks.train(task, 500)}
+  assert trained and not trained & tested
+  assert len(trained | tested) == 14
+  # Items of levels that only the test of another task has are excluded as well.
+  task = tasks.named('polynomial/n=1/p=2/train=2/test=1')
+  tested = {tasks.item(task, 'test', i, m).prompt for m in (1, 2) for i in range(3)}
+  trained = {item.prompt for _, item in tasks.train(task, 500)}
+  assert trained and not trained & tested
 
 
-def test_no_graph_of_the_test_is_trained_on_in_another_order(monkeypatch):
-  of = tasks.named('star_graph/d=2/length=2/nodes=4')  # 24 questions
+def test_training_graphs_exclude_reordered_test_graphs(monkeypatch):
+  task = tasks.named('star_graph/d=2/length=2/nodes=4')  # 24 questions
   monkeypatch.setattr(tasks, 'N_TESTS', 12)
 
-  def asked(item):
+  def question(item):
     edges, ends = item.prompt.split('/')
     return frozenset(edges.split('|')), ends
 
-  held_out = {asked(item) for item in tasks.tests(of, 12)}
-  trained = {asked(item) for _, item in tasks.train(of, 900)}
+  held_out = {question(item) for item in tasks.tests(task, 12)}
+  trained = {question(item) for _, item in tasks.train(task, 900)}
   assert 6 < len(held_out) and not trained & held_out
   assert len(trained | held_out) == 4 * 3 * 2  # a centre, two of the rest, goal
 
@@ -126,25 +126,25 @@ def test_no_graph_of_the_test_is_trained_on_in_another_order(monkeypatch):
 @pytest.mark.parametrize(
   'text, problem',
   [
-    ('sudoku', 'a task is one of: star_graph, polynomial'),
+    ('sudoku', 'the task must be one of: star_graph, polynomial'),
     ('star_graph/n=3', "'n=3' is none of: d=2, length=5, nodes=50"),
-    ('star_graph/d', 'whole numbers'),
-    ('star_graph/d=2/d=3', 'd is there twice'),
-    ('star_graph/d=-1', 'whole numbers'),
-    ('star_graph/length=1', 'length >= 2'),
-    ('star_graph/d=20/length=9', 'nodes from 161, which the graph has, to 87'),
-    ('polynomial/p=8', 'p a prime of one digit'),
-    ('polynomial/train=0', 'from 1'),
+    ('star_graph/d', 'must be integers'),
+    ('star_graph/d=2/d=3', 'duplicate key d'),
+    ('star_graph/d=-1', 'must be integers'),
+    ('star_graph/length=1', 'length at least 2'),
+    ('star_graph/d=20/length=9', 'nodes from 161, the size of the graph, to 87'),
+    ('polynomial/p=8', 'p must be a prime of one digit'),
+    ('polynomial/train=0', 'must be at least 1'),
   ],
 )
-def test_what_is_wrong_is_said(text, problem):
+def test_bad_task_names_raise(text, problem):
   with pytest.raises(ValueError, match=problem):
     tasks.named(text)
   with pytest.raises(fields.ConfigError, match='--data.documents=task:'):
     documents.read(f'task:{text}')
 
 
-def test_documents_score_the_answer_alone(tmp_path):
+def test_task_documents_mask_out_the_prompt(tmp_path):
   source = 'task:star_graph/d=2/length=3/items=40'
   found = list(documents.read(source))
   assert len(found) == 40
@@ -152,16 +152,16 @@ def test_documents_score_the_answer_alone(tmp_path):
     str(tmp_path / 's'), iter(found), tokenizers.get('bytes'), valid_fraction=0.0, sources=source
   )
   split = store.open_store(str(tmp_path / 's')).split('train')
-  tokens, scored = split.tokens[0][:], split.scored[0][:]
+  tokens, loss_mask = split.tokens[0][:], split.loss_mask[0][:]
   assert len(tokens) == 40 * 20  # begin, 15 of the prompt, 3 + end
-  assert scored.reshape(40, 20).astype(int).tolist() == [[0] * 16 + [1] * 4] * 40
-  answers = tokens[scored.astype(bool)].reshape(40, 4)[:, :3]
+  assert loss_mask.reshape(40, 20).astype(int).tolist() == [[0] * 16 + [1] * 4] * 40
+  answers = tokens[loss_mask.astype(bool)].reshape(40, 4)[:, :3]
   assert {bytes(a.astype('uint8')).decode() for a in answers} == {
     d.text.split('=')[1] for d in found
   }
 
 
-def test_what_a_test_asks_is_counted(capsys, tmp_path):
+def test_excluded_test_items_are_counted(capsys, tmp_path):
   source = 'task:polynomial/p=3/n=2/train=2/test=1'
   skipped = collections.Counter()
   found = list(documents.read(f'{source}/items=500', skipped))
@@ -179,15 +179,15 @@ def test_what_a_test_asks_is_counted(capsys, tmp_path):
     == 0
   )
   out = capsys.readouterr().out
-  assert f'left out   {n} items that a test asks' in out
+  assert f'left out   {n} items in the test set' in out
   one = 'task:polynomial/p=2/n=1/train=1/test=1/items=50'
-  with pytest.raises(fields.ConfigError, match='asks all of its items'):
+  with pytest.raises(fields.ConfigError, match='all of its items are in the test set'):
     list(documents.read(one))
 
 
-def test_an_item_that_is_drawn_again_is_no_duplicate(tmp_path, monkeypatch):
-  """Or the few short expressions would hardly be trained on; equal ones are of
-  the same split."""
+def test_repeated_task_items_are_kept(tmp_path, monkeypatch):
+  """Otherwise the few short expressions would hardly be trained on; equal items
+  belong to the same split."""
   monkeypatch.setattr(tasks, 'N_TESTS', 5)
   source = 'task:polynomial/p=3/n=1/train=3/test=1/items=3000'
   found = list(documents.read(source))

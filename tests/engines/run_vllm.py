@@ -1,4 +1,4 @@
-"""Driver: vLLM runs a folder on the CPU."""
+"""Driver for vLLM on the CPU."""
 
 import json
 import os
@@ -16,41 +16,41 @@ import vllm  # noqa: E402
 
 def main(request, result):
   with open(request) as file:
-    asked = json.load(file)
+    options = json.load(file)
   drafts = {}
-  if asked['steps']:
+  if options['steps']:
     about = {'method': 'mtp'}
-    if asked['form'] == 'medusa':
-      about = {'method': 'medusa', 'model': asked['folder'] + '/medusa'}
-    drafts['speculative_config'] = about | {'num_speculative_tokens': asked['steps']}
+    if options['form'] == 'medusa':
+      about = {'method': 'medusa', 'model': options['folder'] + '/medusa'}
+    drafts['speculative_config'] = about | {'num_speculative_tokens': options['steps']}
   model = vllm.LLM(
-    asked['folder'],
+    options['folder'],
     dtype='float32',
     enforce_eager=True,
-    trust_remote_code=asked['form'] == 'mimo',
-    max_model_len=asked['context'],
+    trust_remote_code=options['form'] == 'mimo',
+    max_model_len=options['context'],
     max_num_seqs=1,
     enable_prefix_caching=False,
     disable_log_stats=False,
     **drafts,
   )
-  sampling = vllm.SamplingParams(temperature=0, max_tokens=asked['new'], ignore_eos=True)
+  sampling = vllm.SamplingParams(temperature=0, max_tokens=options['new'], ignore_eos=True)
   out = [
     model.generate({'prompt_token_ids': prompt}, sampling, use_tqdm=False)[0]
-    for prompt in asked['prompts']
+    for prompt in options['prompts']
   ]
   ids = [list(x.outputs[0].token_ids) for x in out]
   counts = {x.name: getattr(x, 'value', 0) for x in model.get_metrics()}
   drafted = counts.get('vllm:spec_decode_num_drafts', 0)
   tokenizer = model.get_tokenizer()
-  told = dict(
+  output = dict(
     version=f'vLLM {vllm.__version__}',
     ids=ids,
-    passes=[len(ids) + drafted] if asked['steps'] else None,
-    cut=[tokenizer(text).input_ids for text in asked['texts']],
+    passes=[len(ids) + drafted] if options['steps'] else None,
+    cut=[tokenizer(text).input_ids for text in options['texts']],
   )
   with open(result, 'w') as file:
-    json.dump(told, file)
+    json.dump(output, file)
 
 
 main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Drafts that stand, counted while decoding."""
+"""The acceptance suite: prompts, and acceptance rates while decoding."""
 
 import json
 
@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from mtp_jax.cli import main
-from mtp_jax.config import fields, schema
+from mtp_jax.config import schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.decode import decoder
 from mtp_jax.evals import acceptance
+from mtp_jax.io import paths
 from tests.support import runs
 
 
-def test_it_is_what_decoding_the_same_pieces_says(undisturbed, tmp_path, monkeypatch):
+def test_acceptance_matches_decoding_of_the_same_prompts(undisturbed, tmp_path, monkeypatch):
   counted, given, out = [], [], tmp_path / 'out.json'
   decode = decoder.Decoder.__call__
 
@@ -43,7 +44,7 @@ def test_it_is_what_decoding_the_same_pieces_says(undisturbed, tmp_path, monkeyp
   assert found['accepted_2_low'] <= rate <= found['accepted_2_high']
 
 
-def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
+def test_acceptance_prompts_are_first_pieces_then_later_ones(tmp_path):
   path = runs.make_store(str(tmp_path / 'store'))
   cfg = schema.replace(schema.Config(), **{'data.store': path, 'bench.prompt_len': 10})
   split = store_lib.open_store(path).split('valid')
@@ -57,11 +58,11 @@ def test_pieces_are_held_out_beginnings_then_what_follows(tmp_path):
   cfg = schema.replace(cfg, **{'bench.prompt_len': longest - 1})
   assert acceptance.pieces(cfg, 1)
   cfg = schema.replace(cfg, **{'bench.prompt_len': longest})
-  with pytest.raises(fields.ConfigError, match='--bench.prompt_len'):
+  with pytest.raises(paths.InputError, match='--bench.prompt_len'):
     acceptance.pieces(cfg, 1)
 
 
-def test_too_few_pieces_are_said(undisturbed, capsys):
+def test_acceptance_with_too_few_prompts_raises(undisturbed, capsys):
   capsys.readouterr()
   assert (
     main.main(
@@ -78,5 +79,5 @@ def test_too_few_pieces_are_said(undisturbed, capsys):
     == 2
   )
   line = capsys.readouterr().err
-  assert line.startswith('mtp: --eval.limit=4000: ')
-  assert 'held-out pieces of so many tokens (--bench.prompt_len=150)' in line
+  assert line.startswith('mtp: ')
+  assert 'held-out pieces of --bench.prompt_len=150 tokens; 4000 are needed' in line

@@ -1,4 +1,4 @@
-"""Sureness by bins, by hand and against scores one by one."""
+"""Calibration bins, on known values and compared with single scores."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tests.support import tiny
 
 
 @pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
-def test_sums_are_those_of_single_scores(mesh):
+def test_calibration_sums_match_single_scores(mesh):
   c = tiny.cfg(
     heads__n=2, mesh__data=mesh[0], mesh__fsdp=mesh[1], mesh__tensor=mesh[2], data__batch_size=16
   )
@@ -29,7 +29,7 @@ def test_sums_are_those_of_single_scores(mesh):
     np.testing.assert_allclose(got['sure_KX'][k].sum(), s.top[k][valid].sum(), rtol=1e-5)
 
 
-def test_heads_that_trained_are_asked():
+def test_calibration_covers_trained_heads():
   c = tiny.cfg(heads__n=2, loss__curriculum='0:1;20:2')
   m = tiny.mesh(c)
   run, rows = calibration.evaluator(c, m), [tiny.batch(c)]
@@ -37,8 +37,8 @@ def test_heads_that_trained_are_asked():
     assert run(tiny.model(c, m), rows, step)['count_K'].shape == (n,)
 
 
-def test_the_error_by_hand():
-  """Ten sure of .9 of which 7 are right, ten of .3 of which 5 are."""
+def test_calibration_error_on_known_values():
+  """Ten with probability .9, of which 7 are right, ten with .3, of which 5 are."""
   total = dict(
     count_K=np.array([20.0]),
     top_K=np.array([15.0]),
@@ -51,7 +51,7 @@ def test_the_error_by_hand():
   assert calibration.table(found)[1].split() == ['1', '75.00%', '20.00%']
 
 
-def test_a_perfectly_calibrated_model_and_one_that_asks_nothing():
+def test_calibration_error_is_zero_or_nan_without_targets():
   total = dict(
     count_K=np.array([4.0, 0.0]),
     top_K=np.array([4.0, 0.0]),

@@ -1,4 +1,4 @@
-"""pass@k, and the suites on answers whose score is known."""
+"""pass@k, and the code suites on answers with known scores."""
 
 import fractions
 import itertools
@@ -16,14 +16,14 @@ from tests.support import namespaces, problem_files
 
 
 @pytest.mark.parametrize('n', [1, 2, 5, 10, 200])
-def test_pass_at_k_is_the_closed_form(n):
+def test_pass_at_k_matches_the_closed_form(n):
   for c, k in itertools.product({0, 1, n // 2, n - 1, n}, {1, n // 2, n}):
     if 1 <= k <= n:
       exact = 1 - fractions.Fraction(math.comb(n - c, k), math.comb(n, k))
       assert code.pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-14)
 
 
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
+def test_pass_at_k_matches_enumeration():
   for n in range(1, 7):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
       right = [i < c for i in range(n)]
@@ -39,15 +39,15 @@ def _cfg(path, **changes):
 
 @pytest.fixture
 def answering(monkeypatch):
-  """answering(cfg, f): a subject that answers prompt i, for the j-th time at
-  temperature t, with f(i, j, t)."""
+  """answering(cfg, f): a subject whose j-th sample for prompt i at temperature t
+  is f(i, j, t)."""
 
   def make(cfg, answer):
-    def continuations(who, prompts, ask):
+    def continuations(who, prompts, generation):
       return [
         [
-          subject.Text(answer(i, j, ask.temperature), np.zeros(6), 2, 'stop')
-          for j in range(ask.samples)
+          subject.Text(answer(i, j, generation.temperature), np.zeros(6), 2, 'stop')
+          for j in range(generation.samples)
         ]
         for i in range(len(prompts))
       ]
@@ -79,7 +79,7 @@ SUITES = {
 
 
 @pytest.mark.parametrize('name', problems.FORMATS)
-def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
+def test_code_suites_score_right_and_wrong_answers(name, answering, tmp_path):
   rows, right, wrong = SUITES[name]
   cfg = _cfg(problem_files.write(tmp_path / 'p.jsonl', rows))
   registry.SUITES[name].check('', cfg)
@@ -93,7 +93,7 @@ def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
     assert {x['outcome'] for x in found.items} == {outcome}
     assert {x['completion'] for x in found.items} == {answer}
     json.dumps(found.items)
-  assert f'{len(found.items)} problems, 1 answers each' in found.lines[0]
+  assert f'{len(found.items)} problems, 1 samples each' in found.lines[0]
 
 
 @pytest.mark.parametrize(
@@ -111,17 +111,17 @@ def test_right_answers_score_1_and_wrong_ones_0(name, answering, tmp_path):
     ('twice = lambda x: int(sqrt(4)) * len(Counter([x]))', 2, True),
   ],
 )
-def test_calls_of_apps(source, expected, passes, tmp_path):
+def test_apps_call_based_tests(source, expected, passes, tmp_path):
   row = problem_files.apps([[1], [1]], [expected] * 2, fn_name='twice')
   cfg = _cfg(problem_files.write(tmp_path / 'p.jsonl', [row]))
   (problem,) = problems.read('apps', '', cfg)
   ended = code.judged('apps', cfg.eval, problem, source)
   assert (ended.outcome == 'passed') == passes, ended
-  assert ended.out == ''  # 200 samples of what each may print are GiB
+  assert ended.out == ''  # the outputs of 200 samples would be GiB
 
 
-def test_a_mix_has_its_pass_at_k(answering, tmp_path):
-  """By temperature, with an oracle over them and shares of what happened."""
+def test_pass_at_k_of_mixed_answers(answering, tmp_path):
+  """By temperature, with an oracle over temperatures, and fractions of outcomes."""
   rows = [problem_files.HUMANEVAL] * 3
   rows = [r | dict(task_id=str(i)) for i, r in enumerate(rows)]
   right_TP = {0.2: (0, 1, 4), 0.8: (1, 1, 1)}  # of 4 answers each
@@ -134,7 +134,7 @@ def test_a_mix_has_its_pass_at_k(answering, tmp_path):
   cfg = _cfg(
     problem_files.write(tmp_path / 'p.jsonl', rows),
     samples=4,
-    k='1,2',
+    pass_at_k='1,2',
     temperatures='0.2,0.8',
     timeout_s=1.5,
   )
@@ -159,8 +159,8 @@ def test_a_mix_has_its_pass_at_k(answering, tmp_path):
   assert any('oracle over temperatures: pass@1 41.7% (' in x for x in lines)
 
 
-def test_an_interval_is_no_narrower_than_that_of_the_scores():
-  """Of 400 problems: equal where each is solved or not, wider for shares."""
+def test_pass_at_k_interval_is_conservative():
+  """For 400 problems: equal with one sample per problem, wider with several."""
   rng, n = np.random.default_rng(0), 400
   for samples, exact in ((1, True), (8, False)):
     c_P = rng.binomial(samples, 0.25, size=n)
@@ -181,37 +181,37 @@ def test_an_interval_is_no_narrower_than_that_of_the_scores():
     (dict(eval__temperatures='0,1', eval__pass_at_k='1'), (1,), (0, 1)),
   ],
 )
-def test_what_flags_of_sampling_mean(changes, ks, temperatures):
+def test_sampling_flags(changes, ks, temperatures):
   cfg = schema.replace(schema.Config(), **{k.replace('__', '.'): v for k, v in changes.items()})
   assert code.sampling(cfg)[1:] == (ks, temperatures)
 
 
 @pytest.mark.parametrize(
-  'changes, flag, says',
+  'changes, flag, problem',
   [
-    ({'eval.allow_code_execution': False}, 'allow_code', 'a model wrote'),
+    ({'eval.allow_code_execution': False}, 'allow_code', 'model-generated'),
     ({'eval.pass_at_k': '2'}, 'k', '1 to --eval.samples=1'),
-    ({'eval.pass_at_k': '0'}, 'k', 'whole numbers'),
-    ({'eval.pass_at_k': 'x'}, 'k', 'whole'),
-    ({'eval.pass_at_k': '1,1'}, 'k', 'different'),
+    ({'eval.pass_at_k': '0'}, 'k', 'integers'),
+    ({'eval.pass_at_k': 'x'}, 'k', 'integers'),
+    ({'eval.pass_at_k': '1,1'}, 'k', 'distinct'),
     ({'eval.temperatures': '-1'}, 'temperatures', '0 or more'),
     ({'eval.temperatures': 'nan'}, 'temperatures', '0 or more'),
     ({'eval.temperatures': '0', 'eval.samples': 2}, 'temperatures', 'above 0'),
-    ({'eval.data': ''}, 'data', 'give the file'),
+    ({'eval.data': ''}, 'data', 'needs the file'),
     ({'decode.tree': '2', 'eval.temperatures': '1'}, 'tree', 'temperatures=0'),
     ({'decode.top_p': 0.9, 'eval.temperatures': '0'}, 'top_p', 'above 0'),
     ({'decode.min_p': 0.1}, 'min_p', 'needs --eval.temperatures above 0'),
   ],
 )
-def test_refused_before_anything_is_loaded(changes, flag, says, tmp_path):
+def test_bad_code_flags_raise_before_loading(changes, flag, problem, tmp_path):
   cfg = _cfg(problem_files.write(tmp_path / 'p.jsonl', problem_files.MBPP))
   cfg = schema.replace(cfg, **{'eval.tasks': 'mbpp'} | changes)
   with pytest.raises(fields.ConfigError) as e:
     registry.asked(cfg)
-  assert flag in str(e.value).split('=')[0] and says in str(e.value)
+  assert flag in str(e.value).split('=')[0] and problem in str(e.value)
 
 
-def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
+def test_mtp_eval_runs_a_code_suite(undisturbed, tmp_path, capsys):
   path = problem_files.write(tmp_path / 'p.jsonl', problem_files.MBPP)
   out = tmp_path / 'found.json'
   args = [
@@ -233,8 +233,8 @@ def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
   ]
   assert main.main(args) == 0
   text = capsys.readouterr().out
-  assert '2 problems, 2 answers each at temperature 0.5' in text
-  assert 'pass@1 0.0% (0.0% to ' in text and 'tokens a pass' in text
+  assert '2 problems, 2 samples each at temperature 0.5' in text
+  assert 'pass@1 0.0% (0.0% to ' in text and 'tokens per forward pass' in text
   found = json.loads(out.read_text())['suites']['mbpp']
   assert found['pass@1'] == 0 and found['failed'] == 1
   assert [x['id'] for x in found['items']] == ['MBPP/11'] * 2 + ['MBPP/12'] * 2
@@ -244,6 +244,6 @@ def test_a_checkpoint_answers(undisturbed, tmp_path, capsys):
   refused = [a for a in args if 'allow_code' not in a]
   assert main.main(refused) == 2
   assert capsys.readouterr().err == (
-    'mtp: --eval.allow_code_execution=False: mbpp runs programs that a model'
-    ' wrote; where this machine may, say --eval.allow_code_execution\n'
+    'mtp: --eval.allow_code_execution=False: mbpp runs model-generated programs;'
+    ' set --eval.allow_code_execution if this machine may\n'
   )

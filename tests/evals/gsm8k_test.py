@@ -1,4 +1,4 @@
-"""GSM8K: numbers out of texts, prompts, scores, what a user sees."""
+"""GSM8K: extracted numbers, prompts, scores, output of mtp eval."""
 
 import decimal
 import gzip
@@ -46,16 +46,16 @@ ROWS = [
     ('', None),
   ],
 )
-def test_the_number_of_a_solution(text, found):
+def test_number_extracts_the_final_answer(text, found):
   assert gsm8k.number(text) == (found and decimal.Decimal(found))
 
 
-def test_the_examples_have_answers():
+def test_few_shot_examples_have_answers():
   found = [gsm8k.number(e.worked) for e in gsm8k.SHOTS]
-  assert found == [6, 5, 39, 8, 9, 29, 33, 8]  # of the paper
+  assert found == [6, 5, 39, 8, 9, 29, 33, 8]  # from the paper
 
 
-def test_a_prompt_word_for_word():
+def test_gsm8k_prompt_format():
   examples = [gsm8k.Example('Of 1?', 'It is 1. The answer is 1.')]
   assert gsm8k.prompt('Of 2?', examples) == (
     'Q: Of 1?\nA: It is 1. The answer is 1.\n\nQ: Of 2?\nA:'
@@ -65,7 +65,7 @@ def test_a_prompt_word_for_word():
 @pytest.mark.parametrize(
   'successes, n, low, high',
   [
-    # Of Newcombe 1998, Statistics in Medicine 17, 857-872, table I.
+    # From Newcombe 1998, Statistics in Medicine 17, 857-872, table I.
     (81, 263, 0.2553, 0.3662),
     (15, 148, 0.0624, 0.1605),
     (0, 20, 0.0, 0.1611),
@@ -74,13 +74,13 @@ def test_a_prompt_word_for_word():
     (0, 0, 0.0, 1.0),
   ],
 )
-def test_wilson(successes, n, low, high):
+def test_wilson_matches_published_values(successes, n, low, high):
   found = intervals.wilson(successes, n)
   assert found == pytest.approx((low, high), abs=5e-5)
   assert found[0] >= 0 and found[1] <= 1
 
 
-def test_wilson_holds_the_rate_and_is_a_mirror():
+def test_wilson_contains_the_rate_and_is_symmetric():
   for n in (1, 7, 1319):
     for successes in {0, 1, n // 2, n}:
       low, high = intervals.wilson(successes, n)
@@ -97,27 +97,27 @@ def data(tmp_path):
   return str(path)
 
 
-def test_problems_are_read(data):
+def test_gsm8k_problems_are_read(data):
   found = gsm8k.problems(data)
   assert [(p.id, p.answer) for p in found] == [(0, 4), (1, 2000), (2, 1.5)]
   assert [p.question for p in found] == [row['question'] for row in ROWS]
 
 
 @pytest.mark.parametrize(
-  'line, said',
+  'line, problem',
   [
-    ('{"question": "a", "answer": "4"}', ":1: there is no number after '####'"),
-    ('{"question": "a", "answer": "4 ####"}', 'there is no number after'),
+    ('{"question": "a", "answer": "4"}', ":1: no number after '####'"),
+    ('{"question": "a", "answer": "4 ####"}', 'no number after'),
     ('{"question": "a"}', "no field 'answer'"),
     ('{"question": 1, "answer": "#### 4"}', 'is int, not a string'),
     ('{', 'bad JSON'),
-    ('', 'there is no problem in it'),
+    ('', 'contains no problem'),
   ],
 )
-def test_what_is_no_problem_is_told(line, said, tmp_path):
+def test_malformed_gsm8k_problems_raise(line, problem, tmp_path):
   path = tmp_path / 'test.jsonl'
   path.write_text(line + '\n')
-  with pytest.raises(fields.ConfigError, match=said):
+  with pytest.raises(fields.ConfigError, match=problem):
     gsm8k.problems(str(path))
 
 
@@ -126,35 +126,35 @@ def _cfg(**changes):
 
 
 @pytest.fixture(scope='module')
-def asked():
+def model_subject():
   c = _cfg(decode__max_new_tokens=9, decode__stream_every=2)
   m = tiny.mesh(c)
   w = tiny.model(c, m)
   return subject.Subject('tiny', c, w, m, tokenizers.get('bytes'), 1, decoder.Decoder(w, c, m, 2))
 
 
-def _asking(asked, data, **changes):
+def _with_flags(model_subject, data, **changes):
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  cfg = schema.replace(asked.cfg, **{'eval.data': data} | changes)
-  return asked._replace(cfg=cfg)
+  cfg = schema.replace(model_subject.cfg, **{'eval.data': data} | changes)
+  return model_subject._replace(cfg=cfg)
 
 
-def test_answers_are_counted(asked, data, monkeypatch):
-  said = {
+def test_gsm8k_accuracy_counts_answers(model_subject, data, monkeypatch):
+  texts = {
     'How many are 2 and 2?': ' 2 and 2. The answer is 4.0.',
     'And of 1000 twice?': ' The answer is 200.',
     'Half of 3?': ' 1.5',
   }
 
-  def write(_, prompts, ask):
-    assert ask == subject.Ask(max_new=9, stop=('Q:', 'Question:'))
+  def write(_, prompts, generation):
+    assert generation == subject.GenerationConfig(max_new=9, stop=('Q:', 'Question:'))
     questions = [p.rsplit('Q: ', 1)[1][: -len('\nA:')] for p in prompts]
     return [
-      [subject.Text(said[q], tokenizers.get('bytes').encode('abcd'), 2, 'stop')] for q in questions
+      [subject.Text(texts[q], tokenizers.get('bytes').encode('abcd'), 2, 'stop')] for q in questions
     ]
 
   monkeypatch.setattr(subject, 'continuations', write)
-  long = _asking(asked, data, eval__num_fewshot=0, model__max_position_embeddings=100)
+  long = _with_flags(model_subject, data, eval__num_fewshot=0, model__max_position_embeddings=100)
   found = gsm8k.run(long, '')
   assert found.scalars == dict(
     accuracy=1 / 3,
@@ -164,27 +164,34 @@ def test_answers_are_counted(asked, data, monkeypatch):
     tokens_per_forward=2.0,
   )
   assert found.lines == [
-    '  3 problems, right 33.3% (6.1% to 79.2%), 0 worked examples, 2.00 tokens a pass'
+    '  3 problems, accuracy 33.3% (6.1% to 79.2%), 0 few-shot examples,'
+    ' 2.00 tokens per forward pass'
   ]
-  short = _asking(asked, data, eval__num_fewshot=0, model__max_position_embeddings=30)
-  assert '  2 of them are longer' in gsm8k.run(short, '').lines[1]
+  short = _with_flags(model_subject, data, eval__num_fewshot=0, model__max_position_embeddings=30)
+  assert '  2 prompts with 9 new tokens exceed' in gsm8k.run(short, '').lines[1]
 
 
 @pytest.mark.parametrize(
   'context, shots, kept', [(10_000, -1, 8), (10_000, 2, 2), (460, 2, 1), (16, 2, 0)]
 )
-def test_the_first_examples_are_left_out_first(context, shots, kept, asked, data, monkeypatch):
+def test_few_shot_examples_that_do_not_fit_are_dropped(
+  context, shots, kept, model_subject, data, monkeypatch
+):
   seen = []
 
-  def write(_, prompts, ask):
+  def write(_, prompts, generation):
     seen.extend(prompts)
     ids = tokenizers.get('bytes').encode('abcd')
     return [[subject.Text('', ids, 2, 'length')] for _ in prompts]
 
   monkeypatch.setattr(subject, 'continuations', write)
   found = gsm8k.run(
-    _asking(
-      asked, data, eval__limit=1, eval__num_fewshot=shots, model__max_position_embeddings=context
+    _with_flags(
+      model_subject,
+      data,
+      eval__limit=1,
+      eval__num_fewshot=shots,
+      model__max_position_embeddings=context,
     ),
     '',
   )
@@ -194,7 +201,7 @@ def test_the_first_examples_are_left_out_first(context, shots, kept, asked, data
   assert found.scalars['shots'] == found.items[0]['shots'] == kept
   fewer = [line for line in found.lines if 'fewer examples' in line]
   assert len(fewer) == (kept < first)
-  assert found.lines[-1] == '  1 texts were cut off at --decode.max_new_tokens=9'
+  assert found.lines[-1] == '  1 texts truncated at --decode.max_new_tokens=9'
   if fewer:
     assert f'the context of {context} tokens' in fewer[0]
 
@@ -212,7 +219,7 @@ def workdir(tmp_path_factory):
   return path
 
 
-def test_a_user_asks(workdir, data, tmp_path, capsys):
+def test_mtp_eval_runs_gsm8k(workdir, data, tmp_path, capsys):
   out = tmp_path / 'out.json'
   assert (
     _eval(
@@ -228,27 +235,27 @@ def test_a_user_asks(workdir, data, tmp_path, capsys):
   )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith('step 0, gsm8k:')
-  assert '2 problems, right 0.0%' in lines[1]
+  assert '2 problems, accuracy 0.0%' in lines[1]
   found = json.loads(out.read_text())['suites']['gsm8k']
   assert found['accuracy'] == 0 and len(found['items']) == 2
 
 
 @pytest.mark.parametrize(
-  'flags, said',
+  'flags, problem',
   [
     (['--eval.tasks=gsm8k'], 'gsm8k needs its problems'),
     (['--eval.tasks=gsm8k', '--eval.data=/gone.jsonl'], 'cannot read /gone'),
-    (['--eval.tasks=gsm8k', '--eval.num_fewshot=9'], '8 worked examples'),
-    (['--eval.tasks=gsm8k:x'], 'gsm8k, no more'),
+    (['--eval.tasks=gsm8k', '--eval.num_fewshot=9'], '8 few-shot examples'),
+    (['--eval.tasks=gsm8k:x'], 'gsm8k takes no argument'),
   ],
 )
-def test_what_cannot_be_asked_is_told(flags, said, workdir, capsys):
+def test_bad_suite_flags_raise(flags, problem, workdir, capsys):
   assert _eval(workdir, *flags) == 2
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1
+  assert problem in error and error.count('\n') == 1
 
 
-def test_the_last_mark_of_a_problem_has_its_answer(tmp_path):
+def test_last_mark_of_a_problem_has_its_answer(tmp_path):
   row = dict(question='?', answer='The answer is 3.\n#### 4\n#### 5')
   (tmp_path / 'x.jsonl').write_text(json.dumps(row))
   assert gsm8k.problems(str(tmp_path / 'x.jsonl'))[0].answer == 5

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its own class on the export is the judge."""
+"""lm-evaluation-harness: parity with its own class on the exported model."""
 
 import importlib
 import json
@@ -61,17 +61,17 @@ generation_kwargs: {until: ["e", "\\n"], max_gen_toks: 12}
 metric_list: [{metric: exact_match, aggregation: mean}]
 """,
 }
-WORDS = 'the old king sat by a fire and told us ümlaut 7 tales of the sea'
+WORDS = 'the old king sat by a fire and sang us ümlaut 7 tales of the sea'
 
 
 @pytest.fixture(autouse=True)
-def what_is_installed_here(monkeypatch):
+def no_environment_info(monkeypatch):
   monkeypatch.setattr(evaluator, 'add_env_info', lambda results: None)  # slow
 
 
 @pytest.fixture(scope='module')
 def tasks(tmp_path_factory):
-  """A directory of local tasks and their data: no network."""
+  """A directory of local tasks with their data; needs no network."""
   path, rng = tmp_path_factory.mktemp('tasks'), np.random.default_rng(0)
 
   def text(n):
@@ -93,7 +93,7 @@ def tasks(tmp_path_factory):
 
 
 def _cfg(family, n, **changes):
-  layers = 2 + (n if family in schema.BLOCK_FIRST else 0)
+  layers = 2 + (n if schema.HEAD_FAMILIES[family] else 0)
   return tiny.cfg(
     heads__family=family,
     heads__n=n,
@@ -118,7 +118,7 @@ def _subject(c):
   scope='module', ids=str, params=[pytest.param(m, marks=pytest.mark.parity) for m in MODELS]
 )
 def both(request, tmp_path_factory):
-  """(our subject, the harness's own class on its export)."""
+  """Returns (our subject, the harness's own class on its export)."""
   ours = _subject(_cfg(*request.param))
   out = str(tmp_path_factory.mktemp('export') / 'out')
   hf_folder.export(ours.model, ours.cfg, ours.tokenizer, out, dtype='float32', about='a test')
@@ -129,7 +129,7 @@ def _model(ours):
   return harness._model(ours, harness._fail('x'))
 
 
-def _asked(kind, args):
+def _requests(kind, args):
   return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(args)]
 
 
@@ -141,13 +141,13 @@ PAIRS = [
   ('ä', 'öü'),
   (WORDS, ' a'),
   (LONG, ' tail'),
-  ('short', LONG[: CONTEXT - 1]),  # CONTEXT bytes: all that one can answer
+  ('short', LONG[: CONTEXT - 1]),  # CONTEXT bytes: the longest possible continuation
   (WORDS[: CONTEXT - 3], 'abc'),
   (WORDS[: CONTEXT - 3], 'abcd'),
 ]
 
 
-def test_a_text_is_encoded_as_the_harness_does(both):
+def test_tok_encode_matches_the_harness(both):
   ours, theirs = both
   model = _model(ours)
   for context, continuation in PAIRS:
@@ -158,66 +158,66 @@ def test_a_text_is_encoded_as_the_harness_does(both):
   assert theirs.max_length == subject.context(ours.cfg) == CONTEXT
 
 
-def test_loglikelihoods_are_the_same(both):
+def test_loglikelihoods_match_the_harness(both):
   ours, theirs = both
-  asked = _asked('loglikelihood', PAIRS)
-  got, wanted = _model(ours).loglikelihood(asked), theirs.loglikelihood(asked)
-  np.testing.assert_allclose(*([nats for nats, _ in found] for found in (got, wanted)), atol=1e-3)
-  assert [g for _, g in got] == [g for _, g in wanted]
+  requests = _requests('loglikelihood', PAIRS)
+  got, expected = _model(ours).loglikelihood(requests), theirs.loglikelihood(requests)
+  np.testing.assert_allclose(*([nats for nats, _ in found] for found in (got, expected)), atol=1e-3)
+  assert [g for _, g in got] == [g for _, g in expected]
 
 
-def test_what_greedy_decoding_writes_is_called_so(both):
+def test_greedy_flag_matches_the_harness(both):
   ours, theirs = both
   rng = np.random.default_rng(1)
   prompts = [rng.integers(0, 256, size=n) for n in (1, 7, 30)]
   written = ours.decoder.with_sampling(max_new_tokens=5)(prompts).tokens
-  asked = []
+  requests = []
   for prompt, ids in zip(prompts, written, strict=True):
     for wrong in (None, 0, 4):
       cont = ids.tolist()
       if wrong is not None:
         cont[wrong] = (cont[wrong] + 1) % 256
-      asked.append((None, prompt.tolist(), cont))
-  got = _model(ours)._loglikelihood_tokens(asked)
+      requests.append((None, prompt.tolist(), cont))
+  got = _model(ours)._loglikelihood_tokens(requests)
   assert [g for _, g in got] == [True, False, False] * 3
-  wanted = theirs._loglikelihood_tokens(asked)
-  assert [g for _, g in got] == [g for _, g in wanted]
+  expected = theirs._loglikelihood_tokens(requests)
+  assert [g for _, g in got] == [g for _, g in expected]
 
 
-def test_whole_texts_are_the_same(both):
+def test_rolling_loglikelihoods_match_the_harness(both):
   ours, theirs = both
-  asked = _asked('loglikelihood_rolling', [('',), ('a',), (WORDS,), (LONG,)])
+  requests = _requests('loglikelihood_rolling', [('',), ('a',), (WORDS,), (LONG,)])
   np.testing.assert_allclose(
-    _model(ours).loglikelihood_rolling(asked), theirs.loglikelihood_rolling(asked), atol=2e-3
+    _model(ours).loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests), atol=2e-3
   )
 
 
-def test_what_is_written_is_the_same(both):
+def test_generated_texts_match_the_harness(both):
   ours, theirs = both
   kwargs = dict(do_sample=False, max_gen_toks=20)
-  asked = [(text, kwargs) for text in ('', 'a', WORDS, LONG)]
-  free = theirs.generate_until(_asked('generate_until', asked))
+  requests = [(text, kwargs) for text in ('', 'a', WORDS, LONG)]
+  free = theirs.generate_until(_requests('generate_until', requests))
   stop = free[1][3:5]
-  asked += [(text, kwargs | dict(until=['no', stop])) for text, _ in asked]
-  asked = _asked('generate_until', asked)
-  got = _model(ours).generate_until(asked)
-  assert got == theirs.generate_until(asked)
+  requests += [(text, kwargs | dict(until=['no', stop])) for text, _ in requests]
+  requests = _requests('generate_until', requests)
+  got = _model(ours).generate_until(requests)
+  assert got == theirs.generate_until(requests)
   assert got[5] == got[1].split(stop)[0] != got[1] and len(set(got[:4])) == 4
 
 
-def _asking(ours, tasks, **flags):
+def _with_flags(ours, tasks, **flags):
   flags = {'eval.data': str(tasks)} | {k.replace('__', '.'): v for k, v in flags.items()}
   return ours._replace(cfg=schema.replace(ours.cfg, **flags))
 
 
-def test_scores_of_tasks_are_the_same(both, tasks):
+def test_task_scores_match_the_harness(both, tasks):
   ours, theirs = both
-  ours = _asking(ours, tasks, eval__num_fewshot=2, eval__limit=6)
+  ours = _with_flags(ours, tasks, eval__num_fewshot=2, eval__limit=6)
   arg = '+'.join(TASKS)
   harness.check(arg, ours.cfg)
   got = harness.run(ours, arg)
   with harness._contained():
-    wanted = evaluator.simple_evaluate(
+    expected = evaluator.simple_evaluate(
       theirs,
       tasks=list(TASKS),
       limit=6,
@@ -226,7 +226,7 @@ def test_scores_of_tasks_are_the_same(both, tasks):
       task_manager=harness._tasks(tuple(TASKS), str(tasks)),
     )['results']
   names = []
-  for task, values in wanted.items():
+  for task, values in expected.items():
     for key, value in values.items():
       metric, _, kind = key.partition(',')
       if kind != 'none' or metric.endswith('_stderr'):
@@ -250,44 +250,44 @@ def plain():
   return _subject(_cfg('parallel', 2, decode__prefill_chunk_size=4))
 
 
-def test_a_sample_is_its_own_draw(plain):
+def test_samples_of_equal_requests_differ(plain):
   kwargs = dict(do_sample=True, temperature=0.9, max_gen_toks=8)
-  asked = _asked('generate_until', [('a', kwargs)] * 4)
-  texts = _model(plain).generate_until(asked)
-  assert len(set(texts)) == 4 and texts == _model(plain).generate_until(asked)
+  requests = _requests('generate_until', [('a', kwargs)] * 4)
+  texts = _model(plain).generate_until(requests)
+  assert len(set(texts)) == 4 and texts == _model(plain).generate_until(requests)
 
 
 @pytest.mark.parametrize(
-  'kwargs, said',
+  'kwargs, problem',
   [
-    (dict(max_gen_toks=64), 'asks for 64 new tokens in a context of 64'),
+    (dict(max_gen_toks=64), 'requests 64 new tokens in a context of 64'),
     (dict(max_gen_toks=9, num_beams=4), 'generation_kwargs with num_beams=4'),
     (dict(do_sample=True, temperature=1, top_k=3), 'with top_k=3'),
     (dict(do_sample=True), 'do_sample but no temperature'),
   ],
 )
-def test_what_cannot_be_written_is_told(kwargs, said, plain):
-  with pytest.raises(fields.ConfigError, match=said):
-    _model(plain).generate_until(_asked('generate_until', [('a', kwargs)]))
+def test_unsupported_generation_kwargs_raise(kwargs, problem, plain):
+  with pytest.raises(fields.ConfigError, match=problem):
+    _model(plain).generate_until(_requests('generate_until', [('a', kwargs)]))
 
 
-def test_what_changes_no_greedy_text_is_taken(plain):
-  asked = dict(max_new_tokens=9, num_beams=1, top_k=3, repetition_penalty=1.0)
-  asked |= dict(until='\n', temperature=0.0)
-  ask = harness._ask(asked, plain.cfg, harness._fail('x'))
-  assert ask == subject.Ask(max_new=9, stop=('\n',))
+def test_neutral_generation_kwargs_are_accepted(plain):
+  requests = dict(max_new_tokens=9, num_beams=1, top_k=3, repetition_penalty=1.0)
+  requests |= dict(until='\n', temperature=0.0)
+  generation = harness._generation_config(requests, plain.cfg, harness._fail('x'))
+  assert generation == subject.GenerationConfig(max_new=9, stop=('\n',))
 
 
 @pytest.mark.parametrize('text, n', [('', 0), ('x' * (CONTEXT + 1), 65)])
-def test_a_continuation_must_fit_a_window(text, n, plain):
+def test_continuations_longer_than_the_context_raise(text, n, plain):
   with pytest.raises(fields.ConfigError, match=f'continuation of {n} tokens'):
-    _model(plain).loglikelihood(_asked('loglikelihood', [('a', text)]))
+    _model(plain).loglikelihood(_requests('loglikelihood', [('a', text)]))
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize('begin', [False, True])
-def test_a_text_begins_as_its_tokenizer_says(begin, tmp_path, plain):
-  """A tokenizer.json of others may put no BOS before a text."""
+def test_bos_follows_the_tokenizer(begin, tmp_path, plain):
+  """A third-party tokenizer.json may not prepend BOS."""
   made = tokens.files_of(tokenizers.get('bytes'))
   about = json.loads(made[tokens.JSON])
   if not begin:
@@ -298,10 +298,10 @@ def test_a_text_begins_as_its_tokenizer_says(begin, tmp_path, plain):
   out = str(tmp_path / 'out')
   hf_folder.export(ours.model, ours.cfg, tokenizer, out, dtype='float32', about='a test')
   theirs = HFLM(out, device='cpu', dtype='float32')
-  asked = _asked('loglikelihood', [('', 'ab'), ('a b', ' c')])
-  got, wanted = _model(ours).loglikelihood(asked), theirs.loglikelihood(asked)
-  np.testing.assert_allclose(got, wanted, atol=1e-3)
-  text = _asked('loglikelihood_rolling', [(WORDS,)])
+  requests = _requests('loglikelihood', [('', 'ab'), ('a b', ' c')])
+  got, expected = _model(ours).loglikelihood(requests), theirs.loglikelihood(requests)
+  np.testing.assert_allclose(got, expected, atol=1e-3)
+  text = _requests('loglikelihood_rolling', [(WORDS,)])
   np.testing.assert_allclose(
     _model(ours).loglikelihood_rolling(text), theirs.loglikelihood_rolling(text), atol=1e-3
   )
@@ -321,7 +321,7 @@ def _eval(workdir, *flags):
   return main.main(['eval', f'{workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *flags])
 
 
-def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
+def test_mtp_eval_runs_harness_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
   # A process forked while jax runs may hang.
   monkeypatch.setattr(multiprocessing, 'Pool', None)
   out, suite = tmp_path / 'out.json', 'lm_eval:tiny_ll+tiny_mc+tiny_gen'
@@ -333,7 +333,7 @@ def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
   )
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith(f'step 0, {suite}:') and len(lines) == 6
-  assert lines[3].startswith('  tiny_mc/acc 0.') and '3 items, 0 worked' in lines[3]
+  assert lines[3].startswith('  tiny_mc/acc 0.') and '3 items, 0 few-shot' in lines[3]
   found = json.loads(out.read_text())['suites'][suite]
   right = [x['acc'] for x in found['items'] if x['task'] == 'tiny_mc']
   assert len(right) == 3 and found['tiny_mc/acc'] == sum(right) / 3
@@ -341,15 +341,15 @@ def test_a_user_asks_tasks(workdir, tasks, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'suite, data, said',
+  'suite, data, problem',
   [
-    ('lm_eval:', '', 'name its tasks'),
+    ('lm_eval:', '', 'needs the names of tasks'),
     ('lm_eval:tiny_mc+nope', 'TASKS', "no task 'nope' in lm_eval nor in "),
     ('lm_eval:tiny_mc', 'TASKS/data.jsonl', 'takes a directory of tasks'),
-    ('lm_eval:torn', 'TASKS/torn', 'cannot be asked: '),
+    ('lm_eval:torn', 'TASKS/torn', 'cannot be evaluated: '),
   ],
 )
-def test_what_cannot_be_asked_is_told(suite, data, said, workdir, tasks, capsys):
+def test_bad_suite_flags_raise(suite, data, problem, workdir, tasks, capsys):
   torn = tasks / 'torn'
   torn.mkdir(exist_ok=True)
   (torn / 'torn.yaml').write_text(
@@ -359,17 +359,17 @@ def test_what_cannot_be_asked_is_told(suite, data, said, workdir, tasks, capsys)
   data = data.replace('TASKS', str(tasks))
   assert _eval(workdir, f'--eval.tasks={suite}', f'--eval.data={data}') == 2
   error = capsys.readouterr().err.splitlines()[-1]
-  assert error.startswith('mtp: --eval.') and said in error
+  assert error.startswith('mtp: --eval.') and problem in error
 
 
-def test_without_the_harness_its_extra_is_named(workdir, monkeypatch, capsys):
+def test_missing_harness_names_its_extra(workdir, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'lm_eval', None)
   assert _eval(workdir, '--eval.tasks=lm_eval:hellaswag') == 2
   assert 'needs lm_eval: pip install "mtp_jax[evals]"' in (capsys.readouterr().err)
 
 
-def test_gsm8k_asks_what_the_harness_asks(tmp_path):
-  """The examples of Wei et al., word for word, and the form of the prompt."""
+def test_gsm8k_prompt_matches_the_harness(tmp_path):
+  """The examples of Wei et al., verbatim, and the format of the prompt."""
   data = tmp_path / 'data.jsonl'
   row = dict(question='How many are 2 and 2?', answer='2 + 2 = 4\n#### 4')
   data.write_text(json.dumps(row) + '\n')
@@ -380,5 +380,5 @@ def test_gsm8k_asks_what_the_harness_asks(tmp_path):
   )
   task = harness._tasks(('cot',), str(tmp_path)).load(['cot'])['tasks']['cot']
   task.build_all_requests()
-  (asked,) = task.instances
-  assert asked.args[0] == gsm8k.prompt(row['question'], gsm8k.SHOTS)
+  (requests,) = task.instances
+  assert requests.args[0] == gsm8k.prompt(row['question'], gsm8k.SHOTS)

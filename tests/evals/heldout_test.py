@@ -1,4 +1,4 @@
-"""Held-out values are the training loss's own."""
+"""Held-out metrics, compared with the training loss and the reference."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def _evaluate(c, step, batches):
   return heldout.evaluator(c, m, bytes_V)(tiny.model(c, m), batches, step)
 
 
-def test_several_batches_are_one_and_equal_the_training_loss():
+def test_heldout_loss_equals_training_loss_for_any_batching():
   c = tiny.cfg(heads__n=3, loss__z_loss=1e-2, loss__weights='0:1,.3')
   rows = tiny.batch(c)
   halves = [{k: x[:, s] for k, x in rows.items()} for s in (slice(4), slice(4, 8))]
@@ -28,7 +28,7 @@ def test_several_batches_are_one_and_equal_the_training_loss():
 
 
 @pytest.mark.parametrize('family', ['parallel', 'anticausal'])
-def test_heads_and_weights_in_force_at_the_last_step(family):
+def test_heldout_uses_heads_and_weights_of_the_last_step(family):
   c = tiny.cfg(
     heads__n=3, heads__family=family, loss__curriculum='0:1;20:3', loss__weights='0:1,.5;20:1,.1'
   )
@@ -43,7 +43,7 @@ def test_heads_and_weights_in_force_at_the_last_step(family):
 
 
 def _oracle(c, rows, m):
-  """Losses of a model of heads 1..m alone, in float64."""
+  """Returns the losses of a model with heads 1..m only, in float64."""
   params = tiny.flat(tiny.model(c, tiny.mesh(c)))
   params = {name: x[:m] if name.startswith('heads.') else x for name, x in params.items()}
   shape = oracle.Shape(c.heads.family, m)
@@ -54,7 +54,7 @@ def _oracle(c, rows, m):
   return oracle.losses(logits_KBTV, tokens_BU, position_BU, shape)
 
 
-def test_nothing_to_score_is_said():
+def test_heldout_metrics_without_targets_are_none():
   c = tiny.cfg(heads__n=2)
   rows = tiny.batch(c)
   rows['position'][:] = 0

@@ -1,4 +1,4 @@
-"""Names that were not there, found where they are."""
+"""The induction and choice_points suites."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tests.support import browser, runs
 
 STORY = (
   'Once a fox named Tomkin lived here. The old fox, Tomkin, was sly. "Oh,'
-  ' Tomkin!" said Tomkin, and a king came. King Tomkin he was not. '
+  ' Tomkin!" cried Tomkin, and a king came. King Tomkin he was not. '
 )
 BYTES = tokenizers.get('bytes')
 
@@ -26,7 +26,7 @@ def _items(text=STORY, seq_len=300, limit=0):
   return induction.make(iter(found), BYTES, seq_len, limit)
 
 
-def test_a_name_is_replaced_by_one_of_two_tokens_everywhere():
+def test_induction_replaces_names_by_two_tokens():
   a, b = _items()
   for item in (a, b):
     text = BYTES.decode(item.ids)
@@ -35,13 +35,13 @@ def test_a_name_is_replaced_by_one_of_two_tokens_everywhere():
     assert len(item.at) == 5 and item.before == [0, 1, 2, 3, 4]
     for p in item.at:
       assert BYTES.decode(item.ids[p : p + 2]) == item.name
-  assert a.name != b.name  # of another document
+  assert a.name != b.name  # a different document
   assert [x.name for x in _items()] == [a.name, b.name]
   assert len(_items(limit=1)) == 1
 
 
-def test_the_first_items_are_of_as_many_documents_as_there_are():
-  """A long one does not use up --eval.limit; one without a name gives none."""
+def test_induction_limit_is_spread_over_documents():
+  """A long document does not use up --eval.limit; one without names gives none."""
   texts = ['No name.', (STORY + '\n\n') * 40, STORY, 'No name.', STORY * 2]
   found = [documents.Document(str(i), text) for i, text in enumerate(texts)]
 
@@ -49,15 +49,15 @@ def test_the_first_items_are_of_as_many_documents_as_there_are():
     items = induction.make(iter(found), BYTES, 300, limit)
     return [item.document for item in items]
 
-  assert of(2) == ['1', '1']  # no more than two texts in memory
+  assert of(2) == ['1', '1']  # at most two texts in memory
   assert of(6)[:4] == ['1', '2', '4', '1']
   assert sorted(of(999)) == sorted(of(0)) and len(of(5)) == 5
   texts[:] = ['No name.', STORY, 'No name.', STORY]
   found[:] = [documents.Document(str(i), text) for i, text in enumerate(texts)]
-  assert of(2) == ['1', '3']  # the first two have one item alone
+  assert of(2) == ['1', '3']  # the first two have only one item
 
 
-def test_held_out_texts_are_all_there(tmp_path):
+def test_induction_texts_covers_the_held_out_split(tmp_path):
   path = runs.make_store(str(tmp_path / 'store'))
   cfg = schema.replace(schema.Config(), **{'data.store': path})
   opened = store.open_store(path)
@@ -67,10 +67,10 @@ def test_held_out_texts_are_all_there(tmp_path):
   assert ''.join(d.text for d in found) == BYTES.decode(whole)
 
 
-def test_occurrences_of_other_tokens_count_as_read():
+def test_occurrences_with_other_tokens_count_as_seen():
   """A tokenizer whose first piece of a name needs a space before it."""
   words = ' Ab', 'cd', ' x'
-  text = '"Tomkin said. An ant met Tomkin, then met Tomkin, met Tomkin.'
+  text = '"Tomkin sang. An ant met Tomkin, then met Tomkin, met Tomkin.'
   vocabulary = [chr(i) for i in range(128)] + list(words)
 
   def encode(text):
@@ -92,9 +92,9 @@ def test_occurrences_of_other_tokens_count_as_read():
   assert item.name == 'Abcd' and item.before == [1, 2, 3]
 
 
-def test_what_a_passage_may_not_have():
-  """Another word that begins with the name stays; the made-up name is new; a
-  pair may end on the last token."""
+def test_induction_passage_constraints():
+  """Other words that start with the name are kept; the made-up name is new; a pair
+  may end on the last token."""
   (a, _) = _items(STORY + 'The Tomkins met Tomkin.')
   text = BYTES.decode(a.ids)
   assert 'The Tomkins met' in text and len(a.at) == 6
@@ -106,23 +106,23 @@ def test_what_a_passage_may_not_have():
   assert not _items(STORY + there, seq_len=9999)
 
 
-def test_no_name_no_item():
+def test_passages_without_names_give_no_items():
   assert not _items(STORY.replace('Tomkin', 'King'))  # king is a word
-  assert not _items('The fox met Ann once. ' * 2)  # twice is not enough
-  assert not _items(seq_len=40)  # cut off before the third
+  assert not _items('The fox met Ann once. ' * 2)  # only two occurrences
+  assert not _items(seq_len=40)  # truncated before the third
 
 
-def test_a_perfect_and_a_random_model(monkeypatch):
-  """One that copies what followed last time is right but for first ones."""
+def test_induction_scores_of_perfect_and_random_models(monkeypatch):
+  """A model that copies the last continuation fails only at first occurrences."""
   items = _items() * 20
 
-  def said(item, p):
+  def predicted(item, p):
     before = [q for q in item.at if q < p]
     return item.ids[before[-1] + 1] if before else 0
 
   found = induction.score(
     [
-      induction.Second(n, said(i, p) == i.ids[p + 1], 0.0)
+      induction.Second(n, predicted(i, p) == i.ids[p + 1], 0.0)
       for i in items
       for n, p in zip(i.before, i.at, strict=True)
     ]
@@ -137,8 +137,8 @@ def test_a_perfect_and_a_random_model(monkeypatch):
     assert chance[f'{name}_low'] < 1 / 26 < chance[f'{name}_high']
 
 
-def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
-  """A model that says at each place the token after it is always right."""
+def test_induction_scores_the_predicted_position(monkeypatch):
+  """A model that predicts the next token at each position is always right."""
 
   def of_rows(model, rows, mesh, cfg, n_active, batch_size):
     after = [np.array([[*row[1:], 0]]) for row in rows]
@@ -160,7 +160,7 @@ def test_a_token_is_scored_where_it_is_predicted(monkeypatch):
   assert found.scalars['nats'] == np.mean(later) + 1
 
 
-def test_scores_by_hand():
+def test_induction_scores_on_known_values():
   right = [False, True, False, True, False, True, True]
   nats = [4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 3.0]
   found = induction.score([induction.Second(n, right[n], nats[n]) for n in range(len(right))])
@@ -203,8 +203,8 @@ def _eval(workdir, *args):
   return main.main(['eval', f'{workdir}', '--mesh.fsdp=-1', '--train.compilation_cache=', *args])
 
 
-def test_through_the_command_line(run, tmp_path, capsys):
-  """Held-out documents of the store, or any that are named."""
+def test_induction_in_training_and_mtp_eval(run, tmp_path, capsys):
+  """On held-out documents of the store, and on those of --eval.data."""
   text, workdir = run
   (record,) = [r for r in metrics.read(str(workdir)) if r.get('source') == 'induction']
   assert record['kind'] == 'suite'
@@ -224,7 +224,7 @@ def test_through_the_command_line(run, tmp_path, capsys):
   suites = json.loads(out.read_text())['suites']
   assert [*suites] == ['choice_points', 'induction']
   assert suites['induction']['accuracy'] == record['accuracy']
-  assert 30 < len(found['items']) <= 40  # a new name may be there already
+  assert 30 < len(found['items']) <= 40  # a made-up name may occur in the text
   capsys.readouterr()
   missing = f'--eval.data=jsonl:{tmp_path}/none.jsonl'
   assert _eval(workdir, '--eval.tasks=induction', missing) == 2
@@ -236,10 +236,10 @@ def test_through_the_command_line(run, tmp_path, capsys):
   assert error.startswith('mtp: --eval.data=') and 'no name that occurs' in error
   few.write_text('')
   assert _eval(workdir, '--eval.tasks=choice_points', f'--eval.data=text:{few}') == 2
-  assert 'has no text in it' in capsys.readouterr().err
+  assert 'contains no text' in capsys.readouterr().err
 
 
-def test_the_page_of_choice_points(run, capsys):
+def test_choice_points_page_contents(run, capsys):
   _, workdir = run
   capsys.readouterr()
   assert not _eval(workdir, '--eval.tasks=choice_points', '--eval.limit=2')
@@ -252,7 +252,7 @@ def test_the_page_of_choice_points(run, capsys):
   assert text.count('<i style') == 5 + 2 * n_tokens  # the key, two heads
 
 
-def test_nats_stand_at_the_token_they_are_of():
+def test_by_token_aligns_nats_with_tokens():
   K, T = 2, 4
   nats = np.arange(K * T, dtype=float).reshape(K, T)
   valid = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
@@ -261,7 +261,7 @@ def test_nats_stand_at_the_token_they_are_of():
 
   got = choice_points.by_token(found, 5, (1, 2))
   np.testing.assert_array_equal(got, [[np.nan, 0, 1, 2, 3], [np.nan, np.nan, 4, 5, 6]])
-  # A leaping head's place is as far before its token as its offset.
+  # A strided head predicts a token from its offset before it.
   far = choice_points.by_token(found, 6, (1, 3))
   np.testing.assert_array_equal(far[1], [np.nan] * 3 + [4, 5, 6])
   x = np.array([[0.1, 0.1, 1.0, np.nan], [5.0, 0.1, 5.0, np.nan]])
@@ -269,8 +269,8 @@ def test_nats_stand_at_the_token_they_are_of():
   assert not choice_points.choices(x[:1]).any()
 
 
-def test_choice_points_by_hand(monkeypatch, tmp_path):
-  """Two heads, of which one leaps; a text that head 2 sees nothing of."""
+def test_choice_points_on_known_values(monkeypatch, tmp_path):
+  """Two heads, one of them strided; head 2 predicts nothing of the second text."""
   from mtp_jax.evals import choice_points
 
   text = tmp_path / 'text.jsonl'
@@ -286,22 +286,22 @@ def test_choice_points_by_hand(monkeypatch, tmp_path):
     schema.Config(),
     **{'heads.n': 2, 'heads.stride': 2, 'eval.data': f'jsonl:{text}#text', 'data.seq_len': 16},
   )
-  asked = subject.Subject('tiny', cfg, None, None, BYTES, 1, None)
-  found = choice_points.run(asked, '')
-  # Head 2 sees tokens 3 and 4 from 0 and 1; of these, 4 is a choice point.
+  tiny_subject = subject.Subject('tiny', cfg, None, None, BYTES, 1, None)
+  found = choice_points.run(tiny_subject, '')
+  # Head 2 predicts tokens 3 and 4 from 0 and 1; of these, 4 is a choice point.
   assert found.scalars == pytest.approx(dict(nats_1=1.1 / 5, nats_2=5.5 / 2, choice_points=1 / 2))
-  assert 'of 2 that heads 1 and 2 see' in found.lines[0]
+  assert 'of 2 that heads 1 and 2 predict' in found.lines[0]
   monkeypatch.setattr(scores, 'of_rows', lambda *_: [short, short])
   text.write_text('{"text": "b"}\n{"text": "a"}\n')
-  found = choice_points.run(asked, '')
-  # Nothing that both heads see: a share of nothing is no number.
+  found = choice_points.run(tiny_subject, '')
+  # No token that both heads predict: the fraction is NaN.
   assert found.scalars.pop('nats_1') == 0.1
   assert [*found.scalars] == ['choice_points']
   assert math.isnan(found.scalars['choice_points'])
-  assert 'see coming choice points -: ' in found.lines[0]
+  assert 'predict, choice points -: ' in found.lines[0]
 
 
-def test_the_page_in_a_browser(run):
+def test_choice_points_page_in_a_browser(run):
   _, workdir = run
   assert not _eval(workdir, '--eval.tasks=choice_points', '--eval.limit=2')
   with browser.page() as shown:

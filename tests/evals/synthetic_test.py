@@ -1,4 +1,4 @@
-"""A solver scores 1, chance scores what theory says."""
+"""Synthetic suites: scores of a solver and of chance, in training and mtp eval."""
 
 import json
 import random
@@ -18,17 +18,17 @@ def _cfg(**changes):
   return schema.replace(schema.Config(), **changes)
 
 
-def _asked(monkeypatch, name, arg, answer, n=200):
-  """The suite's Result if prompts are continued with answer(prompt)."""
+def _run_suite(monkeypatch, name, arg, answer, n=200):
+  """Returns the suite's Result if the continuation of a prompt is answer(prompt)."""
 
-  def continuations(of, prompts, ask):
-    assert ask.temperature == 0 and ask.samples == 1
+  def continuations(of, prompts, generation):
+    assert generation.temperature == 0 and generation.samples == 1
     texts = []
     for prompt in prompts:
-      said = answer(prompt)
-      assert len(said) < ask.max_new
-      ids = list(said.encode()) + [257]
-      texts.append([subject.Text(said, ids, 2, 'stop')])
+      text = answer(prompt)
+      assert len(text) < generation.max_new
+      ids = list(text.encode()) + [257]
+      texts.append([subject.Text(text, ids, 2, 'stop')])
     return texts
 
   monkeypatch.setattr(subject, 'continuations', continuations)
@@ -39,7 +39,7 @@ def _asked(monkeypatch, name, arg, answer, n=200):
 
 
 def _shortcut(prompt: str) -> str:
-  """What teacher forcing learns: any arm, then the edges."""
+  """The shortcut learned by teacher forcing: a random arm, then its edges."""
   start = prompt.split('/')[1][0]
   after = [e[1] for e in prompt.split('/')[0].split('|') if e[0] == start]
   path = start + random.Random(prompt).choice(after)
@@ -50,25 +50,25 @@ def _shortcut(prompt: str) -> str:
 
 
 @pytest.mark.parametrize('d, length', [(2, 5), (5, 4)])
-def test_a_solver_and_the_shortcut_on_star_graphs(monkeypatch, d, length):
+def test_star_graph_scores_of_solver_and_shortcut(monkeypatch, d, length):
   arg = f'd={d}/length={length}'
-  solved = _asked(monkeypatch, 'star_graph', arg, lambda p: solvers.all_paths(p)[0])
+  solved = _run_suite(monkeypatch, 'star_graph', arg, lambda p: solvers.all_paths(p)[0])
   assert solved.scalars['accuracy'] == solved.scalars['first_step'] == 1
   assert solved.scalars['tokens_per_forward'] == (length + 1) / 2
-  chance = _asked(monkeypatch, 'star_graph', arg, _shortcut, n=1000).scalars
+  chance = _run_suite(monkeypatch, 'star_graph', arg, _shortcut, n=1000).scalars
   assert chance['accuracy_low'] < 1 / d < chance['accuracy_high']
   assert chance['first_step'] == chance['accuracy']
   assert len(solved.items) == 200
 
 
-def test_an_answer_is_right_as_a_whole(monkeypatch):
+def test_star_graph_requires_exact_match(monkeypatch):
   arg = 'd=2/length=4'
   for change in (lambda path: path[:-1], lambda path: path[:2] + path[:-2]):
-    found = _asked(
+    found = _run_suite(
       monkeypatch, 'star_graph', arg, lambda p, change=change: change(solvers.all_paths(p)[0])
     ).scalars
     assert found['accuracy'] == 0 and found['first_step'] == 1
-  other = _asked(
+  other = _run_suite(
     monkeypatch,
     'star_graph',
     arg,
@@ -77,7 +77,7 @@ def test_an_answer_is_right_as_a_whole(monkeypatch):
   assert other['accuracy'] == other['first_step'] == 0
 
 
-def test_polynomials_by_level(monkeypatch):
+def test_polynomial_scores_by_level(monkeypatch):
   arg = 'n=3/test=4'
 
   def up_to_two(prompt):
@@ -86,37 +86,37 @@ def test_polynomials_by_level(monkeypatch):
     operations = sum(map(expression.count, '-+*o'))
     return ''.join(map(str, value)) if operations <= 2 else '???'
 
-  found = _asked(monkeypatch, 'polynomial', arg, up_to_two).scalars
+  found = _run_suite(monkeypatch, 'polynomial', arg, up_to_two).scalars
   assert [found[f'accuracy_{m}'] for m in (1, 2, 3, 4)] == [1, 1, 0, 0]
   assert found['accuracy'] == 0.5
   assert (found['accuracy_low'], found['accuracy_high']) == intervals.wilson(400, 800)
-  # By chance a value is right once in 7^3; constants and zeros a little more.
+  # By chance one value in 7^3 is right; constants and zeros slightly more often.
   rng = random.Random(1)
 
   def guess(prompt):
     return ''.join(str(rng.randrange(7)) for _ in range(3))
 
-  found = _asked(monkeypatch, 'polynomial', arg, guess, n=1000).scalars
+  found = _run_suite(monkeypatch, 'polynomial', arg, guess, n=1000).scalars
   assert found['accuracy_low'] < 1 / 343 < found['accuracy_high']
 
 
-def test_as_many_items_as_are_kept_out_of_training(monkeypatch):
+def test_number_of_test_items_is_limited_to_excluded_ones(monkeypatch):
   arg = 'd=1/length=2/nodes=3'
-  found = _asked(monkeypatch, 'star_graph', arg, lambda p: '', n=0)
+  found = _run_suite(monkeypatch, 'star_graph', arg, lambda p: '', n=0)
   assert len(found.items) == tasks.N_TESTS
-  with pytest.raises(fields.ConfigError, match='at most 2000 of each level'):
-    _asked(monkeypatch, 'star_graph', arg, lambda p: '', n=2001)
+  with pytest.raises(fields.ConfigError, match='at most 2000 per level'):
+    _run_suite(monkeypatch, 'star_graph', arg, lambda p: '', n=2001)
 
 
-def test_a_store_that_is_gone_does_not_say_which_task(tmp_path):
+def test_missing_store_requires_task_parameters(tmp_path):
   cfg = _cfg(data__store=str(tmp_path / 'gone'))
-  with pytest.raises(fields.ConfigError, match='is not there to say which'):
+  with pytest.raises(fields.ConfigError, match='not found, so that its star_graph is unknown'):
     synthetic.check('star_graph', '', cfg)
   assert synthetic.check('star_graph', 'd=3', cfg).params['d'] == 3
   assert synthetic.check('star_graph', '', _cfg()).params['d'] == 2
 
 
-def test_wilson_by_hand():
+def test_wilson_on_published_values():
   # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
   for successes, n, low, high in (
     (81, 263, 0.2553, 0.3662),
@@ -130,7 +130,7 @@ def test_wilson_by_hand():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A few steps on star graphs, with its suite on the way."""
+  """A few training steps on star graphs, with periodic evaluation of the suite."""
   folder = tmp_path_factory.mktemp('star')
   store, workdir = str(folder / 'store'), folder / 'run'
   source = 'task:star_graph/d=2/length=3/nodes=9/items=300'
@@ -148,7 +148,7 @@ def run(tmp_path_factory):
   return store, workdir, changes
 
 
-def test_at_a_cadence_while_training(run):
+def test_suite_runs_periodically_during_training(run):
   _, workdir, _ = run
   records = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite']
   assert [r['step'] for r in records] == [2, 4, 6, 8, 9]
@@ -156,18 +156,18 @@ def test_at_a_cadence_while_training(run):
   assert all(0 <= r['first_step'] <= 1 for r in records)
 
 
-def test_a_run_that_was_stopped_asks_the_same(run, tmp_path):
+def test_suite_results_are_identical_after_resume(run, tmp_path):
   store, workdir, changes = run
   for steps in (7, 9):
     assert not runs.train(store, tmp_path, **changes | dict(train__steps=steps))
-  wanted = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite']
+  expected = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite']
   found = [r for r in metrics.read(str(tmp_path)) if r['kind'] == 'suite']
-  # One more at the end of the first start, which is cut back to step 7.
-  assert [r for r in found if r['step'] != 7] == wanted
+  # One more at the end of the first start, at step 7.
+  assert [r for r in found if r['step'] != 7] == expected
 
 
-def test_mtp_eval_says_the_same(run, tmp_path, capsys):
-  """The task is that of the run's store; all items go to --out."""
+def test_mtp_eval_matches_training_evaluation(run, tmp_path, capsys):
+  """The task is that of the run's store; all items are written to --out."""
   _, workdir, _ = run
   out = tmp_path / 'eval.json'
   capsys.readouterr()
@@ -180,23 +180,23 @@ def test_mtp_eval_says_the_same(run, tmp_path, capsys):
   (last,) = [r for r in metrics.read(str(workdir)) if r['kind'] == 'suite' and r['step'] == 9]
   assert found['accuracy'] == last['accuracy']
   assert found['first_step'] == last['first_step']
-  of = tasks.named('star_graph/d=2/length=3/nodes=9')
-  assert [i['right'] for i in found['items']] == [i.answer for i in tasks.tests(of, 20)]
+  task = tasks.named('star_graph/d=2/length=3/nodes=9')
+  assert [i['right'] for i in found['items']] == [i.answer for i in tasks.tests(task, 20)]
 
 
 @pytest.mark.parametrize(
   'suite, problem',
   [
     ('sudoku', 'NAME or NAME:ARG with NAME one of: heldout, '),
-    ('heldout:x', 'heldout, no more'),
-    ('star_graph,star_graph', 'is there twice'),
-    ('star_graph:d=0', 'd >= 1 arms'),
+    ('heldout:x', 'heldout takes no argument'),
+    ('star_graph,star_graph', 'duplicate'),
+    ('star_graph:d=0', 'd must be at least 1'),
     ('polynomial:q=1', "'q=1' is none of"),
-    ('induction:x', 'takes nothing after it'),
+    ('induction:x', 'takes no argument'),
     ('', 'NAME or NAME:ARG'),
   ],
 )
-def test_what_is_wrong_with_a_suite_is_said_at_once(run, capsys, suite, problem):
+def test_bad_suites_raise_before_loading(run, capsys, suite, problem):
   store, workdir, _ = run
   capsys.readouterr()
   common = [f'--eval.tasks={suite}', '--train.compilation_cache=']

@@ -100,7 +100,7 @@ def read(top: str) -> None:
     '--mesh.fsdp=-1',
   )
   cfg, _ = metadata.read_metadata(back, 0)
-  model = restore.restore_model(back, 0, cfg, sharding.serving_mesh(cfg))
+  model = restore.restore_model(back, 0, cfg, sharding.make_mesh(cfg))
   runs.assert_same(jax.device_get(jax.tree.leaves(model)), wanted)
   now = _outputs(top, run, top)
   assert now['tokens'] == expected['tokens'], 'the store has other tokens'

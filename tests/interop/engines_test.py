@@ -1,7 +1,7 @@
-"""Exports with modules: what an engine would draft, and what engines drafted.
+"""Exports with modules: drafts of a reference implementation and of engines.
 
-tests/support/handover.py computes it from the files alone; transformers and llama.cpp
-run them (extra [parity]). tests/engines does so with trained models and vLLM.
+tests/support/handover.py computes drafts from the exported files only; transformers
+and llama.cpp run them (extra [parity]). tests/engines uses trained models and vLLM.
 """
 
 import io
@@ -60,7 +60,7 @@ def pieces(tmp_path_factory):
 
 
 def _cfg(form, family, **changes):
-  layers = N + 1 if family in schema.BLOCK_FIRST else 1
+  layers = N + 1 if schema.HEAD_FAMILIES[family] else 1
   return tiny.cfg(
     export__format=form,
     heads__family=family,
@@ -78,8 +78,8 @@ def _cfg(form, family, **changes):
 
 
 def _agreeing(c):
-  """A model whose modules draft what head 1 would say, often: each has the
-  trunk's layer and reads the embedding, and a little of the state before."""
+  """A model whose modules often draft what head 1 predicts: each has the trunk's
+  layer and reads the embedding, and a little of the previous state."""
   model = tiny.model(c, tiny.mesh(c))
   rng = np.random.default_rng(0)
   heads, D = model.heads, c.model.d_model
@@ -114,18 +114,18 @@ def _of(out, form):
 
 
 @pytest.mark.parametrize('form, family', ROWS)
-def test_the_files_alone_draft_what_the_model_drafts(form, family, tmp_path, pieces):
-  """Acceptance on 256 tokens: under our own hand-over it is that of training's
-  estimate; under an engine's it may differ, but not by much."""
+def test_exported_modules_draft_like_the_model(form, family, tmp_path, pieces):
+  """Acceptance on 256 tokens: with our hand-over of states it equals the training
+  estimate; with an engine's it may differ slightly."""
   c, model = _export(form, family, tmp_path / 'out', pieces)
   ids = pieces.encode(CODE[1000:])[:256]
   found = handover.accepted(_of(tmp_path / 'out', form), ids, 'ours', N - 1)
   window = np.pad(ids, (0, c.span))[None]
   with jax.set_mesh(tiny.mesh(c)):
     logits = tiny.dense_logits(model, window, np.arange(window.shape[1])[None], c)
-  asked, *stood = targets.acceptance(jnp.argmax(logits, -1), jnp.ones((1, 256), bool))
-  assert asked == 256 - N + 1
-  np.testing.assert_allclose(found, np.asarray(stood) / float(asked), atol=1e-9)
+  proposed, *accepted = targets.acceptance(jnp.argmax(logits, -1), jnp.ones((1, 256), bool))
+  assert proposed == 256 - N + 1
+  np.testing.assert_allclose(found, np.asarray(accepted) / float(proposed), atol=1e-9)
   engine = {'gguf': 'llama_cpp', 'mimo': 'vllm'}.get(form, form.split('_')[0])
   there = handover.accepted(_of(tmp_path / 'out', form), ids, engine, N - 1)
   assert 0.2 < found[0] < 1 and abs(there[0] - found[0]) < 0.2
@@ -138,7 +138,7 @@ def test_the_files_alone_draft_what_the_model_drafts(form, family, tmp_path, pie
     ('sequential', dict(model__rope_factor=8.0, model__original_max_position_embeddings=32)),
   ],
 )
-def test_a_plain_gguf_computes_the_same(family, changes, tmp_path, pieces):
+def test_plain_gguf_logits_match(family, changes, tmp_path, pieces):
   c = _cfg('gguf', family, **changes)
   model = tiny.model(c, tiny.mesh(c))
   hf_folder.export(model, c, pieces, str(tmp_path / 'out'), dtype='float32', about='a test')
@@ -156,7 +156,7 @@ PROMPTS = ('def load(', 'class JSON', '\n    """', 'raise ')
 
 
 def _greedy(m, prompt, new):
-  """What head 1 writes, by hand."""
+  """Returns the greedy text of head 1, by the reference."""
   ids = list(prompt)
   for _ in range(new):
     ids.append(int(handover.next_tokens(m, np.array(ids))[-1]))
@@ -197,15 +197,17 @@ def test_transformers_drafts_with_every_module(family, changes, tmp_path, pieces
       pad_token_id=0,
     )[0].tolist()
     assert found == _greedy(m, prompt, 24)
-    wanted = handover.passes(m, found, len(prompt), 'transformers', N - 1)
-    assert len(forwards) == wanted
-    saved += 24 - wanted
+    expected = handover.passes(m, found, len(prompt), 'transformers', N - 1)
+    assert len(forwards) == expected
+    saved += 24 - expected
   assert saved > 10
 
 
 def _llama_cpp(tmp_path, out, prompts, new, steps, texts) -> dict:
-  asked = dict(folder=str(out), prompts=prompts, new=new, steps=steps, context=CONTEXT, texts=texts)
-  (tmp_path / 'request').write_text(json.dumps(asked))
+  request = dict(
+    folder=str(out), prompts=prompts, new=new, steps=steps, context=CONTEXT, texts=texts
+  )
+  (tmp_path / 'request').write_text(json.dumps(request))
   driver = os.path.join(runs.ROOT, 'tests/engines/run_llama_cpp.py')
   subprocess.run(
     [sys.executable, driver, tmp_path / 'request', tmp_path / 'result'],
@@ -239,14 +241,14 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
   for prompt, ids in zip(prompts, found['ids'], strict=True):
     assert [*prompt, *ids] == _greedy(m, prompt, 24)
   if steps:
-    wanted = [
+    expected = [
       handover.passes(m, [*prompt, *ids], len(prompt), 'llama_cpp', steps)
       for prompt, ids in zip(prompts, found['ids'], strict=True)
     ]
-    assert found['passes'] == wanted and sum(wanted) < 4 * 24 - 10
+    assert found['passes'] == expected and sum(expected) < 4 * 24 - 10
 
 
-def test_a_tokenizer_larger_than_the_model_does_not_leave(tmp_path, pieces, capsys):
+def test_export_with_too_large_tokenizer_raises(tmp_path, pieces, capsys):
   c = schema.replace(tiny.cfg(model__vocab_size=264), **{'train.workdir': str(tmp_path / 'run')})
   model = tiny.model(c, tiny.mesh(c))
   saver.save_params(model, c, None, c.train.workdir)
@@ -268,7 +270,7 @@ def test_a_tokenizer_larger_than_the_model_does_not_leave(tmp_path, pieces, caps
   assert error.count('\n') == 1 and not (tmp_path / 'out').exists()
 
 
-def test_modules_that_read_normed_states_are_not_imported(tmp_path, pieces):
+def test_modules_reading_normed_states_raise(tmp_path, pieces):
   out = tmp_path / 'out'
   _export('transformers_mtp', 'sequential', out, pieces)
   os.remove(out / hf_folder.OURS)
@@ -279,7 +281,7 @@ def test_modules_that_read_normed_states_are_not_imported(tmp_path, pieces):
     hf_folder.find(str(out), {})
 
 
-def test_ids_without_a_token_get_names_that_no_token_has(tmp_path):
+def test_gguf_unused_ids_get_unique_names(tmp_path):
   tokenizer = _json(tmp_path, '')
   about = json.loads(tokenizer.files['tokenizer.json'])
   about['added_tokens'].append(about['added_tokens'][0] | dict(id=380, content='[unused 390]'))
@@ -291,7 +293,7 @@ def test_ids_without_a_token_get_names_that_no_token_has(tmp_path):
   assert names[380] == '[unused 390]' != names[390]
 
 
-def test_a_recursive_module_has_one_unembedding_in_llama_cpp():
+def test_gguf_form_of_recursive_replicated_heads():
   for n, form in (2, 'gguf_mtp'), (3, 'gguf'):
     c = tiny.cfg(
       export__format='gguf', heads__family='recursive', heads__n=n, heads__unembedding='replicated'
@@ -302,9 +304,9 @@ def test_a_recursive_module_has_one_unembedding_in_llama_cpp():
     assert len(blocks) == mapping.layers_in_all(c) + (form == 'gguf_mtp')
 
 
-def test_an_export_ends_with_an_engines_command_line():
+def test_run_by_returns_engine_command_lines():
   out = '/tmp/a b'
-  for form, wanted in (
+  for form, expected in (
     ('hf', "vllm serve '/tmp/a b'"),
     ('gguf', "llama-server -m '/tmp/a b/model.gguf'"),
     (
@@ -318,7 +320,7 @@ def test_an_export_ends_with_an_engines_command_line():
     ),
     ('meta', ''),
   ):
-    assert hf_folder.run_by(form, out, 3) == wanted
+    assert hf_folder.run_by(form, out, 3) == expected
   *_, about = shlex.split(hf_folder.run_by('medusa', out, 3))
   assert json.loads(about)['model'] == '/tmp/a b/medusa'
   *python, code, path = shlex.split(hf_folder.run_by('transformers_mtp', out, 3))
@@ -326,20 +328,20 @@ def test_an_export_ends_with_an_engines_command_line():
   compile(code, 'code', 'exec')
 
 
-# Tokenizers that llama.cpp would read otherwise.
+# Tokenizers that llama.cpp would read differently.
 
 
 @pytest.mark.parametrize(
-  'settings, said',
+  'settings, problem',
   [
     (dict(model_type='unigram'), 'by merges'),
     (dict(normalization_rule_name='nmt_nfkc'), 'it normalizes texts'),
     (dict(remove_extra_whitespaces=True), 'it removes spaces'),
-    (dict(byte_fallback=False), 'no pieces for bytes'),
-    (dict(user_defined_symbols=['<x>']), 'it has symbols of its user'),
+    (dict(byte_fallback=False), 'no byte pieces'),
+    (dict(user_defined_symbols=['<x>']), 'it has user-defined symbols'),
   ],
 )
-def test_a_tokenizer_that_llama_cpp_has_not_is_refused(settings, said, tmp_path):
+def test_unsupported_sentencepiece_for_gguf_raises(settings, problem, tmp_path):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(CODE.split('\n')),
@@ -358,16 +360,16 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(settings, said, tmp_path)
   path.write_bytes(model.getvalue())
   tokenizer = tokenizers.get(f'sentencepiece:{path}')
   c = _cfg('gguf', 'sequential')
-  with pytest.raises(paths.InputError, match=said) as error:
+  with pytest.raises(paths.InputError, match=problem) as error:
     hf_folder.check(c, tokenizer)
-  assert str(error.value).startswith('--export.format=gguf: cannot hold')
-  with pytest.raises(paths.InputError, match='no tokenizer of bytes'):
+  assert str(error.value).startswith('--export.format=gguf: does not support')
+  with pytest.raises(paths.InputError, match='does not support --data.tokenizer=bytes'):
     hf_folder.check(c, tokenizers.get('bytes'))
 
 
-def test_pieces_that_join_to_a_special_one_are_refused(pieces):
+def test_gguf_pieces_that_join_to_a_special_token_raise(pieces):
   proto = tokens.model_proto(pieces.files[tokenizers.PIECES])
-  for text, said in ('</s', "to the special '</s>'"), ('</', ''):
+  for text, problem in ('</s', "to the special '</s>'"), ('</', ''):
     more = type(proto)()
     more.CopyFrom(proto)
     for piece in text, '>':
@@ -375,12 +377,12 @@ def test_pieces_that_join_to_a_special_one_are_refused(pieces):
         more.pieces.add(piece=piece, score=-1.0, type=llama_cpp.NORMAL)
     files = {tokenizers.PIECES: more.SerializeToString()}
     why = llama_cpp.check(tokenizers.of_files('sentencepiece:x', files))
-    assert (said in why) if said else not why, why
+    assert (problem in why) if problem else not why, why
 
 
 def _json(path, words, **model):
-  """A byte-level tokenizer.json that cuts words by an expression, or as GPT-2
-  does."""
+  """A byte-level tokenizer.json that splits words by a regular expression, or as
+  GPT-2 does."""
   import tokenizers as hf
 
   level = hf.pre_tokenizers.ByteLevel
@@ -417,24 +419,24 @@ WORDS = [
 
 
 @pytest.mark.parametrize('name, words, whole', WORDS)
-def test_words_of_a_tokenizer_json_have_llama_cpps_name(name, words, whole, tmp_path):
+def test_gguf_pre_tokenizer_names(name, words, whole, tmp_path):
   c = _cfg('gguf', 'sequential')
   tokenizer = _json(tmp_path, words, ignore_merges=whole)
   hf_folder.check(c, tokenizer)
-  says = llama_cpp.vocabulary(tokenizer, c)
-  assert says['tokenizer.ggml.pre'] == name
-  names = says['tokenizer.ggml.tokens']
-  kinds = says['tokenizer.ggml.token_type']
+  metadata = llama_cpp.vocabulary(tokenizer, c)
+  assert metadata['tokenizer.ggml.pre'] == name
+  names = metadata['tokenizer.ggml.tokens']
+  kinds = metadata['tokenizer.ggml.token_type']
   assert len(names) == len(kinds) == V
   assert names[tokenizer.bos] == '<|endoftext|>'
   assert kinds[tokenizer.bos] == llama_cpp.CONTROL
   assert kinds[-1] == llama_cpp.UNUSED
-  assert not says['tokenizer.ggml.add_bos_token']  # nor does transformers
+  assert not metadata['tokenizer.ggml.add_bos_token']  # nor does transformers
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize('name, words, whole', WORDS)
-def test_llama_cpp_cuts_words_as_the_tokenizer(name, words, whole, tmp_path):
+def test_llama_cpp_tokenizes_identically(name, words, whole, tmp_path):
   tokenizer = _json(tmp_path, words, ignore_merges=whole)
   out = tmp_path / 'out'
   _export('gguf', 'sequential', out, tokenizer)
@@ -450,7 +452,7 @@ def test_llama_cpp_cuts_words_as_the_tokenizer(name, words, whole, tmp_path):
   assert found['cut'] == [tokenizer.encode(text).tolist() for text in texts]
 
 
-def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
+def test_unsupported_tokenizer_json_for_gguf_raises(tmp_path):
   c = _cfg('gguf', 'sequential')
   tokenizer = _json(tmp_path, '')
 
@@ -460,23 +462,26 @@ def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
     files = {'tokenizer.json': json.dumps(about).encode()}
     return tokenizers.of_files('hf:x', tokenizer.files | files)
 
-  for other, said in (
-    (_json(tmp_path, r'\s+'), 'it cuts words as none of'),
+  for other, problem in (
+    (_json(tmp_path, r'\s+'), 'its pre-tokenizer is none of'),
     (
       changed(lambda x: x['pre_tokenizer'].update(add_prefix_space=True)),
-      'it cuts words as none of',
+      'its pre-tokenizer is none of',
     ),
-    (changed(lambda x: x['added_tokens'][0].update(lstrip=True)), 'minds the spaces around it'),
+    (
+      changed(lambda x: x['added_tokens'][0].update(lstrip=True)),
+      'depends on the spaces around it',
+    ),
     (changed(lambda x: x.update(normalizer={'type': 'NFC'})), 'it normalizes texts'),
     (tokenizer._replace(more_eos=(1, 2, 3)), 'it has 4 end tokens'),
-    (tokenizer._replace(more_eos=(5000,)), 'it has no token 5000'),
+    (tokenizer._replace(more_eos=(5000,)), 'its end token 5000 is out of range'),
     (
       changed(
         lambda x: x['added_tokens'].append(
           x['added_tokens'][0] | dict(id=380, content='<|end|>', special=False)
         )
       ),
-      'is no special one, which it is to llama.cpp',
+      'is not special, but is to llama.cpp',
     ),
     (
       changed(
@@ -508,16 +513,16 @@ def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
           )
         )
       ),
-      'it makes .* of x, not',
+      'it encodes x as .*, not',
     ),
-    (changed(lambda x: x['model'].update(dropout=0.5)), 'knows no dropout=0.5'),
+    (changed(lambda x: x['model'].update(dropout=0.5)), 'does not support dropout=0.5'),
     (
       changed(lambda x: x['model'].update(end_of_word_suffix='</w>')),
-      'knows no end_of_word_suffix',
+      'does not support end_of_word_suffix',
     ),
     (
       changed(lambda x: x['pre_tokenizer'].update(dict(type='Sequence', pretokenizers=[]))),
-      'it cuts words as none of',
+      'its pre-tokenizer is none of',
     ),
     (
       changed(
@@ -528,12 +533,12 @@ def test_a_tokenizer_json_that_llama_cpp_has_not_is_refused(tmp_path):
       'may overlap in a text',
     ),
   ):
-    with pytest.raises(paths.InputError, match=said):
+    with pytest.raises(paths.InputError, match=problem):
       hf_folder.check(c, other)
 
 
-def test_modules_that_are_one_are_recognised(tmp_path, pieces):
-  """Without mtp_jax.json, from what Transformers reads."""
+def test_equal_modules_are_imported_as_recursive(tmp_path, pieces):
+  """Without mtp_jax.json, from the files that Transformers reads."""
   for family in 'sequential', 'recursive':
     out = tmp_path / family
     c, model = _export('transformers_mtp', family, out, pieces)
@@ -552,18 +557,18 @@ def test_modules_that_are_one_are_recognised(tmp_path, pieces):
 
 
 @pytest.mark.parametrize(
-  'damage, said',
+  'damage, problem',
   [
     (lambda data: b'', 'it is empty'),
-    (lambda data: b'GGML' + data[4:], 'does not begin as GGUF, version 2 or 3'),
-    (lambda data: data[:100], 'it is cut off, or damaged'),
-    (lambda data: data[: len(data) // 2], 'it is cut off within'),
-    (lambda data: data[:8] + b'\xff' * 16 + data[24:], 'cut off, or damaged'),
+    (lambda data: b'GGML' + data[4:], 'no header of GGUF version 2 or 3'),
+    (lambda data: data[:100], 'it is truncated or corrupt'),
+    (lambda data: data[: len(data) // 2], 'it is truncated within'),
+    (lambda data: data[:8] + b'\xff' * 16 + data[24:], 'truncated or corrupt'),
     (lambda data: data.replace(b'output.weight', b'outputXweight'), 'missing'),
     (lambda data: data.replace(b'attn_qkv', b'attn_xkv'), 'attn_k.weight is'),
   ],
 )
-def test_a_damaged_file_is_refused_in_a_line(damage, said, tmp_path, capsys):
+def test_corrupt_gguf_raises_on_one_line(damage, problem, tmp_path, capsys):
   _export('gguf', 'sequential', tmp_path / 'in', None)
   path = tmp_path / 'in' / llama_cpp.TENSORS
   path.write_bytes(damage(path.read_bytes()))
@@ -580,5 +585,5 @@ def test_a_damaged_file_is_refused_in_a_line(damage, said, tmp_path, capsys):
     == 2
   )
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1, error
+  assert problem in error and error.count('\n') == 1, error
   assert not (tmp_path / 'run').exists()

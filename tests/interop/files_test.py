@@ -1,4 +1,4 @@
-"""Which files of a folder an import reads, and what it refuses in them."""
+"""Files that an import reads, and errors in them."""
 
 import base64
 import errno
@@ -24,7 +24,7 @@ HEAD, EMBEDDING = hf_folder.HEAD, hf_folder.EMBEDDING
 
 @pytest.fixture
 def llama(tmp_path):
-  """(path of a folder as others write one, its model, Config, tensors)."""
+  """Returns (path of a third-party folder, its model, Config, tensors)."""
   c = tiny.cfg(
     heads__family='parallel',
     heads__n=1,
@@ -56,7 +56,7 @@ def llama(tmp_path):
     ),
   ],
 )
-def test_a_disk_that_is_full_is_told_by_name(tmp_path, write):
+def test_full_disk_error_names_the_file(tmp_path, write):
   path = str(tmp_path / 'a')
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -85,7 +85,7 @@ def _refused(call, *args) -> str:
 
 
 def _sharded(path, arrays, more=()):
-  """Two shards and their index, instead of one file."""
+  """Replaces the file by two shards and an index."""
   os.remove(path / files.WHOLE)
   names, file_of = sorted(arrays), {}
   for i, part in enumerate((names[::2], names[1::2]), 1):
@@ -100,11 +100,11 @@ def _stale(arrays):
   return {name: np.full_like(x, 7) for name, x in arrays.items()}
 
 
-def test_the_index_says_which_file_a_tensor_is_from(llama):
+def test_tensors_are_read_from_files_of_the_index(llama):
   path, model, _, arrays = llama
   first = min(arrays)
   _sharded(path, arrays, {first: 'extra.safetensors'})
-  # The shard that has it as well has another value, which must not win.
+  # The shard that also has it has another value, which must be ignored.
   files.write(str(path / 'extra.safetensors'), {first: arrays[first]})
   shard = path / 'model-00001-of-00002.safetensors'
   kept = {k: np.array(x.read()) for k, x in files.read(str(shard)).items()}
@@ -115,7 +115,7 @@ def test_the_index_says_which_file_a_tensor_is_from(llama):
   _same(_read(path), model)
 
 
-def test_without_an_index_model_safetensors_alone_is_read(llama):
+def test_without_index_only_model_safetensors_is_read(llama):
   path, model, _, arrays = llama
   for name in ('a', 'model-00001-of-00002', 'z'):
     files.write(str(path / f'{name}.safetensors'), _stale(arrays))
@@ -125,21 +125,21 @@ def test_without_an_index_model_safetensors_alone_is_read(llama):
 
 
 @pytest.mark.parametrize('weight_map', [None, [], {}, 'x', {'a': 1}, {'a': '../b.safetensors'}])
-def test_an_index_that_says_nothing_is_refused(llama, weight_map):
+def test_index_without_weight_map_raises(llama, weight_map):
   path, *_ = llama
   (path / files.INDEX).write_text(json.dumps(dict(weight_map=weight_map)))
   line = _refused(_read, path)
   assert 'index.json' in line and 'weight_map' in line
 
 
-def test_a_tensor_that_its_file_does_not_have_is_named(llama):
+def test_index_entry_missing_from_its_file_raises(llama):
   path, _, _, arrays = llama
   _sharded(path, arrays, {min(arrays): 'model-00002-of-00002.safetensors'})
-  said = f'00002-of-00002.safetensors has no {min(arrays)}; the index'
-  assert said in _refused(_read, path)
+  problem = f'00002-of-00002.safetensors has no {min(arrays)}, which is in the index'
+  assert problem in _refused(_read, path)
 
 
-def test_a_tied_config_with_another_head_is_refused(llama):
+def test_tied_config_with_different_lm_head_raises(llama):
   path, _, _, arrays = llama
   about = json.loads((path / 'config.json').read_text())
   about['tie_word_embeddings'] = True
@@ -152,7 +152,7 @@ def test_a_tied_config_with_another_head_is_refused(llama):
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
-def test_weights_that_are_no_numbers_are_refused(llama, value, dtype):
+def test_non_finite_weights_raise(llama, value, dtype):
   path, _, _, arrays = llama
   name = 'model.layers.1.mlp.down_proj.weight'
   bad = arrays[name].copy()
@@ -161,23 +161,23 @@ def test_weights_that_are_no_numbers_are_refused(llama, value, dtype):
   files.write(str(path / files.WHOLE), same)
   for param_dtype in fields.DTYPES:
     line = _refused(_read, path, param_dtype)
-    assert f'{name} in model.safetensors has numbers that are' in line
+    assert f'{name} in model.safetensors has values that are' in line
 
 
 @pytest.mark.parametrize(
-  'offsets, said',
+  'offsets, problem',
   [
     ([[0, 8], [4, 12]], 'a and b overlap'),
     ([[0, 8], [0, 8]], 'a and b overlap'),
-    ([[0, 8], [-8, 0]], 'b lies at bytes -8 to 0'),
-    ([[0, 8], [16, 8]], 'b lies at bytes 16 to 8'),
+    ([[0, 8], [-8, 0]], 'b is at bytes -8 to 0'),
+    ([[0, 8], [16, 8]], 'b is at bytes 16 to 8'),
     ([[0, 8], [8, 24]], 'b has 16 bytes'),
-    ([[0, 8], [16, 24]], 'is cut off: b ends'),
+    ([[0, 8], [16, 24]], 'is truncated: b ends'),
     ([[0, 8], [8.0, 16]], 'b.data_offsets[0]=8.0: must be an integer'),
-    ([[0, 8], [8]], 'b has a damaged description'),
+    ([[0, 8], [8]], 'b has a corrupt entry'),
   ],
 )
-def test_offsets_that_cannot_be_are_refused(tmp_path, offsets, said):
+def test_invalid_safetensors_offsets_raise(tmp_path, offsets, problem):
   header = json.dumps(
     {
       name: dict(dtype='F32', shape=[2], data_offsets=at)
@@ -187,11 +187,11 @@ def test_offsets_that_cannot_be_are_refused(tmp_path, offsets, said):
   path = tmp_path / 'x.safetensors'
   path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(16))
   line = _refused(files.read, str(path))
-  assert line.startswith(f'--import.path={path}: ') and said in line
+  assert line.startswith(f'--import.path={path}: ') and problem in line
 
 
 @pytest.mark.parametrize('field', ['num_hidden_layers', 'prediction_heads'])
-def test_more_layers_than_anyone_has_are_refused_at_once(llama, field):
+def test_implausible_number_of_layers_raises(llama, field):
   path, *_ = llama
   about = json.loads((path / 'config.json').read_text())
   (path / 'config.json').write_text(json.dumps(about | {field: 10**24}))
@@ -199,11 +199,11 @@ def test_more_layers_than_anyone_has_are_refused_at_once(llama, field):
   assert f'{field}={10**24} in config.json; at most 10,000' in line
 
 
-# Tokenizers that do not fit.
+# Tokenizers that do not fit the model.
 
 
 def _import(path, run, capsys, *more):
-  """(exit status, stdout, stderr)."""
+  """Returns (exit status, stdout, stderr)."""
   status = main.main(
     [
       'import',
@@ -218,7 +218,7 @@ def _import(path, run, capsys, *more):
 
 
 def _tokenizer(path, rows, added=()):
-  """Words with ids from 0 to rows - 1, and added tokens after them."""
+  """A tokenizer with word ids 0 to rows - 1, followed by added tokens."""
   words = ['<s>', '</s>', '?', 'a', *map(str, range(4, rows - 1)), 'b']
   vocab = {word: i for i, word in enumerate(words)}
   fast = hf.Tokenizer(hf.models.WordLevel(vocab, unk_token='?'))
@@ -232,7 +232,7 @@ def _tokenizer(path, rows, added=()):
   (path / 'tokenizer.json').write_text(json.dumps(about))
 
 
-def test_an_added_token_without_a_row_is_dropped(llama, tmp_path, capsys):
+def test_added_tokens_beyond_vocab_size_are_dropped(llama, tmp_path, capsys):
   path, *_ = llama
   _tokenizer(path, 264, ['[PAD]'])
   status, out, _ = _import(path, tmp_path / 'run', capsys)
@@ -241,12 +241,12 @@ def test_an_added_token_without_a_row_is_dropped(llama, tmp_path, capsys):
   assert back.vocab_size == 264 and back.encode('a b').tolist() == [3, 263]
 
 
-def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(llama, tmp_path, capsys):
+def test_unfit_tokenizer_raises_or_is_skipped(llama, tmp_path, capsys):
   path, *_ = llama
-  for write, said in (
+  for write, problem in (
     (lambda: _tokenizer(path, 265), 'has 265 tokens, the model 264'),
     (lambda: (path / 'tokenizer.json').write_text('{}'), 'is not a tokenizer.json'),
-    (  # the library panics, which is no Exception
+    (  # the library panics, with a BaseException
       lambda: (path / 'tokenizer.json').write_text(
         json.dumps(
           dict(
@@ -268,13 +268,13 @@ def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(llama, tmp_path, caps
         _tokenizer(path, 264),
         (path / 'generation_config.json').write_text('{"eos_token_id": 264}'),
       ),
-      'ends texts with 264, the model has 264 tokens',
+      'has the end token 264, the model has 264 tokens',
     ),
   ):
     write()
     status, _, error = _import(path, tmp_path / 'run', capsys)
     assert status == 2 and error.count('\n') == 1
-    assert f'its tokenizer hf:{path}/tokenizer.json' in error and said in error
+    assert f'its tokenizer hf:{path}/tokenizer.json' in error and problem in error
     assert '--import.tokenizer=skip' in error
     assert not (tmp_path / 'run').exists()
   status, out, _ = _import(path, tmp_path / 'run', capsys, '--import.tokenizer=skip')
@@ -282,7 +282,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_or_skipped(llama, tmp_path, caps
   assert not (tmp_path / 'run/tokenizer').exists()
 
 
-def test_all_end_tokens_come_in_and_leave(llama, tmp_path, capsys):
+def test_all_end_tokens_are_imported_and_exported(llama, tmp_path, capsys):
   path, _, c, _ = llama
   _tokenizer(path, 264)
   about = json.loads((path / 'config.json').read_text())
@@ -307,7 +307,7 @@ def test_all_end_tokens_come_in_and_leave(llama, tmp_path, capsys):
     assert about['eos_token_id'] == [1, 200]
 
 
-def test_llama_3s_file_of_tokens_is_told_from_sentencepiece(tmp_path):
+def test_tiktoken_model_is_distinguished_from_sentencepiece(tmp_path):
   lines = (b'%s %d' % (base64.b64encode(bytes([i])), i) for i in range(256))
   (tmp_path / tokens.MODEL).write_bytes(b'\n'.join(lines))
   found = tokens.read(str(tmp_path), None)

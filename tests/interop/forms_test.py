@@ -1,7 +1,7 @@
-"""Each form of checkpoint: names written out, arrays run by plain PyTorch.
+"""Checkpoint formats: tensor names, and logits computed with plain PyTorch.
 
-The forward passes here know a folder and nothing of ours: rotations in pairs
-(Meta) or halves, and what each program's code says a head is.
+The forward passes here use only the exported folder: rotations in pairs (Meta) or
+halves, and the definition of a head in each program's code.
 """
 
 import json
@@ -25,7 +25,7 @@ from tests.support import parity, tiny
 torch = parity.library('torch')
 transformers = parity.library('transformers')
 
-# Every model that a form has a place for.
+# Models that the formats support.
 FITS = [
   ('meta', 'parallel', 'shared'),
   ('meta', 'parallel', 'tied'),
@@ -59,7 +59,7 @@ def _cfg(form, family, unembedding='shared', n=N, **changes):
     heads__n=n,
     heads__unembedding=unembedding,
     data__tokenizer='bytes',
-    model__n_layers=2 + (n if family in schema.BLOCK_FIRST else 0),
+    model__n_layers=2 + (n if schema.HEAD_FAMILIES[family] else 0),
     model__vocab_size=264,
     data__seq_len=64,
     **changes,
@@ -68,7 +68,7 @@ def _cfg(form, family, unembedding='shared', n=N, **changes):
 
 def _export(c, out, dtype='float32'):
   model = tiny.model(c, tiny.mesh(c))
-  gguf = c.export.format == 'gguf'  # which has no tokenizer of bytes
+  gguf = c.export.format == 'gguf'  # which does not support the bytes tokenizer
   tokenizer = None if gguf else tokenizers.get('bytes')
   hf_folder.export(model, c, tokenizer, str(out), dtype=dtype, about='a test')
   return model
@@ -89,7 +89,7 @@ def _same(a, b):
 
 @pytest.mark.parametrize('form, family, unembedding', parity.marked(FITS, _needs_torch))
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_there_and_back_is_the_same(form, family, unembedding, dtype, tmp_path):
+def test_export_import_round_trip(form, family, unembedding, dtype, tmp_path):
   c = _cfg(form, family, unembedding, model__param_dtype=dtype, model__n_kv_heads=4)
   model = _export(c, tmp_path / 'out', dtype)
   cfg, ours, back = _read(tmp_path / 'out', form)
@@ -98,7 +98,7 @@ def test_there_and_back_is_the_same(form, family, unembedding, dtype, tmp_path):
 
 
 @pytest.mark.parametrize('form, family, unembedding', FITS)
-def test_every_parameter_has_one_place(form, family, unembedding):
+def test_every_parameter_has_one_place_per_form(form, family, unembedding):
   c = _cfg(form, family, unembedding)
   leaves, of_path = mapping.leaves(tiny.model(c, tiny.mesh(c))), {}
   for place in mapping.tensors(c, mapping.of(c)).values():
@@ -156,7 +156,7 @@ def _biases(prefixes):
 
 ENDS = {'model.embed_tokens.weight', 'lm_head.weight'}
 TRUNK = ['model.layers.0.', 'model.layers.1.']
-# Of three heads over a trunk of two layers, written out from each program.
+# For three heads over a trunk of two layers, taken from each program.
 KEYS = {
   ('hf', 'sequential'): _weights([*TRUNK, 'mtp_heads.2.', 'mtp_heads.3.'], LLAMA)
   | _weights(['mtp_heads.2.', 'mtp_heads.3.'], ['hidden_norm', 'embed_norm', 'proj', 'final_norm'])
@@ -229,14 +229,14 @@ def _tensors(out):
 
 
 @pytest.mark.parametrize('form, family', parity.marked([*KEYS], _needs_torch))
-def test_names_are_those_of_the_program(form, family, tmp_path):
+def test_tensor_names_match_the_program(form, family, tmp_path):
   c = _cfg(form, family)
   _export(c, tmp_path / 'out')
   assert set(_tensors(tmp_path / 'out')) == KEYS[form, family]
 
 
 @pytest.mark.parity
-def test_descriptions_say_what_the_programs_read(tmp_path):
+def test_description_files_have_the_programs_fields(tmp_path):
   found = {}
   for form, family, _ in FITS:
     if form not in found and form != 'gguf':
@@ -271,7 +271,7 @@ def test_descriptions_say_what_the_programs_read(tmp_path):
   assert not own['original_lm_head']
 
 
-# A Llama's layer in PyTorch, of arrays by name.
+# A Llama layer in PyTorch, with arrays by name.
 
 
 def _norm(x, w, eps=1e-5):
@@ -279,7 +279,7 @@ def _norm(x, w, eps=1e-5):
 
 
 def _halves(x, theta=10_000.0):
-  """x (B, N, T, H), i and i + H/2 turned together."""
+  """Rotates i and i + H/2 of x (B, N, T, H) together."""
   T, H = x.shape[-2:]
   angle = torch.arange(T)[:, None] / theta ** (torch.arange(0, H, 2) / H)
   cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
@@ -288,7 +288,7 @@ def _halves(x, theta=10_000.0):
 
 
 def _pairs(x, theta=10_000.0):
-  """2i and 2i + 1 turned together, as complex numbers."""
+  """Rotates 2i and 2i + 1 together, as complex numbers."""
   T, H = x.shape[-2:]
   angle = torch.arange(T)[:, None] / theta ** (torch.arange(0, H, 2) / H)
   z = torch.view_as_complex(x.reshape(*x.shape[:-1], H // 2, 2).contiguous())
@@ -320,7 +320,7 @@ META_ORDER = [*META[:7], META[8], META[7]]  # gate w1, up w3, down w2
 
 
 def _run_meta(w, ids, about):
-  """Logits of all heads (K, B, T, V), as Meta's release computes them."""
+  """Returns logits of all heads (K, B, T, V), as in Meta's release."""
   del about
   x = w['tok_embeddings.weight'][ids]
   for i in range(2):
@@ -355,7 +355,7 @@ def _trunk(w, ids, about):
 
 
 def _shifted(emb, j):
-  """The embedding of the token j + 1 ahead, 0 at a document's first place."""
+  """Returns the embedding of the token j + 1 ahead, 0 at the first position."""
   ahead = torch.roll(emb, -(j + 1), 1)
   ahead[:, 0] = 0
   return ahead
@@ -365,7 +365,7 @@ def _run_mimo(w, ids, about):
   z, unembed = _trunk(w, ids, about), w['lm_head.weight'].T
   emb = w['model.embed_tokens.weight'][ids]
   out = [_norm(z, w['model.norm.weight']) @ unembed]
-  for j in range(N - 1):  # one module, again and again
+  for j in range(N - 1):  # one module, applied repeatedly
     p = 'model.mtp_layers.0.'
     pair = torch.cat(
       [
@@ -418,7 +418,7 @@ RUN = {
 @pytest.mark.parametrize(
   'form, unembedding', [*((form, 'shared') for form in RUN), ('medusa', 'replicated')]
 )
-def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
+def test_plain_torch_logits_match(form, unembedding, tmp_path):
   family, run = RUN[form]
   c = _cfg(form, family, unembedding)
   model = _export(c, tmp_path / 'out')
@@ -430,7 +430,7 @@ def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
   position = np.tile(np.arange(40), (2, 1))
   with jax.set_mesh(tiny.mesh(c)):
     ours = jax.device_get(tiny.dense_logits(model, ids, position, c))
-  T = 40 - c.span  # at the end the token ahead is not there
+  T = 40 - c.span  # the last positions have no token ahead
   assert ours.shape[0] == N and np.std(ours) > 0.1
   np.testing.assert_allclose(ours[:, :, :T], theirs[:, :, :T], atol=1e-5)
 
@@ -444,7 +444,7 @@ def test_plain_torch_computes_the_same(form, unembedding, tmp_path):
     ('transformers_mtp', 'recursive', 'LlamaMtpForCausalLM'),
   ],
 )
-def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
+def test_transformers_logits_match_head_1(form, family, kind, tmp_path, monkeypatch):
   monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c'))
   c = _cfg(form, family)
   model = _export(c, tmp_path / 'out')
@@ -463,11 +463,11 @@ def test_transformers_runs_head_1(form, family, kind, tmp_path, monkeypatch):
   np.testing.assert_allclose(ours[:, :40], logits, atol=1e-4)
 
 
-# What others wrote.
+# Third-party checkpoints.
 
 
 @pytest.mark.parametrize('form', [pytest.param('meta', marks=pytest.mark.parity), 'mtp_llama'])
-def test_what_others_wrote_is_read(form, tmp_path):
+def test_third_party_checkpoints_are_imported(form, tmp_path):
   c = _cfg(form, 'parallel', model__norm_eps=1e-6, model__rope_theta=500_000.0)
   model = _export(c, tmp_path / 'in')
   os.remove(tmp_path / 'in' / hf_folder.OURS)
@@ -478,7 +478,7 @@ def test_what_others_wrote_is_read(form, tmp_path):
 
 
 @pytest.mark.parity
-def test_llama_2s_params_do_not_say_how_many_tokens(tmp_path):
+def test_llama_2_params_without_vocab_size(tmp_path):
   c = _cfg('meta', 'parallel', n=1, model__d_ff=0, model__n_kv_heads=0)
   model = _export(c, tmp_path / 'in')
   out = tmp_path / 'in'
@@ -494,7 +494,7 @@ def test_llama_2s_params_do_not_say_how_many_tokens(tmp_path):
   _same(back, jax.device_get(model))
 
 
-def test_any_width_of_a_network_can_be_said():
+def test_meta_width_fields_represent_any_d_ff():
   for dim in 16, 18, 1024, 4096, 5120:
     for d_ff in (8, 24, 1000, 11008, 13824, 16384):
       fields = meta._multiples(dim, d_ff)
@@ -504,11 +504,11 @@ def test_any_width_of_a_network_can_be_said():
   assert meta.width(4096, 1024, 1.3) == 14336
 
 
-# What cannot be.
+# Unsupported models.
 
 
 @pytest.mark.parametrize(
-  'form, family, changes, said',
+  'form, family, changes, problem',
   [
     ('meta', 'causal', {}, 'parallel heads; these are causal'),
     ('mimo', 'parallel', {}, 'sequential and recursive heads; these are'),
@@ -521,12 +521,12 @@ def test_any_width_of_a_network_can_be_said():
     ),
     ('meta', 'parallel', dict(model__d_head=6), '--model.d_head=6'),
     ('meta', 'parallel', dict(model__rope_factor=2.0), '--model.rope_factor=2'),
-    # vLLM would load it, and write another text without an error.
-    ('mimo', 'recursive', dict(model__d_head=6), 'whatever --model.d_head=6'),
+    # vLLM would load it, and silently generate a different text.
+    ('mimo', 'recursive', dict(model__d_head=6), 'not --model.d_head=6'),
     ('mimo', 'sequential', {}, 'this model has 2; transformers_mtp and gguf'),
-    ('transformers_mtp', 'sequential', dict(n=1), 'a model of one head'),
-    ('mimo', 'recursive', dict(n=1), 'a model of one head'),
-    ('medusa', 'residual', dict(n=1), 'this is a model of one'),
+    ('transformers_mtp', 'sequential', dict(n=1), 'this model has one head'),
+    ('mimo', 'recursive', dict(n=1), 'this model has one head'),
+    ('medusa', 'residual', dict(n=1), 'this model has one'),
     (
       'transformers_mtp',
       'sequential',
@@ -536,9 +536,9 @@ def test_any_width_of_a_network_can_be_said():
     ('medusa', 'residual', dict(heads__stride=2), '--heads.stride=2'),
   ],
 )
-def test_what_a_form_has_no_place_for(form, family, changes, said, tmp_path):
+def test_models_unsupported_by_a_form_raise(form, family, changes, problem, tmp_path):
   c = _cfg(form, family, **changes)
-  with pytest.raises(fields_lib.ConfigError, match=said) as error:
+  with pytest.raises(fields_lib.ConfigError, match=problem) as error:
     _export(c, tmp_path / 'out')
   assert str(error.value).startswith(f'--export.format={form}: ')
   assert not os.listdir(tmp_path)
@@ -558,7 +558,7 @@ def _import(path, tmp_path, *args):
 
 
 @pytest.mark.parametrize(
-  'form, name, said',
+  'form, name, problem',
   [
     ('mimo', 'model.layers.1.self_attn.k_proj.bias', 'must be 0'),
     ('mtp_llama', 'model.mtp_norms.1.weight', 'to model.mtp_norms.0.weight'),
@@ -566,7 +566,7 @@ def _import(path, tmp_path, *args):
     ('medusa', 'medusa/lm_head.weight', 'must be equal to lm_head.weight'),
   ],
 )
-def test_a_copy_that_differs_is_told(form, name, said, tmp_path, capsys):
+def test_copy_that_differs_raises(form, name, problem, tmp_path, capsys):
   one = 'recursive' if form == 'transformers_mtp' else RUN[form][0]
   _export(_cfg(form, one), tmp_path / 'in')
   path = tmp_path / 'in' / os.path.dirname(name) / 'model.safetensors'
@@ -575,7 +575,7 @@ def test_a_copy_that_differs_is_told(form, name, said, tmp_path, capsys):
   save_file(tensors, path)
   assert _import(tmp_path / 'in', tmp_path) == 2
   error = capsys.readouterr().err
-  assert name in error and said in error and error.count('\n') == 1, error
+  assert name in error and problem in error and error.count('\n') == 1, error
   assert not (tmp_path / 'run').exists()
 
 
@@ -588,7 +588,7 @@ def _meta_folder(path, **changes):
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-  'changes, said',
+  'changes, problem',
   [
     (dict(use_scaled_rope=True), 'use_scaled_rope=True in params.json'),
     (dict(dim='16'), 'params.json: dim="16": must be an integer from 1'),
@@ -597,16 +597,16 @@ def _meta_folder(path, **changes):
     (dict(n_heads=3), '--model.d_model=16: must be a multiple of'),
   ],
 )
-def test_metas_params_that_do_not_fit_are_told(changes, said, tmp_path, capsys):
+def test_bad_meta_params_raise(changes, problem, tmp_path, capsys):
   _meta_folder(tmp_path / 'in', **changes)
   assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1, error
+  assert problem in error and error.count('\n') == 1, error
   assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parity
-def test_a_pth_cut_off_is_told(tmp_path, capsys):
+def test_truncated_pth_raises(tmp_path, capsys):
   _meta_folder(tmp_path / 'in')
   path = tmp_path / 'in' / 'consolidated.pth'
   whole = path.read_bytes()
@@ -614,49 +614,49 @@ def test_a_pth_cut_off_is_told(tmp_path, capsys):
     path.write_bytes(whole[:size])
     assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
     error = capsys.readouterr().err
-    assert 'no file of tensors that PyTorch reads' in error, error
+    assert 'not a tensor file of PyTorch' in error, error
     assert error.count('\n') == 1 and not (tmp_path / 'run').exists()
   path.unlink()
   assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
-  assert 'there is no such file' in capsys.readouterr().err
+  assert 'no such file' in capsys.readouterr().err
 
 
 @pytest.mark.parity
-def test_the_first_of_one_file_is_read_and_of_several_refused(tmp_path, capsys):
+def test_sharded_meta_checkpoint_raises(tmp_path, capsys):
   _meta_folder(tmp_path / 'in')
   os.rename(tmp_path / 'in/consolidated.pth', tmp_path / 'in' / meta.FIRST)
   assert len(_read(tmp_path / 'in', 'meta')[0:2]) == 2
   (tmp_path / 'in/consolidated.01.pth').touch()
   assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
-  assert 'is cut over 2 files by heads' in capsys.readouterr().err
+  assert 'is sharded over 2 files by attention heads' in capsys.readouterr().err
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-  'what, said',
+  'change, problem',
   [
     (lambda w: w | {'norm.weight': w['norm.weight'].char()}, 'int8'),
     (lambda w: {'model': w}, 'model is dict'),
   ],
 )
-def test_what_is_no_table_of_floats_is_told(what, said, tmp_path, capsys):
+def test_pth_without_float_tensors_raises(change, problem, tmp_path, capsys):
   _meta_folder(tmp_path / 'in')
   path = tmp_path / 'in/consolidated.pth'
-  torch.save(what(torch.load(path)), path)
+  torch.save(change(torch.load(path)), path)
   assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
   error = capsys.readouterr().err
-  assert said in error and 'only tensors of floats' in error
+  assert problem in error and 'only floating-point tensors' in error
 
 
 @pytest.mark.parity
-def test_the_other_format_is_named(tmp_path, capsys):
+def test_wrong_import_format_suggests_the_other(tmp_path, capsys):
   _meta_folder(tmp_path / 'in')
   assert _import(tmp_path / 'in', tmp_path) == 2
-  assert '--import.format=meta reads what is there' in capsys.readouterr().err
+  assert 'use --import.format=meta for this folder' in capsys.readouterr().err
   shutil.rmtree(tmp_path / 'in')
   _export(_cfg('hf', 'parallel'), tmp_path / 'in')
   assert _import(tmp_path / 'in', tmp_path, '--import.format=meta') == 2
-  assert '--import.format=hf reads what is there' in capsys.readouterr().err
+  assert 'use --import.format=hf for this folder' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -669,8 +669,8 @@ def test_the_other_format_is_named(tmp_path, capsys):
     ('export', 'gguf', 'gguf', 'gguf'),
   ],
 )
-def test_a_missing_extra_is_named(command, form, missing, extra, tmp_path, monkeypatch, capsys):
-  monkeypatch.setitem(sys.modules, missing, None)  # an import of it raises
+def test_missing_extra_is_named(command, form, missing, extra, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, missing, None)  # importing it raises
   (tmp_path / 'in').mkdir()
   from_ = 'import.path' if command == 'import' else 'export.checkpoint'
   to = 'train.workdir' if command == 'import' else 'export.out'

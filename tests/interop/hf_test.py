@@ -1,4 +1,4 @@
-"""Out to Hugging Face's form and in again; transformers is the judge."""
+"""Export to Hugging Face's format and import, compared with transformers."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ NO_CACHE = '--train.compilation_cache='
 
 
 def _cfg(family='parallel', n=3, **changes):
-  layers = 2 + (n if family in schema.BLOCK_FIRST else 0)
+  layers = 2 + (n if schema.HEAD_FAMILIES[family] else 0)
   return tiny.cfg(heads__family=family, heads__n=n, model__n_layers=layers, **BASE | changes)
 
 
@@ -46,7 +46,7 @@ def _same(a, b):
 
 
 def _workdir(c, path):
-  """A workdir with the parameters of tiny.model."""
+  """Writes a workdir with the parameters of tiny.model."""
   c = schema.replace(c, **{'train.workdir': str(path)})
   model = tiny.model(c, tiny.mesh(c))
   saver.save_params(model, c, tokenizers.get('bytes'), c.train.workdir)
@@ -55,7 +55,7 @@ def _workdir(c, path):
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('unembedding', ['shared', 'replicated', 'tied'])
-def test_there_and_back_is_the_same(family, unembedding, tmp_path):
+def test_export_import_round_trip(family, unembedding, tmp_path):
   c = _cfg(family, heads__unembedding=unembedding)
   model = tiny.model(c, tiny.mesh(c))
   _export(c, model, tmp_path / 'out')
@@ -65,7 +65,7 @@ def test_there_and_back_is_the_same(family, unembedding, tmp_path):
   _same(back, model)
 
 
-def test_options_come_back_too(tmp_path):
+def test_sharded_export_round_trip_with_options(tmp_path):
   c = _cfg(
     'recursive',
     n=4,
@@ -83,8 +83,8 @@ def test_options_come_back_too(tmp_path):
   mesh = tiny.mesh(mesh_cfg)
   back = hf_folder.read(str(tmp_path / 'out'), c, mesh)
   _same(jax.device_get(back), jax.device_get(model))
-  wanted = params.abstract(lm.specs(c), 'bfloat16', mesh)
-  assert back.trunk.q.sharding == wanted.trunk.q.sharding
+  expected = params.abstract(lm.specs(c), 'bfloat16', mesh)
+  assert back.trunk.q.sharding == expected.trunk.q.sharding
 
 
 def test_every_parameter_has_a_place():
@@ -115,7 +115,7 @@ def test_every_parameter_has_a_place():
     dict(export__max_shard_gib=4000 / 2**30),
   ],
 )
-def test_transformers_computes_the_same(changes, tmp_path):
+def test_transformers_logits_and_text_match(changes, tmp_path):
   c = _cfg(**{'decode__max_new_tokens': 200, 'data__seq_len': 256, **changes})
   model = _workdir(c, tmp_path / 'run')
   out = tmp_path / 'out'
@@ -132,7 +132,7 @@ def test_transformers_computes_the_same(changes, tmp_path):
     )
     == 0
   )
-  # An engine must not take mtp_heads.safetensors for a part of the Llama.
+  # An engine must not load mtp_heads.safetensors as a part of the Llama.
   index, has_more = out / files.INDEX, (out / 'mtp_heads.safetensors').exists()
   assert index.exists() == (c.export.max_shard_gib < 1 or has_more)
   if index.exists():
@@ -155,7 +155,7 @@ def test_transformers_computes_the_same(changes, tmp_path):
   made = decoder.Decoder(model, c, tiny.mesh(c), c.heads.n)
   [text] = made([ids[0]]).tokens
   with torch.no_grad():
-    said = llama.generate(
+    generated = llama.generate(
       torch.tensor(ids[:1]),
       attention_mask=torch.ones((1, 50)),
       max_new_tokens=200,
@@ -163,11 +163,11 @@ def test_transformers_computes_the_same(changes, tmp_path):
       eos_token_id=None,
       pad_token_id=0,
     )
-  assert text.tolist() == said[0, 50:].tolist()
+  assert text.tolist() == generated[0, 50:].tolist()
 
 
-@pytest.mark.skipif(not os.path.isdir(STORIES), reason='data is not here')
-def test_a_real_llama_goes_on_as_it_did(tmp_path, capsys):
+@pytest.mark.skipif(not os.path.isdir(STORIES), reason='requires shared/data')
+def test_imported_llama_generates_the_original_text(tmp_path, capsys):
   run = tmp_path / 'run'
   assert (
     main.main(
@@ -198,12 +198,12 @@ def test_a_real_llama_goes_on_as_it_did(tmp_path, capsys):
     )
     == 0
   )
-  said = capsys.readouterr().out.splitlines()[0]
-  assert said == ','.join(map(str, expected['greedy_ids']))
+  line = capsys.readouterr().out.splitlines()[0]
+  assert line == ','.join(map(str, expected['greedy_ids']))
 
 
 def _llama(path, **changes):
-  """A folder of a random Llama, as another tool may have written it."""
+  """Writes a folder of a random Llama, as of a third-party tool."""
   c = _cfg('parallel', n=1)
   model = tiny.model(c, tiny.mesh(c))
   _export(c, model, path)
@@ -213,7 +213,7 @@ def _llama(path, **changes):
   return c, model
 
 
-def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
+def test_imported_llama_uses_its_last_layer_as_head_1(tmp_path):
   c, model = _llama(tmp_path / 'in')
   cfg, ours = hf_folder.find(str(tmp_path / 'in'), {})
   assert not ours and cfg.heads.n == 1 and cfg.model.n_layers == 3
@@ -225,7 +225,7 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'changes, said',
+  'changes, problem',
   [
     (dict(model_type='mamba'), "model_type='mamba' in config.json; only 'llama', 'mtp_llama'"),
     (dict(hidden_act='gelu'), "hidden_act='gelu'"),
@@ -243,7 +243,7 @@ def test_a_llama_of_others_has_its_last_layer_as_head_1(tmp_path):
     (dict(vocab_size=200), 'has 258 tokens, the model 200; --import.tokenizer=skip'),
   ],
 )
-def test_what_does_not_fit_is_told(changes, said, tmp_path, capsys):
+def test_unsupported_config_json_raises(changes, problem, tmp_path, capsys):
   _llama(tmp_path / 'in', **changes)
   run = tmp_path / 'run'
   assert (
@@ -259,15 +259,15 @@ def test_what_does_not_fit_is_told(changes, said, tmp_path, capsys):
     == 2
   )
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1, error
+  assert problem in error and error.count('\n') == 1, error
   assert not run.exists()
 
 
-def test_a_shard_cut_off_is_told(tmp_path, capsys):
+def test_truncated_safetensors_raises(tmp_path, capsys):
   _llama(tmp_path / 'in')
   path = tmp_path / 'in' / 'model.safetensors'
   whole = path.read_bytes()
-  for size, said in ((len(whole) - 9, 'is cut off'), (20, 'no safetensors')):
+  for size, problem in ((len(whole) - 9, 'is truncated'), (20, 'not a safetensors')):
     path.write_bytes(whole[:size])
     assert (
       main.main(
@@ -281,11 +281,11 @@ def test_a_shard_cut_off_is_told(tmp_path, capsys):
       )
       == 2
     )
-    assert said in capsys.readouterr().err
+    assert problem in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_folder_that_is_there_is_not_touched(tmp_path, capsys):
+def test_export_does_not_overwrite_a_folder(tmp_path, capsys):
   c = _cfg()
   _workdir(c, tmp_path / 'run')
   (tmp_path / 'out').mkdir()
@@ -302,45 +302,45 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path, capsys):
     )
     == 2
   )
-  assert 'is not empty; give another directory' in capsys.readouterr().err
+  assert 'is not empty; choose another directory' in capsys.readouterr().err
   assert os.listdir(tmp_path / 'out') == ['mine']
 
 
-def test_what_was_written_is_read_again(tmp_path, monkeypatch):
+def test_export_verifies_written_tensors(tmp_path, monkeypatch):
   c = _cfg()
   model = tiny.model(c, tiny.mesh(c))
   write = files.write
 
-  def damaged(path, arrays):
+  def corrupt(path, arrays):
     first = min(arrays)
     write(path, arrays | {first: arrays[first] + 1})
 
-  monkeypatch.setattr(files, 'write', damaged)
-  with pytest.raises(paths.InputError, match='is not what was written'):
+  monkeypatch.setattr(files, 'write', corrupt)
+  with pytest.raises(paths.InputError, match='differs from what was written'):
     _export(c, model, tmp_path / 'out')
   assert not os.listdir(tmp_path)
 
 
-def test_a_surplus_or_missing_key_is_an_error(tmp_path, monkeypatch):
+def test_export_verifies_written_keys(tmp_path, monkeypatch):
   c = _cfg()
   model = tiny.model(c, tiny.mesh(c))
   write = files.write
 
   def more(path, arrays):
-    write(path, arrays | {'surplus.weight': np.zeros(3, np.float32)})
+    write(path, arrays | {'unexpected.weight': np.zeros(3, np.float32)})
 
   def fewer(path, arrays):
     write(path, {k: v for k, v in arrays.items() if k != min(arrays)})
 
   for wrong in more, fewer:
     monkeypatch.setattr(files, 'write', wrong)
-    with pytest.raises(paths.InputError, match='missing or surplus|the index names it'):
+    with pytest.raises(paths.InputError, match='missing or unexpected|in the index'):
       _export(c, model, tmp_path / 'out')
     assert not os.listdir(tmp_path)
 
 
-def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
-  # A step as that of `undisturbed`; the first one's learning rate is 0.
+def test_training_starts_from_imported_parameters(store, tmp_path, capsys):
+  # With the step of `undisturbed`, to share its compilation; the first learning rate is 0.
   sizes = dict(model__n_attn_heads=2, model__n_kv_heads=0, model__d_ff=32)
   c = _cfg(n=2, data__seq_len=16, **sizes)
   c = schema.replace(c, **{'model.n_layers': 3})
@@ -381,8 +381,8 @@ def test_training_begins_with_what_was_imported(store, tmp_path, capsys):
   )
 
 
-def test_a_store_of_another_tokenizer_is_refused(store, tmp_path, capsys):
-  _llama(tmp_path / 'in')  # its bytes are a tokenizer.json, which is another
+def test_store_with_different_tokenizer_raises_after_import(store, tmp_path, capsys):
+  _llama(tmp_path / 'in')  # its bytes tokenizer is a tokenizer.json, which differs
   run = tmp_path / 'run'
   assert (
     main.main(
@@ -414,7 +414,7 @@ def test_a_store_of_another_tokenizer_is_refused(store, tmp_path, capsys):
 
 
 def _train_flags(c, **changes):
-  """Flags of a run on a model like _cfg's."""
+  """Returns the flags of a run with a model like _cfg's."""
   m = c.model
   return (
     dict(
@@ -444,11 +444,11 @@ def _greedy(path):
 
 
 @pytest.mark.parity
-def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
-  """20 steps of two heads on a trunk that is frozen: transformers writes the
-  same text as before, and so does `mtp generate` with the heads."""
+def test_llama_import_head_training_and_export(store, tmp_path, capsys):
+  """20 steps of two heads on a frozen trunk: transformers generates the same text
+  as before, and so does `mtp generate` with the heads."""
   c, _ = _llama(tmp_path / 'in')
-  os.remove(tmp_path / 'in/tokenizer.json')  # the store's is ours of bytes
+  os.remove(tmp_path / 'in/tokenizer.json')  # the store has our bytes tokenizer
   run, trained, out = (tmp_path / x for x in ('run', 'trained', 'out'))
   here = ['--mesh.fsdp=-1', NO_CACHE]
   assert (
@@ -478,8 +478,8 @@ def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
   )
   assert 'head 1 as it was; heads 2 to 3 new, as head 1' in (capsys.readouterr().out)
   assert main.main(['export', f'{trained}', f'--export.out={out}', *here]) == 0
-  wanted = _greedy(tmp_path / 'in')
-  assert _greedy(out) == wanted
+  expected = _greedy(tmp_path / 'in')
+  assert _greedy(out) == expected
   capsys.readouterr()
   assert (
     main.main(
@@ -487,16 +487,16 @@ def test_a_llama_comes_in_learns_heads_and_leaves(store, tmp_path, capsys):
     )
     == 0
   )
-  said = capsys.readouterr().out.splitlines()[0]
-  made = [int(x) for x in said.split(',')]
-  assert made == wanted[4 : 4 + len(made)] and len(made) >= 10
+  line = capsys.readouterr().out.splitlines()[0]
+  made = [int(x) for x in line.split(',')]
+  assert made == expected[4 : 4 + len(made)] and len(made) >= 10
 
 
-# What config.json says, without mtp_jax.json to hide it.
+# config.json alone, without mtp_jax.json.
 
 
 @pytest.mark.parametrize('unembedding', ['shared', 'tied'])
-def test_fields_of_others_are_read(unembedding, tmp_path):
+def test_third_party_config_json_fields(unembedding, tmp_path):
   c = _cfg(
     n=1,
     heads__unembedding=unembedding,
@@ -515,11 +515,11 @@ def test_fields_of_others_are_read(unembedding, tmp_path):
   os.remove(tmp_path / 'in' / hf_folder.OURS)
   cfg, ours = hf_folder.find(str(tmp_path / 'in'), {})
   assert not ours and cfg.heads.unembedding == unembedding
-  wanted = dataclasses.replace(c.model, remat=cfg.model.remat, compute_dtype='float32')
-  assert cfg.model == wanted and cfg.data.seq_len == 512
+  expected = dataclasses.replace(c.model, remat=cfg.model.remat, compute_dtype='float32')
+  assert cfg.model == expected and cfg.data.seq_len == 512
 
 
-def test_what_it_was_is_what_it_computes(tmp_path):
+def test_imported_compute_dtype(tmp_path):
   _llama(tmp_path / 'in', dtype='bfloat16')
   cfg, _ = hf_folder.find(str(tmp_path / 'in'), {})
   assert cfg.model.compute_dtype == 'bfloat16'
@@ -527,7 +527,7 @@ def test_what_it_was_is_what_it_computes(tmp_path):
   assert hf_folder.find(str(tmp_path / 'in'), given)[0].model.compute_dtype == ('float32')
 
 
-def test_keys_that_mean_nothing_are_left_out(tmp_path):
+def test_rotary_buffers_are_ignored(tmp_path):
   c, model = _llama(tmp_path / 'in')
   path = str(tmp_path / 'in/model.safetensors')
   arrays = {k: np.array(x.read()) for k, x in files.read(path).items()}
@@ -537,16 +537,16 @@ def test_keys_that_mean_nothing_are_left_out(tmp_path):
   _same(hf_folder.read(str(tmp_path / 'in'), cfg, tiny.mesh(c)), model)
 
 
-def test_an_index_names_the_llama_alone(tmp_path):
-  """Or vLLM reads the further heads as a part of it."""
+def test_index_excludes_further_heads(tmp_path):
+  """Otherwise vLLM would load the further heads as a part of the Llama."""
   c = _cfg('sequential')
   _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
   named = json.loads((tmp_path / 'in' / files.INDEX).read_text())['weight_map']
-  wanted = {k for k, place in mapping.tensors(c).items() if not place.extra}
-  assert named == dict.fromkeys(wanted, files.WHOLE)
+  expected = {k for k, place in mapping.tensors(c).items() if not place.extra}
+  assert named == dict.fromkeys(expected, files.WHOLE)
 
 
-def test_a_file_of_the_index_that_is_missing_is_told(tmp_path):
+def test_missing_file_of_the_index_raises(tmp_path):
   c = _cfg(export__max_shard_gib=4000 / 2**30)
   _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
   name = min(x for x in os.listdir(tmp_path / 'in') if '-of-' in x)
@@ -555,18 +555,18 @@ def test_a_file_of_the_index_that_is_missing_is_told(tmp_path):
     hf_folder.read(str(tmp_path / 'in'), c, tiny.mesh(c))
   index = json.loads((tmp_path / 'in' / files.INDEX).read_text())
   size = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(tiny.model(c, tiny.mesh(c))))
-  extra = files.read(str(tmp_path / 'in/mtp_heads.safetensors'), 'x').values()
+  extra = files.read(str(tmp_path / 'in/mtp_heads.safetensors')).values()
   size -= sum(np.prod(x.shape) * 4 for x in extra)
   assert index['metadata']['total_size'] == size
 
 
-def test_bytes_that_are_not_those_of_a_shape_are_told(tmp_path):
+def test_wrong_tensor_size_raises(tmp_path):
   _llama(tmp_path / 'in')
   path = tmp_path / 'in' / 'model.safetensors'
   whole = path.read_bytes()
   assert whole.count(b'[264,16]') == 2
   path.write_bytes(whole.replace(b'[264,16]', b'[264,15]'))
-  with pytest.raises(paths.InputError, match=r'not those of \(264, 15\)'):
+  with pytest.raises(paths.InputError, match=r'not the size of \(264, 15\)'):
     files.read(str(path))
 
 
@@ -580,7 +580,7 @@ def _command(command, from_, to, *more):
   )
 
 
-def test_a_dtype_of_its_own(tmp_path):
+def test_export_dtype(tmp_path):
   c = _cfg()
   _workdir(c, tmp_path / 'run')
   out = tmp_path / 'out'
@@ -590,12 +590,12 @@ def test_a_dtype_of_its_own(tmp_path):
   assert json.loads((out / 'config.json').read_text())['dtype'] == 'bfloat16'
 
 
-def test_a_model_without_a_tokenizer_leaves_without_one(tmp_path, capsys):
+def test_import_and_export_without_tokenizer(tmp_path, capsys):
   _llama(tmp_path / 'in')
   os.remove(tmp_path / 'in/tokenizer.json')
   run, out = tmp_path / 'run', tmp_path / 'out'
   assert _command('import', tmp_path / 'in', run) == 0
-  assert 'no tokenizer was there: ids only' in capsys.readouterr().out
+  assert 'no tokenizer found: ids only' in capsys.readouterr().out
   assert (run / 'run.flags').exists()
   assert _command('export', run, out) == 0
   assert not [x for x in os.listdir(out) if 'tokenizer' in x]
@@ -606,7 +606,7 @@ def test_a_model_without_a_tokenizer_leaves_without_one(tmp_path, capsys):
   assert 'imported without a tokenizer; give --prompt_ids' in (capsys.readouterr().err)
 
 
-def test_an_import_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_import_leaves_no_files(tmp_path, monkeypatch):
   _llama(tmp_path / 'in')
 
   def killed(*_, **__):
@@ -618,7 +618,7 @@ def test_an_import_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['a[1]', 'b*'])
-def test_no_import_into_a_path_that_is_a_pattern(name, tmp_path, capsys):
+def test_import_into_a_glob_pattern_raises(name, tmp_path, capsys):
   _llama(tmp_path / 'in')
   assert _command('import', tmp_path / 'in', tmp_path / name) == 2
   error = capsys.readouterr().err
@@ -626,36 +626,36 @@ def test_no_import_into_a_path_that_is_a_pattern(name, tmp_path, capsys):
   assert error.count('\n') == 1 and os.listdir(tmp_path) == ['in']
 
 
-def test_a_form_is_asked_for_anew(tmp_path):
-  """What was imported from one form leaves in another unless it is given."""
+def test_export_format_is_not_inherited_from_import(tmp_path):
+  """The import format does not become the default export format."""
   c = _cfg('recursive', export__format='mimo')
   _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
   assert _command('import', tmp_path / 'in', tmp_path / 'run') == 0
   assert _command('export', tmp_path / 'run', tmp_path / 'out') == 0
   assert (tmp_path / 'out/mtp_heads.safetensors').exists()
   text = (tmp_path / 'out' / hf_folder.OURS).read_text()
-  assert str(tmp_path) not in text  # nothing of where it was made
+  assert str(tmp_path) not in text  # no local paths
 
 
 @pytest.mark.parametrize(
-  'more, said',
+  'more, problem',
   [
     (['--import.format=gguf'], '--import.format=gguf: one of hf, meta'),
-    (['--heads.family=causal'], '--heads.family=causal: mtp_jax.json says'),
-    (['--heads.n=3'], '--heads.n=3: an import takes that from what it reads'),
+    (['--heads.family=causal'], '--heads.family=causal: mtp_jax.json has'),
+    (['--heads.n=3'], '--heads.n=3: is set by the imported model'),
   ],
 )
-def test_flags_that_contradict_are_told(more, said, tmp_path, capsys):
+def test_contradicting_import_flags_raise(more, problem, tmp_path, capsys):
   c = _cfg('parallel')
   _export(c, tiny.model(c, tiny.mesh(c)), tmp_path / 'in')
   assert _command('import', tmp_path / 'in', tmp_path / 'run', *more) == 2
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1, error
+  assert problem in error and error.count('\n') == 1, error
   assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parity
-def test_what_a_form_cannot_hold_is_told_before_anything(tmp_path, capsys):
+def test_unsupported_export_raises_before_writing(tmp_path, capsys):
   c = _cfg('linear')
   _workdir(c, tmp_path / 'run')
   (tmp_path / 'out').mkdir()
@@ -664,7 +664,7 @@ def test_what_a_form_cannot_hold_is_told_before_anything(tmp_path, capsys):
   assert (tmp_path / 'out').is_dir()
 
 
-def test_a_checkpoint_leaves_while_its_run_goes_on(store, tmp_path):
+def test_export_during_training(store, tmp_path):
   run, out = tmp_path / 'run', tmp_path / 'out'
   args = runs.args(
     store, str(run), train__steps=60, train__checkpoint_every=3, train__max_to_keep=30
@@ -674,7 +674,7 @@ def test_a_checkpoint_leaves_while_its_run_goes_on(store, tmp_path):
   while not restore.steps(str(run)) and time.monotonic() < limit:
     time.sleep(0.1)
   assert _command('export', run, out) == 0
-  assert process.poll() is None  # and nobody took its lock
+  assert process.poll() is None  # and the export did not take its lock
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=60)
   assert process.returncode == 75

@@ -1,4 +1,4 @@
-"""An import streams: above what it makes, it holds one stacked leaf at most."""
+"""Peak memory of an import: at most one stacked leaf above its result."""
 
 import json
 
@@ -9,7 +9,7 @@ from mtp_jax.interop import files, hf_folder, mapping
 from mtp_jax.model import lm
 from tests.support import runs, tiny
 
-# Anonymous memory: pages of a mapped file are the system's to give and take.
+# Anonymous memory only: pages of mapped files can be reclaimed.
 READ = """
 import re, sys, threading, time
 import jax
@@ -29,7 +29,7 @@ def watch():
 
 cfg, _ = hf_folder.find(sys.argv[1], {})
 cfg = schema.replace(cfg, **{'mesh.fsdp': -1})
-mesh = sharding.serving_mesh(cfg)
+mesh = sharding.make_mesh(cfg)
 jax.block_until_ready(jax.numpy.ones(8) + 1)
 before = peak = held()
 threading.Thread(target=watch, daemon=True).start()
@@ -39,7 +39,7 @@ print(peak - before - sum(x.nbytes for x in jax.tree.leaves(model)))
 
 
 def _folder(path) -> schema.Config:
-  """Of a Llama of 240 MB; three arrays make most of it."""
+  """Writes a Llama of 240 MB, most of it in three arrays."""
   c = tiny.cfg(
     heads__n=1,
     model__d_model=512,
@@ -63,7 +63,7 @@ def _folder(path) -> schema.Config:
   return c
 
 
-def test_an_import_holds_one_stacked_leaf_more_than_its_result(tmp_path):
+def test_import_peak_memory_is_one_stacked_leaf_above_result(tmp_path):
   c = _folder(tmp_path / 'in')
   specs = lm.specs(c).trunk
   leaf = 4 * np.prod(specs.gate.shape)
@@ -71,7 +71,7 @@ def test_an_import_holds_one_stacked_leaf_more_than_its_result(tmp_path):
   out, error = process.communicate()
   assert process.returncode == 0, error
   one_tensor = leaf / c.model.n_layers
-  # Of the runtime: 23 MiB here, no more where a leaf is three times as large.
+  # Runtime overhead: 23 MiB here, independent of the size of a leaf.
   slack = 32 * 2**20
   print(f'above the result: {int(out) / leaf:.2f} stacked leaves')
   assert int(out) <= leaf + one_tensor + slack

@@ -1,4 +1,4 @@
-"""Tokenizers of an export: transformers gives the same ids."""
+"""Tokenizers of an export, compared with transformers."""
 
 import argparse
 import io
@@ -30,7 +30,7 @@ KEEPS = dict(normalization_rule_name='identity', remove_extra_whitespaces=False)
 
 
 def _write(ours, path):
-  """The files of an export."""
+  """Writes the tokenizer files of an export."""
   for name, data in tokens.files_of(ours).items():
     (path / name).parent.mkdir(exist_ok=True)
     (path / name).write_bytes(data)
@@ -71,7 +71,7 @@ def _html(path):
 
 
 def _code(path):
-  """A byte-level vocabulary with one token at both ends, as code models'."""
+  """A byte-level vocabulary with the same BOS and EOS, as in code models."""
   fast = hf.Tokenizer(hf.models.BPE())
   fast.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   fast.decoder = hf.decoders.ByteLevel()
@@ -89,7 +89,7 @@ def _code(path):
 
 
 def _named_ends(path):
-  """The same, its ends named by a file beside it, one of them an object."""
+  """The same, with BOS and EOS in tokenizer_config.json, one of them an object."""
   _code(path)
   about = json.loads((path / 'tokenizer.json').read_text())
   (path / 'tokenizer.json').write_text(json.dumps(about).replace('<|endoftext|>', '<done>'))
@@ -121,7 +121,7 @@ MADE = {
 
 @pytest.mark.parity
 @pytest.mark.parametrize('kind', MADE)
-def test_transformers_gives_the_same_ids(kind, tmp_path):
+def test_transformers_ids_match(kind, tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'out').mkdir()
   ours = MADE[kind](tmp_path / 'in')
@@ -136,7 +136,7 @@ def test_transformers_gives_the_same_ids(kind, tmp_path):
 
 
 @pytest.mark.parametrize('kind', MADE)
-def test_an_import_takes_the_same_tokenizer(kind, tmp_path):
+def test_imported_tokenizer_is_identical(kind, tmp_path):
   (tmp_path / 'in').mkdir()
   (tmp_path / 'out').mkdir()
   ours = MADE[kind](tmp_path / 'in')
@@ -149,7 +149,7 @@ def test_an_import_takes_the_same_tokenizer(kind, tmp_path):
     assert back.encode(text).tolist() == ours.encode(text).tolist()
 
 
-def test_symbols_of_a_user_have_no_tokenizer_json(tmp_path):
+def test_user_defined_symbols_export_no_tokenizer_json(tmp_path):
   (tmp_path / 'in').mkdir()
   ours = _pieces(tmp_path / 'in', 'bpe', user_defined_symbols=['return'])
   files = tokens.files_of(ours)
@@ -157,13 +157,13 @@ def test_symbols_of_a_user_have_no_tokenizer_json(tmp_path):
   assert b'LlamaTokenizer' in files['tokenizer_config.json']
 
 
-def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+def test_folder_without_tokenizer_gives_none(tmp_path):
   assert tokens.read(str(tmp_path), None) is None
 
 
 @pytest.mark.parametrize('prefix', [True, False])
-def test_whether_a_space_is_put_before_is_said(prefix, tmp_path):
-  """llama.cpp's converter reads it there, and puts one before by default."""
+def test_add_prefix_space_is_recorded(prefix, tmp_path):
+  """llama.cpp's converter reads this field, which is true by default."""
   ours = _pieces(tmp_path, 'bpe', add_dummy_prefix=prefix, **KEEPS)
   about = json.loads(tokens.files_of(ours)['tokenizer_config.json'])
   assert about['add_prefix_space'] is prefix

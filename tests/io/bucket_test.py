@@ -64,12 +64,10 @@ def _fails(capsys, *args) -> str:
   return error[len('mtp: ') : -1]
 
 
-# A run.
+# Training runs.
 
 
-def test_stopped_and_resumed_it_is_the_run_on_a_disk(
-  server, store, undisturbed, monkeypatch, capsys
-):
+def test_resume_from_bucket_matches_run_on_disk(server, store, undisturbed, monkeypatch, capsys):
   where = 'gs://bucket/stopped'
   stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
   signals.at_batch(monkeypatch, 4, stop)
@@ -93,23 +91,23 @@ def test_stopped_and_resumed_it_is_the_run_on_a_disk(
     'run.flags',
   ]
   found = [server.objects['bucket'][f'stopped/{name}'].data for name in events]
-  # Two starts within a second share a name, on a disk as here.
+  # Two starts within a second share a name, as on disk.
   assert any(b'train/loss' in data for data in found)
-  assert runs.train(store, where) == 0  # nothing is left to do
+  assert runs.train(store, where) == 0  # already finished
   assert 'is trained already, to step 6' in capsys.readouterr().out
 
 
-def test_a_save_that_was_killed_is_no_checkpoint(server, store, undisturbed, finished):
+def test_incomplete_checkpoint_in_bucket_is_ignored(server, store, undisturbed, finished):
   where = _copy(server, finished, 'killed')
   objects = server.objects['bucket']
-  # What the kill leaves: all but the mark, which is written last.
+  # The result of a kill: everything but the commit mark, which is written last.
   del objects['killed/checkpoints/6/commit_success.txt']
   assert restore.steps(where) == [3]
   assert runs.train(store, where, train__checkpoint_every=3) == 0
   runs.assert_same(runs.restored(where, 6), runs.restored(undisturbed, 6))
 
 
-def test_a_flipped_bit_falls_back(server, store, undisturbed, finished, capsys):
+def test_corrupt_checkpoint_in_bucket_falls_back(server, store, undisturbed, finished, capsys):
   where = _copy(server, finished, 'flipped')
   names = [n for n in server.objects['bucket'] if 'flipped/checkpoints/6' in n]
   largest = max(names, key=lambda n: len(server.objects['bucket'][n].data))
@@ -127,8 +125,8 @@ def test_a_flipped_bit_falls_back(server, store, undisturbed, finished, capsys):
   assert aside == _names(server, 'finished/checkpoints/6')
 
 
-def test_setting_aside_begins_with_the_mark(server, finished, monkeypatch):
-  """A kill while files move must not leave what looks complete."""
+def test_quarantine_moves_the_commit_mark_first(server, finished, monkeypatch):
+  """A kill while files are moved must not leave an apparently complete checkpoint."""
   where = _copy(server, finished, 'halfway')
   folder = type(paths.as_path(where))
 
@@ -148,7 +146,7 @@ def _copy(server, where, name) -> str:
   return f'gs://bucket/{name}'
 
 
-def test_commands_read_it_and_write_there(server, undisturbed, finished, tmp_path, capsys):
+def test_commands_read_from_and_write_to_bucket(server, undisturbed, finished, tmp_path, capsys):
   found = {}
   for name, of in (('here', undisturbed), ('there', finished)):
     out = f'gs://bucket/{name}.json'
@@ -179,13 +177,13 @@ def test_commands_read_it_and_write_there(server, undisturbed, finished, tmp_pat
   for path in (tmp_path / 'hf').iterdir():
     assert server.get('bucket', f'hf/{path.name}').data == path.read_bytes()
   again = _fails(capsys, 'export', f'{finished}', '--export.out=gs://bucket/hf', *HERE)
-  assert again == ('--export.out=gs://bucket/hf: is not empty; give another directory')
+  assert again == ('--export.out=gs://bucket/hf: is not empty; choose another directory')
 
   args = [f'--import.path={tmp_path / "hf"}', '--train.workdir=gs://bucket/in']
   assert main.main(['import', *args, *HERE]) == 0
   assert restore.steps('gs://bucket/in') == [0]
   assert _fails(capsys, 'import', '--import.path=gs://bucket/hf', *HERE) == (
-    '--import.path=gs://bucket/hf: copy it to a disk of this machine'
+    '--import.path=gs://bucket/hf: must be local; copy it to a local disk'
   )
 
   assert main.main(['report', finished]) == 0
@@ -197,7 +195,7 @@ def test_commands_read_it_and_write_there(server, undisturbed, finished, tmp_pat
   assert server.get('bucket', png).data[:4] == b'\x89PNG'
 
 
-def test_a_run_begins_with_one_there_by_its_flags(server, undisturbed, finished, tmp_path, capsys):
+def test_init_from_a_run_in_bucket(server, undisturbed, finished, tmp_path, capsys):
   args = [
     'train',
     f'--flagfile={finished}/run.flags',
@@ -216,10 +214,10 @@ def test_a_run_begins_with_one_there_by_its_flags(server, undisturbed, finished,
   assert runs.records(there) == runs.records(tmp_path)
 
 
-# What grows.
+# Appended files.
 
 
-def test_what_grows_is_uploaded_now_and_then(server, monkeypatch):
+def test_appended_file_is_uploaded_periodically(server, monkeypatch):
   now = [1000.0]
   monkeypatch.setattr(paths.time, 'monotonic', lambda: now[0])
   file = paths.open_append('gs://bucket/lines', b'0\n')
@@ -240,10 +238,10 @@ def test_what_grows_is_uploaded_now_and_then(server, monkeypatch):
   assert there() == b'0\n1\n2\n3\n4\n'
   n = len(server.log)
   file.close()
-  assert len(server.log) == n  # nothing is new
+  assert len(server.log) == n  # nothing to upload
 
 
-def test_uploads_take_a_small_part_of_the_time(server, monkeypatch):
+def test_slow_uploads_are_rate_limited(server, monkeypatch):
   now = [1000.0]
   monkeypatch.setattr(paths.time, 'monotonic', lambda: now[0])
   file = paths.open_append('gs://bucket/slow')
@@ -265,7 +263,7 @@ def test_uploads_take_a_small_part_of_the_time(server, monkeypatch):
   assert server.get('bucket', 'slow').data == b'12'
 
 
-def test_an_upload_that_fails_is_told_and_tried_again(server, monkeypatch, capsys):
+def test_failed_upload_is_logged_and_retried(server, monkeypatch, capsys):
   file = paths.open_append('gs://bucket/tried')
   with monkeypatch.context() as m:
     m.setattr(server, 'refuses', 403)
@@ -273,13 +271,13 @@ def test_an_upload_that_fails_is_told_and_tried_again(server, monkeypatch, capsy
     file.sync()
   line = 'gs://bucket/tried could not be written: Forbidden'
   out = capsys.readouterr().out
-  assert out.startswith(line) and out.endswith('it is tried again\n')
+  assert out.startswith(line) and out.endswith('will retry\n')
   assert server.get('bucket', 'tried').data == b''
   file.close()
   assert server.get('bucket', 'tried').data == b'1\n'
 
 
-def test_on_a_disk_each_line_is_there_at_once(tmp_path):
+def test_flush_writes_lines_to_disk(tmp_path):
   file = paths.open_append(tmp_path / 'lines', b'0\n')
   file.write(b'1\n')
   file.flush()
@@ -288,7 +286,7 @@ def test_on_a_disk_each_line_is_there_at_once(tmp_path):
   file.close()
 
 
-# One writer.
+# Locks.
 
 
 def _other(server, **changes):
@@ -296,7 +294,7 @@ def _other(server, **changes):
   server.put('bucket', 'l/lock.json', json.dumps(holder | changes).encode())
 
 
-def test_a_second_run_is_refused(server, store, capsys):
+def test_second_run_in_bucket_raises(server, store, capsys):
   held = lock.Lock('gs://bucket/l')
   error = _fails(capsys, 'train', *runs.args(store, 'gs://bucket/l'))
   assert error.startswith('--train.workdir=gs://bucket/l: is being written')
@@ -306,7 +304,7 @@ def test_a_second_run_is_refused(server, store, capsys):
   assert not lock.is_held('gs://bucket/l') and not _names(server, 'l')
 
 
-def test_another_machine_that_writes_its_lock_again_lives(server, monkeypatch):
+def test_renewed_lock_of_another_host_is_respected(server, monkeypatch):
   _other(server)
   later = iter(range(1, 99))
   monkeypatch.setattr(time, 'sleep', lambda _: _other(server, time=time.time() + next(later)))
@@ -314,31 +312,31 @@ def test_another_machine_that_writes_its_lock_again_lives(server, monkeypatch):
     lock.Lock('gs://bucket/l')
 
 
-def test_another_machine_that_was_silent_is_dead(server, monkeypatch):
+def test_stale_lock_of_another_host_is_taken_over(server, monkeypatch):
   monkeypatch.setattr(lock, 'LIVES_S', 0.1)
   _other(server, time=time.time() - lock.STALE_S - 1)
   lock.Lock('gs://bucket/l').check()
 
 
-def test_who_was_replaced_notices_at_its_next_look(server, monkeypatch):
+def test_lost_lock_is_detected_at_next_check(server, monkeypatch):
   server.delete('bucket', 'l/lock.json')
   held = lock.Lock('gs://bucket/l')
   n = len(server.log)
-  held.check(closely=False)  # a log line: it has just looked
+  held.check(closely=False)  # at a log line: checked recently
   assert len(server.log) == n
   held.check()
   assert json.loads(server.get('bucket', 'l/lock.json').data)['time'] > 1e9
   _other(server)
   with pytest.raises(lock.Lost):
-    held.check()  # a checkpoint
+    held.check()  # at a checkpoint
   monkeypatch.setattr(lock, 'AGAIN_S', 0.0)  # as after a sleep
   with pytest.raises(lock.Lost):
     held.check(closely=False)
   held.release()
-  assert lock.is_held('gs://bucket/l')  # the other's
+  assert lock.is_held('gs://bucket/l')  # by the other process
 
 
-def test_an_outage_ends_no_run_that_nobody_may_replace(server, monkeypatch):
+def test_outage_shorter_than_stale_time_is_tolerated(server, monkeypatch):
   server.delete('bucket', 'l/lock.json')
   held = lock.Lock('gs://bucket/l')
   monkeypatch.setattr(server, 'refuses', 403)
@@ -348,7 +346,7 @@ def test_an_outage_ends_no_run_that_nobody_may_replace(server, monkeypatch):
     held.check()
 
 
-def test_of_two_that_start_together_one_gets_it(server, monkeypatch):
+def test_concurrent_lock_attempts_have_one_winner(server, monkeypatch):
   monkeypatch.setattr(lock, 'SETTLE_S', 0.5)
   server.delete('bucket', 'l/lock.json')
   barrier, got = threading.Barrier(2), []
@@ -370,28 +368,28 @@ def test_of_two_that_start_together_one_gets_it(server, monkeypatch):
   got[0].release()
 
 
-# What is refused.
+# Errors.
 
 
-def test_what_cannot_be_is_told_in_one_line(server, store, capsys, monkeypatch):
+def test_bucket_errors_are_one_line(server, store, capsys, monkeypatch):
   def train(workdir, **changes):
     args = runs.args(store, workdir, **changes)
     return _fails(capsys, 'train', *args)
 
-  assert train('s3://bucket/run') == ('s3://bucket/run: of object storage only gs://')
+  assert train('s3://bucket/run') == ('s3://bucket/run: unsupported storage; use gs://')
   assert train('gs://nothing/run').startswith(
-    '--train.workdir=gs://nothing/run: cannot write there: there is no such bucket'
+    '--train.workdir=gs://nothing/run: cannot write there: no such bucket'
   )
   assert _fails(capsys, 'eval', 'gs://bucket/none', *HERE).startswith(
     'gs://bucket/none: no complete checkpoint'
   )
-  wanted = (
+  expected = (
     'gs://bucket/store: a store is read in place: copy it to a disk of each'
     ' host, or mount the bucket, and give that path'
   )
   for args in (['train', *runs.args(store, 'gs://bucket/run')], ['prepare']):
     last = '--data.store=gs://bucket/store'
-    assert _fails(capsys, *args, last) == f'--data.store={wanted}'
+    assert _fails(capsys, *args, last) == f'--data.store={expected}'
   with monkeypatch.context() as m:
     m.setattr(server, 'refuses', 403)
     assert train('gs://bucket/run').startswith('gs://bucket/run: cannot be reached: Forbidden')

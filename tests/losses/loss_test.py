@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import schema
-from mtp_jax.losses import cross_entropy, multi_token, targets, token_order
+from mtp_jax.losses import backward, cross_entropy, multi_token, targets, token_order
 from mtp_jax.model import heads, lm, params
 from mtp_jax.parallel import sharding
 from tests.support import oracle, pairwise, tiny
@@ -53,7 +53,7 @@ def _cfg(
   remat='none',
 ):
   # Two layers of trunk, which the dense loss has to unroll.
-  n_layers = 2 + (n if family in schema.BLOCK_FIRST else 0)
+  n_layers = 2 + (n if schema.HEAD_FAMILIES[family] else 0)
   return tiny.cfg(
     model__n_layers=n_layers,
     heads__family=family,
@@ -170,12 +170,13 @@ def test_a_single_row_and_a_single_kv_head_on_one_device(schedule, chunk):
 
 def test_chunks_unless_told_hold_half_a_gib_of_logits_a_device():
   c = tiny.cfg(data__seq_len=2048, model__vocab_size=32_000)
-  of = functools.partial(schema.replace, c)
-  assert cross_entropy.chunk(c, 1) == 2048  # 250 MiB
-  assert cross_entropy.chunk(c, 4) == 1024  # 1000 MiB
-  assert cross_entropy.chunk(c, 1000) == 128  # no less
-  assert cross_entropy.chunk(of(**{'loss.chunk_size': 64}), 1000) == 64
-  assert cross_entropy.chunk(of(**{'data.seq_len': 3 * 641}), 4) == 641
+  chunk_size = cross_entropy.chunk_size
+  assert chunk_size(1, 2048, c) == 2048  # 250 MiB
+  assert chunk_size(4, 2048, c) == 1024  # 1000 MiB
+  assert chunk_size(1000, 2048, c) == 128  # no less
+  given = schema.replace(c, **{'loss.chunk_size': 64})
+  assert chunk_size(1000, 2048, given) == 64
+  assert chunk_size(4, 3 * 641, c) == 641
   sharded = tiny.cfg(
     data__seq_len=2048,
     model__vocab_size=32_000,
@@ -185,7 +186,7 @@ def test_chunks_unless_told_hold_half_a_gib_of_logits_a_device():
     data__batch_size=64,
   )
   with jax.set_mesh(tiny.mesh(sharded)):
-    assert cross_entropy.chunk(sharded, 32) == 1024  # 8 rows, half the logits
+    assert chunk_size(32, 2048, sharded) == 1024  # 8 rows, half the logits
 
 
 # All of the paper's own family; the others differ in their blocks only, and
@@ -307,7 +308,7 @@ def _dz_norm2(c):
   @jax.jit
   def norms(w, tokens_BU, position_BU):
     emb_BTD = lm.embed(w, tokens_BU[:, :T], c)
-    z_BTD, ctx = lm.hidden(w, emb_BTD, position_BU[:, :T], c)
+    z_BTD, ctx = lm.trunk_output(w, emb_BTD, position_BU[:, :T], c)
 
     def losses(z_BTD):
       h_KBTD = [
@@ -321,8 +322,7 @@ def _dz_norm2(c):
       ]
       if not c.heads.block_first:
         first = heads.Inputs(w.norm, z_BTD, z_BTD, None)
-        module = jax.tree.map(lambda p: p[0], w.heads)
-        h_KBTD.insert(0, heads.identity(module, first, ctx, c)[1])
+        h_KBTD.insert(0, heads.step(None, first, ctx, c)[1])
       logits = jnp.einsum('KBTD,DV->KBTV', jnp.stack(h_KBTD), w.unembed)
       onehot = jax.nn.one_hot(targets_KBT, c.model.vocab_size)
       nll_KBT = -jnp.sum(onehot * jax.nn.log_softmax(logits), -1)
@@ -666,6 +666,6 @@ def test_the_schedule_that_keeps_all_logits_computes_ours(monkeypatch):
   rows = tiny.batch(c)
   want, _ = tiny.value_and_grad(c, rows)
   tiny._value_and_grad.clear_cache()  # or a schedule of before would answer
-  monkeypatch.setitem(multi_token.BACKWARD, 'interleaved', ahead.keeps_all_logits)
+  monkeypatch.setitem(backward.STRATEGIES, 'interleaved', ahead.keeps_all_logits)
   got, _ = tiny.value_and_grad(tiny.cfg(heads__n=3, loss__backward='interleaved'), rows)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)

@@ -43,7 +43,7 @@ def _mask_by_hand(rows, c):
   for k, b, t in np.ndindex(*counted_KBT.shape):
     position_U, there = flat['position'][b], t + k + 1
     ahead = position_U[there] - position_U[t]
-    counted_KBT[k, b, t] = flat['scored'][b, there] and ahead == k + 1
+    counted_KBT[k, b, t] = flat['loss_mask'][b, there] and ahead == k + 1
   return counted_KBT
 
 
@@ -88,7 +88,7 @@ def test_a_token_that_is_not_scored_counts_for_nothing(c):
   (a, _), _ = tiny.value_and_grad(c, rows)
   (b, _), _ = tiny.value_and_grad(c, other)
   assert a != b
-  rows['scored'][..., T:] = False
+  rows['loss_mask'][..., T:] = False
   if c.heads.family == 'sequential':  # which also reads token T
     rows['position'][..., T:] = other['position'][..., T:] = 0
   jax.tree.map(
@@ -98,9 +98,9 @@ def test_a_token_that_is_not_scored_counts_for_nothing(c):
 
 def test_with_all_scored_the_mask_changes_nothing():
   rows = _rows(REMAT)
-  rows['scored'][:] = True
+  rows['loss_mask'][:] = True
   masked = tiny.value_and_grad(REMAT, rows)
-  del rows['scored']
+  del rows['loss_mask']
   plain = tiny.value_and_grad(REMAT, rows)
   jax.tree.map(np.testing.assert_array_equal, masked, plain)
 
@@ -108,7 +108,7 @@ def test_with_all_scored_the_mask_changes_nothing():
 @BOTH
 def test_prompts_alone_give_zero(c):
   rows = _rows(c)
-  rows['scored'][:] = False
+  rows['loss_mask'][:] = False
   (total, sums), grads = tiny.value_and_grad(c, rows)
   assert total == 0 and not sums['loss_K'].any()
   assert not any(np.any(g) for g in jax.tree.leaves(grads))

@@ -26,7 +26,7 @@ def _logits(c, rows):
 
 def _cfg(family, n, **changes):
   """Two layers of trunk, and the heads'."""
-  layers = 2 + (n if family in schema.BLOCK_FIRST else 0)
+  layers = 2 + (n if schema.HEAD_FAMILIES[family] else 0)
   return tiny.cfg(heads__n=n, heads__family=family, model__n_layers=layers, **changes)
 
 
@@ -63,7 +63,7 @@ def test_one_head_is_the_plain_transformer_of_as_many_layers(family):
     assert stacked.q.shape[0] == c.model.n_layers
     placed = sharding.put_batch(m, {k: x[None] for k, x in rows.items()})
     plain = w.replace(trunk=stacked)
-    z_BTD, _ = lm.hidden(
+    z_BTD, _ = lm.trunk_output(
       plain, lm.embed(plain, placed['tokens'][0][:, :T], c), placed['position'][0][:, :T], c
     )
     want = layers.rms_norm(z_BTD, w.norm, c.model.norm_eps) @ w.unembed
@@ -99,7 +99,7 @@ def test_no_head_sees_past_what_it_may(family, stride):
     jacobian = jax.jit(jacobian)
     index_U = np.arange(U)
     for k in range(3):
-      fed = c.heads.offsets[:k] if heads_lib.family(c).feeds_tokens else ()
+      fed = c.heads.offsets[:k] if heads_lib.family(c).uses_next_token else ()
       for t in (1, 7, 15):
         g_UD = np.asarray(jacobian(emb_BUD, k, t))[0]
         seen_U = np.any(g_UD != 0, axis=-1)

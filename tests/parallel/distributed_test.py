@@ -309,7 +309,7 @@ def test_another_store_is_refused(store, tmp_path):
   other = runs.make_store(str(tmp_path / 'other'), seed=1)
   ends = pairs.ends(pairs.pair(store, tmp_path, only_1=f'--data.store={other}'))
   assert [e[0] for e in ends] == [2, 2], ends
-  assert 'process 1 reads another store' in ends[1][2]
+  assert 'process 1 reads a different store' in ends[1][2]
 
 
 @pytest.mark.slow

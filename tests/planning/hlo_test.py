@@ -1,4 +1,4 @@
-"""The ledger against programs whose traffic is known by hand."""
+"""The ledger, on programs with known traffic."""
 
 import functools
 import json
@@ -15,9 +15,9 @@ from mtp_jax.planning import hlo
 from mtp_jax.train import step
 from tests.support import ahead, runs, tiny
 
-# As XLA:TPU writes it: an async all-gather in three fusions of one chain, a
-# reduce-scatter as a named computation, a condition that counts to a constant,
-# an array in VMEM, groups as a mesh, as a list and as an iota.
+# Output of XLA:TPU: an async all-gather in three fusions of one chain, a
+# reduce-scatter as a named computation, a loop condition with a constant, an
+# array in VMEM, replica groups as a mesh, a list and an iota.
 TPU = """\
 HloModule jit_f, is_scheduled=true
 
@@ -71,7 +71,7 @@ ENTRY %main (x: bf16[4,8], y: f32[64,8]) -> f32[64,8] {
 """  # noqa: E501
 
 
-def test_a_program_of_a_tpu_by_hand():
+def test_ledger_of_a_tpu_program():
   ledger = hlo.ledger(TPU)
   found = {(c.kind, c.group, c.times, c.bytes, c.loops): c.sent_bytes for c in ledger.collectives}
   loop = ('jit(f)/inner/while',)
@@ -83,15 +83,15 @@ def test_a_program_of_a_tpu_by_hand():
   }
   assert ledger.sent_bytes(network=True) == 2048
   assert ledger.sent_bytes(network=False) == sum(found.values()) - 2048
-  # In the loop: two fusions read w, one reads g; what they write, and what the
-  # kernel reads and writes, is on the chip. At the end y, read and written.
+  # In the loop: two fusions read w, one reads g; their outputs, and the operands of
+  # the kernel, are in VMEM. At the end y is read and written.
   assert ledger.memory_bytes == 5 * (64 + 64 + 2048) + 2 * 2048
 
 
-# What starts holds what it was given beside its result; of a branch in a loop
-# one choice moves nothing.
+# The result of an async start includes its input; one branch of the conditional in
+# the loop moves nothing.
 STARTED = """\
-%asked (p: f32[8,4]) -> f32[8,4] {
+%gather (p: f32[8,4]) -> f32[8,4] {
   %p = f32[8,4]{1,0} parameter(0)
   %gathered = (f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%p), replica_groups={{0,1}}
   ROOT %done = f32[8,4]{1,0} copy(%p)
@@ -106,7 +106,7 @@ STARTED = """\
   %i = s32[] get-tuple-element(%c), index=0
   %x = f32[8,4]{1,0} get-tuple-element(%c), index=1
   %moved = ((f32[8,4]{1,0}), f32[8,4]{1,0}, u32[], u32[]) all-to-all-start(%x), replica_groups={{0,1,2,3}}
-  %y = f32[8,4]{1,0} conditional(%i, %x, %x), branch_computations={%passed, %asked}
+  %y = f32[8,4]{1,0} conditional(%i, %x, %x), branch_computations={%passed, %gather}
   ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%i, %y)
 }
 
@@ -121,19 +121,19 @@ ENTRY %main (z: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
 """  # noqa: E501
 
 
-def test_what_is_started_and_what_one_trip_of_a_loop_does():
+def test_ledger_of_async_operations_and_conditionals():
   ledger = hlo.ledger(STARTED)
   x = 8 * 4 * 4
   assert {(c.kind, c.times): c.sent_bytes for c in ledger.collectives} == {
     ('all-to-all', 6): 6 * x * 3 / 4,
     ('all-gather', 1): 2 * x / 2,
   }
-  # Read and written: all-to-all, 2 x and two numbers; then a gather, 3 x, and a
-  # copy, 2 x, in one trip of the six.
+  # Read and written: 2 x and two numbers by the all-to-all; 3 x by the gather, and
+  # 2 x by the copy, in one of six iterations.
   assert ledger.memory_bytes == 6 * (2 * x + 8) + 3 * x + 2 * x
 
 
-def test_a_loop_without_an_end_is_refused():
+def test_loop_without_trip_count_raises():
   endless = TPU.replace('%constant.5 = s32[]{:T(128)} constant(5)', '')
   with pytest.raises(ValueError, match='while.1'):
     hlo.ledger(endless)
@@ -145,7 +145,7 @@ def _mesh(n):
 
 @functools.partial(jax.jit, static_argnames=('mesh', 'trips'))
 def _program(x, *, mesh, trips):
-  """trips times: gather 8 shards, sum, and all-reduce."""
+  """Gathers 8 shards, sums and all-reduces, `trips` times."""
 
   def local(x):
     def body(total, _):
@@ -158,7 +158,7 @@ def _program(x, *, mesh, trips):
 
 
 @pytest.mark.parametrize('trips', [3, 7])
-def test_a_compiled_program_of_this_machine(trips):
+def test_ledger_of_a_locally_compiled_program(trips):
   mesh = _mesh(8)
   x = jax.ShapeDtypeStruct((8 * 32,), jnp.float32, sharding=NamedSharding(mesh, P('x')))
   text = _program.lower(x, mesh=mesh, trips=trips).compile().as_text()
@@ -174,11 +174,11 @@ def _slices(x_LD, mesh=None):
   return jax.lax.scan(body, jnp.ones(x_LD.shape[1:]), x_LD)[0]
 
 
-def test_a_loop_over_slices_reads_the_whole_once():
+def test_loop_over_slices_reads_the_array_once():
   L, D = 16, 4096
   x = jax.ShapeDtypeStruct((L, D), jnp.float32)
   ledger = hlo.ledger(jax.jit(_slices).lower(x).compile().as_text())
-  # A slice, the total, and the new total in each trip: not x each time.
+  # In each iteration a slice, the old and the new total, but not all of x.
   assert L * D * 4 <= ledger.memory_bytes <= 8 * L * D * 4
 
 
@@ -186,8 +186,8 @@ D, V = 48, 80
 
 
 def _of_unembedding(text):
-  """Moves of whole D x V matrices: (gathers, reductions), each as (times,
-  loops around it). XLA may reduce several in one operation."""
+  """Returns the collectives of full D x V matrices: (gathers, reductions), each as
+  (times, enclosing loops). XLA may reduce several in one operation."""
   found = [], []
   for c in hlo.ledger(text).collectives:
     whole = [a for a in c.arrays if sorted(a.dims)[-2:] == [D, V]]
@@ -204,7 +204,7 @@ def _of_unembedding(text):
     ('linear', 8, 1, 'interleaved'),
   ],
 )
-def test_the_unembedding_moves_once_a_micro_batch(family, n, accumulate, schedule):
+def test_unembedding_is_communicated_once_per_micro_batch(family, n, accumulate, schedule):
   cfg = tiny.cfg(
     heads__family=family,
     heads__n=n,
@@ -220,15 +220,15 @@ def test_the_unembedding_moves_once_a_micro_batch(family, n, accumulate, schedul
   with jax.set_mesh(mesh):
     text = step.trace(cfg, mesh, n).lower().compile().as_text()
   gathers, reductions = _of_unembedding(text)
-  # One of the embedding table and one of the unembedding each. Parameters do
-  # not change within a step: XLA gathers them before its micro-batches.
+  # One each for embedding and unembedding. Parameters are constant within a step:
+  # XLA gathers them before the micro-batches.
   assert gathers == [(1, 0)] * 2
-  # In no loop but that over micro-batches.
+  # In no loop except that over micro-batches.
   assert reductions == [(accumulate, int(accumulate > 1))] * 2
 
 
-def test_gradients_are_scattered_over_fsdp_and_only_shards_added_over_data():
-  """In no step over both: XLA would reduce whole arrays over all devices."""
+def test_gradients_are_reduce_scattered_over_fsdp_then_all_reduced_over_data():
+  """Never over both at once: XLA would reduce full arrays over all devices."""
   cfg = tiny.cfg(heads__n=2, mesh__data=2, mesh__fsdp=4)
   mesh = tiny.mesh(cfg)
   with jax.set_mesh(mesh):
@@ -256,9 +256,9 @@ print(json.dumps([
 
 
 @pytest.mark.slow
-def test_bytes_sent_of_gradients_at_2_x_8():
-  """Of the D x V gradients of embedding and unembedding: within a tenth of 7/8
-  of an array by fsdp and 2 x 1/2 of a shard by data, each."""
+def test_gradient_bytes_sent_on_2_x_8_mesh():
+  """For the D x V gradients of embedding and unembedding: within 10% of 7/8 of an
+  array over fsdp and 2 x 1/2 of a shard over data, each."""
   pytest.importorskip('libtpu')
   process = runs.process(['-c', SENT], variables=ahead.VARIABLES)
   out, error = process.communicate()
@@ -270,7 +270,7 @@ def test_bytes_sent_of_gradients_at_2_x_8():
   assert sent <= 1.1 * 2 * (7 / 8 + 1 / 8) * bytes_DV
 
 
-# As XLA writes the groups of a mesh: of a TPU (v5e:4x4, data=2, fsdp=8) and of
+# Replica groups in the output of XLA, for a TPU (v5e:4x4, data=2, fsdp=8) and for
 # NVIDIA GPUs (two nodes of eight).
 @pytest.mark.parametrize(
   'written, size',
@@ -290,7 +290,7 @@ def test_bytes_sent_of_gradients_at_2_x_8():
     ('{{0,1,2,3},{4,5,6,7}}, to_apply=%add', 4),
   ],
 )
-def test_groups_are_read_in_every_form(written, size):
+def test_replica_groups_are_parsed_in_all_notations(written, size):
   text = f"""\
 HloModule jit_f
 
@@ -304,7 +304,7 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
 
 
 @pytest.mark.parametrize('written', ['{}', "{'a'}", 'mesh[a]'])
-def test_groups_in_another_form_are_not_guessed(written):
+def test_unknown_replica_groups_raise(written):
   text = f"""\
 HloModule jit_f
 

@@ -1,4 +1,4 @@
-"""`mtp plan` as a user runs it: what it prints, writes and ends with."""
+"""`mtp plan` on the command line: output, files and exit status."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from tests.support import runs, tiny
 SMALL = [f'--{name}={value}' for name, value in (tiny.BASE | {'mesh.fsdp': -1}).items()]
 
 
-def test_the_devices_here(tmp_path, capsys):
+def test_plan_for_local_devices(tmp_path, capsys):
   out = str(tmp_path / 'plan.json')
   assert main.main(['plan', *SMALL, f'--out={out}']) == 0
   with open(out) as f:
@@ -45,7 +45,7 @@ def test_the_devices_here(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
+def test_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
   out = str(tmp_path / 'plan.json')
   status = main.main(
     [
@@ -77,38 +77,38 @@ def test_a_sweep_of_two_flags_is_a_grid(tmp_path, capsys):
     ('data.verify=1,0', 'must be bool'),
   ],
 )
-def test_a_wrong_sweep_is_one_line_before_anything_compiles(sweep, allowed, capsys, monkeypatch):
+def test_bad_sweep_raises_before_compiling(sweep, allowed, capsys, monkeypatch):
   monkeypatch.setattr(ahead, 'plan', None)
   assert main.main(['plan', *SMALL, f'--plan.sweep={sweep}']) == 2
   error = capsys.readouterr().err
   assert allowed in error and error.count('\n') == 1
 
 
-def test_a_flag_is_swept_once(capsys, monkeypatch):
+def test_duplicate_sweep_flag_raises(capsys, monkeypatch):
   monkeypatch.setattr(ahead, 'plan', None)
   sweep = '--plan.sweep=heads.n=1,2'
   assert main.main(['plan', *SMALL, sweep, sweep]) == 2
-  assert 'sweeps heads.n again' in capsys.readouterr().err
+  assert 'duplicate flag heads.n' in capsys.readouterr().err
 
 
-def test_an_unknown_accelerator_is_not_known_to_fit():
+def test_fit_on_unknown_accelerator_is_unknown():
   plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'NVIDIA L40S', 1, 1, 1.0)
   assert plan.fits is None and report.status([plan]) == 4
   assert report.status([plan._replace(device_kind='cpu')]) == 0
   assert report.status([plan._replace(device_kind='TPU v5e')]) == 0
 
 
-def test_without_libtpu_the_state_and_how_to_get_it(monkeypatch, capsys):
+def test_plan_without_libtpu_is_sharding_only(monkeypatch, capsys):
   monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
   args = ['--plan.topology=v5e:2x4', '--plan.slices=2', '--mesh.data=2']
   assert main.main(['plan', *SMALL, *args, '--data.batch_size=16']) == 4
   printed = capsys.readouterr().out
   assert "pip install 'mtp_jax[tpu]'" in printed
   assert '16 x TPU v5 lite, mesh data=2 x fsdp=8 x tensor=1' in printed
-  assert 'not known to fit' in printed
+  assert 'unknown whether it fits' in printed
 
 
-def test_without_libtpu_a_state_too_large_is_known(monkeypatch):
+def test_plan_without_libtpu_detects_too_large_state(monkeypatch):
   monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
   flags = ['--flagfile=experiments/size/13b.flags', '--data.seq_len=4096']
   assert main.main(['plan', *flags, '--plan.topology=v5e:2x2']) == 3
@@ -117,7 +117,7 @@ def test_without_libtpu_a_state_too_large_is_known(monkeypatch):
 
 
 @pytest.mark.parametrize('topology', ['v9:4x4', '4x4', 'v5e:'])
-def test_a_wrong_topology_is_one_line(topology, monkeypatch, capsys):
+def test_bad_topology_raises(topology, monkeypatch, capsys):
   monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
   assert main.main(['plan', *SMALL, f'--plan.topology={topology}']) == 2
   error = capsys.readouterr().err
@@ -140,17 +140,17 @@ def test_slices_need_a_topology(capsys):
     ('Used 18.5G of 15.75G hbm. Exceeded hbm capacity', 18.5 * 2**30 - 300),
   ],
 )
-def test_what_a_program_too_large_would_need(message, temp):
+def test_needed_memory_is_parsed_from_compiler_errors(message, temp):
   plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5 lite', 100, 200)
   plan = plan._replace(temp_bytes=ahead._needed(message)(plan))
   assert plan.temp_bytes == pytest.approx(temp)
   assert plan.fits is False and report.status([plan]) == 3
   barely = plan._replace(temp_bytes=1.0, refused=True)
-  assert barely.fits is False  # whatever was written in the message
+  assert barely.fits is False  # whatever the message states
   assert ahead._needed('INTERNAL: something else') is None
 
 
-def test_roofline_divides_by_the_peaks():
+def test_roofline_uses_peak_rates():
   whole = hlo.Array('f32', (1000,), on_chip=False)
   moved = hlo.Collective('all-gather', (whole,), 4, 2, '', ())
   plan = ahead.Plan(
@@ -173,7 +173,7 @@ def test_roofline_divides_by_the_peaks():
   assert values['mfu'] == pytest.approx(plan.model_flops / 4 / 197e12)
 
 
-def test_a_program_that_cannot_be_read_back_has_a_roofline_by_formula():
+def test_unparsable_program_has_roofline_by_formula():
   class Compiled:
     def as_text(self):
       raise jax.errors.JaxRuntimeError('async-update should have 1 operands')
@@ -212,7 +212,7 @@ def test_candidates_divide_the_batch_and_the_model():
   assert {one.mesh.data % 2 for one in analytic.candidates(sliced, 8)} == {0}
 
 
-def test_the_formula_knows_the_state_exactly_and_what_costs_more():
+def test_formula_is_exact_for_state_and_monotonic_in_cost():
   chip = chips.chip('TPU v5e')
   base = schema.replace(
     schema.Config(),
@@ -236,7 +236,7 @@ def test_the_formula_knows_the_state_exactly_and_what_costs_more():
     dataclasses.replace(base, mesh=schema.MeshConfig(**mesh)), (1, 8, 1)
   ) == (params.bytes_per_device(held.params), params.bytes_per_device(held.opt_state))
   plain = of()
-  for remat in ('dots', 'none'):  # keep more, compute less
+  for remat in ('dots', 'none'):  # save more, recompute less
     other = of(model__remat=remat)
     assert other.total_bytes > plain.total_bytes
     assert other.seconds['compute'] < plain.seconds['compute']
@@ -250,10 +250,10 @@ def test_the_formula_knows_the_state_exactly_and_what_costs_more():
   assert of(plan__slices=2, mesh=dict(data=2, fsdp=4, tensor=1)).seconds['network']
 
 
-def test_a_search_ranks_compiles_and_names_flags(monkeypatch, capsys):
+def test_search_ranks_and_compiles_candidates(monkeypatch, capsys):
   monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
   flags = ['--flagfile=experiments/scaling/1.3b_n4.flags']
-  asked = [*flags, '--plan.topology=v5e:8x8', '--plan.search_mesh']
+  args = [*flags, '--plan.topology=v5e:8x8', '--plan.search_mesh']
   compiled = []
 
   def plan(cfg):
@@ -261,20 +261,20 @@ def test_a_search_ranks_compiles_and_names_flags(monkeypatch, capsys):
     return ahead.of_shardings(cfg)
 
   monkeypatch.setattr(ahead, 'plan', plan)
-  assert main.main(['plan', *asked]) == 4
+  assert main.main(['plan', *args]) == 4
   assert len(compiled) == report.COMPILES
   assert 'candidates' in capsys.readouterr().out
   for cfg in compiled:
     assert cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor == 64
 
 
-def test_a_search_needs_known_peaks(capsys):
+def test_search_requires_known_peaks(capsys):
   assert main.main(['plan', *SMALL, '--plan.search_mesh']) == 2
   assert '--plan.search_mesh' in capsys.readouterr().err
 
 
 def _tpu(*args, timeout=600):
-  """`mtp plan` in a process of its own: libtpu is loaded once a process."""
+  """Runs `mtp plan` in a new process, since libtpu is loaded once per process."""
   pytest.importorskip('libtpu')
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
   return subprocess.run(
@@ -287,7 +287,7 @@ def _tpu(*args, timeout=600):
   )
 
 
-def test_ahead_of_time_for_a_tpu(tmp_path):
+def test_plan_compiles_ahead_of_time_for_a_tpu(tmp_path):
   out = str(tmp_path / 'plan.json')
   done = _tpu(*SMALL, '--plan.topology=v5e:2x2', f'--out={out}')
   assert done.returncode == 0, done.stderr
@@ -319,8 +319,8 @@ def test_only_gradients_cross_the_network_between_slices(tmp_path):
       found[slices, rows] = json.load(f)
   two = found[2, 16]
   assert 0 < two['roofline_s']['network'] < found[4, 32]['roofline_s']['network']
-  # A gradient is a shard in float32, whatever the batch and the slices are;
-  # the rest stays within them.
+  # Gradient shards in float32 cross the network, independent of batch and number of
+  # slices; everything else stays within a slice.
   sent = two['collectives']['send']['sent_bytes']
   assert 0 < sent <= 2 * two['params_bytes']
   for other in found.values():
@@ -329,7 +329,7 @@ def test_only_gradients_cross_the_network_between_slices(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_too_large_ends_with_3():
+def test_too_large_model_exits_with_3():
   done = _tpu(
     '--flagfile=experiments/size/7b.flags',
     '--data.seq_len=4096',

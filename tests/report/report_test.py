@@ -1,4 +1,4 @@
-"""`mtp report`: what a page says, and how it looks in a browser."""
+"""`mtp report`: contents of the page, and its layout in a browser."""
 
 import json
 import pathlib
@@ -38,8 +38,8 @@ def _append(path: pathlib.Path, records: list[dict]) -> None:
 
 @pytest.fixture(scope='module')
 def trained(undisturbed, store, tmp_path_factory):
-  """Runs of n = 2 and of n = 1, the first with a suite, a spike and a name that
-  a page has to escape."""
+  """Runs with n = 2 and n = 1, the first with a suite, a spike and a name that must
+  be escaped."""
   folder = tmp_path_factory.mktemp('report')
   multi, single = folder / 'two <i>heads & "n"', folder / 'one'
   assert runs_lib.train(store, single, heads__n=1) == 0
@@ -52,7 +52,7 @@ def trained(undisturbed, store, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page(trained):
-  """Text of the page of both."""
+  """The page of both runs, as text."""
   files.write([str(run) for run in trained])
   return (trained[0] / 'report.html').read_text()
 
@@ -70,7 +70,7 @@ def _written(folder: pathlib.Path, *records: dict) -> str:
 # In a browser.
 
 
-def test_the_page_in_a_browser(trained, page):
+def test_report_page_in_a_browser(trained, page):
   path = trained[0] / 'report.html'
   with browser.page() as shown:
     grounds = []
@@ -88,13 +88,13 @@ def test_the_page_in_a_browser(trained, page):
     titles = shown.run('return [...document.querySelectorAll("h1, h2")].map(h => h.textContent)')
     assert titles[0] == f'Report on {trained[0].name} and one'
     assert len(titles) == 1 + len(_sections(page))
-    # It asks nobody for anything, and complains about nothing.
+    # No requests to other files, no browser errors.
     assert set(shown.asked_for()) == {path.as_uri()}
     assert shown.log('browser') == []
 
 
-def test_what_asks_or_complains_is_seen(tmp_path):
-  """The test above could fail."""
+def test_browser_checks_detect_requests_and_errors(tmp_path):
+  """Shows that the test above can fail."""
   path = tmp_path / 'page.html'
   path.write_text(
     '<img src="none.png"><figure></figure><script>nothing()</script><p style="width: 900px">wide'
@@ -108,7 +108,7 @@ def test_what_asks_or_complains_is_seen(tmp_path):
     assert len(shown.log('browser')) == 2
 
 
-def test_colours_read_on_light_and_on_dark():
+def test_colours_have_contrast_on_light_and_dark():
   def rgb(text):
     return [int(text[i : i + 2], 16) for i in (1, 3, 5)]
 
@@ -117,10 +117,10 @@ def test_colours_read_on_light_and_on_dark():
       assert browser.contrast(rgb(ground), rgb(color)) >= 3, (ground, color)
 
 
-# What it says.
+# Contents.
 
 
-def test_all_there_is_has_its_section(trained, page):
+def test_report_has_a_section_for_all_records(trained, page):
   assert _sections(page) == [
     'runs',
     'loss',
@@ -156,7 +156,7 @@ def test_all_there_is_has_its_section(trained, page):
   assert '://' not in page and '@import' not in page
 
 
-def test_the_same_runs_have_the_same_page_and_no_older_figures(trained, page):
+def test_report_is_deterministic_and_removes_older_figures(trained, page):
   folder = trained[0] / 'report'
   (folder / 'notes.txt').write_text('kept')
   before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -172,8 +172,8 @@ def test_the_same_runs_have_the_same_page_and_no_older_figures(trained, page):
   assert not list(trained[0].rglob('*.tmp'))
 
 
-def test_figures_of_others_stay(tmp_path):
-  """Through a link as well: what the last report drew goes, nothing else."""
+def test_report_keeps_other_files_in_the_folder(tmp_path):
+  """Also through a symbolic link: only figures of the last report are removed."""
   (tmp_path / 'shared').mkdir()
   (tmp_path / 'run').mkdir()
   folder = tmp_path / 'run' / 'report'
@@ -188,20 +188,20 @@ def test_figures_of_others_stay(tmp_path):
   assert (folder / 'mine.png').exists()
 
 
-def test_what_a_run_has_not_is_left_out(trained, tmp_path):
+def test_report_skips_sections_without_data(trained, tmp_path):
   single = tmp_path / 'single'
   shutil.copytree(trained[1], single)
   files.write([str(single)])
   page = (single / 'report.html').read_text()
   assert _sections(page) == ['runs', 'loss', 'speed', 'memory', 'goodput', 'flags']
-  assert 'against n = 1' not in page and 'accepted<' not in page
+  assert 'difference to n = 1' not in page and 'accepted<' not in page
   bare = _written(tmp_path / 'bare', dict(kind='train', step=1, loss_1=None))
   _, values = files.write([bare])
   assert _sections((tmp_path / 'bare' / 'report.html').read_text()) == ['runs']
   assert values['figures'] == []
 
 
-def test_the_table_has_what_was_measured(trained):
+def test_comparison_table_has_recorded_values(trained):
   found = history.read([str(run) for run in trained])
   section = curves.compared(found)
   (table,) = section.tables
@@ -214,7 +214,7 @@ def test_the_table_has_what_was_measured(trained):
   assert rows['tokens seen'] == [f'{6 * 8 * 16:,}'] * 2
   loss = [end['loss_1'] for end in ends]
   assert rows['held-out loss of head 1 (nats)'] == [f'{x:.4f}' for x in loss]
-  assert rows['against n = 1'] == [f'{loss[0] - loss[1]:+.4f}', '+0.0000']
+  assert rows['difference to n = 1'] == [f'{loss[0] - loss[1]:+.4f}', '+0.0000']
   assert rows['accuracy of head 1'] == [f'{e["accuracy_1"]:.2%}' for e in ends]
   assert section.text[0] == ('All have the same number of parameters and tokens.')
   (plot,) = section.plots
@@ -224,10 +224,12 @@ def test_the_table_has_what_was_measured(trained):
     'All have the same number of parameters. They differ in tokens by up to 50.0%.'
   )
   unread = more._replace(cfg=None)
-  assert curves.compared([found[0], unread]).text[0] == ('Not all say their parameters and tokens.')
+  assert curves.compared([found[0], unread]).text[0] == (
+    'Not all runs record their parameters and tokens.'
+  )
 
 
-def test_suites_have_bands_and_intervals(trained):
+def test_suite_plots_have_bands_and_intervals(trained):
   section = curves.suites(history.read([str(run) for run in trained]))
   accuracy, recall = section.plots
   (line,) = accuracy.series
@@ -243,7 +245,7 @@ def test_suites_have_bands_and_intervals(trained):
   ]
 
 
-def test_levels_of_several_runs_have_a_figure_each(tmp_path):
+def test_suite_levels_of_several_runs_have_one_figure_each(tmp_path):
   def record(step):
     return dict(kind='suite', source='s', step=step, right_1=0.1 * step, right_2=0.2)
 
@@ -256,11 +258,11 @@ def test_levels_of_several_runs_have_a_figure_each(tmp_path):
   assert [s.label for s in two.plots[0].series] == ['a', 'b']
 
 
-def test_memory_and_time_are_those_recorded(trained, store, tmp_path):
+def test_memory_and_step_time_match_records(trained, store, tmp_path):
   found = history.read([str(run) for run in trained])
   for run in found:
     memory = history.memory(run)
-    # All eight devices share them; norms are on every one.
+    # Sharded over all eight devices, except for replicated norms.
     assert 0 < memory['parameters'] < 4 * history.n_parameters(run)
     assert memory['optimizer'] > 2 * memory['parameters']
     assert memory['temporaries'] > 0 and memory['heads'] == run.cfg.heads.n
@@ -276,7 +278,7 @@ def test_memory_and_time_are_those_recorded(trained, store, tmp_path):
     ['heads.n', '2', '1'],
     ['train.checkpoint_every', '3', '0'],
   ]
-  # Each number of heads is a program; the largest counts.
+  # Each number of heads is a separate program; the largest is reported.
   curriculum = dict(loss__curriculum='0:1;3:2', train__steps=4, optim__warmup_steps=1)
   assert runs_lib.train(store, tmp_path / 'run', **curriculum) == 0
   records = goodput.read(str(tmp_path / 'run'))
@@ -288,7 +290,7 @@ def test_memory_and_time_are_those_recorded(trained, store, tmp_path):
   assert history.memory(run)['temporaries'] == max(m for _, m in memory.values())
 
 
-def test_sources_and_leaps_have_rows_of_their_own(tmp_path):
+def test_head_tables_by_source_and_stride(tmp_path):
   last = dict(
     kind='eval',
     step=8,
@@ -315,10 +317,10 @@ def test_sources_and_leaps_have_rows_of_their_own(tmp_path):
   assert plot.note.endswith('code: circles; chat: squares.')
 
 
-# In parts.
+# Parts of the report.
 
 
-def test_runs_are_named_apart(tmp_path):
+def test_run_names_are_unique(tmp_path):
   record = dict(kind='train', step=1, loss_1=2.0)
   for folder in ('a', 'b'):
     (tmp_path / folder).mkdir()
@@ -338,7 +340,7 @@ def test_runs_are_named_apart(tmp_path):
   assert page.count('$x$') >= 4
 
 
-def test_long_series_are_thinned_by_their_means():
+def test_long_series_are_averaged():
   points = [(x, 2.0 * x) for x in range(1, 1001)]
   found, each = history.thinned(points, 250)
   assert each == 4 and len(found) == 250
@@ -347,7 +349,7 @@ def test_long_series_are_thinned_by_their_means():
   assert history.thinned([]) == ([], 1)
 
 
-def test_a_high_loss_does_not_flatten_the_rest(tmp_path):
+def test_loss_limits_clip_outliers(tmp_path):
   records = [
     dict(kind='train', step=s, loss_1=60.0 if s < 5 or s == 50 else 3 - s / 100)
     for s in range(1, 101)
@@ -357,10 +359,10 @@ def test_a_high_loss_does_not_flatten_the_rest(tmp_path):
   (plot,) = section.plots
   low, high = plot.limits
   assert low < 2 and 3 < high < 5 and calm.limits[1] < 3.1
-  assert section.text == ['The highest losses, as of the first steps, leave the frame.']
+  assert section.text == ['The highest losses, mostly of the first steps, are clipped.']
 
 
-def test_labels_and_values_are_short():
+def test_labels_and_values_are_shortened():
   assert figures.short('a run') == 'a run'
   cut = figures.short('a' * 40 + ', session 12')
   assert len(cut) == figures.LABEL and cut.endswith('a, session 12')
@@ -373,7 +375,7 @@ def test_labels_and_values_are_short():
   ]
 
 
-def test_what_cannot_be_written_is_said(trained, tmp_path, capsys, monkeypatch):
+def test_unwritable_report_raises(trained, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(files.os, 'access', lambda *_: False)
   assert main.main(['report', str(trained[1])]) == 2
   assert capsys.readouterr().err == f'mtp: {trained[1]}: cannot write there\n'
@@ -382,15 +384,15 @@ def test_what_cannot_be_written_is_said(trained, tmp_path, capsys, monkeypatch):
   _written(run, dict(kind='train', step=1, loss_1=2.0))
   (run / 'report').write_text('of the user')
   assert main.main(['report', str(run)]) == 2
-  assert capsys.readouterr().err == f'mtp: {run}/report: is no directory\n'
+  assert capsys.readouterr().err == f'mtp: {run}/report: is not a directory\n'
   assert not (run / 'report.html').exists()
 
 
-def test_a_damaged_record_is_named(tmp_path, capsys):
+def test_corrupt_metrics_record_raises(tmp_path, capsys):
   run = tmp_path / 'run'
   _written(run, dict(kind='train', step=1, loss_1=2.0))
   path = run / 'metrics.jsonl'
-  for bad, said in (
+  for bad, problem in (
     ('{"kind": "train", "st', 'is not JSON: '),
     ('[1]', 'it=[1]: must be an object\n'),
     ('{"step": 2}', 'has no field kind\n'),
@@ -408,13 +410,13 @@ def test_a_damaged_record_is_named(tmp_path, capsys):
     path.write_text('\n'.join([*lines, bad, *lines, '']))
     assert main.main(['report', str(run)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f'mtp: {path}:2: is no record, damaged: {said}')
+    assert error.startswith(f'mtp: {path}:2: is no record, damaged: {problem}')
     assert error.count('\n') == 1
     with pytest.raises(fields.ConfigError, match='--train.workdir='):
       metrics.Sinks(str(run), 1)
 
 
-def test_other_files_of_a_wrong_type_are_named(tmp_path, capsys):
+def test_corrupt_goodput_and_config_raise(tmp_path, capsys):
   run = tmp_path / 'run'
   _written(run, dict(kind='train', step=1, loss_1=2.0))
   good = dict(
@@ -426,7 +428,7 @@ def test_other_files_of_a_wrong_type_are_named(tmp_path, capsys):
     end='finished',
     seconds=dict.fromkeys(goodput.CAUSES, 1.0),
   )
-  for name, record, said in (
+  for name, record, problem in (
     ('goodput.jsonl', good | dict(step='x'), ':1: step="x": must be an int'),
     (
       'goodput.jsonl',
@@ -440,7 +442,7 @@ def test_other_files_of_a_wrong_type_are_named(tmp_path, capsys):
     (run / name).write_text(json.dumps(record) + '\n')
     assert main.main(['report', str(run)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f'mtp: {run}/{name}{said}'), error
+    assert error.startswith(f'mtp: {run}/{name}{problem}'), error
     if name == 'goodput.jsonl':
       with pytest.raises(fields.ConfigError, match='--train.workdir='):
         goodput.Ledger(str(run), 1)
@@ -449,7 +451,7 @@ def test_other_files_of_a_wrong_type_are_named(tmp_path, capsys):
   assert goodput.read(str(run)) == [good]
 
 
-def test_a_config_of_another_version_is_left_out(trained, tmp_path):
+def test_config_of_another_version_is_ignored(trained, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(trained[1], copy)
   (copy / 'config.json').write_text('{"version": 99}')

@@ -19,7 +19,7 @@ ROWS = 48  # of a batch that is filled up, so that tests share its programs
 
 def cfg(family='parallel', n=4, **changes) -> schema.Config:
   # Head 1's logits come of two layers at least.
-  layers = 1 + (n if family in schema.BLOCK_FIRST else 1)
+  layers = 1 + (n if schema.HEAD_FAMILIES[family] else 1)
   changes = dict(decode__max_new_tokens=NEW, decode__prefill_chunk_size=4) | changes
   return tiny.cfg(
     heads__family=family,

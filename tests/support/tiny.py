@@ -159,8 +159,8 @@ def means(sums: dict, count_K) -> dict:
     z_loss_K=sums['z_loss_sum_K'] * over_K,
     accuracy_K=sums['correct_K'] * over_K,
   )
-  if 'order_loss_sum' in sums:
-    out['order_loss'] = sums['order_loss_sum'] * over_K[0]
+  if 'token_order_loss_sum' in sums:
+    out['order_loss'] = sums['token_order_loss_sum'] * over_K[0]
   return sums | out
 
 
@@ -233,16 +233,13 @@ def _hidden(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
     z_BTD = block.block(jax.tree.map(lambda p: p[i], w.trunk), z_BTD, ctx, c)  # noqa: B023
   carry_BTD, h = z_BTD, {}
   for k in range(K, 0, -1) if family.reverse else range(1, K + 1):
-    step, i = heads.step, k - 1
-    if not c.heads.block_first:
-      step = heads.identity if k == 1 else heads.step
-      i = 0 if family.one_module else k - 2
+    i = k - 1 if c.heads.block_first else 0 if family.shared_module else k - 2
     module = None
-    if step is not heads.identity:
+    if c.heads.block_first or k > 1:
       module = jax.tree.map(lambda p: p[i], w.heads)  # noqa: B023
     fed = c.heads.offsets[k - 2] if k > 1 else 0
     inputs = heads.Inputs(w.norm, z_BTD, carry_BTD, emb_BUD[:, fed : fed + T])
-    carry_BTD, h[k] = step(module, inputs, ctx, c)
+    carry_BTD, h[k] = heads.step(module, inputs, ctx, c)
   return [h[k] for k in range(1, K + 1)]
 
 

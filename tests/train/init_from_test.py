@@ -358,7 +358,7 @@ def test_an_import_is_not_mixed_with_another_run(store, undisturbed, tmp_path, c
   c = schema.replace(
     metadata.read_metadata(str(undisturbed), 6)[0], **{'train.workdir': str(tmp_path / 'run')}
   )
-  m = sharding.serving_mesh(schema.replace(c, **{'mesh.fsdp': -1}))
+  m = sharding.make_mesh(schema.replace(c, **{'mesh.fsdp': -1}))
   model = restore.restore_model(str(undisturbed), 6, c, m)
   saver.save_params(model, c, tokenizers.get('bytes'), c.train.workdir)
   assert runs.train(store, tmp_path / 'run', **_dropped(undisturbed)) == 2

@@ -121,7 +121,7 @@ def test_a_mean_over_nothing_is_no_number():
   """Head 2 has no target: neither loss 0 nor accuracy 0."""
   raw = _raw(
     count_K=np.array([40, 0], np.float32),
-    order_loss_sum=np.float32(60),
+    token_order_loss_sum=np.float32(60),
     loss_sum_K=np.array([80, 0], np.float32),
     correct_K=np.array([20, 0], np.float32),
     accepted_K=np.array([8, 0], np.float32),

@@ -101,7 +101,7 @@ def test_another_mixture_or_tokenizer_is_refused(run, root, mixture, capsys):
   assert '--data.tokenizer=sentencepiece#' in error
   assert 'was started with sentencepiece#' in error
   error = _fails(capsys, mixture, run, data__tokenizer='bytes')
-  assert f'the store {root}/code was made with another, train:290' in error
+  assert f'the store {root}/code was made with a different one, train:290' in error
   error = _fails(capsys, mixture, root / 'new', data__seq_len=4000)
   assert 'no shard of the code train split has 4000 + 2 tokens' in error
   assert not (root / 'new').exists()
@@ -135,7 +135,7 @@ def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
   assert main.main(['eval', *args, *wrong]) == 2
   error = capsys.readouterr().err
   assert 'mtp: --data.tokenizer=sentencepiece#' in error
-  assert 'was made with another, train:280' in error
+  assert 'was made with a different one, train:280' in error
 
 
 def test_report_shows_each_set(run, root, capsys):
@@ -155,7 +155,7 @@ def test_inspect_shows_sources_and_what_is_scored(root, mixture, capsys):
   assert found['sources'].count('code') == 6
   assert found['sources'].count('chat') == 2
   split = store_lib.open_store(f'{root}/chat').split('train')
-  scored, valid = np.array(found['scored']), np.array(found['valid'])
+  scored, valid = np.array(found['loss_mask']), np.array(found['valid'])
   for b, (name, window) in enumerate(zip(found['sources'], found['windows'], strict=True)):
     assert f'window {window} of {name}: ' in out
     if name == 'code':

@@ -1,16 +1,16 @@
-"""Runs programs that nobody has read. Floor 4.
+"""Runs untrusted, model-generated programs.
 
-`full`: each has a process, user, network, IPC and mount namespace of its own,
-as nobody, with an empty /tmp and, read-only, Python: no other file, no network,
-no capability, no other process. Limits of time, memory, processes, files and
-output. Nothing of it outlives its run. `weak`: a session, limits for each
-process and an empty folder; no protection from a program that means harm.
+`full`: each program runs as user nobody in its own process, user, network, IPC
+and mount namespaces, with an empty /tmp and a read-only Python: no other file,
+no network, no capability, no other process. Time, memory, processes, files and
+output are limited. Nothing outlives the run. `weak`: a session, limits per
+process and an empty folder; no protection against malicious programs.
 
-A program with tests has passed when its own process, after the last test, sends
-back a token that it is given only then; exit() before them is a failure, and so
-is anything else that is sent. Program and tests share that process, as in the
-official programs of these benchmarks: one that was written to deceive the tests
-(objects equal to all others, redefined built-ins, this protocol) passes.
+A program with tests passes if its process, after the last test, sends back a
+token that it receives only then; exit() before that is a failure, and so is any
+other message. Program and tests share the process, as in the official programs
+of these benchmarks: a program written to deceive the tests (objects equal to all
+others, redefined built-ins, this protocol) passes.
 """
 
 import concurrent.futures
@@ -28,53 +28,53 @@ from mtp_jax.config import fields
 from mtp_jax.evals.sandbox import seccomp as filter_lib
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-KEEPER, DRIVER = (os.path.join(FOLDER, f) for f in ('keeper.py', 'driver.py'))
+SUPERVISOR, RUNNER = (os.path.join(FOLDER, f) for f in ('supervisor.py', 'runner.py'))
 OUTCOMES = ('passed', 'failed', 'timeout', 'memory', 'output')
-TAIL = 2000  # characters of stderr that are kept
-SLACK_S = 30  # the keeper itself is ended after that much more than the limit
+TAIL = 2000  # characters of stderr to keep
+SLACK_S = 30  # seconds over the time limit after which the supervisor is killed
 
 
 class Program(NamedTuple):
-  """What is run: source, then tests, in one namespace."""
+  """A program: source, then tests, in one namespace."""
 
   source: str
-  tests: str = ''  # without any, exit status 0 is a pass
+  tests: str = ''  # '' = exit status 0 passes
   stdin: str = ''
   wall_s: float = 10.0
 
 
 class Limits(NamedTuple):
-  """Of one run."""
+  """Resource limits of one run."""
 
-  memory_mib: int = 1024  # of all its processes (weak: of each, and 1 GiB more)
-  processes: int = 32  # and threads; full only
+  memory_mib: int = 1024  # of all its processes (weak: per process, plus 1 GiB)
+  processes: int = 32  # including threads; full only
   work_mib: int = 64  # of its folder; full only
   file_mib: int = 16
-  files: int = 64  # open at once
-  output_mib: int = 8  # of stdout, and of stderr
+  files: int = 64  # open files
+  output_mib: int = 8  # of stdout and of stderr, each
 
 
 class Ended(NamedTuple):
-  """What became of a program."""
+  """The outcome of a run."""
 
   outcome: str  # one of OUTCOMES
-  status: int | None  # of exit, or minus the signal; None = it was ended
+  status: int | None  # exit status, or minus the signal; None = it was killed
   out: str
   err: str  # its last TAIL characters
   seconds: float
 
 
 class Refused(Exception):
-  """The system does not give what a sandbox needs; says what."""
+  """Raised if the system lacks what a sandbox needs; states what."""
 
 
 def run(program: Program, kind: str, limits: Limits = Limits()) -> Ended:  # noqa: B008
-  """Runs it, by kind `full` or `weak`.
+  """Runs a program in a sandbox of kind `full` or `weak`.
 
   Raises:
-    Refused: its surroundings cannot be made, three times.
+    Refused: the sandbox cannot be created, after three attempts.
   """
-  for pause_s in (1, 5):  # a busy machine may have no process left
+  for pause_s in (1, 5):  # a busy machine may be out of processes
     try:
       return _run(program, kind, limits)
     except (Refused, OSError):
@@ -83,13 +83,13 @@ def run(program: Program, kind: str, limits: Limits = Limits()) -> Ended:  # noq
 
 
 def _run(program: Program, kind: str, limits: Limits) -> Ended:
-  with open(DRIVER) as f:
-    driver = f.read()
+  with open(RUNNER) as f:
+    runner = f.read()
   spec = dict(
     program._asdict(),
     **limits._asdict(),
     full=kind == 'full',
-    driver=driver,
+    runner=runner,
     filter=filter_lib.packed().hex(),
   )
   kept = ('PATH', 'LD_LIBRARY_PATH')
@@ -109,7 +109,7 @@ def _run(program: Program, kind: str, limits: Limits) -> Ended:
     except subprocess.TimeoutExpired:
       return Ended('timeout', None, '', '', program.wall_s + SLACK_S)
     finally:
-      process.kill()  # and with it, by the kernel, all that it keeps
+      process.kill()  # the kernel then kills all its processes
       process.wait()
       _running.discard(process)
   found = json.loads(out) if out else dict(error=err.decode()[-TAIL:].strip())
@@ -118,11 +118,11 @@ def _run(program: Program, kind: str, limits: Limits) -> Ended:
     return Ended(**found)
   if found['error']:
     raise Refused(found['error'])
-  return Ended('failed', None, '', 'it killed its keeper', 0.0)
+  return Ended('failed', None, '', 'it killed its supervisor', 0.0)
 
 
 def _folder(kind: str):
-  """Where the keeper starts; a full one mounts a folder of its own."""
+  """Returns the working directory of the supervisor; a full sandbox mounts its own."""
   if kind == 'full':
     return contextlib.nullcontext('/')
   return tempfile.TemporaryDirectory(prefix='mtp-run-', ignore_cleanup_errors=True)
@@ -130,14 +130,14 @@ def _folder(kind: str):
 
 def _command() -> list[str]:
   python = os.path.realpath(getattr(sys, '_base_executable', sys.executable))
-  return [python, '-I', '-S', '-B', '-X', 'utf8', KEEPER]
+  return [python, '-I', '-S', '-B', '-X', 'utf8', SUPERVISOR]
 
 
-def together(judge: Callable, items: Sequence, say: Callable) -> list:
-  """judge(item) of each, as many at once as there are processors.
+def together(judge: Callable, items: Sequence, report: Callable) -> list:
+  """Returns judge(item) for each item, with as many threads as there are CPUs.
 
-  What ends this, such as a signal, ends the programs that run: their limits of
-  time may be longer than a machine that is taken away has left.
+  An exception, as of a signal, kills the running programs: their time limits may
+  be longer than the time left to a preempted machine.
   """
   found, workers = [], len(os.sched_getaffinity(0))
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -145,12 +145,12 @@ def together(judge: Callable, items: Sequence, say: Callable) -> list:
     try:
       for future in futures:
         found.append(future.result())
-        say(f'{len(found):,} of {len(items):,} programs judged')
+        report(f'{len(found):,} of {len(items):,} programs judged')
     except BaseException:
       for future in futures:
         future.cancel()
       while not all(future.done() for future in futures):
-        for process in [*_running]:  # one more may have been about to start
+        for process in [*_running]:  # another one may just be starting
           process.kill()
         time.sleep(0.05)
       raise
@@ -168,23 +168,23 @@ threads = [threading.Thread(target=os.getpid) for _ in range(4)]
 
 
 def check(kind: str) -> None:
-  """Runs a program that does no harm.
+  """Checks the sandbox with a trusted program.
 
   Raises:
-    ConfigError: it could not, so no other will.
+    ConfigError: the program could not run.
   """
   try:
     if sys.platform != 'linux':
-      raise Refused('it is not Linux')
+      raise Refused('requires Linux')
     ended = _run(Program(PROBE, 'assert threads'), kind, Limits())
     if ended.outcome != 'passed':
-      raise Refused(f'a first program {ended.outcome}: {ended.err[-200:]}')
+      raise Refused(f'a test program {ended.outcome}: {ended.err[-200:]}')
   except (Refused, OSError) as e:
     hint = (
-      '; in a container or machine that may be lost, --eval.sandbox=weak runs programs without one'
+      '; in a disposable container or machine, --eval.sandbox=weak runs programs without one'
       if kind == 'full'
       else ''
     )
     raise fields.ConfigError(
-      'eval.sandbox', kind, f'this system does not give one ({e}){hint}'
+      'eval.sandbox', kind, f'not supported by this system ({e}){hint}'
     ) from e

@@ -1,15 +1,15 @@
-"""What a program is to Python: sandbox.py hands this text to `python -c`.
+"""Runs a program inside the sandbox; launch.py passes this text to `python -c`.
 
-The source waits in file descriptor 3. Descriptor 4 leads to the keeper, who
-sends the tests when the source has run, and a token that must come back when
-they have: so that neither argv, the environment, a frame nor a descriptor shows
-tests or token before. What was looked up before the source ran is what is used
-after it.
+File descriptor 3 holds the source. Descriptor 4 is connected to the supervisor,
+which sends the tests after the source has run, and a token that must be sent
+back after the tests: before that, neither argv, the environment, a frame nor a
+descriptor exposes tests or token. All functions used after the source has run
+are looked up before it.
 """
 
 
 def _run():
-  import _sitebuiltins  # `site` would read files that are not there
+  import _sitebuiltins  # `site` would read files that do not exist
   import _socket
   import builtins
   import os
@@ -24,8 +24,8 @@ def _run():
 
   run, make, number, order = exec, compile, int.from_bytes, sys.byteorder
   untraced = sys.settrace, sys.setprofile
-  keeper = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, 4)
-  send, receive, receive_fd = keeper.send, keeper.recv, keeper.recvmsg
+  supervisor = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, 4)
+  send, receive, receive_fd = supervisor.send, supervisor.recv, supervisor.recvmsg
   names = globals()
   names.pop('_run')
   names['__doc__'] = None

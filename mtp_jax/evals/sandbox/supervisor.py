@@ -1,9 +1,9 @@
-"""The inside of sandbox.py: a script of its own. Linux, standard library only.
+"""The supervisor of a sandbox, a standalone script. Linux, standard library only.
 
-It reads a JSON object from stdin and writes one to stdout. Of its processes the
-first unshares namespaces; the second, process 1 in there, mounts a root that
-holds Python and nothing else, gives up its privileges, starts the third, the
-program, and watches it. When process 1 ends, the kernel ends all the others.
+Reads a JSON object from stdin and writes one to stdout. Its first process
+unshares namespaces; the second, process 1 of the new ones, mounts a root that
+contains only Python, drops privileges, starts the third, the program, and
+watches it. When process 1 ends, the kernel kills all others.
 """
 
 import _socket
@@ -21,11 +21,11 @@ import sys
 import time
 
 NOBODY = 65534
-HANDED = ('stdin', 'source', 'tests')
-ASKS = b'tests'  # what driver.py sends when the source has run
+SEALED = ('stdin', 'source', 'tests')
+REQUEST = b'tests'  # sent by runner.py after the source has run
 TOKEN = 32  # bytes
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-TICK = 0.02  # seconds from one look at clock and memory to the next
+TICK = 0.02  # seconds between checks of time and memory
 MIB = 2**20
 # linux/sched.h, linux/mount.h, linux/prctl.h
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
@@ -66,21 +66,21 @@ def _write(path: str, text: str) -> None:
 
 
 def _map_ids(inside: int, uid: int, gid: int) -> None:
-  """In a new user namespace the caller's ids are `inside`, the only ones."""
+  """Maps the caller's ids to `inside`, the only ids of a new user namespace."""
   _write('/proc/self/setgroups', 'deny')
   _write('/proc/self/uid_map', f'{inside} {uid} 1')
   _write('/proc/self/gid_map', f'{inside} {gid} 1')
 
 
 def _python_needs() -> list[str]:
-  """Folders and files that its interpreter and its libraries lie in."""
-  wanted = ['/usr', '/lib', '/lib64', '/etc/ld.so.cache', sys.base_prefix]
-  wanted += [sys.base_exec_prefix, os.path.dirname(os.__file__)]
+  """Returns folders and files of the Python interpreter and its libraries."""
+  candidates = ['/usr', '/lib', '/lib64', '/etc/ld.so.cache', sys.base_prefix]
+  candidates += [sys.base_exec_prefix, os.path.dirname(os.__file__)]
   with open('/proc/self/maps') as f:
     files = {line.split(maxsplit=5)[-1].strip() for line in f}
-  wanted += sorted({os.path.dirname(p) for p in files if '.so' in p})
+  candidates += sorted({os.path.dirname(p) for p in files if '.so' in p})
   found = []
-  for path in wanted:
+  for path in candidates:
     within = any(path == p or path.startswith(p + '/') for p in found)
     if os.path.exists(path) and not within and path != '/':
       found.append(path)
@@ -88,11 +88,11 @@ def _python_needs() -> list[str]:
 
 
 def _new_root(work_mib: int) -> None:
-  """A root with Python, read-only, and an empty /tmp to work in."""
-  root = '/dev'  # any folder will do; this one is everywhere
+  """Mounts a root with a read-only Python and an empty /tmp to work in."""
+  root = '/dev'  # any folder works; this one always exists
   devices = [f'/dev/{d}' for d in ('null', 'zero', 'random', 'urandom', 'full')]
   paths = _python_needs()
-  # Opened before anything hides them, and by who may look into their parents.
+  # Opened before mounts hide them, and while their parents are accessible.
   held = {p: os.open(p, os.O_PATH) for p in [*paths, *devices] if os.path.exists(p)}
   folders = {p for p in held if os.path.isdir(p)}
   private, options = NOSUID | NODEV | NOEXEC, f'size={work_mib}m,nr_inodes=1024'
@@ -118,42 +118,42 @@ def _new_root(work_mib: int) -> None:
     os.symlink(f'/proc/self/fd/{i}', f'{root}/dev/{name}')
   os.chdir(root)
   _call('pivot_root', b'.', b'.')
-  _call('umount2', b'.', DETACH)  # the old root, which lies above the new one
+  _call('umount2', b'.', DETACH)  # the old root, mounted over the new one
   os.chdir('/tmp')
   _mount(None, '/', None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
 
 
 def _read_only(paths: list[str]) -> None:
-  """What is mounted at or under them; mount() itself takes one at a time."""
+  """Remounts everything at or below the paths read-only, one mount at a time."""
   with open('/proc/self/mountinfo') as f:
     rows = [line.split() for line in f]
   for row in rows:
     target = re.sub(r'\\(\d{3})', lambda m: chr(int(m[1], 8)), row[4])
     if any(target == p or target.startswith(p + '/') for p in paths):
-      noexec = NOEXEC if 'noexec' in row[5].split(',') else 0  # may be locked
+      noexec = NOEXEC if 'noexec' in row[5].split(',') else 0  # it may be locked
       flags = REMOUNT | BIND | RDONLY | NOSUID | NODEV | noexec
       _mount(None, target, None, flags)
 
 
 def _drop(root: bool) -> None:
-  """Nobody, without capabilities and without a way to new ones."""
+  """Becomes user nobody, without capabilities or a way to gain them."""
   if root:
     _bound()
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    try:  # so that its processes are counted apart from other sandboxes'
+    try:  # so that process limits do not include other sandboxes
       _call('unshare', NEW_USER)
     except OSError:
       pass
     else:
-      _prctl(DUMPABLE, 1)  # one's own files in /proc are root's otherwise
+      _prctl(DUMPABLE, 1)  # otherwise root owns our files in /proc
       _map_ids(NOBODY, NOBODY, NOBODY)
   _bound()
   none = (ctypes.c_uint32 * 6)()
   _call('capset', (ctypes.c_uint32 * 2)(0x20080522, 0), none)
   _prctl(NO_NEW_PRIVS, 1)
-  _prctl(DUMPABLE, 0)  # no ptrace, no look into its /proc
+  _prctl(DUMPABLE, 0)  # no ptrace, no access to its /proc
 
 
 def _bound() -> None:
@@ -161,20 +161,20 @@ def _bound() -> None:
     try:
       _prctl(CAPBSET_DROP, capability)
     except OSError:
-      return  # there are no more
+      return  # past the last capability
 
 
 def _filter(packed: bytes) -> None:
-  """The system calls of filter.py fail from now on."""
+  """Installs the filter of seccomp.py."""
   buffer = ctypes.create_string_buffer(packed)
   program = struct.pack('HxxxxxxQ', len(packed) // 8, ctypes.addressof(buffer))
   _prctl(SECCOMP, 2, ctypes.c_char_p(program))
 
 
-def _handed(data: bytes) -> int:
-  """A file without a name that holds it, at its beginning, for good: whoever
-  opens it again cannot write to it."""
-  fd = os.memfd_create('handed', os.MFD_ALLOW_SEALING)
+def _sealed_file(data: bytes) -> int:
+  """Returns a descriptor, at offset 0, of an anonymous file with this data, which
+  cannot be changed, even if it is opened again."""
+  fd = os.memfd_create('sealed', os.MFD_ALLOW_SEALING)
   with open(fd, 'wb', closefd=False) as f:
     f.write(data)
   os.lseek(fd, 0, os.SEEK_SET)
@@ -183,7 +183,7 @@ def _handed(data: bytes) -> int:
 
 
 def _program(spec: dict, fds: list[int], full: bool) -> None:
-  """Becomes the program; returns never."""
+  """Becomes the program; never returns."""
   os.setsid()
   high = [os.dup(fd) for fd in fds]
   while min(high) < len(fds):
@@ -193,7 +193,7 @@ def _program(spec: dict, fds: list[int], full: bool) -> None:
   os.closerange(len(fds), 4096)
   for what, limit in (
     (resource.RLIMIT_CPU, math.ceil(spec['wall_s']) + 1),
-    # Address space is more than memory: each thread's stack and arena.
+    # Address space exceeds memory: each thread has a stack and an arena.
     (resource.RLIMIT_AS, (spec['memory_mib'] + 1024) * MIB),
     (resource.RLIMIT_FSIZE, spec['file_mib'] * MIB),
     (resource.RLIMIT_NOFILE, spec['files']),
@@ -207,13 +207,13 @@ def _program(spec: dict, fds: list[int], full: bool) -> None:
   kept = {k: v for k, v in os.environ.items() if k == 'LD_LIBRARY_PATH'}
   os.execve(
     sys.executable,
-    [sys.executable, '-s', '-S', '-B', '-X', 'utf8', '-c', spec['driver']],
+    [sys.executable, '-s', '-S', '-B', '-X', 'utf8', '-c', spec['runner']],
     dict(PATH='/usr/bin:/bin', HOME='/tmp', LANG='C.UTF-8', PYTHONHASHSEED='0', **kept),
   )
 
 
 def _memory() -> int:
-  """Bytes of all processes in here but process 1, which is us."""
+  """Returns the bytes of all processes in the namespace except this one."""
   total = 0
   for pid in _pids():
     try:
@@ -225,34 +225,34 @@ def _memory() -> int:
 
 
 class Channel:
-  """Over which driver.py asks for the tests, and tells that they have passed.
+  """The channel on which runner.py requests the tests and reports that they passed.
 
-  The program shares the other end, but until its source has run there is
-  nothing in it to read, and whatever else is sent is a failure. The token is
-  sent after the tests and must come back reversed.
+  The program has access to the other end, but there is nothing to read until its
+  source has run, and any other message is a failure. The token is sent after the
+  tests and must be returned reversed.
   """
 
   def __init__(self, tests: int, end: _socket.socket):
     self.fd = end.fileno()
     self._tests, self._end = tests, end
     self._token = os.urandom(TOKEN)
-    self._asked = False
+    self._requested = False
     end.setblocking(False)
 
   def hear(self) -> str:
-    """'' if nothing is decided, 'passed', 'forged', or 'closed'."""
+    """Receives a message; returns '' if undecided, 'passed', 'forged' or 'closed'."""
     try:
-      said = self._end.recv(64)
-      if not said:
+      message = self._end.recv(64)
+      if not message:
         return 'closed'
-      if self._asked:
-        return 'passed' if said == self._token[::-1] else 'forged'
-      if said != ASKS:
+      if self._requested:
+        return 'passed' if message == self._token[::-1] else 'forged'
+      if message != REQUEST:
         return 'forged'
-      self._asked = True
+      self._requested = True
       fd = self._tests.to_bytes(4, sys.byteorder)
       rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd)
-      self._end.sendmsg([ASKS], [rights])
+      self._end.sendmsg([REQUEST], [rights])
       self._end.send(self._token)
     except BlockingIOError:
       return ''
@@ -262,10 +262,10 @@ class Channel:
 
 
 def _start(spec: dict, full: bool) -> tuple:
-  """(program, its pipes: stdout, stderr; the channel; when)."""
+  """Starts the program; returns (pid, its pipes: stdout, stderr; channel; start time)."""
   pipes = [os.pipe() for _ in range(2)]
   ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-  stdin, source, tests = (_handed(spec[k].encode(errors='replace')) for k in HANDED)
+  stdin, source, tests = (_sealed_file(spec[k].encode(errors='replace')) for k in SEALED)
   fds = [stdin, pipes[0][1], pipes[1][1], source, theirs.fileno()]
   begun = time.monotonic()
   child = os.fork()
@@ -281,12 +281,12 @@ def _start(spec: dict, full: bool) -> tuple:
 
 
 def _watch(spec: dict, full: bool) -> dict:
-  """Runs the program; what became of it."""
+  """Runs the program; returns its outcome."""
   started = _start(spec, full)
   try:
     return _watched(spec, full, *started)
   except (OSError, MemoryError):
-    return dict(error='')  # only by what the program did to us
+    return dict(error='')  # only the program can have caused it
 
 
 def _watched(spec, full, child, pipes, channel, begun) -> dict:
@@ -309,7 +309,7 @@ def _watched(spec, full, child, pipes, channel, begun) -> dict:
       else:
         selector.unregister(key.fd)
     status, seconds = _reaped(child), time.monotonic() - begun
-    if status is not None or verdict:  # all that it said is in the pipes
+    if status is not None or verdict:  # all its output is in the pipes
       for key in selector.get_map().values():
         while key.data is not None and len(key.data) <= most:
           if not (data := _read(key.fd)):
@@ -319,7 +319,7 @@ def _watched(spec, full, child, pipes, channel, begun) -> dict:
       outcome = 'output'
     elif verdict == 'forged':
       outcome = 'failed'
-      kept[1] += b'\nit wrote to the channel of its tests'
+      kept[1] += b'\nwrote to the channel of its tests'
     elif verdict == 'passed':
       outcome = 'passed'
     elif status is not None:
@@ -346,7 +346,7 @@ def _read(fd: int) -> bytes:
 
 
 def _reaped(child: int) -> int | None:
-  """The child's exit status, negative if a signal ended it; others just go."""
+  """Returns the child's exit status, negative for a signal; reaps other processes."""
   try:
     while True:
       pid, status = os.waitpid(-1, os.WNOHANG)
@@ -372,11 +372,11 @@ def _outcome(status: int, err: bytearray, spec: dict) -> str:
 
 def _kill(child: int, full: bool) -> None:
   if full:
-    _signal(os.kill, -1)  # all of this namespace but process 1
+    _signal(os.kill, -1)  # all of this namespace except process 1
     return
   _signal(os.killpg, child)
   left = [child]
-  while left:  # what had left the session becomes ours with its parent's end
+  while left:  # processes that left the session are reparented to this one
     _reaped(child)
     left = [pid for pid in _pids() if _parent(pid) == os.getpid()]
     for pid in left:
@@ -403,12 +403,12 @@ def _parent(pid: int) -> int:
 
 
 def _inside(spec: dict, root: bool) -> dict:
-  """Process 1 of the namespaces."""
+  """Runs as process 1 of the namespaces."""
   _prctl(PDEATHSIG, signal.SIGKILL)
   _call('sethostname', b'sandbox', 7)
   _new_root(spec['work_mib'])
   _drop(root)
-  _prctl(PDEATHSIG, signal.SIGKILL)  # a change of user had cleared it
+  _prctl(PDEATHSIG, signal.SIGKILL)  # changing the user cleared it
   return _watch(spec, full=True)
 
 
@@ -423,7 +423,7 @@ def _full(spec: dict) -> dict:
   child = os.fork()
   if not child:
     os.close(back)
-    # A handler would make process 1 listen to signals of the program.
+    # With a handler, process 1 would accept signals from the program.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
       answer = _inside(spec, root)
@@ -447,8 +447,8 @@ def main() -> None:
   spec = json.load(sys.stdin)
   os.umask(0o022)
   try:
-    _prctl(PDEATHSIG, signal.SIGKILL)  # does not outlive who asked
-    _prctl(SUBREAPER, 1)  # so that `weak` finds what it left
+    _prctl(PDEATHSIG, signal.SIGKILL)  # dies with the process that started it
+    _prctl(SUBREAPER, 1)  # so that `weak` finds orphans
     answer = _full(spec) if spec['full'] else _watch(spec, full=False)
   except OSError as e:
     answer = _refused(e)

@@ -1,14 +1,13 @@
-"""docs/PLANS.md: the smallest slice that holds each size of the paper.
+"""Writes docs/plans.md: the smallest slice that holds each size of the paper.
 
-  python docs/plans.py            goes on where it was stopped
-  python docs/plans.py 7b 13b     these sizes only
+  python tools/plans.py            all sizes; what is compiled already is kept
+  python tools/plans.py 7b 13b     these sizes only
 
-For each size, n = 1 and 4, and each generation of TPU: the smallest slice whose
-chips hold the whole train step with one sequence of 4096 tokens a chip, trunk
-remat=block and parameters sharded over all chips. The formula of
-mtp_jax/plan/analytic.py says where to begin; the answer, and the next smaller
-slice, are compiled. Each compile is a line of docs/plans.jsonl, written at
-once: what is there is not compiled again.
+For each size, n = 1 and 4, and each generation of TPU: the smallest slice whose chips
+hold the whole train step with one sequence of 4096 tokens per chip, trunk remat=block
+and parameters sharded over all chips. The formula of mtp_jax/planning/analytic.py gives
+the first candidate; the answer, and the next smaller slice, are compiled. Each compile
+is a line of docs/plans.jsonl, written at once.
 """
 
 import json
@@ -22,17 +21,13 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # see ahead._ledger
 import jax  # noqa: E402
 
 from mtp_jax.cli import flags  # noqa: E402
-from mtp_jax.config import fields
-from mtp_jax.parallel import chips
-from mtp_jax.planning import (
-  ahead,
-  analytic,
-  report,  # noqa: E402
-)
+from mtp_jax.config import fields  # noqa: E402
+from mtp_jax.parallel import chips  # noqa: E402
+from mtp_jax.planning import ahead, analytic, report  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'plans.jsonl'
-REPORT = ROOT / 'docs' / 'PLANS.md'
+REPORT = ROOT / 'docs' / 'plans.md'
 SIZES = ('1m', '3m', '10m', '30m', '100m', '300m', '1b', '0.3b', '0.6b', '1.3b', '3b', '7b', '13b')
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 SLICES = {'v5e': FLAT, 'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'), 'v6e': FLAT}
@@ -40,7 +35,7 @@ HEADS = (1, 4)
 
 
 def configured(size: str, n: int, topology: str, devices: int):
-  """The Config of a row, one sequence a chip."""
+  """Returns the Config of a row, one sequence per chip."""
   return flags.parse(
     [
       f'--flagfile={ROOT}/experiments/size/{size}.flags',
@@ -97,7 +92,7 @@ class Compiled:
 
 
 def smallest(compiled, size: str, n: int, generation: str):
-  """(row of the smallest slice that fits, row of the next smaller or None)."""
+  """Returns (row of the smallest slice that fits, row of the next smaller or None)."""
   shapes = SLICES[generation]
   at = next(
     (i for i, shape in enumerate(shapes) if fits_by_formula(size, n, generation, shape)),
@@ -120,7 +115,7 @@ def gib(row, name: str) -> str:
 
 def table(compiled, sizes) -> list[str]:
   lines = [
-    '| size | n | slice | state | temp | total | the next smaller needs | roofline | MFU at most |',
+    '| size | n | slice | state | temp | total | next smaller slice | roofline | MFU at most |',
     '|---|---|---|---|---|---|---|---|---|',
   ]
   for size in sizes:
@@ -138,7 +133,7 @@ def table(compiled, sizes) -> list[str]:
         smaller = (
           f'{gib(below, "total_bytes")} of {gib(below, "hbm_bytes")} on {below["topology"]}'
           if below
-          else 'there is none'
+          else 'none'
         )
         lines.append(
           f'| {size} | {n} | {row["topology"]} | {state:.2f}'
@@ -153,14 +148,16 @@ def table(compiled, sizes) -> list[str]:
 HEAD = """\
 # Plans
 
-Written by `python docs/plans.py`, which compiles the whole train step (model,
-loss, AdamW, donation, shardings) ahead of time with libtpu: the smallest slice
-that holds each size with one sequence of 4096 tokens a chip,
-`--model.remat=block`, `--loss.backward=remat`, float32 parameters and moments,
-bfloat16 compute, all chips along `--mesh.fsdp`. GiB a chip. The roofline is the
-time of a step that the busiest resource needs at its peak; more sequences a
-chip bring its MFU up (`mtp plan --plan.search_mesh`). *: by formula, where
-jaxlib cannot read back what libtpu compiled.
+Written by `python tools/plans.py`, which compiles the whole train step (model, loss,
+AdamW, donation, shardings) ahead of time with libtpu.
+
+For each size, the table gives the smallest slice that holds it with one sequence of 4096
+tokens per chip, `--model.remat=block`, `--loss.backward=remat`, float32 parameters and
+moments, bfloat16 compute, and all chips along `--mesh.fsdp`. Memory is in GiB per chip.
+The roofline is the step time of the busiest resource at its peak; more sequences per
+chip raise the MFU (`mtp plan --plan.search_mesh`). `*`: by formula, where jaxlib cannot
+read back what libtpu compiled. No step of this table has run on a chip
+([Hardware](hardware.md)).
 """
 
 

@@ -1,0 +1,207 @@
+"""Two backward strategies of the multi-head loss: one value, the same gradients.
+
+  remat        one `lax.scan` over heads of a checkpointed body: the backward pass
+               recomputes each head's block and its logits. In memory between the
+               forward and the backward pass: nothing per head.
+  interleaved  each head runs forward and backward at once, in the forward pass of a
+               custom_vjp, and adds into dL/dz, so that nothing is computed twice.
+               In memory between the passes: dL/dz (B x T x D) and the gradients of
+               heads and unembedding, which have to be made anyway. Chained heads
+               recompute their blocks, never their logits, and keep 2 K B T D
+               numbers of the compute dtype.
+
+Neither ever holds the logits of two heads.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import schema
+from mtp_jax.losses import head_loss
+from mtp_jax.model import heads, lm
+from mtp_jax.parallel import sharding
+
+
+class Weights(NamedTuple):
+  """Parameters and activations by which the heads' loss is differentiated."""
+
+  modules: Any
+  z_BTD: Any
+  emb_BUD: Any  # of all tokens, for families that read the next one; else None
+  norm_D: Any
+  unembed: Any  # at rest: (D, V), tied (V, D), or replicated (K, D, V)
+  order_VD: Any  # None without token order prediction
+  probe_K: Any
+
+
+class LossInputs(NamedTuple):
+  """The targets of K heads and what each of them weighs; not differentiated."""
+
+  k_K: Any  # 1..K
+  targets_KBT: Any
+  valid_KBT: Any
+  scale_K: Any  # weight_k / count_k
+  window: head_loss.Window
+
+
+def _gather(w: Weights, cfg) -> head_loss.SharedWeights:
+  return head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+
+
+def _per_head(w: Weights, inputs: LossInputs, cfg) -> head_loss.HeadBatch:
+  """All heads' parts of a micro-batch, stacked."""
+  return head_loss.HeadBatch(
+    k=inputs.k_K,
+    target_BT=inputs.targets_KBT,
+    valid_BT=inputs.valid_KBT,
+    scale=inputs.scale_K,
+    probe=w.probe_K,
+    unembed_DV=w.unembed if cfg.heads.unembedding == 'replicated' else None,
+  )
+
+
+@jax.custom_vjp
+def _probe_grad_norm(z_BTD, probe):
+  """z; backwards, the probe's gradient is the squared norm of z's."""
+  del probe
+  return z_BTD
+
+
+def _probe_grad_norm_bwd(_, dz_BTD):
+  return dz_BTD, jnp.sum(dz_BTD.astype(jnp.float32) ** 2)
+
+
+_probe_grad_norm.defvjp(lambda z_BTD, probe: (z_BTD, None), _probe_grad_norm_bwd)
+
+
+def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: Weights, *, ctx, cfg):
+  """Computes one head's (carry_BTD, h_BTD); its probe measures the gradient that
+  flows back to its input. w.norm_D is gathered."""
+  dtype = cfg.model.compute_dtype
+  z_BTD = w.z_BTD.astype(dtype)
+  if heads.family(cfg).is_chained:
+    carry_BTD = _probe_grad_norm(carry_BTD, head.probe)
+  else:
+    z_BTD = _probe_grad_norm(z_BTD, head.probe)
+
+  def feed(k):
+    return lm.next_embeddings(w.emb_BUD, k, z_BTD.shape[1], cfg).astype(dtype)
+
+  x = heads.Inputs(norm_D=w.norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
+  return lm.head_step(module, head.k, x, ctx, cfg, feed=feed)
+
+
+def _remat(w: Weights, inputs: LossInputs, cfg: schema.Config):
+  shared = _gather(w, cfg)
+  w = w._replace(norm_D=shared.norm_D)
+  loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
+
+  @jax.checkpoint
+  def visit(carry_BTD, module, head):
+    carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, ctx=ctx, cfg=cfg)
+    value, stats = loss.value(h_BTD, shared, head, heads.is_head_1(module, head.k, cfg))
+    return carry_BTD, ((value, stats), None)
+
+  z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
+  per_head = _per_head(w, inputs, cfg)
+  _, ((value_K, stats), _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg)
+  return jnp.sum(value_K), stats
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _interleaved(w: Weights, inputs: LossInputs, cfg: schema.Config):
+  # Undifferentiated, as in an evaluation, there is no backward to interleave.
+  return _remat(w, inputs, cfg)
+
+
+def _interleaved_fwd(w: Weights, inputs: LossInputs, cfg):
+  shared, scatter = jax.vjp(
+    lambda *at_rest: head_loss.gather_shared(*at_rest, cfg), w.norm_D, w.unembed, w.order_VD
+  )
+  run = _chained if heads.family(cfg).is_chained else _independent
+  grads, dshared, own, out = run(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
+  dnorm_D, dunembed, dorder_VD = scatter(dshared)
+  if cfg.heads.unembedding == 'replicated':
+    dunembed = own
+  grads = grads._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD)
+  return out, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
+
+
+def _independent(w: Weights, shared, inputs: LossInputs, cfg):
+  """One scan; each head forward and backward at once."""
+  loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
+
+  def visit(carry, module, head):
+    dz_BTD, dshared = carry
+
+    def head_hidden(module, z_BTD, norm_D, probe):
+      here = w._replace(z_BTD=z_BTD, norm_D=norm_D)
+      return hidden(module, head._replace(probe=probe), z_BTD, here, ctx=ctx, cfg=cfg)[1]
+
+    h_BTD, pull = jax.vjp(head_hidden, module, w.z_BTD, shared.norm_D, head.probe)
+    is_head_1 = heads.is_head_1(module, head.k, cfg)
+    dshared, grads, value, stats = loss.value_and_grad(h_BTD, shared, dshared, head, is_head_1)
+    dmodule, d_BTD, dnorm_D, dprobe = pull(grads.h_BTD)
+    dshared = dshared._replace(norm_D=dshared.norm_D + dnorm_D)
+    carry = dz_BTD + d_BTD.astype(dz_BTD.dtype), dshared
+    return carry, ((value, stats, dprobe, grads.unembed_DV), dmodule)
+
+  zeros = (sharding.zeros_cotangent(w.z_BTD), jax.tree.map(sharding.zeros_cotangent, shared))
+  (dz_BTD, dshared), (outs, dmodules) = heads.scan_heads(
+    visit, zeros, w.modules, _per_head(w, inputs, cfg), cfg
+  )
+  value_K, stats, dprobe_K, own = outs
+  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, probe_K=dprobe_K)
+  return grads, dshared, own, (jnp.sum(value_K), stats)
+
+
+def _chained(w: Weights, shared, inputs: LossInputs, cfg):
+  """Forward through the chain, each head's loss forward and backward on the way;
+  then the chain backward, its blocks, and nothing else, recomputed. In memory
+  between the two: each head's input and dL/dh_k."""
+  loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
+
+  def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
+    here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D, probe_K=probe_K)
+    checkpointed = jax.checkpoint(functools.partial(hidden, ctx=ctx, cfg=cfg))
+
+    def visit(carry, module, head):
+      carry_BTD, dshared = carry
+      number = head._replace(target_BT=None, valid_BT=None, scale=None, unembed_DV=None)
+      carry_BTD, h_BTD = checkpointed(module, number, carry_BTD, here)
+      dshared, grads, value, stats = loss.value_and_grad(
+        jax.lax.stop_gradient(h_BTD), shared, dshared, head, heads.is_head_1(module, head.k, cfg)
+      )
+      # A surrogate whose gradient by h is dL/dh: that of the chain follows.
+      surrogate = jnp.sum(h_BTD * grads.h_BTD, dtype=jnp.float32)
+      return (carry_BTD, dshared), ((surrogate, value, stats, grads.unembed_DV), None)
+
+    carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
+    zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
+    (_, dshared), ((surrogate_K, *outs), _) = heads.scan_heads(
+      visit, (carry_BTD, zeros), modules, _per_head(here, inputs, cfg), cfg
+    )
+    return jnp.sum(surrogate_K), (dshared, *outs)
+
+  surrogate, pull, (dshared, value_K, stats, own) = jax.vjp(
+    chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K, has_aux=True
+  )
+  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(jnp.ones_like(surrogate))
+  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
+  return grads, dshared._replace(norm_D=dnorm_D), own, (jnp.sum(value_K), stats)
+
+
+def _interleaved_bwd(cfg, grads: Weights, cotangents):
+  del cfg
+  dtotal, _ = cotangents
+  scaled = jax.tree.map(lambda g: (dtotal * g).astype(g.dtype), grads)
+  return scaled._replace(probe_K=dtotal * scaled.probe_K), None
+
+
+_interleaved.defvjp(_interleaved_fwd, _interleaved_bwd)
+
+# (w, inputs, cfg) -> (total, HeadStats stacked over heads).
+STRATEGIES = {'remat': _remat, 'interleaved': _interleaved}
