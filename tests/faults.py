@@ -7,12 +7,12 @@
 
 Each fault is a line of build/faults.jsonl (--out) once the run it fell upon has
 been compared; the next call begins after those that are there, and the table in
-docs/RELIABILITY.md is made of all of them.
+docs/reliability.md is made of all of them.
 
 Runs of 1, 2 and 4 processes of one mesh of four devices are disturbed at random
 (--seed), started again with the same command until they are done, and compared:
 parameters, moments and counters of the last step, and every record of
-metrics.jsonl, bit for bit with a run that nobody disturbed. A process that has
+metrics.jsonl, bit for bit with an undisturbed run. A process that has
 not ended LIMIT_S after a fault hangs, and one that shows a traceback does not
 say in a line what is wrong; both fail the campaign.
 """
@@ -460,14 +460,14 @@ def _before(store, workdir, n, logs, name, rng) -> Row:
     mend()
     return row
   limit = time.monotonic() + LIMIT_S
-  while session.running() and time.monotonic() < limit and not _noticed(session):
+  while session.running() and time.monotonic() < limit and not _detected(session):
     time.sleep(0.05)
   _sleep(session, rng.uniform(0, 6))
   for p in session.processes:
     p.kill()
   statuses, seconds = session.end()
-  if not _noticed(session):
-    raise RuntimeError(f'{name}: not noticed\n{session.log(0)}')
+  if not _detected(session):
+    raise RuntimeError(f'{name}: not detected\n{session.log(0)}')
   mend()
   return Row(name, n, tuple(statuses), seconds)
 
@@ -479,7 +479,7 @@ def _refused(session, name) -> Row:
   return Row(name, len(statuses), tuple(statuses), seconds)
 
 
-def _noticed(session) -> bool:
+def _detected(session) -> bool:
   return any(word in session.log(0) for word in ('goes on', 'damaged'))
 
 
@@ -591,7 +591,7 @@ def report(rows: list[Row]) -> str:
     ' disturbed, started again with the same command until they are done, and'
     ' compared bit for bit (parameters, moments, counters, every record of'
     ' metrics.jsonl)'
-    f' with a run that nobody disturbed. {len(rows)} faults, {kills} of them'
+    f' with an undisturbed run. {len(rows)} faults, {kills} of them'
     f' kills; --distributed.heartbeat_timeout_s={TIMEOUT_S}.',
     '',
     '| fault | tried | survived | longest until all processes had ended |',

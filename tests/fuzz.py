@@ -10,7 +10,7 @@ and one line on stderr that names a flag or a file. All else is a fault: a
 traceback, no end within LIMIT_S, more lines or none.
 
 A case depends on --seed, its kind and its number alone. Each outcome is a line
-of --out; docs/RELIABILITY.md has the table of what is there.
+of --out; docs/reliability.md has the table of what is there.
 """
 
 import argparse
@@ -877,7 +877,7 @@ def read(path: pathlib.Path) -> list[Outcome]:
 
 
 def table(found: list[Outcome], seed: int) -> str:
-  """The section of docs/RELIABILITY.md."""
+  """The section of docs/reliability.md."""
   faults = sum(o.outcome not in FINE for o in found)
   slowest = max((o.seconds for o in found), default=0.0)
   lines = [
@@ -885,7 +885,7 @@ def table(found: list[Outcome], seed: int) -> str:
     '',
     'Written by `python -m tests.fuzz`: command lines with one wrong value, and'
     ' files with one wrong bit, type, extreme or structure, in process. A'
-    ' command must accept it or end with status 2 and one line that names the'
+    ' command must accept it or exit with status 2 and one line that names the'
     f' flag or the file. Seed {seed}, {len(found):,} cases, {faults:,} faults,'
     f' slowest {slowest:.1f} s.',
     '',

@@ -27,6 +27,7 @@ FLOORS = (
   'planning',
   'bench',
   'report',
+  'api',
   'cli',
 )
 NEVER = {'losses/': ('data/',), 'evals/': ('train/',), 'decode/': ('train/', 'evals/')}
@@ -155,10 +156,39 @@ def test_a_library_stays_in_its_place(library):
   assert not wrong
 
 
-def test_init_files_hold_no_code():
+def test_init_files_hold_no_code_but_the_public_names():
   for path in PACKAGE.rglob('__init__.py'):
+    if path.parent == PACKAGE:
+      continue
     for node in ast.parse(path.read_text()).body:
       assert isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant), path
+
+
+PUBLIC = """
+import importlib, pkgutil
+import mtp_jax
+for module in pkgutil.walk_packages(mtp_jax.__path__, 'mtp_jax.'):
+  if not module.name.endswith(('__main__', 'runner', 'supervisor', 'harness')):
+    importlib.import_module(module.name)
+for name in mtp_jax.__all__:
+  assert callable(getattr(mtp_jax, name)), name
+print(len(mtp_jax.__all__))
+"""
+
+
+def test_no_public_name_is_hidden_by_a_subpackage():
+  """An imported subpackage becomes an attribute of the package, in place of a public
+  name that is spelled alike."""
+  assert not {*mtp_jax.__all__} & {*FLOORS}
+  process = runs.process(['-c', PUBLIC])
+  out, error = process.communicate()
+  assert (process.returncode, out) == (0, f'{len(mtp_jax.__all__)}\n'), error
+
+
+def test_importing_the_package_imports_no_jax():
+  code = 'import sys, mtp_jax; mtp_jax.Config; print("jax" in sys.modules)'
+  out, error = runs.process(['-c', code]).communicate()
+  assert out == 'False\n', error
 
 
 BARE = """

@@ -1,6 +1,6 @@
 """Do the tests notice? One fault at a time, in a copy of the tree.
 
-  python -m tests.mutants            all; docs/MUTANTS.md is written
+  python -m tests.mutants            all; docs/mutants.md is written
   python -m tests.mutants NAME …     some; their rows there are
   python -m tests.mutants -j 2       two at a time
 
@@ -25,7 +25,7 @@ from tests import mutations
 
 ROOT = pathlib.Path(__file__).parents[1]
 COPIED = ('mtp_jax', 'tests', 'experiments', 'launch', 'pyproject.toml', 'setup.cfg')
-REPORT = ROOT / 'docs' / 'MUTANTS.md'
+REPORT = ROOT / 'docs' / 'mutants.md'
 TIMEOUT_S = 1800.0
 
 
@@ -153,11 +153,11 @@ def report(before: str, outcomes: dict[mutations.Fault, Outcome]) -> str:
   lines = [
     '# Mutants',
     '',
-    'Written by `python -m tests.mutants`: one fault at a time, in a copy of',
-    'the tree (`tests/mutations.py` holds them), and the tests that should',
-    f'notice. {len(rows) - left} of {len(names)} were noticed.',
+    'Written by `python -m tests.mutants`, which inserts one fault at a time into a copy of the',
+    'tree (`tests/mutations.py` defines them) and runs the tests that should detect it.',
+    f'{len(rows) - left} of {len(names)} were detected.',
     '',
-    '| fault | mistake | file | noticed by | s |',
+    '| fault | mistake | file | detected by | s |',
     '|---|---|---|---|---|',
     *rows,
   ]
@@ -190,9 +190,9 @@ def main(args: list[str]) -> int:
   before = REPORT.read_text() if REPORT.exists() else ''
   REPORT.write_text(report(before, outcomes))
   left = [f.name for f, outcome in outcomes.items() if not outcome.killed]
-  print(f'{len(outcomes) - len(left)} of {len(outcomes)} noticed')
+  print(f'{len(outcomes) - len(left)} of {len(outcomes)} detected')
   if left:
-    print('not noticed: ' + ', '.join(left), file=sys.stderr)
+    print('not detected: ' + ', '.join(left), file=sys.stderr)
   return 1 if left else 0
 
 

@@ -67,14 +67,14 @@ def test_a_fault_is_made_in_a_copy_and_noticed_or_not(monkeypatch, tmp_path, cap
   fault = mutations.Fault('a', 0, code.name, '= 1', '= 2', ('it_test.py',))
   monkeypatch.setattr(mutations, 'FAULTS', (fault,))
   monkeypatch.setattr(mutants, 'ROOT', tmp_path)
-  monkeypatch.setattr(mutants, 'REPORT', tmp_path / 'MUTANTS.md')
+  monkeypatch.setattr(mutants, 'REPORT', tmp_path / 'mutants.md')
   monkeypatch.setattr(mutants, 'COPIED', (code.name, 'it_test.py'))
   assert mutants.main([]) == (0 if noticed else 1)
-  assert capsys.readouterr().out.endswith(f'{int(noticed)} of 1 noticed\n')
+  assert capsys.readouterr().out.endswith(f'{int(noticed)} of 1 detected\n')
   assert code.read_text() == 'NUMBER = 1\n'
   (row,) = (
     line.split(' | ')
-    for line in (tmp_path / 'MUTANTS.md').read_text().splitlines()
+    for line in (tmp_path / 'mutants.md').read_text().splitlines()
     if line.startswith('| a |')
   )
   killer = 'it_test.py::test_it' if noticed else 'SURVIVED'

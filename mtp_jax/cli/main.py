@@ -108,7 +108,7 @@ def _usage() -> str:
       *lines,
       '',
       'mtp COMMAND --help lists the common flags of a command, --helpfull all of them.',
-      'Exit status: 0 done, 2 bad input (one line says what), 75 saved after a signal: run the'
+      'Exit status: 0 done, 2 bad input (one line on stderr), 75 saved after a signal: run the'
       ' same command to resume.',
     ]
   )
@@ -130,7 +130,7 @@ def _help(name: str, full: bool) -> str:
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command; returns the exit status: 0, 2 for bad input, or what the
-  command says (README.md lists them)."""
+  command says (docs/index.md lists them)."""
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # a path may be no UTF-8
       stream.reconfigure(errors='backslashreplace')

@@ -64,7 +64,7 @@ class Decoder:
   def __init__(self, model, cfg: schema.Config, mesh, active: int):
     """model: lm.LM parameters; cfg.decode says how, `active` how many heads
     trained. Raises ConfigError if that is not to be had."""
-    self.cfg, self.mesh = cfg, mesh
+    self.cfg, self.mesh, self.active = cfg, mesh, active
     self._widest = setup.setup(cfg, active, widths(cfg, active))
     with jax.set_mesh(mesh):
       self._weights = _weights(model, s=self._widest)

@@ -219,9 +219,7 @@ def _name_shards(folder: str, shards: list[list[str]], indexed: bool) -> None:
     name = files.WHOLE if n == 1 else f'model-{i:05d}-of-{n:05d}.safetensors'
     path = os.path.join(folder, name)
     os.rename(_shard(folder, i), path)
-    total += sum(
-      math.prod(x.shape) * x.dtype.itemsize for x in files.read(path, 'export.out').values()
-    )
+    total += sum(math.prod(x.shape) * x.dtype.itemsize for x in files.read(path).values())
     weight_map |= dict.fromkeys(names, name)
   index = dict(metadata=dict(total_size=total), weight_map=weight_map)
   with open(os.path.join(folder, files.INDEX), 'w', encoding='utf-8') as file:
@@ -319,7 +317,7 @@ def _repeated(folder: str, cfg: schema.Config) -> bool:
   """Whether all modules of a transformers_mtp folder are equal."""
   if cfg.export.format != 'transformers_mtp' or cfg.heads.n < 3:
     return False
-  found = files.read_folder(folder, 'import.path')
+  found = files.read_folder(folder)
   one = schema.replace(cfg, **{'heads.family': 'recursive'})
   places = mapping.tensors(one, 'transformers_mtp')
   first = {(p.path, p.index): k for k, p in places.items() if not p.copy}

@@ -85,7 +85,7 @@ def read(folder: str, about: dict, given: dict) -> schema.Config:
     if about.get(field, expected) != expected:
       raise wrong(f'{field}={about[field]!r} in params.json; only {expected!r}')
   if about.get('vocab_size', -1) == -1:  # as in Llama 2, where the tokenizer defines it
-    tensors = tensors_of(folder, 'import.path')
+    tensors = tensors_of(folder)
     embed = tensors.get('tok_embeddings.weight')
     about = about | {'vocab_size': embed.shape[0] if embed else None}
   try:

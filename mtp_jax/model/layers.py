@@ -26,7 +26,7 @@ def rope_rates(m: schema.ModelConfig):
   i = jnp.arange(0, m.head_width, 2, dtype=jnp.float32)
   rate = m.rope_theta ** (-i / m.head_width)
   if m.rope_factor > 1:
-    turns = m.rope_context * rate / (2 * jnp.pi)  # within that context
+    turns = m.original_max_position_embeddings * rate / (2 * jnp.pi)  # within that context
     kept = jnp.clip((turns - m.rope_low_freq) / (m.rope_high_freq - m.rope_low_freq), 0, 1)
     rate = rate * (kept + (1 - kept) / m.rope_factor)
   return rate

@@ -49,6 +49,15 @@ def make_mesh(cfg: schema.Config, devices=None) -> Mesh:
   return Mesh(_arranged(sizes, devices), AXES, axis_types=EXPLICIT)
 
 
+def context_mesh() -> Mesh:
+  """Returns the mesh of the context, or else one of the first device alone."""
+  mesh = jax.sharding.get_mesh()
+  if not mesh.empty:
+    return mesh
+  one = schema.Config(mesh=schema.MeshConfig(data=1, fsdp=1, tensor=1))
+  return make_mesh(one, jax.devices()[:1])
+
+
 def abstract_mesh(cfg: schema.Config, n_devices: int) -> AbstractMesh:
   """Returns the same mesh without devices: enough for shardings and bytes."""
   sizes = mesh_sizes(cfg, n_devices)

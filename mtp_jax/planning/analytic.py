@@ -1,7 +1,7 @@
 """Bytes and seconds per step by formula, to rank candidates for compilation.
 
 The state is exact, from the shardings of the Specs. The rest sums the arrays that
-are known to be large. docs/STATUS.md has its accuracy compared with compiled
+are known to be large. docs/guides/plan.md has its accuracy compared with compiled
 programs; it ranks, and never decides what fits.
 """
 

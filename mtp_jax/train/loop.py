@@ -234,7 +234,7 @@ def _first_state(cfg, mesh, source: resume.Source | None) -> state_lib.State:
     return state_lib.init(cfg, mesh)
   dtype = {'model.param_dtype': cfg.model.param_dtype}
   old = restore.restore_model(
-    source.workdir, source.step, schema.replace(source.cfg, **dtype), mesh, 'train.init_from'
+    source.workdir, source.step, schema.replace(source.cfg, **dtype), mesh
   )
   print(f'begins with {source.workdir}, step {source.step}: {init_from.described(source.was, cfg)}')
   return state_lib.init(cfg, mesh, (old, source.was))

@@ -209,7 +209,7 @@ def test_bytes_that_are_no_text_are_refused(arg):
 
 def test_usage_shows_the_flags_of_some_sections():
   text = flags.usage(('heads', 'optim'))
-  assert '  --heads.n=4\n      prediction heads' in text
+  assert '  --heads.n=4\n      number of prediction heads' in text
   assert '--out' not in text
   assert "  --out=''\n" in flags.usage(('heads', 'out'))
   assert '[cosine | wsd | constant]' in text

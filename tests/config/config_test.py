@@ -276,8 +276,7 @@ def test_a_config_is_frozen_and_hashable():
 
 
 def test_every_option_is_in_the_ledger_of_equalities():
-  text = pathlib.Path(runs.ROOT, 'docs/STATUS.md').read_text()
-  ledger = text.split('### Every option and what it equals')[1]
+  ledger = pathlib.Path(runs.ROOT, 'tests/equalities.md').read_text()
   for name, field in schema.fields().items():
     choices = field.metadata.get('choices', ())
     for word in (name, *choices):

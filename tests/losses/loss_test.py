@@ -659,7 +659,7 @@ def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
 
 
 def test_the_schedule_that_keeps_all_logits_computes_ours(monkeypatch):
-  """What docs/PERFORMANCE.md compares memory with is the same loss."""
+  """What docs/performance.md compares memory with is the same loss."""
   from tests.baselines import ahead
 
   c = tiny.cfg(heads__n=3)

@@ -108,7 +108,7 @@ def assert_same(a, b) -> None:
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-RELIABILITY = pathlib.Path(ROOT, 'docs', 'RELIABILITY.md')
+RELIABILITY = pathlib.Path(ROOT, 'docs', 'reliability.md')
 
 
 def write_section(name: str, text: str, path=RELIABILITY) -> None:
