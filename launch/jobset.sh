@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# launch/jobset.yaml, filled in and handed to kubectl:
+# Fills in launch/jobset.yaml and passes it to kubectl:
 #   launch/jobset.sh --name=N --context=C --image=IMAGE \
 #     --accelerator=tpu-v5-lite-podslice --topology=4x4 [--slices=2] [--chips=4] \
 #     [--spot] [--max-restarts=10] [--grace-s=300] [--service-account=default] \
 #     FLAGFILE --data.store=/… --train.workdir=gs://… [--section.field=VALUE …]
 # C is a context of kubectl, IMAGE one of launch/Dockerfile; a slice has the chips
-# of its topology, --chips of them a machine. --dry-run prints what would run.
+# of its topology, --chips of them per machine. --dry-run prints what would run.
 # shellcheck disable=SC2154,SC2034  # `options` assigns; used by name
 set -euo pipefail
 cd "$(dirname "$0")/.."

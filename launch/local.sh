@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A multi-token model of real code, on this machine, from a fresh clone:
+# Trains a multi-token-prediction model of code on this machine, from a fresh clone:
 #   launch/local.sh [--processes=N[xM]] [--dry-run] [--section.field=VALUE …]
 # Makes .venv, prepares a store from the Python standard library, trains
-# experiments/smoke.flags, evaluates it, writes its report, and lets it go on with
-# some code, with head 1 alone and with all its heads, in turn. What is there
-# already is used again; other flags get a run of their own. --processes trains in
-# N processes, of M virtual CPU devices each; --dry-run prints what would run.
+# experiments/smoke.flags, evaluates it, writes its report, and compares plain with
+# speculative decoding of some code. Existing outputs are reused; other flags have a
+# run directory of their own. --processes trains in N processes, of M virtual CPU
+# devices each; --dry-run prints what would run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

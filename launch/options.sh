@@ -6,7 +6,7 @@ die() {
   exit 2
 }
 
-# helped ARGS…: if the first one asks for help, the head comment of the script.
+# helped ARGS…: prints the head comment of the script if the first one is --help.
 helped() {
   local script
   script="$(dirname "${BASH_SOURCE[0]}")/${0##*/}"
@@ -46,7 +46,7 @@ options() {
 }
 
 # training FLAGFILE [FLAG …]: the command, in $train, as every machine runs it.
-# Where data and run lie is asked for here, before anything is paid for.
+# Data and run directories are checked here, before anything is paid for.
 training() {
   local name missing=
   [[ ${1:---} != --* ]] || die 'missing FLAGFILE'
@@ -69,7 +69,7 @@ quoted() {
   echo "${line# }"
 }
 
-# run ARGS…: runs them, or says what would run.
+# run ARGS…: runs them, or prints what would run.
 run() {
   if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }

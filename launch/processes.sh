@@ -2,9 +2,9 @@
 # N processes of one command on this machine, as N machines would run it:
 #   source .venv/bin/activate
 #   launch/processes.sh [--dry-run] N train|eval [--section.field=VALUE …]
-# DEVICES=M gives each of them M virtual devices of the CPU; PORT is where they
-# meet. --dry-run prints what would run.
-# SIGTERM and SIGINT go on to all of them; the status is that of process 0.
+# DEVICES=M gives each of them M virtual CPU devices; PORT is the coordinator's port.
+# --dry-run prints what would run.
+# SIGTERM and SIGINT are forwarded to all of them; the status is that of process 0.
 set -euo pipefail
 source "$(dirname "$0")/options.sh"
 options '' '' "$@"
@@ -20,7 +20,7 @@ port=${PORT:-$((20000 + RANDOM % 10000))}
 prefix=()
 if [ "$devices" ]; then
   count=--xla_force_host_platform_device_count=$devices
-  # The last one counts.
+  # The last flag wins.
   prefix=(env JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$count")
 fi
 for ((i = n - 1; i >= 0; i--)); do
@@ -34,8 +34,8 @@ for ((i = n - 1; i >= 0; i--)); do
 done
 [ -z "$dry_run" ] || exit 0
 first=$!
-trap 'asked=1; kill -TERM $(jobs -p) 2>/dev/null || true' TERM INT
-# A signal interrupts `wait`: what it then returns is no status of process 0.
-while asked=; status=0; wait "$first" || status=$?; [ -n "$asked" ]; do :; done
+trap 'signalled=1; kill -TERM $(jobs -p) 2>/dev/null || true' TERM INT
+# A signal interrupts `wait`, which then does not return the status of process 0.
+while signalled=; status=0; wait "$first" || status=$?; [ -n "$signalled" ]; do :; done
 wait
 exit "$status"

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Installs what tests need into .venv and runs them:
-#   launch/test.sh            the test command: lint, and all tests but slow ones
+#   launch/test.sh            the test command: lint, types, and all tests but slow
 #   launch/test.sh --slow     the full products and the long runs as well
 #   launch/test.sh --core     model, loss, optimizer, training, decoding, data: what
 #                             another Python or jax could change
-#   launch/test.sh --parity   those that compare with PyTorch, transformers and
-#                             llama.cpp, which it installs: several GB but on
-#                             Python 3.11
+#   launch/test.sh --parity   comparisons with PyTorch, transformers and llama.cpp,
+#                             which it installs: several GB except on Python 3.11
 #   launch/test.sh ARGS …     pytest with these arguments
-# PYTHON=python3.13 launch/test.sh makes .venv of that interpreter.
+# PYTHON=python3.13 launch/test.sh creates .venv with that interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,7 +20,7 @@ if [ "${1:-}" = --parity ]; then
   set -- -m 'parity and not slow' "$@"
 fi
 source launch/venv.sh "$extras"
-# The page of `mtp report` is looked at in a browser, where there is one.
+# The page of `mtp report` is tested in a browser if one is installed.
 if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] &&
   command -v apt-get >/dev/null; then
   echo 'installing chromium-driver for the tests of the page'
@@ -31,6 +30,7 @@ if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] &&
 fi
 ruff check .
 ruff format --check .
+basedpyright --level error
 case ${1:-} in
   --slow)
     shift
@@ -41,5 +41,5 @@ case ${1:-} in
     set -- tests/{losses,optim,checkpoint,model,train,decode,data} "$@"
     ;;
 esac
-# Two at a time: compiling, most of the time, hardly uses a second core.
+# Two workers: compilation, most of the time, hardly uses a second core.
 exec python -m pytest -n 2 --dist worksteal "$@"

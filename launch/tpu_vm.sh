@@ -2,11 +2,11 @@
 # Cloud TPU slices as a queued resource; what runs there runs on all workers.
 #   launch/tpu_vm.sh create AT --type=v5litepod-16 \
 #     --runtime=v2-alpha-tpuv5-lite [--slices=2] [--spot]
-#   launch/tpu_vm.sh status AT      ACTIVE: it is there
-#   launch/tpu_vm.sh setup AT       the commit that is checked out here, installed
+#   launch/tpu_vm.sh status AT      ACTIVE: it is ready
+#   launch/tpu_vm.sh setup AT       installs the commit that is checked out here
 #   launch/tpu_vm.sh run AT FLAGFILE --data.store=/… --train.workdir=gs://… …
 #   launch/tpu_vm.sh logs AT [--node=0] [--worker=0]
-#   launch/tpu_vm.sh stop AT        SIGTERM: saves; the same run goes on
+#   launch/tpu_vm.sh stop AT        SIGTERM: saves; `run` resumes it
 #   launch/tpu_vm.sh delete AT
 # AT is --name=N --zone=Z --project=P; --dry-run prints what would run.
 # shellcheck disable=SC2154  # `options` assigns

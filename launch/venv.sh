@@ -1,11 +1,10 @@
 # Sourced: makes .venv with this package and the extras "$1", once for each
-# interpreter and state of setup.cfg, and activates it. $PYTHON is the interpreter
-# that it is made of; where that is not given, an existing .venv is used whatever
-# made it, else one is made of python3.
+# interpreter and state of setup.cfg, and activates it. $PYTHON is its interpreter; if
+# unset, an existing .venv is used, else one is created with python3.
 extras=$1
 if [ -n "${PYTHON:-}" ] || ! [ -x .venv/bin/python ]; then
   python=${PYTHON:-python3}
-  # Itself, were it .venv's own, would be gone while it makes the new one.
+  # The base interpreter: .venv's own would be deleted while creating the new one.
   code='import platform, sys
 print(sys._base_executable, platform.python_version())
 sys.exit(sys.version_info < (3, 11))'

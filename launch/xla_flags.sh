@@ -1,12 +1,12 @@
-# Sourced: flags with which XLA hides communication behind computation.
+# Sourced: XLA flags that overlap communication with computation.
 #   source launch/xla_flags.sh auto|tpu|gpu|cpu
-# auto goes by the devices of this machine. A flag that XLA_FLAGS (GPU) or
-# LIBTPU_INIT_ARGS (TPU) has already stays as it is; on a CPU nothing is set.
+# auto detects the devices of this machine. Flags already in XLA_FLAGS (GPU) or
+# LIBTPU_INIT_ARGS (TPU) are kept; on a CPU nothing is set.
 # Names: MaxText, benchmarks/xla_flags_library.py (TPU); JAX, GPU performance
 # tips, https://docs.jax.dev/en/latest/gpu_performance_tips.html (GPU).
 
-# add_flags VARIABLE FLAG=VALUE …: before what the variable holds, but for those
-# that it names.
+# add_flags VARIABLE FLAG=VALUE …: prepends flags to the variable, except those that it
+# has already.
 add_flags() {
   local variable=$1 flag new=
   shift

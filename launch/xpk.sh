@@ -4,7 +4,7 @@
 #     --image=IMAGE [--slices=2] [--spot] [--max-restarts=100] [--grace-s=300] \
 #     FLAGFILE --data.store=/… --train.workdir=gs://… [--section.field=VALUE …]
 # IMAGE is one of launch/Dockerfile; --dry-run prints what would run.
-# Looked at and taken down with `xpk workload list` and `xpk workload delete`.
+# `xpk workload list` and `xpk workload delete` list and delete it.
 # shellcheck disable=SC2154  # `options` assigns
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,8 +13,8 @@ options 'name cluster project zone type image' \
   'slices=1 spot= max_restarts=100 grace_s=300' "$@"
 training "${rest[@]}"
 
-# xpk restarts by itself what a signal ended (127 and above), i.e. what did not
-# save in time; 75 is what did. 76 and 77 must not come back.
+# xpk restarts by default what a signal killed (127 and above), i.e. what did not save
+# in time; 75 is what did. 76 and 77 must not be restarted.
 # `exec`: xpk sends SIGTERM to the shell that it runs the command in.
 run xpk workload create --workload="$name" --cluster="$cluster" \
   --project="$project" --zone="$zone" --tpu-type="$type" \

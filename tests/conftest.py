@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Equal programs are compiled once a session, by any of its workers."""
+  """Equal programs are compiled once per session, by any of its workers."""
   base = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
     base = base.parent  # of all workers
@@ -52,8 +52,8 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope='module', autouse=True)
 def compiled_programs_go():
-  """A module's programs are of little use to the next: a worker that kept all
-  of them grew to several GiB, and jaxlib 0.12 died of so many."""
+  """Drops a module's programs, which the next rarely reuses: keeping all of them took
+  several GiB per worker and crashed jaxlib 0.12."""
   yield
   programs.clear()
   if _resident_bytes() > KEPT_BYTES:

@@ -148,7 +148,7 @@ def test_the_figures_are_those_of_their_script():
 
 
 class _Requests(html.parser.HTMLParser):
-  """Collects what a browser loads with a page; links to follow are none of it."""
+  """Collects what a browser loads with a page, without links."""
 
   def __init__(self):
     super().__init__()

@@ -1,4 +1,4 @@
-"""Every experiment: parsed, as large and as long as it says, and trainable."""
+"""Every experiment parses, has the stated size and length, and trains."""
 
 import functools
 import pathlib
@@ -37,18 +37,18 @@ def _head(name) -> str:
   return re.match('(#.*\n)*', _text(name))[0].replace('# ', '')
 
 
-def _said(name) -> dict[str, str]:
-  """What the head comment says, by field."""
-  lines, said, field = _head(name).splitlines(), {}, None
+def _comment_fields(name) -> dict[str, str]:
+  """Returns the fields of the head comment."""
+  lines, found, field = _head(name).splitlines(), {}, None
   for line in lines:
     word = line.split(' ')[0]
     field = word if word in FIELDS else field if line[:1] == ' ' else None
     if field:
-      said[field] = f'{said.get(field, "")} {line.removeprefix(field).strip()}'
-  return {field: text.strip() for field, text in said.items()}
+      found[field] = f'{found.get(field, "")} {line.removeprefix(field).strip()}'
+  return {field: text.strip() for field, text in found.items()}
 
 
-PARTS = [name for name in FILES if 'run files include it' in _head(name)]
+PARTS = [name for name in FILES if 'included by run files' in _head(name)]
 RUNS = [name for name in FILES if name not in PARTS]
 # At the sizes of a publication, of the paper's own but for star_graph/.
 LARGE = [n for n in RUNS if n != 'smoke.flags' and not n.startswith('small/')]
@@ -64,26 +64,26 @@ def _included(name):
   return found
 
 
-def test_a_file_is_a_run_or_a_part_of_one():
+def test_flag_file_is_a_run_or_included():
   assert all(name.endswith('.flags') for name in FILES)
   used = set.union(*map(_included, RUNS))
   assert used == {FOLDER / name for name in FILES}
   for name in PARTS:
-    assert not _said(name), f'{name}: a part has no command of its own'
+    assert not _comment_fields(name), f'{name}: a part has no command of its own'
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_it_is_a_valid_config(name):
+def test_experiment_is_a_valid_config(name):
   # The smallest sizes have no room for the default n.
   cfg = _config(name, *(['--heads.n=1'] if name in PARTS else []))
   assert cfg.train.workdir == cfg.data.store == ''
 
 
 @pytest.mark.parametrize('name', RUNS)
-def test_the_head_comment_says_all_and_its_command_is_this_run(name):
-  said = _said(name)
-  assert list(said) == list(FIELDS) and all(said.values())
-  command = shlex.split(said['Command'].replace('\\', ''))
+def test_head_comment_is_complete_and_its_command_runs_the_file(name):
+  found = _comment_fields(name)
+  assert list(found) == list(FIELDS) and all(found.values())
+  command = shlex.split(found['Command'].replace('\\', ''))
   itself = f'--flagfile=experiments/{name}'
   if command[0] == 'mtp':
     assert command[1:3] == ['train', itself]
@@ -96,10 +96,10 @@ def test_the_head_comment_says_all_and_its_command_is_this_run(name):
 
 
 @pytest.mark.parametrize('name', LARGE)
-def test_the_head_comment_counts_right(name):
+def test_head_comment_counts_are_correct(name):
   n_params = params.count(lm.specs(_config(name)))
   count, unit, gib = re.match(
-    r'([\d.]+)([BM]) parameters: ([\d.]+) GiB', _said(name)['Hardware']
+    r'([\d.]+)([BM]) parameters: ([\d.]+) GiB', _comment_fields(name)['Hardware']
   ).groups()
   stated = float(count) * dict(B=1e9, M=1e6)[unit]
   np.testing.assert_allclose(stated, n_params, rtol=2e-3)
@@ -128,7 +128,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize('name', PAPER)
-def test_it_is_as_long_as_published(name):
+def test_training_tokens_are_as_published(name):
   (row,) = [values for key, values in TABLE.items() if re.match(key, name)]
   batch, steps, warmup_steps, lr, end_ratio, budget = row
   cfg = _config(name)
@@ -166,8 +166,8 @@ TOTALS = {
 
 
 @pytest.mark.parametrize('name', PAPER)
-def test_it_is_as_large_as_published(name):
-  """Whatever n and family: heads are paid for with layers, but in bytes/."""
+def test_parameter_counts_are_as_published(name):
+  """For every n and family: heads replace layers, except in bytes/."""
   cfg = _config(name)
   folder, file = name.split('/')
   size = '7b' if folder == 'families' else file.split('_')[0]
@@ -179,7 +179,7 @@ def test_it_is_as_large_as_published(name):
   assert abs(params.count(lm.specs(cfg)) / TOTALS[size] - 1) < 0.01
 
 
-def test_families_are_equal_in_parameters_and_differ_in_nothing_else():
+def test_family_experiments_differ_in_family_only():
   cfgs = [_config(name) for name in PAPER if name.startswith('families/')]
   kinds = {(c.heads.family, c.heads.unembedding) for c in cfgs}
   assert kinds == {(family, 'shared') for family in heads.FAMILIES} | {('parallel', 'replicated')}
@@ -196,8 +196,8 @@ def test_families_are_equal_in_parameters_and_differ_in_nothing_else():
     }
 
 
-def test_which_experiments_there_are():
-  """A row of table S13 whose files are lost would be missed nowhere else."""
+def test_list_of_experiments():
+  """No other test would detect that the files of a row of table S13 are missing."""
 
   def of(pattern, ns):
     return {f'{pattern}_n{n}.flags' for n in ns}
@@ -220,12 +220,12 @@ def test_which_experiments_there_are():
   assert set(RUNS) >= want
 
 
-SIBLINGS = {}  # each with the runs that it stands for
+SIBLINGS = {}  # small sibling -> the runs that it represents
 for _name in RUNS:
   SIBLINGS.setdefault(tiny.sibling(_config(_name)), []).append(_name)
 
 
-def test_siblings_keep_what_makes_the_experiment():
+def test_small_siblings_keep_the_defining_flags():
   for small, names in SIBLINGS.items():
     for cfg in map(_config, names):
       assert (small.heads, small.loss) == (cfg.heads, cfg.loss)
@@ -256,7 +256,7 @@ MOST_HEADS = {  # of each family
 
 
 def _cases():
-  """All siblings; slow but for those with most heads of some families."""
+  """All siblings; slow except those with the most heads of some families."""
   quick = [MOST_HEADS[family] for family in TRAINED]
   for small, names in SIBLINGS.items():
     marks = [] if small in quick else [pytest.mark.slow]
@@ -264,7 +264,7 @@ def _cases():
 
 
 @pytest.mark.parametrize('family', sorted(MOST_HEADS.keys() - set(TRAINED)))
-def test_the_step_of_its_sibling_can_be_made(family):
+def test_step_of_small_sibling_lowers(family):
   small = MOST_HEADS[family]
   mesh = tiny.mesh(small)
   with jax.set_mesh(mesh):
@@ -274,7 +274,7 @@ def test_the_step_of_its_sibling_can_be_made(family):
 
 
 @pytest.mark.parametrize('small, names', _cases())
-def test_its_sibling_trains(small, names):
+def test_small_sibling_trains(small, names):
   m = tiny.mesh(small)
   losses = []
   with jax.set_mesh(m):

@@ -1,4 +1,4 @@
-"""A fault campaign: what a run survives, and whether it ends as if undisturbed.
+"""A fault-injection campaign: what a run survives, and whether it ends bitwise equal.
 
   python -m tests.faults                   until there are 300
   python -m tests.faults --faults=80 …     fewer
@@ -93,7 +93,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 class Over(Exception):
-  """A run was done before it was disturbed."""
+  """A run finished before it was disturbed."""
 
 
 class Session(NamedTuple):
@@ -164,13 +164,13 @@ def start(store: str, workdir: pathlib.Path, n: int, logs: pathlib.Path, of=()) 
   return Session(store, workdir, logs, processes, time.monotonic())
 
 
-# Faults: each disturbs a session, or what lies on disk before one, and returns
-# what mends it once the session has ended, if anything does.
+# Faults: each disturbs a session, or files on disk before one, and returns a function
+# that repairs it after the session, or None.
 
 
 def _joined(session: Session) -> bool:
-  """Whether all have met: before, they wait for each other for minutes. One
-  alone has begun when it says something."""
+  """Whether jax.distributed is initialized, which may block for minutes; a single
+  process has started once it logs a line."""
   n = len(session.processes)
   if n == 1:
     return bool(session.log(0))
@@ -178,7 +178,7 @@ def _joined(session: Session) -> bool:
 
 
 def _wait(session: Session, rng, joined: bool = True) -> None:
-  """Some moment: of compiling, stepping or saving, or before. Raises Over."""
+  """Waits for a random moment: compiling, stepping, saving, or before. Raises Over."""
   while joined and session.running() and not _joined(session):
     time.sleep(0.02)
   begin = time.monotonic() if joined else session.begun
@@ -266,7 +266,7 @@ def limit_files(session, rng):
 
 
 def freeze_one(session, rng):
-  """It keeps its connections, and does not answer."""
+  """Freezes a process, which keeps its connections but does not respond."""
   _wait(session, rng)
   frozen = rng.choice(session.processes)
   frozen.send_signal(signal.SIGSTOP)
@@ -279,7 +279,7 @@ def freeze_one(session, rng):
 
 def fill_the_disk(session, rng):
   """No space for a checkpoint, or for 200 scalars of a step, for some seconds;
-  then it is asked to stop. Needs a disk of its own (small_disk)."""
+  then a signal stops it. Needs its own file system (small_disk)."""
   _wait(session, rng)
   found = os.statvfs(session.workdir)
   space = found.f_bavail * found.f_frsize - rng.choice((0, 2**16))
@@ -328,7 +328,7 @@ def start_in_a_container(session, rng):
   session.check_running()
   second = start(session.store, session.workdir, 1, session.logs / 'container', of=CONTAINER)
   statuses, _ = second.end()
-  alone = statuses == [2] and 'one run a workdir' in second.log(0)
+  alone = statuses == [2] and 'one run per workdir' in second.log(0)
   if session.running() and not alone:
     raise RuntimeError(f'in a container: {statuses}\n{second.log(0)}')
   _sigterm_later(session, rng)
@@ -436,7 +436,7 @@ def _checkpoints(workdir: pathlib.Path) -> int:
 
 def _damageable(workdir: pathlib.Path) -> bool:
   """There is a checkpoint to fall back to, and the newest has its manifest:
-  killed before it was hashed, it would be damaged twice."""
+  a kill before it was hashed would be a second fault."""
   if _checkpoints(workdir) < 2:
     return False
   steps = [p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
@@ -445,8 +445,8 @@ def _damageable(workdir: pathlib.Path) -> bool:
 
 
 def _before(store, workdir, n, logs, name, rng) -> Row:
-  """A fault on disk: the next session goes on without what is damaged, or
-  refuses, in one line; then it is mended."""
+  """Injects a fault on disk: the next session resumes from an older checkpoint or is
+  refused in one line; then the fault is repaired."""
   if name == PATH:
     odd = workdir.with_name(rng.choice(ODD))
     row = _refused(start(store, odd, n, logs), name)
@@ -480,7 +480,7 @@ def _refused(session, name) -> Row:
 
 
 def _detected(session) -> bool:
-  return any(word in session.log(0) for word in ('goes on', 'damaged'))
+  return any(word in session.log(0) for word in ('resuming from', 'corrupt'))
 
 
 def disturbed(store, workdir, n, logs, rng, names, say) -> list[Row]:
@@ -502,7 +502,7 @@ def disturbed(store, workdir, n, logs, rng, names, say) -> list[Row]:
     if names and not during:
       while session.running() and not _damageable(workdir):
         time.sleep(0.02)
-      for p in session.processes:  # there is something to damage now
+      for p in session.processes:  # a fault on disk needs a checkpoint
         p.kill()
       session.end()
       if _damageable(workdir):

@@ -29,7 +29,7 @@ def test_a_short_campaign(tmp_path):
   faults.compare(tmp_path / 'run', reference)
 
 
-def test_the_report_counts(tmp_path):
+def test_campaign_report_counts(tmp_path):
   rows = [
     faults.Row('SIGKILL to one process', 2, (-9, -6), 0.4),
     faults.Row('SIGKILL to one process', 4, (-9,) * 4, 1.25),
@@ -40,12 +40,12 @@ def test_the_report_counts(tmp_path):
   assert '| SIGKILL to one process | 2 | 2 | 1.2 s |' in text
 
 
-def test_a_campaign_is_resumed(tmp_path, monkeypatch, capsys):
-  """The second call does what is left, and the table has both."""
-  page, asked = [], []
+def test_campaign_is_resumed(tmp_path, monkeypatch, capsys):
+  """The second call runs the remaining faults, and the table has both."""
+  page, calls = [], []
 
   def campaign(n_faults, seed, folder, kinds, say, done):
-    asked.append((n_faults, seed, kinds))
+    calls.append((n_faults, seed, kinds))
     done([faults.Row(kinds[0], 2, (75, 75), 1.0)] * min(2, n_faults))
 
   monkeypatch.setattr(faults, 'campaign', campaign)
@@ -54,7 +54,7 @@ def test_a_campaign_is_resumed(tmp_path, monkeypatch, capsys):
   assert faults.main([*of, '--kinds=SIGHUP']) == 0
   assert faults.main([*of, '--kinds=SIGTERM to,EFBIG']) == 0
   assert faults.main(of) == 0
-  assert asked == [
+  assert calls == [
     (3, 0, ['SIGHUP to one process']),
     (1, 2, ['SIGTERM to one process', 'a limit of the size of files (EFBIG)']),
   ]
@@ -64,7 +64,7 @@ def test_a_campaign_is_resumed(tmp_path, monkeypatch, capsys):
     faults.main([*of, '--kinds=lightning'])
 
 
-def test_a_section_of_a_page_is_replaced_alone(tmp_path):
+def test_report_section_is_replaced_in_place(tmp_path):
   page = tmp_path / 'page.md'
   page.write_text('# Page\n')
   runs.write_section('a', 'one\n', page)
@@ -75,7 +75,7 @@ def test_a_section_of_a_page_is_replaced_alone(tmp_path):
   )
 
 
-def test_a_hang_is_a_failure(tmp_path):
+def test_hang_is_a_failure(tmp_path):
   process = runs.process(['-c', 'import time; time.sleep(60)'])
   session = faults.Session('', tmp_path / 'run', tmp_path, [process], 0.0)
   with pytest.raises(RuntimeError, match='hangs: no end in 0.2 s'):
@@ -83,7 +83,7 @@ def test_a_hang_is_a_failure(tmp_path):
   assert process.poll() is not None or process.wait() < 0
 
 
-def test_a_traceback_is_a_failure(tmp_path):
+def test_traceback_is_a_failure(tmp_path):
   (tmp_path / '0.log').write_text('Traceback (most recent call last):\n')
   session = faults.Session('', tmp_path / 'run', tmp_path, [runs.process(['-c', ''])], 0.0)
   with pytest.raises(RuntimeError, match='process 0\nTraceback'):

@@ -52,7 +52,7 @@ OUTCOMES = (*FINE, 'traceback', 'hang', 'unclear', 'died')
 
 
 class World(NamedTuple):
-  """What cases are made of; each has a copy of what it changes."""
+  """The inputs of cases; a case changes a copy."""
 
   base: pathlib.Path  # store, run, hf, meta, texts, tokenizers
   here: pathlib.Path  # of this case, empty
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
   number: int
   outcome: str
   seconds: float
-  said: str  # the line, or the exception and where it arose
+  said: str  # the line, or the exception and its location; a key of stored outcomes
   args: list[str]
 
 
@@ -299,6 +299,7 @@ def flag_values(rng, world) -> list[str]:
     'generate': [f'{world.base}/run', '--prompt=a'],
     'export': [f'{world.base}/run', f'--export.out={world.here}/out'],
     'import': [f'--import.path={world.base}/hf', f'--train.workdir={world.here}/new'],
+    'bench': ['loss', *_run(world)],
     'prepare': [
       f'--data.documents=text:{world.base}/texts/a.txt',
       f'--data.store={world.here}/store',
@@ -355,6 +356,7 @@ def small_languages(rng, world) -> list[str]:
   args = {
     'eval': [f'{world.base}/run', '--eval.samples=2'],
     'generate': [f'{world.base}/run', '--prompt=a'],
+    'bench': ['loss', *_run(world)],
   }.get(command) or _run(world)
   return [command, *args, f'--{name}={value}']
 
@@ -646,7 +648,7 @@ def possible() -> list[str]:
 
 
 class Accepted(BaseException):
-  """All input of a command has been read and was fine."""
+  """All input of a command was read and is valid."""
 
 
 class TooLong(BaseException):
@@ -654,7 +656,7 @@ class TooLong(BaseException):
 
 
 def _hooks() -> list[tuple]:
-  """(owner, name) of what is called when nothing is left to refuse."""
+  """Returns (owner, name) of the functions called once all input was accepted."""
   from mtp_jax.bench import run
   from mtp_jax.checkpoint import saver
   from mtp_jax.decode import decoder
@@ -732,12 +734,12 @@ def run(kind: str, number: int, seed: int, base: pathlib.Path) -> Outcome:
     here = pathlib.Path(folder)
     args = KINDS[kind](rng, World(base, here))
     begin = time.perf_counter()
-    outcome, said = _ended(kind, args, here)
+    outcome, line = _ended(kind, args, here)
     seconds = time.perf_counter() - begin
   if seconds > LIMIT_S:
     outcome = 'hang'
   shown = [jsonl.one_line(a, 300) for a in args]
-  return Outcome(kind, number, outcome, seconds, said, shown)
+  return Outcome(kind, number, outcome, seconds, line, shown)
 
 
 def _ended(kind: str, args: list[str], here: pathlib.Path) -> tuple[str, str]:
@@ -768,16 +770,16 @@ def _ended(kind: str, args: list[str], here: pathlib.Path) -> tuple[str, str]:
     )
   finally:
     os.chdir(cwd)
-  said = err.buffer.getvalue().decode()
-  return judged(status, said), jsonl.one_line(said.removesuffix('\n'), 500)
+  stderr = err.buffer.getvalue().decode()
+  return judged(status, stderr), jsonl.one_line(stderr.removesuffix('\n'), 500)
 
 
-def judged(status: int, said: str) -> str:
-  """What a command that returned came to."""
-  if status in (0, 3, 4):  # 3 and 4 are answers of plan
+def judged(status: int, stderr: str) -> str:
+  """Returns the outcome of a command that returned."""
+  if status in (0, 3, 4):  # 3 and 4 are results of plan
     return 'accepted'
-  line = said.removesuffix('\n')
-  one = said.startswith('mtp: ') and '\n' not in line and len(line) < LINE
+  line = stderr.removesuffix('\n')
+  one = stderr.startswith('mtp: ') and '\n' not in line and len(line) < LINE
   names = any(word in line for word in ('--', '/', 'flag', 'command', 'argument'))
   return 'refused' if status == 2 and one and names else 'unclear'
 

@@ -18,22 +18,22 @@ def base(undisturbed, tmp_path_factory):
 
 
 def test_a_short_campaign(base, tmp_path):
-  """Five cases of each kind; then nothing is left to do, and one more."""
-  out, kinds, said = tmp_path / 'out.jsonl', fuzz.possible(), []
-  found = fuzz.campaign(kinds, 5, 1, base, out, said.append)
-  assert len(found) == len(said) == 5 * len(kinds)
+  """Five cases of each kind; a second call runs nothing, a sixth case one more."""
+  out, kinds, logged = tmp_path / 'out.jsonl', fuzz.possible(), []
+  found = fuzz.campaign(kinds, 5, 1, base, out, logged.append)
+  assert len(found) == len(logged) == 5 * len(kinds)
   assert [o for o in found if o.outcome not in fuzz.FINE] == []
   counts = collections.Counter(o.outcome for o in found)
   assert counts['refused'] > len(kinds) and counts['accepted'] > 0, counts
   assert fuzz.read(out) == found
   assert fuzz.campaign(kinds, 5, 1, base, out, pytest.fail) == found
-  more = fuzz.campaign(['flag-files'], 6, 1, base, out, said.append)
+  more = fuzz.campaign(['flag-files'], 6, 1, base, out, logged.append)
   assert more[:-1] == found and fuzz.read(out) == more
   assert (more[-1].kind, more[-1].number) == ('flag-files', 5)
 
 
-def test_what_is_no_line_is_a_fault(base, monkeypatch):
-  """The fuzzer sees a traceback, a hang, a second line, and nothing at all."""
+def test_output_that_is_not_one_line_is_a_fault(base, monkeypatch):
+  """The fuzzer detects a traceback, a hang, a second line, and no output."""
 
   def ends(status, text=''):
     def run(args):
@@ -66,7 +66,7 @@ def test_what_is_no_line_is_a_fault(base, monkeypatch):
   assert fuzz.run('flags', 0, 0, base).said.startswith("KeyError: 'x' (")
 
 
-def test_a_case_that_takes_the_process_down_is_counted(base, tmp_path):
+def test_case_that_kills_the_process_is_counted(base, tmp_path):
   out = tmp_path / 'out.jsonl'
   (tmp_path / 'out.current').write_text('["flag-files", 0]')
   found = fuzz.campaign(['flag-files'], 2, 0, base, out, lambda o: None)
@@ -74,7 +74,7 @@ def test_a_case_that_takes_the_process_down_is_counted(base, tmp_path):
   assert fuzz.read(out) == found and not (tmp_path / 'out.current').exists()
 
 
-def test_the_table_counts():
+def test_fuzz_table_counts():
   row = fuzz.Outcome('flags', 0, 'refused', 0.5, '', [])
   text = fuzz.table([row, row._replace(number=1, outcome='hang')], seed=7)
   assert 'Seed 7, 2 cases, 1 faults, slowest 0.5 s' in text

@@ -1,4 +1,4 @@
-"""What an earlier mtp_jax wrote is read: stores, a run, its flags, exports."""
+"""Files of an earlier mtp_jax are readable: stores, a run, its flags, exports."""
 
 import json
 import tarfile
@@ -29,7 +29,7 @@ def _params(workdir, step):
 
 
 @pytest.mark.parametrize('form', golden.FORMS)
-def test_kept_exports_hold_the_kept_parameters(kept, form):
+def test_golden_exports_hold_the_golden_parameters(kept, form):
   cfg, ours = hf_folder.find(str(kept / form), {})
   assert ours
   back = hf_folder.read(str(kept / form), cfg, sharding.make_mesh(cfg))
@@ -37,7 +37,7 @@ def test_kept_exports_hold_the_kept_parameters(kept, form):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(back), wanted)
 
 
-def test_a_kept_run_goes_on_by_its_own_flags(kept):
+def test_golden_run_resumes_from_its_run_flags(kept):
   assert kept.joinpath('run/run.flags').is_file()
   assert (
     main.main(

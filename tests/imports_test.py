@@ -1,4 +1,4 @@
-"""Who may import whom."""
+"""The order of imports between folders, and which libraries each may import."""
 
 import ast
 import pathlib
@@ -91,7 +91,7 @@ IMPORTS = [
 ]
 
 
-def test_the_walk_sees_the_package():
+def test_import_graph_covers_the_package():
   found = {(name, imported) for name, imported, _ in IMPORTS}
   assert ('train/loop', 'mtp_jax.train.metrics') in found
   assert ('model/block', 'mtp_jax.model.layers') in found
@@ -99,13 +99,13 @@ def test_the_walk_sees_the_package():
   assert {name for name, _, top in IMPORTS if not top} >= {'cli/report', 'report/figures'}
 
 
-def test_every_module_lies_in_a_folder_that_has_a_floor():
+def test_every_module_has_a_layer():
   loose = {name for name in FILES if name.split('/')[0] not in FLOORS}
   assert loose == {'__main__'}
   assert {name.split('/')[0] for name in FILES} == {*FLOORS, '__main__'}
 
 
-def test_no_import_goes_up():
+def test_imports_point_down():
   wrong = [
     f'{name} imports {imported}'
     for name, imported, _ in IMPORTS
@@ -115,8 +115,8 @@ def test_no_import_goes_up():
   assert not wrong
 
 
-def test_no_two_modules_import_each_other():
-  """A circle within a folder, which the floors do not show."""
+def test_no_import_cycles():
+  """Also within a folder, which the order of folders does not cover."""
   arrows = {name: set() for name in FILES}
   for name, imported, _ in IMPORTS:
     if other := _module(imported):
@@ -136,7 +136,7 @@ def test_no_two_modules_import_each_other():
 
 
 @pytest.mark.parametrize('place', NEVER)
-def test_what_is_kept_apart(place):
+def test_forbidden_imports(place):
   wrong = [
     f'{name} imports {imported}'
     for name, imported, _ in IMPORTS
@@ -146,7 +146,7 @@ def test_what_is_kept_apart(place):
 
 
 @pytest.mark.parametrize('library', LIBRARIES)
-def test_a_library_stays_in_its_place(library):
+def test_libraries_are_imported_by_their_layers_only(library):
   wrong = [
     f'{name} imports {imported}'
     for name, imported, top in IMPORTS
@@ -156,7 +156,7 @@ def test_a_library_stays_in_its_place(library):
   assert not wrong
 
 
-def test_init_files_hold_no_code_but_the_public_names():
+def test_init_files_have_no_code():
   for path in PACKAGE.rglob('__init__.py'):
     if path.parent == PACKAGE:
       continue
@@ -194,7 +194,7 @@ def test_importing_the_package_imports_no_jax():
 BARE = """
 import sys
 for name in ('grain', 'tensorboardX', 'matplotlib', 'sentencepiece'):
-  sys.modules[name] = None  # an import of it raises
+  sys.modules[name] = None  # importing it raises
 import mtp_jax.losses.multi_token
 import mtp_jax.train.step
 import mtp_jax.bench.run
@@ -205,7 +205,7 @@ except ImportError:
 """
 
 
-def test_a_step_needs_no_library_of_the_loop():
+def test_step_imports_no_library_of_the_loop():
   process = runs.process(['-c', BARE])
   out, error = process.communicate()
   assert (process.returncode, out) == (0, 'as it should\n'), error
@@ -219,7 +219,7 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def test_a_wrong_flag_is_told_before_jax_is_imported():
+def test_wrong_flag_fails_before_jax_is_imported():
   args = ['train', '--data.store=s', '--train.workdir=w', '--heads.n=99']
   process = runs.process(['-c', NO_JAX, *args])
   out, error = process.communicate()

@@ -1,8 +1,8 @@
-"""What starts training elsewhere: which commands, whether their flags arrive,
-whether what runs them accepts the files, and that processes find each other.
+"""Launch scripts of clusters: their commands, whether flags arrive, whether files
+match the schemas, and that processes initialize jax.distributed.
 
-No cluster is asked. Programs that would ask one are stand-ins, in a folder that
-comes first on PATH, which write down how they were called.
+No cluster is contacted. Programs that would contact one are replaced by stubs in a
+folder that is first on PATH, which record their arguments.
 """
 
 import json
@@ -31,9 +31,9 @@ LIMIT_S = 240.0
 
 FLAGFILE = 'experiments/smoke.flags'
 WHERE = ['--data.store=gs://b/store', '--train.workdir=gs://b/run']
-# Flags that every shell on their way would like to change.
+# Flags that every shell on their way might change.
 HARD = ['--a=b c', "--b=it's", '--c="$HOME" `id` $(id) $$ \\ * {x} ; & # ~', '']
-ASKED = [FLAGFILE, *WHERE, *HARD]
+REQUIRED = [FLAGFILE, *WHERE, *HARD]
 TRAIN = ['train', f'--flagfile={FLAGFILE}', '--distributed.coordinator_address=auto', *WHERE, *HARD]
 PLAIN = f'train --flagfile={FLAGFILE} --distributed.coordinator_address=auto'
 
@@ -100,8 +100,8 @@ def _run(command, path, cwd=ROOT, **variables):
   )
 
 
-def _says(script, *args, path, **kwargs) -> list[str]:
-  """Lines of a dry run."""
+def _stdout_lines(script, *args, path, **kwargs) -> list[str]:
+  """Returns the stdout lines of a script."""
   done = _run(['bash', f'launch/{script}', *args], path, **kwargs)
   assert (done.returncode, done.stderr) == (0, ''), done.stderr
   return done.stdout.splitlines()
@@ -136,7 +136,7 @@ def test_shellcheck(script):
   assert (done.returncode, done.stdout + done.stderr) == (0, '')
 
 
-# What is run.
+# Commands.
 
 SAYS = {
   'create': (
@@ -221,20 +221,20 @@ def _dry(args):
 
 
 @pytest.mark.parametrize('args, lines', SAYS.values(), ids=SAYS)
-def test_a_dry_run_says_what_would_run_and_runs_nothing(args, lines, path, log):
-  assert _says(*_dry(args), path=path) == lines
+def test_dry_run_prints_commands_and_runs_nothing(args, lines, path, log):
+  assert _stdout_lines(*_dry(args), path=path) == lines
   assert _calls(log) == []
 
 
 @pytest.mark.parametrize('name', [name for name in SAYS if name != 'slurm'])
-def test_what_runs_is_what_the_dry_run_says(name, path, log):
+def test_commands_equal_the_dry_run(name, path, log):
   args, lines = SAYS[name]
-  assert _says(*args, path=path) == []
+  assert _stdout_lines(*args, path=path) == []
   assert _calls(log) == [shlex.split(line) for line in lines]
 
 
 @pytest.mark.parametrize('args, lines', SAYS.values(), ids=SAYS)
-def test_a_missing_option_is_refused_by_name(args, lines, path, log):
+def test_missing_option_is_refused_by_name(args, lines, path, log):
   for option in args:
     name = option.split('=')[0]
     optional = {'--slices', '--spot', '--worker'}
@@ -258,9 +258,9 @@ REFUSED = [
   (['xpk.sh', *XPK, FLAGFILE], 'missing --data.store --train.workdir'),
   (['xpk.sh', *XPK, *WHERE], '--data.store=gs://b/store: not an option'),
   (['jobset.sh'], 'missing --name --context --image --accelerator --topology'),
-  (['jobset.sh', *JOBSET, '--topology=44', *ASKED], '--topology=44: chips'),
-  (['jobset.sh', *JOBSET, '--chips=5', *ASKED], '--chips=5: a 4x4 slice has'),
-  (['jobset.sh', *JOBSET, '--name=a b', *ASKED], '--name=a b: no such name'),
+  (['jobset.sh', *JOBSET, '--topology=44', *REQUIRED], '--topology=44: chips'),
+  (['jobset.sh', *JOBSET, '--chips=5', *REQUIRED], '--chips=5: a 4x4 slice has'),
+  (['jobset.sh', *JOBSET, '--name=a b', *REQUIRED], '--name=a b: no such name'),
   (['slurm.sbatch'], 'missing FLAGFILE'),
   (['slurm.sbatch', FLAGFILE, WHERE[0]], 'missing --train.workdir'),
   (['processes.sh', '2'], 'give N train|eval [--section.field=VALUE …], not: '),
@@ -268,14 +268,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize('args, line', REFUSED)
-def test_what_is_refused(args, line, path, log):
+def test_invalid_options_are_refused(args, line, path, log):
   done = _run(['bash', f'launch/{args[0]}', *args[1:]], path)
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr.startswith(f'{args[0]}: {line}')
   assert done.stderr.count('\n') == 1 and _calls(log) == []
 
 
-# Whether flags arrive as they were given.
+# Whether flags arrive unchanged.
 
 
 def _wait_for(log):
@@ -286,7 +286,7 @@ def _wait_for(log):
 
 
 def test_flags_reach_a_tpu_vm(path, log, tmp_path):
-  (line,) = _says('tpu_vm.sh', 'run', '--dry-run', *AT, *ASKED, path=path)
+  (line,) = _stdout_lines('tpu_vm.sh', 'run', '--dry-run', *AT, *REQUIRED, path=path)
   (command,) = [w for w in shlex.split(line) if w.startswith('--command=')]
   copy = tmp_path / 'mtp_jax'
   (copy / '.venv/bin').mkdir(parents=True)
@@ -300,15 +300,15 @@ def test_flags_reach_a_tpu_vm(path, log, tmp_path):
 
 
 def test_flags_reach_a_pod_of_xpk(path, log):
-  (line,) = _says('xpk.sh', '--dry-run', *XPK, *ASKED, path=path)
+  (line,) = _stdout_lines('xpk.sh', '--dry-run', *XPK, *REQUIRED, path=path)
   command = shlex.split(line)[-1].removeprefix('--command=')
   done = _run(['bash', '-c', f'({command}) & wait'], path)
   assert (done.returncode, done.stderr) == (0, '')
   assert _calls(log) == [['mtp', *TRAIN]]
 
 
-def test_flags_reach_slurm_s_tasks(path, log):
-  first, _ = _says('slurm.sbatch', '--dry-run', *ASKED, path=path)
+def test_flags_reach_slurm_tasks(path, log):
+  first, _ = _stdout_lines('slurm.sbatch', '--dry-run', *REQUIRED, path=path)
   assert shlex.split(first)[4:] == ['mtp', *TRAIN]
 
 
@@ -350,10 +350,10 @@ def test_flags_reach_the_nodes_of_sky(path, log, tmp_path):
 # N processes, M devices.
 
 
-def test_processes_with_devices(path, log):
+def test_processes_have_disjoint_devices(path, log):
   given = ['--dry-run', '2', 'train', *WHERE, '--a=b c']
   variables = dict(DEVICES='4', PORT='1234', XLA_FLAGS='--xla_z=1')
-  lines = _says('processes.sh', *given, path=path, **variables)
+  lines = _stdout_lines('processes.sh', *given, path=path, **variables)
   flag = '--xla_force_host_platform_device_count=4'
   assert lines == [
     f"env JAX_PLATFORMS=cpu 'XLA_FLAGS=--xla_z=1 {flag}' python -m mtp_jax"
@@ -364,20 +364,20 @@ def test_processes_with_devices(path, log):
   assert _calls(log) == []
   done = _run(['launch/processes.sh', *given[1:]], path, **variables)
   assert (done.returncode, done.stderr) == (0, '')
-  said = [shlex.split(line)[3:-1] for line in lines]
-  assert sorted(_calls(log)) == sorted(said)
+  expected = [shlex.split(line)[3:-1] for line in lines]
+  assert sorted(_calls(log)) == sorted(expected)
 
 
 def test_processes_without_devices(path):
   given = ['--dry-run', '1', 'eval', '--a=b']
-  lines = _says('processes.sh', *given, path=path, PORT='1234')
+  lines = _stdout_lines('processes.sh', *given, path=path, PORT='1234')
   assert lines == [
     'python -m mtp_jax eval --a=b --distributed.coordinator_address=localhost:1234'
     ' --distributed.num_processes=1 --distributed.process_id=0 &'
   ]
 
 
-def test_a_number_of_devices_is_one(path):
+def test_number_of_devices_is_validated(path):
   done = _run(['launch/processes.sh', '1', 'train'], path, DEVICES='x')
   assert done.returncode == 2
   assert done.stderr == 'processes.sh: DEVICES=x: a number\n'
@@ -475,7 +475,7 @@ JOBSET_SCHEMA = _object(
 
 
 def _manifest(path, *options):
-  lines = _says('jobset.sh', '--dry-run', *JOBSET, *options, *ASKED, path=path)
+  lines = _stdout_lines('jobset.sh', '--dry-run', *JOBSET, *options, *REQUIRED, path=path)
   assert lines[0] == "kubectl --context=c1 apply -f - <<'EOF'"
   assert lines[-1] == 'EOF'
   return yaml.safe_load('\n'.join(lines[1:-1]))
@@ -501,7 +501,7 @@ def _pod(manifest):
     (['--service-account=ksa'], dict(account='ksa')),
   ],
 )
-def test_a_jobset(path, options, changed):
+def test_jobset_manifest(path, options, changed):
   wanted = (
     dict(
       spot=None,
@@ -540,14 +540,14 @@ def test_a_jobset(path, options, changed):
   assert '${' not in json.dumps(manifest)
 
 
-def test_the_manifest_is_what_kubectl_gets(path, log):
-  assert _says('jobset.sh', *JOBSET, *ASKED, path=path) == []
+def test_manifest_is_passed_to_kubectl(path, log):
+  assert _stdout_lines('jobset.sh', *JOBSET, *REQUIRED, path=path) == []
   ((*command, given),) = _calls(log)
   assert command == ['kubectl', '--context=c1', 'apply', '-f', '-']
   assert yaml.safe_load(given) == _manifest(path)
 
 
-def test_the_schema_finds_what_is_wrong(path):
+def test_jobset_schema_rejects_errors(path):
   wrong = _manifest(path)
   _pod(wrong)['containers'][0]['arg'] = []
   with pytest.raises(jsonschema.ValidationError, match="'arg' was unexpected"):
@@ -577,10 +577,10 @@ def _after(manifest, exit_code=None) -> str:
     patterns = rule['onJobFailureMessagePatterns']
     if reason in rule['onJobFailureReasons'] and any(re.search(p, message) for p in patterns):
       return rule['action']
-  return 'RestartJobSet'  # if it was not often enough
+  return 'RestartJobSet'  # until max_restarts
 
 
-def test_what_a_jobset_starts_again(path):
+def test_jobset_restart_policy(path):
   manifest = _manifest(path)
   again = 'RestartJobSetAndIgnoreMaxRestarts'
   assert _after(manifest, None) == again
@@ -623,7 +623,7 @@ def _sky():
   return yaml.safe_load((LAUNCH / 'sky.yaml').read_text())
 
 
-def test_a_task_of_sky():
+def test_sky_task():
   task = _sky()
   jsonschema.validate(task, SKY_SCHEMA)
   recovery = task['resources']['job_recovery']
@@ -638,19 +638,19 @@ def test_a_task_of_sky():
 # Slurm.
 
 
-def test_what_is_asked_of_slurm():
+def test_slurm_resource_options():
   lines = (LAUNCH / 'slurm.sbatch').read_text().splitlines()
-  asked = [line for line in lines if line.startswith('#SBATCH')]
-  assert asked == [
+  options = [line for line in lines if line.startswith('#SBATCH')]
+  assert options == [
     '#SBATCH --job-name=mtp',
     '#SBATCH --ntasks-per-node=1',
     '#SBATCH --requeue',
     '#SBATCH --open-mode=append',
     '#SBATCH --signal=TERM@300',
   ]
-  # Slurm stops looking at the first command.
+  # Slurm stops parsing options at the first command.
   first = next(i for i, line in enumerate(lines) if line[:1] not in ('#', ''))
-  assert max(lines.index(line) for line in asked) < first
+  assert max(lines.index(line) for line in options) < first
 
 
 @pytest.mark.parametrize(
@@ -662,8 +662,8 @@ def test_what_is_asked_of_slurm():
     ('1', '1', ''),
   ],
 )
-def test_a_process_a_node_or_a_gpu(path, gpus, tasks, own):
-  says, _ = _says(
+def test_slurm_one_process_per_node_or_gpu(path, gpus, tasks, own):
+  says, _ = _stdout_lines(
     'slurm.sbatch',
     '--dry-run',
     FLAGFILE,
@@ -675,7 +675,7 @@ def test_a_process_a_node_or_a_gpu(path, gpus, tasks, own):
   assert says.startswith(f'{own}srun ')
 
 
-def test_another_number_of_processes_is_refused(path):
+def test_wrong_number_of_processes_is_refused(path):
   done = _run(
     ['bash', 'launch/slurm.sbatch', '--dry-run', FLAGFILE, *WHERE],
     path,
@@ -700,10 +700,10 @@ def submitted(tmp_path):
 
 
 @pytest.mark.parametrize('status', [0, loop.EXIT_INTERRUPTED, 76, 77, 1])
-def test_75_alone_is_put_back_into_the_queue(submitted, stand_in, log, tmp_path, status):
+def test_only_status_75_is_requeued(submitted, stand_in, log, tmp_path, status):
   stand_in('scontrol')
   path = stand_in('srun', f'sys.exit({status})')
-  done = _run([*submitted, *ASKED], path, cwd=tmp_path, SLURM_JOB_ID='17')
+  done = _run([*submitted, *REQUIRED], path, cwd=tmp_path, SLURM_JOB_ID='17')
   assert (done.returncode, done.stderr) == (status, '')
   (first, *then) = _calls(log)
   assert first[4:] == ['mtp', *TRAIN]
@@ -711,7 +711,7 @@ def test_75_alone_is_put_back_into_the_queue(submitted, stand_in, log, tmp_path,
   assert then == again * (status == loop.EXIT_INTERRUPTED)
 
 
-# Processes that find each other by what the cluster says.
+# Processes that join by jax's cluster detection.
 
 
 def _job_id() -> int:
@@ -751,17 +751,17 @@ import jax
 from mtp_jax.cli import flags
 from mtp_jax.parallel import distributed
 
-def said():
+def report():
   here = jax.process_index(), jax.process_count(), jax.device_count()
   print('joined', *here, distributed.broadcast_one_to_all(str(here[0])), file=sys.stderr)
   return 0
 
-sys.exit(distributed.run(flags.parse(sys.argv[1:]).config(), said))
+sys.exit(distributed.run(flags.parse(sys.argv[1:]).config(), report))
 """
 
 
 @pytest.mark.parametrize('cluster', [_slurm, _open_mpi])
-def test_processes_join_by_what_the_cluster_says(cluster):
+def test_processes_join_by_cluster_detection(cluster):
   number = _job_id()
   flags = ['--distributed.coordinator_address=auto', '--distributed.heartbeat_timeout_s=10']
   running = [runs.process(['-c', JOIN, *flags], 2, cluster(index, number)) for index in (0, 1)]
@@ -782,8 +782,8 @@ MESH = dict(
 )
 
 
-# As srun: N tasks, each told who it is; SIGTERM goes on to all; the highest
-# status. Two steps are let go by, then Slurm's signal comes, once.
+# Emulates srun: N tasks with their ranks; forwards SIGTERM to all; exits with the
+# highest status. After two steps it sends Slurm's signal once.
 SRUN = """
 import signal, subprocess
 command, mark = sys.argv[4:], {mark!r}
@@ -802,7 +802,7 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 @pytest.mark.slow
-def test_a_job_at_its_limit_is_queued_again_and_goes_on(submitted, stand_in, log, store, tmp_path):
+def test_job_at_its_time_limit_is_requeued_and_resumes(submitted, stand_in, log, store, tmp_path):
   flagfile = tmp_path / 'run.flags'
   workdir = tmp_path / 'run'
   flags = runs.args(store, str(workdir), **MESH, train__steps=40)
@@ -838,7 +838,7 @@ def test_a_job_at_its_limit_is_queued_again_and_goes_on(submitted, stand_in, log
 def test_sigterm_reaches_the_process_that_xpk_runs(stand_in, log):
   """xpk signals the shell it put the command into: that must be mtp by then."""
   path = stand_in('mtp', 'import time; time.sleep(60)')
-  (line,) = _says('xpk.sh', '--dry-run', *XPK, *ASKED, path=path)
+  (line,) = _stdout_lines('xpk.sh', '--dry-run', *XPK, *REQUIRED, path=path)
   command = shlex.split(line)[-1].removeprefix('--command=')
   shell = subprocess.Popen(
     ['bash', '-c', f'({command}) & echo $!; wait $!'],
@@ -858,7 +858,7 @@ def test_sigterm_reaches_the_process_that_xpk_runs(stand_in, log):
 
 
 @pytest.mark.parametrize('name, extra', [('Dockerfile', 'tpu'), ('Dockerfile.cuda', 'cuda')])
-def test_an_image(name, extra):
+def test_container_image(name, extra):
   text = (LAUNCH / name).read_text()
   text = re.sub(r'^#.*\n', '', text, flags=re.MULTILINE).replace('\\\n', ' ')
   steps = [line.split(maxsplit=1) for line in text.splitlines()]
@@ -866,7 +866,7 @@ def test_an_image(name, extra):
   assert verbs[0] == 'FROM' and verbs[-1] == 'ENTRYPOINT'
   assert set(verbs) <= {'FROM', 'ENV', 'WORKDIR', 'COPY', 'RUN', 'ENTRYPOINT'}
   of = {verb: [rest for v, rest in steps if v == verb] for verb in verbs}
-  assert of['FROM'] == ['python:3.12-slim']  # nobody's own registry
+  assert of['FROM'] == ['python:3.12-slim']  # no private registry
   assert of['ENTRYPOINT'] == ['["mtp"]'] and of['WORKDIR'] == ['/mtp_jax']
   assert f"--editable '.[{extra},gcs]'" in of['RUN'][0]
   copied = [source for copy in of['COPY'] for source in copy.split()[:-1]]
@@ -875,26 +875,26 @@ def test_an_image(name, extra):
     assert (ROOT / source).exists(), source
 
 
-# Nobody's own names.
+# No private names.
 
 
-def test_no_file_names_a_project_or_a_bucket():
+def test_launch_files_name_no_project_or_bucket():
   for file in LAUNCH.iterdir():
     text = file.read_text()
     assert not re.search(r'gs://\w|\w@\w+\.|(gcr\.io|pkg\.dev)/', text), file
     assert not re.search(r'/(home|root|Users|work|tmp)/', text), file
 
 
-def test_a_local_run_in_processes_is_said_and_wrong_numbers_refused(path):
-  lines = _says('local.sh', '--dry-run', '--processes=2x4', '--heads.n=8', path=path)
+def test_local_processes_dry_run_and_wrong_numbers(path):
+  lines = _stdout_lines('local.sh', '--dry-run', '--processes=2x4', '--heads.n=8', path=path)
   assert (
     'env DEVICES=4 launch/processes.sh 2 train'
     ' --flagfile=experiments/smoke.flags'
     ' --data.store=stores/python-stdlib-bytes'
     ' --train.workdir=runs/smoke_heads.n=8 --heads.n=8'
   ) in lines
-  assert any(line.startswith('mtp eval --eval.checkpoint=') for line in lines)
-  plain = _says('local.sh', '--dry-run', '--processes=3', path=path)
+  assert any(line.startswith('mtp eval runs/smoke') for line in lines)
+  plain = _stdout_lines('local.sh', '--dry-run', '--processes=3', path=path)
   assert any(line.startswith('launch/processes.sh 3 train ') for line in plain)
   done = _run(['bash', 'launch/local.sh', '--processes=two'], path)
   assert done.returncode == 2
@@ -913,7 +913,7 @@ SCRIPTS = (
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_help_is_the_head_comment_and_does_nothing_else(script, tmp_path):
+def test_help_prints_the_head_comment(script, tmp_path):
   """From any folder."""
   found = subprocess.run(
     ['bash', str(LAUNCH / script), '--help'],

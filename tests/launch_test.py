@@ -60,13 +60,13 @@ def machine(tmp_path):
 
 
 @pytest.mark.parametrize('script', sorted(LAUNCH.glob('*.sh')), ids=lambda p: p.name)
-def test_a_script_is_bash(script):
+def test_scripts_are_bash(script):
   done = subprocess.run(['bash', '-n', script], capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (0, '')
 
 
 @pytest.mark.parametrize('script', ['local.sh', 'processes.sh', 'slurm.sbatch'])
-def test_what_trains_sources_the_flags(script):
+def test_training_scripts_source_the_xla_flags(script):
   text = (LAUNCH / script).read_text()
   assert re.search(r'^source .*xla_flags\.sh"? auto$', text, re.MULTILINE)
 
@@ -82,14 +82,14 @@ def test_what_trains_sources_the_flags(script):
     ([], None, 'cpu'),
   ],
 )
-def test_auto_goes_by_the_devices(machine, devices, nvidia, platform):
+def test_auto_platform_by_devices(machine, devices, nvidia, platform):
   found = _flags('auto', **machine(devices, nvidia))
   assert found == _flags(platform)
   assert {name for name, flags in found.items() if flags} == ({platform} & VARIABLES.keys())
 
 
 @pytest.mark.parametrize('platform', VARIABLES)
-def test_what_the_user_sets_stays(platform):
+def test_user_environment_is_kept(platform):
   ours = _flags(platform)[platform]
   name = ours[1].removesuffix('=true')
   for given in (f'{name}=false --xla_else=3', f'--xla_else=3 {name}', name):
@@ -100,7 +100,7 @@ def test_what_the_user_sets_stays(platform):
   assert found == [*ours, longer]
 
 
-def test_another_platform_is_refused():
+def test_unknown_platform_is_refused():
   done = _bash('source launch/xla_flags.sh npu; echo on')
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr == 'xla_flags.sh: auto, tpu, gpu or cpu, not: npu\n'
@@ -128,7 +128,7 @@ def _starts(code, **variables):
     ('gpu', 'import jax; jax.devices()'),
   ],
 )
-def test_the_compiler_knows_each_flag(platform, code):
+def test_compiler_knows_each_xla_flag(platform, code):
   """One that it does not know ends it at the start."""
   flags = ' '.join(_flags(platform)[platform])
   done = _starts(code, **{VARIABLES[platform]: flags})

@@ -1,4 +1,4 @@
-"""Do the tests notice? One fault at a time, in a copy of the tree.
+"""Mutation testing: one fault at a time, in a copy of the tree.
 
   python -m tests.mutants            all; docs/mutants.md is written
   python -m tests.mutants NAME …     some; their rows there are
@@ -30,7 +30,7 @@ TIMEOUT_S = 1800.0
 
 
 class Outcome(NamedTuple):
-  """One run of tests: what pytest ended with, and the test that failed."""
+  """The result of one test run: pytest's exit status and the failed test."""
 
   status: int | None  # None: out of time
   failed: str
@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 def run_tests(tree: pathlib.Path, tests: tuple[str, ...]) -> Outcome:
-  """pytest in a tree, up to the first failure."""
+  """Runs pytest in a tree up to the first failure."""
   environment = dict(
     os.environ,
     PYTHONPATH=str(tree),
@@ -82,7 +82,7 @@ def replaced(whole: str, fault: mutations.Fault) -> str:
     (r',?\s*' if token in ')]}' else '') + re.escape(token)
     for token in re.findall(r'\w+|[^\w\s]', fault.old)
   )
-  # Words stay whole: `n` is not found in `new`.
+  # Matches whole words: `n` does not match in `new`.
   left = r'(?<!\w)' if re.match(r'\w', fault.old.strip()) else ''
   right = r'(?!\w)' if re.search(r'\w$', fault.old.strip()) else ''
   found = list(re.finditer(left + pattern + right, whole))
@@ -92,7 +92,7 @@ def replaced(whole: str, fault: mutations.Fault) -> str:
 
 
 def with_fault(tree: pathlib.Path, fault: mutations.Fault) -> Outcome:
-  """Its tests, in a tree that has the fault for as long as they run."""
+  """Runs a fault's tests in a tree with the fault applied, then reverts it."""
   path = tree / fault.file
   whole = path.read_text()
   path.write_text(replaced(whole, fault))
@@ -143,7 +143,7 @@ def _cells(fault: mutations.Fault, outcome: Outcome) -> list[str]:
 
 
 def report(before: str, outcomes: dict[mutations.Fault, Outcome]) -> str:
-  """The report with these outcomes, and the rows of the others as they were."""
+  """Returns the report with these outcomes; rows of other faults are unchanged."""
   rows = {row.split(' | ')[0]: row for row in before.splitlines()}
   for fault, outcome in outcomes.items():
     rows[f'| {fault.name}'] = f'| {" | ".join(_cells(fault, outcome))} |'

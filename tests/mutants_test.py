@@ -1,4 +1,4 @@
-"""The faults of tests/mutants.py still fit the code; it runs them elsewhere."""
+"""The faults of tests/mutations.py apply to the code; tests/mutants.py runs them."""
 
 import ast
 import subprocess
@@ -17,20 +17,20 @@ def test_faults_have_names_and_every_mistake_has_one():
 
 
 @pytest.mark.parametrize('fault', mutations.FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_is_in_the_code_once(fault):
+def test_source_line_of_a_fault_occurs_once(fault):
   whole = (mutants.ROOT / fault.file).read_text()
   changed = mutants.replaced(whole, fault)
   assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(whole))
 
 
-def test_the_tests_of_each_fault_are_there(request):
-  """One that was renamed would end pytest, and not notice the fault."""
+def test_tests_of_each_fault_exist(request):
+  """A renamed test would make pytest fail for the wrong reason."""
   there = {item.nodeid for item in request.session.items}
   there |= {nodeid.partition('[')[0] for nodeid in there}
   wanted = {test for fault in mutations.FAULTS for test in fault.tests}
   if not wanted - there:
     return
-  # Slow ones, and those of files that were not asked for.
+  # Slow tests, and those of files outside this session.
   done = subprocess.run(
     [sys.executable, '-m', 'pytest', '--collect-only', *sorted(wanted - there)],
     cwd=mutants.ROOT,
@@ -48,7 +48,7 @@ def test_the_tests_of_each_fault_are_there(request):
     ('ERROR tests/a_test.py', ''),
   ],
 )
-def test_what_pytest_says_is_read(monkeypatch, tmp_path, output, failed):
+def test_pytest_output_is_parsed(monkeypatch, tmp_path, output, failed):
   def run(command, **_):
     assert command[1:4] == ['-m', 'pytest', '-x'] and command[-1] == 'tests/x'
     return subprocess.CompletedProcess(command, 1, output, '')
@@ -58,7 +58,7 @@ def test_what_pytest_says_is_read(monkeypatch, tmp_path, output, failed):
 
 
 @pytest.mark.parametrize('test, noticed', [('NUMBER == 1', True), ('NUMBER > 0', False)])
-def test_a_fault_is_made_in_a_copy_and_noticed_or_not(monkeypatch, tmp_path, capsys, test, noticed):
+def test_fault_is_applied_to_a_copy_and_detected(monkeypatch, tmp_path, capsys, test, noticed):
   code = tmp_path / 'code_under_test.py'
   code.write_text('NUMBER = 1\n')
   (tmp_path / 'it_test.py').write_text(

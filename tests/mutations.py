@@ -1,7 +1,7 @@
-"""Faults that the tests must notice: data for tests/mutants.py.
+"""Faults that the tests must detect: data for tests/mutants.py.
 
-Most are mistakes that other trainers of several future tokens made; each is one
-line, and runs without an error.
+Most are bugs of other multi-token-prediction trainers; each changes one line, and
+runs without an error.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class Fault(NamedTuple):
   file: str
   old: str  # occurs exactly once
   new: str
-  tests: tuple[str, ...]  # node ids, as few as should notice
+  tests: tuple[str, ...]  # node ids of the tests that should detect it
 
 
 SCORES = 'mtp_jax/evals/scores.py'
@@ -54,20 +54,20 @@ def _oracle(row):
   return _in('losses/loss', f'test_equals_oracle[{row}]')
 
 
-# Eager, packed, on a mesh, with z-loss, leaps and the order of tokens.
+# Interleaved, packed, on a mesh, with z-loss, strided heads and token order prediction.
 ORACLE = _oracle('sequential-3-shared-True-0:1,.3-0.01-3-0.7-interleaved-0-1-(1,4,2)-block')
 CHUNKS = _oracle('recursive-3-shared-False-0:1-0.01-3-0.7-interleaved-4-1-(1,1,1)-none')
-CUT = _in('optim/optim', 'test_a_step_does_not_depend_on_how_it_is_cut')
+CUT = _in('optim/optim', 'test_step_does_not_depend_on_micro_batches_or_mesh')
 LEDGER = _in('planning/hlo', 'test_ledger_of_a_tpu_program')
 
 
 def _text(family):
-  name = f'test_greedy_text_is_that_of_float64[{family}-4]'
+  name = f'test_greedy_text_equals_float64_reference[{family}-4]'
   return _in('decode/speculative', name)
 
 
 def _drafts(family):
-  name = f'test_drafts_are_what_the_heads_say[{family}-widths1]'
+  name = f'test_drafts_equal_head_argmax[{family}-widths1]'
   return _in('decode/speculative', name)
 
 
@@ -76,8 +76,8 @@ def _distribution(row):
   return _in('decode/sample', name)
 
 
-TREE_TEXT = _in('decode/speculative', 'test_a_deep_tree_changes_nothing_but_the_pace[parallel]')
-STOPS = _in('decode/speculative', 'test_perfect_drafts_all_stand_and_stops_cut_them')
+TREE_TEXT = _in('decode/speculative', 'test_deep_tree_does_not_change_greedy_text[parallel]')
+STOPS = _in('decode/speculative', 'test_perfect_drafts_are_all_accepted_up_to_a_stop')
 
 
 def _forward(family):
@@ -98,7 +98,7 @@ FAULTS = (
   Fault(
     'reads-its-target',
     1,
-    'mtp_jax/model/lm.py',
+    'mtp_jax/model/heads.py',
     'cfg.heads.stride * (k - 2)',
     'cfg.heads.stride * (k - 1)',
     ORACLE,
@@ -109,7 +109,7 @@ FAULTS = (
     'mtp_jax/model/attention.py',
     't[:, None] >= t[None, :]',
     't[:, None] + 1 >= t[None, :]',
-    _in('model/lm', 'test_no_head_sees_past_what_it_may[parallel-1]'),
+    _in('model/lm', 'test_heads_are_causal_by_gradient[parallel-1]'),
   ),
   Fault(
     'padding-is-text',
@@ -157,7 +157,7 @@ FAULTS = (
     'mtp_jax/model/attention.py',
     'segment_BT[:, :, None] == segment_BT[:, None, :]',
     'segment_BT[:, :, None] >= segment_BT[:, None, :]',
-    _in('model/lm', 'test_a_packed_document_is_read_as_if_alone[parallel]'),
+    _in('model/lm', 'test_packed_document_equals_unpacked[parallel]'),
   ),
   Fault(
     'position-of-the-window',
@@ -180,14 +180,14 @@ FAULTS = (
     'count-of-a-micro-batch',
     4,
     'mtp_jax/losses/multi_token.py',
-    'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
-    'over_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)[:m]',
-    _in('losses/loss', 'test_micro_batches_of_unequal_counts_sum_exactly'),
+    'over_K = 1 / jnp.maximum(count_K, 1)[:n_active]',
+    'over_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)[:n_active]',
+    _in('losses/loss', 'test_micro_batches_with_unequal_counts_sum_exactly'),
   ),
   Fault(
     'trunk-hears-one-head',
     4,
-    'mtp_jax/losses/multi_token.py',
+    'mtp_jax/losses/backward.py',
     'dz_BTD + d_BTD.astype(dz_BTD.dtype)',
     'd_BTD.astype(dz_BTD.dtype)',
     CUT,
@@ -204,9 +204,9 @@ FAULTS = (
     'count-of-head-1',
     5,
     'mtp_jax/losses/multi_token.py',
-    'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
-    'over_K = jnp.ones(m) / jnp.maximum(count_K, 1)[0]',
-    _in('losses/loss', 'test_a_head_is_divided_by_its_own_count'),
+    'over_K = 1 / jnp.maximum(count_K, 1)[:n_active]',
+    'over_K = jnp.ones(n_active) / jnp.maximum(count_K, 1)[0]',
+    _in('losses/loss', 'test_loss_of_a_head_is_normalized_by_its_own_count'),
   ),
   Fault(
     'count-of-all-positions',
@@ -214,15 +214,15 @@ FAULTS = (
     'mtp_jax/losses/targets.py',
     'count_K = jnp.sum(valid_AKBT, axis=(0, 2, 3))',
     'count_K = jnp.sum(valid_AKBT | True, axis=(0, 2, 3))',
-    _in('losses/loss', 'test_counts_and_bytes'),
+    _in('losses/loss', 'test_target_counts_and_bytes'),
   ),
   Fault(
     'zero-by-zero',
     6,
     'mtp_jax/losses/multi_token.py',
-    'over_K = 1 / jnp.maximum(count_K, 1)[:m]',
-    'over_K = 1 / count_K[:m]',
-    _in('losses/loss', 'test_batch_without_a_target_gives_zero_and_finite_gradients'),
+    'over_K = 1 / jnp.maximum(count_K, 1)[:n_active]',
+    'over_K = 1 / count_K[:n_active]',
+    _in('losses/loss', 'test_batch_without_targets_has_zero_loss_and_finite_gradients'),
   ),
   Fault(
     'evaluation-unweighted',
@@ -246,24 +246,23 @@ FAULTS = (
     'mtp_jax/losses/metrics.py',
     "nats = metrics['loss_sum_K'][0] - metrics['z_loss_sum_K'][0]",
     "nats = np.sum(metrics['loss_sum_K'] - metrics['z_loss_sum_K'])",
-    _in('train/loop', 'test_a_run_writes_what_it_says'),
+    _in('train/loop', 'test_run_directory_files_and_records'),
   ),
   # The loss and its schedules.
   Fault(
     'heads-at-once',
     8,
-    'mtp_jax/losses/multi_token.py',
-    '_, ((loss_K, stats, order_K), _) = heads.scan_heads(\n    head, z_BTD, w.modules, of_heads, cfg\n  )',
-    '(loss_K, stats, order_K), _ = jax.vmap(lambda *x: head('
-    'heads.step, z_BTD, *x)[1])(w.modules, of_heads)',
-    _in('losses/loss', 'test_memory_is_flat_in_the_number_of_heads[remat]'),
+    'mtp_jax/losses/backward.py',
+    '_, ((value_K, stats), _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg)\n  return',
+    '(value_K, stats), _ = jax.vmap(lambda module, head: visit(z_BTD, module, head)[1])(w.modules, per_head)\n  return',
+    _in('losses/loss', 'test_memory_is_constant_in_the_number_of_heads[remat]'),
   ),
   Fault(
     'acceptance-of-labels',
     9,
     'mtp_jax/losses/multi_token.py',
-    'stats.argmax_BT, jnp.all(',
-    'stats.argmax_BT.at[0].set(targets_KBT[0]), jnp.all(',
+    'stats.xent.argmax_BT, jnp.all(',
+    'stats.xent.argmax_BT.at[0].set(targets_KBT[0]), jnp.all(',
     _oracle('residual-3-tied-True-0:1,.3-0.01-3-0.0-remat-4-1-(1,1,1)-dots'),
   ),
   Fault(
@@ -288,7 +287,7 @@ FAULTS = (
     'mtp_jax/losses/cross_entropy.py',
     '(of.lse_BC - of.label_BC)) + z_loss',
     '(of.lse_BC - of.label_BC))',
-    _in('losses/loss', 'test_z_loss_is_reported_apart_and_inside'),
+    _in('losses/loss', 'test_z_loss_is_part_of_the_loss_and_reported'),
   ),
   Fault(
     'z-loss-unsquared',
@@ -304,23 +303,23 @@ FAULTS = (
     'mtp_jax/losses/cross_entropy.py',
     'lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)',
     'lse_BC = jax.nn.logsumexp(logits_BCV.astype(h_BCD.dtype), axis=-1).astype(jnp.float32)',
-    _in('losses/loss', 'test_the_log_sum_exp_of_one_token_is_float32'),
+    _in('losses/loss', 'test_log_sum_exp_of_one_token_is_computed_in_float32'),
   ),
   Fault(
     'gathers-once-a-head',
     13,
-    'mtp_jax/losses/multi_token.py',
-    '  unembed_DV = shared.unembed_DV',
-    '  unembed_DV = gather_shared(w.norm_D, w.unembed, w.order_VD, cfg).unembed_DV',
-    _in('losses/loss', 'test_the_unembedding_is_gathered_once_not_once_a_head[remat-parallel]'),
+    'mtp_jax/losses/backward.py',
+    'loss.value(h_BTD, shared, head,',
+    'loss.value(h_BTD, shared._replace(unembed_DV=_gather(w._replace(norm_D=None, order_VD=None), cfg).unembed_DV), head,',
+    _in('losses/loss', 'test_unembedding_is_gathered_once[remat-parallel]'),
   ),
   Fault(
-    'eager-ignores-its-cotangent',
+    'interleaved-ignores-its-cotangent',
     0,
-    'mtp_jax/losses/multi_token.py',
+    'mtp_jax/losses/backward.py',
     '(dtotal * g).astype(g.dtype)',
     'g',
-    _in('losses/loss', 'test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient[parallel]'),
+    _in('losses/loss', 'test_gradient_scales_with_the_cotangent[parallel]'),
   ),
   Fault(
     'weights-a-step-late',
@@ -328,15 +327,15 @@ FAULTS = (
     'mtp_jax/losses/targets.py',
     'step >= starts_P',
     'step > starts_P',
-    _in('losses/loss', 'test_weights_by_step'),
+    _in('losses/loss', 'test_loss_weights_by_step'),
   ),
   Fault(
     'norms-of-heads-unsquared',
     0,
-    'mtp_jax/losses/multi_token.py',
+    'mtp_jax/losses/backward.py',
     'jnp.sum(dz_BTD.astype(jnp.float32) ** 2)',
     'jnp.sum(dz_BTD.astype(jnp.float32))',
-    _in('losses/loss', 'test_head_gradient_norms_are_those_of_each_head_alone[parallel-remat]'),
+    _in('losses/loss', 'test_head_gradient_norms_equal_separate_heads[parallel-remat]'),
   ),
   Fault(
     'reduces-in-compute-dtype',
@@ -352,16 +351,15 @@ FAULTS = (
     STEP,
     'jnp.promote_types(x.dtype, cfg.loss.grad_dtype)',
     'x.dtype',
-    _in('optim/optim', 'test_many_micro_batches_are_not_rounded_away'),
+    _in('optim/optim', 'test_micro_batch_gradients_accumulate_in_float32'),
   ),
   # The families.
   Fault(
     'rolled-rope',
     15,
-    HEADS,
-    'block.block(layer(module), y_BTD, ctx, cfg)',
-    'block.block(layer(module), y_BTD, ctx._replace('
-    'sin=jnp.roll(ctx.sin, -1, 1), cos=jnp.roll(ctx.cos, -1, 1)), cfg)',
+    'mtp_jax/model/heads.py',
+    'apply_block(f.layer(module), y_BTD, ctx, cfg)',
+    'apply_block(f.layer(module), y_BTD, ctx._replace(sin=jnp.roll(ctx.sin, -1, 1), cos=jnp.roll(ctx.cos, -1, 1)), cfg)',
     _forward('parallel'),
   ),
   Fault(
@@ -375,9 +373,9 @@ FAULTS = (
   Fault(
     'anticausal-is-causal',
     0,
-    HEADS,
-    '_leave_chain, dependent=True, reverse=True',
-    '_leave_chain, dependent=True',
+    'mtp_jax/model/heads.py',
+    '_CHAIN._replace(reverse=True)',
+    '_CHAIN',
     _forward('anticausal'),
   ),
   Fault(
@@ -411,7 +409,7 @@ FAULTS = (
     'mtp_jax/model/params.py',
     'return self.std is not None',
     'return len(self.shape) > 1',
-    _in('model/lm', 'test_decay_is_read_from_the_spec_not_from_dimensions'),
+    _in('model/lm', 'test_weight_decay_is_defined_by_the_spec'),
   ),
   Fault(
     'one-head-too-many',
@@ -419,7 +417,7 @@ FAULTS = (
     'mtp_jax/optim/update.py',
     '< in_use[name]',
     '<= in_use[name]',
-    _in('optim/optim', 'test_inactive_heads_move_in_nothing'),
+    _in('optim/optim', 'test_inactive_heads_are_not_updated'),
   ),
   Fault(
     'betas-exchanged',
@@ -436,7 +434,7 @@ FAULTS = (
     'return transform(cfg).init(',
     'return (lambda w: transform(cfg).init(jax.tree.map('
     'lambda x: x.astype(cfg.model.param_dtype), w)))(',
-    _in('optim/optim', 'test_four_dtypes'),
+    _in('optim/optim', 'test_param_compute_grad_and_moment_dtypes'),
   ),
   Fault(
     'one-learning-rate',
@@ -452,7 +450,7 @@ FAULTS = (
     'mtp_jax/optim/rounding.py',
     'jnp.uint32) + noise',
     'jnp.uint32) + 0 * noise',
-    _in('optim/optim', 'test_a_number_is_rounded_to_a_neighbour_and_on_average_not'),
+    _in('optim/optim', 'test_stochastic_rounding_is_unbiased'),
   ),
   Fault(
     'decay-starts-late',
@@ -468,7 +466,7 @@ FAULTS = (
     STEP,
     'jnp.isfinite(total) & jnp.isfinite(grad_norm)',
     'jnp.isfinite(total)',
-    _in('train/loop', 'test_a_non_finite_step_changes_nothing_and_too_many_end_the_run'),
+    _in('train/loop', 'test_nonfinite_steps_are_skipped_and_abort_after_a_limit'),
   ),
   # Data, the loop, and what is kept.
   Fault(
@@ -509,7 +507,7 @@ FAULTS = (
     'mtp_jax/train/loop.py',
     'schedule.active_heads(cfg, done - 1)',
     'schedule.active_heads(cfg, done)',
-    _in('train/loop', 'test_a_curriculum_leaves_inactive_heads_alone'),
+    _in('train/loop', 'test_curriculum_does_not_update_inactive_heads'),
   ),
   Fault(
     'resumes-at-the-first-batch',
@@ -517,7 +515,7 @@ FAULTS = (
     LOOP,
     'train_batches(tokens, cfg, start',
     'train_batches(tokens, cfg, 0',
-    _in('train/loop', 'test_records_past_the_checkpoint_are_cut_off'),
+    _in('train/loop', 'test_resume_truncates_records_past_the_checkpoint'),
   ),
   Fault(
     'keeps-a-record-twice',
@@ -525,7 +523,7 @@ FAULTS = (
     'mtp_jax/train/metrics.py',
     "r['step'] <= start_step",
     "r['step'] <= start_step + 1",
-    _in('train/metrics', 'test_what_is_past_the_start_is_cut_off'),
+    _in('train/metrics', 'test_records_past_the_start_are_truncated'),
   ),
   Fault(
     'checkpoint-drops-a-head',
@@ -534,7 +532,7 @@ FAULTS = (
     'ocp.args.StandardSave(state)',
     'ocp.args.StandardSave(jax.tree_util.tree_map_with_path(lambda p, x: 0 * x'
     " if 'heads' in jax.tree_util.keystr(p) else x, state))",
-    _in('checkpoint/checkpoint', 'test_the_parameters_alone'),
+    _in('checkpoint/checkpoint', 'test_restore_params_only'),
   ),
   Fault(
     'oldest-checkpoint',
@@ -542,7 +540,7 @@ FAULTS = (
     'mtp_jax/checkpoint/restore.py',
     'sorted(int(name) for name in names if name.isdigit())',
     '[int(name) for name in sorted(names) if name.isdigit()]',
-    _in('checkpoint/checkpoint', 'test_find'),
+    _in('checkpoint/checkpoint', 'test_find_resolves_workdir_and_step'),
   ),
   Fault(
     'writes-without-the-lock',
@@ -550,7 +548,7 @@ FAULTS = (
     'mtp_jax/train/lock.py',
     "return bool(holder) and holder['run'] == self._id",
     'return bool(holder)',
-    _in('train/loop', 'test_who_lost_the_lock_writes_nothing_more[cadence0]'),
+    _in('train/loop', 'test_run_without_its_lock_writes_nothing[cadence0]'),
   ),
   # Kernels, chunks, counts.
   Fault(
@@ -559,7 +557,7 @@ FAULTS = (
     ATTENTION,
     'segment_ids=segments',
     'segment_ids=None',
-    _in('model/attention', 'test_a_kernel_is_the_reference'),
+    _in('model/attention', 'test_kernel_equals_reference'),
   ),
   Fault(
     'kernel-unscaled',
@@ -567,7 +565,7 @@ FAULTS = (
     ATTENTION,
     '(q_BTNH * H**-0.5, k_BSGH, v_BSGH)',
     '(q_BTNH, k_BSGH, v_BSGH)',
-    _in('model/attention', 'test_a_kernel_is_the_reference'),
+    _in('model/attention', 'test_kernel_equals_reference'),
   ),
   Fault(
     'chunk-of-all-devices',
@@ -575,14 +573,14 @@ FAULTS = (
     'mtp_jax/losses/cross_entropy.py',
     '/ batch / size',
     '/ size',
-    _in('losses/loss', 'test_chunks_unless_told_hold_half_a_gib_of_logits_a_device'),
+    _in('losses/loss', 'test_default_chunk_size_bounds_logits_per_device'),
   ),
   Fault(
     'chain-without-its-cross-entropy',
     4,
-    'mtp_jax/losses/multi_token.py',
-    'jnp.sum(h_BTD * dh_BTD,',
-    'jnp.sum(h_BTD * jnp.sign(dh_BTD),',
+    'mtp_jax/losses/backward.py',
+    'jnp.sum(h_BTD * grads.h_BTD,',
+    'jnp.sum(h_BTD * jnp.sign(grads.h_BTD),',
     ORACLE,
   ),
   Fault(
@@ -591,7 +589,7 @@ FAULTS = (
     'mtp_jax/model/flops.py',
     'cfg.data.seq_len / 2 if causal',
     'cfg.data.seq_len if causal',
-    _in('model/flops', 'test_four_heads_over_one_as_published'),
+    _in('model/flops', 'test_four_head_flops_ratio_as_published'),
   ),
   # What is planned.
   Fault(
@@ -687,8 +685,8 @@ FAULTS = (
     'what-is-fed-is-the-tokens-own',
     1,
     'mtp_jax/decode/draft.py',
-    'jnp.maximum(position_BT + k - 1, 0)',
-    'jnp.maximum(position_BT + k - 2, 0)',
+    'offset=heads.next_token_offset(k, cfg)',
+    'offset=heads.next_token_offset(k, cfg) - 1',
     _drafts('recursive'),
   ),
   Fault(
@@ -748,7 +746,7 @@ FAULTS = (
     SAMPLE,
     'before < s.top_p',
     'before + p < s.top_p',
-    _in('decode/sample', 'test_filters_equal_ranking_one_by_one[top_p]'),
+    _in('decode/sample', 'test_filters_equal_reference_ranking[top_p]'),
   ),
   Fault(
     'one-seed-for-all-rows',
@@ -756,7 +754,7 @@ FAULTS = (
     SAMPLE,
     'jax.random.key(seed)',
     'jax.random.key(0 * seed)',
-    _in('decode/sample', 'test_a_row_does_not_depend_on_its_neighbours'),
+    _in('decode/sample', 'test_row_does_not_depend_on_batch'),
   ),
   Fault(
     'export-without-further-heads',
@@ -957,7 +955,8 @@ FAULTS = (
     'parts, done = [jax.tree.map(lambda w: w[-1:], layers)], 1',
     'parts, done = [jax.tree.map(lambda w: w[:1], layers)], 1',
     _in(
-      'train/init_from', 'test_the_next_token_stays_and_so_do_heads_of_the_family[parallel-linear]'
+      'train/init_from',
+      'test_warm_start_keeps_next_token_logits_and_heads_of_the_family[parallel-linear]',
     ),
   ),
   Fault(
@@ -967,7 +966,8 @@ FAULTS = (
     'lambda w: w[done : done + more], old.heads',
     'lambda w: w[:more], old.heads',
     _in(
-      'train/init_from', 'test_the_next_token_stays_and_so_do_heads_of_the_family[causal-causal]'
+      'train/init_from',
+      'test_warm_start_keeps_next_token_logits_and_heads_of_the_family[causal-causal]',
     ),
   ),
   Fault(
@@ -978,7 +978,7 @@ FAULTS = (
     'lambda w: w[-own:], layers',
     _in(
       'train/init_from',
-      'test_the_next_token_stays_and_so_do_heads_of_the_family[anticausal-linear]',
+      'test_warm_start_keeps_next_token_logits_and_heads_of_the_family[anticausal-linear]',
     ),
   ),
   Fault(
@@ -987,14 +987,14 @@ FAULTS = (
     'mtp_jax/optim/update.py',
     "trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr_mult",
     'trunk = cfg.optim.trunk_lr_mult',
-    _in('train/init_from', 'test_a_frozen_trunk_stays_bit_for_bit'),
+    _in('train/init_from', 'test_frozen_trunk_is_bitwise_unchanged'),
   ),
   Fault(
     'scores-of-what-is-no-target',
     7,
     SCORES,
-    'Scores(*found, valid_KBT[:m])',
-    'Scores(*found, jnp.ones_like(valid_KBT[:m]))',
+    'Scores(*found, valid=valid_KBT[:m])',
+    'Scores(*found, valid=jnp.ones_like(valid_KBT[:m]))',
     _in('evals/scores', 'test_score_sums_match_the_loss'),
   ),
   Fault(
@@ -1334,14 +1334,14 @@ FAULTS = (
     'if False:',
     _in('data/store', 'test_temporary_folders_of_killed_processes_are_removed'),
   ),
-  # What training loses, or says, where something is missing or interrupted.
+  # Training where something is missing or interrupted.
   Fault(
     'mean-over-nothing-is-0',
     6,
     'mtp_jax/losses/metrics.py',
     'return float(total / count) if count else None',
     'return float(total / max(count, 1))',
-    _in('train/metrics', 'test_a_mean_over_nothing_is_no_number'),
+    _in('train/metrics', 'test_mean_over_nothing_is_none'),
   ),
   Fault(
     'no-target-is-a-good-step',
@@ -1349,7 +1349,7 @@ FAULTS = (
     STEP,
     'jnp.any(count_K[:n_active] > 0),',
     'jnp.any(count_K[:n_active] >= 0),',
-    _in('train/loop', 'test_a_step_without_a_target_passes_by_the_non_finite_counter'),
+    _in('train/loop', 'test_step_without_targets_keeps_the_nonfinite_counter'),
   ),
   Fault(
     'nothing-is-a-loss-of-0',
@@ -1357,7 +1357,7 @@ FAULTS = (
     'mtp_jax/train/rollback.py',
     'if not self._sigma or loss is None or',
     'loss = loss or 0.0\n    if',
-    _in('train/goodput', 'test_a_detector_passes_by_what_is_no_loss'),
+    _in('train/goodput', 'test_spike_detector_ignores_nonfinite_and_missing_losses'),
   ),
   Fault(
     'detector-forgets',
@@ -1365,7 +1365,7 @@ FAULTS = (
     LOOP,
     'metadata.spikes(t.workdir, start) if start else {}',
     '{}',
-    _in('train/goodput', 'test_a_signal_does_not_change_what_is_left_out'),
+    _in('train/goodput', 'test_signal_does_not_change_the_skipped_batches'),
   ),
   Fault(
     'goes-back-to-an-interruption',
@@ -1373,7 +1373,7 @@ FAULTS = (
     'mtp_jax/train/rollback.py',
     'and saver_lib.is_at_cadence(step, cfg.train)',
     '',
-    _in('train/goodput', 'test_a_signal_does_not_change_what_is_left_out'),
+    _in('train/goodput', 'test_signal_does_not_change_the_skipped_batches'),
   ),
   Fault(
     'evaluation-forgotten',
@@ -1381,7 +1381,7 @@ FAULTS = (
     LOOP,
     'and not evaluation.missing(cfg, tokens, start):',
     ':',
-    _in('train/loop', 'test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for'),
+    _in('train/loop', 'test_interrupted_evaluation_is_repeated_on_resume'),
   ),
   Fault(
     'evaluated-before-it-is-saved',
@@ -1389,7 +1389,7 @@ FAULTS = (
     LOOP,
     '          if not due:\n            _save(',
     '          if False:\n            _save(',
-    _in('train/loop', 'test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for'),
+    _in('train/loop', 'test_interrupted_evaluation_is_repeated_on_resume'),
   ),
   Fault(
     'named-and-not-evaluated',
@@ -1397,7 +1397,7 @@ FAULTS = (
     'mtp_jax/train/evaluation.py',
     '(suites_too and registry.HELDOUT in names)',
     'False',
-    _in('train/loop', 'test_a_suite_that_is_named_is_evaluated'),
+    _in('train/loop', 'test_tasks_are_due_at_their_cadence'),
   ),
   Fault(
     'a-terminal-closes',
@@ -1405,7 +1405,7 @@ FAULTS = (
     'mtp_jax/parallel/distributed.py',
     '(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)',
     '(signal.SIGTERM, signal.SIGINT)',
-    _in('train/loop', 'test_a_signal_then_the_same_command_is_the_undisturbed_run'),
+    _in('train/loop', 'test_resume_is_bitwise_after_a_signal'),
   ),
   Fault(
     'last-step-before-the-end',
@@ -1413,7 +1413,7 @@ FAULTS = (
     'mtp_jax/optim/update.py',
     'steps - o.warmup_steps - 1',
     'steps - o.warmup_steps',
-    _in('optim/optim', 'test_the_last_step_is_at_the_end_of_the_schedule'),
+    _in('optim/optim', 'test_schedule_ends_at_the_last_step'),
   ),
   Fault(
     'half-a-copy-is-good',
@@ -1421,7 +1421,7 @@ FAULTS = (
     'mtp_jax/checkpoint/restore.py',
     "        _read_arrays(path / 'state')",
     '        pass',
-    _in('checkpoint/checkpoint', 'test_a_copy_that_broke_off_is_not_good'),
+    _in('checkpoint/checkpoint', 'test_incomplete_copy_is_corrupt'),
   ),
   Fault(
     'saved-unseen',
@@ -1429,15 +1429,15 @@ FAULTS = (
     'mtp_jax/checkpoint/saver.py',
     'why = restore_lib.open_problem(self._folder / str(step))',
     "why = ''",
-    _in('checkpoint/checkpoint', 'test_what_cannot_be_opened_again_is_not_saved'),
+    _in('checkpoint/checkpoint', 'test_save_that_cannot_be_reopened_fails'),
   ),
   Fault(
     'workdir-taken-for-a-step',
     0,
     'mtp_jax/checkpoint/restore.py',
-    'if not there and asked.parent.name',
-    'if asked.parent.name',
-    _in('checkpoint/checkpoint', 'test_a_workdir_may_be_called_as_a_step_is'),
+    'if not there and given.parent.name',
+    'if given.parent.name',
+    _in('checkpoint/checkpoint', 'test_workdir_may_be_named_like_a_step'),
   ),
   Fault(
     'containers-share-a-lock',
@@ -1445,7 +1445,7 @@ FAULTS = (
     'mtp_jax/train/lock.py',
     "and holder.get('machine', _machine()) == _machine()",
     '',
-    _in('train/lock', 'test_another_container_of_the_same_host_name_is_waited_for'),
+    _in('train/lock', 'test_lock_of_another_container_is_watched'),
   ),
   Fault(
     'clock-ahead-is-waited-for',
@@ -1453,7 +1453,7 @@ FAULTS = (
     'mtp_jax/train/lock.py',
     'max(silent_s, 0)',
     'silent_s',
-    _in('train/lock', 'test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long'),
+    _in('train/lock', 'test_lock_with_a_time_in_the_future_is_watched'),
   ),
   Fault(
     'silent-by-our-clock-is-dead',
@@ -1461,7 +1461,7 @@ FAULTS = (
     'mtp_jax/train/lock.py',
     'max(STALE_S - max(silent_s, 0), LIVES_S)',
     'STALE_S - max(silent_s, 0)',
-    _in('train/lock', 'test_one_silent_for_long_by_our_clock_is_watched_for_a_while'),
+    _in('train/lock', 'test_stale_lock_is_watched_in_case_of_clock_skew'),
   ),
   Fault(
     'figures-of-others-go',
@@ -1502,7 +1502,7 @@ FAULTS = (
     'mtp_jax/io/jsonl.py',
     'if field not in fields and ... not in form:',
     'if field is None:',
-    _in('checkpoint/manifest', 'test_a_damaged_manifest'),
+    _in('checkpoint/manifest', 'test_corrupt_manifest_is_detected'),
   ),
   Fault(
     'line-break-in-a-message',
@@ -1510,14 +1510,14 @@ FAULTS = (
     'mtp_jax/io/jsonl.py',
     'c if c.isprintable() else',
     "c if c.isprintable() or c == '\\n' else",
-    _in('config/config', 'test_a_refusal_is_one_line_of_bounded_length'),
+    _in('config/config', 'test_config_error_is_one_bounded_line'),
   ),
   Fault(
     'number-without-a-limit',
     0,
     'mtp_jax/config/schema.py',
-    "'added to the root of the second moment', above=0, max=1",
-    "'added to the root of the second moment', above=0",
+    "'epsilon added to the root of the second moment', above=0, max=1",
+    "'epsilon added to the root of the second moment', above=0",
     _in('config/config', 'test_every_number_has_limits'),
   ),
   Fault(
@@ -1542,7 +1542,7 @@ FAULTS = (
     'mtp_jax/cli/flags.py',
     'if real in seen:',
     'if real in seen[:0]:',
-    _in('cli/flags', 'test_a_file_may_be_included_twice_but_not_by_itself'),
+    _in('cli/flags', 'test_flag_file_cycles_are_refused'),
   ),
   Fault(
     'default-of-the-mesh-blamed',
@@ -1550,7 +1550,7 @@ FAULTS = (
     'mtp_jax/config/validate.py',
     'rest.sort(key=lambda axis: getattr(default, axis) == -1)',
     'rest.sort()',
-    _in('config/config', 'test_what_is_refused_names_the_flag_that_was_given'),
+    _in('config/config', 'test_error_names_the_given_flag'),
   ),
   Fault(
     'weights-after-the-end',
@@ -1558,7 +1558,7 @@ FAULTS = (
     'mtp_jax/config/validate.py',
     'if step < cfg.train.steps',
     'if step >= 0',
-    _in('config/config', 'test_what_is_refused_names_the_flag_that_was_given'),
+    _in('config/config', 'test_error_names_the_given_flag'),
   ),
   Fault(
     'newer-checkpoint-read',
@@ -1566,7 +1566,7 @@ FAULTS = (
     'mtp_jax/checkpoint/metadata.py',
     "if saved['format'] != FORMAT:",
     "if saved['format'] < FORMAT:",
-    _in('checkpoint/checkpoint', 'test_about_of_another_program_or_type_is_one_line'),
+    _in('checkpoint/checkpoint', 'test_invalid_metadata_is_a_one_line_error'),
   ),
   Fault(
     'flag-without-a-use-ignored',
@@ -1574,7 +1574,7 @@ FAULTS = (
     'mtp_jax/cli/command.py',
     'if given and text not in sections:',
     "if given and name == 'train' and text != 'prompt':",
-    _in('cli/main', 'test_a_flag_without_a_use_is_refused'),
+    _in('cli/main', 'test_unused_flag_is_refused'),
   ),
   Fault(
     'tests-can-be-written',
@@ -1614,7 +1614,7 @@ FAULTS = (
     'mtp_jax/train/lock.py',
     ' and not os.path.lexists(self._path)',
     '',
-    _in('train/lock', 'test_nothing_of_a_successor_is_removed'),
+    _in('train/lock', 'test_release_keeps_a_successors_files'),
   ),
   Fault(
     'touched-by-writes-alone',
@@ -1622,7 +1622,7 @@ FAULTS = (
     'mtp_jax/train/lock.py',
     '        self.check()\n',
     '        pass\n',
-    _in('train/lock', 'test_a_run_is_alive_however_long_a_step_takes'),
+    _in('train/lock', 'test_lock_is_renewed_during_a_long_step'),
   ),
   Fault(
     'older-ones-go-unseen',
@@ -1630,7 +1630,7 @@ FAULTS = (
     'mtp_jax/checkpoint/saver.py',
     'max(t.max_to_keep, 2)',
     't.max_to_keep',
-    _in('checkpoint/checkpoint', 'test_the_one_before_stays_until_the_newest_was_opened'),
+    _in('checkpoint/checkpoint', 'test_previous_checkpoint_is_kept_until_newest_is_verified'),
   ),
   Fault(
     'rollback-into-the-spike',
@@ -1638,7 +1638,7 @@ FAULTS = (
     'mtp_jax/checkpoint/saver.py',
     '3 if t.checkpoint_every == 1 else 2',
     '2',
-    _in('checkpoint/checkpoint', 'test_interruptions_push_out_no_checkpoint_of_a_rollback'),
+    _in('checkpoint/checkpoint', 'test_interruptions_do_not_evict_rollback_checkpoints'),
   ),
   Fault(
     'after-an-added-token',
@@ -1660,10 +1660,10 @@ FAULTS = (
     'signal-after-the-look',
     0,
     'mtp_jax/parallel/distributed.py',
-    '    self._interrupts = True  # before the look, or one between were not'
-    ' heard\n    try:\n      self.check()\n',
+    '    self._interrupts = True  # before `check`, or a signal in between would'
+    ' be lost\n    try:\n      self.check()\n',
     '    self.check()\n    self._interrupts = True\n    try:\n',
-    _in('parallel/distributed', 'test_a_signal_right_after_the_look_is_heard'),
+    _in('parallel/distributed', 'test_signal_right_after_check_is_not_lost'),
   ),
   Fault(
     'lost-in-a-jitted-collective',
@@ -1671,6 +1671,6 @@ FAULTS = (
     'mtp_jax/parallel/distributed.py',
     'isinstance(error, ValueError) and _STATUS.match(first)',
     'False',
-    _in('parallel/distributed', 'test_the_end_of_another_is_a_line'),
+    _in('parallel/distributed', 'test_lost_peer_is_a_one_line_error'),
   ),
 )

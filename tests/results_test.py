@@ -28,24 +28,24 @@ def _config(result, label) -> schema.Config:
 
 
 @pytest.mark.parametrize('result, label', RUNS, ids=lambda x: x if isinstance(x, str) else x.name)
-def test_a_run_is_valid_and_gives_its_columns(result, label, monkeypatch):
+def test_result_run_is_valid_and_has_its_columns(result, label, monkeypatch):
   monkeypatch.chdir(runs.ROOT)
   cfg = _config(result, label)
-  if result.documents.startswith('task:'):  # a store would say which
+  if result.documents.startswith('task:'):  # otherwise the store determines them
     cfg = schema.replace(cfg, **{'data.store': ''})
-  asked = {name for name, _ in registry.asked(cfg)}
+  tasks = {name for name, _ in registry.asked(cfg)}
   for what, *given in result.commands:
     parsed = flags.parse([*results.arguments_of(what, 'STORE', 'RUN'), *given])
     if what == 'bench':
       assert parsed.rest == ['decode', 'RUN']
-      asked.add('bench')
+      tasks.add('bench')
     else:
       assert what == 'eval'
-      asked |= set(parsed.config().eval.tasks.split(','))
+      tasks |= set(parsed.config().eval.tasks.split(','))
       assert parsed.rest == ['RUN']
-  assert asked <= {'bench', registry.HELDOUT, *registry.SUITES}
+  assert tasks <= {'bench', registry.HELDOUT, *registry.SUITES}
   for _, source, _, form in result.columns:
-    assert (registry.HELDOUT if source == 'eval' else source) in asked
+    assert (registry.HELDOUT if source == 'eval' else source) in tasks
     assert format(0.5, form)
   if result.documents.startswith('task:'):
     assert next(documents.read(result.documents)).text
@@ -96,7 +96,7 @@ def there(tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_the_document(there):
+def test_results_document(there):
   results.main(['--write'])
   lines = results.REPORT.read_text().splitlines()
   code = next(line for line in lines if line.startswith('| n = 1 `--heads.n=1`') and '2.5' in line)
@@ -110,9 +110,9 @@ def test_the_document(there):
   assert n_open == len(RUNS) - 3  # curricula have a run of n = 1 as well
 
 
-def test_the_newest_row_counts_and_a_shared_run_once(there):
+def test_newest_row_wins_and_shared_runs_count_once(there):
   (row, *_) = results.rows().values()
-  with open(results.ROWS, 'a') as f:  # of the same run, asked again
+  with open(results.ROWS, 'a') as f:  # of the same run, measured again
     f.write(json.dumps(row | dict(values={'eval/loss_1': 7.0})) + '\n')
     forward = row | dict(made_of=_made_of('curriculum', 'forward'))
     f.write(json.dumps(forward) + '\n')
@@ -122,7 +122,7 @@ def test_the_newest_row_counts_and_a_shared_run_once(there):
   assert '3 runs, 2.0 CPU-hours in all.' in text
 
 
-def test_values_are_the_last_of_each_source(tmp_path):
+def test_values_are_the_last_record_of_each_source(tmp_path):
   records = [
     dict(kind='eval', step=step, loss_1=loss) | (dict(source=source) if source else {})
     for step, loss in ((5, 3.0), (9, 2.0))
@@ -148,7 +148,7 @@ def test_values_are_the_last_of_each_source(tmp_path):
   }
 
 
-def test_what_is_there_is_not_run_again(there, monkeypatch):
+def test_measured_rows_are_not_run_again(there, monkeypatch):
   ran = []
 
   def measure(result, label, seed, folder, data):
@@ -170,7 +170,7 @@ def test_what_is_there_is_not_run_again(there, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'args, said',
+  'args, expected',
   [
     (['sudoku'], 'sudoku: results are star_graph polynomial'),
     (['books'], 'books needs --data=DIR'),
@@ -178,14 +178,14 @@ def test_what_is_there_is_not_run_again(there, monkeypatch):
     (['star_graph'], ''),  # reads no texts
   ],
 )
-def test_what_is_not_there_is_said_at_once(there, monkeypatch, capsys, args, said):
+def test_missing_inputs_fail_at_once(there, monkeypatch, capsys, args, expected):
   monkeypatch.setattr(results, '_mtp', lambda _: sys.exit(2))
   with pytest.raises(SystemExit):
     results.main([arg.format(there) for arg in args])
-  assert said in capsys.readouterr().err
+  assert expected in capsys.readouterr().err
 
 
-def test_a_row_of_another_command_is_not_there(there, monkeypatch):
+def test_row_of_another_command_is_ignored(there, monkeypatch):
   assert len(results.rows()) == 3
   star, *others = results.RESULTS
   other = star._replace(prepare=('--data.valid_fraction=0.5',))
@@ -194,7 +194,7 @@ def test_a_row_of_another_command_is_not_there(there, monkeypatch):
   assert sorted(results.rows()) == [(made, 0), (made, 1)]
 
 
-def test_flags_are_those_of_included_files_too(monkeypatch):
+def test_flags_include_those_of_included_files(monkeypatch):
   monkeypatch.chdir(runs.ROOT)
   for result in results.RESULTS:
     name = f'experiments/small/{result.flags or result.name}.flags'
@@ -203,7 +203,7 @@ def test_flags_are_those_of_included_files_too(monkeypatch):
     assert flags.parse(flat).config() == flags.parse([f'--flagfile={name}']).config()
 
 
-def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
+def test_shared_run_is_run_once(there, monkeypatch):
   ran = []
 
   def measure(result, label, seed, folder, data):
@@ -217,7 +217,7 @@ def test_a_run_that_two_results_ask_for_is_run_once(there, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_small_run_is_measured(tmp_path, monkeypatch):
+def test_small_run_is_measured(tmp_path, monkeypatch):
   """Prepared, trained and evaluated by the commands that the document shows."""
   monkeypatch.setenv('XLA_FLAGS', runs.environment(1)['XLA_FLAGS'])
   shrunk = (
@@ -261,19 +261,19 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   assert row['name'] == 'star_graph, small' and row['cpu_s'] > 1
   assert 0 <= row['values']['star_graph/first_step'] <= 1
   assert row['values']['star_graph/accuracy_high'] <= 1
-  asked = json.loads((tmp_path / row['run'] / 'eval.json').read_text())
-  assert row['values']['eval/accepted_length'] == asked['accepted_length']
+  evaluated = json.loads((tmp_path / row['run'] / 'eval.json').read_text())
+  assert row['values']['eval/mean_acceptance_length'] == evaluated['mean_acceptance_length']
   assert 1 <= row['values']['acceptance/tokens_per_forward'] <= 2
   assert 1 <= row['values']['bench/tokens_per_forward'] <= 2
   assert row['values']['bench/speed_up'] > 0
-  # Another result of the same run trains nothing, and asks what it asks.
+  # Another result of the same run is not trained again.
   plain = star._replace(commands=(), columns=results.RESULTS[0].columns)
   again = results.measure(plain, 'small', 0, tmp_path, '.')
   assert again['run'] == row['run'] and again['made_of'] != row['made_of']
   assert again['values'].items() < row['values'].items()
-  assert 'eval/accepted_length' not in again['values']
+  assert 'eval/mean_acceptance_length' not in again['values']
   assert again['cpu_s'] > row['cpu_s']
-  # A command that fails has said why.
+  # A failing command has printed the reason.
   with pytest.raises(SystemExit, match='2'):
     results.measure(star._replace(documents='task:sudoku'), 'small', 0, tmp_path, '.')
   # The picture of the report, where the document looks for it.
@@ -286,6 +286,6 @@ def test_a_small_run_is_measured(tmp_path, monkeypatch):
   assert results.picture_of(star).read_bytes()[:4] == b'\x89PNG'
   results.write()
   assert '](star_graph.png)' in results.REPORT.read_text()
-  results.ROWS.write_text('')  # the rows are gone: it shows others
+  results.ROWS.write_text('')  # without rows there is no picture
   results.write()
   assert 'star_graph.png' not in results.REPORT.read_text()

@@ -24,6 +24,7 @@ import tempfile
 from typing import NamedTuple
 
 from mtp_jax.config import renamed
+from mtp_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'results.jsonl'
@@ -72,7 +73,7 @@ HELD_OUT = (
   ('bits per byte', 'eval', 'bits_per_byte', '.3f'),
 )
 ACCEPTED = (
-  ('E[accepted]', 'eval', 'accepted_length', '.2f'),
+  ('E[accepted]', 'eval', 'mean_acceptance_length', '.2f'),
   ('tokens per forward pass', 'acceptance', 'tokens_per_forward', '.2f'),
 )
 EVALUATED = (
@@ -283,8 +284,18 @@ def rows() -> dict[tuple[str, int], dict]:
     for label in result.variants
     for seed in result.seeds
   }
-  found = {(r['made_of'], r['seed']): r for r in map(json.loads, lines)}
+  found = {(r['made_of'], r['seed']): _of_today(r) for r in map(json.loads, lines)}
   return {key: row for key, row in found.items() if key in now}
+
+
+def _of_today(row: dict) -> dict:
+  """Returns a stored row under today's metrics keys."""
+
+  def today(name):
+    source, _, scalar = name.partition('/')
+    return f'{source}/{metrics.RENAMED.get(scalar, scalar)}'
+
+  return row | dict(values={today(name): value for name, value in row['values'].items()})
 
 
 def command(result: Result, label: str, seed: int, store: str, run: str):
@@ -382,9 +393,8 @@ def picture_of(result: Result) -> pathlib.Path:
 
 def values(result: Result, run: pathlib.Path) -> dict[str, float]:
   """Returns the scalars of the columns, with their intervals, at the last step."""
-  lines = (run / 'metrics.jsonl').read_text().splitlines()
   of = {}
-  for record in map(json.loads, lines):
+  for record in metrics.read(str(run)):
     of[record.get('source', record['kind'])] = record
   commands = {what for what, *_ in result.commands}
   if 'eval' in commands:

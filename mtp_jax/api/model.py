@@ -1,9 +1,8 @@
-"""The model as pure functions of parameters, arrays and a Config: what `mtp_jax`
-exports for use without flags or a run directory.
+"""Pure functions of parameters, arrays and a Config, for use without flags or a run
+directory; exported by `mtp_jax`.
 
-A function uses the mesh of the context (`with mtp.mesh(cfg):`), else the one that its
-parameters lie on. `init` alone has no parameters: without a context it makes them on
-one device.
+A function uses the mesh of the context (`with mtp.mesh(cfg):`), else that of its
+parameters. `init` creates parameters on one device without a context.
 """
 
 import functools
@@ -26,8 +25,8 @@ def mesh(cfg: schema.Config, devices=None):
   """Returns a context manager that sets the device mesh of cfg.mesh.
 
   Args:
-    cfg: its mesh section says how many devices lie along each axis.
-    devices: those to use; None = all.
+    cfg: its mesh section has the number of devices along each axis.
+    devices: devices to use; None = all.
 
   Raises:
     ConfigError: the mesh does not divide the devices or the model.
@@ -40,8 +39,8 @@ def _has_mesh() -> bool:
 
 
 def _of_parameters(function):
-  """jit, with a static cfg, on the mesh of the context or else of the parameters,
-  which are the first argument."""
+  """Decorates with jit, cfg being static, on the mesh of the context or else of the
+  parameters, which are the first argument."""
 
   def traced(parameters, *args, cfg, **kwargs):
     if _has_mesh():
@@ -49,7 +48,7 @@ def _of_parameters(function):
     of_leaf = jax.typeof(jax.tree.leaves(parameters)[0]).sharding.mesh
     if of_leaf.empty:
       raise ValueError(
-        'parameters are on no mesh: make them with mtp.init or mtp.load, or call this'
+        'parameters have no mesh: create them with mtp.init or mtp.load, or call this'
         ' inside `with mtp.mesh(cfg):`'
       )
     with jax.sharding.use_abstract_mesh(of_leaf):
@@ -67,13 +66,13 @@ def _of_parameters(function):
 
 
 def _by_rows(x):
-  """An array with rows first, as activations are sharded."""
+  """Shards an array with rows first like activations."""
   return jax.reshard(x, sharding.pspec('batch', *(None,) * (x.ndim - 1)))
 
 
 def init(cfg: schema.Config, key) -> lm.LM:
-  """Returns initial parameters, made in their shards on the mesh of the context, or
-  else on one device.
+  """Returns initial parameters, created sharded on the mesh of the context, or else on
+  one device.
 
   Truncated normal with standard deviation fan_in^-1/2, output projections times
   (2 L)^-1/2. Each array depends on the key and its own name only.
@@ -117,7 +116,7 @@ def logits(params: lm.LM, tokens_BT, cfg: schema.Config):
 
 
 def _with_positions(batch: dict) -> dict:
-  """A batch whose rows are one document each unless positions say otherwise."""
+  """Returns a batch with positions; by default each row is one document."""
   batch = {name: _by_rows(jnp.asarray(x)) for name, x in batch.items()}
   if 'position' not in batch:
     position_U = jnp.arange(batch['tokens'].shape[-1], dtype=jnp.int32)
@@ -164,7 +163,7 @@ def init_state(cfg: schema.Config, key=None) -> state_lib.State:
 
   Args:
     cfg: the Config.
-    key: of `jax.random.key`; None = that of cfg.train.seed.
+    key: of `jax.random.key`; None = from cfg.train.seed.
   """
   validate.validate(cfg)
   key = jax.random.key(cfg.train.seed) if key is None else key
@@ -182,8 +181,8 @@ def train_step(state: state_lib.State, batch: dict, cfg: schema.Config):
     cfg: static.
 
   Returns:
-    (state, metrics): metrics of this step as floats by name, loss_1 … loss_n in nats
-    among them; None where there was nothing to average.
+    (state, metrics): metrics of this step as floats by name, e.g. loss_1 … loss_n in
+    nats; None for a mean over nothing.
   """
   step = int(state.step)
   n_active = schedule.active_heads(cfg, step)
@@ -204,14 +203,14 @@ def _train_step(state, batch, *, n_active: int, cfg):
     name: jax.reshard(x.reshape(A, -1, x.shape[-1], out_sharding=spec), spec)
     for name, x in batch.items()
   }
-  bytes_V = jnp.ones(cfg.model.vocab_size, jnp.int32)  # of no tokenizer: bytes = tokens
+  bytes_V = jnp.ones(cfg.model.vocab_size, jnp.int32)  # no tokenizer: one byte per token
   return step_lib.train_step(state, batch, bytes_V, n_active=n_active, cfg=cfg)
 
 
 def generate(
   params: lm.LM, prompts, cfg: schema.Config, *, max_new_tokens: int = 64, **decode
 ) -> list[np.ndarray]:
-  """Decodes token ids after some prompts, drafting with the model's own heads.
+  """Generates continuations of prompts, drafting with the model's own heads.
 
   Args:
     params: of `init` or `load`.
@@ -221,7 +220,7 @@ def generate(
     **decode: further fields of DecodeConfig: num_draft_tokens, temperature, top_p …
 
   Returns:
-    the new tokens of each prompt; with temperature 0 those of plain greedy decoding.
+    The new tokens of each prompt; with temperature 0 those of plain greedy decoding.
   """
   from mtp_jax.api import runs
 

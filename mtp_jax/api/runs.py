@@ -18,11 +18,11 @@ from mtp_jax.planning import ahead
 
 
 class Generated(NamedTuple):
-  """What `Model.generate` returns."""
+  """The result of `Model.generate`."""
 
   text: str  # prompt and continuation
-  tokens: np.ndarray  # the new ones
-  forwards: int  # forward passes after the prompt was read
+  tokens: np.ndarray  # new tokens
+  forwards: int  # forward passes after prefill
 
 
 class Model:
@@ -31,7 +31,7 @@ class Model:
   Attributes:
     params: lm.LM.
     cfg: the Config that they were trained with.
-    tokenizer: data.tokenizers.Tokenizer, or None: then only ids are decoded.
+    tokenizer: data.tokenizers.Tokenizer; None = token ids only.
     step: optimizer step of the checkpoint.
   """
 
@@ -48,7 +48,7 @@ class Model:
     self._decoder = decoder_lib.Decoder(params, cfg, mesh, active or cfg.heads.n)
 
   def decode(self, prompts, **decode: Any) -> decoder_lib.Decoded:
-    """Decodes token ids after some prompts, all at the same time.
+    """Generates continuations of prompts (token ids) in one batch.
 
     Args:
       prompts: token ids of each, at least one.
@@ -96,11 +96,11 @@ def load(path: str) -> Model:
 
 def save(params: lm.LM, cfg: schema.Config, path: str, tokenizer: str = '') -> None:
   """Saves parameters as step 0 of a new run directory, which `mtp` commands and `load`
-  read, and from which a run starts.
+  read, and which a run can be initialized from.
 
   Args:
     params: of `init`, `load` or a state.
-    cfg: what they are.
+    cfg: the Config of the parameters.
     path: directory to write; must not exist.
     tokenizer: as --data.tokenizer; '' = none.
 
@@ -125,5 +125,5 @@ def plan(cfg: schema.Config, topology: str = '') -> ahead.Plan:
     cfg: the Config.
     topology: a TPU slice such as v5e:4x4; '' = the devices here.
   """
-  given = {'plan.topology': topology} if topology else {}
+  given: dict[str, object] = {'plan.topology': topology} if topology else {}
   return ahead.plan(validate.configured(given, cfg))

@@ -45,7 +45,11 @@ def _about(what, cfg, mesh) -> dict:
     device_kind=mesh.devices.flat[0].device_kind,
     platform=mesh.devices.flat[0].platform,
     mesh=dict(mesh.shape),
-    versions=dict(jax=jax.__version__, jaxlib=jaxlib.__version__, python=platform.python_version()),
+    versions=dict(
+      jax=jax.__version__,
+      jaxlib=jaxlib.__version__,  # pyright: ignore[reportPrivateImportUsage]
+      python=platform.python_version(),
+    ),
     config=dataclasses.asdict(cfg),
   )
 
@@ -285,15 +289,16 @@ def _data(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
   ]
   seconds = timing.measure(groups, cfg)
   loader, step = seconds.wall['loader'], seconds.wall['step']
+  faster = timing.ratio(step, loader, 1 / n_batches)
   values = dict(
     n_batches=n_batches,
     loader_tokens_per_s=n_batches * tokens / statistics.median(loader),
     step_tokens_per_s=tokens / statistics.median(step),
-    loader_over_step=timing.ratio(step, loader, 1 / n_batches),
+    loader_over_step=faster,
   )
   return [
     f'loader: {values["loader_tokens_per_s"]:,.0f} tokens/s, over {n_batches} batches each',
     f'step: {values["step_tokens_per_s"]:,.0f} tokens/s with'
     f' {cfg.heads.n} heads, {cfg.loss.backward}',
-    f'the loader is {timing.shown(values["loader_over_step"])} times as fast as the step',
+    f'the loader is {timing.shown(faster)} times as fast as the step',
   ], values

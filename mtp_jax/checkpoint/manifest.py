@@ -1,8 +1,8 @@
-"""What the files of a checkpoint are, so that a damaged one is known. Floor 2.
+"""The manifest of a checkpoint, by which corruption is detected.
 
 CHECKPOINT/manifest.json holds the size and the sha256 of each file of that
-folder. It lies inside, hence it goes when the checkpoint is deleted, and along
-when it is copied. What else comes to lie there is no matter.
+folder. It lies inside, so that it is deleted and copied with the checkpoint.
+Files that it does not list are ignored.
 """
 
 import concurrent.futures
@@ -17,12 +17,12 @@ from mtp_jax.io import jsonl, paths
 
 NAME = 'manifest.json'
 FORM = {'files': {...: {'size': jsonl.NATURAL, 'sha256': str}}}
-BLOCK = 2**22  # bytes read at once, a thread
-THREADS = min(8, os.cpu_count() or 1)  # hashlib and reads let go of the GIL
+BLOCK = 2**22  # bytes per read and thread
+THREADS = min(8, os.cpu_count() or 1)  # hashlib and reads release the GIL
 
 
 def write(folder: epath.Path) -> None:
-  """Writes it, whole or not at all; the files must be complete."""
+  """Writes the manifest atomically; the checkpoint's files must be complete."""
   names = sorted(str(path.relative_to(folder)) for path in _files(folder))
   names = [name for name in names if not name.startswith(NAME)]
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -35,9 +35,9 @@ def write(folder: epath.Path) -> None:
 
 
 def damage(folder: epath.Path) -> str:
-  """What is wrong with which file; empty if nothing is known to be.
+  """Returns which file is corrupt and why; '' if none is, or without a manifest.
 
-  Without a manifest nothing is: a checkpoint appears by a rename when it is
+  A checkpoint without a manifest may be valid: it appears by a rename when it is
   complete, and a run may be killed before its files are hashed.
   """
   path = folder / NAME
@@ -54,7 +54,7 @@ def damage(folder: epath.Path) -> str:
       return f'{NAME} names {jsonl.one_line(name)!r}, which lies elsewhere'
   wanted = {name: (f['size'], f['sha256']) for name, f in files.items()}
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    # Sizes first: they cost nothing.
+    # Sizes first: they are cheap.
     for check in (_wrong_size, _wrong_bytes):
       futures = [pool.submit(check, folder, name, file) for name, file in wanted.items()]
       for future in futures:
@@ -73,7 +73,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _digest(path: epath.Path) -> tuple[int, str]:
-  """(size, sha256) of a file, a block of it in memory at a time."""
+  """Returns (size, sha256) of a file, reading a block at a time."""
   size, digest = 0, hashlib.sha256()
   with path.open('rb') as f:
     while block := f.read(BLOCK):
@@ -86,9 +86,9 @@ def _wrong_size(folder, name, wanted) -> str:
   try:
     path = folder / name
     size = path.stat().length
-    # A link to a device would never end. (epath takes one for a file.)
+    # A device could be read forever; epath considers it a file.
     if not paths.scheme(path) and not os.path.isfile(path):
-      return f'{name} is no file'
+      return f'{name} is not a regular file'
   except FileNotFoundError:
     return f'{name} is missing'
   except OSError as error:
@@ -103,4 +103,4 @@ def _wrong_bytes(folder, name, wanted) -> str:
     found = _digest(folder / name)
   except OSError as error:
     return f'{name} cannot be read: {error.strerror or error}'
-  return '' if found == wanted else f'{name} has other bytes than were saved'
+  return '' if found == wanted else f'{name} does not match its sha256'

@@ -1,4 +1,5 @@
-"""TODO of mtp_jax.checkpoint."""
+"""The folder of checkpoints, and the metadata item `about` of each one: format,
+config, store fingerprint, skipped batches, state of the spike detector."""
 
 import contextlib
 import functools
@@ -16,8 +17,8 @@ from mtp_jax.config import parse, schema, validate
 from mtp_jax.io import jsonl
 from mtp_jax.io import paths as paths_lib
 
-MARK = 'commit_success.txt'  # in a bucket, of a complete one
-FORMAT = 1  # raised when a saved state can no longer be read as it is
+MARK = 'commit_success.txt'  # in a bucket, marks a complete checkpoint
+FORMAT = 1  # incremented when saved states of before can no longer be read
 METADATA = {
   'format': int,
   'config': {...: object},
@@ -29,13 +30,13 @@ METADATA = {
 
 @functools.cache
 def log_failures_once() -> None:
-  """A save that fails is a line. Without this some hundred follow it, some of
-  them only when the process ends: from orbax, from what it had begun to await,
-  and from tensorstore's threads, whom nobody hears any more."""
+  """Silences the libraries' reports of a failed save, which is logged in one line:
+  orbax, its unawaited coroutines and tensorstore's threads would print about a
+  hundred more, some of them when the process ends."""
 
   def is_new(record):
-    of = 'orbax' in record.pathname or 'never retrieved' in record.msg
-    return not (of and record.levelno >= logging.ERROR)
+    of_save = 'orbax' in record.pathname or 'never retrieved' in record.msg
+    return not (of_save and record.levelno >= logging.ERROR)
 
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(is_new)
@@ -54,8 +55,8 @@ def folder(workdir: str) -> epath.Path:
 
 
 def write_definition(cfg, tokenizer, workdir: str) -> None:
-  """What the run is, and the files of its tokenizer, if it has one: a
-  checkpoint can be used where the store is not."""
+  """Writes run.flags, config.json and the tokenizer's files, so that checkpoints can
+  be used without the token store."""
   files = {
     'run.flags': parse.to_flag_file(cfg).encode(),
     'config.json': parse.to_json(cfg).encode(),
@@ -69,24 +70,24 @@ def write_definition(cfg, tokenizer, workdir: str) -> None:
 
 
 def this_process_only():
-  """For a reader of this process alone; orbax would wait for the others."""
+  """Returns options for reading in this process alone, without orbax's barriers."""
   me = jax.process_index()
   return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
 
 
 @contextlib.contextmanager
 def reading(path: epath.Path):
-  """What orbax and tensorstore raise for a broken file, as one line."""
+  """Converts what orbax and tensorstore raise for a corrupt file to an InputError."""
   try:
     yield
-  except Exception as error:  # orbax raises just that for a damaged array
+  except Exception as error:  # orbax raises a bare Exception for a corrupt array
     raise paths_lib.InputError(
       path, f'cannot be read as a checkpoint: {paths_lib.first_line(error)}'
     ) from error
 
 
 def read_metadata(workdir: str, step: int) -> tuple[schema.Config, str]:
-  """(Config, store fingerprint) of a checkpoint; waits for no other process."""
+  """Returns (Config, store fingerprint) of a checkpoint; not collective."""
   saved = read_json(workdir, step)
   try:
     cfg = validate.validate(parse.from_json(json.dumps(saved['config'])))
@@ -101,13 +102,13 @@ def metadata_error(workdir, step, why) -> paths_lib.InputError:
 
 
 def skipped_batches(workdir: str, step: int) -> tuple[tuple[int, int], ...]:
-  """The batches that its run has left out."""
+  """Returns (first, count) of each range of batches that the run skipped."""
   saved = read_json(workdir, step).get('left_out', ())
   return tuple((first, count) for first, count in saved)
 
 
 def spikes(workdir: str, step: int) -> dict:
-  """What the detector of loss spikes remembered, as it was given to `save`."""
+  """Returns the saved state of the spike detector."""
   return read_json(workdir, step).get('spikes', {})
 
 

@@ -1,10 +1,10 @@
-"""TODO of mtp_jax.checkpoint."""
+"""Finding, verifying, quarantining and reading checkpoints."""
 
 import itertools
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,12 +19,11 @@ from mtp_jax.model import params as params_lib
 
 
 def open_problem(path: epath.Path, whole: bool = False) -> str:
-  """What of a checkpoint cannot be opened, its metadata or the headers of its
-  arrays; empty if it can. Cheap: no array is read, unless the whole is asked
-  for."""
+  """Returns why a checkpoint cannot be opened: its metadata, or the headers of its
+  arrays; '' if it can. Array data is read only with `whole`."""
   metadata.log_failures_once()
   why = ''
-  for pause_s in (0, 1, 4) if paths_lib.scheme(path) else (0,):  # a network fails
+  for pause_s in (0, 1, 4) if paths_lib.scheme(path) else (0,):  # retries for network failures
     time.sleep(pause_s)
     try:
       metadata.read_item(path)
@@ -32,7 +31,7 @@ def open_problem(path: epath.Path, whole: bool = False) -> str:
       handler.metadata(path / 'state')
       if whole:
         _read_arrays(path / 'state')
-    except Exception as error:  # of orbax and tensorstore: of any class
+    except Exception as error:  # orbax and tensorstore raise any class
       why = f'cannot be opened: {paths_lib.first_line(error)[:160]}'
     else:
       return ''
@@ -40,7 +39,7 @@ def open_problem(path: epath.Path, whole: bool = False) -> str:
 
 
 def _read_arrays(path: epath.Path) -> None:
-  """Whether all arrays of a saved state can be read, chunk by chunk."""
+  """Reads all arrays of a saved state chunk by chunk; raises if one is corrupt."""
   for file in (path / 'array_metadatas').iterdir():
     json.loads(file.read_text())
   folder = f'{path}/'
@@ -51,7 +50,7 @@ def _read_arrays(path: epath.Path) -> None:
     if name.endswith('/.zarray'):
       at = store | dict(path=name.removesuffix('.zarray'))
       array = ts.open(dict(driver='zarr', kvstore=at), read=True).result()
-      sizes = array.chunk_layout.read_chunk.shape or ()
+      sizes = cast(tuple[int, ...], array.chunk_layout.read_chunk.shape or ())
       for start in itertools.product(
         *(range(0, n, size) for n, size in zip(array.shape, sizes, strict=True))
       ):
@@ -60,26 +59,27 @@ def _read_arrays(path: epath.Path) -> None:
 
 
 def _corruption(path: epath.Path) -> str:
-  """What is wrong with it. Without a manifest, as a kill between save and
-  manifest leaves it, or a copy that broke off, all of it is read once."""
+  """Returns why a checkpoint is corrupt, '' if it is valid. Without a manifest (a
+  kill before it was written, an incomplete copy) all arrays are read once."""
   if (path / manifest.NAME).exists():
     return manifest.damage(path)
   return open_problem(path, whole=True)
 
 
 def steps(workdir: str) -> list[int]:
-  """Steps of the complete checkpoints, oldest first."""
+  """Returns the steps of the complete checkpoints, oldest first."""
   try:
     paths = list(metadata.folder(workdir).iterdir())
   except (FileNotFoundError, NotADirectoryError):
     return []
-  # Where nothing can be renamed, as in a bucket, a file says that it is.
+  # Buckets have no atomic rename: a marker file completes a checkpoint there.
   names = [p.name for p in paths if ocp.path.step.is_path_finalized(p)]
   return sorted(int(name) for name in names if name.isdigit())
 
 
 def find(path: str) -> tuple[str, int]:
-  """A workdir, its newest checkpoint; or WORKDIR/checkpoints/STEP itself.
+  """Resolves a workdir to its newest checkpoint, or WORKDIR/checkpoints/STEP to
+  that one.
 
   Returns:
     (workdir, step).
@@ -87,85 +87,84 @@ def find(path: str) -> tuple[str, int]:
   Raises:
     InputError: there is no complete checkpoint.
   """
-  asked = paths_lib.as_path(path)
+  given = paths_lib.as_path(path)
   workdir, wanted, there = path, None, steps(path)
-  # A workdir may be called so as well.
-  if not there and asked.parent.name == 'checkpoints' and asked.name.isdigit():
-    workdir, wanted = str(asked.parent.parent), int(asked.name)
+  # A workdir may have such a name as well.
+  if not there and given.parent.name == 'checkpoints' and given.name.isdigit():
+    workdir, wanted = str(given.parent.parent), int(given.name)
     there = steps(workdir)
   if not there or (wanted is not None and wanted not in there):
     why = ''
     if there:
       why = f'; there are {there} in {workdir}'
-    elif not asked.is_dir():
-      why = ', which is no directory'
+    elif not given.is_dir():
+      why = ', which is not a directory'
     raise paths_lib.InputError(path, f'no complete checkpoint there{why}')
   return workdir, there[-1] if wanted is None else wanted
 
 
 def verify(workdir: str, step: int) -> None:
-  """Raises ConfigError unless the files are as they were saved.
+  """Raises InputError if a checkpoint is corrupt.
 
-  It reads them all, a block at a time: once a run, hence of several processes
-  only the first one calls it.
+  Reads all of its files, so that only the primary process of a run calls it.
   """
   path = metadata.folder(workdir) / str(step)
   why = _corruption(path)
   if why:
-    raise paths_lib.InputError(path, f'is damaged: {why}')
+    raise paths_lib.InputError(path, f'is corrupt: {why}')
 
 
 def latest_valid_step(
   workdir: str, suits: Callable[[int], bool] = lambda step: True
 ) -> tuple[int | None, list[tuple[int, str]]]:
-  """What a run goes on from; reads files as `verify` does.
+  """Finds the checkpoint that a run resumes from; reads files as `verify` does.
 
-  suits: steps that are looked at.
+  suits: step -> whether to consider it.
 
   Returns:
-    (step of the newest checkpoint that is not damaged, None if there is no
-    checkpoint; (step, what is wrong) of each that is newer).
+    (step of the newest valid checkpoint, None if there is no checkpoint;
+    (step, reason) of each newer, corrupt one).
 
   Raises:
-    ConfigError: there are some, all of them damaged.
+    ConfigError: there are checkpoints, and all are corrupt.
   """
-  damaged = []
+  corrupt = []
   for step in reversed([s for s in steps(workdir) if suits(s)]):
     why = _corruption(metadata.folder(workdir) / str(step))
     if not why:
-      return step, damaged
-    damaged.append((step, why))
-  if damaged:
+      return step, corrupt
+    corrupt.append((step, why))
+  if corrupt:
     raise fields.ConfigError(
       'train.workdir',
       workdir,
-      'all of its checkpoints are damaged: ' + '; '.join(f'{step}: {why}' for step, why in damaged),
+      'all of its checkpoints are corrupt: ' + '; '.join(f'{step}: {why}' for step, why in corrupt),
     )
   return None, []
 
 
-def quarantine(workdir: str, step: int, why: str = 'damaged') -> str:
-  """Renames a checkpoint, so that its step can be saved again; returns its
-  name."""
+def quarantine(workdir: str, step: int, why: str = 'corrupt') -> str:
+  """Renames a checkpoint to STEP.WHY, so that its step can be saved again; returns
+  the new name."""
   folder = metadata.folder(workdir)
   names = {path.name for path in folder.iterdir()}
   number, name = 1, f'{step}.{why}'
   while name in names:
     number += 1
     name = f'{step}.{why}{number}'
-  # A bucket moves file by file: no longer complete, before some are elsewhere.
+  # A bucket moves file by file: mark it incomplete first.
   mark = folder / str(step) / metadata.MARK
   text = mark.read_text() if mark.exists() else ''
   mark.unlink(missing_ok=True)
   (folder / str(step)).rename(folder / name)
-  if text:  # or orbax would take it for a save that was cut off
+  if text:  # or orbax would consider it an interrupted save
     (folder / name / metadata.MARK).write_text(text)
   return name
 
 
 def is_of_model(name: str) -> bool:
-  """Whether a field decides what parameters there are, or what they mean; the
-  curriculum says which heads trained."""
+  """Whether a field determines the parameters or their meaning; the curriculum
+  determines which heads trained."""
   return name.startswith(('model.', 'heads.', 'loss.curriculum')) and name not in (
     'model.compute_dtype',
     'model.remat',
@@ -173,7 +172,7 @@ def is_of_model(name: str) -> bool:
 
 
 def restore(workdir: str, step: int, abstract_state: Any) -> Any:
-  """The saved state, each leaf sharded like its abstract counterpart."""
+  """Restores the saved state, each leaf sharded like its abstract counterpart."""
   path = metadata.folder(workdir) / str(step)
   with metadata.reading(path):
     with ocp.StandardCheckpointer() as reader:
@@ -181,13 +180,13 @@ def restore(workdir: str, step: int, abstract_state: Any) -> Any:
 
 
 def restore_model(workdir: str, step: int, cfg: schema.Config, mesh) -> lm.LM:
-  """`restore_params` for the model of a Config, on a mesh."""
+  """Restores the parameters of a Config's model onto a mesh."""
   abstract = params_lib.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
   return restore_params(workdir, step, abstract)
 
 
 def restore_params(workdir: str, step: int, abstract_params: Any) -> Any:
-  """The parameters alone; the optimizer state is not read."""
+  """Restores the parameters alone; the optimizer state is not read."""
   path = metadata.folder(workdir) / str(step)
   target = dict(params=abstract_params)
   with metadata.reading(path):

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.checkpoint."""
+"""Asynchronous saving of checkpoints, and which of them are retained."""
 
 import contextlib
 import errno
@@ -21,25 +21,24 @@ from mtp_jax.parallel import distributed
 
 
 class Saver:
-  """Saves while a run goes on, in threads; keeps the last --train.max_to_keep and
-  each keep_every-th.
+  """Saves asynchronously, in threads; retains the last --train.max_to_keep
+  checkpoints and each keep_every-th.
 
-  A checkpoint counts as saved once it was opened again where it lies: a library
-  may write what it then cannot find, e.g. below a folder whose name it takes
-  for a pattern.
-  A save that fails, say on a full disk, is told in one line. It leaves nothing
-  behind, what was saved before stays, and the next one is tried at its turn.
+  A checkpoint counts as saved once it was opened again in its final place: orbax
+  may write what it cannot find again, e.g. below a folder whose name it reads as a
+  pattern. A failed save (a full disk) is logged in one line and leaves no files;
+  earlier checkpoints remain, and the next save happens on schedule.
   """
 
   def __init__(self, workdir: str, cfg: schema.Config):
-    self.failed: tuple[int, str] | None = None  # the newest save's step, why
+    self.failed: tuple[int, str] | None = None  # (step, reason) of the last save
     self._workdir, self._folder = workdir, metadata.folder(workdir)
     self._saving: int | None = None  # the step
     self._following: threading.Thread | None = None
     self._options = ocp.CheckpointManagerOptions(
       preservation_policy=_Retention(cfg.train),
       enable_async_checkpointing=True,
-      cleanup_tmp_directories=True,  # what a killed save left behind
+      cleanup_tmp_directories=True,  # of killed saves
       async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
     )
     self._orbax = self._manager()
@@ -55,19 +54,19 @@ class Saver:
     self.close()
 
   def save(self, step: int, args: ocp.args.CheckpointArgs) -> float:
-    """Starts a save; returns the seconds that it held up the caller, those
-    included in which the one before was not yet done."""
+    """Starts a save; returns the seconds for which the caller was blocked, waiting
+    for the previous save included."""
     begin = time.perf_counter()
     self.wait_until_finished()
     self.failed, self._saving = None, step
     try:
       self._orbax = self._orbax or self._manager()
-      with jax.transfer_guard('allow'):  # orbax copies to the host
+      with jax.transfer_guard('allow'):  # orbax copies arrays to the host
         self._orbax.save(step, args=args)
     except OSError as error:
       if jax.process_count() > 1:
-        raise  # the others are waiting for this one within orbax
-      self._tell(step, error)
+        raise  # the others wait for this process within orbax
+      self._fail(step, error)
     else:
       self._following = threading.Thread(target=self._follow, args=(step,))
       self._following.start()
@@ -75,32 +74,33 @@ class Saver:
 
   def _follow(self, step: int) -> None:
     try:
+      assert self._orbax
       self._orbax.wait_until_finished()
-    except Exception as error:  # of tensorstore: of any class
-      self._tell(step, error)
+    except Exception as error:  # tensorstore raises any class
+      self._fail(step, error)
       return
-    # If a kill leaves it without a manifest it is used all the same where it
-    # can be opened, only that damage within arrays is not noticed.
+    # A checkpoint that a kill leaves without a manifest remains usable: it is then
+    # read as a whole before a run resumes from it.
     if distributed.is_primary():
       why = restore_lib.open_problem(self._folder / str(step))
       if why:
-        self._tell(step, OSError(f'it was written, but {why}'))
+        self._fail(step, OSError(f'it was written, but {why}'))
         with contextlib.suppress(OSError):
           restore_lib.quarantine(self._workdir, step, 'unreadable')
         return
       try:
         manifest.write(self._folder / str(step))
-      except Exception as error:  # of a bucket: of any class
+      except Exception as error:  # bucket clients raise any class
         _log(f'checkpoint {step} has no manifest: {_why(error)}')
 
-  def _tell(self, step: int, error: Exception) -> None:
+  def _fail(self, step: int, error: Exception) -> None:
     self.failed = step, _why(error)
-    _log(f'checkpoint {step} could not be saved: {self.failed[1]}; those before it stay')
+    _log(f'checkpoint {step} could not be saved: {self.failed[1]}; earlier ones remain')
     self._sweep()
 
   def _sweep(self) -> None:
-    """Removes what a failed save has written; its threads may still be at it,
-    and make folders anew."""
+    """Removes the files of a failed save; retries, as its threads may still run and
+    recreate folders."""
     for _ in range(20 if distributed.is_primary() else 0):
       left = list(ocp.path.step.all_temporary_paths(self._folder))
       if not left:
@@ -111,8 +111,8 @@ class Saver:
       time.sleep(0.1)
 
   def wait_until_finished(self) -> None:
-    """Until the last save has its manifest, or has failed; all processes must
-    call it, and all then know whether one has failed."""
+    """Waits until the last save has its manifest or has failed. Collective: all
+    processes must call it, and all then know whether one has failed."""
     if self._saving is None:
       return
     self._join()
@@ -124,11 +124,11 @@ class Saver:
     except OSError:
       pass
     except distributed.Aborted:
-      self.failed = self.failed or (step, 'another process could not do it')
+      self.failed = self.failed or (step, 'another process failed to write its part')
     if self.failed:
       self._sweep()
-      # It keeps errors, to raise them at the next save, and has forgotten the
-      # checkpoints that this one was to replace: the next save gets another.
+      # The manager would raise its errors at the next save, and has dropped the
+      # checkpoints that this one was to replace: the next save creates another.
       self._orbax = None
 
   def _join(self) -> None:
@@ -137,7 +137,7 @@ class Saver:
       self._following = None
 
   def check(self) -> None:
-    """Raises ConfigError if the last save, which is over, has failed."""
+    """Raises ConfigError if the last save, which must be over, has failed."""
     if self.failed:
       step, why = self.failed
       there = restore_lib.steps(self._workdir)
@@ -149,7 +149,7 @@ class Saver:
       )
 
   def close(self) -> None:
-    """Waits for this process's part of the save; the others may have ended."""
+    """Waits for this process's part of the save; other processes may have exited."""
     self._join()
     if self.failed:
       self._sweep()
@@ -158,17 +158,16 @@ class Saver:
 
 
 def is_at_cadence(step: int, t: schema.TrainConfig) -> bool:
-  """Whether a run saves after so many steps by itself, not for a signal."""
+  """Whether a run saves after this step on schedule, not because of a signal."""
   return step % (t.checkpoint_every or t.steps) == 0
 
 
 class _Retention:
-  """Which checkpoints stay: the newest --train.max_to_keep, at least two, since
-  older ones go once the newest is written, before it was opened again; each
-  keep_every-th; and where a rollback may go, which no number of interruptions,
-  each with a checkpoint of its own, may push out: of the newest at the run's
-  cadence one more than may hold a spike, which is known two steps later; and
-  step 0, if it was imported."""
+  """Retains the newest --train.max_to_keep checkpoints, at least two, since older
+  ones are deleted once the newest is written, before it was opened again; each
+  keep_every-th; and the targets of a rollback, whatever number of interruptions
+  saved checkpoints of their own: of the newest at the run's cadence one more than
+  may contain a spike (detected two steps later), and an imported step 0."""
 
   def __init__(self, t: schema.TrainConfig):
     self._t = t
@@ -184,13 +183,13 @@ class _Retention:
     return [c.step in kept for c in checkpoints]
 
 
-_barriers = itertools.count()  # all processes have as many
+_barriers = itertools.count()  # the same in all processes
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-  """orbax's threads wait here for those of the other processes. One whose part
-  has failed is already waiting for the end of the save: the others, who would
-  wait for it until it is too late, learn it and fail as well."""
+  """Barrier of orbax's threads across processes. A process whose part has failed
+  already waits at the barrier that ends the save: the others, which would wait for
+  it until the timeout, detect that and fail as well."""
   if jax.process_count() == 1:
     return
   client = ocp.multihost.get_jax_distributed_client()
@@ -200,7 +199,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
     client.key_value_set(mine.format(number), key)
     client.wait_at_barrier(f'mtp_save_{number}', timeout_ms)
     keys = {k for _, k in client.key_value_dir_get(f'mtp_save/{number}/')}
-    if number:  # which all have read, since they are here
+    if number:  # every process has read the previous key
       client.key_value_delete(mine.format(number - 1))
     if len(keys) == 1:
       return
@@ -210,13 +209,13 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 def _log(line: str) -> None:
-  to = sys.stdout if distributed.is_primary() else sys.stderr  # others have no stdout
-  with contextlib.suppress(OSError):  # it may be on the full disk
+  to = sys.stdout if distributed.is_primary() else sys.stderr  # only the primary has a stdout
+  with contextlib.suppress(OSError):  # stdout may be on the full disk
     print(line, file=to, flush=True)
 
 
 def _why(error: Exception) -> str:
-  """In a few words; tensorstore's are a paragraph."""
+  """Returns a short reason; tensorstore's messages are paragraphs."""
   if os.strerror(errno.ENOSPC) in str(error):
     return 'no space left on the device'
   return paths_lib.first_line(error)
@@ -228,32 +227,32 @@ def save(
   state: Any,
   cfg: schema.Config,
   store: str,
-  left_out=(),
+  skipped_batches=(),
   spikes: dict | None = None,
 ) -> float:
-  """Starts to save the state; returns before it is done.
+  """Starts an asynchronous save of the state.
 
-  Every process of a run calls it, as it does `restore` and `restore_params`:
-  each writes the shards of its devices, process 0 the rest.
+  Collective, as are `restore` and `restore_params`: each process writes the
+  shards of its devices, process 0 the rest.
 
   Args:
     to: a Saver.
-    step: the state's step, under which it is filed.
+    step: the state's step, which names the checkpoint.
     state: the State; may be donated as soon as this returns.
-    cfg: what the state was trained with.
+    cfg: the Config that the state was trained with.
     store: fingerprint of the token store. The position in it is step x
-      batch_size, hence not saved,
-    left_out: but for the batches that no step reads.
-    spikes: what the detector of loss spikes remembers, as JSON has it.
+      batch_size plus the skipped batches, hence not saved.
+    skipped_batches: (first, count) of each range of batches that no step reads.
+    spikes: JSON state of the spike detector.
 
   Returns:
-    Seconds for which it held up the caller.
+    Seconds for which the caller was blocked.
   """
   about = dict(
     format=metadata.FORMAT,
     config=json.loads(parse.to_json(cfg)),
     store=store,
-    left_out=left_out,
+    left_out=skipped_batches,
     spikes=spikes or {},
   )
   args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
@@ -261,22 +260,21 @@ def save(
 
 
 def check_workdir(workdir: str) -> None:
-  """Raises ConfigError if checkpoints could be written there but not merged:
-  orbax finds the parts of one by a pattern into which it puts the path as it
-  is, so that [1] is looked for as 1, and * also finds those of other runs."""
+  """Raises ConfigError if checkpoints could be written there but not merged: orbax
+  finds the parts of one by a glob pattern that contains the unescaped path, so
+  that [1] matches 1, and * also matches other runs."""
   found = sorted({*'*?[]'} & {*str(workdir)})
   if found:
     raise fields.ConfigError(
       'train.workdir',
       workdir,
-      f'no path of checkpoints may have {" ".join(found)} in it, which their'
-      ' library reads as a pattern',
+      f'no path of checkpoints may have {" ".join(found)} in it, which orbax reads as a pattern',
     )
 
 
 def save_params(params: Any, cfg: schema.Config, tokenizer, workdir: str) -> None:
-  """Step 0 of a workdir, without an optimizer's state: what an import gives.
-  `restore_params` reads it, and a run begins with it."""
+  """Saves parameters as step 0 of a workdir, without optimizer state, as an import
+  does. `restore_params` reads it, and a run is initialized from it."""
   metadata.write_definition(cfg, tokenizer, workdir)
   with contextlib.closing(Saver(workdir, cfg)) as to:
     save(to, 0, dict(params=params), cfg, store='')

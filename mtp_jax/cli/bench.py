@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp bench`: time and memory of the loss, step, loader or decoding."""
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags

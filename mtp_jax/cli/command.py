@@ -1,4 +1,4 @@
-"""What commands share: checks of their arguments, the start of jax, reports."""
+"""Shared parts of commands: argument checks, jax configuration, reports."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from mtp_jax.parallel import chips
 
 
 class Command(NamedTuple):
-  """What a command is for, and the flags that it uses. mtp_jax.cli.MODULE holds
-  run(parsed) -> exit status, and imports jax inside, after its flags were checked."""
+  """A command: its help and its flags. mtp_jax.cli.MODULE defines run(parsed) -> exit
+  status, and imports jax inside, after its flags were checked."""
 
   help: str
   sections: tuple[str, ...]  # sections of flags, or single ones
@@ -76,7 +76,7 @@ def parse_flags(args: list[str], name: str, sections: tuple[str, ...]) -> flags.
 
 
 def check_arguments(name: str, command: Command, given: list[str]) -> None:
-  """Raises absl.flags.Error unless the arguments are those that a command takes."""
+  """Raises absl.flags.Error unless the arguments match those of the command."""
   wanted = command.arguments.split()
   if wanted and '|' in wanted[0]:
     choices = wanted[0].split('|')
@@ -93,7 +93,7 @@ def check_arguments(name: str, command: Command, given: list[str]) -> None:
 
 
 def single_process_config(parsed: flags.Parsed) -> schema.Config:
-  """Commands of one process; a bigger machine decodes more rows."""
+  """Returns the Config of a command that runs in a single process only."""
   cfg = schema.replace(schema.Config(), **parsed.given)
   if cfg.distributed.coordinator_address:
     raise fields.ConfigError(

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp eval CHECKPOINT`: held-out loss and other tasks."""
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
@@ -7,7 +7,7 @@ from mtp_jax.io import paths
 
 
 def run(parsed: flags.Parsed) -> int:
-  # The run's own config is the base of all flags, and is read later.
+  # The checkpoint's own config, read later, is the base of all flags.
   cfg = schema.replace(schema.Config(), **parsed.given)
   validate.validate(schema.Config(distributed=cfg.distributed))
   command_lib.start_jax(cfg)

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp export CHECKPOINT`: to the format of another program."""
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags

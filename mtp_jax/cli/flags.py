@@ -1,6 +1,7 @@
-"""TODO of mtp_jax.flags."""
+"""Flags: definition from the schema, flag files, parsing, help texts."""
 
 import collections
+import dataclasses
 import os
 import re
 import textwrap
@@ -16,11 +17,11 @@ _DEFINE = {
   float: flags.DEFINE_float,
   str: flags.DEFINE_string,
   bool: flags.DEFINE_boolean,
-  tuple: flags.DEFINE_multi_string,  # given several times
+  tuple: flags.DEFINE_multi_string,  # may be repeated
 }
 _ALLOWED = {int: 'must be an integer', float: 'must be a number', bool: 'must be true or false'}
 _ILLEGAL = re.compile('flag --([^=]+)=(.*?): ', re.DOTALL)
-# Of all flag files of a command; absl's own time grows with flags squared.
+# Limits over all flag files of a command; absl's time is quadratic in flags.
 MOST_FILES, MOST_FLAGS, MOST_BYTES = 1000, 10_000, 2**20
 
 
@@ -28,14 +29,15 @@ def expand(args: list[str]) -> list[str]:
   """Replaces each --flagfile by the flags in it, recursively.
 
   Raises:
-    ConfigError: a file is missing, no flag file, or includes itself; all files
-      together are more than MOST_FILES or have more than MOST_FLAGS.
+    ConfigError: a file is missing, not a flag file, or includes itself; all files
+      together exceed MOST_FILES or MOST_FLAGS.
   """
   return _expanded(args, '', (), collections.Counter())
 
 
 def _expanded(args, beside: str, seen: tuple, total) -> list[str]:
-  """seen: real paths of the files that led here; total: counts of all."""
+  """Expands recursively; `seen` are the real paths of the including files, `total`
+  counts all."""
   out, rest = [], iter(args)
   for arg in rest:
     name, _, path = arg.partition('=')
@@ -56,7 +58,7 @@ def _expanded(args, beside: str, seen: tuple, total) -> list[str]:
 
 
 def _read_flag_file(path: str, beside: str) -> tuple[list[str], str]:
-  """(its lines but for comments, its real path)."""
+  """Returns (lines without comments, real path) of a flag file."""
 
   def wrong(problem):
     return fields.ConfigError('flagfile', path, problem)
@@ -71,7 +73,11 @@ def _read_flag_file(path: str, beside: str) -> tuple[list[str], str]:
     found = [p for p in both if os.path.isfile(p)]
     real = os.path.realpath(found[0]) if found else ''
   if not found:
-    raise wrong('no such file')
+    part = os.path.normpath(path).split(os.sep)[0] == 'experiments'
+    raise wrong(
+      'no such file'
+      + '; experiments/ is in the source repository, not in the installed package' * part
+    )
   try:
     with paths.as_path(real).open('rb') as file:
       data = file.read(MOST_BYTES + 1)
@@ -86,7 +92,7 @@ def _read_flag_file(path: str, beside: str) -> tuple[list[str], str]:
   for arg in args:
     if not arg.startswith('-'):
       raise wrong(f'{arg!r} is not a flag')
-  if os.path.basename(real) == 'run.flags':  # of a run of before, perhaps
+  if os.path.basename(real) == 'run.flags':  # perhaps of an earlier version
     args = [today for arg in args for today in _of_today(arg)]
   return args, real
 
@@ -107,14 +113,16 @@ def _define() -> flags.FlagValues:
     help = field.metadata['help']
     if 'choices' in field.metadata:
       help += f' [{" | ".join(field.metadata["choices"])}]'
-    default = list(field.default) if field.type is tuple else field.default
+    default = field.default
+    assert default is not dataclasses.MISSING
+    default = list(default) if field.type is tuple else default
     _DEFINE[field.type](name, default, help, flag_values=values)
   for name, help in TEXTS.items():
     flags.DEFINE_string(name, None, help, flag_values=values)
   return values
 
 
-# Flags of a command line that are no field of a run.
+# Flags of a command line that are not fields of a Config.
 TEXTS = {
   'out': 'JSON file for the report; of generate, .jsonl: a row per prompt',
   'prompt': 'text to continue',
@@ -132,7 +140,7 @@ class Parsed(NamedTuple):
   prompt_ids: str | None = None
 
   def config(self, base: schema.Config | None = None) -> schema.Config:
-    """`base`, or the defaults, with what was given; checked."""
+    """Returns `base` (or the defaults) with the given fields, validated."""
     return validate.configured(self.given, base)
 
 
@@ -140,14 +148,13 @@ def parse(args: list[str]) -> Parsed:
   """Reads flags and flag files.
 
   Raises:
-    ConfigError: a flag file is missing or no flag file; a value is of another
-      type.
+    ConfigError: a flag file is missing or invalid; a value has another type.
     absl.flags.Error: a flag is unknown.
   """
   values, args = _define(), expand(args)
   for arg in args:
     name = arg.lstrip('-').partition('=')[0] if arg.startswith('-') else ''
-    # absl's own, and what it would compare with all names, recursively.
+    # absl's own flag, and names that absl would compare with all others, recursively.
     if name == 'undefok' or len(name) > 100:
       raise flags.Error(f'{arg!r} is not a flag')
     if advice := renamed.advice(name, arg.partition('=')[2] if '=' in arg else None):
@@ -157,8 +164,10 @@ def parse(args: list[str]) -> Parsed:
   except ValueError as error:  # of --noFLAG=VALUE
     raise flags.Error(str(error)) from error
   except flags.IllegalFlagValueError as error:
-    # Its reasons are Python's, which do not say what is allowed.
-    name, value = _ILLEGAL.match(str(error)).groups()
+    # absl's reasons are Python's, which do not state what is allowed.
+    found = _ILLEGAL.match(str(error))
+    assert found
+    name, value = found.groups()
     allowed = _ALLOWED[schema.fields()[name].type]
     raise fields.ConfigError(name, value, allowed) from error
   for text in rest:
@@ -168,7 +177,7 @@ def parse(args: list[str]) -> Parsed:
   if problem := fields.wrong_text(out):
     raise fields.ConfigError('out', out, problem)
   given = {
-    name: field.type(values[name].value)
+    name: schema.type_of(field)(values[name].value)
     for name, field in schema.fields().items()
     if values[name].present
   }
@@ -196,7 +205,7 @@ def usage(sections: tuple[str, ...]) -> str:
   default, grouped."""
   lines, found = [], _define()._flags()
   names = [*schema.fields(), *TEXTS]
-  for section in sections:  # the command's own come first
+  for section in sections:  # the command's own first
     group = [name for name in names if section in (name, name.split('.')[0])]
     lines += ['', section] if group and section not in names else []
     for name in group:
@@ -204,4 +213,4 @@ def usage(sections: tuple[str, ...]) -> str:
       lines += textwrap.wrap(
         found[name].help, 96, initial_indent=' ' * 6, subsequent_indent=' ' * 6
       )
-  return '\n'.join(lines).strip()
+  return '\n'.join(lines).strip('\n')

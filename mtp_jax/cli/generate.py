@@ -37,12 +37,12 @@ def run(parsed: flags.Parsed) -> int:
     command_lib.print_report(lines, values, parsed.out)
     return 0
   if as_rows:
-    # Batch by batch: what is interrupted leaves those that are done.
+    # Written batch by batch: an interruption leaves the finished ones.
     part = f'{parsed.out}.part'
     with contextlib.closing(paths.open_append(part)) as rows:
-      values = streaming.decode_prompts(opened, prompts, streaming.say, rows)
+      values = streaming.decode_prompts(opened, prompts, streaming.write_stdout, rows)
     paths.as_path(part).replace(paths.as_path(parsed.out))
   else:
-    values = streaming.decode_prompts(opened, prompts, streaming.say)
+    values = streaming.decode_prompts(opened, prompts, streaming.write_stdout)
     command_lib.print_report([], values, parsed.out)
   return 0

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp import`: another program's checkpoint into a run directory."""
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags

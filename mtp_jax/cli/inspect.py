@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp inspect`: the batch of a training step, as tokens and targets."""
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
@@ -16,10 +16,10 @@ def run(parsed: flags.Parsed) -> int:
 
 
 def inspect_batch(cfg: schema.Config) -> tuple[list[str], dict]:
-  """The batch of a training step as the loss sees it.
+  """Returns (lines, values) of the batch of a training step.
 
-  For each position: the token, its position and segment, and the target of each
-  head, bracketed where it does not count.
+  Per position: the token, its position and segment, and the target of each head,
+  bracketed where it is not valid.
   """
   import jax
   import numpy as np

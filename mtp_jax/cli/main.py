@@ -129,10 +129,10 @@ def _help(name: str, full: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command; returns the exit status: 0, 2 for bad input, or what the
-  command says (docs/index.md lists them)."""
+  """Runs a command; returns the exit status: 0, 2 for bad input, or the command's own
+  (docs/operations.md lists them)."""
   for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # a path may be no UTF-8
+    if isinstance(stream, io.TextIOWrapper):  # a path may not be UTF-8
       stream.reconfigure(errors='backslashreplace')
   args = sys.argv[1:] if argv is None else list(argv)
   if not args or args[0] in ('-h', '--help', 'help'):
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('mtp: interrupted', file=sys.stderr)
     return 130
-  except BrokenPipeError:  # `mtp … | head` has seen enough
+  except BrokenPipeError:  # `mtp … | head` closed the pipe
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
   except OSError as error:
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f'mtp: {jsonl.one_line(why)}', file=sys.stderr)
     if error.errno not in paths.DISK_ERRORS:
       return 2
-    # Python would try to write it once more at its end.
+    # Python would try to flush stdout again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2
   except (paths.InputError, absl_flags.Error) as error:

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp plan`: compiles the train step ahead of time."""
 
 import os
 
@@ -10,11 +10,11 @@ from mtp_jax.config import fields
 def run(parsed: flags.Parsed) -> int:
   cfg = parsed.config()
   if cfg.plan.topology:
-    # What jaxlib cannot read back is said in the report, not in its own words.
+    # jaxlib's warnings about what it cannot read back are part of the report.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     import jax
 
-    jax.config.update('jax_platforms', 'cpu')  # none of it runs
+    jax.config.update('jax_platforms', 'cpu')  # compiles only, runs nothing
   elif cfg.plan.slices > 1:
     raise fields.ConfigError('plan.slices', cfg.plan.slices, 'needs --plan.topology')
   else:

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp prepare`: documents to a token store."""
 
 import collections
 import os
@@ -52,11 +52,11 @@ def run(parsed: flags.Parsed) -> int:
       sources=cfg.data.documents,
       progress=show,
       overwrite=cfg.data.overwrite,
-      workers=cfg.data.workers or os.cpu_count(),
+      workers=cfg.data.workers or os.cpu_count() or 1,
     )
-  left_out = {what: n for what, n in sorted(skipped.items()) if n}
-  lines = [f'left out   {n:,} {what}' for what, n in left_out.items()]
-  if left_out:
-    manifest['skipped'] = left_out
+  n_skipped = {what: n for what, n in sorted(skipped.items()) if n}
+  lines = [f'skipped    {n:,} {what}' for what, n in n_skipped.items()]
+  if n_skipped:
+    manifest['skipped'] = n_skipped
   command_lib.print_report(store.summary(manifest) + lines, manifest, parsed.out)
   return 0

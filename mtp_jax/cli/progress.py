@@ -1,4 +1,4 @@
-"""How far the preparation of a store is. Floor 2."""
+"""Progress at a terminal: of `prepare`, of timed work, of training."""
 
 import contextlib
 import sys
@@ -13,8 +13,8 @@ from mtp_jax.train import run as run_lib
 
 @contextlib.contextmanager
 def status():
-  """show(documents, tokens, bytes): a live line at a terminal; at the end, and
-  elsewhere only then, one line with the speed."""
+  """Yields show(documents, tokens, bytes), a live status line at a terminal; prints
+  the throughput at the end."""
   begin, so_far = time.perf_counter(), (0, 0, 0)
 
   def text():
@@ -38,7 +38,7 @@ def status():
 
 @contextlib.contextmanager
 def timed(what: str):
-  """A live line while it lasts, at a terminal; then one with the seconds."""
+  """Shows a live line at a terminal during the body, then prints its seconds."""
   begin = time.perf_counter()
   with _live(f'{what} …'):
     yield
@@ -52,19 +52,19 @@ def _live(text: str) -> rich.status.Status:
 
 @contextlib.contextmanager
 def bar(start: int, steps: int):
-  """Yields say(text, step=None): a bar at a terminal, plain lines elsewhere."""
+  """Yields log_line(text, step=None): a progress bar at a terminal, plain lines elsewhere."""
   if not sys.stdout.isatty():
-    with run_lib.plain_lines(start, steps) as say:
-      yield say
+    with run_lib.plain_lines(start, steps) as log_line:
+      yield log_line
     return
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()
   ) as bar:
     task = bar.add_task('training', total=steps, completed=start)
 
-    def say(text, step=None):
+    def log_line(text, step=None):
       bar.console.print(text, markup=False, highlight=False)
       if step:
         bar.update(task, completed=step)
 
-    yield say
+    yield log_line

@@ -1,4 +1,4 @@
-"""Prompts of `mtp generate`: of a flag or a file, checked. Imports jax."""
+"""Prompts of `mtp generate`, read from flags or a file and checked. Imports jax."""
 
 import io
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from mtp_jax.io import jsonl, paths
 
 
 class Prompt(NamedTuple):
-  """What a row goes on from; its text, unless ids were given; of a file, its
-  line and what else stands there."""
+  """A prompt: token ids; its text, unless ids were given; its line in a file and the
+  other fields of that record."""
 
   ids: np.ndarray
   text: str | None
@@ -23,9 +23,10 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(parsed: flags.Parsed, found: load_lib.CheckpointInfo) -> list[Prompt]:
-  """Of --prompt, --prompt_ids or --decode.prompts, one of them; checked.
+  """Reads the prompts of --prompt, --prompt_ids or --decode.prompts, exactly one of
+  which must be given, and checks them.
 
-  A text starts a document: the begin token is put before it.
+  A text starts a document: the begin-of-document token is prepended.
   """
   cfg, path = found.cfg, found.cfg.decode.prompts
   given = [parsed.prompt is not None, parsed.prompt_ids is not None, bool(path)]
@@ -98,11 +99,11 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
   return prompts
 
 
-FORM = 'is no object with prompt, a text, or prompt_ids, a list of token ids'
+FORM = 'must be an object with prompt, a text, or prompt_ids, a list of token ids'
 
 
 def _of_record(line: str, tokenizer) -> Prompt:
-  """A line of .jsonl; ValueError says what is wrong with it."""
+  """Parses a line of .jsonl; raises ValueError if it is invalid."""
   record = jsonl.loads(line)
   if not isinstance(record, dict):
     raise ValueError(FORM)

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp report RUN…`: report.html of one or several runs."""
 
 from absl import flags as absl_flags
 
@@ -12,7 +12,7 @@ def run(parsed: flags.Parsed) -> int:
 
   try:
     for run in parsed.rest:
-      paths.absolute(run)  # says what is not there to reach it
+      paths.absolute(run)  # raises if a path cannot be reached
     lines, values = files.write(parsed.rest)
   except ValueError as error:  # names the run; no flag is to blame
     raise absl_flags.Error(str(error)) from error

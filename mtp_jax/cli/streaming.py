@@ -1,4 +1,4 @@
-"""Text of `mtp generate`, as it is decoded. Imports jax."""
+"""Output of `mtp generate`, streamed as it is decoded. Imports jax."""
 
 import json
 import sys
@@ -10,22 +10,22 @@ from mtp_jax.decode import load as load_lib
 from mtp_jax.decode import summary as summary_lib
 from mtp_jax.evals import subject as subject_lib
 
-PARTIAL = '\ufffd'  # of a character whose last bytes are not there yet
+PARTIAL = '\ufffd'  # decoded in place of an incomplete character
 
 
 def decode_prompts(
   opened: load_lib.LoadedModel,
   prompts: list[prompts_lib.Prompt],
-  say: Callable[[str], None],
+  write: Callable[[str], None],
   part=None,
 ) -> dict:
-  """Decodes all prompts, and says what it wrote: one alone as it comes, several
-  each when its batch is done. How it went goes to stderr.
+  """Decodes all prompts and writes their text: a single one as a stream, several
+  after each batch. Statistics go to stderr.
 
-  part: of paths.growing; each batch's rows are written to it when it is done.
+  part: of paths.open_append; the rows of each finished batch are appended to it.
 
   Returns:
-    the report, with all rows.
+    The report, with all rows.
   """
   cfg, decode = opened.cfg, opened.decoder
   B = min(cfg.decode.batch_size or len(prompts), len(prompts))
@@ -35,7 +35,7 @@ def decode_prompts(
   _log(_warn_context(cfg, prompts, cache))
   for first in range(0, len(prompts), B):
     batch = prompts[first : first + B]
-    stream = _stream(opened, batch[0], say) if len(prompts) == 1 else None
+    stream = _stream(opened, batch[0], write) if len(prompts) == 1 else None
     decoded = decode(
       [p.ids for p in batch],
       rows=B,
@@ -52,19 +52,19 @@ def decode_prompts(
       rows.append(record)
       if part:
         line = f'{json.dumps(record, ensure_ascii=False)}\n'
-        # A prompt file may spell half a character: it is escaped again.
+        # A prompt file may escape half a surrogate pair: it is escaped again.
         part.write(line.encode(errors='backslashreplace'))
         part.flush()
       if not stream:
-        say(f'=== {len(rows)} of {len(prompts)}\n{shown(record)}\n')
+        write(f'=== {len(rows)} of {len(prompts)}\n{shown(record)}\n')
   if len(prompts) == 1:
-    say('\n')
+    write('\n')
   total = decoder_lib.joined(done)
   _log(
     [
       f'{opened.name}: {total.n_tokens:,} tokens in'
-      f' {int(total.forwards.sum()):,} forward passes of a row,'
-      f' {total.tokens_per_forward:.2f} a pass with'
+      f' {int(total.forwards.sum()):,} forward passes,'
+      f' {total.tokens_per_forward:.2f} tokens per forward pass with'
       f' {len(decode.widths) + 1} of {cfg.heads.n} heads' + summary_lib.sampled(cfg),
       *summary_lib.acceptance_lines(total),
       f'prompts {total.prefill_s:.3f} s, decoding {total.decode_s:.3f} s:'
@@ -73,12 +73,12 @@ def decode_prompts(
     ]
   )
   if cfg.decode.compare:
-    _log(['head 1 alone was in use: nothing to compare it with'])
+    _log(['plain decoding with head 1 only: nothing to compare'])
   return summary_lib.summary(total) | dict(rows=rows)
 
 
 def _log(lines: list[str]) -> None:
-  """Beside the text, which may be piped."""
+  """Prints lines to stderr, as stdout may be piped."""
   sys.stdout.flush()
   for line in lines:
     print(line, file=sys.stderr, flush=True)
@@ -90,13 +90,13 @@ def _warn_context(cfg, prompts, cache: int) -> list[str]:
   if longest <= subject_lib.context(cfg):
     return []
   return [
-    f'up to {longest:,} tokens a row are more than the windows that it was'
+    f'rows of up to {longest:,} tokens exceed the sequence length that the model was'
     f' trained on (--data.seq_len={cfg.data.seq_len:,})'
   ]
 
 
 def row(prompt: prompts_lib.Prompt, tokens, forwards, opened, stop_ids) -> dict:
-  """What a prompt became, with all that its line said."""
+  """Returns the output record of a prompt, with the other fields of its line."""
   record = dict(prompt.fields or {})
   if prompt.line:
     record['line'] = prompt.line
@@ -113,7 +113,7 @@ def row(prompt: prompts_lib.Prompt, tokens, forwards, opened, stop_ids) -> dict:
 
 
 def _text(prompt: prompts_lib.Prompt, tokens, tokenizer) -> str:
-  """What the new tokens add to the text of the prompt's."""
+  """Returns the text that the new tokens add to that of the prompt."""
   # A prompt of ids may end within a character.
   before = tokenizer.decode(prompt.ids).rstrip(PARTIAL)
   return tokenizer.decode([*prompt.ids, *tokens])[len(before) :]
@@ -125,36 +125,36 @@ def shown(row: dict) -> str:
   return row.get('prompt', '') + row['text']
 
 
-def _stream(opened: load_lib.LoadedModel, prompt: prompts_lib.Prompt, say):
-  """A function of the new tokens so far, that says what it has not said yet."""
-  said = 0
+def _stream(opened: load_lib.LoadedModel, prompt: prompts_lib.Prompt, write):
+  """Returns each(rows), which writes the part of the text not yet written."""
+  n_written = 0
   if opened.tokenizer is not None and prompt.text is not None:
-    say(prompt.text)
+    write(prompt.text)
 
   def each(rows, last=False):
-    nonlocal said
+    nonlocal n_written
     tokens = rows[0]
     if opened.tokenizer is None:
-      text = ','.join(map(str, tokens[said:]))
-      say(',' * (said > 0 and bool(text)) + text)
-      said = len(tokens)
+      text = ','.join(map(str, tokens[n_written:]))
+      write(',' * (n_written > 0 and bool(text)) + text)
+      n_written = len(tokens)
       return
     text = _text(prompt, tokens, opened.tokenizer)
-    if not last:  # the rest of a character may come
+    if not last:  # a character may be incomplete
       text = text.rstrip(PARTIAL)
-    say(text[said:])
-    said = max(said, len(text))
+    write(text[n_written:])
+    n_written = max(n_written, len(text))
 
   return each
 
 
 def print_rows(opened: load_lib.LoadedModel, prompts: list[prompts_lib.Prompt], decoded) -> None:
-  """Prints each prompt with what was decoded of it."""
+  """Prints each prompt with its continuation."""
   stop_ids = summary_lib.stop_ids(opened.cfg, opened)
   for prompt, tokens, forwards in zip(prompts, decoded.tokens, decoded.forwards, strict=True):
-    say(shown(row(prompt, tokens, forwards, opened, stop_ids)) + '\n')
+    write_stdout(shown(row(prompt, tokens, forwards, opened, stop_ids)) + '\n')
 
 
-def say(text: str) -> None:
+def write_stdout(text: str) -> None:
   sys.stdout.write(text)
   sys.stdout.flush()

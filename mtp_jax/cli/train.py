@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.main."""
+"""`mtp train`: trains a model, or resumes a run."""
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
@@ -15,7 +15,7 @@ def run(parsed: flags.Parsed) -> int:
   cfg = parsed.config()
   command_lib.require(cfg, 'train.workdir', 'the directory of the run')
   command_lib.require(cfg, 'data.store', 'the store that `mtp prepare` wrote')
-  # A run repeats from any working directory.
+  # Absolute paths: the run can be resumed from any working directory.
   cfg = schema.replace(
     cfg,
     **{flag: _absolute_stores(cfg, flag) for flag in ('data.store', 'eval.stores')},

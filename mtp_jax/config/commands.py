@@ -1,15 +1,15 @@
-"""TODO of mtp_jax.config."""
+"""Options of single commands, which are not part of a run's identity."""
 
 import dataclasses
 
 from mtp_jax.config import fields
 
-MOST_POSITIONS = 2**20  # of a row that is decoded
+MOST_POSITIONS = 2**20  # maximum length of a decoded row
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-  """Which process of a run this one is; not part of what the run is."""
+  """The processes of a run, and which of them this one is."""
 
   coordinator_address: str = fields.field(
     '',
@@ -33,7 +33,7 @@ class DistributedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-  """Generation, with the model's own heads as the draft of what follows."""
+  """Generation, with the model's own heads as the draft."""
 
   num_draft_tokens: str = fields.field(
     'all',
@@ -119,7 +119,7 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-  """A checkpoint for other tools."""
+  """Export of a checkpoint to the format of another tool."""
 
   out: str = fields.field('', 'directory to write, new or empty', result=False)
   format: str = fields.field(
@@ -145,7 +145,7 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig:
-  """A checkpoint of another tool; --train.workdir is where it goes."""
+  """Import of another tool's checkpoint into --train.workdir."""
 
   path: str = fields.field('', 'directory of the checkpoint', result=False)
   format: str = fields.field(
@@ -178,7 +178,7 @@ class InspectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-  """What `mtp plan` compiles for, without having it."""
+  """The devices that `mtp plan` compiles for, which need not be present."""
 
   topology: str = fields.field(
     '',
@@ -210,7 +210,7 @@ class PlanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-  """What `mtp bench` measures; empty lists take the run's own value."""
+  """Measurements of `mtp bench`; an empty list means the run's own value."""
 
   heads: str = fields.field(
     '1,2,4', 'numbers of heads for loss and step; ratios are to the first', result=False

@@ -1,25 +1,26 @@
-"""TODO of mtp_jax.config."""
+"""Fields of a Config: their declaration, limits, and the error of a wrong value."""
 
 import dataclasses
+from typing import Any
 
 from mtp_jax.io import jsonl, paths
 
 DTYPES = ('float32', 'bfloat16')
 INT32 = 2**31 - 1
-UNSIGNED = dict(min=0, max=INT32)
-POSITIVE = dict(min=1, max=INT32)
+UNSIGNED: dict[str, Any] = dict(min=0, max=INT32)
+POSITIVE: dict[str, Any] = dict(min=1, max=INT32)
 
 
-def limits(most, least=1):
-  """Limits of a number; the upper one is far beyond any use."""
+def limits(most, least=1) -> dict[str, Any]:
+  """Returns limits of a number; the upper one is beyond any practical use."""
   return dict(min=least, max=most)
 
 
 class ConfigError(paths.InputError):
-  """One line that names the flag, its value and what is allowed."""
+  """An error of one line: the flag, its value and what is allowed."""
 
   def __init__(self, flag: str, value: object, allowed: str):
-    ValueError.__init__(self, flag, value, allowed)  # as pickle hands them on
+    ValueError.__init__(self, flag, value, allowed)  # the arguments that pickle restores
 
   def __str__(self):
     flag, value, allowed = self.args
@@ -28,19 +29,19 @@ class ConfigError(paths.InputError):
 
 
 def wrong_text(text: str) -> str:
-  """Why a text cannot be a flag's: libraries can neither open nor store it.
-  Empty if it can."""
+  """Returns why a text cannot be the value of a flag, as libraries can neither open
+  nor store it; '' if it can."""
   if '\0' in text:
     return 'must not contain a NUL character'
   try:
     text.encode()
-  except UnicodeEncodeError:  # bytes of the command line that no decoder takes
+  except UnicodeEncodeError:  # undecodable bytes of the command line
     return 'must be UTF-8'
   return ''
 
 
 class FileChanged(ConfigError):
-  """An input that changed during a run; one process of several may find it."""
+  """An input that changed during a run; a single process may detect it."""
 
 
 def field(default, help, *, result=True, **limits):

@@ -1,4 +1,4 @@
-"""Texts of a Config: lists in flags, JSON, flag files; those of earlier versions."""
+"""Text forms of a Config: lists in flags, JSON, flag files, earlier versions."""
 
 import dataclasses
 import fractions
@@ -10,7 +10,7 @@ import typing
 from mtp_jax.config import renamed, schema
 from mtp_jax.io import jsonl
 
-VERSION = 2  # of the JSON form; raised when a field changes its name or meaning
+VERSION = 2  # of the JSON form; incremented when a field changes its name or meaning
 
 
 def to_json(cfg: schema.Config) -> str:
@@ -19,7 +19,7 @@ def to_json(cfg: schema.Config) -> str:
 
 def _of_version_1(values: dict[str, object]) -> dict[str, object]:
   """Returns the 'section.field' values of a version 1 under today's names."""
-  for group in 'trunk', 'heads':  # before --train.freeze, a rate of 0 froze
+  for group in 'trunk', 'heads':  # before --train.freeze existed, a rate of 0 froze
     if values.get(f'optim.{group}_lr') == 0:
       values |= {f'optim.{group}_lr': 1.0, 'train.freeze': group}
   values = {name: value for name, value in values.items() if name not in renamed.ARGUMENTS}
@@ -31,11 +31,11 @@ class OtherVersion(ValueError):
 
 
 def from_json(text: str | bytes) -> schema.Config:
-  """Returns the Config that to_json wrote, its limits not yet checked.
+  """Returns the Config that to_json wrote, without checking limits.
 
   Raises:
-    OtherVersion: another version wrote it, or it has a field that is unknown.
-    ValueError: it is no JSON, or a field is of another type; in one line.
+    OtherVersion: another version wrote it, or it has an unknown field.
+    ValueError: it is not JSON, or a field has another type; in one line.
   """
   sections = jsonl.loads(text, {...: object})
   version = sections.pop('version', None)
@@ -60,19 +60,19 @@ def from_json(text: str | bytes) -> schema.Config:
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-  """'1,2,4' -> (1, 2, 4); '' -> ()."""
+  """Parses '1,2,4' to (1, 2, 4), '' to ()."""
   return tuple(int(number) for number in text.split(',')) if text else ()
 
 
 def parse_stop_ids(text: str) -> tuple[int, ...] | None:
-  """'3,7' -> (3, 7); 'none' -> (); '' -> None, nothing said."""
+  """Parses '3,7' to (3, 7), 'none' to (), '' to None (unset)."""
   if not text:
     return None
   return () if text == 'none' else parse_numbers(text)
 
 
 class StoreRef(typing.NamedTuple):
-  """A store as a flag names it."""
+  """A store in a flag's value."""
 
   name: str
   path: str
@@ -87,10 +87,10 @@ STORE = re.compile(r'(?:([\w.-]+)=)?(.+?)(?::(\d+\.?\d*|\.\d+))?')
 
 
 def parse_stores(text: str) -> tuple[StoreRef, ...]:
-  """'a/b,c=d:.5' -> (('b', 'a/b', '1'), ('c', 'd', '.5')).
+  """Parses 'a/b,c=d:.5' to (('b', 'a/b', '1'), ('c', 'd', '.5')).
 
-  A path has no comma; one that looks as if it began with NAME= or ended in
-  :WEIGHT can be written ./PATH and PATH:1.
+  A path has no comma; one that starts like NAME= or ends like :WEIGHT can be written
+  as ./PATH and PATH:1.
   """
   refs = []
   for entry in text.split(',') if text else ():
@@ -101,26 +101,26 @@ def parse_stores(text: str) -> tuple[StoreRef, ...]:
     name = name or os.path.basename(os.path.normpath(path))
     refs.append(StoreRef(name, path, weight or '1'))
     if not 1e-12 <= refs[-1].share <= 1e12:
-      raise ValueError('a weight of 0, or of another size')
+      raise ValueError('weights must be from 1e-12 to 1e12')
   return tuple(refs)
 
 
 def format_stores(refs: typing.Iterable[StoreRef]) -> str:
-  """The shortest text that parse_stores reads as refs."""
+  """Returns the shortest text that parse_stores parses to refs."""
   entries = []
   for ref in refs:
     named = f'{ref.name}={ref.path}'
     forms = (ref.path, named, f'{ref.path}:{ref.weight}')
     forms += (f'{named}:{ref.weight}', f'{ref.path}:{ref.weight}')
     exact = (form for form in forms if parse_stores(form) == (ref,))
-    # Some names, e.g. '~', cannot be written; the path tells more.
+    # Some names, e.g. '~', cannot be written; then the path is.
     entries.append(next(exact, forms[-1]))
   return ','.join(entries)
 
 
-# Sections that say where a run is or what is asked of it, not what it is.
 def to_flag_file(cfg: schema.Config) -> str:
-  """Returns all fields of a run as flag lines, but for the workdir."""
+  """Returns all fields of a run as flag lines, without the workdir and the sections
+  of single commands."""
   return ''.join(
     f'--{name}={schema.get(cfg, name)}\n'
     for name in schema.fields()

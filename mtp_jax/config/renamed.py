@@ -1,8 +1,8 @@
-"""Flags of earlier versions, by what became of them. Floor 1.
+"""Flags of earlier versions and their successors.
 
-A flag file that an earlier version wrote (`run.flags`), its config.json and its
-checkpoints are read through these tables; on a command line a flag of before is
-refused in one line that names its successor.
+An earlier version's run.flags, config.json and checkpoints are read through these
+tables; on a command line an old flag is refused in one line that names its
+successor.
 """
 
 RENAMED = {
@@ -43,8 +43,11 @@ RENAMED = {
   'bench.drafts': 'bench.num_draft_tokens',
 }
 # Values that were renamed with their flag.
-VALUES = {('loss.schedule', 'eager'): 'interleaved', ('train.new_heads', 'fresh'): 'random'}
-# Flags that have become arguments, and how a command is given them.
+VALUES: dict[tuple[str, object], str] = {
+  ('loss.schedule', 'eager'): 'interleaved',
+  ('train.new_heads', 'fresh'): 'random',
+}
+# Flags that have become positional arguments, and their usage.
 ARGUMENTS = {
   'eval.checkpoint': 'mtp eval CHECKPOINT',
   'decode.checkpoint': 'mtp generate CHECKPOINT',
@@ -54,13 +57,14 @@ ARGUMENTS = {
 
 
 def _drafts(value: str) -> str:
-  """Heads in use, head 1 counted, 0 for all -> tokens that are drafted."""
+  """Returns the number of draft tokens of a number of heads in use (head 1 counted,
+  0 = all)."""
   return str(int(value) - 1) if int(value or 0) else 'all'
 
 
 def successor(name: str, value: object) -> tuple[str, object] | None:
-  """Returns (flag of today, its value) of a flag of before that had this value;
-  None of one that has become an argument or that no version had."""
+  """Returns (today's flag, its value) of an old flag and value; None if it has become
+  an argument or is no old flag."""
   if name not in RENAMED:
     return None
   if name in ('decode.draft', 'bench.drafts'):
@@ -70,14 +74,14 @@ def successor(name: str, value: object) -> tuple[str, object] | None:
       else:
         value = ','.join(map(_drafts, str(value).split(','))) if value else ''
     except ValueError:
-      pass  # what the flag of today says of it
+      pass  # validated under today's flag
   if name == 'bench.schedules':
     return RENAMED[name], str(value).replace('eager', 'interleaved')
   return RENAMED[name], VALUES.get((name, value), value)
 
 
 def advice(name: str, value: str | None) -> str:
-  """Returns what to write in place of a flag of before; '' of any other."""
+  """Returns what replaces an old flag; '' for any other."""
   if name in ARGUMENTS:
     return f'--{name} is an argument now: {ARGUMENTS[name]}'
   found = successor(name, value if value is not None else '')

@@ -1,10 +1,10 @@
-"""What changes with the step: head weights and active heads. Floor 0."""
+"""Values that change with the step: head weights and active heads."""
 
 from mtp_jax.config import fields, schema
 
 
 def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:
-  """'0:1,.3;50000:1,.1' -> ((0, (1.0, 0.3)), (50000, (1.0, 0.1)))."""
+  """Parses '0:1,.3;50000:1,.1' to ((0, (1.0, 0.3)), (50000, (1.0, 0.1)))."""
   phases = []
   for phase in text.split(';'):
     step, values = phase.split(':')
@@ -16,7 +16,7 @@ def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:
 
 
 def head_weights(cfg: schema.Config) -> tuple[tuple[int, tuple[float, ...]], ...]:
-  """--loss.weights by phase, one weight a head."""
+  """Returns --loss.weights by phase, one weight per head."""
   return tuple(
     (start, values + values[-1:] * (cfg.heads.n - len(values)))
     for start, values in parse_steps(cfg.loss.weights)
@@ -24,18 +24,18 @@ def head_weights(cfg: schema.Config) -> tuple[tuple[int, tuple[float, ...]], ...
 
 
 def in_force(phases, step: int):
-  """The values of the phase that a step lies in."""
+  """Returns the values of the phase that contains a step."""
   return [values for start, values in phases if start <= step][-1]
 
 
 def active_heads(cfg: schema.Config, step: int) -> int:
-  """Heads 1..m that train at this step, under --loss.curriculum."""
+  """Returns m such that heads 1..m train at this step, under --loss.curriculum."""
   if not cfg.loss.curriculum:
     return cfg.heads.n
   return int(in_force(parse_steps(cfg.loss.curriculum), step)[0])
 
 
 def trained_heads(cfg: schema.Config, step: int) -> int:
-  """Heads 1..m that the last of `step` optimizer steps trained; of no step, those
-  that the first one will."""
+  """Returns m such that heads 1..m trained in the last of `step` optimizer steps; for
+  step 0, those that the first step trains."""
   return active_heads(cfg, max(step - 1, 0))

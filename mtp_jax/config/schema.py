@@ -1,8 +1,8 @@
-"""What a run is: every hyper-parameter, its default and limits.
+"""The Config of a run: every hyper-parameter, its default and limits.
 
 A field exists only if something reads it; each becomes the flag --section.field.
-`result=False` marks what may change when a run is resumed, because it does not change
-what is computed. Options of single commands are in commands.py.
+`result=False` marks fields that do not affect the result, so that they may change when
+a run is resumed. Options of single commands are in commands.py.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ HEAD_FAMILIES = {
   'sequential': False,
   'recursive': False,
 }
-KERNELS = {'splash': 'tpu', 'flash': 'gpu'}  # of attention -> its platform
-TILE = 128  # positions, that every kernel cuts a row into multiples of
+KERNELS = {'splash': 'tpu', 'flash': 'gpu'}  # attention kernel -> platform
+TILE = 128  # block sizes of every kernel are multiples, in positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeadsConfig:
-  """The prediction heads: head k predicts token t + k, unless they leap."""
+  """The prediction heads: head k predicts token t + k, unless they are strided."""
 
   n: int = fields_lib.field(
     4, 'number of prediction heads, i.e. future tokens predicted at once', **fields_lib.limits(1024)
@@ -142,12 +142,12 @@ class HeadsConfig:
 
   @property
   def offsets(self) -> tuple[int, ...]:
-    """How far ahead of the query each head's target lies, in tokens."""
+    """The offset of each head's target from the query, in tokens."""
     return tuple(1 + self.stride * k for k in range(self.n))
 
   @property
   def block_first(self) -> bool:
-    """Every head is a block and one of n_layers; else head 1 is z itself."""
+    """Whether every head is a block and one of n_layers; else head 1 is the identity."""
     return HEAD_FAMILIES[self.family]
 
 
@@ -201,7 +201,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where tokens come from."""
+  """Documents, token stores, tokenizer and batches."""
 
   store: str = fields_lib.field(
     '',
@@ -311,7 +311,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; one of them may be -1 = what is left."""
+  """Devices along each mesh axis; one of them may be -1 = the remaining ones."""
 
   data: int = fields_lib.field(
     1,
@@ -335,7 +335,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """The loop."""
+  """The training loop: steps, logs, evaluations, checkpoints."""
 
   workdir: str = fields_lib.field(
     '', 'directory of the run, on a disk or gs://BUCKET/…', result=False
@@ -517,13 +517,13 @@ class Config:
 
   @property
   def span(self) -> int:
-    """Tokens that a window carries past its last query, as targets."""
+    """Number of target tokens that a window has after its last query."""
     order = self.loss.token_order_window if self.loss.token_order_weight else 0
     return max(self.heads.offsets[-1], order)
 
 
 def fields() -> dict[str, dataclasses.Field]:
-  """'section.field' -> its dataclass field, in reading order."""
+  """Returns {'section.field': dataclass field}, in declaration order."""
   hints = typing.get_type_hints(Config)
   return {
     f'{section.rstrip("_")}.{field.name}': field
@@ -532,19 +532,25 @@ def fields() -> dict[str, dataclasses.Field]:
   }
 
 
+def type_of(field: dataclasses.Field) -> type:
+  """Returns the type of a field's values."""
+  assert isinstance(field.type, type)  # no annotation here is a string
+  return field.type
+
+
 def get(cfg: Config, name: str):
-  """Value of the field called 'section.field'."""
+  """Returns the value of the field 'section.field'."""
   section, field = name.split('.')
   return getattr(getattr(cfg, _attribute(section)), field)
 
 
 def _attribute(section: str) -> str:
-  """import is a word of Python's own."""
+  """Returns the attribute of a section; `import` is a Python keyword."""
   return 'import_' if section == 'import' else section
 
 
 def replace(cfg: Config, **values) -> Config:
-  """A Config with some 'section.field' values changed, not yet checked."""
+  """Returns a Config with some 'section.field' values changed, not validated."""
   by_section = {}
   for name, value in values.items():
     section, field = name.split('.')
@@ -562,14 +568,14 @@ COMMAND_SECTIONS = ('distributed', 'decode', 'export', 'import', 'inspect', 'pla
 
 
 def without_command_options(cfg: Config) -> Config:
-  """Returns what the run is, with the options of single commands at their defaults."""
+  """Returns cfg with the options of single commands at their defaults."""
   default = Config()
   sections = map(_attribute, COMMAND_SECTIONS)
   return dataclasses.replace(cfg, **{name: getattr(default, name) for name in sections})
 
 
 def changed(old: Config, new: Config) -> list[tuple[str, object, object]]:
-  """Fields that change a run's result and differ: (name, old, new)."""
+  """Returns (name, old, new) of the fields that affect a run's result and differ."""
   return [
     (name, get(old, name), get(new, name))
     for name, field in fields().items()

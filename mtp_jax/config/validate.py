@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.config."""
+"""Validation of a Config: limits of fields, and constraints between them."""
 
 import dataclasses
 import itertools
@@ -10,13 +10,13 @@ from mtp_jax.config import schedule as schedule_lib
 
 
 def kernel_problem(cfg: schema.Config, kernel: str) -> fields.ConfigError | None:
-  """Why an attention kernel cannot take the shapes of cfg, if it cannot."""
+  """Returns the error of an attention kernel that does not support cfg's shapes."""
   name, width = 'model.attention', cfg.model.head_width
   if kernel in schema.KERNELS and cfg.data.seq_len % schema.TILE:
     return fields.ConfigError(
       name, kernel, f'needs a multiple of {schema.TILE} as --data.seq_len, not {cfg.data.seq_len}'
     )
-  # Triton multiplies nothing narrower than 16; wider than 256 fills its memory.
+  # Triton's products need at least 16; above 256 shared memory is exhausted.
   if kernel == 'flash' and not 16 <= width <= 256:
     return fields.ConfigError(
       name, kernel, f'needs d_model / n_attn_heads of 16 to 256, not {width}'
@@ -25,12 +25,12 @@ def kernel_problem(cfg: schema.Config, kernel: str) -> fields.ConfigError | None
 
 
 def configured(given: dict[str, object], base: schema.Config | None = None) -> schema.Config:
-  """Returns `base`, or the defaults, with some 'section.field' values; checked."""
+  """Returns `base` (or the defaults) with some 'section.field' values, validated."""
   return validate(schema.replace(base or schema.Config(), **given))
 
 
 def validate(cfg: schema.Config) -> schema.Config:
-  """Returns cfg, or raises ConfigError for the first field that is wrong."""
+  """Returns cfg; raises ConfigError for the first invalid field."""
   for name, field in schema.fields().items():
     _check_limits(name, schema.get(cfg, name), field.metadata)
   _check_model(cfg)
@@ -45,11 +45,11 @@ def validate(cfg: schema.Config) -> schema.Config:
 
 
 def variants(cfg: schema.Config) -> tuple[schema.Config, ...]:
-  """cfg with each of --bench.backward, chunks and heads; the last changes
-  fastest. One that cannot be is refused by what asks for it.
+  """Returns cfg with each combination of --bench.backward, chunk_size and heads; the
+  last varies fastest. Raises ConfigError, naming the bench flag, for an invalid one.
 
-  All heads train, and weigh 1: weights and curriculum of a run may not fit
-  another number of heads, and the first cost no time.
+  All heads are active with weight 1: a run's weights and curriculum may not fit
+  another number of heads, and weights do not affect time.
   """
   b = cfg.bench
   if b.documents > cfg.data.seq_len:
@@ -81,8 +81,7 @@ def variants(cfg: schema.Config) -> tuple[schema.Config, ...]:
 
 
 def _check_limits(name, value, limits):
-  """Numbers within their limits, one of the choices, text that can be
-  stored."""
+  """Checks a value against its limits and choices, and that it can be stored."""
 
   def need(ok, allowed):
     if not ok:
@@ -103,7 +102,7 @@ def _check_limits(name, value, limits):
   texts = value if isinstance(value, tuple) else (str(value),)
   problem = fields.wrong_text(''.join(texts))
   need(not problem, problem)
-  # Of run.flags another run would come back, e.g. with one flag more.
+  # run.flags would not reproduce the run, e.g. with a line break in a value.
   need(
     all(x == x.strip() and len(x.splitlines()) < 2 for x in texts),
     'must be one line, with no space at an end',
@@ -117,7 +116,7 @@ def _check_model(cfg):
       'model.d_model',
       m.d_model,
       f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}, unless'
-      ' --model.d_head says how wide a head is',
+      ' --model.d_head is given',
     )
   if m.head_width % 2:
     raise fields.ConfigError(
@@ -144,7 +143,7 @@ def _check_model(cfg):
   unfit = kernel_problem(cfg, m.attention)
   if unfit:
     raise unfit
-  # A query reads that far ahead and, where heads leap, drafts from before it.
+  # Targets of a query, and with strided heads drafts from positions before it.
   reach = cfg.heads.offsets[-1] + cfg.heads.stride - 1
   if reach >= cfg.data.seq_len:
     raise fields.ConfigError(
@@ -206,7 +205,7 @@ def _check_groups(cfg):
     raise fields.ConfigError(
       'train.freeze',
       freeze,
-      f'with {min(n_active)} active heads of {h.family} nothing else would train',
+      f'with {min(n_active)} active heads of {h.family} no parameter would train',
     )
 
 
@@ -279,11 +278,10 @@ def _check_stores(cfg):
         raise fields.ConfigError(
           flag,
           text,
-          'a store is read in place: copy it to a disk of each host, or mount'
-          ' the bucket, and give that path',
+          'a store must be a local path: copy it to a disk of each host, or mount the bucket',
         )
       if ref.name in names:
-        raise fields.ConfigError(flag, text, f'two stores are called {ref.name!r}; give NAME=PATH')
+        raise fields.ConfigError(flag, text, f'duplicate name {ref.name!r}; give NAME=PATH')
       names.add(ref.name)
 
 
@@ -303,7 +301,7 @@ def _check_decode(cfg):
     widths = (0,)
   slots, level = 1, 1
   for width in widths:
-    level = min(level * width, 2 * TREE)  # so that no number has a million digits
+    level = min(level * width, 2 * TREE)  # bounds the size of the integers
     slots = min(slots + level, 2 * TREE)
   need(
     all(width >= 1 for width in widths) and slots <= TREE,
@@ -319,11 +317,7 @@ def _check_decode(cfg):
   need(not d.temperature or d.temperature >= 1e-6, 'temperature', '0, or at least 1e-6')
   sampled = d.temperature or cfg.eval.samples > 1 or cfg.eval.temperatures
   for flag, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
-    need(
-      sampled or getattr(d, flag) == unused,
-      flag,
-      'a filter of samples: needs --decode.temperature above 0',
-    )
+    need(sampled or getattr(d, flag) == unused, flag, 'needs --decode.temperature above 0')
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
   drafts = None if d.num_draft_tokens == 'all' else _natural(d.num_draft_tokens)
   need(

@@ -23,7 +23,7 @@ import sysconfig
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtp_jax.config import fields as fields_lib
 from mtp_jax.data import tasks
@@ -145,8 +145,8 @@ def _package(module: str, fail: Fail, options: ReadOptions) -> list[File]:
     raise fail('no module of this name is installed')
   name = module.replace('.', '/')
   if spec.submodule_search_locations is None:
-    is_source = spec.has_location and spec.origin.endswith('.py')
-    return [(f'{name}.py', spec.origin)] if is_source else []
+    source = spec.origin if spec.has_location else None
+    return [(f'{name}.py', source)] if source and source.endswith('.py') else []
   roots = sorted(spec.submodule_search_locations)  # a namespace package has several
   walks = (_walk(root, name, fail, options, suffix='.py') for root in roots)
   return sorted(itertools.chain.from_iterable(walks))
@@ -399,10 +399,10 @@ def records(path: str, fields: list[str], fail: Fail) -> Iterator[tuple[int, lis
   return _records(path, fields, fail, None, '')
 
 
-def _records(path, fields, fail, options, name):
+def _records(path, fields, fail, options, name) -> Iterator[tuple[int, list]]:
   """Like `records`; texts of a large line are of class Text unless options.whole."""
-  limited = options is not None and options.max_bytes is not None
-  limit = options.max_bytes + 1 if limited else -1  # including the newline
+  most = None if options is None else options.max_bytes
+  limit = -1 if most is None else most + 1  # including the newline
   number = 0
   try:
     with _open_unpacked(path, 'rb') as file:
@@ -413,6 +413,7 @@ def _records(path, fields, fail, options, name):
         if len(line) == limit and not line.endswith(b'\n'):
           while (line := file.readline(BLOCK)) and not line.endswith(b'\n'):
             pass
+          assert options  # which has the limit
           options.fits(f'{name}:{number}', limit)
           continue
         if line.isspace() or not line:
@@ -491,7 +492,7 @@ def _column(array, in_blocks: bool) -> Iterator[str | Text]:
   wide = str(array.type).startswith('large')
   ends = offsets.cast('q' if wide else 'i')[array.offset :]
   for i, is_valid in enumerate(array.is_valid().to_pylist()):
-    value = data[ends[i] : ends[i + 1]] if is_valid else b''
+    value = data[ends[i] : ends[i + 1]] if is_valid else memoryview(b'')
     if len(value) > HELD:
       for _ in _from_utf8(value):  # check that it is UTF-8
         pass
@@ -595,7 +596,7 @@ def _pyarrow():
 PACKED = '.gz', '.zst'
 
 
-def _open_unpacked(path: str, mode: str):
+def _open_unpacked(path: str, mode: str) -> Any:
   if path.endswith('.gz'):
     return gzip.open(path, mode)
   if path.endswith('.zst'):  # pyarrow's reader detects truncation

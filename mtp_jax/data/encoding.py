@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection, resource_tracker
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -66,8 +66,8 @@ def encode(
   """Encodes documents, or one part of a document."""
   if isinstance(batch, Encoded):
     return batch
-  if isinstance(batch[0], Part):
-    (part,) = batch
+  part = batch[0]
+  if isinstance(part, Part):
     framed = [_frame_part(part, tokenizer)]
     is_partial = not part.ends
   else:
@@ -178,17 +178,17 @@ def _release_freed_memory() -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL)
 
 
-def _batches(found, tokenizer) -> Iterator[list[documents.Document] | list[Part]]:
+def _batches(found, tokenizer) -> Iterator[list[documents.Document] | list[Part] | Encoded]:
   is_safe = functools.cache(lambda: splitting.rule(tokenizer))
   encoder = functools.cache(lambda: unigram.of(tokenizer))
   batch, size = [], 0
   for document in found:
     if document.read or len(document.text) > PART:
-      if is_safe():
+      if safe := is_safe():
         if batch:
           yield batch
           batch, size = [], 0
-        yield from ([part] for part in _parts(document, is_safe()))
+        yield from ([part] for part in _parts(document, safe))
         del document  # or two large ones would be live
         continue
       if (document.read or len(document.text) > UNIGRAM_WHOLE) and encoder():
@@ -224,6 +224,7 @@ def _parts(document, is_safe: splitting.SafeSplit) -> Iterator[Part]:
         document.name, text, before, first > 0, part is None, at_start and part is not None, False
       )
       before = text[-1:]
+  assert part
   yield part._replace(ends=True)
 
 
@@ -322,7 +323,7 @@ def _received(in_flight: dict, done: dict, turn: int, workers: int) -> list:
   pipes = [pipe for pipe, numbers in in_flight.items() if numbers]
   if len(done) >= 2 * workers:
     pipes = [pipe for pipe in pipes if turn in in_flight[pipe]]
-  ready = connection.wait(pipes)
+  ready = cast(list[connection.Connection], connection.wait(pipes))
   for pipe in ready:
     with _detect_killed_worker(workers):
       done[in_flight[pipe].pop(0)] = pipe.recv()

@@ -9,6 +9,7 @@ rows for any number of processes, and the data position is the step.
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -164,7 +165,7 @@ def eval_batches(
   return map(read, range(0, n_read, batch_size))
 
 
-def _index_batches(sizes, weights, seed: int, batch_size: int):
+def _index_batches(sizes, weights, seed: int, batch_size: int) -> Any:
   if not 0 <= seed < 2**32:
     raise fields.ConfigError('train.seed', seed, 'from 0 to 2**32 - 1')
   orders = [

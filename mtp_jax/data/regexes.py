@@ -82,7 +82,9 @@ def _then(a: Node, b: Node) -> Node:
 def _either(found: list[Node]) -> Node:
   return Node(
     any(node.nullable for node in found),
-    *(frozenset().union(*(node[i] for node in found)) for i in (1, 2, 3)),
+    frozenset().union(*(node.first for node in found)),
+    frozenset().union(*(node.last for node in found)),
+    frozenset().union(*(node.follow for node in found)),
   )
 
 

@@ -158,7 +158,7 @@ class File:
       # After reading, so that the data is from before any change.
       now = _stamp(os.fstat(handle.number))
     except OSError as error:
-      raise self._changed(error.strerror) from error
+      raise self._changed(error.strerror or str(error)) from error
     if now != self._stamp or len(data) != width * max(last - first, 0):
       raise self._changed(f'{now[0]:,} bytes, {self._stamp[0]:,} before')
     return np.frombuffer(data, self.dtype)

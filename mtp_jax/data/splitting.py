@@ -83,7 +83,7 @@ def between_pieces(model: bytes, *kinds: str) -> SafeSplit | None:
     from sentencepiece import sentencepiece_model_pb2
   except ImportError:  # it needs protobuf
     return None
-  proto = sentencepiece_model_pb2.ModelProto()
+  proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
   proto.ParseFromString(model)
   about, spec = proto.trainer_spec, proto.normalizer_spec
   if (

@@ -63,7 +63,7 @@ def held_out(digest_M4: np.ndarray, fraction: float) -> np.ndarray:
   return digest_M4[..., 3] < np.uint64(int(fraction * 2**64))
 
 
-def words(digests: bytes) -> np.ndarray:
+def words(digests: bytes | bytearray) -> np.ndarray:
   """Converts concatenated digests to (M, 4) uint64."""
   return np.frombuffer(digests, '>u8').reshape(-1, 4)
 
@@ -83,7 +83,7 @@ def fill(
   begun, begun_spans = 0, ()  # tokens and loss spans of a partial document
   with open(path, 'wb', buffering=2**20) as file:
     for batch in encoding.run(new, tokenizer, workers):
-      file.write(batch.tokens_P)
+      file.write(batch.tokens_P.data)
       length_M, batch_spans = batch.length_M.tolist(), batch.loss_spans
       if begun:
         batch_spans = [begun_spans + tuple(begun + at for at in batch_spans[0])]

@@ -253,7 +253,7 @@ def _more_eos(name: str, files: Files, eos: int) -> tuple[int, ...]:
   """Returns the end tokens of GENERATION other than `eos`."""
   about = _object(name, GENERATION, files.get(GENERATION, b'{}'), ANY)
   found = about.get('eos_token_id')
-  found = found if isinstance(found, list) else [found] * (found is not None)
+  found = [] if found is None else found if isinstance(found, list) else [found]
   if not all(type(i) is int and 0 <= i < MOST_IDS for i in found):
     raise _error(name, f'{GENERATION} next to it has eos_token_id={found!r}, not token ids')
   return tuple(i for i in dict.fromkeys(found) if i != eos)

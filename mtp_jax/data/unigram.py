@@ -11,7 +11,7 @@ characters, which such pieces would have changed.
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Encoder:
     from sentencepiece import sentencepiece_model_pb2
 
     self.is_safe = is_safe
-    self._proto = sentencepiece_model_pb2.ModelProto()
+    self._proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     self._proto.ParseFromString(model)
     self._apart = splitting.between_pairs(x.piece for x in self._proto.pieces)
     about = _About.of(self._proto)
@@ -40,7 +40,7 @@ class Encoder:
     self._proto.normalizer_spec.add_dummy_prefix = False
     self._n = len(self._proto.pieces)
     self._unknown: dict[str, int] = {}
-    self._model = None
+    self._model: Any = None
     # Letters that occur in longer pieces only, which may or may not be on a path.
     # Any other unknown letter is on all paths.
     self._build(self._about.all_letters | USUAL, set())
@@ -137,7 +137,7 @@ class Encoder:
     at_T = np.cumsum(size_T) - size_T
     sizes_N = np.diff(at_T[meet_N], append=size_T.sum())
     # Lower bound of any path between two such places.
-    below_N = np.float32(1.01 * self._about.unknown_score * sizes_N - 1)
+    below_N = np.asarray(1.01 * self._about.unknown_score * sizes_N - 1, np.float32)
     nth = 0
     while True:
       first = int(meet_N[nth])
@@ -146,7 +146,7 @@ class Encoder:
       if not near.any():
         return sums_T[-1]
       nth += int(near.argmax())
-      was_reset, score = False, sums_T[meet_N[nth] - first]
+      was_reset, score = False, sums_T[int(meet_N[nth]) - first]
       while not was_reset:
         if nth == len(meet_N):
           return score
@@ -240,14 +240,16 @@ class _About(NamedTuple):
 def of(tokenizer: tokenizers.Tokenizer) -> Encoder | None:
   """Returns an encoder in parts; None for other models, or if no place is safe."""
   model = tokenizer.files.get(tokenizers.PIECES)
-  is_safe = splitting.between_pieces(model, 'UNIGRAM') if model else None
+  if not model:
+    return None
+  is_safe = splitting.between_pieces(model, 'UNIGRAM')
   return Encoder(model, is_safe) if is_safe and _is_usual(model) else None
 
 
 def _is_usual(model: bytes) -> bool:
   from sentencepiece import sentencepiece_model_pb2
 
-  proto = sentencepiece_model_pb2.ModelProto()
+  proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
   proto.ParseFromString(model)
   spec = proto.normalizer_spec
   return (

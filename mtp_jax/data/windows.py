@@ -8,7 +8,7 @@ that does not fill a window is dropped.
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,9 @@ BLOCK = 512  # offsets per read
 
 class _Shards(NamedTuple):
   name: str
-  tokens: tuple[np.ndarray, ...]  # one per shard; anything that slices to an array
-  offsets: tuple[np.ndarray, ...]
-  loss_mask: tuple[np.ndarray, ...] = ()  # bool; () = all True
+  tokens: tuple[Any, ...]  # one per shard; anything that slices to an array
+  offsets: tuple[Any, ...]
+  loss_mask: tuple[Any, ...] = ()  # bool; () = all True
 
 
 class Split(_Shards):

@@ -1,9 +1,9 @@
-"""Keys and values of the tokens so far, and attention to them. Floor 3.
+"""The key/value cache of decoding, and attention to it.
 
-A layer's are one array each, (B, G, S, H): slot s of a row is its position s,
-so that a row's length is all that says which slots count. What lies beyond is
-rolled back: no query sees it, and the next window is written over it. Layers
-are a tuple, not one stacked array, of which every read would be a copy.
+Keys and values of a layer are arrays (B, G, S, H); slot s of a row is its position
+s, so that a row's length alone determines the valid slots. Later slots are rolled
+back: no query sees them, and the next window overwrites them. Layers are a tuple
+rather than a stacked array, of which every read would be a copy.
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ _AXES = ('batch', 'kv_heads', None, None)
 
 
 class Layer(NamedTuple):
-  """Of one attention: the trunk's layers and each head's have their own."""
+  """The cache of one attention layer, of the trunk or of a head."""
 
   k_BGSH: Any
   v_BGSH: Any
 
 
 def empty(layers: int, B: int, S: int, cfg: schema.Config, dtype):
-  """Zeros for so many layers, sharded as the mesh says."""
+  """Returns a zero cache of `layers` layers, sharded over the mesh."""
   shape = (B, cfg.model.kv_heads, S, cfg.model.head_width)
 
   def zeros():
@@ -35,10 +35,10 @@ def empty(layers: int, B: int, S: int, cfg: schema.Config, dtype):
 
 
 def write(layer: Layer, k_BTGH, v_BTGH, slot) -> Layer:
-  """Puts each position's key and value into its slot.
+  """Writes each position's key and value into its slot.
 
-  slot: (B, T), of which those outside the cache are left out; or one number,
-  the slot of the first position of all rows.
+  slot: (B, T), those outside the cache are dropped; or a scalar, the slot of the
+    first position in all rows.
   """
   if jnp.ndim(slot):
     return Layer(
@@ -58,15 +58,15 @@ def write(layer: Layer, k_BTGH, v_BTGH, slot) -> Layer:
 
 
 def move(layer: Layer, from_BT, to_BT) -> Layer:
-  """Copies what is in some slots of a row to others of it."""
+  """Copies slots of each row to other slots of the same row."""
   return Layer(*(_sharded(_move, (cache, from_BT, to_BT)) for cache in layer))
 
 
 def _sharded(f, args):
-  """f on each device's own rows and key/value heads."""
+  """Computes f on each device's own rows and key/value heads (shard_map)."""
   axes = {4: _AXES, 2: ('batch', None)}
   specs = [sharding.pspec(*axes[x.ndim]) for x in args]
-  if len(args) == 3 and args[1].ndim == 4:  # new ones come as (B, T, G, H)
+  if len(args) == 3 and args[1].ndim == 4:  # new keys or values are (B, T, G, H)
     specs[1] = sharding.pspec('batch', None, 'kv_heads', None)
   return jax.shard_map(f, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*args)
 
@@ -83,12 +83,11 @@ def _move(cache_BGSH, from_BT, to_BT):
 
 
 def attend(q_BTNH, layer: Layer, seen_BTS):
-  """softmax(q k^T / sqrt(H)) v over the slots that a query sees.
+  """Computes softmax(q k^T / sqrt(H)) v over the slots that a query sees.
 
-  As attention.reference has it; products in the cache's dtype, sums and softmax
-  in float32. The R queries that share a key head are one dimension with the T
-  positions: on a CPU a product of four dimensions takes four times as long.
-  Returns (B, T, N, H).
+  Equals attention.reference; products in the cache's dtype, sums and softmax in
+  float32. The R queries of a key head and the T positions share a dimension: on a
+  CPU a four-dimensional product takes four times as long. Returns (B, T, N, H).
   """
   B, T, N, H = q_BTNH.shape
   k_BGSH, v_BGSH = layer

@@ -1,10 +1,10 @@
-"""Prompts in, tokens out: what runs on the host around the loop. Floor 3."""
+"""The Decoder: prompts to new tokens, the host side of the decoding loop."""
 
 import copy
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,16 @@ from mtp_jax.decode import weights as weights_lib
 from mtp_jax.io import paths
 from mtp_jax.parallel import sharding
 
-SLOTS = 64  # a cache has a multiple of so many: lengths share programs
-FOREVER = 2**31 - 1
+SLOTS = 64  # cache lengths are multiples, so that several lengths share a program
+NO_LIMIT = 2**31 - 1
 
 
 class Decoded(NamedTuple):
-  """What became of some prompts, in their order, and what it took."""
+  """New tokens of some prompts, in their order, with counts and times."""
 
-  tokens: list[np.ndarray]  # new ones of each row, a stop token included
-  forwards: np.ndarray  # passes of each row
-  asked_J: np.ndarray  # drafts compared at each position, over all rows
+  tokens: list[np.ndarray]  # new tokens per row, a stop token included
+  forwards: np.ndarray  # forward passes per row
+  proposed_J: np.ndarray  # drafts verified at each position, over all rows
   accepted_J: np.ndarray
   prefill_s: float
   decode_s: float
@@ -42,28 +42,38 @@ class Decoded(NamedTuple):
 
   @property
   def acceptance_J(self) -> list[float | None]:
-    """Of each draft, given that those before it were accepted; None where none
-    was compared."""
-    pairs = zip(self.accepted_J, self.asked_J, strict=True)
+    """Acceptance rate of each draft, given that those before it were accepted;
+    None where none was proposed."""
+    pairs = zip(self.accepted_J, self.proposed_J, strict=True)
     return [float(accepted / n) if n else None for accepted, n in pairs]
 
 
 def joined(parts: Sequence[Decoded]) -> Decoded:
-  """Of prompts that were decoded one batch after another."""
-  sums = ('asked_J', 'accepted_J', 'prefill_s', 'decode_s', 'compile_s')
+  """Concatenates the results of consecutive batches."""
+  names = ('proposed_J', 'accepted_J', 'prefill_s', 'decode_s', 'compile_s')
+  sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in names}
   return Decoded(
     [tokens for part in parts for tokens in part.tokens],
     np.concatenate([part.forwards for part in parts]),
-    *(sum(getattr(part, name) for part in parts) for name in sums),
+    **sums,
   )
 
 
 class Decoder:
-  """A model ready to decode: its weights in the dtype and place to be read."""
+  """A model ready to decode: its weights cast and placed for reading."""
 
   def __init__(self, model, cfg: schema.Config, mesh, active: int):
-    """model: lm.LM parameters; cfg.decode says how, `active` how many heads
-    trained. Raises ConfigError if that is not to be had."""
+    """Casts and places the parameters.
+
+    Args:
+      model: lm.LM parameters.
+      cfg: its decode section holds the options.
+      mesh: devices.
+      active: number of trained heads.
+
+    Raises:
+      ConfigError: cfg.decode needs more heads than trained.
+    """
     self.cfg, self.mesh, self.active = cfg, mesh, active
     self._widest = setup.setup(cfg, active, widths(cfg, active))
     with jax.set_mesh(mesh):
@@ -71,8 +81,8 @@ class Decoder:
     self._compiled = set()  # shapes that have run
 
   def with_sampling(self, **decode) -> 'Decoder':
-    """The same weights and programs under other --decode.* fields, of those
-    that say what is written: max_new, temperature, top_p …"""
+    """Returns a Decoder of the same weights and programs under other --decode.*
+    fields that affect sampling: max_new_tokens, temperature, top_p …"""
     other = copy.copy(self)
     changes = {f'decode.{name}': value for name, value in decode.items()}
     other.cfg = schema.replace(self.cfg, **changes)
@@ -83,7 +93,7 @@ class Decoder:
     return self._widest.tree.widths
 
   def read_bytes(self, widths: tuple[int, ...]) -> int:
-    """Of weights, that a forward pass reads with so many heads."""
+    """Returns the bytes of weights that a forward pass reads with so many heads."""
     s = self._widest._replace(tree=setup.tree(widths))
     return weights_lib.read_bytes(weights_lib.in_use(self._weights, s), s)
 
@@ -96,22 +106,24 @@ class Decoder:
     cache: int = 0,
     seeds: Sequence[int] | None = None,
     stop_ids: tuple[int, ...] = (),
-    max_accept: int = FOREVER,
+    max_accept: int = NO_LIMIT,
     each: Callable[[list[np.ndarray]], np.ndarray | None] | None = None,
   ) -> Decoded:
     """Decodes all prompts at once.
 
     Args:
-      prompts: ids of each, at least one.
-      widths: candidates of heads 2, 3 …; None = as --decode.num_draft_tokens and tree say.
-      rows: to fill up to with rows that are done at once, so that a last batch
-        uses the program of the others.
-      cache: tokens of a row at most; 0 = the longest prompt's, and max_new.
-      seeds: of the rows; None = from --decode.seed on.
+      prompts: token ids, at least one per prompt.
+      widths: candidates of heads 2, 3 …; None = those of --decode.num_draft_tokens and
+        tree.
+      rows: batch size to pad to with finished rows, so that a last batch uses the
+        same program.
+      cache: maximum tokens per row; 0 = longest prompt + max_new_tokens.
+      seeds: one per row; None = counting from --decode.seed.
       stop_ids: tokens that end a row.
-      max_accept: drafts of a pass that may stand; 0 = one token a pass.
-      each: is given the new tokens of all rows so far, every --decode.stream_every
-        passes, and may say of each row whether it shall end here.
+      max_accept: maximum number of accepted drafts per forward pass; 0 = one token
+        per forward pass.
+      each: called with the new tokens of all rows every --decode.stream_every forward
+        passes; may return, per row, whether it ends.
 
     Raises:
       ConfigError: a prompt does not fit the cache, or is empty.
@@ -139,7 +151,7 @@ class Decoder:
       begin = time.perf_counter()
       shape = (B, slots, C, bool(chunks), sampling is None, s)
       if shape not in self._compiled:
-        # A first call each, of no effect: it is what the second will repeat.
+        # Warm-up calls, which the calls below repeat with the same effect.
         if chunks:
           state, caches = speculative.prefill(weights, state, caches, 0, C=C, s=s)
         state, caches = speculative.run(weights, state, caches, 0, max_accept, sampling, s=s)
@@ -155,7 +167,7 @@ class Decoder:
       while not done:
         begin = time.perf_counter()
         state, caches = speculative.run(
-          weights, state, caches, d.stream_every if each else FOREVER, max_accept, sampling, s=s
+          weights, state, caches, d.stream_every if each else NO_LIMIT, max_accept, sampling, s=s
         )
         done = bool(np.all(jax.device_get(state.done_B)))
         decode_s += time.perf_counter() - begin
@@ -165,13 +177,13 @@ class Decoder:
             ended_B = np.pad(ended, (0, B - len(prompts)), constant_values=True)
             state = _end(state, self._rows(ended_B))
             done = bool(np.all(jax.device_get(state.done_B)))
-      forwards_B, asked_BJ, accepted_BJ = jax.device_get(
-        (state.forwards_B, state.asked_BJ, state.accepted_BJ)
+      forwards_B, proposed_BJ, accepted_BJ = jax.device_get(
+        (state.forwards_B, state.proposed_BJ, state.accepted_BJ)
       )
       return Decoded(
         _new_tokens(state, prompts),
         forwards_B[: len(prompts)],
-        asked_BJ.sum(0),
+        proposed_BJ.sum(0),
         accepted_BJ.sum(0),
         prefill_s,
         decode_s,
@@ -179,7 +191,7 @@ class Decoder:
       )
 
   def next_logits(self, ids: np.ndarray) -> np.ndarray:
-    """Head 1's after some tokens, by one pass over all of them."""
+    """Returns head 1's logits after some tokens, by one forward pass over all."""
     s = self._widest._replace(tree=setup.tree(()))
     T = -(-len(ids) // SLOTS) * SLOTS
     tokens_BT = np.zeros((self._batch_shards, T), np.int32)
@@ -192,7 +204,7 @@ class Decoder:
     return np.asarray(jax.device_get(logits_BV))[0]
 
   def _rows(self, arrays):
-    """Of the host, one row a row, on the devices."""
+    """Places host arrays on the devices, sharded by rows."""
     rows = jax.NamedSharding(self.mesh, sharding.pspec('batch'))
     return jax.device_put(arrays, rows)
 
@@ -201,21 +213,21 @@ class Decoder:
     return int(np.prod([self.mesh.shape[axis] for axis in sharding.BATCH]))
 
   def _check_memory(self, B: int, slots: int, cache: int, s) -> None:
-    """ConfigError if keys and values alone are more than a device has."""
+    """Raises ConfigError if the key/value cache alone exceeds a device's memory."""
     m, device = self.cfg.model, self.mesh.devices.flat[0]
     values = sum(state_lib.cached_layers(s)) * m.kv_heads * m.head_width
     itemsize = np.dtype(jnp.dtype(self._cache_dtype)).itemsize
     n_bytes = 2 * values * B * slots * itemsize
     n_bytes /= self._batch_shards * self.mesh.shape['tensor']
     stats = device.memory_stats() or {}
-    there = stats.get('bytes_limit') or (os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-    if n_bytes > there:
+    limit = stats.get('bytes_limit') or (os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+    if n_bytes > limit:
       raise fields.ConfigError(
         'decode.cache_length',
         cache,
-        f'keys and values of {B} rows are {n_bytes / 2**30:,.0f} GiB a device,'
-        f' which has {there / 2**30:,.0f}; give less --decode.cache_length, max_new or'
-        ' batch_size',
+        f'keys and values of {B} rows are {n_bytes / 2**30:,.0f} GiB per device,'
+        f' which has {limit / 2**30:,.0f}; reduce --decode.cache_length, max_new_tokens'
+        ' or batch_size',
       )
 
   @property
@@ -266,7 +278,7 @@ def _new_tokens(state, prompts) -> list[np.ndarray]:
 
 
 def cache_length(prompts: Sequence[np.ndarray], cfg: schema.Config) -> int:
-  """Tokens that a row of these has room for."""
+  """Returns the length of the key/value cache for these prompts, in tokens."""
   d = cfg.decode
   return d.cache_length or max(map(len, prompts)) + d.max_new_tokens
 
@@ -274,7 +286,7 @@ def cache_length(prompts: Sequence[np.ndarray], cfg: schema.Config) -> int:
 def check(
   prompts: Sequence[np.ndarray], cache: int, cfg: schema.Config, names: Sequence[str] = ()
 ) -> None:
-  """Raises InputError for the first prompt that cannot be decoded, by its name."""
+  """Raises InputError, with its name, for the first prompt that cannot be decoded."""
   vocab_size = cfg.model.vocab_size
   names = names or [f'prompt {i}' for i in range(len(prompts))]
   for name, prompt in zip(names, prompts, strict=True):
@@ -284,13 +296,13 @@ def check(
       raise paths.InputError(
         name,
         f'has {len(prompt):,} tokens; with --decode.max_new_tokens='
-        f'{cfg.decode.max_new_tokens} more than {commands.MOST_POSITIONS:,}, the most'
-        ' that a row has room for',
+        f'{cfg.decode.max_new_tokens} more than {commands.MOST_POSITIONS:,}, the maximum'
+        ' length of a row',
       )
     wrong = [int(t) for t in prompt if not 0 <= t < vocab_size]
     if wrong:
       raise paths.InputError(
-        name, f'has {wrong[0]}; from 0 to --model.vocab_size - 1 = {vocab_size - 1}'
+        name, f'has {wrong[0]}; ids are 0 to --model.vocab_size - 1 = {vocab_size - 1}'
       )
     if len(prompt) >= cache:
       raise fields.ConfigError(
@@ -299,7 +311,8 @@ def check(
 
 
 def widths(cfg: schema.Config, active: int) -> tuple[int, ...]:
-  """Candidates of heads 2..W that --decode.num_draft_tokens and --decode.tree ask for.
+  """Returns the candidates of heads 2..W that --decode.num_draft_tokens and
+  --decode.tree request.
 
   Raises:
     ConfigError: more heads than trained.

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.decode.speculative."""
+"""Drafting: heads 2..W propose tokens after the last accepted one."""
 
 import functools
 
@@ -16,8 +16,8 @@ from mtp_jax.parallel import sharding
 def draft(
   w, states, state: state_lib.State, caches, root_B, n_accepted_B, sampling, s: setup_lib.Setup
 ):
-  """Heads 2..W read the window and draft after its last token that stands."""
-  cfg, f, W, R = s.cfg, heads.family(s.cfg), s.window, s.again
+  """Computes heads 2..W over the window and drafts after its last accepted token."""
+  cfg, f, W, R = s.cfg, heads.family(s.cfg), s.window, s.num_reread
   S = caches.stem[0].k_BGSH.shape[2]
 
   def positions(root_B, n_B):
@@ -76,14 +76,14 @@ def draft(
 
 
 def _next_tokens(tokens_BS, position_BT, offset: int):
-  """The token so far ahead of each position."""
+  """Returns the token `offset` ahead of each position."""
   at_BT = jnp.maximum(position_BT + offset, 0)
   return jnp.take_along_axis(tokens_BS, at_BT, axis=1)
 
 
 def _propose(state: state_lib.State, logits_BKV, last_B1, sampling, first: int, s: setup_lib.Setup):
-  """Drafts of heads first, first + 1 …; the best of each is put behind the
-  known tokens, where a head that feeds tokens finds it."""
+  """Drafts with heads first, first + 1 …; the best candidate of each is appended to
+  the known tokens, where heads that use the next token read it."""
   K = logits_BKV.shape[1]
   at_BK = last_B1 + first + jnp.arange(K)[None]
   of_heads = slice(first - 2, first - 2 + K)

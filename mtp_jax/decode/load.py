@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.checkpoint."""
+"""Opening a checkpoint for decoding: its config, tokenizer and parameters."""
 
 from typing import Any, NamedTuple
 
@@ -14,24 +14,26 @@ from mtp_jax.parallel import distributed, sharding
 def open_checkpoint(
   path: str, given: dict[str, object], elsewhere: dict | None = None
 ) -> tuple[str, int, schema.Config, schema.Config]:
-  """(workdir, step, its Config, the same with the flags that are given).
+  """Opens and verifies a checkpoint.
 
-  Flags may say otherwise for how something is computed, not for what the
-  parameters are.
+  Flags may change how something is computed, not what the parameters are.
 
   Args:
-    path: as `find` takes it.
+    path: a run directory, or one of its checkpoints/STEP.
     given: flags of the command line, by name.
-    elsewhere: fields that the saved Config does not decide.
+    elsewhere: fields that replace those of the saved Config.
+
+  Returns:
+    (workdir, step, its Config, its Config with the given flags).
 
   Raises:
-    InputError: no checkpoint, a damaged one, a flag that contradicts it.
+    InputError: no checkpoint, a corrupt one, a flag that contradicts it.
   """
   workdir, step = restore.find(path)
   if distributed.is_primary():
     restore.verify(workdir, step)
   saved, _ = metadata.read_metadata(workdir, step)
-  # Where and beside what it was trained is no matter any more.
+  # Drops paths and options of the training command.
   base = schema.without_command_options(saved)
   cfg = validate.configured(given, schema.replace(base, **elsewhere or {}))
   other_tree = bool(saved.loss.token_order_weight) != bool(cfg.loss.token_order_weight)
@@ -47,8 +49,8 @@ class CheckpointInfo(NamedTuple):
   workdir: str
   step: int
   cfg: schema.Config
-  active: int  # heads that trained
-  tokenizer: tokenizers.Tokenizer | None  # None where only ids are wanted
+  active: int  # number of trained heads
+  tokenizer: tokenizers.Tokenizer | None  # None if only ids are decoded
 
 
 class LoadedModel(NamedTuple):
@@ -62,10 +64,10 @@ class LoadedModel(NamedTuple):
 
 
 def find(path: str, given: dict[str, object], only_ids: bool = False) -> CheckpointInfo:
-  """Returns what a checkpoint is, its flags and tokenizer checked.
+  """Returns a checkpoint's CheckpointInfo, its flags and tokenizer checked.
 
   Args:
-    path: of a run, or of one of its checkpoints/STEP.
+    path: a run directory, or one of its checkpoints/STEP.
     given: flags of the command line, by name.
     only_ids: whether no tokenizer is needed.
 
@@ -76,7 +78,7 @@ def find(path: str, given: dict[str, object], only_ids: bool = False) -> Checkpo
 
 
 def of_opened(given: dict[str, object], opened, only_ids: bool) -> CheckpointInfo:
-  """`find`, of what `open_checkpoint` returned."""
+  """Returns the CheckpointInfo of an `open_checkpoint` result."""
   workdir, step, saved, cfg = opened
   active = schedule.trained_heads(cfg, step)
   decoder_lib.widths(cfg, active)
@@ -92,7 +94,7 @@ def of_opened(given: dict[str, object], opened, only_ids: bool) -> CheckpointInf
 
 
 def load(found: CheckpointInfo) -> LoadedModel:
-  """Reads the parameters, and no more."""
+  """Loads the parameters, without optimizer state, into a Decoder."""
   cfg, mesh = found.cfg, sharding.make_mesh(found.cfg)
   model = restore.restore_model(found.workdir, found.step, cfg, mesh)
   return LoadedModel(
@@ -105,18 +107,18 @@ def load(found: CheckpointInfo) -> LoadedModel:
 
 
 def check_rows(tokenizer, cfg: schema.Config) -> None:
-  """ConfigError if a tokenizer has tokens that the model has no row for."""
+  """Raises ConfigError if a tokenizer has more tokens than the model's vocabulary."""
   if tokenizer.vocab_size > cfg.model.vocab_size:
     raise fields.ConfigError(
       'data.tokenizer',
       tokenizer.name,
-      f'has {tokenizer.vocab_size} tokens, the model --model.vocab_size={cfg.model.vocab_size}',
+      f'has {tokenizer.vocab_size} tokens, the model has --model.vocab_size={cfg.model.vocab_size}',
     )
 
 
 def tokenizer_of(given, saved: schema.Config, workdir: str):
-  """The run's own, from its workdir or its store; one that is given must be
-  that one. None of an import without any."""
+  """Loads the run's tokenizer from its workdir or store; a given one must match it.
+  Returns None for an import without a tokenizer."""
   recorded, name = saved.data.tokenizer, given.get('data.tokenizer')
   folder = paths.as_path(workdir) / 'tokenizer'
   if name and name != recorded:

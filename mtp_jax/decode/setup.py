@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.decode.speculative."""
+"""The static setup of a decoding program: model, heads in use, tree of drafts."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ from mtp_jax.model import heads
 
 
 class Tree(NamedTuple):
-  """The window's tokens: slot 0 is the last known one, the others drafts."""
+  """The tree of a window's tokens: slot 0 is the last known one, the others drafts."""
 
-  depth_M: tuple[int, ...]  # tokens after the root
-  rank_M: tuple[int, ...]  # among its head's candidates
+  depth_M: tuple[int, ...]  # distance from the root
+  rank_M: tuple[int, ...]  # rank among its head's candidates
   levels: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # slots, parents
   widths: tuple[int, ...]  # candidates of heads 2, 3, …
 
@@ -20,8 +20,8 @@ class Tree(NamedTuple):
 
 
 def tree(widths: tuple[int, ...]) -> Tree:
-  """Each candidate of a head under each of the head before it (Cai et al. 2024,
-  https://arxiv.org/abs/2401.10774); of width 1 throughout, a chain."""
+  """Returns the tree with each candidate of a head under each of the head before it
+  (Cai et al. 2024, https://arxiv.org/abs/2401.10774); all widths 1: a chain."""
   depth, rank, levels, above = [0], [0], [], (0,)
   for level, width in enumerate(widths, 1):
     slots = tuple(range(len(depth), len(depth) + len(above) * width))
@@ -34,26 +34,26 @@ def tree(widths: tuple[int, ...]) -> Tree:
 
 
 class Setup(NamedTuple):
-  """What a program is compiled for; hashable."""
+  """The static arguments of a decoding program; hashable."""
 
-  cfg: schema.Config  # model and heads; the rest is as by default
-  active: int  # heads that trained
-  tree: Tree  # as deep as there are drafts: W - 1
+  cfg: schema.Config  # model and heads; other sections at their defaults
+  active: int  # number of trained heads
+  tree: Tree  # of depth W - 1, the number of drafts
   stop_ids: tuple[int, ...]
 
   @property
   def window(self) -> int:
-    """W, heads in use."""
+    """W, the number of heads in use."""
     return len(self.tree.widths) + 1
 
   @property
   def slots(self) -> int:
-    """M, tokens of a forward pass: W unless drafts form a tree."""
+    """M, tokens per forward pass: W unless drafts form a tree."""
     return len(self.tree.depth_M)
 
   @property
-  def again(self) -> int:
-    """R, positions that token-feeding heads read again."""
+  def num_reread(self) -> int:
+    """R, positions before the window that heads with next-token input read again."""
     return max(self.window - 2, 0) * heads.family(self.cfg).uses_next_token
 
 

@@ -1,4 +1,8 @@
-"""TODO of mtp_jax.decode.speculative."""
+"""Self-speculative decoding: prefill, and the loop of verify and draft.
+
+Each forward pass verifies the drafts of the previous one with head 1 and drafts
+anew with heads 2..W (Stern et al. 2018, https://arxiv.org/abs/1811.03115).
+"""
 
 import functools
 
@@ -25,10 +29,10 @@ def prefill(
   C: int,
   s: setup_lib.Setup,
 ):
-  """Reads C tokens of all rows, from position `first` on; a prompt but for its
-  last token, which the first window reads.
+  """Reads C tokens of all rows from position `first` on: prompts without their last
+  token, which the first window reads.
 
-  A row may be shorter: what is written beyond its length is not seen, and is
+  Shorter rows are padded: slots beyond a row's length are masked out, then
   overwritten. Returns (state, caches).
   """
   f, cfg = heads.family(s.cfg), s.cfg
@@ -61,7 +65,7 @@ def prefill(
       s=s,
     )
     written.append(kv)
-  if f.uses_next_token and s.again:
+  if f.uses_next_token and s.num_reread:
     state = state._replace(
       tail_BRD=sharding.by_rows(_tail, state.tail_BRD, z_BCD, state.length_B, same=(first,))
     )
@@ -69,7 +73,7 @@ def prefill(
 
 
 def _tail(tail_BRD, z_BCD, length_B, first):
-  """z of the positions before a row's last token, as far as they are here."""
+  """Returns z of the R positions before a row's last token, where in this chunk."""
   R, C = tail_BRD.shape[1], z_BCD.shape[1]
   at_BR = length_B[:, None] - 1 - R + jnp.arange(R)[None] - first
   here_BRD = jnp.take_along_axis(z_BCD, jnp.clip(at_BR, 0, C - 1)[:, :, None], axis=1)
@@ -77,7 +81,7 @@ def _tail(tail_BRD, z_BCD, length_B, first):
   return jnp.where(inside_BR1, here_BRD, tail_BRD)
 
 
-# One pass, and the loop.
+# The loop, and one forward pass of it.
 
 
 @functools.partial(jax.jit, static_argnames=('s',), donate_argnames=('state', 'caches'))
@@ -91,17 +95,17 @@ def run(
   *,
   s: setup_lib.Setup,
 ):
-  """Decodes until all rows are done, at most so many forward passes.
+  """Decodes until all rows are done, in at most max_forwards forward passes.
 
   Args:
     w: the Weights.
     state: donated, as are the caches.
-    caches: of the prompts but for their last tokens.
-    max_forwards: then it comes back, to go on in another call.
-    max_accept: drafts of a pass that may be accepted. With 0 the same program
-      decodes one token a pass.
+    caches: of the prompts without their last tokens.
+    max_forwards: limit of this call; another call continues.
+    max_accept: maximum number of accepted drafts per forward pass. With 0 the same
+      program decodes one token per forward pass.
     sampling: sample.Sampling, or None for greedy.
-    s: what it is compiled for.
+    s: the static Setup.
 
   Returns:
     (state, caches).
@@ -113,7 +117,8 @@ def run(
 
   def forward(carry):
     state, caches, i = carry
-    return *_forward(w, state, caches, max_accept, sampling, s), i + 1
+    state, caches = _forward(w, state, caches, max_accept, sampling, s)
+    return state, caches, i + 1
 
   state, caches, _ = jax.lax.while_loop(more, forward, (state, caches, jnp.int32(0)))
   return state, caches
@@ -150,7 +155,7 @@ def _forward(
 
 
 def _read_window(state: state_lib.State, S: int, tree: setup_lib.Tree):
-  """(tokens_BM, position_BM, slot_BM, seen_BMS) of each row's next window."""
+  """Returns (tokens_BM, position_BM, slot_BM, seen_BMS) of each row's next window."""
   M = len(tree.depth_M)
   root_B1 = state.length_B[:, None] - 1
   known_B1 = jnp.take_along_axis(state.tokens_BS, root_B1, axis=1)
@@ -162,7 +167,7 @@ def _read_window(state: state_lib.State, S: int, tree: setup_lib.Tree):
   if tree.is_chain:
     seen_BMS = slot_11S <= position_BM[:, :, None]
   else:
-    mask_MM = np.eye(M, dtype=bool)  # a token sees those above it, and itself
+    mask_MM = np.eye(M, dtype=bool)  # a token attends to its ancestors and itself
     for slots, parents in tree.levels:
       mask_MM[np.array(slots)] |= mask_MM[np.array(parents)]
     at_BS = jnp.arange(S)[None] - root_B1

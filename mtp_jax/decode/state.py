@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.decode.speculative."""
+"""The carry of the decoding loop: per-row state and key/value caches."""
 
 from typing import Any, NamedTuple
 
@@ -11,19 +11,19 @@ from mtp_jax.parallel import sharding
 
 
 class State(NamedTuple):
-  """Of each row: what is known, what is drafted, how it went."""
+  """The state of each row: known tokens, drafts, counters."""
 
-  tokens_BS: Any  # the known ones; beyond them, what is drafted
-  length_B: Any  # known tokens; all but the last are in the cache
-  limit_B: Any  # the length at which a row ends
+  tokens_BS: Any  # known tokens, followed by drafts
+  length_B: Any  # number of known tokens; all but the last are in the cache
+  limit_B: Any  # maximum length of a row
   done_B: Any
   seed_B: Any
-  drafted_B: Any  # whether there are drafts yet
-  candidates_BJX: Any  # of heads 2..W, best first
-  q_BJV: Any  # what they were drawn from; None if greedy
-  tail_BRD: Any  # z of the R positions before the window; None without
-  forwards_B: Any
-  asked_BJ: Any  # drafts that were compared, those before them having stood
+  drafted_B: Any  # whether the row has drafts
+  candidates_BJX: Any  # drafts of heads 2..W, best first
+  q_BJV: Any  # the distributions of the drafts; None if greedy
+  tail_BRD: Any  # z of the R positions before the window; None if R = 0
+  forwards_B: Any  # forward passes
+  proposed_BJ: Any  # drafts verified, those before them having been accepted
   accepted_BJ: Any
 
 
@@ -33,11 +33,11 @@ class Caches(NamedTuple):
 
 
 def start(tokens_BS, length_B, limit_B, seed_B, sampled: bool, s: setup_lib.Setup):
-  """The State before anything was read. Under jit, arguments by rows.
+  """Returns the initial State; call it under jit.
 
-  tokens_BS needs room for a window beyond the longest limit.
+  tokens_BS must have room for a window beyond the longest limit.
   """
-  J, V = s.window - 1, s.cfg.model.vocab_size
+  J, V, R = s.window - 1, s.cfg.model.vocab_size, s.num_reread
   width = max(s.tree.widths, default=1)
 
   def rows(tokens_BS, length_B, limit_B, seed_B):
@@ -55,7 +55,7 @@ def start(tokens_BS, length_B, limit_B, seed_B, sampled: bool, s: setup_lib.Setu
       zeros(dtype=bool),
       zeros(J, width),
       zeros(J, V, dtype=jnp.float32) if sampled else None,
-      zeros(s.again, s.cfg.model.d_model, dtype=s.cfg.model.compute_dtype) if s.again else None,
+      zeros(R, s.cfg.model.d_model, dtype=s.cfg.model.compute_dtype) if R else None,
       zeros(),
       zeros(J),
       zeros(J),
@@ -65,7 +65,7 @@ def start(tokens_BS, length_B, limit_B, seed_B, sampled: bool, s: setup_lib.Setu
 
 
 def cached_layers(s: setup_lib.Setup) -> tuple[int, int]:
-  """That have keys and values: of the stem, of the heads after it."""
+  """Returns the number of cached layers (of the stem, of the heads after it)."""
   f = heads.family(s.cfg)
   stem = heads.trunk_layers(s.cfg)
   if s.cfg.heads.block_first:
@@ -74,7 +74,7 @@ def cached_layers(s: setup_lib.Setup) -> tuple[int, int]:
 
 
 def empty(B: int, S: int, dtype, s: setup_lib.Setup) -> Caches:
-  """Of S slots. Under jit; S needs room for M - 1 beyond the longest row."""
+  """Returns caches of S slots, M - 1 more than the longest row; call it under jit."""
   stem, further = cached_layers(s)
   return Caches(
     cache_lib.empty(stem, B, S, s.cfg, dtype), cache_lib.empty(further, B, S, s.cfg, dtype)

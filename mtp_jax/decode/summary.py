@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.generate."""
+"""Statistics of a decoding: acceptance rates and speed, as lines and as JSON."""
 
 from mtp_jax.config import parse, schema
 from mtp_jax.decode import decoder as decoder_lib
@@ -6,9 +6,9 @@ from mtp_jax.decode import load as load_lib
 
 
 def stop_ids(cfg: schema.Config, opened: load_lib.LoadedModel) -> tuple[int, ...]:
-  said = parse.parse_stop_ids(cfg.decode.stop_token_ids)
-  if said is not None:
-    return said
+  given = parse.parse_stop_ids(cfg.decode.stop_token_ids)
+  if given is not None:
+    return given
   return opened.tokenizer.stop_ids if opened.tokenizer else ()
 
 
@@ -18,13 +18,13 @@ def sampled(cfg) -> str:
 
 
 def acceptance_lines(decoded) -> list[str]:
-  if not len(decoded.asked_J):
+  if not len(decoded.proposed_J):
     return []
   rates = ', '.join(
     f't+{j}: {"-" if rate is None else f"{rate:.2f}"}'
     for j, rate in enumerate(decoded.acceptance_J, 2)
   )
-  return [f'drafts that stood, given those before: {rates}']
+  return [f'conditional acceptance rate of drafts: {rates}']
 
 
 def summary(decoded: decoder_lib.Decoded) -> dict:
@@ -33,7 +33,7 @@ def summary(decoded: decoder_lib.Decoded) -> dict:
     forwards=int(decoded.forwards.sum()),
     tokens_per_forward=decoded.tokens_per_forward,
     acceptance=decoded.acceptance_J,
-    asked=decoded.asked_J.tolist(),
+    asked=decoded.proposed_J.tolist(),
     accepted=decoded.accepted_J.tolist(),
     prefill_s=decoded.prefill_s,
     decode_s=decoded.decode_s,

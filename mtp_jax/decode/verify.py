@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.decode.speculative."""
+"""Verification of drafts with head 1's logits, and the cache after it."""
 
 import jax.numpy as jnp
 
@@ -9,7 +9,7 @@ from mtp_jax.parallel import sharding
 
 
 def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, s):
-  """(state with what is new, drafts accepted_B, path_BW)."""
+  """Returns (state with the emitted tokens, accepted drafts (B,), path_BW)."""
   W, J = s.window, s.window - 1
   tokens_BS, length_B, live_B = state.tokens_BS, state.length_B, ~state.done_B
   allowed_B = jnp.where(state.drafted_B & live_B, jnp.minimum(max_accept, J), 0)
@@ -38,7 +38,9 @@ def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, 
   at_BW = jnp.where(index_1W < new_B[:, None], length_B[:, None] + index_1W, tokens_BS.shape[1])
   b_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
   draft_1J = 1 + jnp.arange(J)[None]
-  asked_BJ = (draft_1J <= allowed_B[:, None]) & (draft_1J <= jnp.minimum(n_B + 1, new_B)[:, None])
+  proposed_BJ = (draft_1J <= allowed_B[:, None]) & (
+    draft_1J <= jnp.minimum(n_B + 1, new_B)[:, None]
+  )
   return (
     state._replace(
       tokens_BS=tokens_BS.at[b_B1, at_BW].set(emitted_BW, mode='drop'),
@@ -46,8 +48,8 @@ def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, 
       done_B=~live_B | stopped_B | (length_B + new_B >= state.limit_B),
       drafted_B=jnp.ones_like(live_B),
       forwards_B=state.forwards_B + live_B,
-      asked_BJ=state.asked_BJ + asked_BJ,
-      accepted_BJ=state.accepted_BJ + (asked_BJ & (draft_1J <= n_B[:, None])),
+      proposed_BJ=state.proposed_BJ + proposed_BJ,
+      accepted_BJ=state.accepted_BJ + (proposed_BJ & (draft_1J <= n_B[:, None])),
     ),
     n_B,
     path_BW,
@@ -55,7 +57,7 @@ def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, 
 
 
 def keep_path(states, caches: state_lib.Caches, root_B, path_BW):
-  """The accepted path of a tree, as if it had been a chain all along."""
+  """Compacts states and caches to the accepted path of a tree, as of a chain."""
 
   def slots(root_B, path_BW):
     W = path_BW.shape[1]

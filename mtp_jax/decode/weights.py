@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.decode.speculative."""
+"""Parameters as decoding reads them, and their bytes per forward pass."""
 
 from typing import Any, NamedTuple
 
@@ -10,18 +10,18 @@ from mtp_jax.parallel import sharding
 
 
 class Weights(NamedTuple):
-  """Parameters as decoding reads them: in the compute dtype (norms as they
-  are), whole over the batch axes, layers apart, those in use only."""
+  """Parameters as decoding reads them: in the compute dtype (norms unchanged),
+  gathered over the batch axes, unstacked, only those in use."""
 
   embed: Any
-  stem: tuple  # layers that verification needs: the trunk's, then heads'
+  stem: tuple  # layers of verification: the trunk's, then those of heads
   heads: tuple  # modules of the heads after them
   norm: Any
-  unembed: tuple  # of head 1, 2 …, or one for all
+  unembed: tuple  # of heads 1, 2 …, or one shared by all
 
 
 def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
-  """Under jit. A module that serves all heads is there once."""
+  """Returns the Weights of a model; call it under jit. A shared module appears once."""
   cfg, f = s.cfg, heads.family(s.cfg)
 
   def use(w, spec):
@@ -59,14 +59,14 @@ def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
 
 
 def in_use(w: Weights, s: setup_lib.Setup) -> Weights:
-  """Those of fewer heads than w was made for; nothing is copied."""
+  """Returns the weights of a Setup with fewer heads, without copies."""
   return w._replace(heads=w.heads[: s.window - 1], unembed=w.unembed[: s.window])
 
 
 def read_bytes(w: Weights, s: setup_lib.Setup) -> int:
-  """Bytes of weights that a device reads in a forward pass: a module as often
-  as it serves a head; a shared unembedding for head 1 and once more for the
-  drafts of all further heads, or for each where one drafts after the other."""
+  """Returns the bytes of weights that a device reads per forward pass: a shared
+  module once per head; a shared unembedding for head 1 and once for the drafts of
+  all other heads, or once per head where they draft sequentially."""
   f, unembedding = heads.family(s.cfg), s.cfg.heads.unembedding
   modules = w.heads * (s.window - 1) if f.shared_module else w.heads
   table = w.unembed or (w.embed,)

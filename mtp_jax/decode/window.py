@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.decode.speculative."""
+"""The model over a window of positions of each row, with key/value caches."""
 
 from typing import Any, NamedTuple
 
@@ -16,22 +16,22 @@ from mtp_jax.parallel import sharding
 
 
 class Window(NamedTuple):
-  """Positions of each row that are computed at once."""
+  """The positions of each row that a forward pass computes."""
 
   ctx: block.Context
-  slot: Any  # (B, T), or that of the first, where all rows have the same
+  slot: Any  # (B, T), or a scalar: the first position's, the same in all rows
   seen_BTS: Any
 
 
 class QueryPosition(NamedTuple):
-  """The one position of a window whose outcome is of interest."""
+  """The position of a window whose output is used."""
 
   at_B: Any
   window: Window
 
 
 def take_position(x_BTD, at_B):
-  """(B, 1, D)."""
+  """Returns x at one position per row, (B, 1, D)."""
 
   def rows(x_BTD, at_B):
     return jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)
@@ -40,8 +40,8 @@ def take_position(x_BTD, at_B):
 
 
 def _layer(layer, x_BTD, kv, here: Window, cfg, query: QueryPosition | None = None):
-  """A layer over a window, whose keys and values are cached; the rest of it,
-  at one position only if a query is given."""
+  """Computes a layer over a window and caches its keys and values; with a query,
+  the rest of it at that position only."""
   w = params.gather_cast(layer, block.specs(cfg), cfg)
   y_BTD = layers.rms_norm(x_BTD, w.attn_norm, cfg.model.norm_eps)
   kv = cache_lib.write(kv, *block.keys_values(w, y_BTD, here.ctx), here.slot)
@@ -56,7 +56,7 @@ def _layer(layer, x_BTD, kv, here: Window, cfg, query: QueryPosition | None = No
 def stem(
   w: weights_lib.Weights, tokens_BT, caches: state_lib.Caches, here: Window, s: setup_lib.Setup
 ):
-  """What each layer gives that verification needs, and the caches."""
+  """Computes the layers of verification; returns (the output of each, caches)."""
   x_BTD, states, written = lm.embed(w, tokens_BT, s.cfg), [], []
   for layer, kv in zip(w.stem, caches.stem, strict=True):
     x_BTD, kv = _layer(layer, x_BTD, kv, here, s.cfg)
@@ -89,9 +89,10 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
   """
   cfg, f = s.cfg, heads.family(s.cfg)
   module = w.heads[0 if f.shared_module else k - 2]
-  # What no later head reads is computed at the query only.
+  # An output that no later head reads is computed at the query only.
   at_query = query is not None and (k == s.window or not f.is_chained)
   if f.layer is None:
+    assert query is not None
     z_BTD = take_position(z_BTD, query.at_B)
   written = []
 
@@ -111,7 +112,7 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
 
 
 def logits(w: weights_lib.Weights, h_BTD, k: int, cfg):
-  """Of head k, in float32, whole over the vocabulary."""
+  """Computes head k's logits in float32, unsharded over the vocabulary."""
   if cfg.heads.unembedding == 'tied':
     unembed, product = w.embed, 'BTD,VD->BTV'
   else:
@@ -123,7 +124,7 @@ def logits(w: weights_lib.Weights, h_BTD, k: int, cfg):
 
 
 def all_logits(w: weights_lib.Weights, hidden: list, cfg):
-  """Of heads 2..W, one position each: (B, W - 1, V)."""
+  """Computes the logits of heads 2..W at one position each: (B, W - 1, V)."""
   if cfg.heads.unembedding == 'replicated':
     of_heads = [logits(w, h_B1D, k, cfg) for k, h_B1D in enumerate(hidden, 2)]
     return jnp.concatenate(of_heads, axis=1)
@@ -131,24 +132,26 @@ def all_logits(w: weights_lib.Weights, hidden: list, cfg):
 
 
 def next_logits(w: weights_lib.Weights, tokens_BT, length_B, s: setup_lib.Setup):
-  """Head 1's after each row's last token, by a pass over the whole row."""
+  """Computes head 1's logits after each row's last token, by a forward pass over
+  the whole row."""
 
   def rows(tokens_BT):
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
   position_BT = sharding.by_rows(rows, tokens_BT)
   here = window(position_BT, 0, tokens_BT.shape[1], s.cfg)
-  caches = state_lib.empty(*tokens_BT.shape, s.cfg.model.compute_dtype, s)
+  B, T = tokens_BT.shape
+  caches = state_lib.empty(B, T, s.cfg.model.compute_dtype, s)
   states, _ = stem(w, tokens_BT, caches, here, s)
   h_BTD = heads.norm(take_position(states[-1], length_B - 1), w.norm, s.cfg)
   return logits(w, h_BTD, 1, s.cfg)[:, 0]
 
 
-# Reading the prompt.
+# Windows of consecutive positions.
 
 
 def window(position_BT, slot, S: int, cfg) -> Window:
-  """Positions that see all before them."""
+  """Returns the Window of positions that attend to all before them."""
 
   def rows(position_BT):
     return jnp.arange(S)[None, None] <= position_BT[:, :, None]

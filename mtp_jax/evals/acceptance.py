@@ -28,7 +28,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   prompts = pieces(cfg, cfg.eval.limit or PIECES)
   decoded = subject.decoder(prompts, stop_ids=subject.tokenizer.stop_ids, each=lambda tokens: None)
   scalars = dict(tokens_per_forward=decoded.tokens_per_forward)
-  proposed_J, accepted_J = decoded.asked_J, decoded.accepted_J
+  proposed_J, accepted_J = decoded.proposed_J, decoded.accepted_J
   for j, (n, accepted) in enumerate(zip(proposed_J, accepted_J, strict=True), 2):
     scalars |= intervals.share(f'accepted_{j}', int(accepted), int(n))
   rates = ', '.join(

@@ -50,6 +50,7 @@ def evaluator(cfg: schema.Config, mesh) -> Callable:
         new = jax.device_get(sums(params, batch, n_active=n_active))
         new = jax.tree.map(np.float64, new)
         total = jax.tree.map(np.add, total, new) if total else new
+    assert total is not None  # there is a batch
     return total
 
   return run

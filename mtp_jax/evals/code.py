@@ -165,6 +165,7 @@ def judged(
         ended = ended._replace(outcome='failed', err='wrong output')
     if ended.outcome != 'passed':
       break
+  assert ended
   return ended._replace(out='')  # GiB for 200 samples
 
 

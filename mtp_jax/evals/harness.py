@@ -13,7 +13,8 @@ import json
 import numbers
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     try:
       found = evaluator.simple_evaluate(
         model,
-        tasks=names,
+        tasks=[*names],
         task_manager=_tasks(tuple(names), cfg.eval.data),
         num_fewshot=None if cfg.eval.num_fewshot < 0 else cfg.eval.num_fewshot,
         limit=cfg.eval.limit or None,
@@ -71,6 +72,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
       # Nothing was computed: the error is in the task's data, template or code.
       problem = ' '.join(f'{type(error).__name__}: {error}'.split())
       raise _fail(arg)(f'cannot be evaluated: {problem}') from error
+  assert found is not None
   return _result(found)
 
 
@@ -115,8 +117,8 @@ def _model(subject: subject_lib.Subject, fail: Fail):
 
   class Model(TemplateLM):
     was_called = False
-    eot_token_id = tokenizer.eos
-    prefix_token_id = tokenizer.bos
+    eot_token_id = tokenizer.eos  # pyright: ignore[reportAssignmentType]
+    prefix_token_id = tokenizer.bos  # pyright: ignore[reportAssignmentType]
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
       before = [] if add_special_tokens is False else begin
@@ -125,7 +127,7 @@ def _model(subject: subject_lib.Subject, fail: Fail):
     def loglikelihood(self, requests, disable_tqdm=True):
       return super().loglikelihood(requests, disable_tqdm)
 
-    def _loglikelihood_tokens(self, requests, **kwargs):
+    def _loglikelihood_tokens(self, requests: Sequence[tuple], **kwargs):
       self.was_called = True
       return _loglikelihoods(subject, [r[1:] for r in requests], context, fail)
 
@@ -202,7 +204,7 @@ def _generation_config(
   """Parses a task's generation_kwargs as the harness does."""
   from lm_eval.models import utils
 
-  options = utils.normalize_gen_kwargs(kwargs, MAX_NEW)
+  options: dict[str, Any] = dict(utils.normalize_gen_kwargs(kwargs, MAX_NEW))
   until = utils.handle_stop_sequences(options['until'], eos=None)
   samples = options['do_sample']
   known = GENERATION if samples else GENERATION + OF_SAMPLES
@@ -222,7 +224,7 @@ def _generation_config(
   )
 
 
-def _result(found: dict) -> suites.Result:
+def _result(found: Mapping[str, Any]) -> suites.Result:
   lines, scalars, items = [], {}, []
   for task, values in found['results'].items():
     shots = found['n-shot'].get(task, '')
@@ -239,6 +241,7 @@ def _result(found: dict) -> suites.Result:
       error = values.get(f'{metric}_stderr,{of_filter}')
       n = found['n-samples'].get(task, {}).get('effective', 0)
       if isinstance(error, numbers.Real):
+        value, error = float(value), float(error)
         low, high = (value + side * intervals.Z95 * error for side in (-1, 1))
         if metric in SHARES and n:  # the normal interval has no width at 0 and 1
           low, high = intervals.wilson(round(value * n), n)

@@ -47,6 +47,7 @@ def evaluator(cfg: schema.Config, mesh, bytes_V) -> Callable:
         new = jax.tree.map(np.float64, new)
         total = jax.tree.map(np.add, total, new) if total else new
     weight_K = schedule.in_force(schedule.head_weights(cfg), last)[:n_active]
+    assert total is not None  # there is a batch
     return _finish(total, np.array(weight_K), cfg.loss.token_order_weight)
 
   return run

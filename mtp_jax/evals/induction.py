@@ -206,7 +206,7 @@ def _item(document, passage, names, pool, tokenizer, seq_len, rng):
   counts = {word: n for word, n in words.items() if word in names}
   if not counts:
     return None
-  old = max(counts, key=counts.get)
+  old = max(counts, key=counts.__getitem__)
   if counts[old] < OCCURRENCES:
     return None
   name, pair = _name(pool, tokenizer, rng)

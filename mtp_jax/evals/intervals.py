@@ -5,7 +5,7 @@ import math
 Z95 = 1.959963984540054  # the normal distribution's 97.5% point
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
   """Returns the 95% interval of a proportion with `successes` in n independent trials.
 
   Wilson's score interval (1927, doi:10.1080/01621459.1927.10502953), all p
@@ -23,7 +23,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
   return (0.0 if successes == 0 else low, 1.0 if successes == n else high)
 
 
-def share(name: str, successes: int, n: int) -> dict[str, float]:
+def share(name: str, successes: float, n: int) -> dict[str, float]:
   """Returns the scalars NAME, NAME_low and NAME_high of `suites.Result`; NaN for
   n = 0."""
   low, high = wilson(successes, n)

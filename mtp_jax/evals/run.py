@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from mtp_jax.checkpoint import restore
 from mtp_jax.config import fields, schema
@@ -25,7 +26,8 @@ def evaluate(path: str, given: dict[str, object]) -> Iterator[tuple[list, dict]]
     opened = _open(path, given)
     workdir, step, _, cfg = opened
     selected = registry.asked(cfg)
-  values, subject = dict(workdir=workdir, step=step), None
+  values: dict[str, Any] = dict(workdir=workdir, step=step)
+  subject = None
   for name, arg in selected:
     if name == registry.HELDOUT:
       lines, found = _held_out(workdir, step, cfg)
@@ -56,6 +58,7 @@ def _subject(given: dict[str, object], opened) -> subject_lib.Subject:
       f'needs a single process; only {registry.HELDOUT} supports several',
     )
   found = load.of_opened(given, opened, False)
+  assert found.tokenizer
   cfg, mesh = found.cfg, sharding.make_mesh(found.cfg)
   model = restore.restore_model(found.workdir, found.step, cfg, mesh)
   return subject_lib.Subject(

@@ -52,7 +52,7 @@ def scores(model: lm.LM, batch: dict, *, n_active: int, cfg) -> Scores:
   modules = heads.active_modules(model.heads, m, cfg)
   per_head = (jnp.arange(1, m + 1), targets_KBT[:m], own)
   _, (found, _) = heads.scan_heads(visit, z_BTD, modules, per_head, cfg)
-  return Scores(*found, valid_KBT[:m])
+  return Scores(*found, valid=valid_KBT[:m])
 
 
 def _of_targets(h_BCD, unembed_DV, target_BC, cfg):
@@ -100,7 +100,7 @@ def of_rows(
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   B = -(-min(batch_size, len(rows)) // shards) * shards
-  found = [None] * len(rows)
+  found: list[Any] = [None] * len(rows)
   for first in range(0, len(rows), B):
     batch = order[first : first + B]
     T = -(-max(len(rows[batch[0]]) - 1, 1) // STEP) * STEP

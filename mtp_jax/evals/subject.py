@@ -100,7 +100,7 @@ def continuations(
   decoder = subject.decoder.with_sampling(
     max_new_tokens=generation.max_new, temperature=generation.temperature, top_p=generation.top_p
   )
-  found = [[None] * generation.samples for _ in ids]
+  found: list[list[Any]] = [[None] * generation.samples for _ in ids]
   for first in range(0, len(jobs), B):
     batch = jobs[first : first + B]
     rows = [ids[i] for i, _ in batch]

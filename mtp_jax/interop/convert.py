@@ -28,7 +28,7 @@ def _absent(path: str) -> str:
 
 
 def _required(given: dict[str, object], flag: str) -> str:
-  path = given.get(flag, '')
+  path = str(given.get(flag, ''))
   if not path:
     raise fields.ConfigError(flag, '', 'must be a directory')
   return path
@@ -43,7 +43,7 @@ LIBRARIES = {'meta': (('torch',), 'meta'), 'gguf': (('gguf', HF), 'gguf')}
 def export(path: str, given: dict[str, object]) -> list[str]:
   """Exports a checkpoint to --export.out; returns the lines of a report."""
   out = _absent(_required(given, 'export.out'))
-  form = given.get('export.format', 'hf')
+  form = str(given.get('export.format', 'hf'))
   if form not in mapping.FORMS:
     validate.configured(given)  # raises with the list of formats
   libraries, extra = LIBRARIES.get(form, ((HF,), 'hf'))

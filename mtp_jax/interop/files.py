@@ -179,7 +179,7 @@ class Loaded(NamedTuple):
   shape: tuple[int, ...]
 
   def read(self) -> np.ndarray:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if self.tensor.dtype != torch.bfloat16:
       return self.tensor.numpy()
@@ -187,7 +187,7 @@ class Loaded(NamedTuple):
 
 
 def write_torch(path: str, arrays: dict[str, np.ndarray]) -> None:
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   def tensor(array):
     if array.dtype != ml_dtypes.bfloat16:
@@ -200,13 +200,13 @@ def write_torch(path: str, arrays: dict[str, np.ndarray]) -> None:
   except RuntimeError as error:
     if not isinstance(error.__context__, OSError):
       raise
-    raise _disk_error(error.__context__.errno, path) from error
+    raise _disk_error(error.__context__.errno or 0, path) from error
 
 
 def read_torch(path: str) -> dict[str, Loaded]:
   """Returns the tensors of a PyTorch file; raises InputError if it is corrupt or
   truncated."""
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   if not os.path.isfile(path):
     raise paths.InputError(path, 'no such file')

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shlex
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -237,7 +237,9 @@ def _check(folder, cfg, expected: dict[str, str], extra: bool) -> None:
       raise paths.InputError(folder, f'{name} differs from what was written')
 
 
-def _tensors_of(folder: str, cfg: schema.Config, extra: bool) -> dict[str, files.Tensor]:
+def _tensors_of(
+  folder: str, cfg: schema.Config, extra: bool
+) -> dict[str, files.Tensor] | dict[str, files.Loaded]:
   """Returns the tensors of a folder; with extra, including those in the separate
   file of further heads, if the format has one."""
   form = mapping.of(cfg)
@@ -434,6 +436,6 @@ def _shard_of(folder, index, target, of_index, found, expected, cfg) -> Any:
   rows = range(target.shape[0])[first]
   shape = target.sharding.shard_shape(target.shape)
   out = np.empty((len(rows), *shape[1:]), target.dtype)
-  for row, i in zip(out, rows, strict=True):
+  for row, i in zip(cast(Any, out), rows, strict=True):
     row[...] = ours(of_index[i], tuple(rest))
   return out

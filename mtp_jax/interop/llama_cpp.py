@@ -11,6 +11,7 @@ the final norm, and passes on its own before its norm.
 import json
 import math
 import os
+import pathlib
 from collections.abc import Iterable
 
 import ml_dtypes
@@ -89,7 +90,7 @@ def write(
     )
   if stretched is not None:
     writer.add_tensor_info(FREQUENCIES, stretched.shape, stretched.dtype, stretched.nbytes)
-  writer.write_header_to_file(path)
+  writer.write_header_to_file(pathlib.Path(path))
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
   writer.close()

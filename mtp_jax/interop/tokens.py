@@ -82,7 +82,7 @@ def model_proto(model: bytes):
   """Parses a SentencePiece model: pieces, and how they are used."""
   from sentencepiece import sentencepiece_model_pb2
 
-  proto = sentencepiece_model_pb2.ModelProto()
+  proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
   proto.ParseFromString(model)
   return proto
 

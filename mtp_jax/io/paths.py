@@ -49,7 +49,7 @@ def naming(path) -> Iterator[None]:
 
 def disk_error(error: OSError) -> str | None:
   """Returns 'FILE: no space left on device' for errors of that kind, else None."""
-  if error.errno not in DISK_ERRORS:
+  if error.errno is None or error.errno not in DISK_ERRORS:
     return None
   why = os.strerror(error.errno)
   return f'{error.filename or "output"}: {why[0].lower()}{why[1:]}'

@@ -1,4 +1,4 @@
-"""Two backward strategies of the multi-head loss: one value, the same gradients.
+"""Two backward strategies of the multi-head loss, with equal values and gradients.
 
   remat        one `lax.scan` over heads of a checkpointed body: the backward pass
                recomputes each head's block and its logits. In memory between the
@@ -6,9 +6,9 @@
   interleaved  each head runs forward and backward at once, in the forward pass of a
                custom_vjp, and adds into dL/dz, so that nothing is computed twice.
                In memory between the passes: dL/dz (B x T x D) and the gradients of
-               heads and unembedding, which have to be made anyway. Chained heads
-               recompute their blocks, never their logits, and keep 2 K B T D
-               numbers of the compute dtype.
+               heads and unembedding, which are needed anyway. Chained heads recompute
+               their blocks, never their logits, and save 2 K B T D numbers of the
+               compute dtype.
 
 Neither ever holds the logits of two heads.
 """
@@ -26,7 +26,7 @@ from mtp_jax.parallel import sharding
 
 
 class Weights(NamedTuple):
-  """Parameters and activations by which the heads' loss is differentiated."""
+  """Parameters and activations that the heads' loss is differentiated by."""
 
   modules: Any
   z_BTD: Any
@@ -38,7 +38,7 @@ class Weights(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-  """The targets of K heads and what each of them weighs; not differentiated."""
+  """The targets and weights of K heads; not differentiated."""
 
   k_K: Any  # 1..K
   targets_KBT: Any
@@ -52,7 +52,7 @@ def _gather(w: Weights, cfg) -> head_loss.SharedWeights:
 
 
 def _per_head(w: Weights, inputs: LossInputs, cfg) -> head_loss.HeadBatch:
-  """All heads' parts of a micro-batch, stacked."""
+  """Returns the HeadBatch of all heads, stacked."""
   return head_loss.HeadBatch(
     k=inputs.k_K,
     target_BT=inputs.targets_KBT,
@@ -65,7 +65,8 @@ def _per_head(w: Weights, inputs: LossInputs, cfg) -> head_loss.HeadBatch:
 
 @jax.custom_vjp
 def _probe_grad_norm(z_BTD, probe):
-  """z; backwards, the probe's gradient is the squared norm of z's."""
+  """Identity on z; in the backward pass, the probe's gradient is the squared norm of
+  z's gradient."""
   del probe
   return z_BTD
 
@@ -119,7 +120,10 @@ def _interleaved(w: Weights, inputs: LossInputs, cfg: schema.Config):
 
 def _interleaved_fwd(w: Weights, inputs: LossInputs, cfg):
   shared, scatter = jax.vjp(
-    lambda *at_rest: head_loss.gather_shared(*at_rest, cfg), w.norm_D, w.unembed, w.order_VD
+    lambda norm_D, unembed, order_VD: head_loss.gather_shared(norm_D, unembed, order_VD, cfg),
+    w.norm_D,
+    w.unembed,
+    w.order_VD,
   )
   run = _chained if heads.family(cfg).is_chained else _independent
   grads, dshared, own, out = run(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
@@ -131,7 +135,7 @@ def _interleaved_fwd(w: Weights, inputs: LossInputs, cfg):
 
 
 def _independent(w: Weights, shared, inputs: LossInputs, cfg):
-  """One scan; each head forward and backward at once."""
+  """Runs forward and backward of each head within one scan."""
   loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
 
   def visit(carry, module, head):
@@ -159,9 +163,9 @@ def _independent(w: Weights, shared, inputs: LossInputs, cfg):
 
 
 def _chained(w: Weights, shared, inputs: LossInputs, cfg):
-  """Forward through the chain, each head's loss forward and backward on the way;
-  then the chain backward, its blocks, and nothing else, recomputed. In memory
-  between the two: each head's input and dL/dh_k."""
+  """Runs the chain forward with each head's loss forward and backward, then the
+  chain backward, recomputing its blocks only. In memory between the two: each
+  head's input and dL/dh_k."""
   loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
 
   def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
@@ -175,16 +179,16 @@ def _chained(w: Weights, shared, inputs: LossInputs, cfg):
       dshared, grads, value, stats = loss.value_and_grad(
         jax.lax.stop_gradient(h_BTD), shared, dshared, head, heads.is_head_1(module, head.k, cfg)
       )
-      # A surrogate whose gradient by h is dL/dh: that of the chain follows.
+      # A surrogate loss whose gradient by h is dL/dh.
       surrogate = jnp.sum(h_BTD * grads.h_BTD, dtype=jnp.float32)
       return (carry_BTD, dshared), ((surrogate, value, stats, grads.unembed_DV), None)
 
     carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
     zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
-    (_, dshared), ((surrogate_K, *outs), _) = heads.scan_heads(
+    (_, dshared), ((surrogate_K, value_K, stats, own), _) = heads.scan_heads(
       visit, (carry_BTD, zeros), modules, _per_head(here, inputs, cfg), cfg
     )
-    return jnp.sum(surrogate_K), (dshared, *outs)
+    return jnp.sum(surrogate_K), (dshared, value_K, stats, own)
 
   surrogate, pull, (dshared, value_K, stats, own) = jax.vjp(
     chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K, has_aux=True

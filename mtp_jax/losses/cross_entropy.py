@@ -23,26 +23,26 @@ class Stats(NamedTuple):
 
 
 class Logits(NamedTuple):
-  """Those of a chunk in float32, and what is read off them."""
+  """A chunk's logits in float32, and what is computed from them."""
 
   logits_BCV: Any
   ids_11V: Any
   lse_BC: Any  # log-sum-exp
-  label_BC: Any  # the target's logit
-  top_BC: Any  # the largest, without a gradient
-  argmax_BC: Any  # the first of the largest
+  label_BC: Any  # logit of the target
+  top_BC: Any  # maximum, without a gradient
+  argmax_BC: Any  # the first one on ties
 
 
 def logits(h_BCD, unembed_DV, target_BC) -> Logits:
-  """The label's logit is a masked sum, not a lookup: the vocabulary may be
-  sharded and is never gathered."""
+  """Computes the Logits of a chunk. The label's logit is a masked sum, not a lookup:
+  the vocabulary may be sharded and is never gathered."""
   logits_BCV = jnp.einsum(
     'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
   )
   lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
   ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
   label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
-  # As jnp.argmax says it, in half the time on a CPU.
+  # Equals jnp.argmax, in half the time on a CPU.
   top_BC = jnp.max(jax.lax.stop_gradient(logits_BCV), axis=-1)
   is_top_BCV = logits_BCV == top_BC[:, :, None]
   argmax_BC = jnp.min(jnp.where(is_top_BCV, ids_11V, logits_BCV.shape[-1] - 1), axis=-1)
@@ -50,7 +50,7 @@ def logits(h_BCD, unembed_DV, target_BC) -> Logits:
 
 
 def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
-  """(sum of valid losses, Stats), for as many positions as are given."""
+  """Returns (sum of the losses of valid positions, Stats)."""
   of = logits(h_BCD, unembed_DV, target_BC)
   z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * of.lse_BC**2)
   loss = jnp.sum(valid_BC * (of.lse_BC - of.label_BC)) + z_loss
@@ -59,11 +59,10 @@ def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
 
 
 def chunk_size(B: int, T: int, cfg: schema.Config) -> int:
-  """Returns C, the positions whose logits are in memory at the same time.
+  """Returns C, the number of positions per chunk.
 
-  That of --loss.chunk_size or else the most that divide T evenly with B x C x V
-  logits of a device in half a GiB, and no fewer than 128: a product of few rows
-  wastes the multiplier.
+  --loss.chunk_size, or else the largest divisor of T whose B x C x V logits per
+  device fit LOGITS_BYTES, at least 128: smaller products underuse matrix units.
   """
   if cfg.loss.chunk_size:
     return cfg.loss.chunk_size
@@ -76,7 +75,7 @@ def chunk_size(B: int, T: int, cfg: schema.Config) -> int:
 
 
 def _in_chunks(cfg, *xs_BT):
-  """Each (B, T, …) -> (T/C, B, C, …)."""
+  """Reshapes each (B, T, …) to (T/C, B, C, …)."""
   B, T = xs_BT[0].shape[:2]
   C = chunk_size(B, T, cfg)
   return tuple(
@@ -85,13 +84,14 @@ def _in_chunks(cfg, *xs_BT):
 
 
 def out_of_chunks(x_XBC):
-  """(T/C, B, C, …) -> (B, T, …)."""
+  """Reshapes (T/C, B, C, …) to (B, T, …)."""
   X, B, C, *rest = x_XBC.shape
   return sharding.reshape(x_XBC.swapaxes(0, 1), (B, X * C, *rest), 'batch')
 
 
 def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
-  """(sum of losses, the rest of each chunk); the backward recomputes logits.
+  """Returns (sum of losses, the rest of each chunk); the backward pass recomputes
+  logits.
 
   f(h_BCD, unembed, *of_tokens in chunks, cfg) -> (loss, rest).
   """
@@ -106,12 +106,12 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
 
 
 def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
-  """`sum_chunks` with the gradients of scale x loss, computed at once.
+  """Computes `sum_chunks` and the gradients of scale x loss in one forward pass.
 
   Args:
     f, h_BTD, of_tokens, cfg: as of `sum_chunks`.
-    weights: (unembed, the gradient of it so far).
-    scale: of the loss that is differentiated.
+    weights: (unembed, its accumulated gradient).
+    scale: factor of the loss that is differentiated.
 
   Returns:
     (gradient of unembed with this one's added, dh_BTD, loss, the rest of each chunk).

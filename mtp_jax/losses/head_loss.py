@@ -1,5 +1,5 @@
-"""The loss of one head's hidden state, as an object with a value and a
-value-and-gradient; a backward strategy knows nothing else of it.
+"""The loss of one head's hidden state: a value, and a value with gradients, which is
+all that a backward strategy uses.
 
 Cross-entropy for every head and, with --loss.token_order_weight, token order
 prediction for head 1.
@@ -18,9 +18,9 @@ from mtp_jax.parallel import sharding
 
 
 class SharedWeights(NamedTuple):
-  """Parameters that several heads read: gathered once, their gradients reduced
-  once. With --heads.unembedding=replicated each head has its own unembedding, and
-  `unembed_DV` is None."""
+  """Parameters that several heads use: gathered once, gradients reduced once. With
+  --heads.unembedding=replicated each head has its own unembedding, and `unembed_DV`
+  is None."""
 
   norm_D: Any
   unembed_DV: Any
@@ -28,7 +28,7 @@ class SharedWeights(NamedTuple):
 
 
 class HeadBatch(NamedTuple):
-  """One head's part of a micro-batch; stacked, with a leading K, all heads'."""
+  """One head's part of a micro-batch; with a leading K axis, that of all heads."""
 
   k: Any  # the head's number, from 1
   target_BT: Any
@@ -39,7 +39,7 @@ class HeadBatch(NamedTuple):
 
 
 class Window(NamedTuple):
-  """A micro-batch as all heads see it."""
+  """The part of a micro-batch that all heads share."""
 
   ctx: block.Context
   tokens_BU: Any
@@ -55,10 +55,10 @@ class HeadStats(NamedTuple):
 
 
 class HeadGrads(NamedTuple):
-  """Gradients that belong to one head alone."""
+  """Gradients specific to one head."""
 
   h_BTD: Any
-  unembed_DV: Any  # of its own unembedding, at rest; None where heads share one
+  unembed_DV: Any  # of its own unembedding, as sharded at rest; None where heads share one
 
 
 class HeadLoss(NamedTuple):
@@ -74,8 +74,8 @@ class HeadLoss(NamedTuple):
 
 
 def gather_shared(norm_D, unembed, order_VD, cfg: schema.Config) -> SharedWeights:
-  """Gathers the shared weights over the batch axes, from their form at rest:
-  `unembed` is (D, V), tied (V, D), or replicated (K, D, V)."""
+  """Gathers the shared weights over the batch axes; at rest `unembed` is (D, V),
+  tied (V, D), or replicated (K, D, V)."""
   specs = lm.specs(cfg)
   unembed_DV = {
     'shared': lambda: params.gather(unembed, specs.unembed, cfg),
@@ -102,8 +102,8 @@ def of(window: Window, cfg: schema.Config) -> HeadLoss:
 
 
 def _cross_entropy(cfg: schema.Config) -> HeadLoss:
-  """Chunked softmax cross-entropy with z-loss, under the shared unembedding or the
-  head's own."""
+  """Returns chunked softmax cross-entropy with z-loss, under the shared unembedding
+  or the head's own."""
 
   def value(h_BTD, shared: SharedWeights, head: HeadBatch, is_head_1):
     del is_head_1
@@ -142,8 +142,8 @@ def _cross_entropy(cfg: schema.Config) -> HeadLoss:
 
 
 def _with_token_order(loss: HeadLoss, window: Window, cfg: schema.Config) -> HeadLoss:
-  """Adds token order prediction to the loss of head 1, in `jax.lax.cond` only
-  where one scan visits head 1 and others."""
+  """Adds token order prediction to the loss of head 1, with `jax.lax.cond` only
+  where head 1 is part of a scan over heads."""
 
   def value(h_BTD, shared: SharedWeights, head: HeadBatch, is_head_1):
     def order(h_BTD):

@@ -6,10 +6,10 @@ section 2: head k predicts token t + k from the shared trunk's output z_t, and
 targets, counts and weights as in targets.py. --loss.token_order_weight adds token
 order prediction on head 1's hidden state.
 
-Read on in targets.py (what is predicted), backward.py (how the heads are visited,
-and what is in memory meanwhile), head_loss.py and cross_entropy.py (the loss of one
-head). Logits, B x T x V per head, are by far the largest arrays: neither strategy
-ever holds those of two heads, nor of more positions than `cross_entropy.chunk_size`.
+See targets.py (targets and counts), backward.py (the scan over heads, and its memory),
+head_loss.py and cross_entropy.py (the loss of one head). Logits, B x T x V per head,
+are by far the largest arrays: neither strategy ever holds those of two heads, nor of
+more positions than `cross_entropy.chunk_size`.
 """
 
 import jax
@@ -27,9 +27,9 @@ def mtp_loss(
 
   Args:
     model: parameters, as sharded at rest.
-    probe_K: zeros. Their gradient is |dL/dz|^2 of each head, a sum over tokens;
-      in a chain, of all that flows back to head k's input, from its own loss and
-      from the heads after it.
+    probe_K: zeros. Their gradient is |dL/dz|^2 of each head, a sum over tokens; in a
+      chain, that of the gradient at head k's input, from its own loss and from the
+      heads after it.
     batch: tokens_BU and position_BU, int32, U = T + span; loss_mask_BU, bool,
       where there is a mask.
     count_K: each head's valid targets in the whole step, over all micro-batches
@@ -43,8 +43,8 @@ def mtp_loss(
     sums carry no gradient: loss_sum_K (nats with z-loss, unweighted),
     z_loss_sum_K and correct_K over each head's valid targets,
     token_order_loss_sum over head 1's, and accepted_K, see `targets.acceptance`.
-    A head without a valid target adds 0 to the total; means are formed on the
-    host, since a mean over nothing is not 0.
+    A head without a valid target adds 0 to the total; means are computed on the
+    host, where a mean over nothing is None rather than 0.
   """
   model = _wide_where_shared(model, cfg)
   targets_KBT, valid_KBT = targets.targets(batch, cfg)
@@ -90,8 +90,8 @@ def mtp_loss(
 
 
 def _trunk(model: lm.LM, batch: dict, n_active: int, cfg: schema.Config):
-  """Returns (z_BTD, emb_BUD of the window or None, ctx), in the dtype in which the
-  heads' gradients by them are added up."""
+  """Returns (z_BTD, emb_BUD of the window or None, ctx), in the dtype in which their
+  gradients are accumulated over heads."""
   tokens_BU, position_BU = batch['tokens'], batch['position']
   T = tokens_BU.shape[1] - cfg.span
   feeds = heads.family(cfg).uses_next_token and n_active > 1
@@ -103,13 +103,13 @@ def _trunk(model: lm.LM, batch: dict, n_active: int, cfg: schema.Config):
 
 @jax.custom_vjp
 def _order_head_grads(weights: backward.Weights) -> backward.Weights:
-  """weights; backwards, all gradients of the heads come before the trunk's."""
+  """Identity; in the backward pass, computes all head gradients before the trunk's."""
   return weights
 
 
 def _order_head_grads_bwd(_, grads: backward.Weights):
-  # Else XLA runs the trunk's backward pass first and reduces the unembedding's
-  # gradient after it: whole on each device, half a GiB at 7B, until then.
+  # Otherwise XLA runs the trunk's backward pass first and reduces the unembedding's
+  # gradient after it: until then unsharded on each device, half a GiB at 7B.
   return (jax.lax.optimization_barrier(grads),)
 
 
@@ -117,8 +117,8 @@ _order_head_grads.defvjp(lambda weights: (weights, None), _order_head_grads_bwd)
 
 
 def _wide_where_shared(model: lm.LM, cfg) -> lm.LM:
-  """Casts parameters that several heads use to a dtype in which their gradients can
-  be added up; does nothing unless parameters are narrower than grad_dtype."""
+  """Casts parameters that several heads use to the dtype in which their gradients
+  are accumulated; the identity unless parameters are narrower than grad_dtype."""
   wide = jnp.promote_types(cfg.model.param_dtype, cfg.loss.grad_dtype)
 
   def cast(tree):

@@ -1,7 +1,7 @@
 """Token order prediction (TOP): a second unembedding of head 1's hidden state ranks
-the upcoming tokens by how soon they come (Zuhri et al. 2025,
-https://arxiv.org/abs/2508.19228). Its target distribution lives on at most W tokens
-of the text, so it is never written out over the vocabulary."""
+the upcoming tokens by distance (Zuhri et al. 2025, https://arxiv.org/abs/2508.19228).
+Its target distribution has at most W non-zero entries, so it is never materialized
+over the vocabulary."""
 
 import math
 
@@ -15,7 +15,8 @@ from mtp_jax.model import layers
 
 
 def lse(h_BCD, order_VD, valid_BC, cfg):
-  """(its sum over valid positions, None), under the order's unembedding."""
+  """Returns (sum of log-sum-exp over valid positions, None), under the second
+  unembedding."""
   del cfg
   logits_BCV = jnp.einsum(
     'BCD,VD->BCV', h_BCD, order_VD.astype(h_BCD.dtype), preferred_element_type=jnp.float32
@@ -24,9 +25,9 @@ def lse(h_BCD, order_VD, valid_BC, cfg):
 
 
 def token_order_score(h_BTD, order_VD, tokens_BU, order_WBT):
-  """Sum over t of sum_d p_td (h_t . row of token t + d): what ListNet's
-  cross-entropy takes off the log-sum-exp. No logits: rows are looked up, and
-  mixed over the window."""
+  """Computes sum_t sum_d p_td (h_t . row of token t + d), which ListNet's
+  cross-entropy subtracts from the log-sum-exp. Rows are looked up and mixed over the
+  window, without logits."""
   T = h_BTD.shape[1]
   emb_BUD = layers.embed(order_VD, tokens_BU)
 
@@ -42,22 +43,22 @@ def token_order_score(h_BTD, order_VD, tokens_BU, order_WBT):
 
 
 def token_order_targets(rows: dict, cfg: schema.Config):
-  """How soon each upcoming token comes, as a distribution over the next W.
+  """Computes the target distribution over the next W tokens.
 
-  Token order prediction ranks the vocabulary by first occurrence: a token that
-  comes first at t + d, d <= W, has score W - d, any other -inf, and ListNet
-  (Cao et al. 2007) turns scores into p = softmax(score) (Zuhri et al. 2025,
-  https://arxiv.org/abs/2508.19228). So p lives on at most W tokens of the text.
+  Token order prediction ranks the vocabulary by first occurrence: a token that first
+  occurs at t + d, d <= W, has score W - d, any other -inf; ListNet (Cao et al. 2007)
+  maps scores to p = softmax(score) (Zuhri et al. 2025,
+  https://arxiv.org/abs/2508.19228), with at most W non-zero entries.
 
   Returns:
-    p_WBT float32, p[d - 1] of token t + d: sums to 1 over d, or to 0 where
-    token t + 1 may not be predicted from t.
+    p_WBT float32, p[d - 1] of token t + d: sums to 1 over d, or to 0 where token
+    t + 1 is not a target of t.
   """
   W = cfg.loss.token_order_window
   tokens_BU = rows['tokens']
   T = tokens_BU.shape[1] - cfg.span
   # Distance back to the same token: t + d is its first occurrence after t iff
-  # that is at least d. Shifts are W comparisons a token, not W^2.
+  # that is at least d. Shifts are W comparisons per token, not W^2.
   back_BU = jnp.full_like(tokens_BU, W)
   for d in range(W - 1, 0, -1):
     same_BU = tokens_BU == jnp.roll(tokens_BU, d, axis=1)
@@ -68,7 +69,7 @@ def token_order_targets(rows: dict, cfg: schema.Config):
     _, valid_BT = targets_lib.ahead(rows, d, T)
     first_BT = back_BU[:, d : d + T] >= d
     masses.append(math.exp(1 - d) * (valid_BT & first_BT))
-  # Where there is no next token to predict, there is no order of them.
+  # No order loss at positions without a next-token target.
   mass_WBT = jnp.stack(masses) * (masses[0] > 0)[None]
   total_BT = jnp.sum(mass_WBT, axis=0)
   return mass_WBT / jnp.where(total_BT > 0, total_BT, 1)[None]

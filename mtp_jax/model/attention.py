@@ -1,13 +1,13 @@
-"""Causal attention within documents, behind one function. Floor 2.
+"""Causal attention within documents: a reference implementation and kernels.
 
-`attend` is the reference or a kernel, as --model.attention says or, under auto,
-as suits the platform that the mesh is on. No kernel ever holds scores of all
-T x T pairs; the reference does.
+`attend` dispatches by --model.attention or, with auto, by the platform of the mesh.
+Kernels never materialize the T x T scores; the reference does.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from mtp_jax.config import schema, validate
 from mtp_jax.parallel import sharding, versions
 
-SPLASH_BLOCK = 512  # positions a step of the TPU kernel, at most
-FLASH_BLOCK = 128  # the same of the Triton kernel
+SPLASH_BLOCK = 512  # maximum block size of the TPU kernel, in positions
+FLASH_BLOCK = 128  # maximum block size of the Triton kernel
 FLASH_TILE_BYTES = 32 * 1024  # five of them fit an A100's shared memory
 
 
 def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: schema.Config):
-  """softmax(q k^T / sqrt(H)) v over earlier positions of the same document.
+  """Computes softmax(q k^T / sqrt(H)) v over earlier positions of the same document.
 
   Query head n reads key/value head n // R, R = N / G (Ainslie et al. 2023,
   https://arxiv.org/abs/2305.13245). Softmax in float32. Returns (B, T, N, H).
@@ -39,7 +39,7 @@ def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: schema.Config):
 
 
 def chosen(cfg: schema.Config) -> str:
-  """The kernel of --model.attention on the devices of the present mesh."""
+  """Returns the kernel of --model.attention on the devices of the current mesh."""
   if cfg.model.attention != 'auto':
     return cfg.model.attention
   device = jax.sharding.get_abstract_mesh().abstract_device
@@ -50,7 +50,7 @@ def chosen(cfg: schema.Config) -> str:
 
 
 def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
-  """Scores of all T x S pairs, in float32."""
+  """Computes attention from the scores of all T x S pairs, in float32."""
   B, T, N, H = q_BTNH.shape
   G = k_BSGH.shape[2]
   q_BTGRH = H**-0.5 * sharding.reshape(q_BTNH, (B, T, G, N // G, H), 'batch', None, 'kv_heads')
@@ -67,8 +67,8 @@ def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
 
 
 def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
-  """JAX's splash attention for TPU, one row at a time under vmap: blocks above
-  the diagonal are skipped, those across documents masked."""
+  """Computes JAX's splash attention for TPU, vmapped over rows: blocks above the
+  diagonal are skipped, pairs across documents masked."""
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
   _, T, N, H = q_BTNH.shape
@@ -89,21 +89,20 @@ def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
     interpret=interpret,
   )
 
-  def row(q_NTH, k_GSH, v_GSH, segment_T):
+  def row(q_NTH, k_GSH, v_GSH, segment_T) -> Any:
     segments = lib.SegmentIds(segment_T, segment_T)
     return kernel(q_NTH, k_GSH, v_GSH, segment_ids=segments)
 
-  out_BNTH = jax.vmap(row)(
-    *(x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSGH, v_BSGH)), segment_BT
-  )
+  q_BNTH, k_BGSH, v_BGSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSGH, v_BSGH))
+  out_BNTH = jax.vmap(row)(q_BNTH, k_BGSH, v_BGSH, segment_BT)
   return out_BNTH.swapaxes(1, 2)
 
 
 def flash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
-  """On NVIDIA: cuDNN where no row of the device holds a second document, else
-  JAX's Pallas kernel, which takes segment ids. Which one is decided as the
-  program runs, by the batch it gets. cuDNN has neither float32 nor every width,
-  and cannot be interpreted."""
+  """Computes attention on NVIDIA GPUs: cuDNN if every row of the device is a single
+  document, else JAX's Pallas Triton kernel, which supports segment ids. The branch
+  is taken at run time, per batch. cuDNN supports neither float32 nor every width,
+  and has no interpreter."""
   packed = functools.partial(_triton, interpret=interpret)
   H = q_BTNH.shape[-1]
   if interpret or q_BTNH.dtype != jnp.bfloat16 or H % 8 or H > 128:
@@ -127,10 +126,10 @@ def _triton(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret):
     from jax.experimental.pallas.ops.gpu import attention as lib
 
   _, _, N, H = q_BTNH.shape
-  repeats = N // k_BSGH.shape[2]  # this kernel has a key head a query head
+  repeats = N // k_BSGH.shape[2]  # this kernel needs one key head per query head
   row_bytes = pl.next_power_of_2(H) * q_BTNH.dtype.itemsize
   block = min(FLASH_BLOCK, FLASH_TILE_BYTES // row_bytes)
-  sizes = lib.BlockSizes.get_default()  # backward, they are small enough
+  sizes = lib.BlockSizes.get_default()  # the backward blocks are small enough
   return lib.mha(
     q_BTNH,
     jnp.repeat(k_BSGH, repeats, axis=2),

@@ -1,9 +1,9 @@
-"""One pre-norm Llama layer: what the trunk stacks and what a head is.
+"""A pre-norm Llama layer, of the trunk and of block-like heads.
 
-Floor 2. Touvron et al. 2023, https://arxiv.org/abs/2302.13971; no biases.
+Touvron et al. 2023, https://arxiv.org/abs/2302.13971; no biases.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import flax.struct
 import jax
@@ -14,23 +14,22 @@ from mtp_jax.model import attention, layers, params
 from mtp_jax.parallel import sharding
 
 
-@flax.struct.dataclass
-class Block:
-  """Parameters of one layer; stacked ones have a leading axis."""
+class Block(flax.struct.PyTreeNode, Generic[params.Leaf]):
+  """Parameters of one layer; with a leading axis if stacked."""
 
-  attn_norm: Any
-  q: Any
-  k: Any
-  v: Any
-  o: Any
-  mlp_norm: Any
-  gate: Any
-  up: Any
-  down: Any
+  attn_norm: params.Leaf
+  q: params.Leaf
+  k: params.Leaf
+  v: params.Leaf
+  o: params.Leaf
+  mlp_norm: params.Leaf
+  gate: params.Leaf
+  up: params.Leaf
+  down: params.Leaf
 
 
 class Context(NamedTuple):
-  """What every layer needs to know about a window besides its activations."""
+  """Positions, segments and RoPE tables of a window, read by every layer."""
 
   position_BT: Any
   segment_BT: Any
@@ -38,11 +37,11 @@ class Context(NamedTuple):
   cos: Any
 
 
-def specs(cfg: schema.Config) -> Block:
+def specs(cfg: schema.Config) -> Block[params.Spec]:
   m = cfg.model
   D, N, G, H, F = (m.d_model, m.n_attn_heads, m.kv_heads, m.head_width, m.ff_width)
   std = D**-0.5
-  # What is added to the residual stream 2L times starts that much smaller.
+  # The 2L additions to the residual stream are scaled down at initialization.
   depth = (2 * m.n_layers) ** -0.5
   S = params.Spec
   return Block(
@@ -59,14 +58,14 @@ def specs(cfg: schema.Config) -> Block:
 
 
 def context(position_BT, cfg: schema.Config) -> Context:
-  """A document starts wherever a position is 0."""
+  """Returns the Context of positions; a document starts wherever a position is 0."""
   sin, cos = layers.rope_tables(position_BT, cfg.model)
   segment_BT = jnp.cumsum(position_BT == 0, axis=1)
   return Context(position_BT, segment_BT, sin, cos)
 
 
-def block(layer: Block, x_BTD, ctx: Context, cfg: schema.Config):
-  """x + attention + SwiGLU; `layer` is sharded, and gathered here."""
+def block(layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config):
+  """Computes x + attention + SwiGLU; gathers the sharded `layer`."""
   with jax.named_scope('gather'):
     w = params.gather_cast(layer, specs(cfg), cfg)
   with jax.named_scope('qkv'):
@@ -78,27 +77,27 @@ def block(layer: Block, x_BTD, ctx: Context, cfg: schema.Config):
   return add_mlp(w, add_attended(w, x_BTD, a_BTNH), cfg)
 
 
-# Its parts, of gathered weights: a decoder reads keys and values from a cache,
-# and asks fewer positions than it writes.
+# Parts of a block, of gathered weights: a decoder reads keys and values from a
+# cache, and has fewer query positions than it writes.
 
 
-def queries(w: Block, y_BTD, ctx: Context):
-  """Of the normed residual stream, rotated."""
+def queries(w: Block[jax.Array], y_BTD, ctx: Context):
+  """Computes queries of the normed residual stream, rotated by RoPE."""
   return layers.rope(jnp.einsum('BTD,DNH->BTNH', y_BTD, w.q), ctx.sin, ctx.cos)
 
 
-def keys_values(w: Block, y_BTD, ctx: Context):
+def keys_values(w: Block[jax.Array], y_BTD, ctx: Context):
   k_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.k)
   v_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.v)
   return layers.rope(k_BTGH, ctx.sin, ctx.cos), v_BTGH
 
 
-def add_attended(w: Block, x_BTD, a_BTNH):
+def add_attended(w: Block[jax.Array], x_BTD, a_BTNH):
   with jax.named_scope('attend'):
     return x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
 
 
-def add_mlp(w: Block, x_BTD, cfg: schema.Config):
+def add_mlp(w: Block[jax.Array], x_BTD, cfg: schema.Config):
   with jax.named_scope('mlp'):
     y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, cfg.model.norm_eps)
     gate_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.gate)

@@ -1,8 +1,9 @@
-"""FLOPs of a training token by formula, and of a program as traced. Floor 3."""
+"""FLOPs per training token by formula, and FLOPs of a traced program."""
 
 import math
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
@@ -11,15 +12,14 @@ from mtp_jax.model import lm, params
 
 
 def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
-  """Model FLOPs of one training token: forward, and twice that backward.
+  """Returns the model FLOPs per training token: forward, and twice that backward.
 
-  Two a weight of a matrix product (the unembedding once a head and once for
-  the order of tokens, the embedding not at all) and 4 N H a layer for each key
-  that attention sees: T / 2 of them on average. With causal=False all T, which
-  is the convention of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311,
-  appendix B), and what a program does that masks scores instead of skipping
-  them. A frozen group has no gradient of weights, and a frozen trunk no
-  backward at all. Recomputation is not counted: it is a cost, not work.
+  Two per weight of a matrix product (the unembedding once per head and once for
+  token order prediction, the embedding excluded) and 4 N H per layer and attended
+  key, T / 2 keys on average; T with causal=False, the convention of Chowdhery et al.
+  2022 (https://arxiv.org/abs/2204.02311, appendix B) and the cost of a program that
+  masks scores instead of skipping them. Frozen weights have no gradient, and a
+  frozen trunk has no backward pass. Recomputation is excluded.
   """
   trunk, heads, unembeddings, order = forward(cfg, n_active, causal)
   own = cfg.heads.unembedding == 'replicated'
@@ -36,8 +36,8 @@ def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> f
 def forward(
   cfg: schema.Config, n_active: int, causal: bool = True
 ) -> tuple[float, float, float, float]:
-  """Of one token, forward: (trunk, head modules, their unembeddings, that of
-  the order of tokens)."""
+  """Returns the forward FLOPs per token of (the trunk, head modules, their
+  unembeddings, the unembedding of token order prediction)."""
   m = cfg.model
   # Head 1 of an identity-first family has no module.
   modules = n_active if cfg.heads.block_first else n_active - 1
@@ -64,8 +64,8 @@ def _matrices(specs) -> int:
   return params.count([s for s in jax.tree.leaves(specs) if s.decay])
 
 
-# Matrix products of T x T x H a kernel makes of one query head, half of them
-# above the diagonal and skipped; by what its name has in it.
+# Matrix products of T x T x H per query head of a kernel, half of each above the
+# diagonal and skipped; by a part of the kernel's name.
 KERNELS = {
   'splash_mha_fwd': 2,
   'splash_mha_dq': 3,
@@ -79,15 +79,15 @@ KERNELS = {
 
 
 def of_program(jaxpr, seq_len: int, trips: int = 1) -> float:
-  """FLOPs of the matrix products of a traced program, of one device.
+  """Returns the FLOPs of the matrix products of a traced program, per device.
 
-  What is executed, recomputation included, and what several devices repeat as
-  well: shapes are those of shards. Loops times their trips; of a branch the
-  dearest choice, but once a loop where another choice multiplies nothing (what
-  is asked of head 1 alone); attention kernels by the products that they make of
-  each query head. Elementwise work is not counted.
+  Executed FLOPs, including recomputation and work repeated on several devices:
+  shapes are those of shards. A loop counts once per trip; a conditional as its most
+  expensive branch, but once per loop where another branch has no product (work of
+  head 1 alone); attention kernels by their products per query head. Elementwise work
+  is excluded.
 
-  trips: of the loop around it.
+  trips: trip count of the enclosing loop.
   """
   total = 0.0
   for eqn in jaxpr.eqns:
@@ -109,7 +109,7 @@ def of_program(jaxpr, seq_len: int, trips: int = 1) -> float:
 
 
 def _shard(aval) -> list[int]:
-  """The shape that one device holds of it."""
+  """Returns the shape of a device's shard."""
   mesh, partitions = aval.sharding.mesh, aval.sharding.spec.partitions
   shape = list(aval.shape)
   for i, axes in enumerate(partitions):
@@ -130,7 +130,7 @@ def _kernel(eqn, seq_len: int) -> float:
   )
   known = [products for key, products in KERNELS.items() if key in name]
   if not known:
-    raise ValueError(f'kernel {name}: its products are not known')
+    raise ValueError(f'kernel {name}: unknown FLOPs')
   query = next(
     v.aval
     for v in eqn.invars

@@ -1,17 +1,16 @@
-"""The prediction heads, one Family each: z -> the hidden state of head k.
+"""The prediction heads: one Family per architecture, z -> the hidden state of head k.
 
-Floor 2. A family is a few pure functions with the same signature, so that the
-loss is one scan over heads whatever the family, and decoding one walk. To add
-one, write its specs, its block_input and its block_output and name it in FAMILIES and in
-config.Heads.
+A family is a few pure functions with the same signature, so that loss and decoding
+are one scan over heads whatever the family. To add one, write its specs,
+block_input and block_output, and name it in FAMILIES and schema.HEAD_FAMILIES.
 
-In a *block first* family each head is a layer, head 1 too: the trunk has L - n.
-In an *identity first* family the trunk has all L layers, head 1 reads z itself,
-and n - 1 modules stand beside it. n = 1 is a plain L-layer Transformer in all.
+In a *block-first* family each head is a layer, head 1 too: the trunk has L - n.
+In an *identity-first* family the trunk has all L layers, head 1 is the identity on
+z, and heads 2..n have n - 1 modules. With n = 1 each is a plain L-layer Transformer.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import flax.struct
 import jax
@@ -23,7 +22,7 @@ from mtp_jax.parallel import sharding
 
 
 class Inputs(NamedTuple):
-  """What a head may read."""
+  """The inputs of a head."""
 
   norm_D: Any  # weight of the trunk's final norm, before the unembedding
   z_BTD: Any  # the trunk's output
@@ -32,17 +31,17 @@ class Inputs(NamedTuple):
 
 
 def whole_module(module):
-  """The layer of a module that is nothing but a layer."""
+  """Returns the layer of a module that is a single layer."""
   return module
 
 
 class Family(NamedTuple):
-  """How head k is computed: a block, what it reads, and what becomes of its output.
+  """The functions of a head: a block, its input, and its output.
 
   specs(cfg): Specs of one module.
-  block_input(module, inputs, ctx, cfg) -> x_BTD, what the block reads.
+  block_input(module, inputs, ctx, cfg) -> x_BTD, the block's input.
   block_output(module, y_BTD, inputs, cfg) -> (carry_BTD, h_BTD), of the block's
-  output y; h is normed as the unembedding reads it.
+  output y; h is normed for the unembedding.
   layer(module) -> block.Block; None where a head has no block, and y = x.
   """
 
@@ -51,7 +50,7 @@ class Family(NamedTuple):
   block_output: Callable[..., tuple[Any, Any]]
   layer: Callable[[Any], block.Block] | None = whole_module
   reverse: bool = False  # the scan starts at head n
-  is_chained: bool = False  # a head reads the carry
+  is_chained: bool = False  # a head reads the previous one's output
   uses_next_token: bool = False  # a head reads next_emb
   shared_module: bool = False  # one module serves all extra heads
 
@@ -61,9 +60,8 @@ class Family(NamedTuple):
 
 
 def next_token_offset(k, cfg: schema.Config):
-  """Returns how far ahead of the query the token lies whose embedding head k
-  reads, where its family uses one: that of head k - 1's target, which is known
-  when head k drafts its own."""
+  """Returns the offset from the query of the token whose embedding head k reads,
+  where its family uses one: head k - 1's target, known when head k drafts."""
   return 1 + cfg.heads.stride * (k - 2)
 
 
@@ -72,8 +70,8 @@ def step(module, x: Inputs, ctx, cfg, apply_block=block.block):
 
   Args:
     module: its parameters, as sharded at rest; None for an identity head.
-    x: what it reads.
-    ctx: positions of the window.
+    x: its Inputs.
+    ctx: Context of the window.
     cfg: the Config.
     apply_block: (layer, x_BTD, ctx, cfg) -> y_BTD; a decoder's has a cache.
 
@@ -96,7 +94,7 @@ def norm(x_BTD, w_D, cfg):
 def _block_input_z(module, x: Inputs, ctx, cfg):
   """h_k = block_k(z) (Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737).
 
-  RoPE and the mask are those of the query's own position t, whatever k is.
+  RoPE and the mask are those of the query's position t for every k.
   """
   del module, ctx, cfg
   return x.z_BTD
@@ -145,7 +143,7 @@ def _block_output_residual(module, y_BTD, x: Inputs, cfg):
 
 def _block_input_sequential(module, x: Inputs, ctx, cfg):
   """h_k = block_k(M_k [norm(h_k-1); norm(embedding of token t + k - 1)]), with
-  M_k: 2D -> D and its own final norm; the raw h_k is handed on (DeepSeek-V3,
+  M_k: 2D -> D and its own final norm; the carry is h_k before the norm (DeepSeek-V3,
   2024, https://arxiv.org/abs/2412.19437, the report's order: hidden first).
 
   RoPE at the query's position t. At position 0 of a document the embedding is
@@ -165,40 +163,38 @@ def _block_output_sequential(module, y_BTD, x: Inputs, cfg):
   return y_BTD, norm(y_BTD, module.final_norm, cfg)
 
 
-@flax.struct.dataclass
-class Projection:
+class Projection(flax.struct.PyTreeNode, Generic[params.Leaf]):
   """A linear or residual head."""
 
-  proj: Any
+  proj: params.Leaf
 
 
-@flax.struct.dataclass
-class Sequential:
-  """A module that reads the next token's embedding beside the hidden state."""
+class Sequential(flax.struct.PyTreeNode, Generic[params.Leaf]):
+  """A module that reads the next token's embedding and the hidden state."""
 
-  hidden_norm: Any
-  embed_norm: Any
-  proj: Any
-  block: Any
-  final_norm: Any
+  hidden_norm: params.Leaf
+  embed_norm: params.Leaf
+  proj: params.Leaf
+  block: block.Block[params.Leaf]
+  final_norm: params.Leaf
 
 
 _RESIDUAL = sharding.pspec('batch', None, None)
 
 
 def _gathered(module, specs, cfg):
-  """A module as compute reads it, but for its block, which gathers itself."""
+  """Gathers and casts a module, except its block, which `block.block` gathers."""
   if isinstance(module, Sequential):
     module, specs = module.replace(block=None), specs.replace(block=None)
   return params.gather_cast(module, specs, cfg)
 
 
-def linear_specs(cfg: schema.Config) -> Projection:
+def linear_specs(cfg: schema.Config) -> Projection[params.Spec]:
   D = cfg.model.d_model
   return Projection(proj=params.Spec((D, D), ('embed', None), D**-0.5, (1, 1)))
 
 
-def sequential_specs(cfg: schema.Config) -> Sequential:
+def sequential_specs(cfg: schema.Config) -> Sequential[params.Spec]:
   D = cfg.model.d_model
   norm = params.Spec((D,), (None,), None)
   return Sequential(
@@ -210,7 +206,7 @@ def sequential_specs(cfg: schema.Config) -> Sequential:
   )
 
 
-def _sequential_layer(module: Sequential) -> block.Block:
+def _sequential_layer(module: Sequential[params.Leaf]) -> block.Block[params.Leaf]:
   return module.block
 
 
@@ -235,19 +231,19 @@ FAMILIES = {
 
 
 def register(name: str, family: Family, *, block_first: bool) -> None:
-  """Adds a head family from outside the package, under --heads.family=NAME.
+  """Registers a head family from outside the package as --heads.family=NAME.
 
-  It then trains, decodes, is planned and checkpointed as those of the package;
-  `mtp export` refuses it, since no other program knows it.
+  Training, decoding, planning and checkpoints support it; `mtp export` refuses it,
+  as no other program implements it.
 
   Args:
-    name: an identifier that no family has.
+    name: an identifier, different from those of FAMILIES.
     family: its functions.
     block_first: whether every head, head 1 too, is one of --model.n_layers layers;
-      else head 1 reads the trunk directly and n - 1 modules stand beside it.
+      else head 1 is the identity on the trunk's output, and heads 2..n have modules.
 
   Raises:
-    ValueError: the name is no identifier, or is taken.
+    ValueError: the name is not an identifier, or exists.
   """
   if not name.isidentifier() or name in FAMILIES:
     raise ValueError(f'{name!r}: must be an identifier other than {", ".join(FAMILIES)}')
@@ -260,61 +256,61 @@ def family(cfg: schema.Config) -> Family:
 
 
 def active_modules(modules, n: int, cfg: schema.Config):
-  """Returns of all stacked modules those that heads 1..n use; where one module
-  serves all extra heads, that one, unstacked."""
+  """Returns the stacked modules that heads 1..n use; a shared module unstacked."""
   in_use = 0 if family(cfg).shared_module else slice(n_modules(cfg, n))
   return jax.tree.map(lambda w: w[in_use], modules)
 
 
 def is_head_1(module, k, cfg: schema.Config):
-  """Whether a visit of `scan_heads` is that of head 1: known ahead of time
-  (a bool) where head 1 has no module, else traced."""
+  """Whether a visit of `scan_heads` is head 1's: static (a bool) where head 1 has
+  no module, else traced."""
   return k == 1 if cfg.heads.block_first else module is None
 
 
 def n_modules(cfg: schema.Config, n: int) -> int:
-  """Modules that heads 1..n use."""
+  """Returns the number of modules that heads 1..n use."""
   if cfg.heads.block_first:
     return n
   return min(n - 1, 1) if family(cfg).shared_module else n - 1
 
 
 def specs(cfg: schema.Config):
-  """All modules, stacked on a leading axis; None where there is none."""
+  """Returns the specs of all modules, stacked on a leading axis; None without any."""
   n = n_modules(cfg, cfg.heads.n)
   return params.stack(n, family(cfg).specs(cfg)) if n else None
 
 
 def trunk_layers(cfg: schema.Config) -> int:
-  """Block-like heads count as layers, head 1 too, so that n = 1 is a plain
-  L-layer Transformer for every family."""
+  """Returns the number of trunk layers. Block-like heads count as layers, head 1
+  too, so that n = 1 is a plain L-layer Transformer for every family."""
   return cfg.model.n_layers - (cfg.heads.n if cfg.heads.block_first else 0)
 
 
 def next_token_layers(cfg: schema.Config) -> list[tuple[str, int]]:
-  """The layers that compute the next token, trunk and head 1, in their order:
-  each by the prefix of its leaves' paths and its index in them."""
+  """Returns the layers that compute the next token (trunk and head 1) in order: the
+  path prefix of their leaves, and the index in the stacked axis."""
   layers = [('trunk.', i) for i in range(trunk_layers(cfg))]
   if cfg.heads.block_first:
-    # What head 1 sits on, then itself.
+    # The layers below head 1, then head 1.
     first = cfg.heads.n if family(cfg).reverse else 1
     layers += [('heads.', k - 1) for k in range(first, 0, -1)]
   return layers
 
 
 def scan_heads(body, carry, modules, per_head, cfg: schema.Config):
-  """Visits heads 1..m in the family's order: lax.scan, but for an identity head.
+  """Scans over heads 1..m in the family's order (lax.scan; an identity head is
+  visited outside of it).
 
   Args:
     body: (carry, module, of_head) -> (carry, (out, of_module)); module is None
       for an identity head.
-    carry: what the first one gets.
+    carry: initial carry.
     modules: stacked over the heads that have one; a single one if all share it.
-    per_head: pytree with leading m.
-    cfg: its family decides what is scanned, and in which order.
+    per_head: pytree with leading axis m.
+    cfg: its head family determines modules and order.
 
   Returns:
-    (carry, (outs with leading m, of_modules stacked like modules)).
+    (carry, (outs with leading axis m, of_modules stacked like modules)).
   """
   f = family(cfg)
   if cfg.heads.block_first:

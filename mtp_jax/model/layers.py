@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE and the embedding. Floor 2."""
+"""RMSNorm, RoPE and the embedding."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from mtp_jax.parallel import sharding
 
 
 def rms_norm(x_BTD, w_D, eps: float):
-  """x w / sqrt(mean(x^2) + eps), in float32 (Zhang & Sennrich 2019,
+  """Computes x w / sqrt(mean(x^2) + eps) in float32 (Zhang & Sennrich 2019,
   https://arxiv.org/abs/1910.07467)."""
   x32_BTD = x_BTD.astype(jnp.float32)
   ms_BT1 = jnp.mean(x32_BTD**2, axis=-1, keepdims=True)
@@ -17,24 +17,24 @@ def rms_norm(x_BTD, w_D, eps: float):
 
 
 def rope_rates(m: schema.ModelConfig):
-  """theta^(-2i/H) of each pair (H/2), in radians a position, in float32.
+  """Returns theta^(-2i/H) of each pair, (H/2,), in radians per position, float32.
 
-  With rope_factor long wavelengths are stretched by it, short ones are not, and
-  between the two limits the rates are mixed (Llama 3.1, Grattafiori et al.
-  2024, https://arxiv.org/abs/2407.21783).
+  With rope_factor long wavelengths are scaled by it, short ones are not, and rates
+  between the two limits are interpolated (Llama 3.1, Grattafiori et al. 2024,
+  https://arxiv.org/abs/2407.21783).
   """
   i = jnp.arange(0, m.head_width, 2, dtype=jnp.float32)
   rate = m.rope_theta ** (-i / m.head_width)
   if m.rope_factor > 1:
-    turns = m.original_max_position_embeddings * rate / (2 * jnp.pi)  # within that context
+    turns = m.original_max_position_embeddings * rate / (2 * jnp.pi)  # per context
     kept = jnp.clip((turns - m.rope_low_freq) / (m.rope_high_freq - m.rope_low_freq), 0, 1)
     rate = rate * (kept + (1 - kept) / m.rope_factor)
   return rate
 
 
 def rope_tables(position_BT, m: schema.ModelConfig):
-  """Sines and cosines (B, T, H/2) of position x rate, in float32: bfloat16
-  rounds the position 257 to 256, and the two angles are far apart."""
+  """Returns sines and cosines (B, T, H/2) of position x rate, in float32: bfloat16
+  rounds position 257 to 256, whose sine is very different."""
   rate = rope_rates(m)
   angle = position_BT.astype(jnp.float32)[:, :, None] * rate[None, None, :]
   return jnp.sin(angle), jnp.cos(angle)
@@ -50,5 +50,5 @@ def rope(x_BTNH, sin, cos):
 
 
 def embed(table_VD, tokens_BT):
-  """Rows of a gathered table; the vocabulary may stay sharded."""
+  """Looks up rows of a gathered table; the vocabulary may be sharded."""
   return table_VD.at[tokens_BT].get(out_sharding=sharding.pspec('batch', None, None))

@@ -1,6 +1,6 @@
-"""The whole model: its parameters, and the way from tokens to hidden states."""
+"""The language model: its parameters, and tokens to hidden states and logits."""
 
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import flax.struct
 import jax
@@ -10,19 +10,25 @@ from mtp_jax.config import schema
 from mtp_jax.model import block, heads, layers, params, trunk
 
 
-@flax.struct.dataclass
-class LM:
-  """Parameters; their field names are the paths in a checkpoint."""
+class LM(flax.struct.PyTreeNode, Generic[params.Leaf]):
+  """Parameters; field names are checkpoint paths."""
 
-  embed: Any
-  trunk: block.Block
-  heads: Any
-  norm: Any
-  unembed: Any
-  order: Any  # a second unembedding of head 1, for --loss.token_order_weight
+  embed: params.Leaf
+  trunk: block.Block[params.Leaf]
+  heads: Any  # the family's modules, stacked; None without any
+  norm: params.Leaf
+  unembed: Any  # one, one per head, or None
+  order: Any  # second unembedding of head 1, for --loss.token_order_weight
 
 
-def specs(cfg: schema.Config) -> LM:
+class Embedding(Protocol):
+  """What `embed` reads: an LM, or what decoding keeps of one."""
+
+  @property
+  def embed(self) -> Any: ...
+
+
+def specs(cfg: schema.Config) -> LM[params.Spec]:
   D, V = cfg.model.d_model, cfg.model.vocab_size
   S = params.Spec
   table = S((V, D), ('vocab', 'embed'), D**-0.5)
@@ -39,23 +45,23 @@ def specs(cfg: schema.Config) -> LM:
   )
 
 
-def embed(lm: LM, tokens_BU, cfg: schema.Config):
-  """Embeddings of all tokens of a window, in the compute dtype."""
+def embed(lm: Embedding, tokens_BU, cfg: schema.Config):
+  """Returns the embeddings of all tokens of a window, in the compute dtype."""
   with jax.named_scope('embed'):
     table_VD = params.gather(lm.embed, specs(cfg).embed, cfg)
     x_BUD = layers.embed(table_VD, tokens_BU)
     return x_BUD.astype(cfg.model.compute_dtype)
 
 
-def trunk_output(model: LM, x_BTD, position_BT, cfg: schema.Config):
-  """Returns (z_BTD, ctx): one forward pass of embeddings through the trunk, and the
-  positions that every later layer needs."""
+def trunk_output(model: LM[jax.Array], x_BTD, position_BT, cfg: schema.Config):
+  """Returns (z_BTD, ctx): the trunk's output of embeddings, and the Context that
+  every later layer reads."""
   ctx = block.context(position_BT, cfg)
   return trunk.trunk(model.trunk, x_BTD, ctx, cfg), ctx
 
 
 def next_embeddings(emb_BUD, k, T: int, cfg: schema.Config):
-  """Returns the embeddings (B, T, D) that head k reads, of those of a whole window."""
+  """Returns the embeddings (B, T, D) that head k reads, a slice of a window's."""
   start = heads.next_token_offset(k, cfg)
   return jax.lax.dynamic_slice_in_dim(emb_BUD, start, T, axis=1)
 
@@ -76,25 +82,25 @@ def head_step(
   Args:
     module: its parameters; None for an identity head.
     k: the head's number, from 1; may be traced.
-    x: what it reads, but for the embedding that it is fed.
-    ctx: positions of the window.
+    x: its Inputs, without the next token's embedding.
+    ctx: Context of the window.
     cfg: the Config.
     feed: k -> next_emb_BTD, called where the family uses the next token.
     apply_block: in place of `block.block`, see `heads.step`.
 
   Returns:
-    (carry_BTD, h_BTD): what the next head in the scan reads, and this one's hidden
-    state, normed for the unembedding.
+    (carry_BTD, h_BTD): the input of the next head in the scan, and this head's
+    hidden state, normed for the unembedding.
   """
   if module is None:
     if heads.family(cfg).is_chained:
-      x = x._replace(z_BTD=x.carry_BTD)  # the same numbers; gradients join here
+      x = x._replace(z_BTD=x.carry_BTD)  # equal values; gradients of the chain join here
   elif heads.family(cfg).uses_next_token:
     x = x._replace(next_emb_BTD=feed(k))
   return heads.step(module, x, ctx, cfg, apply_block)
 
 
-def forward(model: LM, tokens_BT, cfg: schema.Config):
+def forward(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   """Computes every head's hidden state.
 
   Args:
@@ -103,9 +109,9 @@ def forward(model: LM, tokens_BT, cfg: schema.Config):
     cfg: the Config.
 
   Returns:
-    h_KBTD: of head k at position t, normed for the unembedding, in the compute
-    dtype. A head that reads the next token reads zeros where that token lies
-    beyond T: its last `offset` positions are not those of a longer row.
+    h_KBTD, normed for the unembedding, in the compute dtype. A head that reads the
+    next token reads zeros where that token lies beyond T: its last `offset`
+    positions differ from those of a longer row.
   """
   B, T = tokens_BT.shape
   n = cfg.heads.n
@@ -128,9 +134,9 @@ def forward(model: LM, tokens_BT, cfg: schema.Config):
   return h_KBTD
 
 
-def logits(model: LM, tokens_BT, cfg: schema.Config):
-  """Computes every head's logits (K, B, T, V) in float32: those of the token that
-  head k predicts, `cfg.heads.offsets[k - 1]` tokens after position t.
+def logits(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
+  """Computes every head's logits (K, B, T, V) in float32; head k predicts the token
+  `cfg.heads.offsets[k - 1]` after position t.
 
   All heads' logits are in memory at the same time, which training never needs;
   see `forward` for the arguments and for the last positions.

@@ -1,19 +1,23 @@
-"""A parameter is described before it exists.
+"""Parameter specs: shape, logical axes and initializer of each parameter.
 
-Floor 1. The same tree of Spec leaves gives initial values, abstract shapes,
-shardings, counts, bytes per device, and what decays or is orthogonalised.
+One tree of Spec leaves determines initial values, abstract shapes, shardings,
+counts, bytes per device, and which parameters decay or are orthogonalised.
 """
 
 import dataclasses
 import math
 import zlib
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from mtp_jax.config import schema
 from mtp_jax.parallel import sharding
+
+# What a tree of parameters holds: arrays, or a Spec or ShapeDtypeStruct of each.
+Leaf = TypeVar('Leaf')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,29 +27,28 @@ class Spec:
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   std: float | None  # of a truncated normal; None = ones
-  # (dimensions it reads, dimensions it writes), the last ones of the shape, of
-  # a matrix from hidden states to hidden states; None: an embedding, an
-  # unembedding, a norm.
+  # Numbers of trailing (input, output) dimensions of a matrix between hidden
+  # states; None for embeddings, unembeddings and norms.
   hidden: tuple[int, int] | None = None
 
   @property
   def decay(self) -> bool:
-    """Matrices decay, norms do not; stacking does not change which it is."""
+    """Whether weight decay applies: to matrices, stacked or not, but not to norms."""
     return self.std is not None
 
 
 def stack(n: int, specs):
-  """The specs of n equal modules, stacked on a new leading axis."""
+  """Returns the specs of n equal modules, stacked on a new leading axis."""
   return jax.tree.map(
     lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)), specs
   )
 
 
 def init(key, specs, dtype):
-  """Initial values; each depends on the key and on its own path only.
+  """Initializes parameters; each depends on the key and on its own path only.
 
-  Matrices: normal cut at two standard deviations and rescaled to `std`, as
-  jax.nn.initializers do. Under jit each leaf is made in its shards.
+  Matrices: a normal distribution truncated at two standard deviations and rescaled
+  to `std`, as jax.nn.initializers do. Under jit each leaf is created sharded.
   """
 
   def leaf(path, spec):
@@ -66,8 +69,8 @@ def init(key, specs, dtype):
   return jax.tree_util.tree_map_with_path(leaf, specs)
 
 
-def abstract(specs, dtype, mesh: Mesh):
-  """ShapeDtypeStructs with shardings: all that a compiler needs."""
+def abstract(specs, dtype, mesh: Mesh | AbstractMesh):
+  """Returns ShapeDtypeStructs with shardings, for tracing and restoring."""
   return jax.tree.map(
     lambda s: jax.ShapeDtypeStruct(
       s.shape, dtype, sharding=NamedSharding(mesh, sharding.pspec(*s.axes))
@@ -77,14 +80,14 @@ def abstract(specs, dtype, mesh: Mesh):
 
 
 def gather(tree, specs, cfg: schema.Config):
-  """`sharding.gather` for each leaf of a tree."""
+  """Gathers each leaf of a tree; see `sharding.gather`."""
   compute, grad = cfg.model.compute_dtype, cfg.loss.grad_dtype
   return jax.tree.map(lambda w, s: sharding.gather(w, s.axes, compute, grad), tree, specs)
 
 
 def gather_cast(tree, specs, cfg: schema.Config):
-  """Gathered matrices in the compute dtype; norms as they are, since an update
-  of one is often below the spacing of bfloat16."""
+  """Gathers a tree and casts matrices to the compute dtype, but not norms, whose
+  updates are often below the spacing of bfloat16."""
   return jax.tree.map(
     lambda w, s: w.astype(cfg.model.compute_dtype) if s.decay else w,
     gather(tree, specs, cfg),
@@ -97,7 +100,7 @@ def count(specs) -> int:
 
 
 def bytes_per_device(tree) -> int:
-  """Bytes that one device holds of abstract or real arrays."""
+  """Returns the bytes that one device holds of abstract or concrete arrays."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )

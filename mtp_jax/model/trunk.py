@@ -1,4 +1,4 @@
-"""tokens -> z: the embedding and the scanned layers of the trunk. Floor 2."""
+"""The trunk: a scan over stacked layers, with rematerialization."""
 
 import jax
 
@@ -12,7 +12,7 @@ POLICIES = {
 
 
 def trunk(layers: block.Block, x_BTD, ctx: block.Context, cfg: schema.Config):
-  """Stacked layers applied in turn; --model.remat says what each one keeps."""
+  """Applies the stacked layers; --model.remat selects what each saves for backward."""
 
   def layer(x_BTD, params):
     return block.block(params, x_BTD, ctx, cfg), None

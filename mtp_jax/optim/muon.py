@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.optim."""
+"""Muon: orthogonalized momentum for the hidden matrices."""
 
 import math
 
@@ -11,38 +11,37 @@ from mtp_jax.parallel import sharding
 
 
 def muon(o: schema.OptimConfig, specs, hidden) -> optax.GradientTransformation:
-  """Nesterov's momentum, each matrix of it made semi-orthogonal (Jordan et al.
-  2024, https://kellerjordan.github.io/posts/muon), times 0.2 sqrt(max(rows,
-  columns)).
+  """Returns Muon: Nesterov momentum, orthogonalized per matrix (Jordan et al. 2024,
+  https://kellerjordan.github.io/posts/muon), times 0.2 sqrt(max(rows, columns)).
 
   The factor is that of Liu et al. 2025, https://arxiv.org/abs/2502.16982: a
-  semi-orthogonal matrix has the root mean square max(rows, columns)^-1/2, an
-  update of AdamW empirically 0.2 to 0.4, whatever the shape. So learning rate
-  and decay of AdamW serve both groups. (Jordan's sqrt(max(1, rows/columns))
-  needs a learning rate of its own, and another one at another width.)
+  semi-orthogonal matrix has RMS max(rows, columns)^-1/2, an AdamW update
+  empirically 0.2 to 0.4 at any shape, so that AdamW's learning rate and decay apply
+  to both groups. (Jordan's sqrt(max(1, rows/columns)) needs a learning rate of its
+  own, and another one at another width.)
   """
-  # As optax.masked hands over a tree: without what is masked.
+  # optax.masked passes trees with MaskedNode in place of masked leaves.
   specs = jax.tree.map(lambda s, h: s if h else optax.MaskedNode(), specs, hidden)
   momentum = optax.trace(o.momentum, nesterov=True, accumulator_dtype=o.moment_dtype)
 
-  def update(grads, state, params=None):
+  def update(updates, state, params=None):
     del params
-    moved, state = momentum.update(grads, state)
-    return jax.tree.map(_orthogonal, moved, grads, specs), state
+    moved, state = momentum.update(updates, state)
+    return jax.tree.map(_orthogonal, moved, updates, specs), state
 
   return optax.GradientTransformation(momentum.init, update)
 
 
 def _orthogonal(x, grad, spec):
-  """A stack of matrices (L, read …, written …) -> 0.2 sqrt(max) U V^T of each.
+  """Returns 0.2 sqrt(max) U V^T of each matrix of a stack (L, inputs …, outputs …).
 
-  A matrix without any gradient (a head of weight 0) rests: momentum fades away,
-  but its direction would go on at full length.
+  A matrix with zero gradient (a head of weight 0) is not updated: its momentum
+  decays, but orthogonalization would keep the update's norm.
 
-  optax.contrib.scale_by_muon leaves a sharded product to the compiler, which
-  then gathers every matrix in every iteration. Here each device gets whole
-  matrices, by all-to-all there and back; a stack that the devices do not divide
-  is filled up with zeros, which takes no longer than the fullest device does.
+  optax.contrib.scale_by_muon leaves sharded products to the compiler, which
+  all-gathers every matrix in every iteration. Here an all-to-all gives each device
+  whole matrices, and another one returns them; a stack that the devices do not
+  divide is padded with zeros, at no cost over the fullest device.
   """
   n_in, n_out = spec.hidden
   rows, columns = (math.prod(x.shape[1 : 1 + n_in]), math.prod(x.shape[1 + n_in :]))
@@ -60,8 +59,9 @@ def _orthogonal(x, grad, spec):
 
 
 def _places(at_rest) -> list[jax.P]:
-  """From a stack at rest to whole matrices: one mesh axis at a time moves to
-  the stacked dimension, which XLA knows as an all-to-all; not so two."""
+  """Returns the shardings from a stack at rest to whole matrices: one mesh axis at a
+  time moves to the stacked dimension, which XLA compiles to an all-to-all; it does
+  not for two at once."""
   places = [jax.P(None, *at_rest[1:])]
   axes = sharding.RULES['stack']
   for i, axis in enumerate(axes, 1):
@@ -71,13 +71,13 @@ def _places(at_rest) -> list[jax.P]:
 
 
 def newton_schulz(x_LRC):
-  """Matrices with singular values s -> with the same vectors and p(p(…(s))):
-  five times Jordan's p(s) = 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which brings
-  what is between .01 and 1 of the Frobenius norm to between .68 and 1.14."""
-  flip = x_LRC.shape[1] > x_LRC.shape[2]  # the smaller of the two squares
+  """Approximately orthogonalizes matrices: maps singular values s to p(p(…(s))),
+  five iterations of Jordan's p(s) = 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which maps
+  values between .01 and 1 of the Frobenius norm to between .68 and 1.14."""
+  flip = x_LRC.shape[1] > x_LRC.shape[2]  # so that the Gram matrix is the smaller one
   x = x_LRC.swapaxes(1, 2) if flip else x_LRC
   largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
-  x /= jnp.where(largest > 0, largest, 1)  # else squares of the tiny are 0
+  x /= jnp.where(largest > 0, largest, 1)  # or squares of tiny values underflow
   norm = jnp.sqrt(jnp.sum(x**2, axis=(1, 2), keepdims=True))
   x /= jnp.maximum(norm, 1)  # zeros stay zeros
 

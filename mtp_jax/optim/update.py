@@ -1,6 +1,7 @@
-"""TODO of mtp_jax.optim."""
+"""The optimizer: schedule, gradient transformation, and the parameter update."""
 
 import zlib
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ from mtp_jax.optim import muon, rounding
 
 
 def learning_rate(cfg: schema.Config) -> optax.Schedule:
-  """Linear from 0 over warmup_steps to lr, then --optim.schedule, at whose end
-  the last step is: it takes end_ratio x lr."""
+  """Returns the schedule: linear warm-up from 0 to lr over warmup_steps, then
+  --optim.schedule, which reaches min_lr_ratio x lr at the last step."""
   o, steps = cfg.optim, cfg.train.steps
   end, last = o.lr * o.min_lr_ratio, steps - o.warmup_steps - 1
   after = {
@@ -33,12 +34,13 @@ def learning_rate(cfg: schema.Config) -> optax.Schedule:
 
 
 def transform(cfg: schema.Config) -> optax.GradientTransformation:
-  """Gradients -> a direction, of which `update` takes learning-rate many.
+  """Returns the transformation of gradients to a direction, which `update` scales by
+  the learning rate.
 
-  Clip by global norm; Adam, or Muon where the Spec says that a matrix is hidden
-  and Adam elsewhere; then decoupled decay of every matrix (Loshchilov & Hutter
-  2019, https://arxiv.org/abs/1711.05101). What is hidden and what decays is
-  read from the Spec: a stack of norms is not a matrix.
+  Clipping by global norm; Adam, or Muon for hidden matrices and Adam elsewhere; then
+  decoupled weight decay of every matrix (Loshchilov & Hutter 2019,
+  https://arxiv.org/abs/1711.05101). Specs define which parameters are hidden and
+  decay: a stack of norms is not a matrix.
   """
   o, specs = cfg.optim, lm.specs(cfg)
   trains = jax.tree.map(bool, learning_rates(cfg))
@@ -50,7 +52,7 @@ def transform(cfg: schema.Config) -> optax.GradientTransformation:
       optax.masked(rule, others), optax.masked(muon.muon(o, specs, hidden), hidden)
     )
   elif not all(jax.tree.leaves(trains)):
-    rule = optax.masked(rule, trains)  # no moments of what is frozen
+    rule = optax.masked(rule, trains)  # no moments of frozen parameters
   return optax.chain(
     optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
     rule,
@@ -59,8 +61,8 @@ def transform(cfg: schema.Config) -> optax.GradientTransformation:
 
 
 def init(cfg: schema.Config, params):
-  """State of `transform`; moments are float32 or moment_dtype even where the
-  parameters are bfloat16, in which a second moment would stop decaying."""
+  """Returns the state of `transform`. Moments are float32 or moment_dtype even for
+  bfloat16 parameters: a bfloat16 second moment would stop decaying."""
   return transform(cfg).init(_float32(params))
 
 
@@ -69,13 +71,18 @@ def _float32(tree):
 
 
 def learning_rates(cfg: schema.Config) -> lm.LM:
-  """Each parameter's learning rate over that of --optim.lr; 0 is frozen."""
+  """Returns each parameter's learning-rate multiplier; 0 for frozen ones."""
   frozen = cfg.train.freeze
   trunk = 0 if frozen == 'trunk' else cfg.optim.trunk_lr_mult
   head = 0 if frozen == 'heads' else cfg.optim.heads_lr_mult
   own = cfg.heads.unembedding == 'replicated'
   groups = lm.LM(
-    embed=trunk, trunk=trunk, heads=head, norm=trunk, unembed=head if own else trunk, order=head
+    embed=trunk,
+    trunk=cast(Any, trunk),  # one for the whole subtree
+    heads=head,
+    norm=trunk,
+    unembed=head if own else trunk,
+    order=head,
   )
   return jax.tree.map(
     lambda rate, specs: jax.tree.map(lambda _: rate, specs), groups, lm.specs(cfg)
@@ -83,26 +90,26 @@ def learning_rates(cfg: schema.Config) -> lm.LM:
 
 
 def freeze(params, cfg: schema.Config):
-  """The parameters, those of a frozen group without a gradient: none is made,
-  so that none counts in the norm that clips."""
+  """Stops the gradients of frozen parameters, which are then neither computed nor
+  part of the norm that is clipped."""
   return jax.tree.map(
     lambda w, rate: w if rate else jax.lax.stop_gradient(w), params, learning_rates(cfg)
   )
 
 
 def update(params, opt_state, grads, step, n_active: int, cfg: schema.Config):
-  """One step: w - learning rate x direction, in float32.
+  """Computes w - learning rate x direction, in float32.
 
-  A bfloat16 parameter has no float32 copy, and an update is mostly far below
-  its spacing: the sum is rounded at random, with an expectation of itself
-  (Zamirai et al. 2020, https://arxiv.org/abs/2010.06192), by a key of seed,
-  step and path alone.
+  A bfloat16 parameter has no float32 copy, and most updates are far below its
+  spacing: stochastic rounding makes the sum unbiased (Zamirai et al. 2020,
+  https://arxiv.org/abs/2010.06192), with a key of seed, step and path alone.
 
   Args:
-    params, opt_state: of `init`.
+    params: parameters.
+    opt_state: of `init`.
     grads: in float32.
-    step: optimizer steps so far.
-    n_active: heads that trained; the others keep parameters and moments.
+    step: number of optimizer steps so far.
+    n_active: number of active heads; the others keep parameters and moments.
     cfg: static.
 
   Returns:
@@ -126,10 +133,10 @@ def update(params, opt_state, grads, step, n_active: int, cfg: schema.Config):
 
 
 def _keep_inactive_heads(new, old, n_active: int, cfg: schema.Config):
-  """`new`, with what belongs to heads n_active + 1..n taken from `old`.
+  """Returns `new`, with leaves of heads n_active + 1..n taken from `old`.
 
-  For parameters and optimizer state alike: an inactive head has no moment
-  update and no decay.
+  Applies to parameters and optimizer state: an inactive head has neither moment
+  updates nor weight decay.
   """
   in_use = {'heads': heads.n_modules(cfg, n_active)}
   if cfg.heads.unembedding == 'replicated':
@@ -137,7 +144,7 @@ def _keep_inactive_heads(new, old, n_active: int, cfg: schema.Config):
 
   def leaf(path, new, old):
     names = {getattr(key, 'name', None) for key in path}
-    for name in names & in_use.keys():
+    for name in in_use.keys() & names:
       active_K = jnp.arange(new.shape[0]) < in_use[name]
       return jnp.where(active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old)
     return new

@@ -1,8 +1,8 @@
-"""What one device can do: the published figures that plans and MFU divide by.
+"""Peak FLOP/s, memory and bandwidths of accelerators, for plans and MFU.
 
-Floor 0: standard library only. Sources: Google Cloud's pages on TPU v4, v5e,
-v5p and v6e (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm),
-NVIDIA's data sheets of A100, H100, H200 and B200 (dense, SXM).
+Standard library only. Sources: Google Cloud's pages on TPU v4, v5e, v5p and v6e
+(https://cloud.google.com/tpu/docs/system-architecture-tpu-vm), NVIDIA's data
+sheets of A100, H100, H200 and B200 (dense, SXM).
 """
 
 import glob
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-  """Peaks of one device. Bandwidths are bytes a second, in one direction."""
+  """Peaks of one device. Bandwidths are bytes per second in one direction."""
 
   flops_per_s: float  # dense, bfloat16
-  hbm_bytes: float  # that a program may use
+  hbm_bytes: float  # available to a program
   hbm_bytes_per_s: float
-  link_bytes_per_s: float  # of all its links to others of its slice, or node
-  network_bytes_per_s: float  # its share of what its host sends elsewhere
+  link_bytes_per_s: float  # of all its links within its slice or node
+  network_bytes_per_s: float  # its share of its host's network bandwidth
 
 
 GIB = 2**30
@@ -41,19 +41,19 @@ CHIPS = {  # by the start of jax's device_kind
 
 
 def chip(device_kind: str) -> Chip | None:
-  """Of a device; None where nobody should compute an MFU (a CPU)."""
+  """Returns the Chip of a jax device_kind; None if unknown, e.g. a CPU."""
   known = [kind for kind in CHIPS if device_kind.startswith(kind)]
   return CHIPS[max(known, key=len)] if known else None
 
 
 def has_tpu() -> bool:
-  """Whether this machine has one."""
+  """Whether this machine has a TPU."""
   return bool(glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'))
 
 
 def answer_libtpu() -> None:
-  """What libtpu would ask a TPU machine's environment, else complains about on
-  stderr for several lines, wherever it is installed without a TPU."""
+  """Sets the environment that libtpu expects of a TPU machine; where it is installed
+  without a TPU it would otherwise print several warnings."""
   for name, value in (
     # Several processes may compile at once.
     ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),

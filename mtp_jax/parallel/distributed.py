@@ -1,12 +1,12 @@
-"""Several processes that make one run: they join, agree, and end together.
+"""Multi-process runs: initialization, collectives on the host, and joint failure.
 
-Floor 1. Process 0 speaks and writes; each runs the same program on its own
-devices. With one process every function here does nothing or is the identity.
+Process 0, the primary, logs and writes; each process runs the same program on its
+own devices. In a single process every function is a no-op or the identity.
 
-What one process alone would find out (a missing file, a lock, a signal) is
-agreed upon before any of them acts on it, since one that leaves makes the
-others wait. One that crashes tells the others why, and all end at once. Who
-ends without a word is missed after --distributed.heartbeat_timeout_s.
+What one process alone detects (a missing file, a lock, a signal) is agreed upon
+before any process acts on it, since the others would wait for one that exits. A
+process that crashes reports why, and all abort. One that dies silently is detected
+after --distributed.heartbeat_timeout_s.
 """
 
 import collections
@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.config import commands, fields, parse, schema
 from mtp_jax.io import paths
 
-# What may differ from one process to another: where it is, what its machine
-# calls things.
+# Fields that may differ between processes: rank and paths on the machine.
 OWN = (
   'distributed.process_id',
   'data.store',
@@ -45,7 +45,7 @@ OWN = (
 
 
 class Aborted(Exception):
-  """Another process has said what is wrong; leave with its exit status."""
+  """Another process has reported the error; exit with its status."""
 
   def __init__(self, status: int):
     super().__init__(f'another process ended with status {status}')
@@ -53,14 +53,13 @@ class Aborted(Exception):
 
 
 def run(cfg: schema.Config, command: Callable[[], int]) -> int:
-  """command() as one of the processes of --processes.*; its exit status.
+  """Runs command() as one process of --distributed.*; returns its exit status.
 
-  A process that crashes leaves at once, without Python's own end: that would
-  wait for threads which wait for other processes. So do the others when they
-  hear of it.
+  A process that crashes exits at once with os._exit: Python's shutdown would wait
+  for threads that wait for other processes. So do the others when they detect it.
 
   Raises:
-    ConfigError: the processes do not find each other, or have other flags.
+    ConfigError: jax.distributed initialization failed, or flags differ.
   """
   if not cfg.distributed.coordinator_address:
     return command()
@@ -88,49 +87,49 @@ def run(cfg: schema.Config, command: Callable[[], int]) -> int:
     _fail(_peer_loss(error) or traceback.format_exc())
 
 
-# What is said of another process that answers no more, by who carries numbers
-# between processes (Gloo, NCCL) or counts them (JAX's coordination service).
-_OF_ANOTHER = re.compile('gloo|nccl|connection|heartbeat|barrier|coordination', re.IGNORECASE)
-_STATUS = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # what XLA's errors begin with
+# Errors about a lost peer, of the transports (Gloo, NCCL) and of JAX's coordination
+# service.
+_PEER_ERROR = re.compile('gloo|nccl|connection|heartbeat|barrier|coordination', re.IGNORECASE)
+_STATUS = re.compile(r'[A-Z]+(_[A-Z]+)*: ')  # prefix of XLA's errors
 
 
 def _peer_loss(error: BaseException) -> str:
-  """A line on an error that only says that another process is gone; else ''."""
+  """Returns a line for an error that means a lost peer; '' for any other."""
   first = (str(error).strip().splitlines() or [''])[0]
-  # A collective within a jitted call ends in the one class or the other.
+  # A collective within a jitted call raises either class.
   of_xla = isinstance(error, jax.errors.JaxRuntimeError) or (
     isinstance(error, ValueError) and _STATUS.match(first)
   )
-  if not is_multiprocess() or not of_xla or not _OF_ANOTHER.search(first):
+  if not is_multiprocess() or not of_xla or not _PEER_ERROR.search(first):
     return ''
   return f'aborting: another process was lost: {first[:300]}'
 
 
 def _log(text: str) -> None:
-  """A line of this process, with its rank. Only process 0 has a stdout."""
+  """Prints a line with the rank to stderr. Only process 0 has a stdout."""
   print(f'[{jax.process_index()}/{jax.process_count()}] {text}', file=sys.stderr)
 
 
-FAILED = 'mtp/failed'  # the culprit's words, in the coordinator's store
-POLL_S = 1.0  # between two looks at it
+FAILED = 'mtp/failed'  # key of the first failure's message in the coordinator's store
+POLL_S = 1.0  # interval of polling it
 
 
-def _fail(why: str, status: int = 1) -> None:
-  """Leaves, and has all others leave with these words; unless it is another
-  that has failed, and this process with it."""
+def _fail(why: str, status: int = 1) -> NoReturn:
+  """Exits, and makes all other processes abort with this message; unless another
+  process failed first, and caused this failure."""
   if is_multiprocess():
     _leave_after(_failure_of_peer())
   _log(why)
   if is_multiprocess():
-    with contextlib.suppress(Exception):  # nobody hears
+    with contextlib.suppress(Exception):  # the coordinator is gone
       _store().key_value_set(FAILED, f'[{jax.process_index()}] {why}')
-    if jax.process_index() == 0:  # the store ends with it
+    if jax.process_index() == 0:  # the store is lost with process 0
       time.sleep(2 * POLL_S)
   _leave(status)
 
 
 def _failure_of_peer() -> str | None:
-  """What another process has failed of; None if none has said so."""
+  """Returns the message of another process's failure; None without one."""
   store = _store()
   if not store:  # the run is over
     return None
@@ -138,22 +137,22 @@ def _failure_of_peer() -> str | None:
     why = store.key_value_try_get(FAILED)
   except jax.errors.JaxRuntimeError:
     return None
-  # Process 0 stays after its own failure, until the others have heard of it.
+  # Process 0 outlives its own failure until the others have polled it.
   return None if why.startswith(f'[{jax.process_index()}] ') else why
 
 
 def _leave_after(why: str | None) -> None:
   if why:
-    _log(f'ends, since another process failed:\n{why}')
+    _log(f'aborting: another process failed:\n{why}')
     _leave(1)
 
 
-def _store():
+def _store() -> Any:
   return distributed.global_state.client
 
 
 def _listen() -> None:
-  """Ends this process soon after another has said that it failed."""
+  """Starts a thread that aborts this process after another has failed."""
   if not is_multiprocess():
     return
 
@@ -165,7 +164,7 @@ def _listen() -> None:
   threading.Thread(target=listen, daemon=True).start()
 
 
-def _leave(status: int):
+def _leave(status: int) -> NoReturn:
   with contextlib.suppress(OSError):
     sys.stdout.flush()
     sys.stderr.flush()
@@ -173,11 +172,11 @@ def _leave(status: int):
 
 
 def _join(p: commands.DistributedConfig) -> None:
-  # It would take SIGTERM away from Python, in every command; see `Stop`.
+  # It would take over SIGTERM, in every command; see `Stop`.
   jax.config.update('jax_enable_preemption_service', False)
-  told = {}  # else what the cluster says
+  given: dict[str, Any] = {}  # with `auto` jax detects the cluster
   if p.coordinator_address != 'auto':
-    told = dict(
+    given = dict(
       coordinator_address=p.coordinator_address,
       num_processes=p.num_processes,
       process_id=p.process_id,
@@ -185,7 +184,7 @@ def _join(p: commands.DistributedConfig) -> None:
     )
   try:
     jax.distributed.initialize(
-      **told,
+      **given,
       heartbeat_timeout_seconds=p.heartbeat_timeout_s,
       shutdown_timeout_seconds=p.heartbeat_timeout_s,
     )
@@ -194,31 +193,31 @@ def _join(p: commands.DistributedConfig) -> None:
     raise fields.ConfigError(
       'distributed.coordinator_address',
       p.coordinator_address,
-      f'the processes do not find each other: {why}',
+      f'jax.distributed initialization failed: {why}',
     ) from error
   if not is_primary():
-    # Also what libraries print past Python.
+    # Also silences what libraries print from C.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def is_multiprocess() -> bool:
-  # The latter alone would start the devices before the first flag is checked.
+  # process_count alone would initialize the devices before flags are checked.
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_primary() -> bool:
-  """Whether this is the process that speaks and writes."""
+  """Whether this is the process that logs and writes."""
   return not is_multiprocess() or jax.process_index() == 0
 
 
 def _gather(value: int) -> list[int]:
-  """Each process's value, in their order."""
+  """Returns each process's value, in order of rank."""
   with jax.transfer_guard('allow'):
     return multihost_utils.process_allgather(np.int32(value)).tolist()
 
 
 def process_allgather(value: float) -> list[float]:
-  """Each process's number, in their order. All processes must call it."""
+  """Returns each process's number, in order of rank. Collective."""
   if not is_multiprocess():
     return [value]
   with jax.transfer_guard('allow'):
@@ -226,14 +225,14 @@ def process_allgather(value: float) -> list[float]:
 
 
 def barrier(where: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes have called it."""
   if is_multiprocess():
     with jax.transfer_guard('allow'):
       multihost_utils.sync_global_devices(where)
 
 
 def broadcast_one_to_all(text: str) -> str:
-  """Process 0's text. All processes must call it."""
+  """Returns process 0's text. Collective."""
   if not is_multiprocess():
     return text
   mine = np.frombuffer(text.encode(), np.uint8)
@@ -248,11 +247,10 @@ def broadcast_one_to_all(text: str) -> str:
 
 @contextlib.contextmanager
 def fail_together():
-  """If the body fails in one process, it ends all of them.
+  """Raises in all processes if the body fails in one. Collective.
 
-  The body must not communicate. What the lowest of those that failed has raised
-  is raised there, and `Ended`, with the `status` of that error, elsewhere. All
-  processes must come here; it waits for the last.
+  The body must not communicate. The error of the lowest failed rank is raised
+  there, and `Aborted` with the `status` of that error elsewhere.
   """
   if not is_multiprocess():
     yield
@@ -267,6 +265,7 @@ def fail_together():
   if not failed:
     return
   if failed[0] == jax.process_index():
+    assert error
     raise error
   raise Aborted(statuses[failed[0]]) from error
 
@@ -280,13 +279,13 @@ def _check_same_flags(cfg: schema.Config) -> None:
         raise fields.ConfigError(
           name,
           mine,
-          f'process {jax.process_index()} has it, process 0 has {wanted}; give all the same flags',
+          f'on process {jax.process_index()}, but {wanted} on process 0; give all the same flags',
         )
 
 
 class Interrupted(BaseException):
-  """A signal came while `Stop.interrupting` was on; as KeyboardInterrupt it is
-  no error that somebody may handle."""
+  """A signal arrived within `Stop.interrupting`. Like KeyboardInterrupt it is not an
+  Exception, so that no handler of errors catches it."""
 
 
 # SIGHUP comes from a terminal that closes, and from some schedulers.
@@ -294,54 +293,54 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _leave_the_terminal() -> None:
-  """What is then printed would be an error, before anything is saved."""
+  """Redirects a closed terminal's stdout and stderr to the null device: printing
+  would raise before anything is saved."""
   for fd in (1, 2):
     if os.isatty(fd):
       os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 class Stop:
-  """Has any process been asked to stop? All get the same answer at a step.
+  """Whether a signal has requested a stop, with the same result in all processes.
 
-  SIGTERM, SIGHUP or the first SIGINT asks; a second SIGINT raises
-  KeyboardInterrupt.
-  Between several processes the question is a maximum over all devices, put at
-  each step and read `LAG` steps later, when it has been answered: it costs one
-  small program a step and no wait. (JAX's own notifier agrees on a step as
-  well, but knows no SIGINT, counts steps from 0 and keeps SIGTERM for good.)
+  SIGTERM, SIGHUP or the first SIGINT requests it; a second SIGINT raises
+  KeyboardInterrupt. With several processes the result is a maximum over all
+  devices, dispatched at each step and read `LAG` steps later: one small program
+  per step, and no blocking. (JAX's preemption notifier agrees on a step as well,
+  but ignores SIGINT, counts steps from 0 and keeps SIGTERM's handler.)
   """
 
   LAG = 2
 
   def __init__(self, mesh: Mesh):
-    self.asked = threading.Event()
+    self.requested = threading.Event()
     self._interrupts = False
-    self._answers = collections.deque()
+    self._pending = collections.deque()
     self._sharding = NamedSharding(mesh, P(mesh.axis_names))
     self._any = jax.jit(jnp.max)
 
   def __call__(self) -> bool:
-    """Once a step, under jax.set_mesh."""
+    """Returns whether to stop; to be called once per step, under jax.set_mesh."""
     if not is_multiprocess():
-      return self.asked.is_set()
-    flag = np.full(1, self.asked.is_set(), np.int32)
-    with jax.transfer_guard('allow'):  # this copy is meant
+      return self.requested.is_set()
+    flag = np.full(1, self.requested.is_set(), np.int32)
+    with jax.transfer_guard('allow'):  # an intended copy
       flags = jax.make_array_from_callback(
         (self._sharding.mesh.size,), self._sharding, lambda _: flag
       )
-    self._answers.append(self._any(flags))
-    if len(self._answers) <= self.LAG:
+    self._pending.append(self._any(flags))
+    if len(self._pending) <= self.LAG:
       return False
-    return bool(jax.device_get(self._answers.popleft()))
+    return bool(jax.device_get(self._pending.popleft()))
 
   @contextlib.contextmanager
   def on_signal(self):
-    """Listens, and gives the signals back to whom they belonged."""
+    """Installs the signal handlers, and restores the previous ones at the end."""
 
     def handle(number, _):
-      if self.asked.is_set() and number == signal.SIGINT:
+      if self.requested.is_set() and number == signal.SIGINT:
         raise KeyboardInterrupt
-      self.asked.set()
+      self.requested.set()
       if number == signal.SIGHUP:
         _leave_the_terminal()
       if self._interrupts:
@@ -353,7 +352,7 @@ class Stop:
       return
     old = {}
     for number in SIGNALS:
-      if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+      if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
         old[number] = signal.signal(number, handle)
     try:
       yield self
@@ -363,16 +362,16 @@ class Stop:
 
   @contextlib.contextmanager
   def interrupting(self):
-    """Work that may be broken off and done again: in here a signal raises
-    Interrupted at once, wherever Python is, rather than at the next step.
+    """Marks work that may be interrupted and repeated: a signal raises Interrupted
+    at once, wherever Python is, rather than at the next step.
 
-    Of several processes none may leave alone: there a loop which all of them
-    make equally often calls `check` instead.
+    No process of several may stop alone: there a loop of the same length in all of
+    them calls `check` instead.
     """
     if is_multiprocess():
       yield
       return
-    self._interrupts = True  # before the look, or one between were not heard
+    self._interrupts = True  # before `check`, or a signal in between would be lost
     try:
       self.check()
       yield
@@ -380,6 +379,6 @@ class Stop:
       self._interrupts = False
 
   def check(self) -> None:
-    """Raises Interrupted if any process has been asked; calls as `self()`."""
+    """Raises Interrupted if `self()`: any process has been requested to stop."""
     if self():
       raise Interrupted

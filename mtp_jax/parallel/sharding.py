@@ -1,8 +1,8 @@
 """The device mesh and the one table from logical axes to mesh axes.
 
-Floor 1. Mesh axes are explicit: an array's sharding is part of its type, so a
-missing or wrong one is an error when the program is traced. `gather` is the
-only place where a parameter stops being sharded over the batch axes.
+Mesh axes are explicit: an array's sharding is part of its type, so a missing or
+wrong one raises at trace time. `gather` is the only place where a parameter stops
+being sharded over the batch axes.
 """
 
 import math
@@ -19,8 +19,8 @@ from mtp_jax.config import fields, schema
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # every axis that splits the batch
 
-# Logical axis of an array -> mesh axis. One rule a logical axis; None means
-# that no device holds less than all of it.
+# Logical axis of an array -> mesh axis. One rule per logical axis; None is
+# replicated.
 RULES = {
   'batch': BATCH,
   'embed': 'fsdp',
@@ -28,7 +28,7 @@ RULES = {
   'kv_heads': 'tensor',
   'mlp': 'tensor',
   'vocab': 'tensor',
-  'stack': ('fsdp', 'tensor'),  # whole matrices, of one layer or of a few
+  'stack': ('fsdp', 'tensor'),  # whole matrices, of one or several layers
   None: None,
 }
 
@@ -41,7 +41,7 @@ def make_mesh(cfg: schema.Config, devices=None) -> Mesh:
 
   Raises:
     ConfigError: the mesh does not divide the devices or the model, or an attention
-      kernel is not of this platform. `check_batch` says whether it divides a batch.
+      kernel is not of this platform. `check_batch` checks that it divides a batch.
   """
   devices = jax.devices() if devices is None else devices
   sizes = mesh_sizes(cfg, len(devices))
@@ -84,11 +84,11 @@ def mesh_sizes(cfg: schema.Config, n_devices: int) -> dict[str, int]:
 
 
 def _arranged(sizes: dict[str, int], devices) -> np.ndarray:
-  """Devices in the shape of the mesh: on a TPU by their places in the torus,
-  slices along `data`, whose gradients alone cross the network.
+  """Returns the devices in the shape of the mesh: on a TPU by their coordinates in
+  the torus, slices along `data`, so that only gradients cross the network.
 
-  Elsewhere jax.devices() has one order on every process, by process: the last
-  axes, which talk most, stay within one.
+  Elsewhere jax.devices() is ordered by process, identically on every process: the
+  last axes, which communicate most, stay within one.
   """
   shape = tuple(sizes.values())
   if devices[0].platform != 'tpu':
@@ -136,25 +136,25 @@ def _check_platform(cfg, platform):
     raise fields.ConfigError(
       'model.attention',
       kernel,
-      f'is a kernel for {wanted}, and these devices are {platform}; auto takes what they have',
+      f'is a kernel for {wanted}, but the devices are {platform}; auto selects a suitable one',
     )
 
 
 def pspec(*axes) -> P:
-  """Logical axes, one a dimension -> PartitionSpec."""
+  """Returns the PartitionSpec of logical axes, one per dimension."""
   return P(*(RULES[axis] for axis in axes))
 
 
 def whole(*axes) -> P:
-  """`pspec`, but for the batch axes: of a parameter as one device uses it."""
+  """Returns `pspec` without the batch axes: a parameter as gathered for compute."""
   return P(*(None if RULES[axis] in BATCH else RULES[axis] for axis in axes))
 
 
 def by_rows(f, *rowwise, same=()):
-  """f(*rowwise, *same) on each device's own rows.
+  """Computes f(*rowwise, *same) on each device's own rows (shard_map).
 
-  All arrays of `rowwise` and of the result have rows first and are whole in
-  every other dimension; those of `same` are the same on all devices.
+  Arrays of `rowwise` and of the result have rows first and are unsharded in every
+  other dimension; those of `same` are replicated.
   """
   rows = pspec('batch')
   return jax.shard_map(
@@ -163,10 +163,10 @@ def by_rows(f, *rowwise, same=()):
 
 
 def reshape(x, shape, *axes):
-  """x in another shape, whose first dimensions have these logical axes.
+  """Reshapes x; the first dimensions of the new shape have these logical axes.
 
-  JAX finds that out for itself unless dimensions have size 1, a single row or a
-  single key/value head: then it may take another of them for the sharded one.
+  JAX infers them unless dimensions have size 1 (a single row, a single key/value
+  head), where it may choose another dimension as the sharded one.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x.reshape(shape)
@@ -175,21 +175,21 @@ def reshape(x, shape, *axes):
 
 
 def gather(w, axes, compute_dtype, grad_dtype):
-  """A parameter as one device uses it: whole over the batch axes.
+  """All-gathers a parameter over the batch axes, for compute.
 
-  Moved in `compute_dtype`, and held in a dtype that loses neither that nor
-  `grad_dtype`, so that gradients are summed in it wherever w is used; the user
-  casts it to compute_dtype. `reduced` keeps the gradient a sum not yet taken
-  over devices ("unreduced") through any loop; it is taken once a gather, here,
-  in `grad_dtype` (JAX, explicit sharding,
+  It is moved in `compute_dtype` and held in a dtype that represents both that and
+  `grad_dtype`, so that gradients are accumulated in it wherever w is used; the
+  caller casts it to compute_dtype. `reduced` keeps the gradient unreduced over
+  devices through any loop; it is reduced once per gather, here, in `grad_dtype`
+  (JAX, explicit sharding,
   https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
 
-  A parameter that no batch axis shards, i.e. a norm, has nothing to gather (and
-  an elementwise product takes no `reduced` operand): it is used as it is.
+  A parameter that no batch axis shards, i.e. a norm, is returned unchanged (and an
+  elementwise product supports no `reduced` operand).
   """
   if not any(RULES[axis] in BATCH for axis in axes):
     return w
-  gathered = P(*whole(*axes), reduced=set(BATCH))
+  gathered = P(*whole(*axes), reduced=frozenset(BATCH))
   at_rest, param_dtype = jax.typeof(w).sharding.spec, w.dtype
   held_dtype = jnp.promote_types(compute_dtype, grad_dtype)
 
@@ -198,9 +198,9 @@ def gather(w, axes, compute_dtype, grad_dtype):
     return jax.reshard(w.astype(compute_dtype), gathered).astype(held_dtype)
 
   def use_bwd(_, dw):
-    # The plain transpose would cast to compute_dtype first, then reduce. Where
-    # XLA reduces whole and slices, the barrier has it slice at once: fused into
-    # the optimizer, the slice would keep the whole gradient alive until then.
+    # The plain transpose would cast to compute_dtype first, then reduce. Where XLA
+    # all-reduces and slices, the barrier makes it slice at once: fused into the
+    # optimizer, the slice would keep the unsharded gradient in memory until then.
     dw = _reduced(dw.astype(grad_dtype), at_rest).astype(param_dtype)
     return (jax.lax.optimization_barrier(dw),)
 
@@ -209,11 +209,11 @@ def gather(w, axes, compute_dtype, grad_dtype):
 
 
 def _reduced(dw, at_rest: P):
-  """A gradient that is not yet summed over the batch axes, summed and sharded.
+  """Reduces an unreduced gradient over the batch axes, and shards it.
 
-  First over those that shard it, of which each device needs its shard alone (a
-  reduce-scatter), then the shards over the others. In one step XLA reduces the
-  whole array over all devices: at 2 x 8 that sends nearly twice as much.
+  First a reduce-scatter over the axes that shard it, then an all-reduce of the
+  shards over the others. In one step XLA all-reduces the whole array over all
+  devices, nearly twice the traffic at 2 x 8.
   """
   sharded = {axis for part in at_rest for axis in _axes(part)}
   others = frozenset(BATCH) - sharded
@@ -222,20 +222,20 @@ def _reduced(dw, at_rest: P):
 
 
 def _axes(part) -> tuple[str, ...]:
-  """Mesh axes of one entry of a PartitionSpec."""
+  """Returns the mesh axes of one entry of a PartitionSpec."""
   return () if part is None else (part,) if isinstance(part, str) else part
 
 
 def zeros_cotangent(w):
-  """Zeros of the type that a gradient of the gathered array w has."""
+  """Returns zeros of the cotangent type (`unreduced`) of the gathered array w."""
   spec = jax.typeof(w).sharding.spec
   return jnp.zeros(w.shape, w.dtype, out_sharding=P(*spec.partitions, unreduced=spec.reduced))
 
 
 def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
-  """Rows of a batch that this process's devices hold, rising.
+  """Returns the rows of a batch that this process's devices hold, ascending.
 
-  Where a `tensor` axis spans processes they hold, hence read, the same rows.
+  Processes that share a `tensor` axis hold, and read, the same rows.
   """
   held = NamedSharding(mesh, pspec('batch')).addressable_devices_indices_map((n_rows,))
   rows_B = np.arange(n_rows)
@@ -243,13 +243,13 @@ def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
 
 
 def put_batch(mesh: Mesh, batch: dict) -> dict:
-  """The rows (A, b, U) of `local_rows` -> global (A, B, U) arrays."""
+  """Returns global (A, B, U) arrays from the rows (A, b, U) of `local_rows`."""
   sharding = NamedSharding(mesh, pspec(None, 'batch', None))
   n_shards = math.prod(mesh.shape[axis] for axis in BATCH)
   mine = local_rows(mesh, n_shards).tolist()
 
   def place(x):
-    rows = x.shape[1] // len(mine)  # of a shard
+    rows = x.shape[1] // len(mine)  # per shard
 
     def shard(index):
       first = rows * mine.index((index[1].start or 0) // rows)
@@ -258,5 +258,5 @@ def put_batch(mesh: Mesh, batch: dict) -> dict:
     shape = (x.shape[0], rows * n_shards, x.shape[2])
     return jax.make_array_from_callback(shape, sharding, shard)
 
-  with jax.transfer_guard('allow'):  # this copy is meant
+  with jax.transfer_guard('allow'):  # an intended copy
     return {name: place(x) for name, x in batch.items()}

@@ -89,6 +89,7 @@ class Plan(NamedTuple):
     """Seconds per step that each resource would take at its peak."""
     if self.ledger is None or self.chip is None:
       return {}
+    assert self.executed_flops is not None  # as the ledger
     return dict(
       compute=self.executed_flops / self.chip.flops_per_s,
       memory=self.ledger.memory_bytes / self.chip.hbm_bytes_per_s,
@@ -166,6 +167,7 @@ def plan(cfg: schema.Config) -> Plan:
       )
   compile_s = time.perf_counter() - begin
   memory = compiled.memory_analysis()
+  assert memory is not None
   return found._replace(
     temp_bytes=memory.temp_size_in_bytes,
     code_bytes=memory.generated_code_size_in_bytes,

@@ -88,7 +88,7 @@ def values_of(plan: ahead.Plan) -> dict:
     roofline_by_formula=by_formula,
     step_s=step_s,
     tokens_per_s_all=plan.tokens / step_s if step_s else None,
-    mfu=(plan.model_flops / plan.devices / chip.flops_per_s / step_s if step_s else None),
+    mfu=plan.model_flops / plan.devices / chip.flops_per_s / step_s if chip and step_s else None,
     steps=cfg.train.steps,
     tokens_all=plan.tokens * cfg.train.steps,
     days=step_s * cfg.train.steps / 86400 if step_s else None,
@@ -228,11 +228,12 @@ def variants(cfg: schema.Config) -> list[tuple[dict, schema.Config]]:
     if name in swept:
       raise fields.ConfigError('plan.sweep', text, f'duplicate flag {name}')
     swept.add(name)
+    assert field
     try:
       axes.append([(name, _typed(field, v)) for v in values.split(',')])
     except ValueError:
       raise fields.ConfigError(
-        'plan.sweep', text, f'values must be {field.type.__name__}'
+        'plan.sweep', text, f'values must be {schema.type_of(field).__name__}'
       ) from None
   return [
     (dict(point), validate.validate(schema.replace(cfg, **dict(point))))
@@ -306,7 +307,9 @@ def search(cfg: schema.Config, report) -> tuple[dict, int]:
       True,
       f'no mesh of {n} devices divides --data.batch_size={cfg.data.batch_size} and the model',
     )
-  hbm = chips.chip(kind).hbm_bytes
+  chip = chips.chip(kind)
+  assert chip  # or `ranked` has raised
+  hbm = chip.hbm_bytes
   fitting = sum(e.total_bytes <= hbm for e in found)
   report(f'{n} x {kind}: {len(found)} candidates, {fitting} fit by formula; the best, compiled:')
   columns = ('by formula', 'step s', *COLUMNS)

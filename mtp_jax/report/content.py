@@ -1,6 +1,7 @@
 """The contents of a page: sections of text, plots and tables."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtp_jax.report import figures, history
@@ -20,7 +21,7 @@ class Section(NamedTuple):
   key: str  # anchor within the page
   title: str
   text: list[str]
-  plots: list[figures.Plot] = []
+  plots: Sequence[figures.Plot] = []
   tables: list[Table] = []
   terms: dict[str, str] = {}
 
@@ -44,5 +45,5 @@ def by_run(caption: str, runs: list[history.Run], rows: dict[str, list]) -> Tabl
   )
 
 
-def drawn(*plots: figures.Lines) -> list[figures.Plot]:
+def drawn(*plots: figures.Lines) -> list[figures.Lines]:
   return [plot for plot in plots if plot.series]

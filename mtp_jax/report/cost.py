@@ -12,7 +12,7 @@ def speed(runs: list[history.Run]) -> content.Section:
     'step (ms)': ('step_time_s', 1e3, ',.1f'),
     'model TFLOP/s': ('model_flops_per_s', 1e-12, '.4g'),
     'MFU': ('mfu', 1, '.1%'),
-    'waiting for data': ('data_wait', 1, '.1%'),
+    'waiting for data': ('data_wait_frac', 1, '.1%'),
   }
   rows = {}
   for label, (name, scale, form) in medians.items():

@@ -69,13 +69,13 @@ def _held_out(runs, evals: list[list[dict]], source: str) -> dict[str, list]:
     f'bits per byte{of}': [content.shown(r.get('bits_per_byte'), '.4f') for r in last],
     f'accuracy of head 1{of}': [content.shown(r.get('accuracy_1'), '.2%') for r in last],
     f'mean acceptance length (tokens){of}': [
-      content.shown(r.get('accepted_length'), '.3f') for r in last
+      content.shown(r.get('mean_acceptance_length'), '.3f') for r in last
     ],
   }
 
 
 def _alike(counts: dict[str, list[int | None]]) -> str:
-  known = {what: values for what, values in counts.items() if all(values)}
+  known = {what: [n for n in values if n] for what, values in counts.items() if all(values)}
   apart = {what: max(v) / min(v) - 1 for what, v in known.items()}
   same = [what for what, by in apart.items() if not by]
   lines = [f'All have the same number of {" and ".join(same)}.'] if same else []
@@ -86,12 +86,13 @@ def _alike(counts: dict[str, list[int | None]]) -> str:
   return ' '.join(lines)
 
 
-def _head_1(runs: list[history.Run]) -> list[figures.Plot]:
+def _head_1(runs: list[history.Run]) -> list[figures.Lines]:
   """Held-out loss of head 1 over tokens seen."""
   over_tokens = all(run.cfg for run in runs)
   series = []
   for i, run in enumerate(runs):
     scale = history.tokens_per_step(run) if over_tokens else 1
+    assert scale
     sets = history.by_source(run.of('eval'))
     for marker, (source, records) in enumerate(sets.items()):
       found = [(s * scale, y) for s, y in history.points(records, 'loss_1')]
@@ -124,7 +125,7 @@ def losses(runs: list[history.Run]) -> content.Section:
   text = []
   if any(history.heads(run) > 1 for run in runs):
     text = ['Each head predicts a token further ahead than the previous one.']
-  if any(y > limits[1] for p in plots for s in p.series for _, y in s.points):
+  if limits and any(y > limits[1] for p in plots for s in p.series for _, y in s.points):
     text.append('The highest losses, mostly of the first steps, are clipped.')
   return content.Section(
     'loss',

@@ -6,7 +6,7 @@ on light and dark backgrounds, as COLORS are.
 
 import io
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LIGHT, DARK = '#ffffff', '#15181d'  # backgrounds of the page
 INK = '#1f2329'  # replaced by currentColor
@@ -78,7 +78,7 @@ class Bars(NamedTuple):
 
 Plot = Lines | Bars
 
-STYLE = {
+STYLE: dict[Any, Any] = {
   'font.size': 10.5,
   'svg.fonttype': 'none',  # keep text as text, in the reader's font
   'svg.hashsalt': 'mtp',  # deterministic ids
@@ -103,7 +103,7 @@ def draw(plot: Plot) -> tuple[str, bytes]:
     height = 1.1 + 0.6 * len(plot.rows) if is_bars else HEIGHT_IN
     drawn = figure.Figure((WIDTH_IN, height), layout='constrained')
     axes = drawn.subplots()
-    key = (_bars if is_bars else _lines)(axes, plot)
+    key = _bars(axes, plot) if is_bars else _lines(axes, plot)
     if key:
       longest = max(map(len, key))
       legend = drawn.legend(

@@ -5,7 +5,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from mtp_jax.config import parse, schema, validate
 from mtp_jax.io import paths
@@ -64,7 +64,7 @@ def _names(workdirs: list[str]) -> list[str]:
   return ['/'.join(p[-n:]) for p in parts]
 
 
-def number(value) -> bool:
+def number(value) -> TypeGuard[float]:
   return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -76,9 +76,9 @@ def points(records: Iterable[dict], name: str) -> Points:
 def thinned(found: Points, most: int = 240) -> tuple[Points, int]:
   """Returns (at most `most` points, the number of points averaged into each)."""
   each = -(-len(found) // most) or 1
+  parts = [found[i : i + each] for i in range(0, len(found), each)]
   return [
-    tuple(map(statistics.fmean, zip(*found[i : i + each], strict=True)))
-    for i in range(0, len(found), each)
+    (statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part)) for part in parts
   ], each
 
 
@@ -183,8 +183,8 @@ def suite_records(run: Run, source: str) -> list[dict]:
 def band(records: list[dict], name: str) -> tuple[list, list] | None:
   """Returns (low, high) at each of `points`, if all have both."""
   found = [r for r in records if number(r.get(name))]
-  ends = [[r.get(f'{name}_{end}') for r in found] for end in ('low', 'high')]
-  return tuple(ends) if all(map(number, sum(ends, []))) else None
+  low, high = ([r.get(f'{name}_{end}') for r in found] for end in ('low', 'high'))
+  return (low, high) if all(map(number, low + high)) else None
 
 
 def differing(runs: list[Run]) -> dict[str, tuple]:

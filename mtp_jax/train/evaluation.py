@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.train.loop."""
+"""Evaluations of a run: which are due after a step, and their records."""
 
 import json
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from mtp_jax.train import run as run_lib
 
 
 def due(cfg: schema.Config, done: int) -> tuple[bool, bool]:
-  """Whether held-out data, and the suites, are to be evaluated after `done`
-  steps. Held-out data is a suite as well, if it is named as one."""
+  """Returns (whether held-out data is due, whether the tasks are due) after
+  `done` steps. Held-out data is also a task if --eval.tasks names it."""
   t = cfg.train
 
   def at(every):
@@ -32,7 +32,7 @@ def due(cfg: schema.Config, done: int) -> tuple[bool, bool]:
 
 
 def wanted(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
-  """(kind, source) of the records that evaluations after `done` steps make."""
+  """Returns (kind, source) of each record that is due after `done` steps."""
   held_out, suites_too = due(cfg, done)
   found = []
   if held_out:
@@ -45,8 +45,8 @@ def wanted(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
 
 
 def missing(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
-  """Those of `_wanted` that are not in metrics.jsonl: a signal or a kill came
-  between checkpoint and evaluation."""
+  """Returns the entries of `wanted` without a record in metrics.jsonl: the run
+  was interrupted or killed between checkpoint and evaluation."""
   records, found = wanted(cfg, tokens, done), ''
   if not records:
     return []
@@ -58,16 +58,16 @@ def missing(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
 
 
 def evaluations(run: run_lib.Run):
-  """evaluate(done, state, wanted, say): makes the wanted records, of the state
-  after so many steps. False if a signal broke it off; what is complete is
-  recorded."""
+  """Returns evaluate(done, state, wanted, log_line), which writes the wanted
+  records of the state after `done` steps. It returns False if a signal
+  interrupted it; complete evaluations are recorded."""
   held_out = heldout.evaluator(run.cfg, run.mesh, run.bytes_V)
 
-  def evaluate(done, state, wanted, say) -> bool:
+  def evaluate(done, state, wanted, log_line) -> bool:
     try:
       if any(kind == 'eval' for kind, _ in wanted):
-        _evaluate(run, done, state, held_out, wanted, say)
-      _run_suites(run, done, state, wanted, say)
+        _evaluate(run, done, state, held_out, wanted, log_line)
+      _run_suites(run, done, state, wanted, log_line)
     except distributed.Interrupted:
       return False
     return True
@@ -75,7 +75,7 @@ def evaluations(run: run_lib.Run):
   return evaluate
 
 
-def _evaluate(run, done, state, evaluate, wanted, say):
+def _evaluate(run, done, state, evaluate, wanted, log_line):
   sets = batches_lib.eval_batches(run.tokens, run.cfg, run.mesh)
   for name, batches in sets.items():
     source = None if run.tokens.evaluates_itself_only(sets) else name
@@ -84,15 +84,15 @@ def _evaluate(run, done, state, evaluate, wanted, say):
     with run.stop.interrupting():
       values = metrics_lib.scalars(evaluate(state.params, _fed(run, batches), done))
     run_lib.write_record(run, 'eval', done, values, source)
-    say(f'held out{f" of {source}" if source else ""}, after step {done}:')
+    log_line(f'held-out{f" {source}" if source else ""}, after step {done}:')
     for line in metrics_lib.table(values):
-      say('  ' + line)
+      log_line('  ' + line)
 
 
-def _run_suites(run, done, state, wanted, say):
-  def alive():
-    run.alive()
-    run.held.check(closely=False)  # one process: it is this one's
+def _run_suites(run, done, state, wanted, log_line):
+  def heartbeat():
+    run.heartbeat()
+    run.held.check(closely=False)  # single process: this one holds the lock
 
   for name, arg in named(run.cfg):
     label = registry.label(name, arg)
@@ -101,44 +101,48 @@ def _run_suites(run, done, state, wanted, say):
     try:
       with run.stop.interrupting():
         result = run_suite(
-          name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, alive
+          name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, heartbeat
         )
     except fields.FileChanged:
       raise
-    except paths.InputError as error:  # not worth a run; the next start tries
-      say(f'{label}, after step {done}: skipped: {error}')
+    except paths.InputError as error:  # not fatal; retried at the next start
+      log_line(f'{label}, after step {done}: skipped: {error}')
       continue
-    # Before the record, with which it would not be evaluated again.
+    # Written before the record, which marks the evaluation as complete.
     pages = suites.write_pages(run.cfg.train.workdir, done, result.pages)
-    # Also without a number: it was evaluated.
+    # Recorded even without scalars, so that it is not evaluated again.
     run_lib.write_record(run, 'suite', done, result.scalars, label)
-    say(f'{label}, after step {done}:')
+    log_line(f'{label}, after step {done}:')
     for line in [*result.lines, *pages]:
-      say('  ' + line)
+      log_line('  ' + line)
 
 
 def _fed(run, batches):
   for batch in batches:
-    run.alive()
+    run.heartbeat()
     if distributed.is_multiprocess():
-      run.stop.check()  # all processes have as many batches
+      run.stop.check()  # every process has the same number of batches
     yield batch
 
 
 def check(cfg: schema.Config) -> None:
-  """Raises ConfigError where `registry.asked` does, or where suites beside
-  held-out windows are to be evaluated by several processes."""
+  """Validates --eval.tasks.
+
+  Raises:
+    ConfigError: see `registry.asked`; or a multi-process run would evaluate a
+      task other than held-out windows.
+  """
   registry.asked(cfg)
   if named(cfg) and distributed.is_multiprocess():
     raise fields.ConfigError(
       'eval.tasks',
       cfg.eval.tasks,
-      'one process; on several, give these to `mtp eval` beside the run',
+      'needs a single process; in a multi-process run evaluate these with `mtp eval`',
     )
 
 
 def named(cfg: schema.Config) -> list[tuple[str, str]]:
-  """(name, argument) of the suites beside held-out windows."""
+  """Returns (name, argument) of each task except held-out windows."""
   return [s for s in registry.named(cfg) if s[0] != registry.HELDOUT]
 
 
@@ -150,16 +154,16 @@ def run_suite(
   mesh,
   tokenizer: tokenizers.Tokenizer,
   step: int,
-  alive: Callable[[], None],
+  heartbeat: Callable[[], None],
 ) -> suites.Result:
-  """What a suite finds of the parameters after `step` steps; alive() is called
+  """Evaluates a task on the parameters after `step` steps; calls heartbeat()
   while it runs.
 
   Raises:
-    ConfigError: it cannot be evaluated after all.
+    ConfigError: the task cannot be evaluated.
   """
   active = schedule.trained_heads(cfg, step)
-  with jax.transfer_guard('allow'):  # prompts come from the host
+  with jax.transfer_guard('allow'):  # prompts are host arrays
     subject = subject_lib.Subject(
       f'{cfg.train.workdir}, step {step}',
       cfg,
@@ -168,6 +172,6 @@ def run_suite(
       tokenizer,
       step,
       decoder_lib.Decoder(model, cfg, mesh, active),
-      lambda line: alive(),
+      lambda line: heartbeat(),
     )
     return registry.SUITES[name].run(subject, arg)

@@ -1,11 +1,12 @@
-"""Where the time of a run went, over all its starts. Floor 4.
+"""Goodput: the wall-clock time of a run by cause, over all its sessions.
 
-WORKDIR/goodput.jsonl has a line for each log line and for the end of a session,
-that is of one start of the program: its seconds so far, by cause. It is never
-cut back, so that steps which were lost, and done again, are seen.
+A session is one start of the program. WORKDIR/goodput.jsonl has a line per log
+line and per end of a session: the session's seconds so far, by cause. It is
+never truncated, so that lost and repeated steps remain visible.
 """
 
 import json
+import math
 import os
 import time
 
@@ -13,15 +14,15 @@ from mtp_jax.config import fields
 from mtp_jax.io import jsonl, paths
 
 CAUSES = {
-  'start': 'stores opened, parameters restored or made',
+  'start': 'opening stores, restoring or initializing parameters',
   'compile': 'compiling the step',
   'data': 'waiting for batches',
   'host': 'steps: preparing and dispatching them',
   'device': 'steps: waiting for the devices',
   'eval': 'evaluations',
-  'checkpoint': 'held up by saves',
+  'checkpoint': 'blocked on checkpointing',
 }
-KILLED = 'killed'  # of a session that did not say how it ended
+KILLED = 'killed'  # end of a session without a record of its end
 
 FORM = {
   'session': jsonl.STEP,
@@ -44,7 +45,7 @@ FORM = {
 
 
 class Clock:
-  """Each second belongs to the cause that was named last."""
+  """Attributes wall-clock time to the cause of the latest `at` call."""
 
   def __init__(self):
     self.seconds = dict.fromkeys(CAUSES, 0.0)
@@ -58,13 +59,13 @@ class Clock:
     self._cause, self._since = cause, now
 
   def lap(self) -> tuple[float, float, float]:
-    """(seconds of a step, the shares of them that waited for data and that the
-    host was at work) since the last one; NaN if there was no step."""
+    """Returns (seconds per step, fraction waiting for data, fraction at work on
+    the host) since the previous lap; NaN without a step."""
     self.at(self._cause)
     data, host, device = (self.seconds[c] - self._lap[c] for c in ('data', 'host', 'device'))
     n, self.steps, self._lap = self.steps, 0, dict(self.seconds)
     if not n:
-      return (float('nan'),) * 3
+      return math.nan, math.nan, math.nan
     whole = data + host + device
     return whole / n, data / whole, host / whole
 
@@ -74,7 +75,7 @@ def path(workdir: str) -> str:
 
 
 class Ledger:
-  """Writes the lines of one session."""
+  """Appends the lines of one session to goodput.jsonl."""
 
   def __init__(self, workdir: str, start: int):
     try:
@@ -83,12 +84,12 @@ class Ledger:
       raise fields.ConfigError('train.workdir', workdir, str(error)) from error
     self._about = dict(session=session, start=start, began=time.time())
     before = _bytes(workdir)
-    if before and not before.endswith(b'\n'):  # a line cut off by a crash
+    if before and not before.endswith(b'\n'):  # a line truncated by a crash
       before += b'\n'
     self._file = paths.open_append(path(workdir), before)
 
   def write(self, step: int, clock: Clock, end: str = '', **more) -> None:
-    """end: how the session ended; '' while it goes on."""
+    """Writes a line; `end` states how the session ended, '' while it runs."""
     now = dict(step=step, time=time.time(), end=end, seconds=clock.seconds)
     line = json.dumps(self._about | now | more)
     self._file.write(f'{line}\n'.encode())
@@ -109,16 +110,16 @@ def _bytes(workdir: str) -> bytes:
 
 
 def read(workdir: str) -> list[dict]:
-  """Lines of goodput.jsonl but for those cut off by a crash.
+  """Returns the records of goodput.jsonl, without lines truncated by a crash.
 
   Raises:
-    ValueError: one is JSON, but not of such a line.
+    ValueError: a line is JSON, but not a goodput record.
   """
   records = []
   for number, line in enumerate(_bytes(workdir).splitlines(), 1):
     try:
       record = jsonl.loads(line)
-    except ValueError:  # cut off
+    except ValueError:  # truncated
       continue
     try:
       records.append(jsonl.check(record, FORM))
@@ -128,11 +129,11 @@ def read(workdir: str) -> list[dict]:
 
 
 def summary(records: list[dict]) -> dict:
-  """Of the lines of `read`, in seconds: the whole from the first start to the
-  last line, its parts by cause, what was done again (`repeated`), and the time
-  between sessions (`down`). `goodput` is the share of the whole in steps that
-  did not have to be done again; `sessions` says how each ended."""
-  last = {r['session']: r for r in records}  # a later line replaces
+  """Summarizes the records of `read`, in seconds: the total from the first start
+  to the last line, its parts by cause, repeated steps (`repeated`), and the time
+  between sessions (`down`). `goodput` is the fraction of the total spent in
+  steps that were not repeated; `sessions` has each session's steps and end."""
+  last = {r['session']: r for r in records}  # a later line supersedes
   if not last:
     return {}
   sessions, repeated_s = [], 0.0
@@ -140,15 +141,15 @@ def summary(records: list[dict]) -> dict:
     r = last[session]
     done = r['step'] - r['start']
     before = sessions[-1] if sessions else None
-    again = max(0, before['step'] - r['start']) if before else 0
-    if again:
-      repeated_s += again * before['step_s']
+    n_repeated = max(0, before['step'] - r['start']) if before else 0
+    if before and n_repeated:
+      repeated_s += n_repeated * before['step_s']
     sessions.append(
       dict(
         start=r['start'],
         step=r['step'],
         end=r['end'] or KILLED,
-        repeated_steps=again,
+        repeated_steps=n_repeated,
         step_s=sum(r['seconds'][c] for c in ('data', 'host', 'device')) / max(done, 1),
       )
     )
@@ -168,7 +169,7 @@ def summary(records: list[dict]) -> dict:
 
 
 def lines(found: dict) -> list[str]:
-  """A summary for a reader."""
+  """Formats a `summary` as text lines."""
   if not found:
     return []
   whole = found['whole_s']
@@ -181,10 +182,10 @@ def lines(found: dict) -> list[str]:
     + ', '.join(f'{c} {share(c)}' for c in [*CAUSES, 'repeated', 'down'])
   ]
   for i, s in enumerate(found['sessions']):
-    again = s['repeated_steps']
+    n_repeated = s['repeated_steps']
     out.append(
       f'  session {i}: steps {s["start"]} to {s["step"]}, {s["end"]}'
-      + (f'; {again} steps done again' if again else '')
+      + (f'; {n_repeated} steps repeated' if n_repeated else '')
     )
   if found['spikes']:
     out.append(f'  {found["spikes"]} loss spikes')

@@ -1,9 +1,8 @@
-"""What a run begins with that begins with the parameters of another. Floor 4.
+"""Warm start: the initial parameters of a run from those of another model.
 
-A plain Transformer computes the next token in both: trunk and head 1. That one
-stays as it is, layer by layer, whichever heads stand on it; an imported Llama
-is one without further heads. Heads of the same family and stride are kept, and
-those that the other has not are added.
+Trunk and head 1 are a plain Transformer in both models and are copied layer by
+layer, whatever the other heads are; an imported Llama has no other heads. Heads
+of the same family and stride are copied; missing ones are initialized.
 """
 
 from typing import Any
@@ -14,16 +13,17 @@ import jax.numpy as jnp
 from mtp_jax.config import fields, schedule, schema
 from mtp_jax.model import block, heads, lm
 
-# Fields of the model that may be others.
+# Fields of the model that may differ.
 FREE = ('model.n_layers', 'model.param_dtype', 'model.compute_dtype', 'model.remat')
 
 
 def check(was: schema.Config, cfg: schema.Config, path: str) -> None:
-  """ConfigError unless a run of cfg can begin with that of `was`, in `path`."""
+  """Raises ConfigError unless a run of cfg can be initialized from the model of
+  `was`, in `path`."""
   for name, old, new in schema.changed(was, cfg):
     if name.startswith('model.') and name not in FREE:
       raise fields.ConfigError(
-        name, new, f'the parameters of {path}, which it begins with, have {old}'
+        name, new, f'the parameters of {path}, which it is initialized from, have {old}'
       )
   if cfg.heads.unembedding == 'tied' and was.heads.unembedding != 'tied':
     raise fields.ConfigError(
@@ -41,13 +41,14 @@ def check(was: schema.Config, cfg: schema.Config, path: str) -> None:
 
 
 def _beside_head_1(cfg: schema.Config) -> bool:
-  """Whether further heads are layers on the trunk; an anticausal chain is
-  below head 1, and part of what computes the next token."""
+  """Whether heads 2..n are layers beside head 1. An anticausal chain is below
+  head 1, hence part of what computes the next token."""
   return cfg.heads.block_first and not heads.family(cfg).reverse
 
 
 def trained_heads(was: schema.Config, step: int) -> int:
-  """Heads 1..n that any of so many steps has trained; all of an import's."""
+  """Returns n such that heads 1..n trained within `step` steps; all heads of an
+  import (step 0)."""
   if not was.loss.curriculum or not step:
     return was.heads.n
   phases = schedule.parse_steps(was.loss.curriculum)
@@ -55,7 +56,7 @@ def trained_heads(was: schema.Config, step: int) -> int:
 
 
 def as_trained(was: schema.Config, step: int) -> schema.Config:
-  """`was` without the heads that have not trained yet."""
+  """Returns `was` without the heads that have not trained yet."""
   n = trained_heads(was, step)
   fewer = was.heads.n - n if was.heads.block_first else 0
   return schema.replace(
@@ -64,17 +65,18 @@ def as_trained(was: schema.Config, step: int) -> schema.Config:
 
 
 def trained_part(old: lm.LM, was: schema.Config) -> lm.LM:
-  """Parameters of a Config, cut to those of `as_trained`."""
+  """Returns the parameters of `was` without heads beyond those of `as_trained`."""
   n_modules = heads.n_modules(was, was.heads.n)
-  cut = jax.tree.map(lambda w: w[:n_modules], old.heads)
-  old = old.replace(heads=cut if n_modules else None)
+  trained = jax.tree.map(lambda w: w[:n_modules], old.heads)
+  old = old.replace(heads=trained if n_modules else None)
   if was.heads.unembedding == 'replicated':
     old = old.replace(unembed=old.unembed[: was.heads.n])
   return old
 
 
 def kept(was: schema.Config, cfg: schema.Config) -> int:
-  """Heads 1..kept compute what they did. Those of `was` have all trained."""
+  """Returns the number of heads, from head 1 on, whose function is unchanged.
+  All heads of `was` must have trained."""
   families = was.heads.family, cfg.heads.family
   if was.heads.stride != cfg.heads.stride:
     return 1
@@ -84,15 +86,14 @@ def kept(was: schema.Config, cfg: schema.Config) -> int:
 
 
 def described(was: schema.Config, cfg: schema.Config) -> str:
-  """What becomes of the heads, for a log."""
+  """Describes for the log which heads are copied, new and dropped."""
   n, first = cfg.heads.n, kept(was, cfg)
-  same = 'as they were' if first > 1 else 'as it was'
-  parts = [f'{_numbers(1, first)} {same}']
+  parts = [f'{_numbers(1, first)} unchanged']
   if n > first:
-    new = 'as head 1' if cfg.train.head_init == 'copy' else 'fresh'
-    new = 'layers of the trunk' if heads.family(cfg).reverse else new
+    new = 'copied from head 1' if cfg.train.head_init == 'copy' else 'randomly initialized'
+    new = 'from layers of the trunk' if heads.family(cfg).reverse else new
     if heads.family(cfg).shared_module and first > 1:
-      new = 'by the same module'
+      new = 'with the shared module'
     parts.append(f'{_numbers(first + 1, n)} new, {new}')
   if was.heads.n > n:
     parts.append(f'{_numbers(n + 1, was.heads.n)} dropped')
@@ -104,28 +105,28 @@ def _numbers(first: int, last: int) -> str:
 
 
 def parameters(fresh: lm.LM, old: lm.LM, was: schema.Config, cfg: schema.Config) -> lm.LM:
-  """The parameters to begin with.
+  """Returns the initial parameters of cfg.
 
   Args:
-    fresh: of cfg, initial; what is not used of it is not computed under jit.
-    old: of `was`, or with further heads, in the dtype of cfg.
-    was, cfg: for which `check` found nothing.
+    fresh: random initialization of cfg; unused parts are not computed under jit.
+    old: parameters of `was`, possibly with more heads, in the dtype of cfg.
+    was, cfg: configs that passed `check`.
   """
   old = trained_part(old, was)
   layers = _next_token_layers(old, was)
-  n_trunk, asked = heads.trunk_layers(cfg), cfg.loss.token_order_weight
+  n_trunk, uses_order = heads.trunk_layers(cfg), cfg.loss.token_order_weight
   return lm.LM(
     embed=old.embed,
     trunk=jax.tree.map(lambda w: w[:n_trunk], layers),
     heads=_heads(fresh, old, layers, was, cfg),
     norm=old.norm,
     unembed=_unembed(fresh, old, was, cfg),
-    order=old.order if asked and old.order is not None else fresh.order,
+    order=old.order if uses_order and old.order is not None else fresh.order,
   )
 
 
 def _next_token_layers(old: lm.LM, was: schema.Config) -> block.Block:
-  """Those of trunk and head 1, stacked in their order."""
+  """Returns the layers of trunk and head 1, stacked in order."""
   if not was.heads.block_first:
     return old.trunk
   last = slice(None, None, -1) if heads.family(was).reverse else slice(0, 1)
@@ -141,7 +142,7 @@ def _heads(fresh, old, layers, was, cfg):
   own = layers.attn_norm.shape[0] - heads.trunk_layers(cfg)
   if f.reverse:
     return jax.tree.map(lambda w: w[: -own - 1 : -1], layers)
-  # Modules: of heads 1..n, or of 2..n, or one.
+  # Modules of heads 1..n, of heads 2..n, or one shared module.
   n_modules = heads.n_modules(cfg, n)
   parts, done = [], 0
   if cfg.heads.block_first:
@@ -161,9 +162,9 @@ def _heads(fresh, old, layers, was, cfg):
 
 
 def _as_head_1(like, layers: block.Block, old: lm.LM, cfg) -> Any:
-  """Modules in the place of `like`, stacked, that compute what head 1 does, or,
-  of those that read a token's embedding too, begin as near to it as they can:
-  the layer of head 1 on its hidden state, the embedding without weight."""
+  """Returns stacked modules shaped like `like` that compute the function of head
+  1. Modules that also read a token embedding approximate it: the layer of head 1
+  on the hidden state, with zero weight on the embedding."""
   last = jax.tree.map(lambda w: w[-1], layers)
   eye_DD = jnp.eye(cfg.model.d_model)
   if isinstance(like, block.Block):
@@ -185,7 +186,7 @@ def _as_head_1(like, layers: block.Block, old: lm.LM, cfg) -> Any:
 
 
 def _repeated(like, one):
-  """`one` as often as `like` is stacked, placed and typed like that."""
+  """Broadcasts `one` to the shape, sharding and dtype of `like`."""
   place = jax.typeof(like).sharding.spec
   one = jax.reshard(one.astype(like.dtype), jax.P(*place[1:]))
   return jnp.broadcast_to(one, like.shape, out_sharding=place)

@@ -1,14 +1,13 @@
-"""One writer a workdir. Floor 4.
+"""The lock of a workdir: one writer at a time.
 
-WORKDIR/lock.json names the run that may write. A run takes the lock at its
-start and looks at it again before each write, so that a process that was
-frozen, replaced and then wakes up stops instead of writing into its successor's
-files.
+WORKDIR/lock.json names the run that may write. A run acquires the lock at its
+start and checks it before each write, so that a process that was frozen and
+replaced stops when it resumes instead of writing into its successor's files.
 
-In object storage two that start in the same second may both see nobody, and
-both write their name: the last one stands. Each reads it again SETTLE_S later,
-and before each checkpoint, so that of two at most one goes on for longer than
-that; what says that a run lives is a time in the file, written again.
+In object storage two runs that start in the same second may both find no lock
+and write theirs; the last write wins. Each reads it again SETTLE_S later, and
+before each checkpoint, so that at most one continues for longer than that. The
+lease is renewed by rewriting the time in the file.
 """
 
 import contextlib
@@ -24,36 +23,36 @@ import uuid
 from mtp_jax.config import fields
 from mtp_jax.io import jsonl, paths
 
-STALE_S = 600.0  # another machine's lock, untouched for so long, is abandoned
-LIVES_S = 60.0  # one that seems so by our clock is watched at least so long
-LOOK_S = 1.0  # between two looks at one that may be
-AGAIN_S = 20.0  # between two looks at one's own in object storage, for a line
-SHOW_S = 60.0  # between two touches while nothing is written
-SETTLE_S = 3.0  # there, from one's look to the write of one who looked as well
+STALE_S = 600.0  # another machine's lock, untouched for this long, is abandoned
+LIVES_S = 60.0  # minimum watch of a lock that is stale by this machine's clock
+LOOK_S = 1.0  # polling interval while waiting for another run's lock
+AGAIN_S = 20.0  # maximum age of a check before a log line, in object storage
+SHOW_S = 60.0  # interval of the renewal thread
+SETTLE_S = 3.0  # in object storage, until a concurrent write is visible
 
 
 class Lost(RuntimeError):
   """Another run has taken the workdir, or may have."""
 
-  status = 77  # with which a process then ends
+  status = 77  # exit status
 
 
 class Lock:
-  """Taken on construction; ConfigError if a living run holds the workdir.
+  """Acquired on construction; raises ConfigError if a live run holds the workdir.
 
-  Whether a process of another machine, or of another container of this one,
-  lives is seen by its lock alone: either it touches it, from a thread, however
-  long a step or a compilation takes, or it is silent for STALE_S. That is
-  waited for, since a run whose machine has died is started on another at once.
-  What is waited for is a change: clocks of machines differ, and one may have
-  been set. So for LIVES_S also where the lock seems to be older than STALE_S.
+  A process on another machine, or in another container, is known to be live by
+  its lock alone: a thread renews it however long a step or compilation takes, or
+  it is silent for STALE_S. Construction waits for that, since schedulers restart
+  a run at once after its machine has died. It waits for a change of the lock, at
+  least LIVES_S even where its time seems older than STALE_S, as the clocks of
+  machines differ.
   """
 
   def __init__(self, workdir: str):
     self._workdir = workdir
     self._path = os.path.join(workdir, 'lock.json')
     self._id = uuid.uuid4().hex
-    self._seen = 0.0  # when this run last saw that it is the holder
+    self._seen = 0.0  # when this run last verified that it holds the lock
     self._released = threading.Event()
     self._take()
     self._shows = threading.Thread(target=self._show, daemon=True)
@@ -77,16 +76,18 @@ class Lock:
           silent_s = time.time() - now[1]  # below 0 by a clock ahead of ours
           wait_s = max(STALE_S - max(silent_s, 0), LIVES_S)
           patience_s = time.monotonic() + wait_s
+      assert holder  # as `now`
       if _here(holder) or touched not in (None, now):
         raise fields.ConfigError(
           'train.workdir',
           workdir,
-          f'is being written by process {holder["pid"]} on {holder["host"]}; one run a workdir',
+          f'is being written by process {holder["pid"]} on {holder["host"]};'
+          ' only one run per workdir',
         )
       if touched is None:
         print(
-          f'{self._path} is that of process {holder["pid"]} on'
-          f' {holder["host"]}; waits up to {wait_s:.0f} s whether it lives',
+          f'{self._path} is held by process {holder["pid"]} on'
+          f' {holder["host"]}; waiting up to {wait_s:.0f} s for it to expire',
           flush=True,
         )
       touched = now
@@ -119,25 +120,25 @@ class Lock:
     return bool(holder) and holder['run'] == self._id
 
   def check(self, closely: bool = True) -> None:
-    """Raises Lost unless this run still holds the lock; shows it is alive.
+    """Raises Lost unless this run still holds the lock; renews it.
 
-    In object storage, where a look costs two requests, one that is not close
-    may be AGAIN_S old.
+    closely: whether to check now. In object storage, where a check costs two
+      requests, a result may otherwise be AGAIN_S old.
     """
     if not paths.scheme(self._path):
       mine = self._mine()
       if mine:
-        with contextlib.suppress(FileNotFoundError):  # seen at the next look
+        with contextlib.suppress(FileNotFoundError):  # detected by the next check
           os.utime(self._path)
     elif not closely and time.time() - self._seen < AGAIN_S:
       return
     else:
       mine = self._look_there()
     if not mine:
-      self._tell()
+      self._raise_lost()
 
-  def _tell(self):
-    """Raises what has become of it."""
+  def _raise_lost(self):
+    """Raises the error for a lock that was deleted or replaced."""
     if not paths.as_path(self._workdir).exists():
       raise fields.ConfigError(
         'train.workdir',
@@ -153,8 +154,8 @@ class Lock:
       mine = self._mine()
       if mine:
         self._write()
-    except Exception:  # of a client: of any class
-      # Nobody takes it before it was silent for STALE_S.
+    except Exception:  # bucket clients raise any class
+      # No run takes it over before it was silent for STALE_S.
       if time.time() - self._seen > STALE_S / 2:
         raise
       return True
@@ -162,7 +163,7 @@ class Lock:
 
   def _show(self):
     while not self._released.wait(SHOW_S):
-      with contextlib.suppress(Exception):  # who writes next is told
+      with contextlib.suppress(Exception):  # the next write raises it
         self.check()
 
   def release(self) -> None:
@@ -171,23 +172,23 @@ class Lock:
     if self._mine():
       paths.as_path(self._path).unlink()
     elif not paths.scheme(self._path) and not os.path.lexists(self._path):
-      # What was being written as the workdir was renamed makes its folders
-      # anew; empty ones would be in the way of renaming it back.
+      # Writes in flight while the workdir was renamed recreate its folders;
+      # empty ones would block renaming it back.
       for folder, _, _ in os.walk(self._workdir, topdown=False):
         with contextlib.suppress(OSError):
           os.rmdir(folder)
 
 
 def is_held(workdir: str) -> bool:
-  """Whether anybody holds it."""
+  """Whether a lock file exists in the workdir."""
   return paths.as_path(os.path.join(workdir, 'lock.json')).exists()
 
 
 @contextlib.contextmanager
 def _one_at_a_time(workdir):
-  """Of runs that start together one looks and takes before the next looks. The
-  system lets go when a process dies. Where a file system has no such lock,
-  `check` still tells the loser."""
+  """Serializes check and acquisition among runs that start together. The system
+  releases it when a process dies. On file systems without flock the loser is
+  still detected by `check`."""
   if paths.scheme(workdir):
     yield
     return
@@ -212,7 +213,7 @@ FORM = {
 
 
 def _read(path) -> dict | None:
-  """What names the holder; None without one, or of what no run has written."""
+  """Returns the lock's content; None without a lock or if it is not valid."""
   try:
     return jsonl.loads(paths.as_path(path).read_bytes(), FORM)
   except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -220,9 +221,8 @@ def _read(path) -> dict | None:
 
 
 def _started(pid: int) -> str:
-  """When a process of this machine began, so that a reused pid is told apart;
-  empty where the system does not say, and of a dead one nobody has waited for.
-  """
+  """Returns the start time of a local process, which identifies it where pids are
+  reused; empty if unknown, or if the process is a zombie."""
   try:
     with open(f'/proc/{pid}/stat', encoding='utf-8') as f:
       state, *rest = f.read().rsplit(')', 1)[1].split()
@@ -233,8 +233,8 @@ def _started(pid: int) -> str:
 
 @functools.cache
 def _machine() -> str:
-  """The machine since it was started, and the namespace in which a pid of this
-  process means something: containers share names of hosts, and pids."""
+  """Returns an id of the machine's boot and the pid namespace of this process:
+  containers may share host names and pids."""
   parts = []
   with contextlib.suppress(OSError):
     with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as f:
@@ -250,16 +250,16 @@ def _touched(holder, path) -> float:
 
 
 def _here(holder) -> bool:
-  """Whether its process can be looked for in here."""
+  """Whether its process would be visible in this pid namespace."""
   return (
     holder['host'] == socket.gethostname()
     and holder.get('machine', _machine()) == _machine()
-    and holder['pid'] > 0  # others are names of groups to the system
+    and holder['pid'] > 0  # others name process groups
   )
 
 
 def _dead(holder) -> bool:
-  """Of a process in here."""
+  """Whether a local process has exited."""
   try:
     os.kill(holder['pid'], 0)
   except (ProcessLookupError, OverflowError):

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.train.loop."""
+"""Log lines of a run: its setup, its steps, and stragglers among processes."""
 
 import statistics
 
@@ -9,31 +9,31 @@ from mtp_jax.parallel import chips, distributed
 from mtp_jax.train import metrics
 from mtp_jax.train import run as run_lib
 
-STRAGGLER_FRACTION = 0.3  # of the time, by one process, is worth a line
+STRAGGLER_FRACTION = 0.3  # of the time; above it a straggler is logged
 
 
-def _log_stragglers(run: run_lib.Run, waited: float, worked: float, say) -> None:
-  """Names the process that the others wait for: by its data, or by its host.
-  While one host is at work alone, those of the others wait for their devices,
-  which wait for its."""
+def _log_stragglers(run: run_lib.Run, waited: float, worked: float, log_line) -> None:
+  """Logs the process that the others wait for, because of its data or its host.
+  While a straggler's host is at work, the other hosts wait for their devices,
+  which wait for the straggler's."""
   n = jax.process_count()
   waits, works = distributed.process_allgather(waited), distributed.process_allgather(worked)
   most = max(range(n), key=waits.__getitem__)
   if waits[most] > STRAGGLER_FRACTION:
-    say(
+    log_line(
       f'{f"process {most} of {n}" if n > 1 else "the run"} waits for data'
       f' {waits[most]:.0%} of the time: a slow disk, or'
       f' --data.read_threads={run.cfg.data.read_threads} too few'
     )
-  slow = max(range(n), key=works.__getitem__)
-  if works[slow] > STRAGGLER_FRACTION + statistics.median_low(works):
-    say(
-      f'process {slow} of {n} is a slow host: at work {works[slow]:.0%} of the'
-      f' time, others {statistics.median_low(works):.0%}'
+  straggler = max(range(n), key=works.__getitem__)
+  if works[straggler] > STRAGGLER_FRACTION + statistics.median_low(works):
+    log_line(
+      f'process {straggler} of {n} is a straggler: at work {works[straggler]:.0%}'
+      f' of the time, others {statistics.median_low(works):.0%}'
     )
 
 
-def log_step(run, done, n_active, values, say):
+def log_step(run, done, n_active, values, log_line):
   cfg = run.cfg
   step_time_s, waited, worked = run.clock.lap()
   tokens_per_s = cfg.data.batch_size * cfg.data.seq_len / step_time_s
@@ -47,10 +47,10 @@ def log_step(run, done, n_active, values, say):
   chip = chips.chip(jax.devices()[0].device_kind)
   if chip:
     values['mfu'] = flops_per_s / (chip.flops_per_s * run.mesh.size)
-  values['data_wait'] = waited
+  values['data_wait_frac'] = waited
   run_lib.write_record(run, 'train', done, values)
-  say(metrics.line(done, cfg.train.steps, values), done)
-  _log_stragglers(run, waited, worked, say)
+  log_line(metrics.line(done, cfg.train.steps, values), done)
+  _log_stragglers(run, waited, worked, log_line)
   if run.ledger:
     run.ledger.write(done, run.clock)
 
@@ -60,7 +60,7 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
   split = cfg.eval.split
   for source in run.tokens.sources:
     if split not in source.store.splits:
-      print(f'{source.ref.name} has no {split} split: not evaluated on')
+      print(f'{source.ref.name} has no {split} split: excluded from evaluation')
   trunk, head, ends = (
     params.count(tree)
     for tree in (specs.trunk, specs.heads, (specs.embed, specs.unembed, specs.order))
@@ -72,9 +72,9 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
   kind = jax.devices()[0].device_kind
   if cfg.train.freeze == 'trunk' and cfg.heads.block_first:
     print(
-      f'head 1 of the {cfg.heads.family} family is a layer of its own, which'
-      ' trains; with modules beside the trunk (linear, residual, sequential,'
-      ' recursive) the next token would stay as it is'
+      f'head 1 of the {cfg.heads.family} family is a layer of its own and is'
+      ' trained, not frozen; with modules beside the trunk (linear, residual,'
+      ' sequential, recursive) the next-token logits would not change'
     )
   print(
     f'parameters {params.count(specs):,}: trunk {trunk:,}'
@@ -82,9 +82,9 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
     f' heads {head:,}, embeddings {ends:,}\n'
     f'per device: parameters {held / 2**20:.1f} MiB, optimizer state'
     f' {moments / 2**20:.1f} MiB; {run.mesh.size} x {kind}, mesh {axes}\n'
-    f'{tokens:,} tokens a step ({cfg.data.batch_size} windows of'
+    f'{tokens:,} tokens per step ({cfg.data.batch_size} windows of'
     f' {cfg.data.seq_len}, {cfg.train.grad_accum_steps} micro-batches);'
-    f' step {start} of {cfg.train.steps}, {cfg.train.steps - start} to go\n'
+    f' step {start} of {cfg.train.steps}, {cfg.train.steps - start} remaining\n'
     f'writing to {cfg.train.workdir}',
     flush=True,
   )

@@ -1,4 +1,7 @@
-"""TODO of mtp_jax.train.loop."""
+"""The training loop: setup, steps, evaluations, checkpoints and their order.
+
+Imports everything below it; exit statuses are those of docs/operations.md.
+"""
 
 import collections
 import contextlib
@@ -32,40 +35,40 @@ from mtp_jax.train import run as run_lib
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
-EXIT_INTERRUPTED = 75  # saved after SIGTERM or SIGINT; start it again to go on
-EXIT_REPLACED = lock.Lost.status  # another run has taken the workdir
-EXIT_DIVERGED = 76  # max_nonfinite steps in a row were not finite
+EXIT_INTERRUPTED = 75  # saved after a signal; run the same command to resume
+EXIT_REPLACED = lock.Lost.status  # another run has taken over the workdir
+EXIT_DIVERGED = 76  # max_nonfinite consecutive steps were not finite
 
 
 def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) -> int:
-  """Trains to --train.steps, from the newest checkpoint of the workdir if there
-  is one. Returns the exit status."""
+  """Trains to --train.steps, resuming from the newest valid checkpoint of the
+  workdir if there is one. Returns the exit status."""
   clock = goodput.Clock()
   with distributed.fail_together():
     saver_lib.check_workdir(cfg.train.workdir)
     tokens = batches_lib.open_tokens(cfg)
     mesh = sharding.make_mesh(cfg)
     sharding.check_batch(cfg, mesh.shape)
-    batches_lib.train_batches(tokens, cfg, 0, mesh)  # refuses what it cannot divide,
-    batches_lib.eval_batches(tokens, cfg, mesh)  # and sets without a window
+    batches_lib.train_batches(tokens, cfg, 0, mesh)  # raises on indivisible batches
+    batches_lib.eval_batches(tokens, cfg, mesh)  # and on validation sets without a window
     evaluation.check(cfg)
   batches_lib.check_same_store(tokens, cfg)
   cfg = schema.replace(cfg, **{'data.tokenizer': tokens.recorded})
   workdir = cfg.train.workdir
-  # Before anything is written; a run that goes on has begun long ago.
+  # Checked before anything is written; a resumed run needs no source.
   source = None if resume.newest(workdir) else resume.source(cfg)
   with contextlib.ExitStack() as stack:
-    held = sinks = ledger = None  # but in the process that writes
+    held = sinks = ledger = None  # set in the primary process only
     with distributed.fail_together():
       if distributed.is_primary():
         held = _acquire_lock(workdir)
         stack.callback(held.release)
     newest = resume.start_step(cfg, tokens)
     start = newest or 0
-    if newest == 0 and not source:  # all that came after an import is damaged
+    if newest == 0 and not source:  # all checkpoints after the import are corrupt
       source = resume.source(cfg)
     if start >= cfg.train.steps and not evaluation.missing(cfg, tokens, start):
-      print(f'{workdir} is trained already, to step {start}')
+      print(f'{workdir}: training already finished (step {start})')
       return 0
     with distributed.fail_together():
       if held:
@@ -76,7 +79,7 @@ def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) 
         stack.callback(ledger.close)
     stack.enter_context(jax.set_mesh(mesh))
     saver = saver_lib.Saver(workdir, cfg)
-    stack.callback(saver.close)  # waits for the save that is under way
+    stack.callback(saver.close)  # waits for the save in progress
     stop = stack.enter_context(distributed.Stop(mesh).on_signal())
     run = run_lib.Run(
       cfg,
@@ -92,20 +95,20 @@ def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) 
       stack.enter_context(watchdog.watchdog(cfg.train.watchdog_s)),
       progress,
     )
-    left_out = metadata.skipped_batches(workdir, start) if start else ()
-    back_to = collections.Counter()
+    skipped = metadata.skipped_batches(workdir, start) if start else ()
+    n_rollbacks = collections.Counter()  # by the step that the run rolled back to
     try:
       while True:
-        batches = batches_lib.train_batches(tokens, cfg, start, mesh, left_out)
-        ended = _loop(run, start, source, batches, left_out)
+        batches = batches_lib.train_batches(tokens, cfg, start, mesh, skipped)
+        ended = _loop(run, start, source, batches, skipped)
         if not isinstance(ended, rollback.Spike):
           return ended
-        run, start, left_out = rollback.roll_back(run, ended, left_out, stack)
+        run, start, skipped = rollback.roll_back(run, ended, skipped, stack)
         if not start and not source:  # of a run that was resumed
           source = resume.source(cfg)
-        back_to[start] += 1
-        if back_to[start] > rollback.MAX_ROLLBACKS:
-          print(f'went back {rollback.MAX_ROLLBACKS} times; stopped at step {start}')
+        n_rollbacks[start] += 1
+        if n_rollbacks[start] > rollback.MAX_ROLLBACKS:
+          print(f'rolled back {rollback.MAX_ROLLBACKS} times; stopped at step {start}')
           return EXIT_DIVERGED
     except lock.Lost as error:
       print(f'mtp: {error}', file=sys.stderr)
@@ -118,13 +121,13 @@ def _acquire_lock(workdir: str) -> lock.Lock:
     return lock.Lock(workdir)
   except paths.InputError:
     raise
-  except Exception as error:  # of a bucket: of any class
+  except Exception as error:  # bucket clients raise any class
     why = getattr(error, 'strerror', None) or paths.first_line(error)
     raise fields.ConfigError('train.workdir', workdir, f'cannot write there: {why}') from error
 
 
 def _loop(
-  run: run_lib.Run, start: int, source, batches: Iterator[dict], left_out
+  run: run_lib.Run, start: int, source, batches: Iterator[dict], skipped
 ) -> int | rollback.Spike:
   cfg, t = run.cfg, run.cfg.train
   abstract = state_lib.abstract(cfg, run.mesh)
@@ -138,18 +141,18 @@ def _loop(
   clock = run.clock
   spikes = rollback.SpikeMonitor(run, metadata.spikes(t.workdir, start) if start else {})
   with (
-    run.progress(start, t.steps) as say,
+    run.progress(start, t.steps) as log_line,
     profile_lib.profile(cfg) as profile,
     _transfers_are_explicit(),
   ):
     clock.at('eval')
-    if not evaluate(start, state, evaluation.missing(cfg, run.tokens, start), say):
-      return _interrupted(run, start, say)
+    if not evaluate(start, state, evaluation.missing(cfg, run.tokens, start), log_line):
+      return _interrupted(run, start, log_line)
     for done in range(start + 1, t.steps + 1):
       n_active = schedule.active_heads(cfg, done - 1)
-      step = step_of(n_active, done - 1, say)
+      step = step_of(n_active, done - 1, log_line)
       profile(done - 1, state)
-      run.alive()
+      run.heartbeat()
       clock.at('data')
       batch = next(batches)
       clock.at('host')
@@ -157,20 +160,20 @@ def _loop(
       state, values = step(state, batch, run.bytes_V)
       clock.steps += 1
       clock.at('device')
-      spike = spikes(done, values, say)
+      spike = spikes(done, values, log_line)
       if spike and t.skip_batches:
-        return rollback.Spike(spike, done, say)
+        return rollback.Spike(spike, done, log_line)
       last, stop = done == t.steps, run.stop()
       clock.at('host')
       if done % t.log_every == 0 or last:
         clock.at('device')
         values = metrics_lib.scalars(jax.device_get(values))
         clock.at('host')
-        log.log_step(run, done, n_active, values, say)
-        if values['skipped_in_a_row'] >= t.max_nonfinite:
-          say(
-            f'{values["skipped_in_a_row"]:.0f} steps in a row were not finite'
-            f' (--train.max_nonfinite={t.max_nonfinite}); stopped, unsaved'
+        log.log_step(run, done, n_active, values, log_line)
+        if values['consecutive_nonfinite'] >= t.max_nonfinite:
+          log_line(
+            f'{values["consecutive_nonfinite"]:.0f} consecutive steps were not finite'
+            f' (--train.max_nonfinite={t.max_nonfinite}); stopped without saving'
           )
           _finish(run, done, 'diverged')
           return EXIT_DIVERGED
@@ -178,20 +181,20 @@ def _loop(
       wanted = evaluation.wanted(cfg, run.tokens, done)
       if due or stop or wanted:
         clock.at('device')
-        jax.block_until_ready(state)  # else others would get its seconds
+        jax.block_until_ready(state)  # or its time would count as checkpoint or eval
 
-      # First what would be lost: evaluating may take longer than the machine
-      # has left, and is done again where it was broken off.
+      # Save first: an evaluation may outlast the machine's grace period, and an
+      # interrupted one is repeated at the next start.
       if due or stop:
-        _save(run, done, state, left_out, spikes)
+        _save(run, done, state, skipped, spikes)
       if stop:
-        return _interrupted(run, done, say)
+        return _interrupted(run, done, log_line)
       if wanted:
         clock.at('eval')
-        if not evaluate(done, state, wanted, say):
+        if not evaluate(done, state, wanted, log_line):
           if not due:
-            _save(run, done, state, left_out, spikes)
-          return _interrupted(run, done, say)
+            _save(run, done, state, skipped, spikes)
+          return _interrupted(run, done, log_line)
       clock.at('host')
     clock.at('checkpoint')
     _wait_for_save(run)
@@ -199,25 +202,25 @@ def _loop(
   return 0
 
 
-def _save(run: run_lib.Run, done: int, state, left_out, spikes: rollback.SpikeMonitor) -> None:
+def _save(run: run_lib.Run, done: int, state, skipped, spikes: rollback.SpikeMonitor) -> None:
   run.clock.at('checkpoint')
   run_lib.check_held(run)
-  if run.sinks:
+  if run.sinks and run.ledger:
     run.sinks.sync()
     run.ledger.sync()
-  saver_lib.save(run.saver, done, state, run.cfg, run.tokens.fingerprint, left_out, spikes.state())
+  saver_lib.save(run.saver, done, state, run.cfg, run.tokens.fingerprint, skipped, spikes.state())
 
 
-def _interrupted(run: run_lib.Run, done: int, say) -> int:
+def _interrupted(run: run_lib.Run, done: int, log_line) -> int:
   run.clock.at('checkpoint')
   _wait_for_save(run)
-  say(f'interrupted: saved step {done}; run the same command to go on')
+  log_line(f'interrupted: saved step {done}; run the same command to resume')
   _finish(run, done, 'interrupted')
   return EXIT_INTERRUPTED
 
 
 def _wait_for_save(run: run_lib.Run) -> None:
-  """Of the last step; ConfigError if it could not be saved."""
+  """Waits for the save of the last step; raises ConfigError if it failed."""
   run.saver.wait_until_finished()
   with distributed.fail_together():
     run.saver.check()
@@ -236,31 +239,35 @@ def _first_state(cfg, mesh, source: resume.Source | None) -> state_lib.State:
   old = restore.restore_model(
     source.workdir, source.step, schema.replace(source.cfg, **dtype), mesh
   )
-  print(f'begins with {source.workdir}, step {source.step}: {init_from.described(source.was, cfg)}')
+  print(
+    f'initialized from {source.workdir}, step {source.step}: {init_from.described(source.was, cfg)}'
+  )
   return state_lib.init(cfg, mesh, (old, source.was))
 
 
 def _compiler(run: run_lib.Run, abstract):
-  """(n_active, steps done, say) -> compiled step; one compile a number of
-  heads, whose bytes a device go into goodput.jsonl: what a program needs may
-  differ from session to session, and metrics.jsonl may not."""
+  """Returns (n_active, steps done, log_line) -> compiled step: one compilation per
+  number of active heads. Its bytes per device are written to goodput.jsonl: they
+  may differ between sessions, and metrics.jsonl must not."""
   cfg, steps = run.cfg, {}
   masked = run.tokens.train().masked
 
-  def step_of(n_active, done, say):
+  def step_of(n_active, done, log_line):
     if n_active not in steps:
-      run.alive()
+      run.heartbeat()
       run.clock.at('compile')
       begin = time.perf_counter()
       traced = step_lib.trace(cfg, run.mesh, n_active, masked)
       steps[n_active] = traced.lower().compile()
       memory = steps[n_active].memory_analysis()
-      say(
+      log_line(
         f'compiled the step with {n_active} heads in'
         f' {time.perf_counter() - begin:.1f} s'
-        + (f'; temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB a device' if memory else '')
+        + (
+          f'; temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB per device' if memory else ''
+        )
       )
-      distributed.barrier('compiled')  # or the first step would wait, unsaid
+      distributed.barrier('compiled')  # or its wait would count as the first step
       run.clock.at('host')
       if run.ledger and memory:
         run.ledger.write(
@@ -279,5 +286,5 @@ def _compiler(run: run_lib.Run, abstract):
 
 
 def _transfers_are_explicit():
-  """A hidden copy between host and device would wait for the device."""
+  """Disallows implicit transfers between host and device, which would block."""
   return jax.transfer_guard('disallow')

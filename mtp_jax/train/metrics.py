@@ -1,9 +1,11 @@
-"""TODO of mtp_jax.train.metrics."""
+"""metrics.jsonl and TensorBoard: the records of a run, written and read."""
 
 import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from tensorboardX import event_file_writer, record_writer
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -12,12 +14,21 @@ from mtp_jax.config import fields
 from mtp_jax.io import jsonl, paths
 from mtp_jax.losses import metrics as metrics_lib
 
-# Of metrics.jsonl; all other fields are scalars.
+# Schema of a record of metrics.jsonl; all other fields are scalars.
 RECORD = {'kind': str, 'step': jsonl.STEP, 'source?': str, ...: jsonl.NUMBER}
 
 
-def line(step: int, steps: int, values: dict[str, float | None]) -> str:
-  """One log line."""
+# Metrics keys of runs of earlier versions -> keys of today; applied by `read`.
+RENAMED = {
+  'accepted_length': 'mean_acceptance_length',
+  'skipped_in_a_row': 'consecutive_nonfinite',
+  'order_loss': 'token_order_loss',
+  'data_wait': 'data_wait_frac',
+}
+
+
+def line(step: int, steps: int, values: Mapping[str, Any]) -> str:
+  """Formats the log line of a training step."""
   mfu = values.get('mfu')
   return (
     f'step {step}/{steps}  loss {metrics_lib.shown(values["loss"], ".4f")}'
@@ -25,7 +36,7 @@ def line(step: int, steps: int, values: dict[str, float | None]) -> str:
     f'  bits/byte {metrics_lib.shown(values["bits_per_byte"], ".3f")}'
     f'  lr {values["lr"]:.2e}'
     f'  |grad| {values["grad_norm"]:.3f}'
-    f'  E[accepted] {metrics_lib.shown(values["accepted_length"], ".2f")}'
+    f'  E[accepted] {metrics_lib.shown(values["mean_acceptance_length"], ".2f")}'
     f'  {values["tokens_per_s"]:,.0f} tokens/s'
     f'  {values["model_flops_per_s"] / 1e12:.3g} TFLOP/s'
     f'  MFU {"n/a" if mfu is None else f"{mfu:.1%}"}'
@@ -45,10 +56,11 @@ def jsonl_path(workdir: str) -> str:
 
 
 def read(workdir: str) -> list[dict]:
-  """Records of metrics.jsonl; a last line cut off by a crash is left out.
+  """Returns the records of metrics.jsonl under today's keys (`RENAMED`), without a
+  last line truncated by a crash.
 
   Raises:
-    ValueError: another line is damaged.
+    ValueError: another line is corrupt.
   """
   path, records = jsonl_path(workdir), []
   try:
@@ -57,17 +69,18 @@ def read(workdir: str) -> list[dict]:
     return []
   for number, line in enumerate(text.split('\n')[:-1], 1):
     try:
-      records.append(jsonl.loads(line, RECORD))
+      record = jsonl.loads(line, RECORD)
     except ValueError as error:
-      raise ValueError(f'{path}:{number}: is no record, damaged: {error}') from error
+      raise ValueError(f'{path}:{number}: not a record, corrupt: {error}') from error
+    records.append({RENAMED.get(name, name): value for name, value in record.items()})
   return records
 
 
 def recorded(workdir: str, step: int) -> list[tuple[str, str | None]]:
-  """(kind, source) of each record of a step.
+  """Returns (kind, source) of each record of a step.
 
   Raises:
-    ConfigError: a line of metrics.jsonl is damaged.
+    ConfigError: a line of metrics.jsonl is corrupt.
   """
   return [
     (record['kind'], record.get('source')) for record in _read(workdir) if record['step'] == step
@@ -82,11 +95,11 @@ def _read(workdir: str) -> list[dict]:
 
 
 class Sinks:
-  """metrics.jsonl and TensorBoard, cut back to the step a run starts at.
+  """Writes metrics.jsonl and TensorBoard, truncated to the step a run starts at.
 
-  TensorBoard's file is written here and now. The thread in which tensorboardX's
-  own writer does it dies of a full disk, and the next write then waits for
-  ever; it also sleeps for as long as the clock is set back.
+  TensorBoard's file is written synchronously: the thread of tensorboardX's own
+  writer dies on a full disk, after which the next write blocks forever, and it
+  sleeps for as long as the clock is set back.
   """
 
   def __init__(self, workdir: str, start_step: int):
@@ -94,50 +107,53 @@ class Sinks:
     lines = ''.join(json.dumps(record) + '\n' for record in kept)
     self._jsonl = paths.open_append(jsonl_path(workdir), lines.encode())
     self._events = _Events()
-    if paths.scheme(workdir):  # its own writer uploads all at each flush
+    if paths.scheme(workdir):  # tensorboardX would upload the whole file at each flush
       record_writer.register_writer_factory(paths.scheme(workdir), self._events)
     self._folder = os.path.join(workdir, 'tensorboard')
     paths.make_folder(self._folder)
     with paths.naming(self._folder):
       self._board = event_file_writer.EventsWriter(os.path.join(self._folder, 'events'))
-    forget = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    log = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    forget = log(status=log.START)
     self._event(start_step + 1, session_log=forget)
 
   def _event(self, step: int, **what) -> None:
-    event = event_pb2.Event(wall_time=time.time(), step=step, **what)
+    make = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+    event = make(wall_time=time.time(), step=step, **what)
     with paths.naming(self._folder):
       self._board.write_event(event)
       self._board.flush()
 
   def write(self, kind: str, step: int, values: dict[str, float | None], source=None) -> None:
-    """A record; `source` says of which of several validation sets it is."""
+    """Writes a record; `source` names the validation set if there are several."""
     of = dict(source=source) if source else {}
     values = metrics_lib.jsonable(values)
     record = dict(kind=kind, step=step) | of | values
     self._jsonl.write(f'{json.dumps(record)}\n'.encode())
     self._jsonl.flush()
     folder = '/'.join([kind, *of.values()])
+    summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
     scalars = [
-      summary_pb2.Summary.Value(tag=f'{folder}/{name}', simple_value=value)
+      summary.Value(tag=f'{folder}/{name}', simple_value=value)
       for name, value in values.items()
       if value is not None
     ]
-    self._event(step, summary=summary_pb2.Summary(value=scalars))
+    self._event(step, summary=summary(value=scalars))
 
   def sync(self) -> None:
-    """Before a checkpoint: what was said so far is not lost."""
+    """Makes all records durable; called before a checkpoint."""
     for file in (self._jsonl, *self._events.files):
       file.sync()
 
   def close(self) -> None:
     for file in (self._jsonl, self._board):
-      # A full disk was told when it was met; ValueError: it is closed already.
+      # A full disk was reported by `write`; ValueError: already closed.
       with contextlib.suppress(OSError, ValueError):
         file.close()
 
 
 class _Events:
-  """Opens TensorBoard's files where nothing can be appended to."""
+  """Opens TensorBoard's files in object storage, which cannot append."""
 
   def __init__(self):
     self.files = []

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.train.loop."""
+"""Traces the steps of --train.profile_start, profile_steps with jax.profiler."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from mtp_jax.parallel import distributed
 
 @contextlib.contextmanager
 def profile(cfg: schema.Config):
-  """at(step, state), called before each step, traces those of the profile; a
-  run that begins or ends among them traces what it has of them."""
+  """Yields at(step, state), to be called before each step, which starts and stops
+  the trace; a run that starts or ends within the range traces its part."""
   t, tracing = cfg.train, False
   n_steps = t.profile_steps if distributed.is_primary() else 0
   wanted = range(t.profile_start, t.profile_start + n_steps)
@@ -21,7 +21,7 @@ def profile(cfg: schema.Config):
   def at(step, state):
     nonlocal tracing
     if tracing and step not in wanted:
-      jax.block_until_ready(state)  # dispatched is not yet done
+      jax.block_until_ready(state)  # dispatched steps may still run
       jax.profiler.stop_trace()
     elif not tracing and step in wanted:
       jax.profiler.start_trace(folder)

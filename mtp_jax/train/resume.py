@@ -1,8 +1,8 @@
-"""Where a run starts: at its newest good checkpoint, with the parameters of
-another run, or from nothing. Floor 4.
+"""Where a run starts: its newest valid checkpoint, the parameters of another run
+(warm start), or a random initialization.
 
-All processes call these together, and get what process 0 has found: a file
-system may show them different things, another run may save meanwhile.
+Collective: all processes call these functions and get what process 0 found, as
+file systems may be inconsistent and another run may save in the meantime.
 """
 
 import json
@@ -17,7 +17,7 @@ from mtp_jax.train import init_from, lock
 
 
 class Source(NamedTuple):
-  """A checkpoint that a run begins with, and what it is."""
+  """The checkpoint that a run is initialized from."""
 
   workdir: str
   step: int
@@ -26,36 +26,36 @@ class Source(NamedTuple):
 
 
 def newest(workdir: str) -> int | None:
-  """Step of the newest checkpoint, as process 0 sees it."""
+  """Returns the step of the newest checkpoint, as seen by process 0."""
   found = max(restore.steps(workdir), default=None)
   return json.loads(distributed.broadcast_one_to_all(json.dumps(found)))
 
 
 def source(cfg) -> Source | None:
-  """What a new run begins with if with the parameters of another: what was
-  imported into the workdir, or --train.init_from."""
+  """Returns the checkpoint that a new run is initialized from: an import in the
+  workdir, or --train.init_from; None for a random initialization."""
   path = cfg.train.init_from
   imported = newest(cfg.train.workdir)
   if imported is None and not path:
     return None
-  answer = ''
+  message = ''
   with distributed.fail_together():
     if imported is not None and path:
       raise fields.ConfigError(
         'train.init_from',
         path,
-        f'--train.workdir={cfg.train.workdir} holds what was imported, which a'
-        ' run there begins with; give another workdir',
+        f'--train.workdir={cfg.train.workdir} holds an imported model, which a run'
+        ' there is initialized from; use another workdir',
       )
     if imported is not None:
       path = cfg.train.workdir
-    # The other run may save meanwhile: all begin with what process 0 has found.
+    # The other run may save in the meantime: all use what process 0 found.
     if distributed.is_primary():
       found = restore.find(path)
-      if imported is None:  # else `start_step` reads all of it, once
+      if imported is None:  # an import is verified by `start_step`
         restore.verify(*found)
-      answer = json.dumps(found)
-  workdir, step = json.loads(distributed.broadcast_one_to_all(answer))
+      message = json.dumps(found)
+  workdir, step = json.loads(distributed.broadcast_one_to_all(message))
   with distributed.fail_together():
     saved, _ = metadata.read_metadata(workdir, step)
     was = init_from.as_trained(saved, step)
@@ -71,24 +71,28 @@ def source(cfg) -> Source | None:
 
 
 def newest_good(workdir: str, suits=lambda step: True) -> int:
-  """The newest good checkpoint of those steps that suit, as process 0 sees it;
-  0, the start, if there is none."""
+  """Returns the newest step with a valid checkpoint among those that suit, as
+  seen by process 0; 0 (the start) if there is none."""
   return _newest_good(workdir, suits)[0] or 0
 
 
 def _newest_good(workdir, suits=lambda step: True) -> tuple[int | None, list]:
-  answer = ''
+  message = ''
   with distributed.fail_together():
     if distributed.is_primary():
-      answer = json.dumps(restore.latest_valid_step(workdir, suits))
-  return json.loads(distributed.broadcast_one_to_all(answer))
+      message = json.dumps(restore.latest_valid_step(workdir, suits))
+  return json.loads(distributed.broadcast_one_to_all(message))
 
 
 def start_step(cfg, tokens) -> int | None:
-  """Step of the newest checkpoint that is good, None without one; refused if
-  the run there is another one."""
+  """Returns the step of the newest valid checkpoint, None without one; corrupt
+  newer ones are quarantined.
+
+  Raises:
+    ConfigError: the workdir is not shared, or holds a run with other flags.
+  """
   workdir = cfg.train.workdir
-  step, damaged = _newest_good(workdir)
+  step, corrupt = _newest_good(workdir)
   with distributed.fail_together():
     if not lock.is_held(workdir):
       raise fields.ConfigError(
@@ -99,12 +103,12 @@ def start_step(cfg, tokens) -> int | None:
       )
     if step:
       _check_same_run(cfg, tokens, step)
-  with distributed.fail_together():  # nobody lists them before they are renamed
-    for bad, why in damaged if distributed.is_primary() else ():
+  with distributed.fail_together():  # no process lists them before the rename
+    for bad, why in corrupt if distributed.is_primary() else ():
       name = restore.quarantine(workdir, bad)
       print(
-        f'checkpoint {bad} is damaged: {why}; it is now checkpoints/{name},'
-        f' and the run goes on from step {step}'
+        f'checkpoint {bad} is corrupt: {why}; quarantined as checkpoints/{name},'
+        f' resuming from step {step}'
       )
   return step
 
@@ -116,12 +120,13 @@ def _check_same_run(cfg, tokens, start) -> None:
     raise fields.ConfigError(
       name,
       now,
-      f'the run in --train.workdir={workdir} was started with {was}; give that, or another workdir',
+      f'the run in --train.workdir={workdir} was started with {was};'
+      ' use that value, or another workdir',
     )
   if old.train.steps != cfg.train.steps and cfg.optim.schedule != 'constant':
     print(
-      f'--train.steps was {old.train.steps}, is {cfg.train.steps}: the learning'
-      ' rate goes on along another curve'
+      f'--train.steps was {old.train.steps}, is {cfg.train.steps}: the'
+      ' learning-rate schedule changes'
     )
   if fingerprint != tokens.fingerprint:
     raise fields.ConfigError(

@@ -1,10 +1,10 @@
-"""TODO of mtp_jax.train.loop."""
+"""Loss spikes: their detection, and the rollback to a checkpoint before one."""
 
 import collections
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,23 +16,23 @@ from mtp_jax.parallel import distributed
 from mtp_jax.train import goodput, metrics, resume
 from mtp_jax.train import run as run_lib
 
-MAX_ROLLBACKS = 8  # times that a run goes back to one checkpoint
+MAX_ROLLBACKS = 8  # to the same checkpoint
 
 
 class Spike(NamedTuple):
-  """A step whose loss was one, known when `done` steps were."""
+  """A step with a loss spike, detected after `done` steps."""
 
   step: int
   done: int
-  say: Callable
+  log_line: Callable
 
 
 def roll_back(run: run_lib.Run, spike: Spike, left_out, stack):
-  """(run, step, left_out) with which to go on after a spike: from the newest
-  checkpoint before it, without the batches that led there.
+  """Rolls back to the newest checkpoint before a spike, skipping the batches that
+  led to it. Returns (run, step, skipped batches) to resume with.
 
-  Of those at the run's cadence: a checkpoint of an interruption would make what
-  follows depend on when a signal came.
+  Only checkpoints at the run's cadence qualify: with those of interruptions the
+  result would depend on when a signal arrived.
   """
   cfg, workdir = run.cfg, run.cfg.train.workdir
   batch = loader.index_of(spike.step - 1, left_out)
@@ -44,32 +44,35 @@ def roll_back(run: run_lib.Run, spike: Spike, left_out, stack):
     workdir, lambda step: step < spike.step and saver_lib.is_at_cadence(step, cfg.train)
   )
   if not start and spike.step > (cfg.train.checkpoint_every or cfg.train.steps):
-    # Of a run that had another cadence before.
+    # The run had another cadence before.
     start = resume.newest_good(workdir, lambda step: step < spike.step)
   with distributed.fail_together():
     for step in restore.steps(workdir) if distributed.is_primary() else ():
       if step > start:
         restore.quarantine(workdir, step, 'spike')
-  spike.say(f'goes back to step {start}; batches {first} to {batch} of the order are left out')
+  spike.log_line(f'rolling back to step {start}; skipping batches {first}-{batch}')
   saver = saver_lib.Saver(workdir, cfg)
   stack.callback(saver.close)
   run = run._replace(saver=saver)
-  if run.sinks:
-    run.ledger.write(spike.done, run.clock, 'went back', left_out=[first, batch])
+  if run.sinks and run.ledger:
+    run.ledger.write(spike.done, run.clock, 'rolled back', left_out=[first, batch])
     run.sinks.close()
     run.ledger.close()
-    run = run._replace(sinks=metrics.Sinks(workdir, start), ledger=goodput.Ledger(workdir, start))
-    stack.callback(run.sinks.close)
-    stack.callback(run.ledger.close)
+    sinks, ledger = metrics.Sinks(workdir, start), goodput.Ledger(workdir, start)
+    run = run._replace(sinks=sinks, ledger=ledger)
+    stack.callback(sinks.close)
+    stack.callback(ledger.close)
   return run._replace(clock=goodput.Clock()), start, left_out
 
 
 class SpikeMonitor:
-  """Says and counts loss spikes: each step's loss is read when the next but one
-  has been dispatched, so that nothing waits for it. Returns a spike's step.
+  """Detects, logs and counts loss spikes; a call returns a spike's step.
 
-  saved: what `state` of an earlier one returned; a run that was interrupted, or
-  went back, sees what it would have seen.
+  Each loss is read LAG steps after its dispatch, so that the loop never blocks
+  on it.
+
+  saved: the `state` of an earlier monitor; with it a run that was interrupted or
+  rolled back detects what an uninterrupted run would.
   """
 
   LAG = 2
@@ -77,9 +80,11 @@ class SpikeMonitor:
   def __init__(self, run: run_lib.Run, saved: dict):
     self._run = run
     self._spike = Detector(run.cfg.train.spike_sigma, saved.get('losses', ()))
-    self._pending = collections.deque(map(tuple, saved.get('pending', ())))
+    self._pending: collections.deque[tuple[int, Any]] = collections.deque(
+      map(tuple, saved.get('pending', ()))
+    )
 
-  def __call__(self, done: int, values: dict, say) -> int | None:
+  def __call__(self, done: int, values: dict, log_line) -> int | None:
     of_head_1 = values['loss_sum_K'], values['count_K']
     self._pending.append((done, of_head_1))
     if len(self._pending) <= self.LAG:
@@ -88,23 +93,23 @@ class SpikeMonitor:
     loss = self._read(loss)
     if not self._spike(loss):
       return None
-    say(f'step {step}: head 1 {loss:.4f} is a loss spike')
+    log_line(f'step {step}: head 1 {loss:.4f} is a loss spike')
     if self._run.ledger:
       self._run.ledger.write(done, self._run.clock, spike=step, loss=loss)
     return step
 
   @staticmethod
   def _read(loss) -> float | None:
-    """Of a step's sums on the devices, or as it was saved."""
+    """Returns the mean loss from a step's sums on the devices, or a saved one."""
     if not isinstance(loss, tuple):
       return loss
     sum_K, count_K = jax.device_get(loss)
     return metrics_lib.mean(sum_K[0], count_K[0])
 
   def state(self) -> dict:
-    """All of it as JSON has it; waits for the steps that are under way."""
+    """Returns the JSON state; blocks on the steps in flight."""
     self._pending = collections.deque((step, self._read(loss)) for step, loss in self._pending)
-    # JSON has neither NaN nor infinity; a step of either is no spike.
+    # JSON has no NaN or infinity; neither is a spike.
     return dict(
       losses=list(self._spike.losses),
       pending=[
@@ -115,19 +120,20 @@ class SpikeMonitor:
 
 
 WINDOW, ENOUGH = 128, 16
-# Losses of so regular a run that any wiggle would be a spike.
+# Lower bound of a deviation, relative to the median: without it any change would
+# be a spike in a run with a near-constant loss.
 LEAST = 0.01
 
 
 class Detector:
-  """spike(loss of head 1), step by step; `losses` is all that it remembers.
+  """Detects spikes in head 1's loss, one call per step; `losses` is its state.
 
   A loss is a spike if it is more than `sigma` deviations above the median of
-  the last 128 that were none; a deviation is 1.4826 times the median distance
-  from the median, which is that of a normal distribution and does not see
-  spikes themselves, and at least a hundredth of the median. The first 16 are
-  none, and so are those that are not finite, whose steps change nothing, and
-  None, of a batch in which head 1 has no target.
+  the last WINDOW losses that were not. A deviation is 1.4826 x the median
+  absolute deviation, the standard deviation of a normal distribution, which is
+  robust to spikes; it is at least LEAST x the median. Never spikes: the first
+  ENOUGH losses, non-finite ones (their steps change nothing), and None, of a
+  batch in which head 1 has no target.
   """
 
   def __init__(self, sigma: float, losses: Iterable[float] = ()):

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.train.loop."""
+"""The resources of a running training job, shared by the modules of the loop."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,13 +14,13 @@ Progress = Callable[[int, int], contextlib.AbstractContextManager[Callable]]
 
 @contextlib.contextmanager
 def plain_lines(start: int, steps: int):
-  """Yields say(text, step=None), which prints a line."""
+  """Yields log_line(text, step=None), which prints a line to stdout."""
   del start, steps
   yield lambda text, step=None: print(text, flush=True)
 
 
 class Run(NamedTuple):
-  """What a training run holds while it runs."""
+  """Resources of a training run; lock, sinks and ledger in the primary process."""
 
   cfg: schema.Config
   mesh: Any
@@ -32,7 +32,7 @@ class Run(NamedTuple):
   stop: distributed.Stop
   clock: goodput.Clock
   ledger: goodput.Ledger | None
-  alive: Callable[[], None]  # the watchdog's
+  heartbeat: Callable[[], None]  # resets the watchdog
   progress: Progress
 
 

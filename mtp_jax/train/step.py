@@ -1,4 +1,4 @@
-"""One optimizer step: a pure function of the state and a batch. Floor 4."""
+"""One optimizer step: a pure function of the state and a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,19 @@ from mtp_jax.train import state as state_lib
 
 
 def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, cfg: schema.Config):
-  """Loss, gradients, update.
+  """Computes loss and gradients, and updates the parameters.
 
   Args:
     state: donated by the caller.
     batch: tokens and position (A, B, U) int32; A micro-batches, summed.
     bytes_V: UTF-8 bytes of each token, for bits per byte.
-    n_active: heads that train (--loss.curriculum).
+    n_active: number of heads that train (--loss.curriculum).
     cfg: static.
 
   Returns:
-    (new state, metrics): scalars and (n_active,) arrays of this very step, sums
-    with their counts; `metrics.scalars` forms the means. A step whose loss or
-    gradient is not finite changes no parameter.
+    (new state, metrics): scalars and (n_active,) arrays of this step, sums with
+    their counts; `losses.metrics.scalars` computes the means. A step with a
+    non-finite loss or gradient changes no parameter.
   """
   count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
   weight_K = targets.weights(state.step, cfg)
@@ -67,8 +67,8 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
     count_K=count_K[:n_active],
     bytes=n_bytes,
     skipped=state.skipped + bad,
-    # Steps without a target say nothing of the run's health.
-    skipped_in_a_row=jnp.where(
+    # Steps without a target neither extend nor reset the count.
+    consecutive_nonfinite=jnp.where(
       jnp.any(count_K[:n_active] > 0), (state.skipped_in_a_row + bad) * bad, state.skipped_in_a_row
     ),
   )
@@ -76,16 +76,16 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
     *new,
     step=state.step + 1,
     skipped=metrics['skipped'],
-    skipped_in_a_row=metrics['skipped_in_a_row'],
+    skipped_in_a_row=metrics['consecutive_nonfinite'],
   ), metrics
 
 
 def _summed(micro_batch, batch, cfg):
-  """micro_batch of each of the A, summed in grad_dtype even where parameters,
-  hence gradients, are bfloat16: there the eighth would be rounded away."""
+  """Sums micro_batch over the A micro-batches, in grad_dtype even where parameters
+  and gradients are bfloat16, whose precision is lost after eight terms."""
   first = jax.tree.map(lambda x: x[0], batch)
   if cfg.train.grad_accum_steps == 1:
-    # Of a scan of one step XLA:TPU compiles the whole forward pass twice.
+    # For a scan of length 1 XLA:TPU compiles the whole forward pass twice.
     return micro_batch(first)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(
@@ -102,7 +102,7 @@ def _summed(micro_batch, batch, cfg):
 
 
 def compiled(cfg: schema.Config, n_active: int):
-  """The step under jit, its state donated. Call it under jax.set_mesh."""
+  """Returns the jitted step, its state donated. Call it under jax.set_mesh."""
 
   def step(state, batch, bytes_V):
     return train_step(state, batch, bytes_V, n_active=n_active, cfg=cfg)
@@ -111,12 +111,12 @@ def compiled(cfg: schema.Config, n_active: int):
 
 
 def trace(cfg: schema.Config, mesh: Mesh, n_active: int, masked: bool = False):
-  """`compiled`, traced for the shapes that it will get: to lower and compile
-  it takes neither data nor the mesh's devices.
+  """Returns `compiled` traced for abstract inputs: lowering and compiling it needs
+  neither data nor the mesh's devices. Call it under jax.set_mesh.
 
-  masked: batches say which tokens are scored. Call it under jax.set_mesh.
+  masked: whether batches have a loss mask.
   """
-  cut = NamedSharding(mesh, sharding.pspec(None, 'batch', None))
+  rows_sharding = NamedSharding(mesh, sharding.pspec(None, 'batch', None))
   rows = (
     cfg.train.grad_accum_steps,
     cfg.data.batch_size // cfg.train.grad_accum_steps,
@@ -125,7 +125,10 @@ def trace(cfg: schema.Config, mesh: Mesh, n_active: int, masked: bool = False):
   dtypes = dict(tokens=jnp.int32, position=jnp.int32)
   if masked:
     dtypes['loss_mask'] = jnp.bool_
-  batch = {name: jax.ShapeDtypeStruct(rows, dtype, sharding=cut) for name, dtype in dtypes.items()}
+  batch = {
+    name: jax.ShapeDtypeStruct(rows, dtype, sharding=rows_sharding)
+    for name, dtype in dtypes.items()
+  }
   bytes_V = jax.ShapeDtypeStruct(
     (cfg.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P())
   )

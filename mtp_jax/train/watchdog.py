@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, and says where it hung. Floor 4."""
+"""Ends a process that makes no progress, printing where it hung."""
 
 import contextlib
 import faulthandler
@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-  """alive(), to be called again within `seconds`; 0 is for ever.
+  """Yields heartbeat(), to be called again within `seconds`; 0 disables it.
 
-  Who does not call is ended with status 1, the stacks of all its threads on
-  stderr. It is the system's timer in C: it also ends what hangs in a collective
-  or in a compiler, where no Python runs.
+  On expiry the process exits with status 1 and the stacks of all its threads on
+  stderr. The timer is in C, so that it also fires while a collective or the
+  compiler hangs and no Python runs.
   """
 
-  def alive():
+  def heartbeat():
     if seconds:
-      faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+      faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
-  alive()
+  heartbeat()
   try:
-    yield alive
+    yield heartbeat
   finally:
     if seconds:
       faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, whole or not at all."""
+"""Checkpoints: save and restore, retention, corruption, failed saves."""
 
 import dataclasses
 import errno
@@ -62,7 +62,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize('mesh', MESHES)
-def test_a_state_restores_onto_any_mesh(saved, mesh):
+def test_state_restores_onto_any_mesh(saved, mesh):
   workdir, values = saved
   abstract = _abstract(_cfg(mesh))
   state = restore.restore(str(workdir), 7, abstract)
@@ -71,7 +71,7 @@ def test_a_state_restores_onto_any_mesh(saved, mesh):
     assert (x.dtype, x.sharding) == (a.dtype, a.sharding)
 
 
-def test_the_parameters_alone(saved):
+def test_restore_params_only(saved):
   workdir, values = saved
   abstract = _abstract(_cfg('tensor')).params
   model = restore.restore_params(str(workdir), 7, abstract)
@@ -79,7 +79,7 @@ def test_the_parameters_alone(saved):
   assert model.embed.sharding == abstract.embed.sharding
 
 
-def test_what_it_says_about_itself(saved):
+def test_checkpoint_metadata(saved):
   cfg, store = metadata.read_metadata(str(saved[0]), 7)
   assert (cfg, store) == (_cfg('as saved'), 'the store')
 
@@ -94,7 +94,7 @@ def test_what_it_says_about_itself(saved):
     (9, 0, [1, 2, 3, 4, 5, 6, 7]),
   ],
 )
-def test_the_last_and_every_mth_stay(tmp_path, last, every, kept):
+def test_retention_of_last_and_every_mth(tmp_path, last, every, kept):
   cfg = tiny.cfg(train__max_to_keep=last, train__keep_every=every)
   _save(tmp_path, cfg, {s: dict(x=jnp.ones(2) * s) for s in range(1, 8)})
   assert restore.steps(str(tmp_path)) == kept
@@ -108,11 +108,11 @@ def test_the_last_and_every_mth_stay(tmp_path, last, every, kept):
     # A rollback may go to 50 when 60 holds the spike: three signals since.
     (dict(skip_batches=1), [0, 50, 60, 61, 62]),
     (dict(skip_batches=1, checkpoint_every=0), [0, 61, 62]),
-    # Of a spike at 61 one knows when 61 and 62 are saved.
+    # A spike at 61 is detected after 61 and 62 were saved.
     (dict(skip_batches=1, checkpoint_every=1), [0, 60, 61, 62]),
   ],
 )
-def test_interruptions_push_out_no_checkpoint_of_a_rollback(changes, kept):
+def test_interruptions_do_not_evict_rollback_checkpoints(changes, kept):
   t = dict(max_to_keep=2, checkpoint_every=10, steps=100) | changes
   t = dataclasses.replace(schema.TrainConfig(), **t)
   steps = [0, 20, 40, 41, 50, 60, 61, 62]
@@ -122,7 +122,7 @@ def test_interruptions_push_out_no_checkpoint_of_a_rollback(changes, kept):
   assert [s for s, stays in zip(steps, found, strict=True) if stays] == kept
 
 
-def test_leftovers_are_no_checkpoints_and_go(tmp_path):
+def test_incomplete_saves_are_ignored_and_deleted(tmp_path):
   cfg = tiny.cfg()
   _save(tmp_path, cfg, {2: dict(x=jnp.ones(2))})
   folder = tmp_path / 'checkpoints'
@@ -135,7 +135,7 @@ def test_leftovers_are_no_checkpoints_and_go(tmp_path):
   assert sorted(os.listdir(folder)) == ['3', '5']
 
 
-def test_find(saved, tmp_path, monkeypatch):
+def test_find_resolves_workdir_and_step(saved, tmp_path, monkeypatch):
   workdir = tmp_path / 'run'
   shutil.copytree(saved[0], workdir)
   shutil.copytree(workdir / 'checkpoints' / '7', workdir / 'checkpoints' / '10')
@@ -153,7 +153,7 @@ def test_find(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('path', ['', 'none', 'file', 'checkpoints/3'])
-def test_no_checkpoint_to_find(tmp_path, path):
+def test_find_without_a_checkpoint_raises(tmp_path, path):
   (tmp_path / 'file').write_text('')
   assert restore.steps(str(tmp_path / path)) == []
   with pytest.raises(paths.InputError, match='no complete checkpoint there'):
@@ -161,7 +161,7 @@ def test_no_checkpoint_to_find(tmp_path, path):
 
 
 @pytest.mark.parametrize(
-  'changes, said',
+  'changes, expected',
   [
     (dict(format=metadata.FORMAT + 1), 'format 2, this program reads 1'),
     (dict(format=metadata.FORMAT + 1, more=1), 'format 2, this program'),
@@ -180,7 +180,7 @@ def test_no_checkpoint_to_find(tmp_path, path):
     (dict(of_a_newer_program=1), 'of_a_newer_program: no such field'),
   ],
 )
-def test_about_of_another_program_or_type_is_one_line(tmp_path, changes, said):
+def test_invalid_metadata_is_a_one_line_error(tmp_path, changes, expected):
   folder = tmp_path / 'checkpoints' / '7'
   path = folder / 'about' / 'metadata'
   path.parent.mkdir(parents=True)
@@ -192,7 +192,7 @@ def test_about_of_another_program_or_type_is_one_line(tmp_path, changes, said):
   path.write_text(json.dumps(about | changes))
   with pytest.raises(paths.InputError) as error:
     metadata.read_metadata(str(tmp_path), 7)
-  assert str(error.value).startswith(f'{folder}: cannot be read as a checkpoint: about: {said}')
+  assert str(error.value).startswith(f'{folder}: cannot be read as a checkpoint: about: {expected}')
 
 
 def _read_all(workdir):
@@ -211,7 +211,7 @@ def _read_all(workdir):
     ('state/_METADATA', 'half'),
   ],
 )
-def test_a_damaged_checkpoint_is_one_line(tmp_path, name, damage):
+def test_corrupt_checkpoint_is_a_one_line_error(tmp_path, name, damage):
   x = jnp.arange(1000, dtype=jnp.float32)
   _save(tmp_path, tiny.cfg(), {7: dict(x=x)})
   assert (_read_all(tmp_path)['x'] == x).all()
@@ -231,7 +231,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, name, damage):
   assert '\n' not in line
 
 
-# What is known of its files.
+# Manifests.
 
 ONE = dict(x=jnp.ones(3))
 
@@ -245,14 +245,14 @@ def _manifests(workdir):
   )
 
 
-def test_each_checkpoint_has_a_manifest_and_no_other_stays(tmp_path):
+def test_every_checkpoint_has_a_manifest(tmp_path):
   cfg = tiny.cfg(train__max_to_keep=2, train__keep_every=3)
   _save(tmp_path, cfg, {s: ONE for s in range(1, 8)})
   assert _manifests(tmp_path) == [f'{s}/manifest.json' for s in (3, 6, 7)]
   assert restore.latest_valid_step(str(tmp_path)) == (7, [])
 
 
-def test_any_damage_to_any_file_is_found(saved, tmp_path):
+def test_any_corruption_of_any_file_is_detected(saved, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(saved[0], workdir)
   folder = workdir / 'checkpoints' / '7'
@@ -260,22 +260,22 @@ def test_any_damage_to_any_file_is_found(saved, tmp_path):
   assert len(found) > 10
   for path in found:
     data, name = path.read_bytes(), path.relative_to(folder)
-    for damaged in (b'', data[:-1], data[:-1] + bytes([data[-1] ^ 1]), None):
+    for corrupt in (b'', data[:-1], data[:-1] + bytes([data[-1] ^ 1]), None):
       path.unlink()
-      if damaged is not None:
-        path.write_bytes(damaged)
+      if corrupt is not None:
+        path.write_bytes(corrupt)
       elif name.name == 'manifest.json':
         continue  # is as if it had been killed before
       with pytest.raises(paths.InputError) as error:
         restore.verify(str(workdir), 7)
       line = str(error.value)
-      assert line.startswith(f'{folder}: is damaged: {name} ')
+      assert line.startswith(f'{folder}: is corrupt: {name} ')
       assert '\n' not in line
     path.write_bytes(data)
   restore.verify(str(workdir), 7)
 
 
-def test_a_workdir_may_be_called_as_a_step_is(saved, tmp_path):
+def test_workdir_may_be_named_like_a_step(saved, tmp_path):
   workdir = tmp_path / 'checkpoints' / '42'
   shutil.copytree(saved[0], workdir)
   assert restore.find(str(workdir)) == (str(workdir), 7)
@@ -315,8 +315,8 @@ def _zero(path):
     (_cut, _of_array_metadatas),
   ],
 )
-def test_a_copy_that_broke_off_is_not_good(damage, of, saved, tmp_path):
-  """It has no manifest either, as one that was killed before it was hashed."""
+def test_incomplete_copy_is_corrupt(damage, of, saved, tmp_path):
+  """It has no manifest, like a checkpoint that was killed before it was hashed."""
   workdir = tmp_path / 'run'
   shutil.copytree(saved[0], workdir)
   newest = workdir / 'checkpoints' / '9'
@@ -326,12 +326,12 @@ def test_a_copy_that_broke_off_is_not_good(damage, of, saved, tmp_path):
   damage(of(newest))
   step, [(bad, why)] = restore.latest_valid_step(str(workdir))
   assert (step, bad) == (7, 9) and 'cannot be opened' in why
-  with pytest.raises(paths.InputError, match='is damaged: .*cannot be open'):
+  with pytest.raises(paths.InputError, match='is corrupt: .*cannot be open'):
     restore.verify(str(workdir), 9)
 
 
-def test_what_cannot_be_opened_again_is_not_saved(tmp_path, capsys):
-  """orbax takes [1] for a pattern, and finds none of the parts it wrote."""
+def test_save_that_cannot_be_reopened_fails(tmp_path, capsys):
+  """orbax reads [1] as a pattern, and finds none of the parts it wrote."""
   workdir = tmp_path / 'a[1]'
   cfg = _cfg('one device')
   state = dict(params=jnp.arange(8.0))
@@ -344,7 +344,7 @@ def test_what_cannot_be_opened_again_is_not_saved(tmp_path, capsys):
   assert restore.steps(str(workdir)) == []
 
 
-def test_the_one_before_stays_until_the_newest_was_opened(tmp_path, monkeypatch):
+def test_previous_checkpoint_is_kept_until_newest_is_verified(tmp_path, monkeypatch):
   cfg, unreadable = tiny.cfg(train__max_to_keep=1), restore.open_problem
   monkeypatch.setattr(
     restore,
@@ -359,44 +359,44 @@ def test_the_one_before_stays_until_the_newest_was_opened(tmp_path, monkeypatch)
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['2', '4.unreadable']
 
 
-def test_the_newest_that_is_good(tmp_path):
+def test_latest_valid_step_skips_corrupt_checkpoints(tmp_path):
   assert restore.latest_valid_step(str(tmp_path)) == (None, [])
   _save(tmp_path, tiny.cfg(train__max_to_keep=9), {s: ONE for s in (0, 2, 4, 6)})
   folder = tmp_path / 'checkpoints'
   for step, found in ((6, 4), (4, 2), (2, 0)):
     (folder / str(step) / 'commit_success.txt').unlink()
-    good, damaged = restore.latest_valid_step(str(tmp_path))
-    assert good == found
-    assert damaged == [(s, 'commit_success.txt is missing') for s in range(6, step - 1, -2)]
+    valid, corrupt = restore.latest_valid_step(str(tmp_path))
+    assert valid == found
+    assert corrupt == [(s, 'commit_success.txt is missing') for s in range(6, step - 1, -2)]
   (folder / '0' / 'about' / 'metadata').write_text('')
   before = sorted(os.listdir(folder))
   with pytest.raises(paths.InputError) as error:
     restore.latest_valid_step(str(tmp_path))
   assert str(error.value).startswith(
-    f'--train.workdir={tmp_path}: all of its checkpoints are damaged: 6:'
+    f'--train.workdir={tmp_path}: all of its checkpoints are corrupt: 6:'
     ' commit_success.txt is missing; 4: '
   )
   assert '; 0: about/metadata has 0 bytes, not ' in str(error.value)
   assert sorted(os.listdir(folder)) == before
 
 
-def test_what_is_set_aside_is_no_checkpoint_and_stays(tmp_path):
+def test_quarantined_checkpoints_are_kept_and_ignored(tmp_path):
   cfg = tiny.cfg(train__max_to_keep=1)
-  for name in ('6.damaged', '6.damaged2', '6.damaged3'):
+  for name in ('6.corrupt', '6.corrupt2', '6.corrupt3'):
     _save(tmp_path, cfg, {6: ONE})
     assert restore.quarantine(str(tmp_path), 6) == name
     assert restore.steps(str(tmp_path)) == []
   _save(tmp_path, cfg, {4: ONE, 6: ONE, 8: ONE})
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == [
     '6',
-    '6.damaged',
-    '6.damaged2',
-    '6.damaged3',
+    '6.corrupt',
+    '6.corrupt2',
+    '6.corrupt3',
     '8',
   ]
 
 
-def test_a_manifest_holds_up_the_next_save_and_the_end_but_no_step(tmp_path, monkeypatch):
+def test_manifest_blocks_next_save_and_end_but_no_step(tmp_path, monkeypatch):
   write, slow = manifest.write, threading.Event()
 
   def patched(folder):
@@ -434,9 +434,7 @@ def _patch_save_of(monkeypatch, step, where):
 
 @pytest.mark.parametrize('where', ['begin', 'commit'])
 @pytest.mark.parametrize('keep', [1, 3])
-def test_a_save_that_fails_leaves_nothing_and_takes_nothing(
-  tmp_path, monkeypatch, capfd, where, keep
-):
+def test_failed_save_leaves_no_files_and_keeps_others(tmp_path, monkeypatch, capfd, where, keep):
   _patch_save_of(monkeypatch, 4, where)
   cfg, folder = tiny.cfg(train__max_to_keep=keep), tmp_path / 'checkpoints'
   with saver.Saver(str(tmp_path), cfg) as to:
@@ -465,19 +463,19 @@ def test_a_save_that_fails_leaves_nothing_and_takes_nothing(
   gc.collect()
   out, error = capfd.readouterr()
   assert out == (
-    'checkpoint 4 could not be saved: no space left on the device; those before it stay\n'
+    'checkpoint 4 could not be saved: no space left on the device; earlier ones remain\n'
   )
   assert error == ''
 
 
-def test_a_manifest_that_cannot_be_written_costs_no_checkpoint(tmp_path, monkeypatch, capsys):
+def test_unwritable_manifest_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
   _patch_save_of(monkeypatch, 4, 'manifest')
   _save(tmp_path, tiny.cfg(), {2: ONE, 4: ONE})
   assert capsys.readouterr().out == ('checkpoint 4 has no manifest: no space left on the device\n')
   assert restore.latest_valid_step(str(tmp_path)) == (4, [])
 
 
-def test_an_import_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+def test_import_on_a_full_disk_is_refused(tmp_path, monkeypatch):
   _patch_save_of(monkeypatch, 0, 'commit')
   cfg = schema.replace(tiny.cfg(), **{'train.workdir': str(tmp_path)})
   with pytest.raises(paths.InputError, match='newest there is none'):

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a checkpoint is found, and named."""
+"""Manifests: any change of a file of a checkpoint is detected and named."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def flip(path, at=-1):
-  """One bit of a file, whose size stays."""
+  """Flips one bit of a file, keeping its size."""
   data = bytearray(path.read_bytes())
   data[at] ^= 1
   path.write_bytes(data)
@@ -48,7 +48,7 @@ def test_what_was_written_is_whole(folder):
 @pytest.mark.parametrize('at', [0, manifest.BLOCK, 3 * manifest.BLOCK])
 def test_a_flipped_bit(folder, at):
   flip(folder / 'state' / 'd' / 'large', at)
-  assert manifest.damage(folder) == ('state/d/large has other bytes than were saved')
+  assert manifest.damage(folder) == 'state/d/large does not match its sha256'
 
 
 @pytest.mark.parametrize('size', [0, 1, 3 * manifest.BLOCK + 2])
@@ -82,7 +82,7 @@ def test_without_a_manifest_nothing_is_known(folder):
 
 
 @pytest.mark.parametrize(
-  'text, said',
+  'text, expected',
   [
     ('', 'is not JSON'),
     ('{"files": ', 'is not JSON'),
@@ -101,10 +101,10 @@ def test_without_a_manifest_nothing_is_known(folder):
     ('{"files": {}, "x": 1}', 'x: no such field'),
   ],
 )
-def test_a_damaged_manifest(folder, text, said):
+def test_corrupt_manifest_is_detected(folder, text, expected):
   (folder / manifest.NAME).write_text(text)
   found = manifest.damage(folder)
-  assert found.startswith(f'manifest.json cannot be read: {said}')
+  assert found.startswith(f'manifest.json cannot be read: {expected}')
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_damaged_manifest(folder, text, said):
   ],
 )
 def test_a_manifest_names_files_of_its_folder_only(folder, name):
-  """Another file must not be read: /dev/zero never ends."""
+  """Devices must not be read: /dev/zero never ends."""
   file = dict(size=0, sha256='')
   (folder / manifest.NAME).write_text(json.dumps(dict(files={name: file})))
   assert manifest.damage(folder).endswith('which lies elsewhere')
@@ -132,13 +132,13 @@ def test_a_manifest_names_files_of_its_folder_only(folder, name):
 def test_a_link_to_a_device_is_not_read(folder):
   (folder / 'state' / 'empty').unlink()
   os.symlink('/dev/zero', folder / 'state' / 'empty')
-  assert manifest.damage(folder) == 'state/empty is no file'
+  assert manifest.damage(folder) == 'state/empty is not a regular file'
 
 
 def test_a_manifest_that_was_altered(folder):
   path = folder / manifest.NAME
   path.write_text(path.read_text().replace('44136fa3', '44136fa4'))
-  assert manifest.damage(folder) == 'about has other bytes than were saved'
+  assert manifest.damage(folder) == 'about does not match its sha256'
 
 
 def test_it_is_written_whole_or_not_at_all(folder, monkeypatch):
@@ -185,7 +185,7 @@ def test_in_a_bucket(bucket):
   assert restore.latest_valid_step('gs://bucket/run') == (7, [])
   (folder / 'commit_success.txt').write_text('yes')
   flip(folder / 'about')
-  wrong = 'about has other bytes than were saved'
+  wrong = 'about does not match its sha256'
   assert restore.latest_valid_step('gs://bucket/run') == (7, [(10, wrong)])
-  assert restore.quarantine('gs://bucket/run', 10) == '10.damaged'
+  assert restore.quarantine('gs://bucket/run', 10) == '10.corrupt'
   assert restore.steps('gs://bucket/run') == [7]

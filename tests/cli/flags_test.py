@@ -27,7 +27,7 @@ def _refused(*args) -> str:
   return str(error.value)
 
 
-def test_nothing_given_is_the_default():
+def test_no_flags_is_the_default_config():
   assert _config() == schema.Config()
 
 
@@ -47,19 +47,19 @@ def test_every_field_is_a_flag():
     assert type(parsed.given[name]) is field.type
 
 
-def test_spellings_of_a_flag():
+def test_flag_spellings():
   cfg = _config('--model.d_model', '64', '-heads.n=3', '--nodata.verify', '--data.overwrite')
   assert cfg.model.d_model == 64 and cfg.heads.n == 3
   assert not cfg.data.verify and cfg.data.overwrite
 
 
-def test_what_is_given_goes_over_a_base():
+def test_given_flags_override_the_base():
   base = schema.replace(schema.Config(), **{'heads.n': 2, 'optim.lr': 0.5})
   cfg = flags.parse(['--heads.n=3']).config(base)
   assert (cfg.heads.n, cfg.optim.lr) == (3, 0.5)
 
 
-def test_flags_may_follow_what_is_no_flag():
+def test_flags_may_follow_positional_arguments():
   parsed = flags.parse(['a', '--out=x.json', 'b'])
   assert (parsed.rest, parsed.out) == (['a', 'b'], 'x.json')
 
@@ -76,17 +76,17 @@ def test_flag_file_round_trip(tmp_path):
   assert len(text.splitlines()) == len(of_a_run) - 1  # but for the workdir
 
 
-def test_comments_and_blank_lines_say_nothing(tmp_path):
+def test_flag_file_comments_and_blank_lines_are_ignored(tmp_path):
   file = _file(tmp_path / 'a', '# --heads.n=1', '', '  --heads.n=2  ', '#')
   assert flags.parse([file]).given == {'heads.n': 2}
 
 
-def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+def test_flag_file_byte_order_mark_is_ignored(tmp_path):
   (tmp_path / 'a').write_bytes(b'\xef\xbb\xbf--heads.n=2\n')
   assert flags.parse([f'--flagfile={tmp_path}/a']).given == {'heads.n': 2}
 
 
-def test_a_later_line_wins(tmp_path):
+def test_later_flag_wins(tmp_path):
   file = _file(tmp_path / 'a', '--heads.n=1', '--heads.n=2')
   assert _config(file).heads.n == 2
   assert _config('--heads.n=3', file).heads.n == 2
@@ -97,7 +97,7 @@ def test_a_later_line_wins(tmp_path):
   assert _config(outer).heads.n == 2
 
 
-def test_a_nested_file_is_found_beside_the_including_one_then_from_here(tmp_path, monkeypatch):
+def test_nested_flag_file_is_relative_to_the_including_one(tmp_path, monkeypatch):
   here, there = tmp_path / 'here', tmp_path / 'there'
   monkeypatch.chdir(_made(here))
   outer = _file(there / 'deep' / 'outer', '--flagfile=size/inner')
@@ -118,7 +118,7 @@ def _made(path):
   return path
 
 
-def test_a_file_may_be_included_twice_but_not_by_itself(tmp_path):
+def test_flag_file_cycles_are_refused(tmp_path):
   _file(tmp_path / 'leaf', '--heads.n=2')
   twice = _file(tmp_path / 'a', '--flagfile=leaf', '--flagfile=leaf')
   assert _config(twice).heads.n == 2
@@ -129,32 +129,34 @@ def test_a_file_may_be_included_twice_but_not_by_itself(tmp_path):
   assert _refused(a) == f'--flagfile=c: includes itself: {cycle}'
 
 
-def test_flag_files_are_read_in_linear_time_up_to_a_bound(tmp_path):
-  """Two includes a level: 2^40 files, which no one waits for."""
+def test_flag_file_expansion_is_linear_and_bounded(tmp_path):
+  """Two includes per level: 2^40 files without a bound."""
   for i in range(40):
     _file(tmp_path / f'{i}', *[f'--flagfile={i + 1}'] * 2)
   _file(tmp_path / '40', '--heads.n=2')
   begin = time.perf_counter()
-  said = f'more than {flags.MOST_FILES:,} files'
-  assert said in _refused(f'--flagfile={tmp_path}/0')
+  expected = f'more than {flags.MOST_FILES:,} files'
+  assert expected in _refused(f'--flagfile={tmp_path}/0')
   many = [*['--heads.n=1'] * (flags.MOST_FLAGS - 1), '--heads.n=2']
   assert _config(_file(tmp_path / 'many', *many)).heads.n == 2
-  said = f'more than {flags.MOST_FLAGS:,} flags'
-  assert said in _refused(_file(tmp_path / 'many', *many, '--heads.n=2'))
+  expected = f'more than {flags.MOST_FLAGS:,} flags'
+  assert expected in _refused(_file(tmp_path / 'many', *many, '--heads.n=2'))
   large = '#' * (flags.MOST_BYTES + 1)
   assert 'more than 1,048,576 bytes' in _refused(_file(tmp_path / 'x', large))
   assert time.perf_counter() - begin < 20
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_missing_flag_file_is_refused(tmp_path):
   assert _refused('--flagfile=none') == '--flagfile=none: no such file'
   assert _refused('--flagfile') == '--flagfile=: no such file'
   assert _refused(f'--flagfile={tmp_path}').endswith('no such file')
+  line = _refused('--flagfile=experiments/none.flags')
+  assert line.endswith('experiments/ is in the source repository, not in the installed package')
   outer = _file(tmp_path / 'a', '--flagfile=none')
   assert _refused(outer) == '--flagfile=none: no such file'
 
 
-def test_a_file_without_flags_is_refused(tmp_path):
+def test_invalid_flag_file_is_refused(tmp_path):
   file = _file(tmp_path / 'a', '--heads.n=2', 'model.d_model=3')
   assert _refused(file).endswith("'model.d_model=3' is not a flag")
   (tmp_path / 'b').write_bytes(b'\xff\xfe')
@@ -162,7 +164,7 @@ def test_a_file_without_flags_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'arg, said',
+  'arg, expected',
   [
     ('--model.d_modle=3', 'model.d_modle'),
     ('--d_model=3', 'd_model'),
@@ -179,22 +181,22 @@ def test_a_file_without_flags_is_refused(tmp_path):
     ('--out=a\0', 'must not contain a NUL character'),
   ],
 )
-def test_an_unknown_flag_or_type_is_fatal(tmp_path, arg, said):
+def test_unknown_flag_or_type_raises(tmp_path, arg, expected):
   for args in ([arg], [_file(tmp_path / 'a', arg)]):
     error = _refused(*args)
-    assert said in error and '\n' not in error
+    assert expected in error and '\n' not in error
 
 
 @pytest.mark.parametrize('value', ['/x\n--train.seed=5', '/x ', '/x\n', '/x\u2028y'])
-def test_run_flags_are_the_run(value):
-  """What a line of a flag file cannot hold is refused."""
+def test_run_flags_reproduce_the_config(value):
+  """A value that a line of a flag file cannot hold is refused."""
   with pytest.raises(fields.ConfigError, match='--eval.data=.*must be one line'):
     validate.validate(flags.parse([f'--eval.data={value}']).config())
 
 
 @pytest.mark.parametrize('arg', ['--out=\udcff', '--flagfile=\udcff', '\udcff'])
-def test_bytes_that_are_no_text_are_refused(arg):
-  """As a shell hands on a name that is not UTF-8."""
+def test_non_utf8_flags_are_refused(arg):
+  """As a shell passes a name that is not UTF-8."""
   assert _refused(arg).endswith(': must be UTF-8')
 
 

@@ -1,4 +1,4 @@
-"""`mtp generate` and `mtp bench --bench.what=decode`, as a user runs them."""
+"""`mtp generate` and `mtp bench decode`, end to end."""
 
 import json
 import os
@@ -28,21 +28,21 @@ def _oracle(workdir, prompt, new):
   return oracle.greedy(params, prompt, new, oracle.Shape('parallel', 2))
 
 
-def test_text_is_that_of_float64_and_says_how_it_went(undisturbed, capsys):
+def test_generated_text_equals_reference_and_reports_statistics(undisturbed, capsys):
   assert _generate(undisturbed, '--prompt=ab(', '--decode.max_new_tokens=12') == 0
-  out, told = capsys.readouterr()
+  out, err = capsys.readouterr()
   bos, eos = tokenizers.BYTES_BOS, tokenizers.BYTES_EOS
   ids = _oracle(undisturbed, [bos, *b'ab('], 12)
   ids = ids[: ids.index(eos)] if eos in ids else ids
   text = bytes(i for i in ids if i < 256).decode(errors='replace')
   assert out == f'ab({text}\n'
-  assert re.search(r'step 6: \d+ tokens in \d+ forward passes of a row', told)
-  assert 'with 2 of 2 heads, greedy' in told
-  assert re.search(r'given those before: t\+2: [01]\.\d\d\n', told)
-  assert re.search(r'decoding [\d.]+ s: [\d,]+ tokens/s', told)
+  assert re.search(r'step 6: \d+ tokens in \d+ forward passes, ', err)
+  assert 'with 2 of 2 heads, greedy' in err
+  assert re.search(r'conditional acceptance rate of drafts: t\+2: [01]\.\d\d\n', err)
+  assert re.search(r'decoding [\d.]+ s: [\d,]+ tokens/s', err)
 
 
-def test_ids_in_ids_out(undisturbed, capsys):
+def test_prompt_ids_print_ids(undisturbed, capsys):
   ids = ','.join(map(str, _oracle(undisturbed, [1, 5, 9], 12)))
   for draft in (0, 1):
     assert (
@@ -57,7 +57,7 @@ def test_ids_in_ids_out(undisturbed, capsys):
     assert capsys.readouterr().out.splitlines()[0] == ids
 
 
-def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
+def test_prompt_file_in_batches(undisturbed, tmp_path, capsys):
   prompts = tmp_path / 'prompts.jsonl'
   records = [
     dict(prompt='a', id='é7', half='\ud800'),
@@ -79,7 +79,7 @@ def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
     assert row['ids'] == _oracle(undisturbed, prompt, 6)
     assert (row['finish'], len(row['ids'])) == ('length', 6)
   assert [row['line'] for row in rows] == [1, 3, 5]
-  assert rows[0]['half'] == '\ud800'  # escaped, as it came
+  assert rows[0]['half'] == '\ud800'  # escaped as in the input
   assert rows[0]['id'] == 'é7' and 'é' in out.read_text()
   assert f'=== 1 of 3\na{rows[0]["text"]}\n' in capsys.readouterr().out
   assert not os.path.exists(f'{out}.part')
@@ -92,7 +92,7 @@ def test_prompts_of_a_file_in_batches(undisturbed, tmp_path, capsys):
   assert found['tokens'] == 12 and len(found['acceptance']) == 1
 
 
-def test_samples_are_those_of_their_seed(undisturbed, tmp_path):
+def test_samples_depend_on_seed_only(undisturbed, tmp_path):
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\na\na\n')
 
@@ -118,7 +118,7 @@ def test_samples_are_those_of_their_seed(undisturbed, tmp_path):
   assert texts('--decode.seed=1')[:2] == first[1:]
 
 
-def test_a_stop_token_ends_a_row(undisturbed, tmp_path, capsys):
+def test_stop_token_ends_a_row(undisturbed, tmp_path, capsys):
   ids = _oracle(undisturbed, [1, 5, 9], 12)
   stop = ids[3]
   assert (
@@ -134,7 +134,7 @@ def test_a_stop_token_ends_a_row(undisturbed, tmp_path, capsys):
   assert capsys.readouterr().out.splitlines()[0] == ','.join(map(str, wanted))
 
 
-def test_compare_says_that_the_text_is_the_same(undisturbed, tmp_path, capsys):
+def test_compare_reports_equal_text(undisturbed, tmp_path, capsys):
   out = tmp_path / 'compare.json'
   assert (
     _generate(
@@ -158,7 +158,7 @@ def test_compare_says_that_the_text_is_the_same(undisturbed, tmp_path, capsys):
   )
 
 
-def test_head_1_alone_is_compared_with_nothing(undisturbed, capsys):
+def test_compare_without_drafts_is_skipped(undisturbed, capsys):
   assert (
     _generate(
       undisturbed,
@@ -169,11 +169,11 @@ def test_head_1_alone_is_compared_with_nothing(undisturbed, capsys):
     )
     == 0
   )
-  assert 'nothing to compare it with' in capsys.readouterr().err
+  assert 'nothing to compare' in capsys.readouterr().err
 
 
-def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
-  """Rounding is not to be had at will: one program's text is changed here."""
+def test_diverging_rows_are_reported(undisturbed, monkeypatch, capsys):
+  """Divergence by rounding cannot be provoked: one program's text is changed here."""
   from mtp_jax.decode import decoder
 
   call = decoder.Decoder.__call__
@@ -212,7 +212,7 @@ def test_where_texts_part_is_told(undisturbed, monkeypatch, capsys):
   assert 'identical' not in out
 
 
-def test_bench_of_decoding(undisturbed, tmp_path, capsys):
+def test_bench_decode(undisturbed, tmp_path, capsys):
   out = tmp_path / 'decode.json'
   assert (
     main.main(
@@ -241,7 +241,7 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   plain, drafted, *two = found['rows']
   for one, other in zip((plain, drafted), two, strict=True):
     assert one['forwards'] == other['forwards']
-    # A batch waits for its slowest row.
+    # A batch takes as many forward passes as its slowest row.
     held = [r['efficiency'] * r['tokens'] / r['speed_up']['median'] for r in (one, other)]
     assert held[0] == pytest.approx(one['forwards'])
     assert -1e-6 < held[1] - held[0] < 10
@@ -255,8 +255,8 @@ def test_bench_of_decoding(undisturbed, tmp_path, capsys):
   assert 'tokens per forward' in capsys.readouterr().out
 
 
-def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
-  """A SentencePiece tokenizer is kept with the run."""
+def test_checkpoint_decodes_without_its_store(store, tmp_path, capsys):
+  """A run directory contains its SentencePiece tokenizer."""
   # Four characters: as many tokens as bytes have, and so the step compiled for
   # `undisturbed`.
   rng, text = np.random.default_rng(0), tmp_path / 'text.jsonl'
@@ -289,7 +289,7 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
   error = capsys.readouterr().err
   assert error.startswith('mtp: --data.tokenizer=bytes: is bytes; the')
   assert 'was trained with sentencepiece#' in error
-  # A run of before has no folder; its store has the tokenizer.
+  # A run of an earlier version has no tokenizer folder; its store has one.
   shutil.rmtree(workdir / 'tokenizer')
   assert _generate(workdir, *args) == 2
   assert '--data.store' in capsys.readouterr().err
@@ -326,11 +326,8 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
     (['--prompt=a', '--decode.top_p=1e-46'], '--decode.top_p=1e-46: must be'),
     (['--prompt=a', '--out=/proc/x.json'], '--out=/proc/x.json: cannot be'),
     (['--prompt=\udcff'], "--prompt='\\udcff': is not text"),
-    (
-      ['--prompt=a', '--decode.top_k=5'],
-      '--decode.top_k=5: a filter of samples: needs --decode.temperature',
-    ),
-    (['--prompt=a', '--decode.min_p=0.5'], '--decode.min_p=0.5: a filter of'),
+    (['--prompt=a', '--decode.top_k=5'], '--decode.top_k=5: needs --decode.temperature'),
+    (['--prompt=a', '--decode.min_p=0.5'], '--decode.min_p=0.5: needs'),
     (['--prompt=a', '--loss.curriculum=0:1'], '--loss.curriculum=0:1: the'),
     (
       ['--prompt=a', '--decode.compare', '--decode.batch_size=2'],
@@ -350,14 +347,14 @@ def test_a_workdir_needs_its_store_no_more(store, tmp_path, capsys):
     ),
   ],
 )
-def test_what_cannot_be_is_told_in_a_line(undisturbed, args, error, capsys):
+def test_invalid_generate_flags_are_one_line_errors(undisturbed, args, error, capsys):
   assert _generate(undisturbed, *args) == 2
   shown = capsys.readouterr()
   assert shown.err.startswith(f'mtp: {error}'), shown.err
   assert shown.err.count('\n') == 1 and not shown.out
 
 
-def test_a_cache_that_cannot_be_is_told(undisturbed, tmp_path, capsys):
+def test_cache_larger_than_memory_is_refused(undisturbed, tmp_path, capsys):
   size, rows = 1_000_000, 8_000
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\n' * rows)
@@ -382,7 +379,7 @@ def test_a_cache_that_cannot_be_is_told(undisturbed, tmp_path, capsys):
   assert found and found[1] == f'{gib:,.0f}', line
 
 
-def test_a_missing_checkpoint_is_told(tmp_path, capsys):
+def test_missing_checkpoint_is_a_one_line_error(tmp_path, capsys):
   assert _generate(tmp_path, '--prompt=a') == 2
   error = capsys.readouterr().err
   assert error == (f'mtp: {tmp_path}: no complete checkpoint there\n')
@@ -390,21 +387,21 @@ def test_a_missing_checkpoint_is_told(tmp_path, capsys):
   assert 'generate needs a CHECKPOINT: a run directory' in capsys.readouterr().err
 
 
-def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
+def test_invalid_prompt_names_its_line(undisturbed, tmp_path, capsys):
   path = tmp_path / 'prompts.jsonl'
   for text, problem in (
-    ('{"prompt": "a"}\n{"text": 1}\n', 'line 2 is no object with prompt'),
-    ('[1]\n', 'line 1 is no object'),
+    ('{"prompt": "a"}\n{"text": 1}\n', 'line 2 must be an object with prompt'),
+    ('[1]\n', 'line 1 must be an object'),
     ('{"prompt"\n', 'line 1 is not JSON'),
     ('{"prompt": "a", "prompt_ids": [1]}\n', 'line 1 has both'),
     ('{"prompt": "\\ud800"}\n', 'line 1 is not text'),
-    ('{"prompt": null}\n', 'line 1 is no object'),
-    ('{"prompt": ["a"]}\n', 'line 1 is no object'),
-    ('{"prompt_ids": [1.7, 2]}\n', 'line 1 is no object'),
-    ('{"prompt_ids": [true]}\n', 'line 1 is no object'),
-    ('{"prompt_ids": [[1, 2]]}\n', 'line 1 is no object'),
-    ('{"prompt_ids": 5}\n', 'line 1 is no object'),
-    ('{"prompt_ids": [99999999999999999999]}\n', 'line 1 is no object'),
+    ('{"prompt": null}\n', 'line 1 must be an object'),
+    ('{"prompt": ["a"]}\n', 'line 1 must be an object'),
+    ('{"prompt_ids": [1.7, 2]}\n', 'line 1 must be an object'),
+    ('{"prompt_ids": [true]}\n', 'line 1 must be an object'),
+    ('{"prompt_ids": [[1, 2]]}\n', 'line 1 must be an object'),
+    ('{"prompt_ids": 5}\n', 'line 1 must be an object'),
+    ('{"prompt_ids": [99999999999999999999]}\n', 'line 1 must be an object'),
     ('{"prompt_ids": []}\n', f'mtp: {path}, line 1: has no token'),
     ('\n{"prompt_ids": [300]}\n', f'{path}, line 2: has 300; from 0'),
     ('\n', 'has no prompt'),
@@ -414,7 +411,7 @@ def test_bad_prompts_name_their_line(undisturbed, tmp_path, capsys):
     assert problem in capsys.readouterr().err
 
 
-def test_a_prompt_beyond_all_bounds_is_one_line(undisturbed, capsys):
+def test_huge_prompt_is_a_one_line_error(undisturbed, capsys):
   assert _generate(undisturbed, '--prompt=' + 'x' * 3_000_000) == 2
   error = capsys.readouterr().err
   assert error.startswith('mtp: --prompt=xxx') and error.count('\n') == 1
@@ -425,8 +422,8 @@ def test_a_prompt_beyond_all_bounds_is_one_line(undisturbed, capsys):
   assert error == 'mtp: s3://x: unsupported storage; use gs://\n'
 
 
-def test_streamed_text_is_all_of_it(undisturbed):
-  """Also a character that is never completed; a prompt that ends in one."""
+def test_streamed_text_is_complete(undisturbed):
+  """Also with a character that is never completed, and a prompt that ends in one."""
   from mtp_jax.decode import load
 
   opened = load.LoadedModel('', None, None, None, tokenizers.get('bytes'))
@@ -442,7 +439,7 @@ def test_streamed_text_is_all_of_it(undisturbed):
     assert ''.join(shown) == wanted
 
 
-def test_the_last_seed_has_a_next_one(undisturbed, tmp_path):
+def test_seeds_wrap_at_int32(undisturbed, tmp_path):
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\nb\n')
   assert (
@@ -458,8 +455,8 @@ def test_the_last_seed_has_a_next_one(undisturbed, tmp_path):
   )
 
 
-def test_what_is_there_is_not_lost(undisturbed, tmp_path, capsys):
-  """The prompts, a device, and the rows of batches that were done."""
+def test_output_file_is_not_lost_on_error(undisturbed, tmp_path, capsys):
+  """Neither the prompts, a device, nor the rows of finished batches."""
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\nb\nc\n')
   args = (f'--decode.prompts={lines}', '--decode.max_new_tokens=3')
@@ -489,7 +486,7 @@ def test_what_is_there_is_not_lost(undisturbed, tmp_path, capsys):
   assert [json.loads(row)['prompt'] for row in part] == ['a', 'b']
 
 
-def test_a_row_that_fills_the_cache_says_so(undisturbed, tmp_path):
+def test_row_that_fills_the_cache_finishes_with_cache(undisturbed, tmp_path):
   out = tmp_path / 'one.jsonl'
   assert (
     _generate(
@@ -505,7 +502,7 @@ def test_a_row_that_fills_the_cache_says_so(undisturbed, tmp_path):
   assert (row['finish'], len(row['ids'])) == ('cache', 2)
 
 
-def test_heads_that_leap_do_not_draft():
+def test_strided_heads_do_not_draft():
   c = tiny.cfg(heads__n=3, heads__stride=2)
   for flag, value in (('num_draft_tokens', '1'), ('tree', '2')):
     with pytest.raises(fields.ConfigError, match='leave gaps between drafts'):
@@ -515,7 +512,7 @@ def test_heads_that_leap_do_not_draft():
   assert decoder.widths(c, 3) == ()
 
 
-def test_a_run_keeps_what_decodes_it(undisturbed):
+def test_run_directory_contains_its_tokenizer(undisturbed):
   cfg, _ = metadata.read_metadata(str(undisturbed), 6)
   assert cfg.data.tokenizer == 'bytes'
   assert not os.path.exists(undisturbed / 'tokenizer')

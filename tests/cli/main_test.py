@@ -18,8 +18,8 @@ from tests.support import runs
 SECTIONS = {
   'prepare': ['data'],
   'inspect': ['inspect', 'data', 'heads', 'train'],
-  'train': ['train', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'processes', 'eval'],
-  'eval': ['eval', 'data', 'decode', 'bench.prompt_len', 'mesh', 'processes'],
+  'train': ['train', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'distributed', 'eval'],
+  'eval': ['eval', 'data', 'decode', 'bench.prompt_len', 'mesh', 'distributed'],
   'bench': ['bench', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train'],
   'plan': ['plan', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train'],
   'generate': ['decode', 'mesh', 'bench'],
@@ -40,7 +40,7 @@ NO_CACHE = '--train.compilation_cache='
 
 
 def _fails(capsys, *args) -> str:
-  """The one line with which a command ends in status 2."""
+  """Returns the one stderr line of a command that exits with status 2."""
   capsys.readouterr()
   assert main.main([str(a) for a in args]) == 2
   out, error = capsys.readouterr()
@@ -49,7 +49,7 @@ def _fails(capsys, *args) -> str:
   return error[len('mtp: ') : -1]
 
 
-# Help, and what cannot be.
+# Help and errors.
 
 
 def test_usage_names_the_commands(capsys):
@@ -62,10 +62,19 @@ def test_usage_names_the_commands(capsys):
 
 @pytest.mark.parametrize('command', SECTIONS)
 @pytest.mark.parametrize('flag', ['--help', '-h'])
-def test_help_lists_flags_with_defaults(capsys, command, flag):
+def test_help_fits_a_screen(capsys, command, flag):
   assert main.main([command, '--heads.n=3', flag]) == 0
   lines = capsys.readouterr().out.splitlines()
-  assert lines[0].startswith(f'mtp {command}: ')
+  assert lines[0].startswith(f'usage: mtp {command} ')
+  assert len(lines) <= 32 and max(map(len, lines)) <= 100
+  shown = [line.split('=')[0].strip() for line in lines if line.startswith('  --')]
+  assert shown == [f'--{name}' for name in main.COMMANDS[command].common.split()]
+
+
+@pytest.mark.parametrize('command', SECTIONS)
+def test_helpfull_lists_flags_with_defaults(capsys, command):
+  assert main.main([command, '--heads.n=3', '--helpfull']) == 0
+  lines = capsys.readouterr().out.splitlines()
   shown = [line.strip() for line in lines if line.startswith('  --')]
   default = schema.Config()
   wanted = []
@@ -84,7 +93,7 @@ def test_help_lists_flags_with_defaults(capsys, command, flag):
     assert '--model.d_model=128' in shown and '--optim.lr=0.0003' in shown
 
 
-# Each is refused before anything is compiled, made or written.
+# Each is refused before anything is compiled or written.
 IMPOSSIBLE = [
   ('heads.n', 3, {}, 'at most 2'),  # of FLAGS' three layers
   ('heads.n', 0, {}, 'must be at least 1'),
@@ -110,7 +119,7 @@ IMPOSSIBLE = [
     'model.attention',
     'splash',
     {'data.seq_len': 128},
-    'is a kernel for tpu, and these devices are cpu',
+    'is a kernel for tpu, but the devices are cpu',
   ),
   ('model.norm_eps', 0, {}, 'must be above 0'),
   ('heads.family', 'serial', {}, 'one of parallel'),
@@ -145,7 +154,7 @@ IMPOSSIBLE = [
   ('optim.heads_lr_mult', -1, {}, 'must be above 0'),
   ('optim.trunk_lr_mult', 0, {}, 'must be above 0'),
   ('train.freeze', 'all', {}, 'one of none, trunk, heads'),
-  ('train.freeze', 'trunk', {'heads.n': 1, 'heads.family': 'linear'}, 'nothing else would train'),
+  ('train.freeze', 'trunk', {'heads.n': 1, 'heads.family': 'linear'}, 'no parameter would train'),
   ('optim.warmup_steps', 6, {}, 'must be below --train.steps=6'),
   ('optim.decay_steps', 0, {'optim.schedule': 'wsd'}, '1 to steps'),
   ('optim.decay_steps', 2, {'optim.schedule': 'wsd'}, 'warmup_steps = 1'),
@@ -202,7 +211,7 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize('name, value, others, allowed', IMPOSSIBLE)
-def test_the_impossible_is_refused(
+def test_invalid_configs_are_refused(
   store, tmp_path, capsys, monkeypatch, name, value, others, allowed
 ):
   for owner, function in ((jax.stages.Lowered, 'compile'), (state, 'init')):
@@ -217,7 +226,7 @@ def test_the_impossible_is_refused(
   assert not os.listdir(tmp_path)
 
 
-def test_what_is_no_command_or_flag_is_refused(capsys, tmp_path):
+def test_unknown_command_or_flag_is_refused(capsys, tmp_path):
   flag = f'--train.workdir={tmp_path}/run'
   line = _fails(capsys, 'trian', flag)
   assert line == (
@@ -253,12 +262,12 @@ def test_what_is_no_command_or_flag_is_refused(capsys, tmp_path):
     ('prepare', '--prompt=x'),
   ],
 )
-def test_a_flag_without_a_use_is_refused(capsys, command, given):
+def test_unused_flag_is_refused(capsys, command, given):
   line = _fails(capsys, command, given)
   assert line.startswith(f'{given}: {command} does not use it')
 
 
-def test_import_refuses_what_only_training_reads(capsys, tmp_path):
+def test_import_refuses_training_flags(capsys, tmp_path):
   line = _fails(
     capsys,
     'import',
@@ -270,7 +279,7 @@ def test_import_refuses_what_only_training_reads(capsys, tmp_path):
   assert line.startswith('--train.init_from=x: is set by the imported model')
 
 
-def test_a_refusal_is_one_line_whatever_the_value(capsys, tmp_path, store):
+def test_error_is_one_line_for_any_value(capsys, tmp_path, store):
   assert _fails(capsys, 'train', '--heads.n=1\n2') == (r'--heads.n=1\n2: must be an integer')
   assert _fails(capsys, 'report', 'a\nb').startswith(r'a\nb/metrics.jsonl: ')
   long = 'x' * 300
@@ -288,7 +297,7 @@ def test_a_refusal_is_one_line_whatever_the_value(capsys, tmp_path, store):
   assert not os.listdir(tmp_path)
 
 
-def test_paths_that_are_not_there_are_refused(capsys, tmp_path, store, undisturbed):
+def test_missing_paths_are_refused(capsys, tmp_path, store, undisturbed):
   out = f'--out={tmp_path}/none/x.json'
   line = _fails(capsys, 'eval', f'{undisturbed}', out)
   assert line == f'{out}: there is no {tmp_path}/none'
@@ -307,7 +316,7 @@ def test_paths_that_are_not_there_are_refused(capsys, tmp_path, store, undisturb
   assert os.listdir(tmp_path) == ['file']
 
 
-def test_a_process_ends_with_the_status_and_one_line(tmp_path):
+def test_process_exit_status_and_one_line_error(tmp_path):
   args = runs.args('none', str(tmp_path / 'run'), heads__n=3)
   process = runs.process(['-m', 'mtp_jax', 'train', *args])
   out, error = process.communicate()
@@ -316,11 +325,11 @@ def test_a_process_ends_with_the_status_and_one_line(tmp_path):
   assert not os.listdir(tmp_path)
 
 
-# What can.
+# Commands that succeed.
 
 
 def _with_report(tmp_path, capsys, command, *args):
-  """(printed lines, what --out holds); strictly JSON."""
+  """Returns (printed lines, content of --out), parsed as strict JSON."""
   path = tmp_path / f'{command}.json'
   capsys.readouterr()
   assert main.main([command, *map(str, args), f'--out={path}']) == 0
@@ -328,7 +337,7 @@ def _with_report(tmp_path, capsys, command, *args):
   return out, json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def test_from_documents_to_a_report(tmp_path, capsys, monkeypatch):
+def test_prepare_train_and_report(tmp_path, capsys, monkeypatch):
   texts, store, run = (tmp_path / name for name in ('texts', 'store', 'run'))
   texts.mkdir()
   rng = np.random.default_rng(0)
@@ -371,15 +380,15 @@ def test_from_documents_to_a_report(tmp_path, capsys, monkeypatch):
   assert shown['last'] == {str(run): metrics.read(str(run))[-1]}
   assert out[0].startswith(f'{run}: step 6, head 1 {values["loss_1"]:.4f}')
 
-  # Again, with what is there.
+  # Again, with existing outputs.
   assert 'exists' in _fails(
     capsys, 'prepare', f'--data.documents=dir:{texts}', f'--data.store={store}'
   )
   assert main.main(['train', *runs.args(str(store), str(run))]) == 0
-  assert 'trained already' in capsys.readouterr().out
+  assert 'training already finished' in capsys.readouterr().out
 
 
-def test_run_flags_repeat_the_run(undisturbed, tmp_path, monkeypatch):
+def test_run_flags_reproduce_the_run(undisturbed, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert 0 == main.main(['train', f'--flagfile={undisturbed}/run.flags', '--train.workdir=again'])
   again = tmp_path / 'again'
@@ -409,7 +418,7 @@ def test_eval_of_an_older_checkpoint_or_another_split(undisturbed, tmp_path, cap
   assert undefined == last | dict(acceptance_2=None)
 
 
-def test_what_a_suite_found_is_kept_when_a_later_one_fails(undisturbed, tmp_path, capsys):
+def test_eval_keeps_results_when_a_later_task_fails(undisturbed, tmp_path, capsys):
   text = tmp_path / 'no_name.txt'
   text.write_text('there is no name in this')
   out = tmp_path / 'out.json'

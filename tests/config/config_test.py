@@ -1,4 +1,4 @@
-"""TODO of tests.config.config_test."""
+"""The Config: JSON, versions, limits, schedules, derived shapes."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 from mtp_jax.config import fields, parse, schedule, schema, validate
 from tests.support import runs, values
 
-# Every field that may differ when a run goes on; all others may not.
+# Every field that may differ when a run is resumed; all others may not.
 FREE = """
   data.store data.documents data.valid_fraction data.overwrite data.verify
   data.read_threads data.workers data.max_shard_gib data.max_document_mib
@@ -51,22 +51,22 @@ def test_json_round_trip():
   assert sorted(changed) == sorted(values.OTHER)
 
 
-def test_json_of_an_older_program_keeps_new_defaults():
+def test_json_without_new_fields_uses_defaults():
   sections = json.loads(parse.to_json(_cfg(heads__n=2)))
   del sections['inspect'], sections['train']['keep_every']
   assert parse.from_json(json.dumps(sections)) == _cfg(heads__n=2)
 
 
-def test_a_rate_of_0_of_an_older_program_is_a_frozen_group():
+def test_version_1_rate_of_0_is_a_frozen_group():
   sections = json.loads(parse.to_json(_cfg()))
   sections |= dict(version=1, optim=dict(trunk_lr=0))
   cfg = parse.from_json(json.dumps(sections))
   assert (cfg.optim.trunk_lr_mult, cfg.train.freeze) == (1.0, 'trunk')
 
 
-def test_json_of_another_program_is_refused():
+def test_json_of_another_version_is_refused():
   sections = json.loads(parse.to_json(_cfg()))
-  for more, said in (
+  for more, expected in (
     (dict(model=dict(d_modle=3)), 'model.d_modle: no such field'),
     (dict(modle=dict(n=3)), 'modle.n: no such field'),
     *(
@@ -76,11 +76,11 @@ def test_json_of_another_program_is_refused():
   ):
     with pytest.raises(parse.OtherVersion) as error:
       parse.from_json(json.dumps(sections | more))
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(expected)
 
 
 @pytest.mark.parametrize(
-  'text, said',
+  'text, expected',
   [
     ('', 'is not JSON: '),
     ('[' * 10**5, 'is not JSON: nested too deep'),
@@ -106,15 +106,15 @@ def test_json_of_another_program_is_refused():
     ('{"version": 1, "data": {"verify": 0}}', 'data.verify=0: must be true or false'),
   ],
 )
-def test_json_of_a_wrong_type_names_the_field(text, said):
+def test_json_of_a_wrong_type_names_the_field(text, expected):
   with pytest.raises(ValueError) as error:
     parse.from_json(text)
-  assert str(error.value).startswith(said) and '\n' not in str(error.value)
+  assert str(error.value).startswith(expected) and '\n' not in str(error.value)
   assert not isinstance(error.value, parse.OtherVersion)
 
 
 def test_every_number_has_limits():
-  """Far beyond any use, and far below what overflows."""
+  """Limits are beyond any use, and below overflow."""
   for name, field in schema.fields().items():
     if field.type in (int, float):
       limits = field.metadata
@@ -124,7 +124,7 @@ def test_every_number_has_limits():
 
 
 @pytest.mark.parametrize(
-  'given, blamed, said',
+  'given, blamed, expected',
   [
     (dict(mesh__tensor=-1), 'mesh.tensor', '--mesh.fsdp is -1'),
     (dict(mesh__data=-1), 'mesh.data', '--mesh.fsdp is -1'),
@@ -151,10 +151,10 @@ def test_every_number_has_limits():
     (dict(plan__sweep=('\udcff',)), 'plan.sweep', 'must be UTF-8'),
   ],
 )
-def test_what_is_refused_names_the_flag_that_was_given(given, blamed, said):
+def test_error_names_the_given_flag(given, blamed, expected):
   with pytest.raises(fields.ConfigError) as error:
     validate.validate(_cfg(**given))
-  assert error.value.args[0] == blamed and said in str(error.value)
+  assert error.value.args[0] == blamed and expected in str(error.value)
   assert len(str(error.value)) < 1500
 
 
@@ -167,18 +167,18 @@ def test_what_is_refused_names_the_flag_that_was_given(given, blamed, said):
     dict(loss__weights='0:0', loss__token_order_weight=0.5),
   ],
 )
-def test_weights_of_which_one_is_ever_above_0(given):
+def test_some_active_head_needs_a_weight(given):
   validate.validate(_cfg(**given))
 
 
-def test_a_refusal_is_one_line_of_bounded_length():
+def test_config_error_is_one_bounded_line():
   error = fields.ConfigError('out', 'a\nb\x00\udcff\u2028', 'x\ny')
   assert str(error) == r'--out=a\nb\x00\udcff\u2028: x\ny'
   long = str(fields.ConfigError('prompt', 'y' * 3_000_000, 'too long'))
   assert len(long) < 300 and '(3,000,000 characters)' in long
 
 
-def test_the_defaults_are_valid():
+def test_defaults_are_valid():
   validate.validate(schema.Config())
 
 
@@ -189,7 +189,7 @@ def test_every_field_has_help_and_a_type_that_a_flag_can_have():
     assert field.metadata['help'], name
 
 
-def test_what_may_change_when_a_run_goes_on():
+def test_fields_that_may_change_on_resume():
   def other(field):
     if field.type is bool:
       return not field.default
@@ -269,13 +269,13 @@ def test_derived_shapes():
   assert dataclasses.replace(m, d_ff=100).ff_width == 100
 
 
-def test_a_config_is_frozen_and_hashable():
+def test_config_is_frozen_and_hashable():
   assert hash(_cfg(heads__n=2)) == hash(_cfg(heads__n=2))
   with pytest.raises(dataclasses.FrozenInstanceError):
     schema.Config().model.d_model = 3
 
 
-def test_every_option_is_in_the_ledger_of_equalities():
+def test_every_option_is_in_equalities_md():
   ledger = pathlib.Path(runs.ROOT, 'tests/equalities.md').read_text()
   for name, field in schema.fields().items():
     choices = field.metadata.get('choices', ())

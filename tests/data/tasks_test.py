@@ -179,7 +179,7 @@ def test_excluded_test_items_are_counted(capsys, tmp_path):
     == 0
   )
   out = capsys.readouterr().out
-  assert f'left out   {n} items in the test set' in out
+  assert f'skipped    {n} items in the test set' in out
   one = 'task:polynomial/p=2/n=1/train=1/test=1/items=50'
   with pytest.raises(fields.ConfigError, match='all of its items are in the test set'):
     list(documents.read(one))

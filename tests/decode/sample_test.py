@@ -1,4 +1,4 @@
-"""Sampling: filters, and that speculation loses nothing."""
+"""Sampling: filters, and losslessness of speculative decoding."""
 
 import itertools
 
@@ -23,7 +23,7 @@ FILTERS = {
 
 
 @pytest.mark.parametrize('name', FILTERS)
-def test_filters_equal_ranking_one_by_one(name):
+def test_filters_equal_reference_ranking(name):
   rng = np.random.default_rng(1)
   for V in (5, 50):
     logits = 2 * rng.normal(size=(20, V))
@@ -100,16 +100,16 @@ def _chi_square(texts, exact):
 
 
 @pytest.mark.parametrize('low', [1e-6, 1e-3])
-def test_the_lowest_values_are_greedy_not_nothing(low):
+def test_minimal_filter_values_are_greedy(low):
   logits = jnp.array([[1e4, 3.0, 1e4 + 1, -1e4]])
   for s in ((low, None, None, None), (1.0, None, low, None)):
     p = sample.probabilities(logits, sample.Sampling(*s))
     assert p.tolist() == [[0, 0, 1, 0]]
 
 
-def test_drafts_that_are_drawn_twice_lose_nothing():
-  """Six tokens at three a pass: an index whose draft fell with one before it is
-  drafted again, from what the heads say then; by heads that feed tokens."""
+def test_rejection_sampling_is_unbiased_for_repeated_drafts():
+  """Six tokens at three per forward pass: an index whose draft was dropped with a
+  rejected one before it is drafted again, also by heads that read the next token."""
   V, new, rows = 3, 6, 10_000
   c = tiny.cfg(
     heads__family='sequential',
@@ -149,8 +149,8 @@ def test_speculation_keeps_the_distribution(name, heads):
   filters = FILTERS[name]
   c = _cfg(**filters)
   model = tiny.model(c, tiny.mesh(c))
-  # Medusa's heads begin as copies of head 1: near it with small weights; with
-  # large ones they are sure of something else.
+  # Residual heads start as copies of head 1: close to it with small weights, and
+  # confidently different with large ones.
   scale = {'good': 0.1, 'bad': 60.0}[heads]
   model = model.replace(
     heads=jax.tree.map(lambda w: scale * w, model.heads), unembed=6 * model.unembed
@@ -163,7 +163,7 @@ def test_speculation_keeps_the_distribution(name, heads):
     statistic, bound = _chi_square(decoding.lists(decoded), exact)
     assert statistic < bound, (widths, statistic, bound)
   assert 0 < decoded.acceptance_J[0] < 0.95
-  # One text in ten said too often would have been seen.
+  # A text that is a tenth too frequent would be detected.
   likeliest = max(exact, key=exact.get)
   texts = decoding.lists(decoded)
   spoilt = [likeliest if i % 10 == 0 else t for i, t in enumerate(texts)]
@@ -171,7 +171,7 @@ def test_speculation_keeps_the_distribution(name, heads):
   assert statistic > bound
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_row_does_not_depend_on_batch():
   c = decoding.cfg('sequential', 3, decode__temperature=0.9)
   decode = decoding.make(c)
   mine = np.array([1, 2, 3])
@@ -188,7 +188,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
   assert decoding.lists(again)[1] != texts[0]
 
 
-def test_another_temperature_compiles_nothing():
+def test_changing_temperature_does_not_recompile():
   from mtp_jax.decode import speculative
 
   prompts = [np.array([1, 2])] * 2

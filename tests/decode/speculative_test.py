@@ -1,4 +1,4 @@
-"""Drafts change how fast a text is written, never which."""
+"""Speculative decoding changes the number of forward passes, never the text."""
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ DRAFTS = {1: (), 2: (1,), 3: (1, 1), 4: (1, 1, 1)}
 
 
 def one_of(*families):
-  """A test of some families only."""
+  """Parametrizes a test over some families."""
   return pytest.mark.parametrize('family', families, indirect=True)
 
 
 @pytest.fixture(scope='module', params=FAMILIES)
 def family(request):
-  """One after the other, so that a decoder is made once."""
+  """Groups tests by family, so that a decoder is created once."""
   return request.param
 
 
@@ -32,24 +32,24 @@ def decode(family):
 
 
 @pytest.mark.parametrize('W', [1, 3, 4])
-def test_greedy_text_is_that_of_float64(family, decode, W):
+def test_greedy_text_equals_float64_reference(family, decode, W):
   decoded = decode(widths=DRAFTS[W])
   assert decoding.lists(decoded) == decoding.greedy(family)
-  asked_J, accepted_J = decoded.asked_J, decoded.accepted_J
-  assert len(asked_J) == W - 1
+  proposed_J, accepted_J = decoded.proposed_J, decoded.accepted_J
+  assert len(proposed_J) == W - 1
   if W > 1:
-    # Some drafts stand and some fall, or this test would show nothing.
-    assert 0 < accepted_J[0] < asked_J[0]
-    assert (asked_J[1:] <= accepted_J[:-1]).all()
+    # The test needs both accepted and rejected drafts.
+    assert 0 < accepted_J[0] < proposed_J[0]
+    assert (proposed_J[1:] <= accepted_J[:-1]).all()
     assert decoded.forwards.sum() < decoded.n_tokens
 
 
-def test_a_tree_of_drafts_changes_nothing_but_the_pace(family, decode):
+def test_tree_drafts_do_not_change_greedy_text(family, decode):
   tree_changes_nothing_but_the_pace(family, decode, (3, 2))
 
 
 @one_of('parallel', 'anticausal', 'sequential')
-def test_a_deep_tree_changes_nothing_but_the_pace(family, decode):
+def test_deep_tree_does_not_change_greedy_text(family, decode):
   tree_changes_nothing_but_the_pace(family, decode, (2, 1, 3))
 
 
@@ -60,8 +60,8 @@ def tree_changes_nothing_but_the_pace(family, decode, widths):
   assert decoded.forwards.sum() < chain.forwards.sum()
 
 
-def test_the_same_program_without_acceptance_writes_the_same(family):
-  """2,000 tokens, ragged rows; nothing but what stands differs."""
+def test_max_accept_zero_does_not_change_text(family):
+  """2,000 tokens, ragged rows; only acceptance differs."""
   decode = decoding.with_rows(decoding.cfg(family, decode__max_new_tokens=42))
   rng = np.random.default_rng(0)
   prompts = [
@@ -71,7 +71,7 @@ def test_the_same_program_without_acceptance_writes_the_same(family):
 
 
 @one_of('causal')
-def test_long_texts_without_acceptance_are_the_same(family):
+def test_max_accept_zero_does_not_change_long_texts(family):
   decode = decoding.with_rows(decoding.cfg(family, decode__max_new_tokens=500), rows=4)
   writes_the_same_without_acceptance(decode, PROMPTS, new=500)
 
@@ -86,18 +86,18 @@ def writes_the_same_without_acceptance(decode, prompts, new):
 
 
 @pytest.mark.parametrize('widths', [(1, 1), (1, 1, 1), (3, 2)])
-def test_drafts_are_what_the_heads_say(family, widths):
+def test_drafts_equal_head_argmax(family, widths):
   drafts_are_what_the_heads_say(decoding.cfg(family), widths)
 
 
 @one_of('parallel', 'anticausal', 'linear', 'recursive')
-def test_sampled_drafts_are_what_the_heads_say(family):
+def test_sampled_drafts_follow_head_distributions(family):
   c = decoding.cfg(family, decode__temperature=1.3)
   drafts_are_what_the_heads_say(c, (1, 1))
 
 
 def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
-  """Cached = full forward, for all heads: after each pass the drafts are those
+  """Cached = full forward, for all heads: after each forward pass the drafts are those
   of the whole text so far, with what was drafted as the tokens that are fed.
 
   trained: (Config, model) of those heads of the model that are in use.
@@ -137,9 +137,9 @@ def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
             assert got.tolist() == best.tolist()
 
 
-def test_what_is_computed_where(family):
-  """FLOPs of a pass, as traced, are those of the module's docstring: heads 2..W
-  have queries, MLP and logits where they are needed."""
+def test_products_per_forward_pass(family):
+  """Traced FLOPs per forward pass: heads 2..W compute queries, MLP and logits only
+  at the positions where they are needed."""
   c, W, B, S = decoding.cfg(family), 4, decoding.ROWS, 64
   made = decoding.make(c)
   s = setup.setup(c, 4, (1, 1, 1))
@@ -154,8 +154,8 @@ def test_what_is_computed_where(family):
   keys = 2 * D * 2 * GH
   rest = 2 * 2 * D * NH + 3 * 2 * D * m.ff_width + 2 * 2 * NH * S
 
-  def layer(positions, asked):
-    return positions * keys + asked * rest
+  def layer(positions, queries):
+    return positions * keys + queries * rest
 
   square, again = 2 * D * D, 2 * W - 2
   further = {
@@ -181,7 +181,7 @@ def test_what_is_computed_where(family):
     ('sequential', 'tied'),
   ],
 )
-def test_text_and_drafts_under_each_unembedding(family, unembedding):
+def test_text_and_drafts_with_each_unembedding(family, unembedding):
   c = decoding.cfg(family, 3, heads__unembedding=unembedding)
   wanted = decoding.greedy(family, 3, unembedding=unembedding)
   assert decoding.lists(decoding.with_rows(c)()) == wanted
@@ -189,9 +189,9 @@ def test_text_and_drafts_under_each_unembedding(family, unembedding):
 
 
 @one_of('anticausal', 'causal', 'recursive')
-def test_heads_that_did_not_train_are_not_used(family):
-  """Under a curriculum heads 1..m are active; an anticausal chain begins at m,
-  so that head 1 says something else than with all heads."""
+def test_untrained_heads_do_not_draft(family):
+  """Under a curriculum heads 1..m are active; an anticausal chain starts at m, so that
+  head 1's logits differ from those with all heads."""
   c = decoding.cfg(family)
   model = tiny.model(c, tiny.mesh(c))
   fewer = decoding.with_rows(c, model, active=2)
@@ -212,7 +212,7 @@ def oracle_greedy(c, model):
   return [oracle.greedy(params, p, c.decode.max_new_tokens, shape) for p in PROMPTS]
 
 
-def test_perfect_drafts_all_stand_and_stops_cut_them():
+def test_perfect_drafts_are_all_accepted_up_to_a_stop():
   c, model = decoding.counter()
   decode = decoding.make(c, model)
   prompts = [np.array([0]), np.array([4, 5, 6])]
@@ -222,8 +222,8 @@ def test_perfect_drafts_all_stand_and_stops_cut_them():
     assert tokens.tolist() == wanted.tolist()
   # The first pass has no drafts: 1 + 9 x 4 + 3 of the last one's 4.
   assert decoded.forwards.tolist() == [11, 11]
-  assert decoded.asked_J.tolist() == decoded.accepted_J.tolist()
-  assert decoded.asked_J.tolist() == [20, 20, 20]
+  assert decoded.proposed_J.tolist() == decoded.accepted_J.tolist()
+  assert decoded.proposed_J.tolist() == [20, 20, 20]
   assert decoded.acceptance_J == [1.0, 1.0, 1.0]
   # Rows end at each place of a pass: the third token, the second of its pass
   # of four; the first; the second; the fifth; the eighth.
@@ -237,7 +237,7 @@ def test_perfect_drafts_all_stand_and_stops_cut_them():
   assert [len(t) for t in both.tokens] == [3, 5]
 
 
-def test_limits_cut_a_pass_too():
+def test_max_new_tokens_truncates_a_forward_pass():
   c, model = decoding.counter()
   for new in (1, 2, 5, 6):
     decoded = decoding.decode(
@@ -249,9 +249,9 @@ def test_limits_cut_a_pass_too():
 
 @pytest.mark.parametrize('family', ['parallel', 'sequential'])
 @pytest.mark.parametrize('widths', [(1, 1, 1), (3, 2)])
-def test_a_cache_is_full_to_its_last_slot(family, widths):
+def test_cache_is_used_to_its_last_slot(family, widths):
   s = setup.tree(widths)
-  cache = decoder_lib.SLOTS - (len(s.depth_M) - 1)  # not a slot is left over
+  cache = decoder_lib.SLOTS - (len(s.depth_M) - 1)  # no spare slot
   c = decoding.cfg(family, decode__max_new_tokens=cache)
   decoded = decoding.with_rows(c)(widths=widths, cache=cache)
   wanted = decoding.greedy(family, new=cache)
@@ -260,7 +260,7 @@ def test_a_cache_is_full_to_its_last_slot(family, widths):
     assert tokens.tolist() == all_of_it[: len(tokens)]
 
 
-def test_a_tampered_head_changes_the_pace_only():
+def test_perturbed_head_changes_acceptance_only():
   c = decoding.cfg('parallel')
   model = tiny.model(c, tiny.mesh(c))
   spoilt = jax.tree.map(lambda w: jnp.concatenate([w[:1], -3.0 * w[1:]]), model.heads)
@@ -286,7 +286,7 @@ def test_a_tampered_head_changes_the_pace_only():
     ('recursive', 1.0, (2, 2, 2)),
   ],
 )
-def test_sharded_equals_single(family, temperature, mesh):
+def test_sharded_decoding_equals_single_device(family, temperature, mesh):
   texts = []
   for data, fsdp, tensor in ((1, 1, 1), mesh):
     c = decoding.cfg(
@@ -302,15 +302,15 @@ def test_sharded_equals_single(family, temperature, mesh):
   assert len({tuple(t) for t in texts[0]}) >= 3
 
 
-def test_a_tree_on_a_mesh():
+def test_tree_decoding_on_a_mesh():
   c = decoding.cfg('linear', mesh__fsdp=2, mesh__tensor=2)
   decoded = decoding.decode(c, widths=(2, 2))
   assert decoding.lists(decoded) == decoding.greedy('linear')
 
 
 @pytest.mark.parametrize('kv_heads', [1, 4])
-def test_any_number_of_key_heads_and_a_row_alone(kv_heads):
-  """A single row on a mesh that splits heads, which a reshape may confuse."""
+def test_any_number_of_kv_heads_and_a_single_row(kv_heads):
+  """A single row on a mesh that shards heads, which a reshape might get wrong."""
   texts = []
   for tensor in {1, kv_heads}:
     c = decoding.cfg(n=2, model__n_kv_heads=kv_heads, mesh__tensor=tensor)
@@ -322,7 +322,7 @@ def test_any_number_of_key_heads_and_a_row_alone(kv_heads):
 
 
 @pytest.mark.parametrize('family', ['anticausal', 'recursive'])
-def test_bfloat16_writes_one_text_at_any_width(family):
+def test_bfloat16_text_does_not_depend_on_width(family):
   c = decoding.cfg(family, 3, model__compute_dtype='bfloat16')
   decode = decoding.make(c)
   prompts = [np.array(p) for p in PROMPTS]
@@ -332,14 +332,14 @@ def test_bfloat16_writes_one_text_at_any_width(family):
   assert decoded.accepted_J[0] > 0
 
 
-def test_a_module_that_serves_all_heads_is_there_once():
+def test_shared_module_is_stored_once():
   made = decoding.make(decoding.cfg('recursive'))
   assert len(made._weights.heads) == 1
   once = made.read_bytes(DRAFTS[2]) - made.read_bytes(())
   assert made.read_bytes(DRAFTS[4]) - made.read_bytes(()) == 3 * once
 
 
-def test_a_stop_ends_a_sampled_row_and_one_of_a_tree():
+def test_stop_token_ends_sampled_and_tree_rows():
   c = decoding.cfg('linear', decode__temperature=1.0)
   free = decoding.with_rows(c)(widths=(1, 1))
   stop = int(free.tokens[1][5])
@@ -352,7 +352,7 @@ def test_a_stop_ends_a_sampled_row_and_one_of_a_tree():
       assert text == whole[:n]
 
 
-def test_chunks_of_a_prompt_change_nothing():
+def test_prefill_chunk_size_does_not_change_text():
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 8, n) for n in (40, 3, 33, 17)]
   texts = []
@@ -364,7 +364,7 @@ def test_chunks_of_a_prompt_change_nothing():
   assert texts[1] == texts[3] == texts[5]
 
 
-def test_lengths_of_one_bucket_share_a_program():
+def test_cache_lengths_of_one_bucket_share_a_program():
   decode = decoding.make(decoding.cfg('linear', 2, decode__seed=3))
   decode([np.arange(5), np.arange(7)])
   decode([np.arange(1), np.arange(1)])
@@ -377,8 +377,8 @@ def test_lengths_of_one_bucket_share_a_program():
   assert before == after
 
 
-def test_a_narrow_cache_is_near():
-  """bfloat16 keys and values move logits a little, so text may part late."""
+def test_bfloat16_cache_is_close():
+  """bfloat16 keys and values perturb logits slightly, so texts may diverge late."""
   c = decoding.cfg(n=2, decode__cache_dtype='bfloat16')
   texts = decoding.lists(decoding.decode(c))
   same = [
@@ -388,11 +388,11 @@ def test_a_narrow_cache_is_near():
   assert sum(same) > 0.5 * 4 * decoding.NEW
 
 
-def test_each_gets_the_text_as_it_grows():
+def test_callback_streams_new_tokens():
   c = decoding.cfg(decode__stream_every=3)
   seen = []
   decoded = decoding.with_rows(c)([PROMPTS[1]], each=seen.append)
-  for rows in seen:  # also those whose buffers were donated since
+  for rows in seen:  # also those whose buffers have since been donated
     assert rows[0].tolist() == decoded.tokens[0][: len(rows[0])].tolist()
   lengths = [len(rows[0]) for rows in seen]
   assert lengths == sorted(lengths) and len(lengths) > 3
@@ -400,7 +400,7 @@ def test_each_gets_the_text_as_it_grows():
   assert decoding.lists(decoded) == [decoding.greedy('parallel')[1]]
 
 
-def test_whole_pass_equals_the_last_logits():
+def test_next_logits_equal_cached_decoding():
   c = decoding.cfg('anticausal')
   decode = decoding.make(c)
   params = tiny.flat(tiny.model(c, tiny.mesh(c)))

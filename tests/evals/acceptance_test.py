@@ -39,7 +39,7 @@ def test_acceptance_matches_decoding_of_the_same_prompts(undisturbed, tmp_path, 
   (decoded,) = counted
   assert len(decoded.tokens) == 5 and given == [(257,)]
   assert found['tokens_per_forward'] == decoded.tokens_per_forward
-  rate = decoded.accepted_J[0] / decoded.asked_J[0]
+  rate = decoded.accepted_J[0] / decoded.proposed_J[0]
   assert found['accepted_2'] == rate
   assert found['accepted_2_low'] <= rate <= found['accepted_2_high']
 

@@ -1,4 +1,4 @@
-"""What one version of Python and jax has written, read by another.
+"""Files written by one version of Python, jax or mtp_jax, read by another.
 
   python -m tests.golden write DIR    with the one: a store, a run of three of
                                       six steps, its export, and their outputs
@@ -148,8 +148,8 @@ def mixture(top: str) -> str:
 
 
 def keep(path: pathlib.Path = KEPT) -> None:
-  """Two stores, half a run on a mixture of them, its exports, what it says of
-  held-out text, and the losses of the steps that were not done yet."""
+  """Writes two stores, half a run on a mixture of them, its exports, its held-out
+  losses and text, and the losses of the remaining steps."""
   with tempfile.TemporaryDirectory() as top:
     runs.make_store(f'{top}/a')
     runs.make_store(f'{top}/b', seed=1)

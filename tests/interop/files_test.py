@@ -187,7 +187,7 @@ def test_invalid_safetensors_offsets_raise(tmp_path, offsets, problem):
   path = tmp_path / 'x.safetensors'
   path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(16))
   line = _refused(files.read, str(path))
-  assert line.startswith(f'--import.path={path}: ') and problem in line
+  assert line.startswith(f'{path}: ') and problem in line
 
 
 @pytest.mark.parametrize('field', ['num_hidden_layers', 'prediction_heads'])

@@ -672,21 +672,12 @@ def test_wrong_import_format_suggests_the_other(tmp_path, capsys):
 def test_missing_extra_is_named(command, form, missing, extra, tmp_path, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, missing, None)  # importing it raises
   (tmp_path / 'in').mkdir()
-  from_ = 'import.path' if command == 'import' else 'export.checkpoint'
-  to = 'train.workdir' if command == 'import' else 'export.out'
+  args = {
+    'import': [f'--import.path={tmp_path / "in"}', f'--train.workdir={tmp_path / "out"}'],
+    'export': [f'{tmp_path / "in"}', f'--export.out={tmp_path / "out"}'],
+  }[command]
   assert (
-    main.main(
-      [
-        command,
-        f'--{from_}={tmp_path / "in"}',
-        f'--{to}={tmp_path / "out"}',
-        f'--{command}.format={form}',
-        '--train.compilation_cache=',
-      ]
-    )
-    == 2
+    main.main([command, *args, f'--{command}.format={form}', '--train.compilation_cache=']) == 2
   )
-  assert capsys.readouterr().err == (
-    f'mtp: --{command}.format={form}: needs {missing}: pip install "mtp_jax[{extra}]"\n'
-  )
+  assert capsys.readouterr().err == (f'mtp: {missing}: is needed: pip install "mtp_jax[{extra}]"\n')
   assert not (tmp_path / 'out').exists()

@@ -372,7 +372,7 @@ def test_training_starts_from_imported_parameters(store, tmp_path, capsys):
   )
   capsys.readouterr()
   assert runs.train(store, run, model__d_ff=24) == 2
-  assert f'parameters of {run}, which it begins with, have 32' in (capsys.readouterr().err)
+  assert f'parameters of {run}, which it is initialized from, have 32' in (capsys.readouterr().err)
   kept = dict(train__checkpoint_every=1, train__max_to_keep=6)
   assert runs.train(store, run, **kept) == 0
   first = runs.restored(run, 1).params
@@ -476,7 +476,7 @@ def test_llama_import_head_training_and_export(store, tmp_path, capsys):
     )
     == 0
   )
-  assert 'head 1 as it was; heads 2 to 3 new, as head 1' in (capsys.readouterr().out)
+  assert 'head 1 unchanged; heads 2 to 3 new, copied from head 1' in (capsys.readouterr().out)
   assert main.main(['export', f'{trained}', f'--export.out={out}', *here]) == 0
   expected = _greedy(tmp_path / 'in')
   assert _greedy(out) == expected
@@ -571,13 +571,11 @@ def test_wrong_tensor_size_raises(tmp_path):
 
 
 def _command(command, from_, to, *more):
-  names = {
-    'import': ('import.path', 'train.workdir'),
-    'export': ('export.checkpoint', 'export.out'),
+  args = {
+    'import': [f'--import.path={from_}', f'--train.workdir={to}'],
+    'export': [str(from_), f'--export.out={to}'],
   }[command]
-  return main.main(
-    [command, f'--{names[0]}={from_}', f'--{names[1]}={to}', '--mesh.fsdp=-1', NO_CACHE, *more]
-  )
+  return main.main([command, *args, '--mesh.fsdp=-1', NO_CACHE, *more])
 
 
 def test_export_dtype(tmp_path):

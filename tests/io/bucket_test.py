@@ -77,7 +77,7 @@ def test_resume_from_bucket_matches_run_on_disk(server, store, undisturbed, monk
   monkeypatch.undo()
   assert runs.train(store, where) == 0
   out = capsys.readouterr().out
-  assert 'step 4 of 6, 2 to go' in out and f'writing to {where}' in out
+  assert 'step 4 of 6, 2 remaining' in out and f'writing to {where}' in out
   runs.assert_same(runs.restored(where, 6), runs.restored(undisturbed, 6))
   assert runs.records(where) == runs.records(undisturbed)
   sessions = goodput.summary(goodput.read(where))['sessions']
@@ -94,7 +94,7 @@ def test_resume_from_bucket_matches_run_on_disk(server, store, undisturbed, monk
   # Two starts within a second share a name, as on disk.
   assert any(b'train/loss' in data for data in found)
   assert runs.train(store, where) == 0  # already finished
-  assert 'is trained already, to step 6' in capsys.readouterr().out
+  assert 'training already finished (step 6)' in capsys.readouterr().out
 
 
 def test_incomplete_checkpoint_in_bucket_is_ignored(server, store, undisturbed, finished):
@@ -114,14 +114,14 @@ def test_corrupt_checkpoint_in_bucket_falls_back(server, store, undisturbed, fin
   data = bytearray(server.objects['bucket'][largest].data)
   data[len(data) // 2] ^= 1
   server.put('bucket', largest, data)
-  wrong = f'checkpoint 6 is damaged: {largest.split("/6/")[1]} has other bytes'
+  wrong = f'checkpoint 6 is corrupt: {largest.split("/6/")[1]} does not match'
   flags = dict(train__checkpoint_every=3)
   assert runs.train(store, where, **flags) == 0
   out = capsys.readouterr().out
-  assert wrong in out and 'goes on from step 3' in out
+  assert wrong in out and 'resuming from step 3' in out
   runs.assert_same(runs.restored(where, 6), runs.restored(undisturbed, 6))
   assert runs.records(where) == runs.records(undisturbed)
-  aside = _names(server, 'flipped/checkpoints/6.damaged')
+  aside = _names(server, 'flipped/checkpoints/6.corrupt')
   assert aside == _names(server, 'finished/checkpoints/6')
 
 
@@ -177,7 +177,7 @@ def test_commands_read_from_and_write_to_bucket(server, undisturbed, finished, t
   for path in (tmp_path / 'hf').iterdir():
     assert server.get('bucket', f'hf/{path.name}').data == path.read_bytes()
   again = _fails(capsys, 'export', f'{finished}', '--export.out=gs://bucket/hf', *HERE)
-  assert again == ('--export.out=gs://bucket/hf: is not empty; choose another directory')
+  assert again == ('gs://bucket/hf: is not empty; choose another directory')
 
   args = [f'--import.path={tmp_path / "hf"}', '--train.workdir=gs://bucket/in']
   assert main.main(['import', *args, *HERE]) == 0
@@ -206,7 +206,7 @@ def test_init_from_a_run_in_bucket(server, undisturbed, finished, tmp_path, caps
     '--train.profile_steps=1',
   ]
   assert main.main([*args, *HERE]) == 0
-  assert f'begins with {finished}, step 6' in capsys.readouterr().out
+  assert f'initialized from {finished}, step 6' in capsys.readouterr().out
   there = 'gs://bucket/profiled'
   assert main.main([*args, f'--train.workdir={there}', *HERE]) == 0
   (trace,) = _names(server, 'profiled/profile')[-1:]
@@ -384,7 +384,7 @@ def test_bucket_errors_are_one_line(server, store, capsys, monkeypatch):
     'gs://bucket/none: no complete checkpoint'
   )
   expected = (
-    'gs://bucket/store: a store is read in place: copy it to a disk of each'
+    'gs://bucket/store: a store must be a local path: copy it to a disk of each'
     ' host, or mount the bucket, and give that path'
   )
   for args in (['train', *runs.args(store, 'gs://bucket/run')], ['prepare']):

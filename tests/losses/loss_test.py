@@ -1,4 +1,4 @@
-"""The loss: one value and one gradient, whatever computes it."""
+"""The loss: equal values and gradients of every implementation and option."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ TOLERANCE = dict(rtol=2e-4, atol=2e-6)
 
 FAMILIES = tuple(heads.FAMILIES)
 # Where any value closes as many pairs, a row takes the first: several heads.
-WHAT = dict(  # changes the value
+WHAT = dict(  # options that change the value
   family=FAMILIES,
   n=(3, 1),
   unembedding=('shared', 'replicated', 'tied'),
@@ -29,7 +29,7 @@ WHAT = dict(  # changes the value
   stride=(3, 1),
   order=(0.0, 0.7),
 )
-HOW = dict(  # must not
+HOW = dict(  # options that must not
   schedule=('remat', 'interleaved'),
   chunk=(4, 0),
   accumulate=(1, 2),
@@ -77,7 +77,7 @@ def _cfg(
 
 @functools.cache
 def _dense(packed, **what):
-  """(total, loss_K, gradients) with everything unrolled and alive at once."""
+  """Computes (total, loss_K, gradients) unrolled, with all logits in memory."""
   c = _cfg(**what)
   m = tiny.mesh(c)
   rows = sharding.put_batch(m, tiny.batch(c, packed=packed))
@@ -105,7 +105,7 @@ def _id(row):
 
 @pytest.mark.parametrize('row', pairwise.rows(WHAT | HOW), ids=_id)
 def test_equals_oracle(row):
-  """However it is scheduled, cut, sharded and accumulated."""
+  """For any backward strategy, chunk size, sharding and accumulation."""
   row = dict(row)
   packed = row.pop('packed')
   c = _cfg(**row)
@@ -132,11 +132,11 @@ def test_equals_oracle(row):
   np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
   np.testing.assert_allclose(sums['accuracy_K'], want['accuracy_K'], rtol=1e-5)
   if window:
-    np.testing.assert_allclose(sums['order_loss'], want['order'], rtol=1e-5)
+    np.testing.assert_allclose(sums['token_order_loss'], want['order'], rtol=1e-5)
   accepted_J = oracle.acceptance(logits, flat['position'], shape)
   np.testing.assert_array_equal(sums['accepted_K'], accepted_J)
   # Along a random direction in all entries of all parameters, by central
-  # differences: one wrong entry changes it. If it does, whose is it?
+  # differences: one wrong entry changes it; then find the parameter.
   rng = np.random.default_rng(0)
   grads = tiny.flat(grads)
   along = {path: rng.normal(size=grad.shape) / np.linalg.norm(grad) for path, grad in grads.items()}
@@ -151,7 +151,7 @@ def test_equals_oracle(row):
 
 
 @pytest.mark.parametrize('schedule, chunk', [('remat', 4), ('interleaved', 0)])
-def test_a_single_row_and_a_single_kv_head_on_one_device(schedule, chunk):
+def test_single_row_and_single_kv_head_on_one_device(schedule, chunk):
   """Of dimensions of size 1 JAX cannot tell which one is sharded."""
   c = tiny.cfg(
     heads__n=2,
@@ -168,7 +168,7 @@ def test_a_single_row_and_a_single_kv_head_on_one_device(schedule, chunk):
   np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
 
 
-def test_chunks_unless_told_hold_half_a_gib_of_logits_a_device():
+def test_default_chunk_size_bounds_logits_per_device():
   c = tiny.cfg(data__seq_len=2048, model__vocab_size=32_000)
   chunk_size = cross_entropy.chunk_size
   assert chunk_size(1, 2048, c) == 2048  # 250 MiB
@@ -196,7 +196,7 @@ FULL = WHAT | HOW | dict(family=('parallel',), unembedding=('shared',), stride=(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('values', itertools.product(*FULL.values()), ids=str)
-def test_full_product_equals_dense(values):
+def test_full_option_product_equals_dense(values):
   _equals_dense(dict(zip(FULL, values, strict=True)))
 
 
@@ -217,7 +217,7 @@ def test_targets_on_a_periodic_sequence():
     np.testing.assert_array_equal(targets_KBT[k - 1, 0], (np.arange(16) + k) % 5)
 
 
-def test_leaping_heads_ask_for_tokens_a_stride_apart():
+def test_strided_targets():
   tokens_BU = jnp.arange(23)[None]
   c = tiny.cfg(heads__n=3, heads__stride=3)
   assert c.heads.offsets == (1, 4, 7) and c.span == 7
@@ -237,7 +237,7 @@ def test_targets_never_cross_a_document():
   np.testing.assert_array_equal(valid_KBT[:, 0], brute)
 
 
-def test_batch_without_a_target_gives_zero_and_finite_gradients():
+def test_batch_without_targets_has_zero_loss_and_finite_gradients():
   for schedule in ('remat', 'interleaved'):
     c = tiny.cfg(heads__n=3, loss__backward=schedule, loss__z_loss=1e-2)
     rows = tiny.batch(c)
@@ -249,7 +249,7 @@ def test_batch_without_a_target_gives_zero_and_finite_gradients():
       np.testing.assert_array_equal(g, 0)
 
 
-def test_a_head_is_divided_by_its_own_count():
+def test_loss_of_a_head_is_normalized_by_its_own_count():
   # Documents of three tokens: head 1 has two targets of each, head 2 one, and
   # head 3 none.
   c = tiny.cfg(heads__n=3)
@@ -262,9 +262,9 @@ def test_a_head_is_divided_by_its_own_count():
   np.testing.assert_allclose(total, want['total'], rtol=1e-5)
 
 
-def test_micro_batches_of_unequal_counts_sum_exactly():
-  # The first micro-batch holds more valid targets than the others, which hold
-  # documents of three tokens; none is without.
+def test_micro_batches_with_unequal_counts_sum_exactly():
+  # The first micro-batch has more valid targets than the others, whose documents have
+  # three tokens; each has some.
   one, four = (tiny.cfg(heads__n=2, train__grad_accum_steps=a) for a in (1, 4))
   rows = tiny.batch(one, packed=False)
   rows['position'][:, 2:] = np.arange(rows['position'].shape[-1]) % 3
@@ -281,7 +281,7 @@ def test_micro_batches_of_unequal_counts_sum_exactly():
   'family, schedule',
   [('parallel', 'remat'), ('parallel', 'interleaved'), ('residual', 'interleaved')],
 )
-def test_head_gradient_norms_are_those_of_each_head_alone(schedule, family):
+def test_head_gradient_norms_equal_separate_heads(schedule, family):
   c = tiny.cfg(heads__n=3, loss__backward=schedule, train__grad_accum_steps=2, heads__family=family)
   _, (_, norm2_K) = tiny.value_and_grad(c, tiny.batch(c))
   want_K = _dz_norm2(tiny.cfg(heads__n=3, heads__family=family))
@@ -289,7 +289,7 @@ def test_head_gradient_norms_are_those_of_each_head_alone(schedule, family):
 
 
 @pytest.mark.parametrize('family', ['anticausal', 'sequential'])
-def test_head_gradient_norms_of_a_chain_agree_between_schedules(family):
+def test_head_gradient_norms_of_a_chain_agree_between_strategies(family):
   norms = []
   for schedule in ('remat', 'interleaved'):
     c = tiny.cfg(heads__n=3, loss__backward=schedule, heads__family=family)
@@ -336,7 +336,7 @@ def _dz_norm2(c):
     return norms(tiny.model(c, m), rows['tokens'][0], rows['position'][0])
 
 
-def test_z_loss_is_reported_apart_and_inside():
+def test_z_loss_is_part_of_the_loss_and_reported():
   c = tiny.cfg(heads__n=3, loss__z_loss=1e-2)
   plain = tiny.cfg(heads__n=3)
   (_, a), _ = tiny.value_and_grad(c, tiny.batch(c))
@@ -345,7 +345,7 @@ def test_z_loss_is_reported_apart_and_inside():
   np.testing.assert_allclose(a['loss_K'] - a['z_loss_K'], b['loss_K'], rtol=1e-5)
 
 
-def test_weights_by_step():
+def test_loss_weights_by_step():
   c = tiny.cfg(heads__n=3, loss__weights='0:1,.3;10:1,.1,.2')
   for step, want in ((0, [1, 0.3, 0.3]), (9, [1, 0.3, 0.3]), (10, [1, 0.1, 0.2])):
     np.testing.assert_allclose(targets.weights(jnp.int32(step), c), want)
@@ -363,7 +363,7 @@ def test_weights_by_step():
     ),
   ],
 )
-def test_inactive_heads_cost_nothing_and_get_no_gradient(family):
+def test_inactive_heads_have_no_flops_and_no_gradient(family):
   c = tiny.cfg(heads__n=3, heads__family=family)
   rows = tiny.batch(c)
   (total, sums), (grads, _) = tiny.value_and_grad(c, rows, n_active=2)
@@ -374,7 +374,7 @@ def test_inactive_heads_cost_nothing_and_get_no_gradient(family):
   used = heads.n_modules(c, 2)
   for g in jax.tree.leaves(grads.heads):
     assert np.any(g[:used]) and not np.any(g[used:])
-  # No FLOP for them: as many as a model has that never heard of them.
+  # No FLOPs: as many as a model without them.
   one = tiny.cfg(
     heads__n=1, heads__family=family, model__n_layers=c.model.n_layers - 2 * c.heads.block_first
   )
@@ -390,7 +390,7 @@ def _flops(c, n_active):
     return lowered.cost_analysis()['flops']
 
 
-def test_counts_and_bytes():
+def test_target_counts_and_bytes():
   c = tiny.cfg(heads__n=2, train__grad_accum_steps=2)
   rows = tiny.batch(c)
   bytes_V = np.arange(32, dtype=np.int32)
@@ -410,7 +410,7 @@ def test_counts_and_bytes():
 
 
 def test_acceptance_is_agreement_with_head_1_not_label_accuracy():
-  # Head 2 repeats what head 1 will say next; both are wrong about the text.
+  # Head 2 predicts head 1's next argmax; both differ from the text.
   argmax_KBT = jnp.array([[[7, 8, 9, 7]], [[8, 9, 5, 0]], [[9, 0, 0, 0]]])
   accepted_K = targets.acceptance(argmax_KBT, jnp.ones((1, 4), bool))
   np.testing.assert_array_equal(accepted_K, [2, 2, 1])
@@ -418,20 +418,20 @@ def test_acceptance_is_agreement_with_head_1_not_label_accuracy():
   np.testing.assert_array_equal(masked, [1, 1, 0])
 
 
-def test_between_leaps_a_draft_is_that_of_the_token_before():
-  # Stride 2, one leap: head 2 at t - 1 drafts t + 2, at t it drafts t + 3.
+def test_strided_acceptance_uses_drafts_of_earlier_positions():
+  # Stride 2: head 2 at t - 1 drafts t + 2, at t it drafts t + 3.
   argmax_KBT = jnp.array([[[1, 2, 3, 4, 5, 6]], [[3, 4, 0, 6, 7, 8]]])
   valid_BT = jnp.ones((1, 6), bool)
   accepted_J = targets.acceptance(argmax_KBT, valid_BT, stride=2)
-  # t = 1, 2, 3; t + 2 of them says 3, 4, 0 where head 1 says 3, 4, 5; of the
-  # two that go on, t + 3 says 4, 0 where head 1 says 4, 5.
+  # t = 1, 2, 3: the drafts of t + 2 are 3, 4, 0, head 1's argmax 3, 4, 5; of the two
+  # accepted, the drafts of t + 3 are 4, 0, head 1's argmax 4, 5.
   np.testing.assert_array_equal(accepted_J, [3, 2, 1])
   # A document that starts at t = 1 has no token before.
   masked = targets.acceptance(argmax_KBT, valid_BT.at[0, 0].set(False), 2)
   np.testing.assert_array_equal(masked, [2, 1, 0])
 
 
-def test_the_order_is_a_softmax_of_nearness_over_first_occurrences():
+def test_token_order_targets_are_a_softmax_over_first_occurrences():
   c = tiny.cfg(loss__token_order_weight=1.0, loss__token_order_window=5, heads__n=1)
   tokens_BU = jnp.array([[9, 7, 7, 5, 9, 7, 5, 2, 2, 2, 2, 2]])
   position_BU = jnp.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]])
@@ -442,11 +442,11 @@ def test_the_order_is_a_softmax_of_nearness_over_first_occurrences():
   np.testing.assert_allclose(p_WBT[:, 0, 0], at_0 / at_0.sum(), rtol=1e-6)
   np.testing.assert_allclose(p_WBT[:, 0, 3], at_3 / at_3.sum(), rtol=1e-6)
   np.testing.assert_array_equal(p_WBT[:, 0, 5], 0)  # its last token
-  masked = dict(tokens=tokens_BU, position=position_BU, scored=jnp.arange(12)[None] >= 2)
+  masked = dict(tokens=tokens_BU, position=position_BU, loss_mask=jnp.arange(12)[None] >= 2)
   np.testing.assert_array_equal(token_order.token_order_targets(masked, c)[:, 0, 0], 0)
 
 
-def test_bfloat16_log_sum_exp_is_float32():
+def test_bfloat16_log_sum_exp_is_computed_in_float32():
   c = tiny.cfg(model__compute_dtype='bfloat16', heads__n=3)
   full = tiny.cfg(heads__n=3)
   (low, _), (grads, _) = tiny.value_and_grad(c, tiny.batch(c))
@@ -458,8 +458,8 @@ def test_bfloat16_log_sum_exp_is_float32():
     assert g.dtype == np.float32 and np.isfinite(g).all()
 
 
-def test_the_log_sum_exp_of_one_token_is_float32():
-  """A mean over tokens hides it: their errors cancel."""
+def test_log_sum_exp_of_one_token_is_computed_in_float32():
+  """A mean over tokens would hide errors that cancel."""
   # 32 logits of 10: 13.4657, of which bfloat16 would make 13.4375.
   loss, stats = cross_entropy.softmax_xent(
     jnp.full((1, 1, 4), 2.5, jnp.bfloat16),
@@ -507,20 +507,20 @@ def _temp_bytes(n, schedule, chunk=0, order=0.0):
 
 
 @pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
-def test_memory_is_flat_in_the_number_of_heads(schedule):
+def test_memory_is_constant_in_the_number_of_heads(schedule):
   one = _temp_bytes(1, schedule)
   assert abs(_temp_bytes(8, schedule) - one) < 0.1 * one
   assert _temp_bytes(8, schedule, chunk=16) < 0.5 * one
 
 
 @pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
-def test_memory_of_the_order_is_flat_and_falls_with_chunks(schedule):
+def test_token_order_memory_is_constant_and_falls_with_chunk_size(schedule):
   one = _temp_bytes(1, schedule, order=1.0)
   assert _temp_bytes(8, schedule, order=1.0) < 1.1 * one
   assert _temp_bytes(8, schedule, chunk=16, order=1.0) < 0.5 * one
 
 
-def test_keeping_all_logits_is_not():
+def test_memory_with_all_logits_grows_with_heads():
   assert _temp_bytes(8, 'dense') > 4 * _temp_bytes(1, 'remat')
 
 
@@ -543,7 +543,7 @@ def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
 
 
 def _reshards(jaxpr, in_loop=False):
-  """(what is resharded, whether in a loop), in all nested jaxprs."""
+  """Yields (resharded array, whether in a loop) in all nested jaxprs."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'reshard':
       yield eqn.invars[0].aval, in_loop
@@ -562,7 +562,7 @@ def _reshards_of_a_step(**changes):
 
 @pytest.mark.parametrize('family', ['parallel', 'causal'])
 @pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
-def test_the_unembedding_is_gathered_once_not_once_a_head(schedule, family):
+def test_unembedding_is_gathered_once(schedule, family):
   found = _reshards_of_a_step(loss__backward=schedule, heads__family=family, model__vocab_size=40)
   unembed_DV = [in_loop for x, in_loop in found if x.shape == (16, 40)]
   # Gathered, and its gradient scattered over fsdp, then added over data.
@@ -571,7 +571,7 @@ def test_the_unembedding_is_gathered_once_not_once_a_head(schedule, family):
 
 
 @pytest.mark.parametrize('family', ['parallel', 'causal'])
-def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient(family):
+def test_gradient_scales_with_the_cotangent(family):
   c = tiny.cfg(heads__n=2, loss__backward='interleaved', heads__family=family)
   m, two = tiny.mesh(c), jnp.ones(2)
   with jax.set_mesh(m):
@@ -594,7 +594,7 @@ def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient(family):
 
 
 @pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
-def test_shared_bfloat16_parameters_sum_their_gradients_in_float32(schedule):
+def test_gradients_of_shared_bfloat16_parameters_accumulate_in_float32(schedule):
   """Rounded once: what float32 parameters of the same values have."""
   of = dict(heads__n=4, heads__family='recursive', heads__unembedding='tied')
   narrow = tiny.cfg(**of, loss__backward=schedule, model__param_dtype='bfloat16')
@@ -613,7 +613,7 @@ def test_shared_bfloat16_parameters_sum_their_gradients_in_float32(schedule):
     )
 
 
-def test_the_gradients_dtype_is_not_the_forwards():
+def test_grad_dtype_does_not_change_the_forward_pass():
   totals = []
   for dtype in ('float32', 'bfloat16'):
     c = tiny.cfg(heads__n=3, loss__grad_dtype=dtype)
@@ -621,7 +621,7 @@ def test_the_gradients_dtype_is_not_the_forwards():
   assert totals[0] == totals[1]
 
 
-def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
+def test_norm_weights_are_not_cast_to_bfloat16():
   """A change below the spacing of bfloat16 is seen in a norm, in no matrix."""
   c = tiny.cfg(
     heads__n=2, heads__family='sequential', model__n_layers=1, model__compute_dtype='bfloat16'
@@ -658,14 +658,14 @@ def test_norm_weights_stay_out_of_a_bfloat16_compute_dtype():
   assert seen == {name: 'norm' in name for name in seen}
 
 
-def test_the_schedule_that_keeps_all_logits_computes_ours(monkeypatch):
-  """What docs/performance.md compares memory with is the same loss."""
+def test_all_logits_baseline_has_the_same_loss(monkeypatch):
+  """The baseline of docs/performance.md's memory comparison is the same loss."""
   from tests.baselines import ahead
 
   c = tiny.cfg(heads__n=3)
   rows = tiny.batch(c)
   want, _ = tiny.value_and_grad(c, rows)
-  tiny._value_and_grad.clear_cache()  # or a schedule of before would answer
+  tiny._value_and_grad.clear_cache()  # or a cached program of another strategy would be used
   monkeypatch.setitem(backward.STRATEGIES, 'interleaved', ahead.keeps_all_logits)
   got, _ = tiny.value_and_grad(tiny.cfg(heads__n=3, loss__backward='interleaved'), rows)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)

@@ -1,4 +1,4 @@
-"""Tokens that are not to be scored: targets of no head, seen by all."""
+"""Loss masks: masked tokens are inputs of all heads and targets of none."""
 
 import functools
 
@@ -11,7 +11,7 @@ from mtp_jax.evals import heldout
 from mtp_jax.losses import targets
 from tests.support import tiny
 
-# One program a schedule serves all tests.
+# One program per backward strategy serves all tests.
 REMAT = tiny.cfg(heads__n=2, model__n_layers=3, loss__chunk_size=8)
 INTERLEAVED = tiny.cfg(
   heads__n=2,
@@ -24,12 +24,12 @@ BOTH = pytest.mark.parametrize('c', [REMAT, INTERLEAVED], ids=['remat', 'interle
 
 
 def _rows(c, share=0.5):
-  """A packed batch; row 0 is a prompt throughout, row 1 scored throughout."""
+  """Returns a packed batch; row 0 is fully masked, row 1 not at all."""
   rows = tiny.batch(c)
   shape = rows['tokens'].shape
   scored_BU = np.random.default_rng(1).random((8, shape[-1])) < share
   scored_BU[0], scored_BU[1] = False, True
-  return rows | dict(scored=scored_BU.reshape(shape))
+  return rows | dict(loss_mask=scored_BU.reshape(shape))
 
 
 def _flat(rows):
@@ -69,7 +69,7 @@ def _wanted(rows, c):
 
 
 @BOTH
-def test_equals_a_mask_by_hand(c):
+def test_loss_mask_equals_reference(c):
   rows = _rows(c)
   (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
   (want, loss_K), wanted = _wanted(rows, c)
@@ -79,8 +79,8 @@ def test_equals_a_mask_by_hand(c):
 
 
 @BOTH
-def test_a_token_that_is_not_scored_counts_for_nothing(c):
-  """Tokens past the queries are targets only: without score they may be any."""
+def test_masked_tokens_do_not_affect_the_loss(c):
+  """Tokens after the last query are targets only: masked ones may be any."""
   rows = _rows(c, share=1)
   T = c.data.seq_len
   other = rows | dict(tokens=rows['tokens'].copy())
@@ -96,7 +96,7 @@ def test_a_token_that_is_not_scored_counts_for_nothing(c):
   )
 
 
-def test_with_all_scored_the_mask_changes_nothing():
+def test_full_loss_mask_equals_no_mask():
   rows = _rows(REMAT)
   rows['loss_mask'][:] = True
   masked = tiny.value_and_grad(REMAT, rows)
@@ -106,7 +106,7 @@ def test_with_all_scored_the_mask_changes_nothing():
 
 
 @BOTH
-def test_prompts_alone_give_zero(c):
+def test_fully_masked_batch_has_zero_loss(c):
   rows = _rows(c)
   rows['loss_mask'][:] = False
   (total, sums), grads = tiny.value_and_grad(c, rows)
@@ -114,7 +114,7 @@ def test_prompts_alone_give_zero(c):
   assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
-def test_held_out_losses_are_those_of_what_is_scored():
+def test_held_out_loss_uses_the_loss_mask():
   rows, m = _rows(REMAT), tiny.mesh(REMAT)
   bytes_V = jax.device_put(np.full(32, 3, np.int32), jax.NamedSharding(m, jax.P()))
   w = tiny.model(REMAT, m)

@@ -1,4 +1,4 @@
-"""TODO of tests.model.attention_test."""
+"""Attention kernels against the reference, and what they are compiled to."""
 
 import functools
 import importlib.util
@@ -54,7 +54,7 @@ def _outputs(attend, qkv, segment_BT, weight_BTNH):
   ],
   ids=lambda shape: '-'.join(f'{k}{v}' for k, v in shape.items()),
 )
-def test_a_kernel_is_the_reference(kernel, shape):
+def test_kernel_equals_reference(kernel, shape):
   args = _arrays(**shape)
   found = _outputs(KERNELS[kernel], *args)
   # Of bfloat16 inputs, against the reference in float32 throughout.
@@ -68,7 +68,7 @@ def test_a_kernel_is_the_reference(kernel, shape):
 
 
 @pytest.mark.parametrize('T', [384, 512, 1024])
-def test_splash_in_blocks_of_each_size(T):
+def test_splash_block_sizes(T):
   """384 takes blocks of 128, the others one and two of 512."""
   qkv, segment_BT, _ = _arrays(B=1, T=T, N=1, H=8)
   np.testing.assert_allclose(
@@ -78,7 +78,7 @@ def test_splash_in_blocks_of_each_size(T):
 
 @pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize('sizes', [(2, 2, 2), (8, 1, 1)], ids=str)
-def test_on_a_mesh_each_device_attends_to_its_own(monkeypatch, kernel, sizes):
+def test_sharded_kernel_equals_reference(monkeypatch, kernel, sizes):
   shards = []
 
   def local(*args, **kwargs):
@@ -107,7 +107,7 @@ def test_on_a_mesh_each_device_attends_to_its_own(monkeypatch, kernel, sizes):
   assert shards[0] == [(b, 128, 4 // tensor, 16), *2 * [(b, 128, 2 // tensor, 16)], (b, 128)]
 
 
-# kernel, what of a Config it cannot take
+# kernel, Config fields that it does not support
 LIMITS = [
   ('splash', {'data__seq_len': 64}),
   ('splash', {'data__seq_len': 192}),
@@ -118,7 +118,7 @@ LIMITS = [
 
 
 @pytest.mark.parametrize('kernel, changes', LIMITS, ids=str)
-def test_what_a_kernel_cannot_take_is_refused_and_auto_does_not(monkeypatch, kernel, changes):
+def test_unsupported_shapes_are_refused_and_auto_falls_back(monkeypatch, kernel, changes):
   monkeypatch.setattr(schema, 'KERNELS', {kernel: 'cpu'})
   fits = dict(data__seq_len=128, model__d_model=64)
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
@@ -129,7 +129,7 @@ def test_what_a_kernel_cannot_take_is_refused_and_auto_does_not(monkeypatch, ker
   assert tiny.cfg(**fits, model__attention=kernel)
 
 
-def test_without_a_kernel_of_the_platform_auto_is_the_reference():
+def test_auto_without_a_platform_kernel_is_the_reference():
   c = tiny.cfg(data__seq_len=128, model__d_model=64)
   assert attention.chosen(c) == 'reference'  # nor without a mesh
   with jax.set_mesh(tiny.mesh(c)):
@@ -144,7 +144,7 @@ def test_without_a_kernel_of_the_platform_auto_is_the_reference():
     ('reference', 4096, set()),
   ],
 )
-def test_no_array_of_a_step_for_nvidia_is_t_by_t(monkeypatch, kernel, T, calls):
+def test_step_for_nvidia_has_no_t_by_t_array(monkeypatch, kernel, T, calls):
   # No cuDNN is installed here; nothing of it is called to lower a program.
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 90500)
   m = tiny.mesh(tiny.cfg(mesh__fsdp=2, mesh__tensor=2))
@@ -171,7 +171,7 @@ print('tpu_custom_call' in text, len(ahead.squares(text, T)))
     pytest.param('reference', 4096, marks=pytest.mark.slow),
   ],
 )
-def test_no_array_of_a_step_for_tpu_is_t_by_t(kernel, T):
+def test_step_for_tpu_has_no_t_by_t_array(kernel, T):
   process = runs.process(['-c', TPU, kernel, str(T)], variables=ahead.VARIABLES)
   out, error = process.communicate()
   assert process.returncode == 0, error
@@ -182,6 +182,6 @@ def test_no_array_of_a_step_for_tpu_is_t_by_t(kernel, T):
     assert (called, squares) == ('True', '0')
 
 
-def test_squares_are_seen_in_either_language():
+def test_t_by_t_arrays_are_detected_in_hlo_and_stablehlo():
   text = 'f32[2,64,64]{2,1,0} bf16[64,4] tensor<64x1x64xbf16> tensor<64xi1>'
   assert ahead.squares(text, 64) == ['f32[2,64,64]', 'tensor<64x1x64xbf16>']

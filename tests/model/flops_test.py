@@ -1,4 +1,4 @@
-"""FLOPs by formula: by hand, by XLA's own count, and the published ratios."""
+"""FLOPs by formula against values by hand, XLA's cost analysis, published ratios."""
 
 import functools
 
@@ -20,13 +20,13 @@ LAYER = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 2 * (2 * 8 * 16)
 UNEMBEDDING = 2 * 16 * 32
 
 
-def test_of_a_token():
+def test_flops_per_token():
   cfg = tiny.cfg(heads__n=2)  # six layers, two of them heads
   assert flops.flops_per_token(cfg, 2) == 3 * (6 * LAYER + 2 * UNEMBEDDING)
   assert flops.flops_per_token(cfg, 1) == 3 * (5 * LAYER + UNEMBEDDING)
 
 
-def test_masked_scores_are_twice_those_that_are_skipped():
+def test_non_causal_attention_flops_are_twice_causal():
   cfg = tiny.cfg(heads__n=2)
   skipped = 3 * 6 * 2 * (2 * 8 * 16)
   more = flops.flops_per_token(cfg, 2, causal=False)
@@ -44,7 +44,7 @@ def test_masked_scores_are_twice_those_that_are_skipped():
     ('recursive', LAYER + 2 * 32 * 16),
   ],
 )
-def test_of_a_family(family, module):
+def test_flops_per_token_of_each_family(family, module):
   cfg = tiny.cfg(heads__n=3, heads__family=family)
   causal = family in ('causal', 'anticausal')
   trunk, modules = (3, 3) if causal else (6, 2)
@@ -52,7 +52,7 @@ def test_of_a_family(family, module):
   assert flops.flops_per_token(cfg, 1) == 3 * (trunk * LAYER + (modules - 2) * module + UNEMBEDDING)
 
 
-def test_of_frozen_groups():
+def test_flops_per_token_of_frozen_groups():
   cfg = tiny.cfg(heads__n=2, train__freeze='trunk')  # shared unembedding
   trunk = heads_lib.trunk_layers(cfg) * LAYER
   assert flops.flops_per_token(cfg, 2) == (trunk + 3 * 2 * LAYER + 2 * 2 * UNEMBEDDING)
@@ -60,7 +60,7 @@ def test_of_frozen_groups():
   assert flops.flops_per_token(cfg, 2) == (3 * trunk + 2 * 2 * LAYER + 3 * 2 * UNEMBEDDING)
 
 
-def test_heads_cost_what_layers_do():
+def test_block_first_heads_cost_as_much_as_layers():
   """n = 1 is an L-layer model; further heads add only unembeddings."""
   found = [flops.flops_per_token(tiny.cfg(heads__n=n), n) for n in range(1, 5)]
   assert np.diff(found).tolist() == [3 * UNEMBEDDING] * 3
@@ -68,7 +68,7 @@ def test_heads_cost_what_layers_do():
 
 @pytest.mark.parametrize('n', [1, 4])
 @pytest.mark.parametrize('family', ['parallel', 'anticausal', 'residual', 'sequential'])
-def test_xla_counts_as_many(family, n):
+def test_flops_formula_equals_xla_cost_analysis(family, n):
   """Of a model that is unrolled, because XLA counts a loop's body once, and
   wide, because it counts norms and softmax too."""
   c = tiny.cfg(
@@ -94,7 +94,7 @@ def test_xla_counts_as_many(family, n):
 
 
 @pytest.mark.parametrize('size, ratio', [('1.3b', 1.131), ('0.3b', 1.290)])
-def test_four_heads_over_one_as_published(size, ratio):
+def test_four_head_flops_ratio_as_published(size, ratio):
   four, one = (
     flags.parse(
       [f'--flagfile=experiments/size/{size}.flags', f'--heads.n={n}', '--data.seq_len=4096']
@@ -106,7 +106,7 @@ def test_four_heads_over_one_as_published(size, ratio):
 
 
 def _executed(**changes):
-  """(FLOPs of the traced step a token, those of the formula's parts)."""
+  """Returns (traced FLOPs per token of a step, those of the formula's parts)."""
   c = tiny.cfg(heads__n=3, **changes)
   m = tiny.mesh(c)
   with jax.set_mesh(m):
@@ -119,28 +119,28 @@ def _executed(**changes):
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_a_step_that_recomputes_nothing_executes_the_formula(accumulate):
+def test_executed_flops_equal_the_formula_without_remat(accumulate):
   executed, parts = _executed(loss__backward='interleaved', train__grad_accum_steps=accumulate)
   assert executed == 3 * sum(parts)
 
 
 @pytest.mark.parametrize('family', ['parallel', 'linear'])
-def test_what_is_recomputed_is_executed_again(family):
+def test_executed_flops_include_recomputation(family):
   executed, (trunk, heads, unembeddings, _) = _executed(heads__family=family, model__remat='block')
-  # But for the last product of a trunk layer, whose result nobody asks for.
+  # Except the last product of a trunk layer, whose result is unused.
   down = 2 * 24 * 16 * (3 if family == 'parallel' else 6)
   assert executed == 4 * (trunk + heads + unembeddings) - down
 
 
-def test_a_chain_under_eager_recomputes_its_blocks_alone():
+def test_interleaved_chain_recomputes_blocks_only():
   executed, (trunk, heads, unembeddings, _) = _executed(
     heads__family='causal', loss__backward='interleaved'
   )
   assert executed == 3 * (trunk + unembeddings) + 4 * heads
 
 
-def test_kernels_count_by_their_products():
-  """Forward two products of T x T x H a query head, backward seven (scores and
+def test_kernel_flops_by_products():
+  """Forward two products of T x T x H per query head, backward seven (scores and
   dP twice); half of each is above the diagonal."""
   q = jnp.zeros((2, 256, 4, 16))
   k = v = jnp.zeros((2, 256, 2, 16))
@@ -157,7 +157,7 @@ def test_kernels_count_by_their_products():
   assert flops.of_program(both.jaxpr, 256) == (2 + 3 + 4) * one + 2 * q.size
 
 
-def test_a_branch_costs_its_dearest_and_a_loop_its_trips():
+def test_flops_of_branches_and_loops():
   def f(x, yes):
     def body(x, _):
       return jax.lax.cond(yes, lambda x: x @ x @ x, lambda x: x @ x, x), None
@@ -170,15 +170,15 @@ def test_a_branch_costs_its_dearest_and_a_loop_its_trips():
 
 @pytest.mark.parametrize('family', ['parallel', 'anticausal', 'sequential'])
 @pytest.mark.parametrize('schedule, times', [('remat', 4), ('interleaved', 3)])
-def test_the_order_of_tokens_is_asked_of_one_head(family, schedule, times):
+def test_token_order_flops_count_for_head_1_only(family, schedule, times):
   changes = dict(heads__family=family, loss__backward=schedule)
   with_order, (*_, order) = _executed(loss__token_order_weight=0.5, **changes)
   without, _ = _executed(**changes)
   assert with_order - without == pytest.approx(times * order)
 
 
-def test_what_every_replica_repeats_counts_on_each():
-  """Muon's products are shared out over fsdp x tensor, not over data."""
+def test_replicated_work_counts_on_each_device():
+  """Muon's products are divided over fsdp x tensor, not over data."""
 
   def executed(optimizer, **mesh):
     c = tiny.cfg(heads__n=2, optim__name=optimizer, model__n_layers=6, **mesh)

@@ -25,7 +25,7 @@ def _logits(c, rows):
 
 
 def _cfg(family, n, **changes):
-  """Two layers of trunk, and the heads'."""
+  """Returns a Config with two trunk layers, and those of the heads."""
   layers = 2 + (n if schema.HEAD_FAMILIES[family] else 0)
   return tiny.cfg(heads__n=n, heads__family=family, model__n_layers=layers, **changes)
 
@@ -48,7 +48,7 @@ def test_forward_equals_oracle(family, n):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_one_head_is_the_plain_transformer_of_as_many_layers(family):
+def test_one_head_equals_a_plain_transformer(family):
   c = _cfg(family, 1)
   rows = _rows(c)
   logits_KBTV, w = _logits(c, rows)
@@ -73,7 +73,7 @@ def test_one_head_is_the_plain_transformer_of_as_many_layers(family):
 @pytest.mark.parametrize(
   'family, stride', [*((family, 1) for family in FAMILIES), ('sequential', 3)]
 )
-def test_no_head_sees_past_what_it_may(family, stride):
+def test_heads_are_causal_by_gradient(family, stride):
   """d logits_k[t] / d embedding of token s is 0 for s > t; a token-feeding head
   k >= 2 sees up to the token of head k - 1 and no further: t + k - 1, unless
   heads leap. And each does see that far."""
@@ -110,7 +110,7 @@ def test_no_head_sees_past_what_it_may(family, stride):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_a_packed_document_is_read_as_if_alone(family):
+def test_packed_document_equals_unpacked(family):
   c = _cfg(family, 4)  # and rows as those of the oracle: one program
   rng = np.random.default_rng(3)
   tokens = rng.integers(0, 32, (8, 20), np.int32)
@@ -123,7 +123,7 @@ def test_a_packed_document_is_read_as_if_alone(family):
   packed = logits(tokens, 7, 13)
   alone = logits(np.concatenate([tokens[:, 7:], tokens[:, :7]], axis=1), 13, 7)
   np.testing.assert_allclose(packed[:, :, 7:16], alone[:, :, :9], rtol=1e-5, atol=1e-5)
-  # And it does change what is read: without the boundary all is different.
+  # Without the boundary all logits differ.
   merged = logits(tokens, 20)
   assert np.abs(packed[:, :, 7:16] - merged[:, :, 7:16]).max() > 1e-3
 
@@ -140,7 +140,7 @@ def test_rope_scores_depend_on_distance_only():
   assert np.abs(scores[0] - jnp.einsum('BTNH,BSNH->TS', q_BTNH, k_BTNH)).max() > 0.1
 
 
-def test_grouped_queries_read_their_own_group():
+def test_grouped_queries_read_their_kv_head():
   q, k, v = (
     jax.random.normal(jax.random.key(i), (2, 5, heads, 4)) for i, heads in enumerate((6, 2, 2))
   )
@@ -174,7 +174,7 @@ def test_size_files_have_the_published_parameter_counts(size, total):
     assert abs(params.count(lm.specs(parsed.config())) / total - 1) < 0.01
 
 
-def test_initial_values_have_their_spread_and_do_not_depend_on_others():
+def test_initial_values_have_their_std_and_are_independent():
   small = dict(heads__family='linear', heads__n=2, model__d_model=64)
   c = tiny.cfg(**small, model__d_ff=96)
   m = tiny.mesh(c)
@@ -207,7 +207,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
   jax.tree.map(np.testing.assert_array_equal, *values)
 
 
-def test_decay_is_read_from_the_spec_not_from_dimensions():
+def test_weight_decay_is_defined_by_the_spec():
   decays = jax.tree.map(lambda s: s.decay, lm.specs(schema.Config()))
   assert decays.embed and decays.unembed and decays.trunk.q
   assert not decays.norm

@@ -1,4 +1,4 @@
-"""Muon by hand, in shards, with a head that rests."""
+"""Muon against a hand-written update, sharded, and with an inactive head."""
 
 import types
 
@@ -13,8 +13,8 @@ from mtp_jax.optim import muon as muon_lib
 from mtp_jax.train import state as state_lib
 from tests.support import tiny, updates
 
-# Written out, not read from the Spec: how a leaf without its stacking is the
-# matrix (numbers read, numbers written).
+# Written out independently of the Spec: (numbers of input, output dimensions) of each
+# unstacked leaf.
 HIDDEN = dict(
   q=(16, 16),
   k=(16, 8),
@@ -54,13 +54,13 @@ def run():
 
 
 def _matrices(name, x):
-  """(stacked, read, written), or None for what is not hidden."""
+  """Returns (stack, inputs, outputs); None for parameters that are not hidden."""
   shape = HIDDEN.get(name.split('.')[-1])
   return None if shape is None else x.reshape(-1, *shape)
 
 
 def _newton_schulz(x):
-  """Of one float64 matrix, after Jordan's description."""
+  """Computes the iteration on a float64 matrix, after Jordan's description."""
   x = x / np.sqrt((x**2).sum())
   for _ in range(5):
     gram = x @ x.T
@@ -97,7 +97,7 @@ def test_two_updates_are_muon_by_hand(run):
 
 
 @pytest.mark.parametrize('shape', [(3, 16, 24), (2, 24, 8)])
-def test_newton_schulz_is_that_of_optax(shape):
+def test_newton_schulz_equals_optax(shape):
   x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   muon = optax.contrib.scale_by_muon(
     beta=0, nesterov=False, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2)
@@ -112,8 +112,8 @@ def test_newton_schulz_is_that_of_optax(shape):
     )
 
 
-def test_a_matrix_without_a_gradient_rests(run):
-  """As of a head of weight 0: momentum without size would go on for ever."""
+def test_matrix_with_zero_gradient_is_not_updated(run):
+  """As of a head of weight 0: orthogonalized momentum would never decay."""
   c = tiny.cfg(**BASE)
   first, second = run.gradients
   proj = np.array(second.heads.proj)
@@ -121,7 +121,7 @@ def test_a_matrix_without_a_gradient_rests(run):
   rests = second.replace(heads=second.heads.replace(proj=proj))
   one, two = updates.updated(c, run.start, [first, rests])
   before, after = one[0].heads.proj, two[0].heads.proj
-  # Nothing but decay; the other module's moves on.
+  # Only weight decay; the other module is updated.
   np.testing.assert_allclose(after[1], before[1] * (1 - 2 * LR * DECAY), rtol=1e-5)
   # As before, but for the norm that clips, hence what momentum is mixed of.
   usual = run.states[1][0].heads.proj[0]
@@ -152,7 +152,7 @@ def test_singular_values_of_an_update_are_near_one(run):
   assert seen == set(HIDDEN)
 
 
-def test_in_shards_and_with_a_head_that_rests(run):
+def test_sharded_muon_equals_unsharded_with_inactive_head(run):
   c = tiny.cfg(**BASE, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   states = updates.updated(c, run.start, run.gradients, n_active=2)
   for (new, opt), (want, want_opt) in zip(states, run.states, strict=True):
@@ -175,7 +175,7 @@ def test_in_shards_and_with_a_head_that_rests(run):
 
 @pytest.mark.parametrize('unembedding', ['shared', 'replicated', 'tied'])
 @pytest.mark.parametrize('family', schema.fields()['heads.family'].metadata['choices'])
-def test_one_moment_for_hidden_matrices_two_for_the_rest(family, unembedding):
+def test_muon_has_one_moment_adam_two(family, unembedding):
   of = dict(heads__family=family, heads__unembedding=unembedding)
   c, adamw = (tiny.cfg(**of, optim__name=name) for name in ('muon', 'adamw'))
   m = tiny.mesh(c)

@@ -1,4 +1,4 @@
-"""TODO of tests.optim.optim_test."""
+"""The optimizer: schedules, AdamW by hand, groups, dtypes, stochastic rounding."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ def test_learning_rate(changes, values):
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
 @pytest.mark.parametrize('steps, warmup', [(10, 2), (10, 0), (3, 2), (1, 0)])
-def test_the_last_step_is_at_the_end_of_the_schedule(schedule, steps, warmup):
+def test_schedule_ends_at_the_last_step(schedule, steps, warmup):
   c = tiny.cfg(
     optim__lr=2.0,
     optim__warmup_steps=warmup,
@@ -117,12 +117,12 @@ def test_two_updates_are_adamw_by_hand():
   ],
   ids=str,
 )
-def test_a_step_does_not_depend_on_how_it_is_cut(changes):
+def test_step_does_not_depend_on_micro_batches_or_mesh(changes):
   want, want_values = _steps(tiny.cfg(**BY_HAND), 2)[-1]
   c = tiny.cfg(**BY_HAND, **changes)
   rows = tiny.batch(tiny.cfg(**BY_HAND))
   cut = tiny.batch(c)
-  for name in rows:  # the same windows, only cut into micro-batches
+  for name in rows:  # the same windows, split into micro-batches
     np.testing.assert_array_equal(rows[name].reshape(cut[name].shape), cut[name])
   got, got_values = _steps(c, 2)[-1]
   for name in ('total', 'loss_sum_K', 'grad_norm', 'head_grad_norm_K', 'count_K'):
@@ -136,7 +136,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(changes):
   )
 
 
-def test_inactive_heads_move_in_nothing():
+def test_inactive_heads_are_not_updated():
   c = tiny.cfg(heads__n=3, optim__weight_decay=0.5, optim__warmup_steps=0)
   start = jax.device_get(state_lib.init(c, tiny.mesh(c)))
   after, values = _steps(c, 2, n_active=1)[-1]
@@ -167,7 +167,7 @@ def _of(tree) -> set:
   ),
   ids=str,
 )
-def test_four_dtypes(row):
+def test_param_compute_grad_and_moment_dtypes(row):
   c = tiny.cfg(
     heads__n=2,
     model__param_dtype=row['param_dtype'],
@@ -212,7 +212,7 @@ def _rates(**changes):
   }
 
 
-def test_what_belongs_to_the_trunk_and_what_to_the_heads():
+def test_parameter_groups_of_trunk_and_heads():
   shared = dict(embed={0.5}, trunk={0.5}, heads={3}, norm={0.5}, unembed={0.5}, order=set())
   for family in ('parallel', 'sequential', 'linear'):
     assert _rates(heads__family=family) == shared
@@ -255,7 +255,7 @@ def test_two_updates_of_two_groups_are_adamw_by_hand():
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 @pytest.mark.parametrize('frozen, others', [('trunk', 1), ('heads', 12)])
-def test_a_frozen_group_has_no_moments(name, frozen, others):
+def test_frozen_group_has_no_moments(name, frozen, others):
   c = tiny.cfg(heads__family='linear', optim__name=name, mesh__fsdp=2, train__freeze=frozen)
   m = tiny.mesh(c)
   state = state_lib.abstract(c, m)
@@ -285,7 +285,7 @@ def _lowered(c):
     )
 
 
-def test_a_frozen_trunk_stays_has_no_moments_and_clips_nobody():
+def test_frozen_trunk_has_no_moments_and_no_part_in_clipping():
   of = dict(
     heads__n=2, heads__family='linear', optim__warmup_steps=0, mesh__fsdp=2, optim__clip_norm=0
   )
@@ -312,7 +312,7 @@ def _rounded(x, n, seed=0):
   'below, above', [(1.0, 1 + 2**-7), (-1 - 2**-7, -1.0), (1 - 2**-8, 1.0), (0.0, 2.0**-133)]
 )
 @pytest.mark.parametrize('share', [0.01, 0.5, 0.7])
-def test_a_number_is_rounded_to_a_neighbour_and_on_average_not(below, above, share):
+def test_stochastic_rounding_is_unbiased(below, above, share):
   n = 2**14
   got = _rounded(below + share * (above - below), n)
   assert got.dtype == jnp.bfloat16
@@ -325,19 +325,19 @@ def test_a_number_is_rounded_to_a_neighbour_and_on_average_not(below, above, sha
 @pytest.mark.parametrize(
   'x', [0.0, -0.0, 1.0, -3.140625, 2.0**-130, 3.0e38, np.inf, -np.inf, np.nan]
 )
-def test_what_is_a_bfloat16_stays(x):
+def test_stochastic_rounding_keeps_bfloat16_values(x):
   x = np.float64(jnp.bfloat16(x))
   got = _rounded(x, 100).astype(np.float64)
   np.testing.assert_array_equal(got, np.full(100, x))
   assert (np.signbit(got) == np.signbit(x)).all()
 
 
-def test_the_nan_of_a_gpu_stays_one():
+def test_stochastic_rounding_keeps_gpu_nan():
   nan = np.uint32(0x7FFF_FFFF).view(np.float32)  # plus anything: -0
   assert np.isnan(_rounded(nan, 100).astype(np.float64)).all()
 
 
-def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
+def test_tiny_bfloat16_updates_accumulate_with_stochastic_rounding():
   """Adam under a constant gradient moves each weight by the learning rate."""
   lr, steps = 1e-4, 200
   c = tiny.cfg(
@@ -378,8 +378,8 @@ def test_updates_below_the_spacing_of_bfloat16_add_up_and_frozen_bits_stay():
   np.testing.assert_allclose(one['norm'].mean(), 1 - steps * lr, atol=4 * spread)
 
 
-def test_many_micro_batches_are_not_rounded_away():
-  """Gradients of bfloat16 parameters are added up in float32."""
+def test_micro_batch_gradients_accumulate_in_float32():
+  """Gradients of bfloat16 parameters accumulate in float32."""
   c = tiny.cfg(
     heads__n=2, model__param_dtype='bfloat16', train__grad_accum_steps=4, model__n_layers=5
   )

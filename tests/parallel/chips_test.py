@@ -1,4 +1,4 @@
-"""The published figures, found by the name that jax gives a device."""
+"""Chip peaks, looked up by jax's device_kind."""
 
 import pytest
 
@@ -21,18 +21,18 @@ from mtp_jax.parallel import chips
     ('NVIDIA B200', 2250e12),
   ],
 )
-def test_peak_of_a_device(kind, peak):
+def test_chip_peaks(kind, peak):
   assert chips.chip(kind).flops_per_s == peak
 
 
 @pytest.mark.parametrize('kind', ['cpu', 'NVIDIA GeForce RTX 4090', 'TPU v2'])
-def test_an_unknown_device_has_no_figures(kind):
+def test_unknown_device_has_no_peaks(kind):
   assert chips.chip(kind) is None
 
 
 @pytest.mark.parametrize('kind', chips.CHIPS)
-def test_figures_are_of_one_unit(kind):
-  """A slip of a power of ten, or GB for bytes, leaves these ranges."""
+def test_chip_peaks_are_per_device(kind):
+  """A wrong power of ten, or GB for bytes, is outside these ranges."""
   chip = chips.CHIPS[kind]
   assert 1e14 < chip.flops_per_s < 1e16
   assert 1e10 < chip.hbm_bytes < 1e12
@@ -41,6 +41,6 @@ def test_figures_are_of_one_unit(kind):
   assert 1e9 < chip.network_bytes_per_s < chip.link_bytes_per_s
 
 
-def test_a_smaller_card_of_a_name_has_less_memory():
+def test_longest_device_kind_prefix_wins():
   large, small = map(chips.chip, ('NVIDIA A100-SXM4-80GB', 'NVIDIA A100-SXM4-40GB'))
   assert small.hbm_bytes < 40 * 2**30 < large.hbm_bytes

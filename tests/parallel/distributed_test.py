@@ -1,4 +1,4 @@
-"""TODO of tests.parallel.distributed_test."""
+"""Runs of two processes: equality with one, resume, failures, signals."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from tests.support import pairs, runs
 # A tensor axis over all four devices, i.e. over both processes.
 WIDE = dict(mesh__fsdp=1, mesh__tensor=4, model__n_attn_heads=4)
 
-# Several runs in one meeting of the processes: to import and to join takes
-# longer than they do. Before them, the rows that either process holds.
+# Several runs in one session of the processes, since import and initialization take
+# longer than the runs. First it prints the rows that each process holds.
 SESSION = """
 import json, sys
 import jax
@@ -55,7 +55,7 @@ def session():
 sys.exit(distributed.run(cfgs[0], session))
 """
 
-# The command line, with something that happens at the third batch.
+# The command line, with an action at the third batch.
 AT_BATCH_3 = """
 import errno, json, os, signal, sys
 from mtp_jax.cli import main
@@ -108,7 +108,7 @@ MESHES = [  # order of devices, (data, fsdp, tensor), rows of either process
 
 @pytest.fixture(scope='module')
 def session(store, folder):
-  """Workdirs of the pair: as `one`, and with the wide mesh."""
+  """Returns the pair's workdirs: with the flags of `one`, and with the wide mesh."""
   found = folder / 'two', folder / 'two_wide'
   port, meshes = pairs.port(), json.dumps([mesh[:2] for mesh in MESHES])
   running = []
@@ -127,14 +127,14 @@ def session(store, folder):
 
 
 def _until_3(workdir, copy):
-  """A copy of a run, killed after it had saved step 3."""
+  """Returns a copy of a run as if killed after it had saved step 3."""
   shutil.copytree(workdir, copy)
   for step in ('6', '9'):
     shutil.rmtree(copy / 'checkpoints' / step)
 
 
 def _assert_close(mine, theirs):
-  """Records of two workdirs; sums over devices may be taken in other orders."""
+  """Asserts that records are close; sums over devices may differ in order."""
   mine, theirs = runs.records(mine), runs.records(theirs)
   assert len(mine) == len(theirs) > 6
   for a, b in zip(mine, theirs, strict=True):
@@ -143,11 +143,11 @@ def _assert_close(mine, theirs):
       np.testing.assert_allclose(a[name], b[name], rtol=1e-6, err_msg=name)
 
 
-# What is computed.
+# Equality.
 
 
-def test_two_processes_are_one(session, one, store, folder, tmp_path, four_devices):
-  """One test, since tests that run beside each other share no session."""
+def test_two_processes_equal_one(session, one, store, folder, tmp_path, four_devices):
+  """One test, as tests that run in parallel cannot share a session."""
   for process in (0, 1):
     held = json.loads((folder / f'rows{process}').read_text())
     assert held == [rows[process] for *_, rows in MESHES]
@@ -159,31 +159,31 @@ def test_two_processes_are_one(session, one, store, folder, tmp_path, four_devic
     assert 'processes' not in (mine / 'run.flags').read_text()
 
 
-# How they end.
+# Signals and failures.
 
 
-def test_two_go_on_with_one_s_run_stop_together_and_one_goes_on(
+def test_resume_across_one_and_two_processes_with_a_signal(
   store, one, tmp_path, capsys, four_devices
 ):
   run = tmp_path / 'run'
   _until_3(one, run)
-  # The third batch is that of step 6; what one is told then is read two steps
-  # later, see processes.Stop.
+  # The third batch is that of step 6; a signal at it takes effect two steps later,
+  # see distributed.Stop.
   signalled = _happens('os.kill(os.getpid(), signal.SIGTERM)')
   ends = pairs.ends(pairs.pair(store, run, of_1=signalled))
   assert [e[0] for e in ends] == [loop.EXIT_INTERRUPTED] * 2, ends
-  assert 'step 3 of 9, 6 to go' in ends[0][1]
+  assert 'step 3 of 9, 6 remaining' in ends[0][1]
   assert 'interrupted: saved step 8; run the same' in ends[0][1]
   assert ends[1][1] == ''
   assert restore.steps(str(run)) == [3, 6, 8]
   capsys.readouterr()
   assert runs.train(store, run, **pairs.MESH) == 0
-  assert 'step 8 of 9, 1 to go' in capsys.readouterr().out
+  assert 'step 8 of 9, 1 remaining' in capsys.readouterr().out
   _assert_close(run, one)
 
 
 def _slurm_pair(stores, workdir):
-  """As Slurm's srun starts them: the variables differ, the flags need not."""
+  """Starts them like Slurm's srun: environments differ, flags are equal."""
   job = dict(
     SLURM_JOB_ID=str(pairs.port()),
     SLURM_STEP_NODELIST='localhost',
@@ -199,7 +199,7 @@ def _slurm_pair(stores, workdir):
   return running
 
 
-def test_what_one_lacks_ends_both_with_one_line(store, tmp_path):
+def test_input_error_of_one_process_aborts_both(store, tmp_path):
   workdir = tmp_path / 'run'
   missing = f'{tmp_path}/none'
   ends = pairs.ends(_slurm_pair([store, missing], workdir))
@@ -210,32 +210,32 @@ def test_what_one_lacks_ends_both_with_one_line(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_crash_of_one_ends_both(store, tmp_path):
+def test_crash_of_one_process_aborts_both(store, tmp_path):
   mark = tmp_path / 'crashed'
   crash = f'open({str(mark)!r}, "w").close(); raise OSError("disk gone")'
   ends = pairs.ends(pairs.pair(store, tmp_path, of_1=_happens(crash)))
   assert time.time() - mark.stat().st_mtime < 30
   assert ends[0][0] != 0 and ends[1][0] == 1, ends
-  # Process 0 has the culprit's traceback too.
+  # Process 0 prints the failed process's traceback too.
   assert '[1/2] Traceback' in ends[1][2] and 'disk gone' in ends[1][2]
-  assert '[0/2] ends, since another process failed:\n[1] Traceback' in (ends[0][2])
+  assert '[0/2] aborting: another process failed:\n[1] Traceback' in (ends[0][2])
   assert 'disk gone' in ends[0][2]
 
 
 @pytest.mark.slow
-def test_process_0_stays_until_the_other_has_heard(store, tmp_path):
+def test_process_0_exits_after_the_other_has_aborted(store, tmp_path):
   full = _happens('raise OSError(errno.ENOSPC, "", "metrics.jsonl")')
   ends = pairs.ends(pairs.pair(store, tmp_path, of_0=full))
   assert [e[0] for e in ends] == [2, 1], ends
   assert '[0/2] metrics.jsonl: no space left on device' in ends[0][2]
-  assert '[1/2] ends, since another process failed:\n[0] metrics.jsonl: no space' in ends[1][2]
+  assert '[1/2] aborting: another process failed:\n[0] metrics.jsonl: no space' in ends[1][2]
   assert 'Traceback' not in ends[0][2] + ends[1][2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
-def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
-  """Also of one that keeps its connections, and just does not answer."""
+def test_killed_process_is_detected_by_heartbeat(store, tmp_path, number):
+  """Also of a process that keeps its connections but does not respond."""
   silent = _happens(f'os.kill(os.getpid(), {number:d})')
   other, silent = pairs.pair(store, tmp_path, of_1=silent)
   (end,) = pairs.ends([other])
@@ -246,7 +246,7 @@ def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
 
 
 @pytest.mark.parametrize(
-  'error, said',
+  'error, expected',
   [
     (
       jax.errors.JaxRuntimeError(
@@ -264,12 +264,12 @@ def test_a_silent_end_of_one_ends_the_other(store, tmp_path, number):
     (ValueError('a barrier'), ''),
   ],
 )
-def test_the_end_of_another_is_a_line(error, said, monkeypatch):
+def test_lost_peer_is_a_one_line_error(error, expected, monkeypatch):
   monkeypatch.setattr(distributed, 'is_multiprocess', lambda: True)
-  assert distributed._peer_loss(error) == said
+  assert distributed._peer_loss(error) == expected
 
 
-def test_a_signal_right_after_the_look_is_heard(monkeypatch):
+def test_signal_right_after_check_is_not_lost(monkeypatch):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
   stop = distributed.Stop(mesh)
   check = stop.check
@@ -281,8 +281,8 @@ def test_a_signal_right_after_the_look_is_heard(monkeypatch):
   monkeypatch.setattr(stop, 'check', then_a_signal)
   with stop.on_signal(), pytest.raises(distributed.Interrupted):
     with stop.interrupting():
-      pytest.fail('it went on')
-  assert stop.asked.is_set() and not stop._interrupts
+      pytest.fail('not interrupted')
+  assert stop.requested.is_set() and not stop._interrupts
 
 
 @pytest.mark.slow
@@ -291,21 +291,21 @@ def test_auto_needs_a_cluster(store, tmp_path):
   ((status, _, error),) = pairs.ends([runs.process([*pairs.MAIN, *args])])
   assert status == 2
   assert error.splitlines()[-1].startswith(
-    'mtp: --distributed.coordinator_address=auto: the processes do not find each other: '
+    'mtp: --distributed.coordinator_address=auto: jax.distributed initialization failed: '
   )
 
 
 @pytest.mark.slow
-def test_other_flags_are_refused(store, tmp_path):
+def test_different_flags_between_processes_are_refused(store, tmp_path):
   ends = pairs.ends(pairs.pair(store, tmp_path, only_1='--optim.lr=0.5'))
   assert [e[0] for e in ends] == [2, 2], ends
   assert ends[1][2].splitlines()[-1] == (
-    'mtp: --optim.lr=0.5: process 1 has it, process 0 has 0.01; give all the same flags'
+    'mtp: --optim.lr=0.5: on process 1, but 0.01 on process 0; give all the same flags'
   )
 
 
 @pytest.mark.slow
-def test_another_store_is_refused(store, tmp_path):
+def test_resume_with_another_store_is_refused(store, tmp_path):
   other = runs.make_store(str(tmp_path / 'other'), seed=1)
   ends = pairs.ends(pairs.pair(store, tmp_path, only_1=f'--data.store={other}'))
   assert [e[0] for e in ends] == [2, 2], ends
@@ -313,7 +313,7 @@ def test_another_store_is_refused(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_workdir_that_is_taken_is_refused(store, tmp_path):
+def test_locked_workdir_is_refused_by_both_processes(store, tmp_path):
   held = lock.Lock(str(tmp_path))
   ends = pairs.ends(pairs.pair(store, tmp_path))
   assert [e[0] for e in ends] == [2, 2], ends
@@ -323,7 +323,7 @@ def test_a_workdir_that_is_taken_is_refused(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_who_lost_the_lock_ends_both(store, tmp_path):
+def test_lost_lock_aborts_both_processes(store, tmp_path):
   path = str(tmp_path / 'lock.json')
   lose = _happens(
     f'held = json.load(open({path!r})); json.dump(held | dict(run="other"), open({path!r}, "w"))'
@@ -336,7 +336,7 @@ def test_who_lost_the_lock_ends_both(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_launch_script_hands_signals_on_and_the_status_back(store, tmp_path):
+def test_launch_script_forwards_signals_and_exit_status(store, tmp_path):
   args = runs.args(store, str(tmp_path), **pairs.MESH | dict(train__steps=200))
   script = subprocess.Popen(
     ['launch/processes.sh', '2', 'train', *args],
@@ -356,7 +356,7 @@ def test_the_launch_script_hands_signals_on_and_the_status_back(store, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_evaluate_as_one(session, tmp_path):
+def test_evaluation_on_two_processes_equals_one(session, tmp_path):
   port, running = pairs.port(), []
   for index in (0, 1):
     flags = [f'--{k.replace("__", ".")}={v}' for k, v in pairs.flags(index, port).items()]
@@ -381,8 +381,8 @@ def test_two_evaluate_as_one(session, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_1_2_and_4_processes_and_other_meshes(store, one, tmp_path):
-  """The same rows in the same order, whoever reads them."""
+def test_resume_on_other_process_counts_and_meshes(store, one, tmp_path):
+  """The same rows in the same order, whichever process reads them."""
   run = tmp_path / 'run'
   meshes = (
     (1, dict(mesh__data=2, mesh__fsdp=2)),
@@ -414,7 +414,7 @@ def test_a_run_goes_on_on_1_2_and_4_processes_and_other_meshes(store, one, tmp_p
       np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
 
 
-# One that takes its time between two steps.
+# A process that sleeps between two steps.
 SLOW = """
 import sys, time
 from mtp_jax.cli import main
@@ -431,14 +431,14 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_slow_host_is_named(store, tmp_path):
+def test_straggler_is_logged(store, tmp_path):
   ends = pairs.ends(pairs.pair(store, tmp_path / 'run', of_1=['-c', SLOW, 'train']))
   assert [e[0] for e in ends] == [0, 0], ends
-  assert 'process 1 of 2 is a slow host: at work ' in ends[0][1], ends[0][1]
-  assert 'process 0 of 2 is a slow host' not in ends[0][1]
+  assert 'process 1 of 2 is a straggler: at work ' in ends[0][1], ends[0][1]
+  assert 'process 0 of 2 is a straggler' not in ends[0][1]
 
 
-# One sees a checkpoint that the other does not see yet.
+# Process 1 sees a checkpoint that process 0 does not see yet, or vice versa.
 BLIND = """
 import sys
 from mtp_jax.checkpoint import restore
@@ -450,7 +450,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_all_begin_with_the_checkpoint_that_process_0_sees(one, store, tmp_path):
+def test_processes_agree_on_the_init_from_checkpoint(one, store, tmp_path):
   source, found = tmp_path / 'source', []
   shutil.copytree(one, source)
   port, running = pairs.port(), []

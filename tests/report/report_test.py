@@ -410,7 +410,7 @@ def test_corrupt_metrics_record_raises(tmp_path, capsys):
     path.write_text('\n'.join([*lines, bad, *lines, '']))
     assert main.main(['report', str(run)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f'mtp: {path}:2: is no record, damaged: {problem}')
+    assert error.startswith(f'mtp: {path}:2: not a record, corrupt: {problem}')
     assert error.count('\n') == 1
     with pytest.raises(fields.ConfigError, match='--train.workdir='):
       metrics.Sinks(str(run), 1)

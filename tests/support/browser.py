@@ -25,7 +25,7 @@ ARGS = (
   '--disable-sync',
   '--disable-dev-shm-usage',
 )
-LIMIT_S = 120  # of one answer
+LIMIT_S = 120  # per response
 # Scripts: what is wrong with a page of figures and tables; its ground and ink.
 FAULTS = """
 const bad = [], all = (s, f) => document.querySelectorAll(s).forEach(f);
@@ -102,21 +102,21 @@ class Page:
     self._post('url', url=pathlib.Path(path).absolute().as_uri())
 
   def run(self, script: str):
-    """What a script returns."""
+    """Returns the result of a script."""
     return self._post('execute/sync', script=script, args=[])
 
   def log(self, kind: str) -> list[dict]:
     return self._post('se/log', type=kind)
 
   def asked_for(self) -> list[str]:
-    """Every URL that the page wanted, itself too, since the last call."""
-    said = [json.loads(r['message'])['message'] for r in self.log('performance')]
+    """Returns the URLs requested since the last call, the page's own included."""
+    events = [json.loads(r['message'])['message'] for r in self.log('performance')]
     return [
-      m['params']['request']['url'] for m in said if m['method'] == 'Network.requestWillBeSent'
+      m['params']['request']['url'] for m in events if m['method'] == 'Network.requestWillBeSent'
     ]
 
   def picture(self, path, height: int = 0) -> None:
-    """The whole page as a PNG, or its first pixels."""
+    """Saves the page, or its first pixels, as a PNG."""
     size = self.cdp('Page.getLayoutMetrics')['cssContentSize']
     clip = dict(size, scale=1) | (dict(height=height) if height else {})
     found = self.cdp('Page.captureScreenshot', captureBeyondViewport=True, clip=clip)

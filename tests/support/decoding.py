@@ -1,4 +1,4 @@
-"""Models to decode with, and what they should say."""
+"""Models to decode with, and their expected tokens."""
 
 import functools
 
@@ -10,7 +10,7 @@ from mtp_jax.config import schema, validate
 from mtp_jax.decode import decoder
 from tests.support import oracle, tiny
 
-VOCAB = 8  # few: drafts of untrained heads are right now and then
+VOCAB = 8  # small: some drafts of untrained heads are accepted
 FAMILIES = ('parallel', 'causal', 'anticausal', 'linear', 'residual', 'sequential', 'recursive')
 PROMPTS = ([3], [1, 5, 2, 0, 7, 7], [6, 6, 1], [2, 0, 4, 1, 3, 5, 5, 2, 6])
 NEW = 40
@@ -58,15 +58,15 @@ def lists(decoded) -> list[list[int]]:
 
 @functools.cache
 def greedy(family: str, n: int = 4, new: int = NEW, unembedding='shared'):
-  """What float64 says after each of PROMPTS."""
+  """Returns the float64 oracle's continuation of each of PROMPTS."""
   c = cfg(family, n, heads__unembedding=unembedding)
   params = tiny.flat(tiny.model(c, tiny.mesh(c)))
   return [oracle.greedy(params, p, new, oracle.Shape(family, n)) for p in PROMPTS]
 
 
 def counter(n: int = 4) -> tuple[schema.Config, object]:
-  """(Config, a model of linear heads that says x, x + 1, x + 2 … modulo VOCAB,
-  and drafts it without a mistake)."""
+  """Returns (Config, a model of linear heads that counts x, x + 1, x + 2 … modulo
+  VOCAB, and drafts that without an error)."""
   c = cfg('linear', n)
   model = tiny.model(c, tiny.mesh(c))
   D = c.model.d_model

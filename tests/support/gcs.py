@@ -49,12 +49,12 @@ class Server:
 
   @property
   def variables(self) -> dict[str, str]:
-    """With them the clients of a process come here."""
+    """Returns the environment with which a process's clients use this server."""
     return dict(
       STORAGE_EMULATOR_HOST=self.url,
       TENSORSTORE_GCS_HTTP_URL=self.url,
       GOOGLE_AUTH_TOKEN_FOR_TESTING='none',
-      # Asks by gRPC what kind of bucket it is.
+      # Queries the kind of bucket by gRPC.
       GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT='false',
     )
 

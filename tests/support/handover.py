@@ -1,4 +1,4 @@
-"""What engines do with the further heads of an export: from its files alone.
+"""How engines compute the further heads of an export, from its files alone.
 
 The second opinion on exports: float64 NumPy that imports nothing of ours. It
 reads a folder as an engine does, and computes the tokens that each module would
@@ -19,9 +19,8 @@ module:
                 one module; the first place reads none
                 (model_executor/models/mimo_mtp.py, 0.32)
 
-A text is given, so drafts that do not stand are counted as not standing, and
-those after them too; what an engine would draft after a draft that stood is the
-same as here.
+The text is fixed: a rejected draft counts as rejected, and so do those after it; after
+an accepted draft an engine drafts the same as here.
 """
 
 import json
@@ -73,7 +72,7 @@ class Sizes(NamedTuple):
   n_kv_heads: int
   head_width: int
   eps: float
-  rates: np.ndarray  # radians a position, of each pair
+  rates: np.ndarray  # radians per position, of each pair
   pairs: bool  # 2i and 2i + 1 turn together, not i and i + H/2
 
 
@@ -315,11 +314,11 @@ def drafts(m: Model, ids_T, hand_over: str, steps: int) -> np.ndarray:
     m: with modules, or with Medusa's heads.
     ids_T: a text.
     hand_over: ours, transformers, llama_cpp or vllm.
-    steps: drafts of a pass.
+    steps: drafts per forward pass.
 
   Returns:
-    (steps, T): [j, t] stands for the token at t + 2 + j, since the next one,
-    t + 1, is head 1's. -1 where a step would read beyond the text.
+    (steps, T): [j, t] is the draft of token t + 2 + j; token t + 1 is head 1's. -1
+    where a step would read beyond the text.
   """
   ids_T = np.asarray(ids_T)
   T = len(ids_T)
@@ -369,24 +368,24 @@ def drafts(m: Model, ids_T, hand_over: str, steps: int) -> np.ndarray:
 
 
 def accepted(m: Model, ids_T, hand_over: str, steps: int) -> np.ndarray:
-  """Of each draft, the share (steps,) that stands with those before it, over
-  the places of a text where all of a pass can be checked: head 1 judges."""
+  """Returns the rate (steps,) at which each draft and those before it are accepted by
+  head 1, over the positions of a text where all drafts can be verified."""
   made, judge = drafts(m, ids_T, hand_over, steps), next_tokens(m, ids_T)
   places = len(ids_T) - steps
-  stands = [made[j, :places] == judge[1 + j :][:places] for j in range(steps)]
-  return np.cumprod(stands, 0).mean(1)
+  is_accepted = [made[j, :places] == judge[1 + j :][:places] for j in range(steps)]
+  return np.cumprod(is_accepted, 0).mean(1)
 
 
 def passes(m: Model, ids_T, begin: int, hand_over: str, steps: int) -> int:
-  """How often a model must run to write ids_T[begin:], greedily, when it drafts
-  `steps` tokens after each pass but the first, which reads ids_T[:begin]."""
+  """Returns the number of forward passes to decode ids_T[begin:] greedily with `steps`
+  draft tokens after each pass except the first, which reads ids_T[:begin]."""
   made = drafts(m, ids_T, hand_over, steps)
   at, n = begin, 1  # the first pass has written ids_T[begin]
   while at < len(ids_T) - 1:
     t = at - 1  # the last place whose state is known
-    stood = 0
-    while stood < steps and at + 1 + stood < len(ids_T) and made[stood, t] == ids_T[at + 1 + stood]:
-      stood += 1
-    at = min(at + stood + 1, len(ids_T) - 1)
+    n_ok = 0
+    while n_ok < steps and at + 1 + n_ok < len(ids_T) and made[n_ok, t] == ids_T[at + 1 + n_ok]:
+      n_ok += 1
+    at = min(at + n_ok + 1, len(ids_T) - 1)
     n += 1
   return n

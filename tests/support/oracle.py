@@ -227,7 +227,7 @@ def order(params, tokens_BU, position_BU, shape):
 
 
 def acceptance(logits_KBTV, position_BU, shape):
-  """[asked, draft of t + 2 accepted, of t + 3 …] over all queries t. A draft
+  """[evaluated, draft of t + 2 accepted, of t + 3 …] over all queries t. A draft
   is made by the head that reaches exactly that far, or by one that does from
   less than a stride before t."""
   logits_KBTV, position_BU = np.asarray(logits_KBTV), np.asarray(position_BU)

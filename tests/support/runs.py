@@ -35,7 +35,7 @@ FLAGS = {
   'eval.batches': 2,
   'train.compilation_cache': '',
 }
-TIMES = ('step_time_s', 'tokens_per_s', 'model_flops_per_s', 'time_left_s', 'data_wait')
+TIMES = ('step_time_s', 'tokens_per_s', 'model_flops_per_s', 'time_left_s', 'data_wait_frac')
 
 
 def make_store(path: str, seed: int = 0) -> str:
@@ -51,7 +51,7 @@ def make_store(path: str, seed: int = 0) -> str:
 
 
 def args(store_path: str, workdir: str, **changes) -> list[str]:
-  """Flags of a run; `train__steps=3` stands for --train.steps=3."""
+  """Returns the flags of a run; `train__steps=3` means --train.steps=3."""
   values = FLAGS | {k.replace('__', '.'): v for k, v in changes.items()}
   values |= {'data.store': store_path, 'train.workdir': workdir}
   return [f'--{name}={value}' for name, value in values.items()]
@@ -62,7 +62,7 @@ def train(store_path: str, workdir, **changes) -> int:
 
 
 def environment(devices: int = 8) -> dict:
-  """Of another process, with this one's cache."""
+  """Returns the environment of another process, with this one's cache."""
   count = f' --xla_force_host_platform_device_count={devices}'
   return dict(
     os.environ,
@@ -87,7 +87,7 @@ def process(
 
 
 def restored(workdir, step: int, **mesh) -> state.State:
-  """The whole saved state, on a mesh, on the host."""
+  """Returns the saved state, restored onto a mesh, on the host."""
   cfg, _ = metadata.read_metadata(str(workdir), step)
   sizes = dict(data=1, fsdp=1, tensor=1) | mesh
   cfg = schema.replace(cfg, **{f'mesh.{k}': v for k, v in sizes.items()})
@@ -97,14 +97,14 @@ def restored(workdir, step: int, **mesh) -> state.State:
 
 
 def records(workdir) -> list[dict]:
-  """metrics.jsonl without what a clock wrote."""
+  """Returns the records of metrics.jsonl without times."""
   return [
     {k: v for k, v in record.items() if k not in TIMES} for record in metrics.read(str(workdir))
   ]
 
 
 def assert_same(a, b) -> None:
-  """Two States, bit for bit."""
+  """Asserts that two States are bitwise equal."""
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 

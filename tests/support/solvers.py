@@ -1,4 +1,4 @@
-"""Second solvers of the synthetic tasks."""
+"""Independent solvers of the synthetic tasks."""
 
 import collections
 import itertools
@@ -6,8 +6,8 @@ import itertools
 
 def all_paths(prompt: str) -> list[str]:
   """All paths from start to goal that follow the edges of a prompt."""
-  edges, asked = prompt.split('/')
-  start, goal, equals = asked
+  edges, query = prompt.split('/')
+  start, goal, equals = query
   assert equals == '='
   after = collections.defaultdict(list)
   for a, b in edges.split('|'):

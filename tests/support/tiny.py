@@ -33,7 +33,7 @@ BASE = {
 
 
 def cfg(**changes) -> schema.Config:
-  """A checked Config; `heads__n=2` stands for heads.n."""
+  """Returns a validated Config; `heads__n=2` means heads.n."""
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
   return validate.validate(schema.replace(schema.Config(), **BASE | changes))
 
@@ -152,7 +152,7 @@ def _value_and_grad(w, rows, *, c, n_active):
 
 
 def means(sums: dict, count_K) -> dict:
-  """Sums of `mtp_loss` as means over valid targets; 0 where there is none."""
+  """Returns the sums of `mtp_loss` as means over valid targets; 0 without any."""
   over_K = 1 / np.maximum(count_K, 1)[: len(sums['loss_sum_K'])]
   out = dict(
     loss_K=sums['loss_sum_K'] * over_K,
@@ -160,7 +160,7 @@ def means(sums: dict, count_K) -> dict:
     accuracy_K=sums['correct_K'] * over_K,
   )
   if 'token_order_loss_sum' in sums:
-    out['order_loss'] = sums['token_order_loss_sum'] * over_K[0]
+    out['token_order_loss'] = sums['token_order_loss_sum'] * over_K[0]
   return sums | out
 
 
@@ -207,7 +207,7 @@ def reductions(jaxpr) -> list:
 
 
 def dense_logits(w: lm.LM, tokens_BU, position_BU, c: schema.Config):
-  """Logits of all heads at once, layers and heads unrolled: (K, B, T, V)."""
+  """Computes all heads' logits (K, B, T, V), layers and heads unrolled."""
   return logits_of_embeddings(w, layers.embed(w.embed, tokens_BU), position_BU, c)
 
 
@@ -224,7 +224,7 @@ def logits_of_embeddings(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
 
 
 def _hidden(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
-  """What each head's unembedding reads."""
+  """Computes each head's hidden state."""
   K, family = c.heads.n, heads.family(c)
   T = emb_BUD.shape[1] - c.span
   ctx = block.context(position_BU[:, :T], c)
@@ -244,7 +244,7 @@ def _hidden(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
 
 
 def dense_loss(w: lm.LM, rows, c: schema.Config):
-  """The same loss with n logits alive: nothing scanned, rematerialised, cut."""
+  """Computes the loss with all logits in memory: no scan, remat or chunks."""
   tokens_BU, position_BU = (
     rows[name].reshape(-1, rows[name].shape[-1]) for name in ('tokens', 'position')
   )

@@ -1,4 +1,4 @@
-"""Where the time of a run went; what ends one that hangs; loss spikes."""
+"""Goodput, loss spikes and rollbacks, the watchdog."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def _clock(**seconds):
   return clock
 
 
-def test_each_second_has_one_cause(monkeypatch):
+def test_clock_attributes_time_to_one_cause(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
   clock = goodput.Clock()
@@ -55,8 +55,8 @@ def _session(folder, monkeypatch, steps, began, ends, end, **seconds):
   ledger.close()
 
 
-def test_what_was_done_again_is_no_goodput(tmp_path, monkeypatch):
-  """0 to 10 in 100 s of steps and killed; 20 s later from 6 to 12, all told."""
+def test_repeated_steps_are_not_goodput(tmp_path, monkeypatch):
+  """Steps 0 to 10 in 100 s, then killed; 20 s later resumed from 6 to 12."""
   _session(
     tmp_path,
     monkeypatch,
@@ -95,16 +95,16 @@ def test_what_was_done_again_is_no_goodput(tmp_path, monkeypatch):
     'goodput 40.7% of 270 s: start 5.6%, compile 25.9%, data 3.7%, host 22.2%,'
     ' device 33.3%, eval 0.0%, checkpoint 1.9%, repeated 14.8%, down 7.4%',
     '  session 0: steps 0 to 10, killed',
-    '  session 1: steps 6 to 12, finished; 4 steps done again',
+    '  session 1: steps 6 to 12, finished; 4 steps repeated',
   ]
 
 
-def test_no_run_has_no_goodput(tmp_path):
+def test_goodput_of_an_empty_workdir(tmp_path):
   assert goodput.summary(goodput.read(str(tmp_path))) == {}
   assert goodput.lines({}) == []
 
 
-def test_a_run_counts_its_seconds_and_the_report_shows_them(undisturbed, tmp_path, capsys):
+def test_run_records_goodput_and_report_shows_it(undisturbed, tmp_path, capsys):
   found = goodput.summary(goodput.read(str(undisturbed)))
   (session,) = found['sessions']
   assert (session['start'], session['step']) == (0, 6)
@@ -127,13 +127,13 @@ def _spikes(losses, sigma=10.0):
   return [i for i, loss in enumerate(losses) if spike(loss)]
 
 
-def test_a_spike_is_far_above_the_losses_before_it():
+def test_spike_is_far_above_the_running_median():
   calm = [3 + 0.01 * (i % 5) - 0.001 * i for i in range(200)]
   assert _spikes(calm) == []
-  # The least deviation is a hundredth of the median: .03, ten of them .3.
+  # The minimum deviation is a hundredth of the median: .03, ten of them .3.
   assert _spikes([*calm[:50], 3.2, *calm[50:]]) == []
   assert _spikes([*calm[:50], 3.4, 3.5, *calm[50:]]) == [50, 51]
-  assert _spikes([*calm[:10], 9.0, *calm]) == []  # too early to tell
+  assert _spikes([*calm[:10], 9.0, *calm]) == []  # not enough losses yet
   assert _spikes([*calm[:50], math.nan, math.inf, *calm]) == []
   assert _spikes([*calm[:50], 9.0], sigma=0) == []
   noisy = [3 + (i % 7) / 7 for i in range(64)]
@@ -141,7 +141,7 @@ def test_a_spike_is_far_above_the_losses_before_it():
   assert _spikes([*noisy, 8.0]) == [64]
 
 
-def test_a_run_says_and_counts_its_spikes(store, tmp_path, capsys, monkeypatch):
+def test_spikes_are_logged_and_counted(store, tmp_path, capsys, monkeypatch):
   seen = []
 
   def third(self, loss):
@@ -150,8 +150,8 @@ def test_a_run_says_and_counts_its_spikes(store, tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(rollback.Detector, '__call__', third)
   assert runs.train(store, tmp_path) == 0
-  said = capsys.readouterr().out
-  assert f'step 3: head 1 {seen[2]:.4f} is a loss spike' in said
+  out = capsys.readouterr().out
+  assert f'step 3: head 1 {seen[2]:.4f} is a loss spike' in out
   records = [r for r in runs.records(tmp_path) if r['kind'] == 'train']
   assert seen == [r['loss_1'] for r in records[: len(seen)]]
   found = goodput.summary(goodput.read(str(tmp_path)))
@@ -159,7 +159,7 @@ def test_a_run_says_and_counts_its_spikes(store, tmp_path, capsys, monkeypatch):
 
 
 def _spike_once(monkeypatch, loss_of_step):
-  """The loss of that one step is a spike, the first time it is seen."""
+  """Makes the loss of one step a spike, the first time it is computed."""
   seen = []
 
   def detect(self, loss):
@@ -170,18 +170,18 @@ def _spike_once(monkeypatch, loss_of_step):
 
 
 @pytest.mark.parametrize('every, back', [(3, 3), (0, 0)])
-def test_a_run_that_goes_back_is_one_without_those_batches(
+def test_rollback_equals_a_run_without_the_skipped_batches(
   every, back, store, tmp_path, capsys, monkeypatch
 ):
-  """Of batches 0 to 9, 3 and 4 left out at the spike of step 5; stopped after
+  """Of batches 0 to 9, 3 and 4 are skipped at the spike of step 5; stopped after
   that and gone on with as well."""
   of = dict(train__checkpoint_every=every, train__steps=10)
   went = tmp_path / 'went'
   with monkeypatch.context() as patched:
     _spike_once(patched, 5)
     assert runs.train(store, went, **of | dict(train__skip_batches=2, train__steps=8)) == 0
-  said = capsys.readouterr().out
-  assert f'goes back to step {back}; batches 3 to 4 of the order' in said
+  out = capsys.readouterr().out
+  assert f'rolling back to step {back}; skipping batches 3-4' in out
   assert runs.train(store, went, **of | dict(train__skip_batches=2)) == 0
 
   batches = batches_lib.train_batches
@@ -197,17 +197,17 @@ def test_a_run_that_goes_back_is_one_without_those_batches(
   wanted = [r for r in theirs if r['kind'] == 'train']
   assert [r for r in mine if r['kind'] == 'train'] == wanted
   found = goodput.summary(goodput.read(str(went)))
-  assert [s['end'] for s in found['sessions']] == ['went back', 'finished', 'finished']
+  assert [s['end'] for s in found['sessions']] == ['rolled back', 'finished', 'finished']
   assert found['sessions'][1]['repeated_steps'] == 7 - back
 
 
 @pytest.mark.parametrize('stopped_at', [4, 5, 6])
-def test_a_signal_does_not_change_what_is_left_out(
+def test_signal_does_not_change_the_skipped_batches(
   stopped_at, store, undisturbed, tmp_path, monkeypatch
 ):
   """Step 5 is a spike to a detector that remembers four steps. Its loss is read
   two steps later: the signal comes before that, and makes a checkpoint of its
-  own: of step 4, to which no run goes back, or with the loss unread."""
+  own: of step 4, to which no run rolls back, or with the loss unread."""
   spike = runs.records(undisturbed)[4]['loss_1']
 
   def detect(self, loss):
@@ -219,7 +219,7 @@ def test_a_signal_does_not_change_what_is_left_out(
   straight, signalled = tmp_path / 'straight', tmp_path / 'signalled'
   assert runs.train(store, straight, **of) == 0
   ends = [s['end'] for s in goodput.summary(_lines(straight))['sessions']]
-  assert ends == ['went back', 'finished']
+  assert ends == ['rolled back', 'finished']
 
   put, calls = sharding.put_batch, []
 
@@ -241,7 +241,7 @@ def _lines(workdir):
   return goodput.read(str(workdir))
 
 
-def test_a_detector_passes_by_what_is_no_loss():
+def test_spike_detector_ignores_nonfinite_and_missing_losses():
   detector = rollback.Detector(6.0)
   for loss in [1.0, None, float('nan')] * 16:
     assert not detector(loss)
@@ -250,20 +250,20 @@ def test_a_detector_passes_by_what_is_no_loss():
   assert rollback.Detector(6.0, detector.losses)(2.0)
 
 
-def test_a_run_does_not_go_back_for_ever(store, tmp_path, monkeypatch):
+def test_number_of_rollbacks_is_limited(store, tmp_path, monkeypatch):
   monkeypatch.setattr(rollback.Detector, '__call__', lambda self, loss: True)
   assert runs.train(store, tmp_path, train__skip_batches=1) == loop.EXIT_DIVERGED
 
 
-# Who makes no progress, and who starves.
+# The watchdog, and waiting for data.
 
 HANGS = """
 import sys, time
 from mtp_jax.train import watchdog
-with watchdog.watchdog(float(sys.argv[1])) as alive:
+with watchdog.watchdog(float(sys.argv[1])) as heartbeat:
   for seconds in map(float, sys.argv[2:]):
     time.sleep(seconds)
-    alive()
+    heartbeat()
 time.sleep(1)
 print('alive')
 """
@@ -272,7 +272,7 @@ print('alive')
 @pytest.mark.parametrize(
   'limit, sleeps, status', [('0.5', ['0.2'] * 5, 0), ('0.5', ['0.2', '9'], 1), ('0', ['0.7'], 0)]
 )
-def test_who_does_not_call_is_ended_with_its_stacks(limit, sleeps, status):
+def test_watchdog_exits_with_stack_traces(limit, sleeps, status):
   begin = time.monotonic()
   process = runs.process(['-c', HANGS, limit, *sleeps])
   out, error = process.communicate(timeout=60)
@@ -284,7 +284,7 @@ def test_who_does_not_call_is_ended_with_its_stacks(limit, sleeps, status):
     assert (out, error) == ('alive\n', '')
 
 
-def test_the_loop_shows_the_watchdog_that_it_lives(store, tmp_path, monkeypatch):
+def test_loop_resets_the_watchdog(store, tmp_path, monkeypatch):
   import contextlib
 
   calls = []
@@ -292,15 +292,15 @@ def test_the_loop_shows_the_watchdog_that_it_lives(store, tmp_path, monkeypatch)
   @contextlib.contextmanager
   def count(seconds):
     calls.append(seconds)
-    yield lambda: calls.append('alive')
+    yield lambda: calls.append('heartbeat')
 
   monkeypatch.setattr(watchdog, 'watchdog', count)
   assert runs.train(store, tmp_path, train__watchdog_s=77) == 0
   assert calls[0] == 77
-  assert calls.count('alive') == 1 + 6 + 2  # compiled, steps, held-out batches
+  assert calls.count('heartbeat') == 1 + 6 + 2  # compiled, steps, held-out batches
 
 
-def test_a_run_that_starves_says_so(store, tmp_path, capsys, monkeypatch):
+def test_waiting_for_data_is_logged(store, tmp_path, capsys, monkeypatch):
   batches = batches_lib.train_batches
 
   def slow(*args):

@@ -37,7 +37,7 @@ def _cfg(family, n, unembedding='shared', **changes):
 
 
 def _begun(was, cfg):
-  """(parameters of `was`, those that a run of cfg begins with)."""
+  """Returns (parameters of `was`, initial parameters of a run of cfg)."""
   init_from.check(was, cfg, 'X')
   m = tiny.mesh(cfg)
   old = tiny.model(was, m)
@@ -46,7 +46,7 @@ def _begun(was, cfg):
 
 @functools.cache
 def _old_logits(was):
-  """Of the parameters that `_begun` begins with."""
+  """Computes the logits of the source parameters of `_begun`."""
   return _logits(tiny.model(was, tiny.mesh(was)), was)
 
 
@@ -61,7 +61,7 @@ def _logits(w, c):
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('other', FAMILIES)
-def test_the_next_token_stays_and_so_do_heads_of_the_family(family, other):
+def test_warm_start_keeps_next_token_logits_and_heads_of_the_family(family, other):
   """Of 2 heads to 3 and of 3 to 1, in every family from every other; of 3 to 2
   where heads are kept."""
   fewer = [(3, 2)] if init_from.kept(_cfg(family, 3), _cfg(other, 2)) > 1 else []
@@ -79,7 +79,7 @@ def test_the_next_token_stays_and_so_do_heads_of_the_family(family, other):
 
 
 @pytest.mark.parametrize('before, after', itertools.product(UNEMBEDDINGS, UNEMBEDDINGS[:2]))
-def test_the_unembedding_of_head_1_stays(before, after):
+def test_warm_start_keeps_unembedding_of_head_1(before, after):
   for family in 'parallel', 'sequential':
     for n in 1, 2, 4:
       was, cfg = _cfg(family, 3, before), _cfg(family, n, after)
@@ -91,14 +91,14 @@ def test_the_unembedding_of_head_1_stays(before, after):
     np.testing.assert_array_equal(new.unembed[3], new.unembed[0])
 
 
-def test_tied_stays_tied():
+def test_warm_start_keeps_tied_embeddings():
   old, new = _begun(_cfg('linear', 2, 'tied'), _cfg('linear', 3, 'tied'))
   assert new.unembed is None
   np.testing.assert_array_equal(new.embed, old.embed)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_fresh_heads_are_those_of_a_new_model(family):
+def test_random_head_init_equals_that_of_a_new_model(family):
   was, cfg = _cfg('linear', 1), _cfg(family, 3, train__head_init='random')
   _, new = _begun(was, cfg)
   fresh = state_lib.init(cfg, tiny.mesh(cfg)).params.heads
@@ -109,7 +109,7 @@ def test_fresh_heads_are_those_of_a_new_model(family):
     np.testing.assert_array_equal(a[first:], b[first:])
 
 
-def test_a_module_begins_as_the_layer_of_head_1():
+def test_copied_module_equals_layer_of_head_1():
   """On [hidden; embedding] = [z; anything], head 2 is head 1's layer on z."""
   was, cfg = _cfg('parallel', 1), _cfg('sequential', 2)
   _, new = _begun(was, cfg)
@@ -120,15 +120,15 @@ def test_a_module_begins_as_the_layer_of_head_1():
   np.testing.assert_allclose(x @ w.proj[0], x[:, :16], atol=1e-6)
 
 
-def test_heads_at_other_offsets_are_not_kept():
+def test_warm_start_drops_heads_of_another_stride():
   was, cfg = _cfg('parallel', 3), _cfg('parallel', 3, heads__stride=2)
   assert init_from.kept(was, cfg) == 1
   _, new = _begun(was, cfg)
   np.testing.assert_array_equal(new.heads.q[2], new.heads.q[0])
 
 
-def test_heads_that_have_not_trained_are_not_kept():
-  """Of 0:1;5:3 the further heads begin at the sixth step."""
+def test_warm_start_drops_untrained_heads():
+  """With the curriculum 0:1;5:3 heads 2 and 3 start at the sixth step."""
   was = _cfg('parallel', 3, loss__curriculum='0:1;5:3')
   assert [init_from.trained_heads(was, step) for step in (1, 5, 6)] == [1, 1, 3]
   assert init_from.trained_heads(was, 0) == 3  # an import
@@ -150,7 +150,7 @@ def test_heads_that_have_not_trained_are_not_kept():
       np.testing.assert_allclose(_logits(new, cfg)[0], a[0], atol=1e-6)
 
 
-def test_the_order_of_tokens_and_own_unembeddings():
+def test_warm_start_keeps_token_order_head_and_own_unembeddings():
   of = dict(loss__token_order_weight=1.0)
   old, new = _begun(_cfg('linear', 2, **of), _cfg('linear', 3, **of))
   np.testing.assert_array_equal(new.order, old.order)
@@ -164,7 +164,7 @@ def test_the_order_of_tokens_and_own_unembeddings():
 
 
 @pytest.mark.parametrize('family', ['anticausal', 'recursive'])
-def test_on_any_mesh_it_is_the_same(family):
+def test_warm_start_does_not_depend_on_the_mesh(family):
   was = _cfg('parallel', 2, 'replicated')
   cfg = _cfg(family, 3, 'replicated', optim__name='muon')
   one = _begun(was, cfg)[1]
@@ -178,30 +178,32 @@ def test_on_any_mesh_it_is_the_same(family):
     assert (a.shape, a.dtype, a.sharding) == (x.shape, x.dtype, x.sharding)
 
 
-def test_what_becomes_of_the_heads_is_said():
-  def said(was, cfg):
+def test_description_of_a_warm_start():
+  def expected(was, cfg):
     return init_from.described(was, cfg)
 
   p = 'parallel'
-  assert said(_cfg(p, 4), _cfg(p, 1)) == ('head 1 as it was; heads 2 to 4 dropped')
-  assert said(_cfg(p, 1), _cfg(p, 4)) == ('head 1 as it was; heads 2 to 4 new, as head 1')
-  assert said(_cfg(p, 2), _cfg(p, 3, train__head_init='random')) == (
-    'heads 1 to 2 as they were; head 3 new, fresh'
+  assert expected(_cfg(p, 4), _cfg(p, 1)) == ('head 1 unchanged; heads 2 to 4 dropped')
+  assert expected(_cfg(p, 1), _cfg(p, 4)) == (
+    'head 1 unchanged; heads 2 to 4 new, copied from head 1'
   )
-  assert said(_cfg('recursive', 2), _cfg('recursive', 4)) == (
-    'heads 1 to 2 as they were; heads 3 to 4 new, by the same module'
+  assert expected(_cfg(p, 2), _cfg(p, 3, train__head_init='random')) == (
+    'heads 1 to 2 unchanged; head 3 new, randomly initialized'
   )
-  assert said(_cfg(p, 1), _cfg('anticausal', 2)) == (
-    'head 1 as it was; head 2 new, layers of the trunk'
+  assert expected(_cfg('recursive', 2), _cfg('recursive', 4)) == (
+    'heads 1 to 2 unchanged; heads 3 to 4 new, with the shared module'
+  )
+  assert expected(_cfg(p, 1), _cfg('anticausal', 2)) == (
+    'head 1 unchanged; head 2 new, from layers of the trunk'
   )
 
 
 @pytest.mark.parametrize(
-  'cfg, said',
+  'cfg, expected',
   [
     (
       lambda: _cfg('parallel', 2, model__d_ff=32),
-      '--model.d_ff=32: the parameters of X, which it begins with, have 24',
+      '--model.d_ff=32: the parameters of X, which it is initialized from, have 24',
     ),
     (
       lambda: _cfg('parallel', 2, 'tied'),
@@ -214,13 +216,13 @@ def test_what_becomes_of_the_heads_is_said():
     ),
   ],
 )
-def test_what_cannot_be_begun_is_told(cfg, said):
+def test_incompatible_warm_start_raises(cfg, expected):
   with pytest.raises(paths.InputError) as error:
     init_from.check(_cfg('linear', 3), cfg(), 'X')
-  assert str(error.value) == said
+  assert str(error.value) == expected
 
 
-# From the command line.
+# On the command line.
 
 
 def _held_out(workdir) -> float:
@@ -230,7 +232,7 @@ def _held_out(workdir) -> float:
 
 
 def _dropped(undisturbed, **changes):
-  """Flags: head 1 of a run alone, at a rate of next to nothing."""
+  """Returns flags for head 1 of a run alone, at a negligible learning rate."""
   return (
     dict(
       train__init_from=undisturbed,
@@ -246,21 +248,21 @@ def _dropped(undisturbed, **changes):
   )
 
 
-def test_next_token_fine_tuning_begins_where_head_1_was(store, undisturbed, tmp_path, capsys):
+def test_next_token_fine_tuning_starts_at_loss_of_head_1(store, undisturbed, tmp_path, capsys):
   of = _dropped(undisturbed)
   assert runs.train(store, tmp_path / 'run', **of) == 0
-  said = capsys.readouterr().out
-  assert 'step 6: head 1 as it was; head 2 dropped' in said
+  expected = capsys.readouterr().out
+  assert 'step 6: head 1 unchanged; head 2 dropped' in expected
   np.testing.assert_allclose(_held_out(tmp_path / 'run'), _held_out(undisturbed), rtol=1e-5)
   cut = tmp_path / 'cut'
   assert runs.train(store, cut, **of | dict(train__steps=2)) == 0
   capsys.readouterr()
-  assert runs.train(store, cut, **of) == 0  # the same command goes on
-  assert 'begins with' not in capsys.readouterr().out
+  assert runs.train(store, cut, **of) == 0  # the same command resumes
+  assert 'initialized from' not in capsys.readouterr().out
   runs.assert_same(runs.restored(cut, 4), runs.restored(tmp_path / 'run', 4))
 
 
-def test_another_dtype_begins_with_the_rounded_values(store, undisturbed, tmp_path):
+def test_warm_start_in_another_dtype_rounds_parameters(store, undisturbed, tmp_path):
   run = tmp_path / 'run'
   assert (
     runs.train(store, run, **_dropped(undisturbed, model__param_dtype='bfloat16', train__steps=2))
@@ -271,7 +273,7 @@ def test_another_dtype_begins_with_the_rounded_values(store, undisturbed, tmp_pa
   np.testing.assert_array_equal(new.embed, old.embed.astype(new.embed.dtype))
 
 
-def test_a_run_goes_on_with_what_it_began_with(store, undisturbed, tmp_path, capsys):
+def test_resume_of_a_warm_start_ignores_its_source(store, undisturbed, tmp_path, capsys):
   run = tmp_path / 'run'
   assert runs.train(store, run, **_dropped(undisturbed, train__steps=2)) == 0
   capsys.readouterr()
@@ -281,7 +283,7 @@ def test_a_run_goes_on_with_what_it_began_with(store, undisturbed, tmp_path, cap
   assert f'was started with {undisturbed}' in error
 
 
-def test_a_frozen_trunk_stays_bit_for_bit(store, undisturbed, tmp_path):
+def test_frozen_trunk_is_bitwise_unchanged(store, undisturbed, tmp_path):
   """Heads added to a run, and trained alone: what computes its next token has
   the same bits, and the heads have moved."""
   run = tmp_path / 'run'
@@ -307,7 +309,7 @@ def test_a_frozen_trunk_stays_bit_for_bit(store, undisturbed, tmp_path):
   np.testing.assert_allclose(_held_out(run), _held_out(undisturbed), rtol=1e-5)
 
 
-def test_a_frozen_trunk_has_neither_gradient_nor_moments():
+def test_frozen_trunk_has_neither_gradient_nor_moments():
   """In the memory of the compiled step, and in the FLOPs of the traced one."""
   of = dict(
     heads__family='sequential',
@@ -325,7 +327,7 @@ def test_a_frozen_trunk_has_neither_gradient_nor_moments():
       m = tiny.mesh(c)
       with jax.set_mesh(m):
         traced[freeze] = step_lib.trace(c, m, 2)
-    # Backwards, the trunk computes two products where forwards it does one.
+    # The trunk's backward pass has two products per forward product.
     all_flops, some_flops = (flops.of_program(x.jaxpr, 64) for x in traced.values())
     tokens = c.data.batch_size * c.data.seq_len
     forward, *_ = flops.forward(c, 2, causal=False)
@@ -339,22 +341,22 @@ def test_a_frozen_trunk_has_neither_gradient_nor_moments():
 
 
 @pytest.mark.parametrize(
-  'changes, said',
+  'changes, expected',
   [
     (dict(model__d_ff=64), '--model.d_ff=64: the parameters of'),
     (dict(model__n_layers=3), '--model.n_layers=3: trunk and head 1 of'),
     (dict(train__init_from='/nowhere'), 'no complete checkpoint there, which'),
   ],
 )
-def test_a_run_that_cannot_begin_is_told(changes, said, store, undisturbed, tmp_path, capsys):
+def test_invalid_init_from_is_refused(changes, expected, store, undisturbed, tmp_path, capsys):
   of = _dropped(undisturbed, **changes)
   assert runs.train(store, tmp_path / 'run', **of) == 2
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1, error
+  assert expected in error and error.count('\n') == 1, error
   assert not os.path.exists(tmp_path / 'run')
 
 
-def test_an_import_is_not_mixed_with_another_run(store, undisturbed, tmp_path, capsys):
+def test_init_from_in_an_imported_workdir_is_refused(store, undisturbed, tmp_path, capsys):
   c = schema.replace(
     metadata.read_metadata(str(undisturbed), 6)[0], **{'train.workdir': str(tmp_path / 'run')}
   )
@@ -363,4 +365,4 @@ def test_an_import_is_not_mixed_with_another_run(store, undisturbed, tmp_path, c
   saver.save_params(model, c, tokenizers.get('bytes'), c.train.workdir)
   assert runs.train(store, tmp_path / 'run', **_dropped(undisturbed)) == 2
   error = capsys.readouterr().err
-  assert 'holds what was imported' in error and '--train.init_from=' in error
+  assert 'holds an imported model' in error and '--train.init_from=' in error

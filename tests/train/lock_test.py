@@ -1,4 +1,4 @@
-"""One writer a workdir."""
+"""The workdir lock: live, dead and stale holders, concurrent starts, release."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def _other(path, **changes):
   path.write_text(json.dumps(holder | changes))
 
 
-def test_a_living_holder_is_named(tmp_path):
+def test_live_holder_is_named(tmp_path):
   pid = os.getppid()
   _other(tmp_path / 'lock.json', pid=pid, started=lock._started(pid))
   with pytest.raises(paths.InputError, match=f'written by process {pid}'):
@@ -29,26 +29,26 @@ def test_a_living_holder_is_named(tmp_path):
   assert json.loads((tmp_path / 'lock.json').read_text())['run'] == 'x'
 
 
-def test_a_second_run_in_a_living_workdir_is_refused(store, tmp_path, capsys):
+def test_second_run_in_a_locked_workdir_is_refused(store, tmp_path, capsys):
   workdir = tmp_path / 'run'
   workdir.mkdir()
   held = lock.Lock(str(workdir))
   assert runs.train(store, workdir) == 2
   error = capsys.readouterr().err
   assert error.startswith(f'mtp: --train.workdir={workdir}: is being written')
-  assert error.endswith('one run a workdir\n') and error.count('\n') == 1
+  assert error.endswith('only one run per workdir\n') and error.count('\n') == 1
   assert os.listdir(workdir) == ['lock.json']
   held.check()
 
 
-def test_a_dead_process_loses_its_lock(tmp_path):
+def test_lock_of_a_dead_process_is_taken_over(tmp_path):
   dead = subprocess.Popen([sys.executable, '-c', ''])
   dead.wait()
   _other(tmp_path / 'lock.json', pid=dead.pid)
   lock.Lock(str(tmp_path)).check()
 
 
-def test_a_killed_process_that_nobody_waited_for_loses_its_lock(tmp_path):
+def test_lock_of_a_zombie_process_is_taken_over(tmp_path):
   sleeping = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
   started = lock._started(sleeping.pid)
   _other(tmp_path / 'lock.json', pid=sleeping.pid, started=started)
@@ -60,24 +60,24 @@ def test_a_killed_process_that_nobody_waited_for_loses_its_lock(tmp_path):
   sleeping.communicate()
 
 
-def test_a_reused_pid_is_not_the_holder(tmp_path):
+def test_lock_of_a_reused_pid_is_taken_over(tmp_path):
   _other(tmp_path / 'lock.json', pid=os.getppid(), started='0')
   lock.Lock(str(tmp_path)).check()
 
 
-def test_another_machine_that_touches_its_lock_lives(tmp_path, monkeypatch, capsys):
+def test_renewed_lock_of_another_machine_is_live(tmp_path, monkeypatch, capsys):
   path = tmp_path / 'lock.json'
   _other(path, host='elsewhere')
   monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e10, 1e10)))
   with pytest.raises(paths.InputError, match='on elsewhere'):
     lock.Lock(str(tmp_path))
-  assert f'on elsewhere; waits up to {lock.STALE_S:.0f} s whether it lives' in (
+  assert f'on elsewhere; waiting up to {lock.STALE_S:.0f} s for it to expire' in (
     capsys.readouterr().out
   )
   assert json.loads(path.read_text())['run'] == 'x'
 
 
-def test_another_machine_that_is_silent_for_long_is_dead(tmp_path, monkeypatch, capsys):
+def test_stale_lock_of_another_machine_is_taken_over(tmp_path, monkeypatch, capsys):
   _other(tmp_path / 'lock.json', host='elsewhere')
   monkeypatch.setattr(lock, 'STALE_S', 1.5)
   monkeypatch.setattr(lock, 'LIVES_S', 0.1)
@@ -85,11 +85,11 @@ def test_another_machine_that_is_silent_for_long_is_dead(tmp_path, monkeypatch, 
   begin = time.monotonic()
   lock.Lock(str(tmp_path)).check()
   assert 0.5 < time.monotonic() - begin < 30
-  assert capsys.readouterr().out.count('waits up to') == 1
+  assert capsys.readouterr().out.count('waiting up to') == 1
 
 
-def test_one_silent_for_long_by_our_clock_is_watched_for_a_while(tmp_path, monkeypatch, capsys):
-  """Our clock may be ahead: it lives if it touches its lock in that time."""
+def test_stale_lock_is_watched_in_case_of_clock_skew(tmp_path, monkeypatch, capsys):
+  """This clock may be ahead: a lock that is renewed in that time is live."""
   path = tmp_path / 'lock.json'
   _other(path, host='elsewhere')
   os.utime(path, (0, 0))
@@ -97,7 +97,7 @@ def test_one_silent_for_long_by_our_clock_is_watched_for_a_while(tmp_path, monke
     m.setattr(time, 'sleep', lambda _: os.utime(path, (20, 20)))
     with pytest.raises(paths.InputError, match='on elsewhere'):
       lock.Lock(str(tmp_path))
-  assert f'waits up to {lock.LIVES_S:.0f} s whether' in capsys.readouterr().out
+  assert f'waiting up to {lock.LIVES_S:.0f} s for' in capsys.readouterr().out
   monkeypatch.setattr(lock, 'LIVES_S', 0.5)
   monkeypatch.setattr(lock, 'LOOK_S', 0.1)
   begin = time.monotonic()
@@ -105,7 +105,7 @@ def test_one_silent_for_long_by_our_clock_is_watched_for_a_while(tmp_path, monke
   assert 0.5 < time.monotonic() - begin < 30
 
 
-def test_who_was_replaced_notices(tmp_path):
+def test_replaced_holder_raises_lost(tmp_path):
   first = lock.Lock(str(tmp_path))
   _other(tmp_path / 'lock.json')
   with pytest.raises(lock.Lost):
@@ -117,7 +117,7 @@ def test_who_was_replaced_notices(tmp_path):
     first.check()
 
 
-def test_checking_shows_that_the_run_is_alive(tmp_path):
+def test_check_renews_the_lock(tmp_path):
   held = lock.Lock(str(tmp_path))
   os.utime(tmp_path / 'lock.json', (0, 0))
   held.check()
@@ -125,7 +125,7 @@ def test_checking_shows_that_the_run_is_alive(tmp_path):
   assert age_s < lock.STALE_S
 
 
-def test_a_run_is_alive_however_long_a_step_takes(tmp_path, monkeypatch):
+def test_lock_is_renewed_during_a_long_step(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'SHOW_S', 0.02)
   path = tmp_path / 'lock.json'
   held = lock.Lock(str(tmp_path))
@@ -139,18 +139,18 @@ def test_a_run_is_alive_however_long_a_step_takes(tmp_path, monkeypatch):
   assert not held._shows.is_alive() and not path.exists()
 
 
-def test_an_unreadable_lock_is_nobodys(tmp_path):
+def test_unreadable_lock_is_taken_over(tmp_path):
   (tmp_path / 'lock.json').write_text('{"run"')
   lock.Lock(str(tmp_path)).check()
 
 
-def test_release(tmp_path):
+def test_release_deletes_the_lock(tmp_path):
   lock.Lock(str(tmp_path)).release()
   assert not os.listdir(tmp_path)
 
 
-def test_of_many_that_start_together_one_gets_it(tmp_path):
-  # Over a dead holder's lock, which each of them wants to clear away.
+def test_one_of_many_concurrent_starts_acquires_the_lock(tmp_path):
+  # Over a dead holder's lock, which each of them would replace.
   for trial in range(20):
     workdir = tmp_path / str(trial)
     workdir.mkdir()
@@ -181,19 +181,19 @@ def _foreign(path, pid=None):
   _other(path, pid=pid, started=lock._started(pid), machine='boot pid:[1]')
 
 
-def test_another_container_of_the_same_host_name_is_waited_for(tmp_path, monkeypatch):
+def test_lock_of_another_container_is_watched(tmp_path, monkeypatch):
   path = tmp_path / 'lock.json'
   _foreign(path)
   monkeypatch.setattr(time, 'sleep', lambda _: os.utime(path, (1e9, 1e9)))
   with pytest.raises(paths.InputError, match='is being written by'):
     lock.Lock(str(tmp_path))
-  _foreign(path, pid=2**22 + 1)  # nobody has this pid here: that says nothing
+  _foreign(path, pid=2**22 + 1)  # no local process has this pid, which is irrelevant
   with pytest.raises(paths.InputError, match='is being written by'):
     lock.Lock(str(tmp_path))
 
 
 @pytest.mark.parametrize('ahead_s', [1e9, 0.0])
-def test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long(ahead_s, tmp_path, monkeypatch):
+def test_lock_with_a_time_in_the_future_is_watched(ahead_s, tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'STALE_S', 1.0)
   monkeypatch.setattr(lock, 'LIVES_S', 0.1)
   monkeypatch.setattr(lock, 'LOOK_S', 0.1)
@@ -207,7 +207,7 @@ def test_a_lock_of_a_clock_that_is_ahead_is_waited_for_as_long(ahead_s, tmp_path
 
 
 @pytest.mark.parametrize('pid', [0, -1, -(10**30), 10**30])
-def test_no_process_has_such_a_pid(pid, tmp_path, monkeypatch):
+def test_lock_with_an_impossible_pid_is_taken_over(pid, tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'STALE_S', 0.2)
   monkeypatch.setattr(lock, 'LIVES_S', 0.1)
   monkeypatch.setattr(lock, 'LOOK_S', 0.05)
@@ -216,13 +216,13 @@ def test_no_process_has_such_a_pid(pid, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('text', ['null', '[]', '3', '{"run": 1}', '{"run": "x", "pid": "1"}', ''])
-def test_a_lock_of_another_type_is_nobodys(text, tmp_path):
+def test_malformed_lock_is_taken_over(text, tmp_path):
   (tmp_path / 'lock.json').write_text(text)
   lock.Lock(str(tmp_path)).check()
 
 
 @pytest.mark.parametrize('how', ['renamed', 'deleted'])
-def test_a_workdir_that_is_gone_was_not_taken(how, tmp_path):
+def test_deleted_workdir_raises_config_error(how, tmp_path):
   workdir = tmp_path / 'run'
   workdir.mkdir()
   held = lock.Lock(str(workdir))
@@ -238,7 +238,7 @@ def test_a_workdir_that_is_gone_was_not_taken(how, tmp_path):
   assert not workdir.exists()
 
 
-def test_nothing_of_a_successor_is_removed(tmp_path):
+def test_release_keeps_a_successors_files(tmp_path):
   held = lock.Lock(str(tmp_path))
   _other(tmp_path / 'lock.json')
   (tmp_path / 'checkpoints' / '3.tmp').mkdir(parents=True)  # of its save
@@ -247,7 +247,7 @@ def test_nothing_of_a_successor_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize('theirs', ['lock.json', 'checkpoints/3/a'])
-def test_of_a_workdir_that_is_gone_no_file_is_removed(theirs, tmp_path):
+def test_release_in_a_deleted_workdir_removes_no_files(theirs, tmp_path):
   (tmp_path / 'run').mkdir()
   held = lock.Lock(str(tmp_path / 'run'))
   (tmp_path / 'run').rename(tmp_path / 'other')
@@ -258,5 +258,5 @@ def test_of_a_workdir_that_is_gone_no_file_is_removed(theirs, tmp_path):
   assert file.read_text() == '{}'
 
 
-def test_the_schedulers_container_is_told_apart():
+def test_machine_id_distinguishes_containers():
   assert 'pid:[' in lock._machine()

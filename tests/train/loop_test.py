@@ -1,4 +1,4 @@
-"""TODO of tests.train.loop_test."""
+"""The training loop: resume after signals, kills, corruption and full disks."""
 
 import errno
 import io
@@ -32,7 +32,7 @@ from tests.support import runs, signals, tiny
 
 @pytest.fixture
 def resumable(undisturbed, tmp_path):
-  """A copy of the undisturbed run, killed between step 5 and the end."""
+  """Returns a copy of the undisturbed run as if killed after step 5."""
   run = tmp_path / 'resumable'
   shutil.copytree(undisturbed, run)
   shutil.rmtree(run / 'checkpoints' / '6')
@@ -44,12 +44,12 @@ def resumable(undisturbed, tmp_path):
 
 
 def _of_kind(workdir, kind, names=None):
-  """Records of a kind; with names, the values of those as rows."""
+  """Returns the records of a kind, or rows of their values under some names."""
   found = [r for r in runs.records(workdir) if r['kind'] == kind]
   return [[r[n] for n in names] for r in found] if names else found
 
 
-def test_a_run_writes_what_it_says(undisturbed, store):
+def test_run_directory_files_and_records(undisturbed, store):
   assert sorted(os.listdir(undisturbed)) == [
     'checkpoints',
     'config.json',
@@ -75,20 +75,20 @@ def test_a_run_writes_what_it_says(undisturbed, store):
     'bits_per_byte',
     'grad_norm',
     'accuracy_2',
-    'accepted_length',
+    'mean_acceptance_length',
     'acceptance_2',
     'head_grad_norm_2',
     *runs.TIMES,
   ):
     assert np.isfinite(last[name]), name
-  # Bits are of head 1 alone; a document's end may add some, without bytes.
+  # Bits of head 1 only; the end of a document may add bits without bytes.
   bits_1 = last['loss_1'] / np.log(2)
   assert 0.999 * bits_1 < last['bits_per_byte'] < 1.1 * bits_1
   state = runs.restored(undisturbed, 6)
   assert (state.step, state.skipped, state.skipped_in_a_row) == (6, 0, 0)
 
 
-def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
+def test_evaluation_batches_do_not_depend_on_grad_accumulation(store):
   rows = []
   for accumulate in (1, 2, 4):
     cfg = schema.replace(
@@ -102,7 +102,7 @@ def test_batches_of_an_evaluation_are_those_of_steps_not_micro_batches(store):
     np.testing.assert_array_equal(rows[-1], rows[0])
 
 
-# Stopped and resumed.
+# Interruption and resume.
 
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -110,20 +110,20 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 @pytest.fixture
 def mortal():
-  """A signal that nobody hears is an error of the test, not its end; and none
-  is ignored, as a shell leaves them in the background."""
+  """Makes an unhandled signal an error of the test rather than its end; and none is
+  ignored, as in background jobs of a shell."""
 
-  def unheard(number, _):
-    raise AssertionError(f'nobody hears {number}')
+  def unhandled(number, _):
+    raise AssertionError(f'signal {number} is not handled')
 
-  old = {number: signal.signal(number, unheard) for number in SIGNALS}
+  old = {number: signal.signal(number, unhandled) for number in SIGNALS}
   yield
   for number, handler in old.items():
     signal.signal(number, handler)
 
 
 @pytest.mark.parametrize('number', SIGNALS)
-def test_a_signal_then_the_same_command_is_the_undisturbed_run(
+def test_resume_is_bitwise_after_a_signal(
   store, tmp_path, undisturbed, monkeypatch, capsys, number, mortal
 ):
   handlers = [signal.getsignal(s) for s in SIGNALS]
@@ -134,13 +134,13 @@ def test_a_signal_then_the_same_command_is_the_undisturbed_run(
   monkeypatch.undo()
   assert handlers == [signal.getsignal(s) for s in SIGNALS]
   assert runs.train(store, tmp_path) == 0
-  assert 'step 4 of 6, 2 to go' in capsys.readouterr().out
+  assert 'step 4 of 6, 2 remaining' in capsys.readouterr().out
   runs.assert_same(runs.restored(tmp_path, 6), runs.restored(undisturbed, 6))
   assert runs.records(tmp_path) == runs.records(undisturbed)
 
 
 @pytest.mark.parametrize('at, of', [(6, {}), (2, dict(train__eval_every=2))])
-def test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for(
+def test_interrupted_evaluation_is_repeated_on_resume(
   at, of, store, tmp_path, undisturbed, monkeypatch, capsys
 ):
   """At the end, and at a step that has no checkpoint otherwise: what would be
@@ -154,7 +154,7 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for(
   def evaluator(*_):
     def evaluate(*_):
       os.kill(os.getpid(), signal.SIGTERM)
-      time.sleep(300)  # an evaluation of hours
+      time.sleep(300)  # a long evaluation
 
     return evaluate
 
@@ -168,11 +168,11 @@ def test_a_signal_ends_an_evaluation_which_the_same_command_makes_up_for(
   runs.assert_same(runs.restored(run, 6), runs.restored(straight, 6))
   assert runs.records(run) == runs.records(straight)
   assert runs.train(store, run, **of) == 0
-  assert 'is trained already, to step 6' in capsys.readouterr().out
+  assert ': training already finished (step 6)' in capsys.readouterr().out
 
 
-def test_a_suite_that_is_named_is_evaluated():
-  """Held-out windows too, as one of --eval.tasks at its cadence."""
+def test_tasks_are_due_at_their_cadence():
+  """Held-out windows included, as one of --eval.tasks."""
 
   def due(done, **changes):
     given = {k.replace('__', '.'): v for k, v in changes.items()}
@@ -180,7 +180,7 @@ def test_a_suite_that_is_named_is_evaluated():
     return evaluation.due(cfg, done)
 
   both = dict(eval__tasks='heldout,acceptance', train__eval_tasks_every=4)
-  # Whether a suite can be evaluated at all is another question.
+  # Whether the task can be evaluated is tested elsewhere.
   check = registry.SUITES['acceptance']._replace(check=lambda *_: None)
   with pytest.MonkeyPatch.context() as patched:
     patched.setitem(registry.SUITES, 'acceptance', check)
@@ -193,7 +193,7 @@ def test_a_suite_that_is_named_is_evaluated():
 
 
 @pytest.mark.parametrize('name', ['a[1]', 'b*', 'c?/run', '[d'])
-def test_a_path_that_is_a_pattern_is_refused(name, store, tmp_path, capsys):
+def test_workdir_with_glob_characters_is_refused(name, store, tmp_path, capsys):
   """orbax would merge the parts of other runs, or find none of its own."""
   assert runs.train(store, tmp_path / name) == 2
   error = capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_a_path_that_is_a_pattern_is_refused(name, store, tmp_path, capsys):
   assert error.count('\n') == 1 and not os.listdir(tmp_path)
 
 
-def test_a_step_without_a_target_passes_by_the_non_finite_counter():
+def test_step_without_targets_keeps_the_nonfinite_counter():
   c = tiny.cfg(heads__n=2, heads__family='linear', model__n_layers=1)
   rows = tiny.batch(c)
   rows['position'][:] = 0
@@ -219,7 +219,7 @@ def test_a_step_without_a_target_passes_by_the_non_finite_counter():
   assert metrics_lib.scalars(jax.device_get(values))['loss_2'] is None
 
 
-def test_resumed_under_muon_and_random_rounding(store, tmp_path):
+def test_resume_is_bitwise_with_muon_and_stochastic_rounding(store, tmp_path):
   of = dict(
     optim__name='muon',
     model__param_dtype='bfloat16',
@@ -242,7 +242,7 @@ def test_resumed_under_muon_and_random_rounding(store, tmp_path):
     assert x.dtype == jnp.bfloat16 and (x != old).any()
 
 
-def test_a_second_interrupt_does_not_wait(store, tmp_path, monkeypatch):
+def test_second_sigint_exits_immediately(store, tmp_path, monkeypatch):
   def twice():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
@@ -253,8 +253,8 @@ def test_a_second_interrupt_does_not_wait(store, tmp_path, monkeypatch):
   assert not (tmp_path / 'lock.json').exists()
 
 
-def test_sigterm_to_a_process(store, tmp_path, capsys):
-  # Long enough that it cannot be over before the signal arrives.
+def test_resume_is_bitwise_after_sigterm_to_a_process(store, tmp_path, capsys):
+  # Long enough not to finish before the signal arrives.
   flags = dict(train__steps=60, train__log_every=4)
   interrupted, straight = tmp_path / 'a', tmp_path / 'b'
   command = runs.args(store, str(interrupted), **flags)
@@ -291,7 +291,7 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def test_kill_during_a_save(store, tmp_path, undisturbed):
+def test_resume_is_bitwise_after_kill_during_save(store, tmp_path, undisturbed):
   flags = dict(train__checkpoint_every=2)
   command = runs.args(store, str(tmp_path), **flags)
   run = runs.process(['-c', KILLED_SAVING, 'train', *command])
@@ -308,14 +308,14 @@ def test_kill_during_a_save(store, tmp_path, undisturbed):
   assert runs.records(tmp_path) == runs.records(undisturbed)
 
 
-def test_records_past_the_checkpoint_are_cut_off(store, resumable, undisturbed, capsys):
+def test_resume_truncates_records_past_the_checkpoint(store, resumable, undisturbed, capsys):
   assert runs.train(store, resumable, train__checkpoint_every=3) == 0
-  assert 'step 3 of 6, 3 to go' in capsys.readouterr().out
+  assert 'step 3 of 6, 3 remaining' in capsys.readouterr().out
   assert runs.records(resumable) == runs.records(undisturbed)
   runs.assert_same(runs.restored(resumable, 6), runs.restored(undisturbed, 6))
 
 
-def test_steps_and_cadences_may_change(store, resumable, undisturbed):
+def test_steps_and_cadences_may_change_on_resume(store, resumable, undisturbed):
   assert 0 == runs.train(
     store,
     resumable,
@@ -334,7 +334,7 @@ def test_steps_and_cadences_may_change(store, resumable, undisturbed):
   assert cfg.train.steps == 8
 
 
-def test_another_mesh_goes_on(store, tmp_path, undisturbed, monkeypatch):
+def test_resume_on_another_mesh(store, tmp_path, undisturbed, monkeypatch):
   signals.at_batch(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
   mesh = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   assert runs.train(store, tmp_path, **mesh) == loop.EXIT_INTERRUPTED
@@ -347,10 +347,10 @@ def test_another_mesh_goes_on(store, tmp_path, undisturbed, monkeypatch):
   assert runs.records(tmp_path) != runs.records(undisturbed)  # other sums
 
 
-def test_a_finished_run_is_left_alone(store, undisturbed, capsys):
+def test_finished_run_is_unchanged(store, undisturbed, capsys):
   before = _contents(undisturbed)
   assert runs.train(store, undisturbed, train__checkpoint_every=3) == 0
-  assert 'trained already, to step 6' in capsys.readouterr().out
+  assert 'training already finished (step 6)' in capsys.readouterr().out
   assert _contents(undisturbed) == before
 
 
@@ -364,7 +364,7 @@ def test_a_finished_run_is_left_alone(store, undisturbed, capsys):
     ({'train__grad_accum_steps': 1, 'data__batch_size': 16}, '--data.batch_size=16'),
   ],
 )
-def test_what_changes_the_result_is_refused(store, undisturbed, capsys, change, line):
+def test_resume_with_result_changing_flags_is_refused(store, undisturbed, capsys, change, line):
   before = _contents(undisturbed)
   assert runs.train(store, undisturbed, train__steps=9, **change) == 2
   error = capsys.readouterr().err
@@ -374,7 +374,7 @@ def test_what_changes_the_result_is_refused(store, undisturbed, capsys, change, 
   assert _contents(undisturbed) == before
 
 
-def test_another_store_is_refused(undisturbed, tmp_path, capsys):
+def test_resume_with_another_store_is_refused(undisturbed, tmp_path, capsys):
   other = runs.make_store(str(tmp_path / 'other'), seed=1)
   before = _contents(undisturbed)
   assert runs.train(other, undisturbed, train__steps=9) == 2
@@ -385,7 +385,7 @@ def test_another_store_is_refused(undisturbed, tmp_path, capsys):
 
 
 def _contents(workdir):
-  """Every file below workdir and its bytes."""
+  """Returns {path: bytes} of every file below workdir."""
   return {
     os.path.join(folder, name): open(os.path.join(folder, name), 'rb').read()
     for folder, _, names in os.walk(workdir)
@@ -401,7 +401,7 @@ def _contents(workdir):
     dict(train__log_every=99, train__checkpoint_every=2),
   ],
 )
-def test_who_lost_the_lock_writes_nothing_more(store, tmp_path, monkeypatch, capsys, cadence):
+def test_run_without_its_lock_writes_nothing(store, tmp_path, monkeypatch, capsys, cadence):
   seen = {}
 
   def files():  # TensorBoard writes when it likes, to a file of this run only
@@ -419,13 +419,13 @@ def test_who_lost_the_lock_writes_nothing_more(store, tmp_path, monkeypatch, cap
   assert restore.steps(str(tmp_path)) == []
 
 
-# What goes wrong in a step, and what does not take part in it.
+# Non-finite steps and inactive heads.
 
 
-def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
+def test_nonfinite_steps_are_skipped_and_abort_after_a_limit(
   store, tmp_path, monkeypatch, capsys, own_programs
 ):
-  # By step: a loss that is no number, or a gradient whose norm overflows.
+  # By step: a NaN loss, or a gradient whose norm overflows.
   factors = np.ones(6, np.float32)
   factors[[1, 4]], factors[3] = np.nan, 1e37
   weights = targets.weights
@@ -435,7 +435,7 @@ def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
   every = dict(train__checkpoint_every=1, train__max_to_keep=9)
   a, b = tmp_path / 'a', tmp_path / 'b'
   assert runs.train(store, a, train__max_nonfinite=3, **every) == 0
-  assert _of_kind(a, 'train', ['skipped', 'skipped_in_a_row']) == [
+  assert _of_kind(a, 'train', ['skipped', 'consecutive_nonfinite']) == [
     [0, 0],
     [1, 1],
     [1, 0],
@@ -463,12 +463,12 @@ def test_a_non_finite_step_changes_nothing_and_too_many_end_the_run(
   capsys.readouterr()
   assert runs.train(store, b, train__max_nonfinite=2) == 76
   assert loop.EXIT_DIVERGED == 76
-  assert '2 steps in a row were not finite' in capsys.readouterr().out
+  assert '2 consecutive steps were not finite' in capsys.readouterr().out
   assert restore.steps(str(b)) == []
   assert _of_kind(b, 'train')[-1]['step'] == 5
 
 
-def test_a_curriculum_leaves_inactive_heads_alone(store, tmp_path):
+def test_curriculum_does_not_update_inactive_heads(store, tmp_path):
   assert 0 == runs.train(
     store, tmp_path, train__checkpoint_every=1, train__max_to_keep=9, loss__curriculum='0:1;2:2;4:1'
   )
@@ -496,15 +496,14 @@ def test_a_curriculum_leaves_inactive_heads_alone(store, tmp_path):
   assert ['loss_2' in r for r in _of_kind(tmp_path, 'eval')] == [False]
 
 
-# What one looks at.
+# Profiles and the progress bar.
 
 
 @pytest.mark.parametrize(
-  'start, steps, told', [(2, 2, 'start batch stop batch batch'), (4, 9, 'batch start batch batch')]
+  'start, steps, expected',
+  [(2, 2, 'start batch stop batch batch'), (4, 9, 'batch start batch batch')],
 )
-def test_a_profile_of_what_the_run_has_of_its_steps(
-  store, resumable, monkeypatch, start, steps, told
-):
+def test_profile_covers_the_requested_steps(store, resumable, monkeypatch, start, steps, expected):
   """The run goes from step 3 to 6: from within the profile, or into it."""
   calls = []
 
@@ -521,28 +520,28 @@ def test_a_profile_of_what_the_run_has_of_its_steps(
   tell(jax.profiler, 'stop_trace', 'stop')
   tell(sharding, 'put_batch', 'batch')
   assert 0 == runs.train(store, resumable, train__profile_start=start, train__profile_steps=steps)
-  assert ' '.join(calls[: len(told.split())]) == told
+  assert ' '.join(calls[: len(expected.split())]) == expected
   assert calls.count('start') == calls.count('stop') == 1
   found = [f for _, _, files in os.walk(resumable / 'profile') for f in files]
   assert any(name.endswith('.xplane.pb') for name in found)
 
 
-def test_a_terminal_shows_a_bar(store, resumable, undisturbed, monkeypatch):
+def test_progress_bar_at_a_terminal(store, resumable, undisturbed, monkeypatch):
   terminal = io.StringIO()
   terminal.isatty = lambda: True
   monkeypatch.setattr(sys, 'stdout', terminal)
   assert runs.train(store, resumable) == 0
   written = terminal.getvalue()
-  assert 'step 6/6  loss' in written and 'held out' in written
+  assert 'step 6/6  loss' in written and 'held-out' in written
   assert '\x1b[' in written and 'training' in written and '6/6' in written
   assert runs.records(resumable) == runs.records(undisturbed)
 
 
-# Damaged checkpoints.
+# Corrupt checkpoints.
 
 
 def _damage(run, step, how='flipped'):
-  """Of the largest file of a checkpoint; returns the line that names it."""
+  """Corrupts the largest file of a checkpoint; returns the expected message."""
   folder = run / 'checkpoints' / str(step)
   path = max((p for p in folder.rglob('d/*')), key=lambda p: (p.stat().st_size, p))
   data = bytearray(path.read_bytes())
@@ -553,7 +552,7 @@ def _damage(run, step, how='flipped'):
     path.write_bytes(dict(flipped=data, half=half, empty=b'')[how])
   name = path.relative_to(folder)
   return dict(
-    flipped=f'{name} has other bytes than were saved',
+    flipped=f'{name} does not match its sha256',
     half=f'{name} has {len(half):,} bytes, not {len(data):,}',
     empty=f'{name} has 0 bytes, not {len(data):,}',
     missing=f'{name} is missing',
@@ -566,36 +565,35 @@ def copy(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize('how', ['flipped', 'half', 'empty', 'missing'])
-def test_a_run_falls_back_to_the_newest_good_checkpoint(store, copy, undisturbed, capsys, how):
+def test_resume_falls_back_to_newest_valid_checkpoint(store, copy, undisturbed, capsys, how):
   line = _damage(copy, 6, how)
-  damaged = _contents(copy / 'checkpoints' / '6')
+  corrupt = _contents(copy / 'checkpoints' / '6')
   assert runs.train(store, copy, train__checkpoint_every=3) == 0
   out = capsys.readouterr().out
-  assert out.count('damaged') == 2 and out.splitlines()[0] == (
-    f'checkpoint 6 is damaged: {line}; it is now checkpoints/6.damaged, and the'
-    ' run goes on from step 3'
+  assert out.count('corrupt') == 2 and out.splitlines()[0] == (
+    f'checkpoint 6 is corrupt: {line}; quarantined as checkpoints/6.corrupt, resuming from step 3'
   )
-  assert 'step 3 of 6, 3 to go' in out
+  assert 'step 3 of 6, 3 remaining' in out
   assert restore.steps(str(copy)) == [3, 6]
-  aside = _contents(copy / 'checkpoints' / '6.damaged')
-  assert [*aside.values()] == [*damaged.values()]
+  quarantined = _contents(copy / 'checkpoints' / '6.corrupt')
+  assert [*quarantined.values()] == [*corrupt.values()]
   runs.assert_same(runs.restored(copy, 6), runs.restored(undisturbed, 6))
   assert runs.records(copy) == runs.records(undisturbed)
-  restore.verify(str(copy), 6, 'train.workdir')
+  restore.verify(str(copy), 6)
 
 
-def test_only_damaged_checkpoints_are_refused_and_left(store, copy, capsys):
+def test_run_with_only_corrupt_checkpoints_is_refused(store, copy, capsys):
   lines = [f'{step}: {_damage(copy, step)}' for step in (6, 3)]
   before = _contents(copy)
   assert runs.train(store, copy) == 2
   assert capsys.readouterr() == (
     '',
-    f'mtp: --train.workdir={copy}: all of its checkpoints are damaged: {"; ".join(lines)}\n',
+    f'mtp: --train.workdir={copy}: all of its checkpoints are corrupt: {"; ".join(lines)}\n',
   )
   assert _contents(copy) == before
 
 
-def test_who_is_refused_sets_nothing_aside(store, copy, capsys):
+def test_refused_resume_quarantines_nothing(store, copy, capsys):
   _damage(copy, 6)
   before = _contents(copy)
   assert runs.train(store, copy, optim__lr=0.5) == 2
@@ -611,31 +609,31 @@ def test_who_is_refused_sets_nothing_aside(store, copy, capsys):
     ('export', ['--export.out={}/out']),
   ],
 )
-def test_other_commands_refuse_a_damaged_checkpoint(copy, tmp_path, capsys, command, more):
+def test_commands_refuse_a_corrupt_checkpoint(copy, tmp_path, capsys, command, more):
   line = _damage(copy, 6)
   before = _contents(tmp_path)
   for path in (copy, copy / 'checkpoints' / '6'):
     args = [str(path), '--train.compilation_cache=', *more]
     args = [arg.format(tmp_path) for arg in args]
     assert main.main([command, *args]) == 2
-    assert capsys.readouterr() == ('', f'mtp: {copy}/checkpoints/6: is damaged: {line}\n')
+    assert capsys.readouterr() == ('', f'mtp: {copy}/checkpoints/6: is corrupt: {line}\n')
   assert _contents(tmp_path) == before
 
 
-def test_a_run_does_not_begin_with_a_damaged_checkpoint(store, copy, tmp_path, capsys):
+def test_init_from_a_corrupt_checkpoint_is_refused(store, copy, tmp_path, capsys):
   line = _damage(copy, 6)
   begun = dict(train__init_from=copy)
   assert runs.train(store, tmp_path / 'run', **begun) == 2
   assert capsys.readouterr().err == (
-    f'mtp: --train.init_from={copy}/checkpoints/6: is damaged: {line}\n'
+    f'mtp: --train.init_from={copy}/checkpoints/6: is corrupt: {line}\n'
   )
   assert restore.steps(str(tmp_path / 'run')) == []
   begun = dict(train__init_from=copy / 'checkpoints' / '3')
   assert runs.train(store, tmp_path / 'run', **begun) == 0
 
 
-def test_after_an_import_a_run_falls_back_to_it(store, copy, tmp_path, capsys):
-  """As it does when nothing newer was saved."""
+def test_resume_falls_back_to_imported_parameters(store, copy, tmp_path, capsys):
+  """As when nothing newer was saved."""
   cfg, _ = metadata.read_metadata(str(copy), 6)
   cfg = schema.replace(cfg, **{'train.max_to_keep': 9})
   m = sharding.make_mesh(cfg)
@@ -650,8 +648,8 @@ def test_after_an_import_a_run_falls_back_to_it(store, copy, tmp_path, capsys):
   _damage(run, 3)
   assert runs.train(store, run, **keep) == 0
   out = capsys.readouterr().out
-  assert 'and the run goes on from step 0' in out
-  assert out.count(f'begins with {run}, step 0') == 2
+  assert 'resuming from step 0' in out
+  assert out.count(f'initialized from {run}, step 0') == 2
   runs.assert_same(runs.restored(run, 3), first)
   _damage(run, 0)
   _damage(run, 3)
@@ -668,7 +666,7 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def test_kill_between_a_save_and_its_manifest(store, tmp_path, undisturbed):
+def test_resume_is_bitwise_after_kill_before_manifest(store, tmp_path, undisturbed):
   flags = dict(train__checkpoint_every=4)
   command = runs.args(store, str(tmp_path), **flags)
   run = runs.process(['-c', KILLED_BEFORE_A_MANIFEST, 'train', *command])
@@ -683,7 +681,7 @@ def test_kill_between_a_save_and_its_manifest(store, tmp_path, undisturbed):
   assert runs.records(tmp_path) == runs.records(undisturbed)
 
 
-# It would fail if it were asked.
+# Fails if it hashes anything.
 HASHES_NOTHING = """
 import sys
 from mtp_jax.checkpoint import manifest
@@ -695,8 +693,8 @@ sys.exit(main.main(['train', *sys.argv[1:]]))
 
 
 @pytest.mark.parametrize('is_one_good', [True, False])
-def test_two_processes_agree_on_where_they_go_on(store, tmp_path, monkeypatch, is_one_good):
-  """They fall back together, or are both refused; one of them hashes."""
+def test_two_processes_agree_on_the_resume_step(store, tmp_path, monkeypatch, is_one_good):
+  """Both fall back, or both are refused; only process 0 hashes."""
   run = tmp_path / 'run'
   pairs_lib.of_four(monkeypatch)
   assert runs.train(store, run, **pairs_lib.MESH) == 0
@@ -713,9 +711,9 @@ def test_two_processes_agree_on_where_they_go_on(store, tmp_path, monkeypatch, i
     assert restore.steps(str(run)) == [3, 6, 9]
     return
   for step, line in zip((9, 6), lines, strict=True):
-    assert f'checkpoint {step} is damaged: {line}; ' in ends[0][1]
-  assert 'step 3 of 9, 6 to go' in ends[0][1]
-  assert sorted(os.listdir(run / 'checkpoints')) == ['3', '6', '6.damaged', '9', '9.damaged']
+    assert f'checkpoint {step} is corrupt: {line}; ' in ends[0][1]
+  assert 'step 3 of 9, 6 remaining' in ends[0][1]
+  assert sorted(os.listdir(run / 'checkpoints')) == ['3', '6', '6.corrupt', '9', '9.corrupt']
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), runs.restored(run, 9), last
   )
@@ -747,7 +745,7 @@ sys.exit(main.main(['train', *sys.argv[1:]]))
 """
 
 
-def test_no_space_for_the_part_of_one_process(store, tmp_path):
+def test_full_disk_of_one_process_fails_the_save_on_both(store, tmp_path):
   """Once of the first, once of the second: both learn it at once, and both can
   save again."""
   run, code = tmp_path / 'run', ['-c', NO_SPACE_FOR_MY_PART]
@@ -761,11 +759,11 @@ def test_no_space_for_the_part_of_one_process(store, tmp_path):
     assert ends[0][1].count(line) == 1
     assert line + 'no space left on the device' in why
   assert sorted(os.listdir(run / 'checkpoints')) == ['12', '3']
-  restore.verify(str(run), 12, 'train.workdir')
+  restore.verify(str(run), 12)
 
 
 def _no_space_for(monkeypatch, *steps):
-  """The commit of these steps fails, when all else has been written."""
+  """Makes the commit of these steps fail, after everything else was written."""
   rename = os.rename
 
   def patched(source, target, **kwargs):
@@ -776,11 +774,11 @@ def _no_space_for(monkeypatch, *steps):
   monkeypatch.setattr(os, 'rename', patched)
 
 
-def test_no_space_for_a_checkpoint_is_a_line(store, tmp_path, undisturbed, monkeypatch, capsys):
+def test_failed_save_is_logged_in_one_line(store, tmp_path, undisturbed, monkeypatch, capsys):
   _no_space_for(monkeypatch, 2)
   assert runs.train(store, tmp_path, train__checkpoint_every=2) == 0
   out, error = capsys.readouterr()
-  line = 'checkpoint 2 could not be saved: no space left on the device; those before it stay'
+  line = 'checkpoint 2 could not be saved: no space left on the device; earlier ones remain'
   assert out.splitlines().count(line) == out.count('saved') == 1
   assert error == ''
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['4', '6']
@@ -789,7 +787,9 @@ def test_no_space_for_a_checkpoint_is_a_line(store, tmp_path, undisturbed, monke
 
 
 @pytest.mark.parametrize('end', ['of the run', 'by a signal'])
-def test_no_space_for_the_last_checkpoint(store, tmp_path, undisturbed, monkeypatch, capsys, end):
+def test_failed_last_save_exits_with_an_error(
+  store, tmp_path, undisturbed, monkeypatch, capsys, end
+):
   with monkeypatch.context() as m:
     _no_space_for(m, 5, 6)
     if end != 'of the run':
@@ -811,7 +811,7 @@ def test_no_space_for_the_last_checkpoint(store, tmp_path, undisturbed, monkeypa
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A file system of 4 MiB, of which a checkpoint of a run needs one."""
+  """Yields a file system of 4 MiB; a checkpoint needs about one."""
   folder = tmp_path / 'disk'
   with faults.small_disk(folder, '4m') as mounted:
     if not mounted:
@@ -863,7 +863,7 @@ def _on_small_disk(store, disk, left, freed_at=0, **flags):
   return run.returncode, out, error
 
 
-def test_a_disk_that_is_full_for_a_while(store, small_disk, undisturbed):
+def test_run_survives_a_temporarily_full_disk(store, small_disk, undisturbed):
   status, out, error = _on_small_disk(store, small_disk, 2**16, freed_at=5)
   assert (status, error) == (0, ''), error
   assert 'checkpoint 4 could not be saved: no space left on the device' in out
@@ -873,7 +873,7 @@ def test_a_disk_that_is_full_for_a_while(store, small_disk, undisturbed):
   assert runs.records(run) == runs.records(undisturbed)
 
 
-def test_a_disk_that_stays_full(store, small_disk):
+def test_run_on_a_full_disk_keeps_its_checkpoint(store, small_disk):
   status, out, error = _on_small_disk(store, small_disk, 2**16)
   run = small_disk / 'run'
   assert (status, error) == (
@@ -885,8 +885,8 @@ def test_a_disk_that_stays_full(store, small_disk):
   assert os.listdir(run / 'checkpoints') == ['2']
 
 
-def test_a_disk_without_space_for_metrics(store, small_disk):
-  """They find none before long."""
+def test_full_disk_while_writing_metrics_exits_with_an_error(store, small_disk):
+  """The metrics soon fail to be written."""
   status, out, error = _on_small_disk(store, small_disk, 0, train__steps=60)
   assert status == 2, error
   assert 'no space left on device' in error and error.count('\n') == 1

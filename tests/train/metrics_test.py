@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""Metrics: scalars, the log line, metrics.jsonl and TensorBoard."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ NONE = None  # a mean over nothing
     ([0, 0, 0], [NONE, NONE], NONE),
   ],
 )
-def test_acceptance(accepted_K, rates, length):
+def test_mean_acceptance_length_from_sums(accepted_K, rates, length):
   found, found_length = metrics.acceptance(np.array(accepted_K, np.float32))
   assert (found, found_length) == (rates, length)
 
@@ -67,7 +67,7 @@ def test_scalars_of_an_evaluation():
     'accuracy_1': 0.5,
     'accuracy_2': 0.25,
     'acceptance_2': 0.25,
-    'accepted_length': 1.25,
+    'mean_acceptance_length': 1.25,
     'bits_per_byte': pytest.approx(4, rel=1e-6),
   }
 
@@ -77,7 +77,7 @@ def test_scalars_of_a_step():
     lr=np.float32(0.5),
     grad_norm=np.float32(7),
     skipped=np.int32(3),
-    skipped_in_a_row=np.int32(1),
+    consecutive_nonfinite=np.int32(1),
     head_grad_norm_K=np.array([5, 6.0]),
     weight_K=np.array([1, 0.5]),
     z_loss_sum_K=np.array([0, 5]),
@@ -96,12 +96,12 @@ def test_scalars_of_a_step():
     'weight_1',
     'weight_2',
     'acceptance_2',
-    'accepted_length',
+    'mean_acceptance_length',
     'bits_per_byte',
     'lr',
     'grad_norm',
     'skipped',
-    'skipped_in_a_row',
+    'consecutive_nonfinite',
   ]
   assert {type(v) for v in values.values()} == {float}
   assert (
@@ -112,12 +112,12 @@ def test_scalars_of_a_step():
   ) == (0.125, 5, 0.5, 3)
 
 
-def test_bits_of_no_bytes_are_no_number():
+def test_bits_per_byte_without_bytes_is_none():
   values = metrics.scalars(_raw(bytes=np.float32(0)))
   assert values['bits_per_byte'] is None
 
 
-def test_a_mean_over_nothing_is_no_number():
+def test_mean_over_nothing_is_none():
   """Head 2 has no target: neither loss 0 nor accuracy 0."""
   raw = _raw(
     count_K=np.array([40, 0], np.float32),
@@ -128,7 +128,7 @@ def test_a_mean_over_nothing_is_no_number():
   )
   values = metrics.scalars(raw)
   assert (values['loss_1'], values['loss_2'], values['accuracy_2']) == (2, None, None)
-  assert (values['loss'], values['order_loss']) == (3, 1.5)
+  assert (values['loss'], values['token_order_loss']) == (3, 1.5)
   assert metrics.table(values)[2].split() == ['2', '-', '-', '0.00%']
   none = (
     raw
@@ -142,10 +142,10 @@ def test_a_mean_over_nothing_is_no_number():
     'step 7/90  loss -  head 1 -  bits/byte -  lr 1.00e-03  |grad| 2.000  E[accepted] -  '
   )
   assert metrics.table(values)[1].split() == ['1', '-', '-']
-  assert metrics.table(values)[-1].startswith('bits per byte -, expected')
+  assert metrics.table(values)[-1].startswith('bits per byte -, mean acceptance')
 
 
-def test_the_log_line():
+def test_log_line():
   values = metrics.scalars(_raw()) | STEP
   line = metrics_lib.line(7, 90, values)
   assert line == (
@@ -157,7 +157,7 @@ def test_the_log_line():
   assert 'MFU 43.2%' in line and line.endswith('skipped 2')
 
 
-def test_the_table_of_an_evaluation():
+def test_evaluation_table():
   lines = metrics.table(metrics.scalars(_raw()))
   assert [line.split() for line in lines[:3]] == [
     ['head', 'loss', 'accuracy', 'acceptance'],
@@ -198,7 +198,7 @@ def test_nan_and_infinity_are_written_as_null(tmp_path):
   )
 
 
-def test_what_is_past_the_start_is_cut_off(tmp_path):
+def test_records_past_the_start_are_truncated(tmp_path):
   _sinks(tmp_path, 0, *(('train', step, step / 2) for step in range(1, 6)))
   with open(tmp_path / 'metrics.jsonl', 'a') as f:
     f.write('{"kind": "train", "step": 6, "lo')
@@ -217,7 +217,7 @@ def test_what_is_past_the_start_is_cut_off(tmp_path):
   assert values == [(4, 'train/loss', 9.0)]
 
 
-def test_no_run_has_no_records(tmp_path):
+def test_records_of_an_empty_workdir(tmp_path):
   assert metrics_lib.read(str(tmp_path)) == []
   assert metrics_lib.read(str(tmp_path / 'none')) == []
   (tmp_path / 'file').write_text('')
@@ -225,7 +225,7 @@ def test_no_run_has_no_records(tmp_path):
 
 
 @pytest.mark.parametrize('number', sorted(paths.DISK_ERRORS))
-def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch, number):
+def test_full_disk_raises_instead_of_blocking(tmp_path, monkeypatch, number):
   """200 scalars a step, as 36 heads have: tensorboardX's own thread dies
   of the first error, and the eleventh scalar after it waits for ever."""
   sinks = metrics_lib.Sinks(str(tmp_path), 0)
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_is_an_error_and_no_wait(tmp_path, monkeypatch, numb
   assert paths.DISK_ERRORS >= {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
-def test_a_clock_that_is_set_back_holds_nothing_up(tmp_path, monkeypatch):
+def test_clock_set_back_does_not_block(tmp_path, monkeypatch):
   sinks = metrics_lib.Sinks(str(tmp_path), 0)
   sinks.write('train', 1, dict(loss=1.0))
   now = time.time()

@@ -72,7 +72,7 @@ def _fails(capsys, *args, **changes) -> str:
   return error
 
 
-def test_each_set_has_a_record_of_its_own(run, root):
+def test_each_validation_set_has_its_own_record(run, root):
   sets = [r for r in runs.records(run) if r['kind'] == 'eval']
   assert [(r['step'], r['source']) for r in sets] == [(6, 'code'), (6, 'chat'), (6, 'new')]
   assert len({r['loss_1'] for r in sets}) == 3
@@ -83,7 +83,7 @@ def test_each_set_has_a_record_of_its_own(run, root):
   assert cfg.data.store == f'{root}/code:3,{root}/chat'
 
 
-def test_stopped_and_resumed_it_is_the_same_run(run, root, mixture):
+def test_resume_of_a_mixture_is_bitwise(run, root, mixture):
   again = root / 'again'
   shutil.copytree(run, again)
   shutil.rmtree(again / 'checkpoints' / '6')
@@ -93,7 +93,7 @@ def test_stopped_and_resumed_it_is_the_same_run(run, root, mixture):
   assert runs.records(again) == runs.records(run)
 
 
-def test_another_mixture_or_tokenizer_is_refused(run, root, mixture, capsys):
+def test_resume_with_another_mixture_or_tokenizer_is_refused(run, root, mixture, capsys):
   for stores in (f'{root}/code:2,{root}/chat', f'{root}/chat,{root}/code:3', f'{root}/code'):
     error = _fails(capsys, stores, run)
     assert f'--data.store={stores}: is not the store, or not' in error
@@ -114,7 +114,7 @@ def _with_report(capsys, root, command, *args):
   return capsys.readouterr().out, json.loads(path.read_text())
 
 
-def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
+def test_eval_of_each_validation_set_equals_the_runs(run, root, capsys):
   args = [f'{run}', '--train.compilation_cache=']
   out, found = _with_report(capsys, root, 'eval', *args)
   logged = {r['source']: r for r in metrics.read(str(run)) if 'source' in r}
@@ -123,10 +123,10 @@ def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
     values = {k: v for k, v in r.items() if k not in ('kind', 'step', 'source')}
     assert found['sources'][name] == found['sources'][name] | values
     assert found['sources'][name]['top5_1'] >= values['accuracy_1']
-  for said in ('valid split of code', 'valid split of chat', 'new'):
-    assert f'step 6, {said}: ' in out
+  for expected in ('valid split of code', 'valid split of chat', 'new'):
+    assert f'step 6, {expected}: ' in out
   assert out.count('bits per byte') == 3
-  # A set is what its store alone would be.
+  # A validation set equals that of its store alone.
   alone = [f'--data.store={root}/chat', '--eval.stores=']
   out, one = _with_report(capsys, root, 'eval', *args, *alone)
   assert f'valid split of {root}/chat: ' in out and 'sources' not in one
@@ -138,7 +138,7 @@ def test_eval_shows_each_set_as_the_run_did(run, root, capsys):
   assert 'was made with a different one, train:280' in error
 
 
-def test_report_shows_each_set(run, root, capsys):
+def test_report_shows_each_validation_set(run, root, capsys):
   out, found = _with_report(capsys, root, 'report', str(run))
   page = pathlib.Path(found['report']).read_text()
   for name in ('code', 'chat', 'new'):
@@ -147,7 +147,7 @@ def test_report_shows_each_set(run, root, capsys):
     assert line.startswith(f'{run}: step 6, {name}: head 1 ')
 
 
-def test_inspect_shows_sources_and_what_is_scored(root, mixture, capsys):
+def test_inspect_shows_sources_and_loss_mask(root, mixture, capsys):
   args = runs.args(mixture, '', **FLAGS)
   out, found = _with_report(
     capsys, root, 'inspect', *args, '--inspect.rows=8', '--inspect.tokens=16'

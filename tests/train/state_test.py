@@ -1,4 +1,4 @@
-"""The state: described and made the same, and in shards."""
+"""The state: abstract = initialized, shardings, dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def _wanted(path):
 
 
 @pytest.mark.parametrize('sizes, name', [*((s, 'adamw') for s in MESHES), (MESHES[2], 'muon')])
-def test_abstract_is_what_init_makes(sizes, name):
+def test_abstract_state_matches_init(sizes, name):
   cfg = _cfg(sizes, optim__name=name)
   mesh = tiny.mesh(cfg)
   abstract = state_lib.abstract(cfg, mesh)
@@ -63,7 +63,7 @@ def test_abstract_is_what_init_makes(sizes, name):
     assert {s.data.size * parts for s in shards} == {x.size}, name
 
 
-def test_initial_values_do_not_depend_on_the_mesh_but_on_the_seed():
+def test_initial_state_depends_on_seed_not_mesh():
   first, *others = (
     jax.device_get(state_lib.init(cfg, tiny.mesh(cfg))) for cfg in map(_cfg, MESHES)
   )
@@ -75,7 +75,7 @@ def test_initial_values_do_not_depend_on_the_mesh_but_on_the_seed():
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
-def test_moments_have_a_dtype_of_their_own(name):
+def test_moment_dtype(name):
   cfg = _cfg(MESHES[0], optim__moment_dtype='bfloat16', optim__name=name)
   made = state_lib.abstract(cfg, tiny.mesh(cfg))
   seen = set()

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtp_jax.config import fields
 from mtp_jax.evals.sandbox import seccomp as filter_lib
@@ -112,7 +112,7 @@ def _run(program: Program, kind: str, limits: Limits) -> Ended:
       process.kill()  # the kernel then kills all its processes
       process.wait()
       _running.discard(process)
-  found = json.loads(out) if out else dict(error=err.decode()[-TAIL:].strip())
+  found: dict[str, Any] = json.loads(out) if out else dict(error=err.decode()[-TAIL:].strip())
   if 'error' not in found:
     found['err'] = found['err'][-TAIL:]
     return Ended(**found)

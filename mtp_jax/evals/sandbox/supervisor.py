@@ -51,7 +51,7 @@ def _call(name: str, *args) -> None:
     raise OSError(number, f'{name}: {os.strerror(number)}')
 
 
-def _prctl(option: int, a=0, b=0) -> None:
+def _prctl(option: int, a: object = 0, b: object = 0) -> None:
   _call('prctl', option, a, b, 0, 0)
 
 
