@@ -320,7 +320,7 @@ def test_checkpoint_decodes_without_its_store(store, tmp_path, capsys):
     ([], '--prompt=: none is given; there are --prompt, --prompt_ids'),
     (['--prompt=a', '--prompt_ids=1'], '--prompt=a: give one of'),
     (['--prompt_ids=1,x'], '--prompt_ids=1,x: token ids, with commas'),
-    (['--prompt_ids=1,999'], '--prompt_ids=1,999: has 999; from 0'),
+    (['--prompt_ids=1,999'], '--prompt_ids=1,999: has 999; ids are 0'),
     (['--prompt_ids=1,99999999999999999999'], '--prompt_ids=1,9999999999999'),
     (['--prompt=a', '--decode.temperature=1e-9'], '--decode.temperature=1e-09'),
     (['--prompt=a', '--decode.top_p=1e-46'], '--decode.top_p=1e-46: must be'),
@@ -403,7 +403,7 @@ def test_invalid_prompt_names_its_line(undisturbed, tmp_path, capsys):
     ('{"prompt_ids": 5}\n', 'line 1 must be an object'),
     ('{"prompt_ids": [99999999999999999999]}\n', 'line 1 must be an object'),
     ('{"prompt_ids": []}\n', f'mtp: {path}, line 1: has no token'),
-    ('\n{"prompt_ids": [300]}\n', f'{path}, line 2: has 300; from 0'),
+    ('\n{"prompt_ids": [300]}\n', f'{path}, line 2: has 300; ids are 0'),
     ('\n', 'has no prompt'),
   ):
     path.write_text(text)
