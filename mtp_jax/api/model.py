@@ -16,9 +16,12 @@ from mtp_jax.losses import metrics as metrics_lib
 from mtp_jax.losses import multi_token, targets
 from mtp_jax.model import lm
 from mtp_jax.model import params as params_lib
-from mtp_jax.parallel import sharding
+from mtp_jax.parallel import chips, sharding
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
+
+if not chips.has_tpu():  # else an installed libtpu complains on stderr, as the CLI avoids
+  chips.answer_libtpu()
 
 
 def mesh(cfg: schema.Config, devices=None):

@@ -13,8 +13,11 @@ from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import load as load_lib
 from mtp_jax.io import paths
 from mtp_jax.model import lm
-from mtp_jax.parallel import sharding
+from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import ahead
+
+if not chips.has_tpu():
+  chips.answer_libtpu()
 
 
 class Generated(NamedTuple):
