@@ -78,7 +78,7 @@ def test_a_mesh_of_the_context_gives_the_same_loss():
 def test_parameters_without_a_mesh_are_refused():
   cfg = _cfg('parallel')
   bare = jax.tree.map(np.asarray, mtp.init(cfg, jax.random.key(0)))
-  with pytest.raises(ValueError, match='are on no mesh'):
+  with pytest.raises(ValueError, match='have no mesh'):
     mtp.logits(jax.tree.map(jax.numpy.asarray, bare), _tokens(cfg), cfg)
 
 

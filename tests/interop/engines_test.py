@@ -266,7 +266,7 @@ def test_export_with_too_large_tokenizer_raises(tmp_path, pieces, capsys):
     == 2
   )
   error = capsys.readouterr().err
-  assert f'has {V} tokens, the model --model.vocab_size=264' in error, error
+  assert f'has {V} tokens, the model has --model.vocab_size=264' in error, error
   assert error.count('\n') == 1 and not (tmp_path / 'out').exists()
 
 

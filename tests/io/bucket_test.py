@@ -183,7 +183,7 @@ def test_commands_read_from_and_write_to_bucket(server, undisturbed, finished, t
   assert main.main(['import', *args, *HERE]) == 0
   assert restore.steps('gs://bucket/in') == [0]
   assert _fails(capsys, 'import', '--import.path=gs://bucket/hf', *HERE) == (
-    '--import.path=gs://bucket/hf: must be local; copy it to a local disk'
+    'gs://bucket/hf: must be local; copy it to a local disk'
   )
 
   assert main.main(['report', finished]) == 0
@@ -385,7 +385,7 @@ def test_bucket_errors_are_one_line(server, store, capsys, monkeypatch):
   )
   expected = (
     'gs://bucket/store: a store must be a local path: copy it to a disk of each'
-    ' host, or mount the bucket, and give that path'
+    ' host, or mount the bucket'
   )
   for args in (['train', *runs.args(store, 'gs://bucket/run')], ['prepare']):
     last = '--data.store=gs://bucket/store'

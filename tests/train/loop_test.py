@@ -624,9 +624,7 @@ def test_init_from_a_corrupt_checkpoint_is_refused(store, copy, tmp_path, capsys
   line = _damage(copy, 6)
   begun = dict(train__init_from=copy)
   assert runs.train(store, tmp_path / 'run', **begun) == 2
-  assert capsys.readouterr().err == (
-    f'mtp: --train.init_from={copy}/checkpoints/6: is corrupt: {line}\n'
-  )
+  assert capsys.readouterr().err == (f'mtp: {copy}/checkpoints/6: is corrupt: {line}\n')
   assert restore.steps(str(tmp_path / 'run')) == []
   begun = dict(train__init_from=copy / 'checkpoints' / '3')
   assert runs.train(store, tmp_path / 'run', **begun) == 0

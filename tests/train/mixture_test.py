@@ -167,7 +167,7 @@ def test_inspect_shows_sources_and_loss_mask(root, mixture, capsys):
       ahead = position[k : 16 + k] - position[:16] == k
       np.testing.assert_array_equal(valid[k - 1, b], ahead & scored[b, k : 16 + k])
   assert not scored.all()
-  assert '[x]: not a target: another document, or not to be scored' in out
+  assert '[x]: not a target: another document, or masked out' in out
 
 
 def test_prepare_writes_one_store(root, capsys):
