@@ -113,7 +113,8 @@ def page() -> str:
   ]
   lines += [f'| `--{old}` | `--{new}` |' for old, new in renamed.RENAMED.items()]
   lines += [
-    f'| `--{old}` | `{new.replace("|", "\\|")}` |' for old, new in renamed.ARGUMENTS.items()
+    '| `--{}` | `{}` |'.format(old, new.replace('|', '\\|'))
+    for old, new in renamed.ARGUMENTS.items()
   ]
   lines += [
     f'| `--{old}={value}` | `--{renamed.RENAMED[old]}={new}` |'
