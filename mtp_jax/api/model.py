@@ -5,7 +5,9 @@ A function uses the mesh of the context (`with mtp.mesh(cfg):`), else that of it
 parameters. `init` creates parameters on one device without a context.
 """
 
+import contextlib
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,7 @@ from mtp_jax.parallel import chips, sharding
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
-if not chips.has_tpu():  # else an installed libtpu complains on stderr, as the CLI avoids
-  chips.answer_libtpu()
+chips.silence_libtpu()
 
 
 def mesh(cfg: schema.Config, devices=None):
@@ -58,12 +59,13 @@ def _of_parameters(function):
       return function(parameters, *args, cfg=cfg, **kwargs)
 
   compiled = jax.jit(traced, static_argnames=('cfg', 'step'))
+  signature = inspect.signature(function)
 
   @functools.wraps(function)
-  def call(parameters, *args, **kwargs):
-    names = function.__code__.co_varnames[1 : function.__code__.co_argcount]
-    kwargs |= dict(zip(names, args, strict=False))
-    return compiled(parameters, **kwargs)
+  def call(*args, **kwargs):
+    # By name, so that cfg is static however it is passed; too many arguments raise.
+    parameters, *rest = signature.bind(*args, **kwargs).arguments.items()
+    return compiled(parameters[1], **dict(rest))
 
   return call
 
@@ -189,11 +191,9 @@ def train_step(state: state_lib.State, batch: dict, cfg: schema.Config):
   """
   step = int(state.step)
   n_active = schedule.active_heads(cfg, step)
-  if _has_mesh():
+  own_mesh = jax.tree.leaves(state)[0].sharding.mesh
+  with contextlib.nullcontext() if _has_mesh() else jax.set_mesh(own_mesh):
     state, sums = _train_step(state, batch, n_active=n_active, cfg=cfg)
-  else:
-    with jax.set_mesh(jax.tree.leaves(state)[0].sharding.mesh):
-      state, sums = _train_step(state, batch, n_active=n_active, cfg=cfg)
   return state, metrics_lib.scalars(jax.device_get(sums))
 
 

@@ -16,8 +16,7 @@ from mtp_jax.model import lm
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import ahead
 
-if not chips.has_tpu():
-  chips.answer_libtpu()
+chips.silence_libtpu()
 
 
 class Generated(NamedTuple):

@@ -42,8 +42,7 @@ def print_report(lines: list[str], values: dict, out: str, writes: bool = True) 
 
 
 def start_jax(cfg: schema.Config) -> None:
-  if not chips.has_tpu():
-    chips.answer_libtpu()
+  chips.silence_libtpu()
   import jax
 
   if cfg.train.compilation_cache:

@@ -63,3 +63,9 @@ def answer_libtpu() -> None:
     ('TPU_WORKER_ID', '0'),
   ):
     os.environ.setdefault(name, value)
+
+
+def silence_libtpu() -> None:
+  """Calls `answer_libtpu` unless this machine has a TPU, which answers itself."""
+  if not has_tpu():
+    answer_libtpu()

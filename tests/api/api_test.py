@@ -104,3 +104,9 @@ def test_save_then_load_is_identity_and_refuses_what_exists(tmp_path):
   mtp.save(params, cfg, tmp_path / 'ids')
   with pytest.raises(ValueError, match='has no tokenizer'):
     mtp.load(tmp_path / 'ids').generate('x')
+
+
+def test_surplus_arguments_raise():
+  cfg = _cfg('parallel')
+  with pytest.raises(TypeError, match='too many positional arguments'):
+    mtp.logits(mtp.init(cfg, jax.random.key(0)), _tokens(cfg), cfg, 3)

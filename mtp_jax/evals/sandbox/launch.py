@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mtp_jax.config import fields
-from mtp_jax.evals.sandbox import seccomp as filter_lib
+from mtp_jax.evals.sandbox import seccomp
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 SUPERVISOR, RUNNER = (os.path.join(FOLDER, f) for f in ('supervisor.py', 'runner.py'))
@@ -90,7 +90,7 @@ def _run(program: Program, kind: str, limits: Limits) -> Ended:
     **limits._asdict(),
     full=kind == 'full',
     runner=runner,
-    filter=filter_lib.packed().hex(),
+    filter=seccomp.packed().hex(),
   )
   kept = ('PATH', 'LD_LIBRARY_PATH')
   with _folder(kind) as folder:
