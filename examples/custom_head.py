@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mtp_jax as mtp
-from mtp_jax.model import heads, params
+from mtp_jax.model import heads, layers, params
 
 
 @flax.struct.dataclass
@@ -24,8 +24,8 @@ class Perceptron:
   down: Any
 
 
-def specs(cfg: mtp.Config) -> Perceptron:
-  D = cfg.model.d_model
+def specs(m: mtp.ModelConfig) -> Perceptron:
+  D = m.d_model
   return Perceptron(
     up=params.Spec((D, 2 * D), ('embed', None), D**-0.5, (1, 1)),
     down=params.Spec((2 * D, D), (None, 'embed'), (2 * D) ** -0.5, (1, 1)),
@@ -34,14 +34,14 @@ def specs(cfg: mtp.Config) -> Perceptron:
 
 def block_input(module, x: heads.Inputs, ctx, cfg):
   del ctx
-  w = params.gather_cast(module, specs(cfg), cfg)  # whole, in the compute dtype
+  w = params.gather_cast(module, specs(cfg.model), cfg)  # whole, in the compute dtype
   y_BTF = jax.nn.silu(jnp.einsum('BTD,DF->BTF', x.z_BTD, w.up))
   return x.z_BTD + jnp.einsum('BTF,FD->BTD', y_BTF, w.down)
 
 
 def block_output(module, y_BTD, x: heads.Inputs, cfg):
   del module
-  return x.carry_BTD, heads.norm(y_BTD, x.norm_D, cfg)
+  return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
 
 
 def main(path: str, steps: int = 40) -> mtp.Model:

@@ -24,7 +24,7 @@ def kept(tmp_path_factory):
 
 
 def _params(workdir, step):
-  cfg, _ = metadata.read_metadata(str(workdir), step)
+  cfg = metadata.read(str(workdir), step).cfg
   return jax.device_get(restore.restore_model(str(workdir), step, cfg, sharding.make_mesh(cfg)))
 
 

@@ -211,6 +211,21 @@ def test_step_imports_no_library_of_the_loop():
   assert (process.returncode, out) == (0, 'as it should\n'), error
 
 
+COLLECT = """
+import sys
+import pytest
+sys.modules |= dict.fromkeys(['orbax', 'grain', 'tensorboardX'])
+paths = ['tests/config', 'tests/cli/flags_test.py']
+sys.exit(pytest.main(['-p', 'no:xdist', '-p', 'no:cacheprovider', '--collect-only', *paths]))
+"""
+
+
+def test_tests_of_flags_are_collected_without_the_libraries_of_a_run():
+  process = runs.process(['-c', COLLECT])
+  out, error = process.communicate()
+  assert process.returncode == 0 and 'flags_test.py::' in out, out + error
+
+
 NO_JAX = """
 import sys
 sys.modules['jax'] = None
@@ -228,3 +243,21 @@ def test_wrong_flag_fails_before_jax_is_imported():
     'mtp: --heads.n=99: each head is one of --model.n_layers=5 layers and the'
     ' trunk needs at least one; at most 4\n'
   )
+
+
+MOST_POSITIONAL, MOST_LINES = 5, 450
+
+
+def test_functions_have_at_most_5_positional_parameters():
+  for path in PACKAGE.rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef):
+        names = [a.arg for a in [*node.args.posonlyargs, *node.args.args]]
+        n = len(names) - (names[:1] in (['self'], ['cls']))
+        assert n <= MOST_POSITIONAL, f'{path}:{node.lineno} {node.name}'
+
+
+def test_files_fit_a_reader():
+  """All but the table of flags."""
+  long = {p.name for p in PACKAGE.rglob('*.py') if p.read_text().count('\n') > MOST_LINES}
+  assert long == {'schema.py'}

@@ -9,7 +9,7 @@ import pytest
 
 from mtp_jax.cli import flags
 from mtp_jax.config import schema
-from mtp_jax.data import documents
+from mtp_jax.data import readers
 from mtp_jax.evals import registry
 from mtp_jax.model import lm, params
 from tests.support import runs
@@ -33,7 +33,7 @@ def test_result_run_is_valid_and_has_its_columns(result, label, monkeypatch):
   cfg = _config(result, label)
   if result.documents.startswith('task:'):  # otherwise the store determines them
     cfg = schema.replace(cfg, **{'data.store': ''})
-  tasks = {name for name, _ in registry.asked(cfg)}
+  tasks = {name for name, _ in registry.selected(cfg)}
   for what, *given in result.commands:
     parsed = flags.parse([*results.arguments_of(what, 'STORE', 'RUN'), *given])
     if what == 'bench':
@@ -48,7 +48,7 @@ def test_result_run_is_valid_and_has_its_columns(result, label, monkeypatch):
     assert (registry.HELDOUT if source == 'eval' else source) in tasks
     assert format(0.5, form)
   if result.documents.startswith('task:'):
-    assert next(documents.read(result.documents)).text
+    assert next(readers.read(result.documents)).text
 
 
 def test_families_are_equal_in_parameters(monkeypatch):

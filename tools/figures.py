@@ -193,11 +193,11 @@ def targets() -> str:
 
 def backward() -> str:
   """What remat and interleaved compute, and hold, over time."""
-  parts = []
+  parts, longest = [], 14.3  # of remat: one scale of time for all
 
   def track(y, title, about, steps):
     parts.extend([text(12, y, title, 'bold'), text(12, y + 16, about, 'small soft')])
-    size = 336 / sum(width for *_, width in steps)
+    size = 336 / longest
     x, held, points = 12, 0.0, []
     for kind, label, memory, width in steps:
       w = size * width
@@ -209,7 +209,7 @@ def backward() -> str:
       x += w
       held = max(held, memory)
     base, scale = y + 118, 8
-    curve = [(12, base)] + [(px, base - scale * m) for px, m in points] + [(348, base)]
+    curve = [(12, base)] + [(px, base - scale * m) for px, m in points] + [(x, base)]
     parts.extend(
       [
         line(curve, 'a'),

@@ -84,7 +84,7 @@ def escaped(text: str) -> str:
 
 def page() -> str:
   lines = [HEAD.format(**{name: users(name) for name in ('out', 'prompt', 'prompt_ids')})]
-  sections = typing.get_type_hints(schema.Config)
+  sections = typing.get_type_hints(schema.CommandConfig)
   by_section: dict[str, list] = {}
   for name, field in schema.fields().items():
     section, _, _ = name.partition('.')
@@ -96,7 +96,7 @@ def page() -> str:
     lines += [f'## {section}', '', about + (f' Commands: {used}.' if used else ''), '']
     lines += ['| flag | default | values | fixed | meaning |', '|---|---|---|---|---|']
     for name, field in by_section[section]:
-      fixed = 'fixed' if field.metadata['result'] else ''
+      fixed = 'fixed' if name in schema.fixed() else ''
       lines.append(
         f'| `--{name}` | {shown(field.default)} | {allowed(field.metadata)} | {fixed}'
         f' | {escaped(field.metadata["help"])} |'

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mtp_jax.checkpoint import restore, saver
-from mtp_jax.config import schedule, schema, validate
+from mtp_jax.config import commands, schedule, schema, validate
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import load as load_lib
@@ -47,7 +47,9 @@ class Model:
   ):
     self.params, self.cfg, self.tokenizer, self.step = params, cfg, tokenizer, step
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    self._decoder = decoder_lib.Decoder(params, cfg, mesh, active or cfg.heads.n)
+    self._decoder = decoder_lib.Decoder(
+      params, schema.command_config(cfg), mesh, active or cfg.heads.n
+    )
 
   def decode(self, prompts, **decode: Any) -> decoder_lib.Decoded:
     """Generates continuations of prompts (token ids) in one batch.
@@ -63,8 +65,9 @@ class Model:
     stop_ids = tuple(decode.pop('stop_ids', ()))
     if 'num_draft_tokens' in decode:
       decode['num_draft_tokens'] = str(decode['num_draft_tokens'])
-    section = dataclasses.replace(self.cfg.decode, **decode)
-    cfg = validate.validate(dataclasses.replace(self.cfg, decode=section))
+    section = commands.DecodeConfig(**decode)
+    cfg = dataclasses.replace(schema.command_config(self.cfg), decode=section)
+    validate.validate(cfg)
     widths = decoder_lib.widths(cfg, self._decoder.active)
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
     of = self._decoder.with_sampling(**dataclasses.asdict(section))
@@ -128,4 +131,4 @@ def plan(cfg: schema.Config, topology: str = '') -> ahead.Plan:
     topology: a TPU slice such as v5e:4x4; '' = the devices here.
   """
   given: dict[str, object] = {'plan.topology': topology} if topology else {}
-  return ahead.plan(validate.configured(given, cfg))
+  return ahead.plan(validate.configured(given, schema.command_config(cfg)))

@@ -21,7 +21,7 @@ from mtp_jax.train import step as step_lib
 READ_TOKENS = 2**18  # per measurement of the loader, to amortize its start
 
 
-def run(cfg: schema.Config, what: str) -> tuple[list[str], dict]:
+def run(cfg: schema.CommandConfig, what: str) -> tuple[list[str], dict]:
   """Measures the loss, the step or the data loader; returns lines to print, and the
   same as a JSON-able dict."""
   mesh = sharding.make_mesh(cfg)
@@ -54,11 +54,13 @@ def _about(what, cfg, mesh) -> dict:
   )
 
 
-def _key(cfg: schema.Config) -> tuple[str, int, int]:
+def _key(cfg: schema.CommandConfig) -> tuple[str, int, int]:
   return cfg.loss.backward, cfg.loss.chunk_size, cfg.heads.n
 
 
-def _row(cfg: schema.Config, first: schema.Config, seconds: timing.Seconds, memory) -> dict:
+def _row(
+  cfg: schema.CommandConfig, first: schema.CommandConfig, seconds: timing.Seconds, memory
+) -> dict:
   """Returns the values common to loss and step: a variant relative to the first
   number of heads, and to the first backward strategy and chunk."""
   schedule, chunk, n = key = _key(cfg)
@@ -84,7 +86,7 @@ def _row(cfg: schema.Config, first: schema.Config, seconds: timing.Seconds, memo
   return row
 
 
-def _batch(cfg: schema.Config, mesh) -> dict:
+def _batch(cfg: schema.CommandConfig, mesh) -> dict:
   """Returns random tokens, with --bench.documents of equal length per row."""
   A, U = cfg.train.grad_accum_steps, cfg.data.seq_len + cfg.span
   shape = (A, cfg.data.batch_size // A, U)
@@ -98,7 +100,7 @@ def _batch(cfg: schema.Config, mesh) -> dict:
 # The loss.
 
 
-def loss_program(cfg: schema.Config, mesh):
+def loss_program(cfg: schema.CommandConfig, mesh):
   """Returns (args, compiled program) of the heads' loss of one micro-batch and its
   gradients with respect to all inputs of the heads. Call under jax.set_mesh."""
   specs = lm.specs(cfg)
@@ -116,9 +118,9 @@ def loss_program(cfg: schema.Config, mesh):
       shape = (batch['tokens'].shape[1], length, D)
       return jax.random.normal(key, shape, held_dtype, out_sharding=residual)
 
-    feeds = heads.family(cfg).uses_next_token and cfg.heads.n > 1
-    return backward.Weights(
-      modules=heads.active_modules(model.heads, cfg.heads.n, cfg),
+    feeds = heads.family(cfg.heads).uses_next_token and cfg.heads.n > 1
+    return backward.DiffInputs(
+      modules=heads.active_modules(model.heads, cfg.heads.n, cfg.heads),
       z_BTD=states(T),
       emb_BUD=states(T + cfg.span) if feeds else None,
       norm_D=model.norm,
@@ -127,18 +129,18 @@ def loss_program(cfg: schema.Config, mesh):
       probe_K=jnp.zeros(cfg.heads.n),
     )
 
-  def value(w: backward.Weights, batch):
+  def value(w: backward.DiffInputs, batch):
     batch = jax.tree.map(lambda x: x[0], batch)
     targets_KBT, valid_KBT = targets.targets(batch, cfg)
     scale_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)
     ordered = w.order_VD is not None
-    inputs = backward.LossInputs(
+    inputs = backward.NondiffInputs(
       k_K=jnp.arange(1, cfg.heads.n + 1),
       targets_KBT=targets_KBT,
       valid_KBT=valid_KBT,
       scale_K=scale_K,
       window=head_loss.Window(
-        ctx=block.context(batch['position'][:, :T], cfg),
+        ctx=block.context(batch['position'][:, :T], cfg.model),
         tokens_BU=batch['tokens'],
         order_WBT=token_order.token_order_targets(batch, cfg) if ordered else None,
         order_scale=cfg.loss.token_order_weight * scale_K[0],
@@ -152,7 +154,7 @@ def loss_program(cfg: schema.Config, mesh):
   return args, compiled
 
 
-def _loss(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
+def _loss(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
   variants, groups, memory = validate.variants(cfg), [], {}
   for c in variants:
     args, compiled = loss_program(c, mesh)
@@ -173,7 +175,7 @@ def _loss(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
 # The step.
 
 
-def _step_program(cfg: schema.Config, mesh) -> timing.Program:
+def _step_program(cfg: schema.CommandConfig, mesh) -> timing.Program:
   bytes_V = jax.device_put(
     np.ones(cfg.model.vocab_size, np.int32), jax.NamedSharding(mesh, jax.P())
   )
@@ -182,7 +184,7 @@ def _step_program(cfg: schema.Config, mesh) -> timing.Program:
   return timing.Program(lambda state: compiled(state, batch, bytes_V), timing.temp_bytes(compiled))
 
 
-def _matmul(mesh, cfg: schema.Config) -> tuple[timing.Group, float]:
+def _matmul(mesh, cfg: schema.CommandConfig) -> tuple[timing.Group, float]:
   """Returns a product of square matrices on one device, and its FLOPs, to measure
   the achievable peak."""
   device = mesh.devices.flat[0]
@@ -199,7 +201,7 @@ def _matmul(mesh, cfg: schema.Config) -> tuple[timing.Group, float]:
   return group, 2.0 * times * side**3
 
 
-def _step(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
+def _step(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
   variants = validate.variants(cfg)
   programs = {_key(c): _step_program(c, mesh) for c in variants}
   groups = [
@@ -213,7 +215,7 @@ def _step(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
   matmul_s = statistics.median(seconds.wall['matmul'])
   matmul_flops_per_s = mesh.size * matmul_flops / matmul_s
   # Whether the kernel skips masked scores.
-  causal = attention.chosen(cfg) != 'reference'
+  causal = attention.chosen(cfg.model, cfg.data.seq_len) != 'reference'
   chip = chips.chip(mesh.devices.flat[0].device_kind)
   memory = {key: program.temp_bytes for key, program in programs.items()}
   tokens = cfg.data.batch_size * cfg.data.seq_len
@@ -269,7 +271,7 @@ def _step(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
 # The loader.
 
 
-def _data(cfg: schema.Config, mesh) -> tuple[list[str], dict]:
+def _data(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
   from mtp_jax.data import batches as batches_lib  # only this benchmark reads a store
 
   corpus = batches_lib.open_tokens(cfg)

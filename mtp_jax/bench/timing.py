@@ -41,7 +41,7 @@ def _rotated(items: list, by: int) -> list:
   return items[by:] + items[:by]
 
 
-def measure(groups: list[Group], cfg: schema.Config) -> Seconds:
+def measure(groups: list[Group], cfg: schema.CommandConfig) -> Seconds:
   """Times all programs in --bench.rounds rounds, after a warm-up round."""
   seconds = Seconds({}, {})
   for r in range(cfg.bench.rounds + 1):

@@ -34,7 +34,7 @@ def write(folder: epath.Path) -> None:
   paths.write(folder / NAME, json.dumps(dict(files=files), indent=1).encode())
 
 
-def damage(folder: epath.Path) -> str:
+def problem(folder: epath.Path) -> str:
   """Returns which file is corrupt and why; '' if none is, or without a manifest.
 
   A checkpoint without a manifest may be valid: it appears by a rename when it is

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -86,40 +87,21 @@ def reading(path: epath.Path):
     ) from error
 
 
-def read_metadata(workdir: str, step: int) -> tuple[schema.Config, str]:
-  """Returns (Config, store fingerprint) of a checkpoint; not collective."""
-  saved = read_json(workdir, step)
-  try:
-    cfg = validate.validate(parse.from_json(json.dumps(saved['config'])))
-  except ValueError as error:
-    raise metadata_error(workdir, step, error) from error
-  return cfg, saved['store']
+class Metadata(NamedTuple):
+  """What a checkpoint says of itself, besides its arrays."""
+
+  cfg: schema.Config
+  store: str  # fingerprint of the token store
+  skipped_batches: tuple[tuple[int, int], ...]  # (first, count) of each range
+  spikes: dict[str, Any]  # state of the spike detector
 
 
-def metadata_error(workdir, step, why) -> paths_lib.InputError:
-  path = folder(workdir) / str(step)
-  return paths_lib.InputError(path, f'cannot be read as a checkpoint: about: {why}')
+def read(workdir: str, step: int) -> Metadata:
+  """Reads a checkpoint's Metadata; not collective.
 
-
-def skipped_batches(workdir: str, step: int) -> tuple[tuple[int, int], ...]:
-  """Returns (first, count) of each range of batches that the run skipped."""
-  saved = read_json(workdir, step).get('left_out', ())
-  return tuple((first, count) for first, count in saved)
-
-
-def spikes(workdir: str, step: int) -> dict:
-  """Returns the saved state of the spike detector."""
-  return read_json(workdir, step).get('spikes', {})
-
-
-def read_item(path: epath.Path) -> dict:
-  with ocp.Checkpointer(
-    ocp.JsonCheckpointHandler(), multiprocessing_options=this_process_only()
-  ) as reader:
-    return reader.restore(path / 'about')
-
-
-def read_json(workdir: str, step: int) -> dict:
+  Raises:
+    InputError: it is corrupt, or of another version of this program.
+  """
   path = folder(workdir) / str(step)
   with reading(path):
     saved = read_item(path)
@@ -128,8 +110,21 @@ def read_json(workdir: str, step: int) -> dict:
     if saved['format'] != FORMAT:
       raise ValueError(f'format {saved["format"]}, this program reads {FORMAT}')
     jsonl.check(saved, METADATA)
-    if any(len(pair) != 2 for pair in saved.get('left_out', ())):
+    skipped = saved.get('left_out', ())
+    if any(len(pair) != 2 for pair in skipped):
       raise ValueError('left_out must be pairs: first batch, count')
-    return saved
+    return Metadata(
+      cfg=validate.validate(parse.from_json(json.dumps(saved['config']))),
+      store=saved['store'],
+      skipped_batches=tuple((first, count) for first, count in skipped),
+      spikes=saved.get('spikes', {}),
+    )
   except ValueError as error:
-    raise metadata_error(workdir, step, error) from error
+    raise paths_lib.InputError(path, f'cannot be read as a checkpoint: about: {error}') from error
+
+
+def read_item(path: epath.Path) -> dict:
+  with ocp.Checkpointer(
+    ocp.JsonCheckpointHandler(), multiprocessing_options=this_process_only()
+  ) as reader:
+    return reader.restore(path / 'about')

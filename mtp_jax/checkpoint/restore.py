@@ -62,7 +62,7 @@ def _corruption(path: epath.Path) -> str:
   """Returns why a checkpoint is corrupt, '' if it is valid. Without a manifest (a
   kill before it was written, an incomplete copy) all arrays are read once."""
   if (path / manifest.NAME).exists():
-    return manifest.damage(path)
+    return manifest.problem(path)
   return open_problem(path, whole=True)
 
 

@@ -226,6 +226,7 @@ def save(
   step: int,
   state: Any,
   cfg: schema.Config,
+  *,
   store: str,
   skipped_batches=(),
   spikes: dict | None = None,

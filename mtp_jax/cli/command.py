@@ -29,7 +29,7 @@ ARGUMENTS = {
 }
 
 
-def require(cfg: schema.Config, name: str, what: str) -> None:
+def require(cfg: schema.CommandConfig, name: str, what: str) -> None:
   if not schema.get(cfg, name):
     raise fields.ConfigError(name, '', f'give {what}')
 
@@ -41,7 +41,7 @@ def print_report(lines: list[str], values: dict, out: str, writes: bool = True) 
     paths.write(out, json.dumps(values, indent=1).encode())
 
 
-def start_jax(cfg: schema.Config) -> None:
+def start_jax(cfg: schema.CommandConfig) -> None:
   chips.silence_libtpu()
   import jax
 
@@ -91,9 +91,9 @@ def check_arguments(name: str, command: Command, given: list[str]) -> None:
     raise absl_flags.Error(f'{given[len(wanted)]!r} is not a flag')
 
 
-def single_process_config(parsed: flags.Parsed) -> schema.Config:
+def single_process_config(parsed: flags.Parsed) -> schema.CommandConfig:
   """Returns the Config of a command that runs in a single process only."""
-  cfg = schema.replace(schema.Config(), **parsed.given)
+  cfg = schema.replace(schema.CommandConfig(), **parsed.given)
   if cfg.distributed.coordinator_address:
     raise fields.ConfigError(
       'distributed.coordinator_address',

@@ -8,8 +8,8 @@ from mtp_jax.io import paths
 
 def run(parsed: flags.Parsed) -> int:
   # The checkpoint's own config, read later, is the base of all flags.
-  cfg = schema.replace(schema.Config(), **parsed.given)
-  validate.validate(schema.Config(distributed=cfg.distributed))
+  cfg = schema.replace(schema.CommandConfig(), **parsed.given)
+  validate.validate(schema.CommandConfig(distributed=cfg.distributed))
   command_lib.start_jax(cfg)
   from mtp_jax.evals import run as run_lib
   from mtp_jax.parallel import distributed

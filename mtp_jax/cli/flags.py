@@ -139,7 +139,7 @@ class Parsed(NamedTuple):
   prompt: str | None = None
   prompt_ids: str | None = None
 
-  def config(self, base: schema.Config | None = None) -> schema.Config:
+  def config(self, base: schema.CommandConfig | None = None) -> schema.CommandConfig:
     """Returns `base` (or the defaults) with the given fields, validated."""
     return validate.configured(self.given, base)
 

@@ -15,7 +15,7 @@ def run(parsed: flags.Parsed) -> int:
   return 0
 
 
-def inspect_batch(cfg: schema.Config) -> tuple[list[str], dict]:
+def inspect_batch(cfg: schema.CommandConfig) -> tuple[list[str], dict]:
   """Returns (lines, values) of the batch of a training step.
 
   Per position: the token, its position and segment, and the target of each head,

@@ -11,7 +11,7 @@ from mtp_jax.config import fields, parse
 
 def run(parsed: flags.Parsed) -> int:
   from mtp_jax.cli import progress
-  from mtp_jax.data import documents, store, tokenizers, vocabulary
+  from mtp_jax.data import readers, store, tokenizers, vocabulary
 
   cfg = parsed.config()
   path, name = cfg.data.store, cfg.data.tokenizer or 'bytes'
@@ -25,7 +25,7 @@ def run(parsed: flags.Parsed) -> int:
 
   def found(report):
     skipped.clear()
-    return documents.read(
+    return readers.read(
       cfg.data.documents,
       skipped,
       report=report,

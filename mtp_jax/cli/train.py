@@ -6,7 +6,7 @@ from mtp_jax.config import parse, schema
 from mtp_jax.io import paths
 
 
-def _absolute_stores(cfg: schema.Config, flag: str) -> str:
+def _absolute_stores(cfg: schema.CommandConfig, flag: str) -> str:
   refs = parse.parse_stores(schema.get(cfg, flag))
   return parse.format_stores(ref._replace(path=paths.absolute(ref.path)) for ref in refs)
 

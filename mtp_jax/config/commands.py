@@ -15,18 +15,14 @@ class DistributedConfig:
     '',
     'HOST:PORT on which process 0 listens; auto: as the TPU pod, Slurm or Open MPI '
     'provides; empty: one process',
-    result=False,
   )
   num_processes: int = fields.field(
-    1, 'number of processes, with HOST:PORT', result=False, **fields.limits(2**20)
+    1, 'number of processes, with HOST:PORT', **fields.limits(2**20)
   )
-  process_id: int = fields.field(
-    0, 'rank of this process, with HOST:PORT', result=False, **fields.UNSIGNED
-  )
+  process_id: int = fields.field(0, 'rank of this process, with HOST:PORT', **fields.UNSIGNED)
   heartbeat_timeout_s: int = fields.field(
     30,
     'seconds without a heartbeat after which a process counts as lost and the run aborts',
-    result=False,
     **fields.limits(10**6),
   )
 
@@ -39,81 +35,61 @@ class DecodeConfig:
     'all',
     'draft tokens that each forward pass verifies, one per head; 0 = plain decoding; all '
     '= those of all trained heads',
-    result=False,
   )
   tree: str = fields.field(
     '',
     'candidates of each further head, e.g. 3,2,1: the best ones form a tree that one '
     'forward pass verifies (16 tokens here); greedy only; empty = the best candidate of '
     'each head',
-    result=False,
   )
   max_new_tokens: int = fields.field(
-    256,
-    'maximum number of new tokens per prompt',
-    result=False,
-    **fields.limits(MOST_POSITIONS - 1),
+    256, 'maximum number of new tokens per prompt', **fields.limits(MOST_POSITIONS - 1)
   )
-  temperature: float = fields.field(
-    0.0, 'sampling temperature; 0 = greedy', result=False, min=0, max=1e6
-  )
-  top_k: int = fields.field(
-    0, 'sample from the k most likely tokens; 0 = all', result=False, **fields.UNSIGNED
-  )
+  temperature: float = fields.field(0.0, 'sampling temperature; 0 = greedy', min=0, max=1e6)
+  top_k: int = fields.field(0, 'sample from the k most likely tokens; 0 = all', **fields.UNSIGNED)
   top_p: float = fields.field(
     1.0,
     'sample from the fewest most likely tokens with this total probability (nucleus sampling)',
-    result=False,
     min=1e-6,
     max=1,
   )
   min_p: float = fields.field(
-    0.0,
-    'drop tokens less likely than this fraction of the most likely one',
-    result=False,
-    min=0,
-    max=1,
+    0.0, 'drop tokens less likely than this fraction of the most likely one', min=0, max=1
   )
   seed: int = fields.field(
-    0, 'random seed for sampling; prompt i has seed + i', result=False, min=0, max=2**31 - 1
+    0, 'random seed for sampling; prompt i has seed + i', min=0, max=2**31 - 1
   )
   stop_token_ids: str = fields.field(
     '',
     'token ids that end a text, with commas, or none; empty = the end-of-document token, '
     'but none for --prompt_ids',
-    result=False,
   )
   prompts: str = fields.field(
     '',
     'file of prompts: .jsonl with prompt (text) or prompt_ids per line, or text with one '
     'prompt per line',
-    result=False,
   )
   batch_size: int = fields.field(
-    0, 'prompts decoded at the same time; 0 = all', result=False, **fields.limits(2**20, 0)
+    0, 'prompts decoded at the same time; 0 = all', **fields.limits(2**20, 0)
   )
   cache_length: int = fields.field(
     0,
     'length of the key/value cache in tokens, prompt and new tokens; 0 = as needed',
-    result=False,
     **fields.limits(MOST_POSITIONS, 0),
   )
   cache_dtype: str = fields.field(
     'compute',
     'dtype of cached keys and values; compute = model.compute_dtype',
-    result=False,
     choices=('compute', *fields.DTYPES),
   )
   prefill_chunk_size: int = fields.field(
-    512, 'prompt tokens per prefill step', result=False, **fields.limits(2**24)
+    512, 'prompt tokens per prefill step', **fields.limits(2**24)
   )
   stream_every: int = fields.field(
-    16, 'forward passes between pieces of streamed text', result=False, **fields.limits(2**24)
+    16, 'forward passes between pieces of streamed text', **fields.limits(2**24)
   )
   compare: bool = fields.field(
-    False,
-    'compare speed and text with those of plain decoding, in turn for bench.rounds rounds',
-    result=False,
+    False, 'compare speed and text with those of plain decoding, in turn for bench.rounds rounds'
   )
 
 
@@ -121,7 +97,7 @@ class DecodeConfig:
 class ExportConfig:
   """Export of a checkpoint to the format of another tool."""
 
-  out: str = fields.field('', 'directory to write, new or empty', result=False)
+  out: str = fields.field('', 'directory to write, new or empty')
   format: str = fields.field(
     'hf',
     'format; hf: Hugging Face Llama with further heads in a file beside it; meta: as the '
@@ -129,37 +105,27 @@ class ExportConfig:
     'and recursive modules as Transformers drafts with them; gguf: llama.cpp, which '
     'drafts with the same modules; mimo: one module, for engines that know MiMo; medusa: '
     'residual heads in a directory of their own',
-    result=False,
     choices=('hf', 'meta', 'mtp_llama', 'transformers_mtp', 'gguf', 'mimo', 'medusa'),
   )
   dtype: str = fields.field(
-    'param',
-    'dtype of the tensors; param = model.param_dtype',
-    result=False,
-    choices=('param', *fields.DTYPES),
+    'param', 'dtype of the tensors; param = model.param_dtype', choices=('param', *fields.DTYPES)
   )
-  max_shard_gib: float = fields.field(
-    4.0, 'maximum size of a file in GiB', result=False, above=0, max=1e6
-  )
+  max_shard_gib: float = fields.field(4.0, 'maximum size of a file in GiB', above=0, max=1e6)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig:
   """Import of another tool's checkpoint into --train.workdir."""
 
-  path: str = fields.field('', 'directory of the checkpoint', result=False)
+  path: str = fields.field('', 'directory of the checkpoint')
   format: str = fields.field(
     'hf',
     'format of a checkpoint that mtp export did not write; hf: config.json and '
     'safetensors; meta: params.json and consolidated.pth',
-    result=False,
     choices=('hf', 'meta'),
   )
   tokenizer: str = fields.field(
-    'read',
-    'read the tokenizer beside the weights, or skip it',
-    result=False,
-    choices=('read', 'skip'),
+    'read', 'read the tokenizer beside the weights, or skip it', choices=('read', 'skip')
   )
 
 
@@ -167,13 +133,9 @@ class ImportConfig:
 class InspectConfig:
   """What `mtp inspect` prints."""
 
-  step: int = fields.field(
-    0, 'training step whose batch is printed', result=False, **fields.UNSIGNED
-  )
-  rows: int = fields.field(1, 'sequences to print', result=False, **fields.limits(2**24))
-  tokens: int = fields.field(
-    40, 'positions to print per sequence', result=False, **fields.limits(2**24)
-  )
+  step: int = fields.field(0, 'training step whose batch is printed', **fields.UNSIGNED)
+  rows: int = fields.field(1, 'sequences to print', **fields.limits(2**24))
+  tokens: int = fields.field(40, 'positions to print per sequence', **fields.limits(2**24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,27 +146,20 @@ class PlanConfig:
     '',
     'TPU slice to compile for ahead of time, e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16; empty '
     '= the devices here',
-    result=False,
   )
   slices: int = fields.field(
     1,
     'number of such slices, connected by the data-center network along mesh.data',
-    result=False,
     **fields.limits(2**16),
   )
   sweep: tuple = fields.field(
-    (), 'FLAG=VALUE,VALUE,…: a row per value; given twice, a grid of both', result=False
+    (), 'FLAG=VALUE,VALUE,…: a row per value; given twice, a grid of both'
   )
   search_mesh: bool = fields.field(
-    False,
-    'rank mesh shapes, micro-batches and remat by formula, and compile the best',
-    result=False,
+    False, 'rank mesh shapes, micro-batches and remat by formula, and compile the best'
   )
   search_timeout_s: int = fields.field(
-    600,
-    'seconds after which plan.search_mesh starts no further compilation',
-    result=False,
-    **fields.POSITIVE,
+    600, 'seconds after which plan.search_mesh starts no further compilation', **fields.POSITIVE
   )
 
 
@@ -212,43 +167,31 @@ class PlanConfig:
 class BenchConfig:
   """Measurements of `mtp bench`; an empty list means the run's own value."""
 
-  heads: str = fields.field(
-    '1,2,4', 'numbers of heads for loss and step; ratios are to the first', result=False
-  )
+  heads: str = fields.field('1,2,4', 'numbers of heads for loss and step; ratios are to the first')
   backward: str = fields.field(
-    'remat,interleaved',
-    'backward strategies for loss and step; ratios are to the first',
-    result=False,
+    'remat,interleaved', 'backward strategies for loss and step; ratios are to the first'
   )
-  chunk_size: str = fields.field(
-    '', 'chunk sizes for loss and step; ratios are to the first', result=False
-  )
+  chunk_size: str = fields.field('', 'chunk sizes for loss and step; ratios are to the first')
   documents: int = fields.field(
     1,
     'documents per sequence for loss and step; several make packed sequences',
-    result=False,
     **fields.limits(2**24),
   )
   rounds: int = fields.field(
-    5,
-    'interleaved rounds, in each of which every program runs once',
-    result=False,
-    **fields.limits(10**6),
+    5, 'interleaved rounds, in each of which every program runs once', **fields.limits(10**6)
   )
-  iters: int = fields.field(1, 'calls per program and round', result=False, **fields.limits(10**6))
+  iters: int = fields.field(1, 'calls per program and round', **fields.limits(10**6))
   num_draft_tokens: str = fields.field(
-    '', 'numbers of draft tokens for decode, with commas; empty = 0, 1 … all', result=False
+    '', 'numbers of draft tokens for decode, with commas; empty = 0, 1 … all'
   )
-  batches: str = fields.field('1,8', 'batch sizes for decode', result=False)
+  batches: str = fields.field('1,8', 'batch sizes for decode')
   num_prompts: int = fields.field(
     8,
     'validation prompts for decode, the same for any batch size, and at least one batch',
-    result=False,
     **fields.limits(10**6),
   )
   prompt_len: int = fields.field(
     128,
     'tokens per prompt for decode; decode.max_new_tokens new tokens follow',
-    result=False,
     **fields.limits(2**24),
   )

@@ -14,7 +14,8 @@ VERSION = 2  # of the JSON form; incremented when a field changes its name or me
 
 
 def to_json(cfg: schema.Config) -> str:
-  return json.dumps(dict(version=VERSION) | dataclasses.asdict(cfg), indent=1)
+  """Returns the JSON form of a run, without the options of commands."""
+  return json.dumps(dict(version=VERSION) | dataclasses.asdict(schema.run_config(cfg)), indent=1)
 
 
 def _of_version_1(values: dict[str, object]) -> dict[str, object]:
@@ -49,13 +50,13 @@ def from_json(text: str | bytes) -> schema.Config:
   }
   if version == 1:
     values = _of_version_1(values)
-  known = schema.fields()
+  known, every = schema.fields(schema.Config), schema.fields()
+  # Before it had its own options, a command's were saved with the run.
+  values = {name: value for name, value in values.items() if name in known or name not in every}
   for name, value in values.items():
     if name not in known:
       raise OtherVersion(f'{jsonl.one_line(name)}: no such field; it is of another version')
-    wanted = [str] if known[name].type is tuple else known[name].type
-    jsonl.check(value, wanted, name)
-    values[name] = tuple(value) if isinstance(value, list) else value
+    jsonl.check(value, known[name].type, name)
   return schema.replace(schema.Config(), **values)
 
 
@@ -119,10 +120,9 @@ def format_stores(refs: typing.Iterable[StoreRef]) -> str:
 
 
 def to_flag_file(cfg: schema.Config) -> str:
-  """Returns all fields of a run as flag lines, without the workdir and the sections
-  of single commands."""
+  """Returns all fields of a run as flag lines, without the workdir."""
   return ''.join(
     f'--{name}={schema.get(cfg, name)}\n'
-    for name in schema.fields()
-    if name != 'train.workdir' and name.split('.')[0] not in schema.COMMAND_SECTIONS
+    for name in schema.fields(schema.Config)
+    if name != 'train.workdir'
   )

@@ -2,7 +2,7 @@
 
 A field exists only if something reads it; each becomes the flag --section.field.
 `result=False` marks fields that do not affect the result, so that they may change when
-a run is resumed. Options of single commands are in commands.py.
+a run is resumed. Options of single commands are in commands.py; CommandConfig adds them.
 """
 
 import dataclasses
@@ -220,7 +220,7 @@ class DataConfig:
     '',
     'tokenizer for prepare: bytes (UTF-8 bytes with BOS and EOS, the default), train:SIZE '
     '(SentencePiece, trained on the documents), sentencepiece:FILE.model, hf:FILE.json, '
-    'tiktoken:FILE; for other commands it must match the store',
+    'tiktoken:FILE, task:stories; for other commands it must match the store',
   )
   workers: int = fields_lib.field(
     0,
@@ -505,15 +505,8 @@ class Config:
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
-  distributed: commands.DistributedConfig = commands.DistributedConfig()
   train: TrainConfig = TrainConfig()
   eval: EvalConfig = EvalConfig()
-  decode: commands.DecodeConfig = commands.DecodeConfig()
-  export: commands.ExportConfig = commands.ExportConfig()
-  import_: commands.ImportConfig = commands.ImportConfig()
-  inspect: commands.InspectConfig = commands.InspectConfig()
-  plan: commands.PlanConfig = commands.PlanConfig()
-  bench: commands.BenchConfig = commands.BenchConfig()
 
   @property
   def span(self) -> int:
@@ -522,14 +515,41 @@ class Config:
     return max(self.heads.offsets[-1], order)
 
 
-def fields() -> dict[str, dataclasses.Field]:
-  """Returns {'section.field': dataclass field}, in declaration order."""
-  hints = typing.get_type_hints(Config)
+@dataclasses.dataclass(frozen=True)
+class CommandConfig(Config):
+  """A run's Config and the options of the command at hand, which are not saved."""
+
+  distributed: commands.DistributedConfig = commands.DistributedConfig()
+  decode: commands.DecodeConfig = commands.DecodeConfig()
+  export: commands.ExportConfig = commands.ExportConfig()
+  import_: commands.ImportConfig = commands.ImportConfig()
+  inspect: commands.InspectConfig = commands.InspectConfig()
+  plan: commands.PlanConfig = commands.PlanConfig()
+  bench: commands.BenchConfig = commands.BenchConfig()
+
+
+AnyConfig = typing.TypeVar('AnyConfig', bound=Config)
+SECTIONS = tuple(field.name for field in dataclasses.fields(Config))
+
+
+def fields(of: type[Config] = CommandConfig) -> dict[str, dataclasses.Field]:
+  """Returns {'section.field': dataclass field}, in declaration order; those of a run
+  with of=Config."""
   return {
-    f'{section.rstrip("_")}.{field.name}': field
-    for section, cls in hints.items()
-    for field in dataclasses.fields(cls)
+    f'{section.name.rstrip("_")}.{field.name}': field
+    for section in dataclasses.fields(of)
+    for field in dataclasses.fields(typing.get_type_hints(of)[section.name])
   }
+
+
+def run_config(cfg: Config) -> Config:
+  """Returns the Config of a run alone, without the options of a command."""
+  return Config(**{name: getattr(cfg, name) for name in SECTIONS})
+
+
+def command_config(cfg: Config) -> CommandConfig:
+  """Returns a run's Config with the options of commands at their defaults."""
+  return CommandConfig(**{name: getattr(cfg, name) for name in SECTIONS})
 
 
 def type_of(field: dataclasses.Field) -> type:
@@ -549,7 +569,7 @@ def _attribute(section: str) -> str:
   return 'import_' if section == 'import' else section
 
 
-def replace(cfg: Config, **values) -> Config:
+def replace(cfg: AnyConfig, **values) -> AnyConfig:
   """Returns a Config with some 'section.field' values changed, not validated."""
   by_section = {}
   for name, value in values.items():
@@ -564,20 +584,13 @@ def replace(cfg: Config, **values) -> Config:
   )
 
 
-COMMAND_SECTIONS = ('distributed', 'decode', 'export', 'import', 'inspect', 'plan', 'bench')
-
-
-def without_command_options(cfg: Config) -> Config:
-  """Returns cfg with the options of single commands at their defaults."""
-  default = Config()
-  sections = map(_attribute, COMMAND_SECTIONS)
-  return dataclasses.replace(cfg, **{name: getattr(default, name) for name in sections})
+def fixed() -> list[str]:
+  """Returns the names of the fields that affect a run's result."""
+  return [name for name, field in fields(Config).items() if field.metadata['result']]
 
 
 def changed(old: Config, new: Config) -> list[tuple[str, object, object]]:
   """Returns (name, old, new) of the fields that affect a run's result and differ."""
   return [
-    (name, get(old, name), get(new, name))
-    for name, field in fields().items()
-    if field.metadata['result'] and get(old, name) != get(new, name)
+    (name, get(old, name), get(new, name)) for name in fixed() if get(old, name) != get(new, name)
   ]

@@ -9,12 +9,13 @@ from mtp_jax.config import parse as parse_lib
 from mtp_jax.config import schedule as schedule_lib
 
 
-def kernel_problem(cfg: schema.Config, kernel: str) -> fields.ConfigError | None:
-  """Returns the error of an attention kernel that does not support cfg's shapes."""
-  name, width = 'model.attention', cfg.model.head_width
-  if kernel in schema.KERNELS and cfg.data.seq_len % schema.TILE:
+def kernel_problem(m: schema.ModelConfig, T: int, kernel: str) -> fields.ConfigError | None:
+  """Returns the error of an attention kernel that does not support a model's heads or
+  rows of T positions."""
+  name, width = 'model.attention', m.head_width
+  if kernel in schema.KERNELS and T % schema.TILE:
     return fields.ConfigError(
-      name, kernel, f'needs a multiple of {schema.TILE} as --data.seq_len, not {cfg.data.seq_len}'
+      name, kernel, f'needs a multiple of {schema.TILE} as --data.seq_len, not {T}'
     )
   # Triton's products need at least 16; above 256 shared memory is exhausted.
   if kernel == 'flash' and not 16 <= width <= 256:
@@ -24,27 +25,30 @@ def kernel_problem(cfg: schema.Config, kernel: str) -> fields.ConfigError | None
   return None
 
 
-def configured(given: dict[str, object], base: schema.Config | None = None) -> schema.Config:
+def configured(
+  given: dict[str, object], base: schema.CommandConfig | None = None
+) -> schema.CommandConfig:
   """Returns `base` (or the defaults) with some 'section.field' values, validated."""
-  return validate(schema.replace(base or schema.Config(), **given))
+  return validate(schema.replace(base or schema.CommandConfig(), **given))
 
 
-def validate(cfg: schema.Config) -> schema.Config:
+def validate(cfg: schema.AnyConfig) -> schema.AnyConfig:
   """Returns cfg; raises ConfigError for the first invalid field."""
-  for name, field in schema.fields().items():
+  for name, field in schema.fields(type(cfg)).items():
     _check_limits(name, schema.get(cfg, name), field.metadata)
   _check_model(cfg)
   _check_loss(cfg)
   _check_groups(cfg)
   _check_steps(cfg)
-  _check_distributed(cfg.distributed)
   _check_stores(cfg)
-  _check_decode(cfg)
-  _check_bench(cfg)
+  if isinstance(cfg, schema.CommandConfig):
+    _check_distributed(cfg.distributed)
+    _check_decode(cfg)
+    _check_bench(cfg)
   return cfg
 
 
-def variants(cfg: schema.Config) -> tuple[schema.Config, ...]:
+def variants(cfg: schema.CommandConfig) -> tuple[schema.CommandConfig, ...]:
   """Returns cfg with each combination of --bench.backward, chunk_size and heads; the
   last varies fastest. Raises ConfigError, naming the bench flag, for an invalid one.
 
@@ -140,7 +144,7 @@ def _check_model(cfg):
       f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
       f' needs at least one; at most {m.n_layers - 1}',
     )
-  unfit = kernel_problem(cfg, m.attention)
+  unfit = kernel_problem(m, cfg.data.seq_len, m.attention)
   if unfit:
     raise unfit
   # Targets of a query, and with strided heads drafts from positions before it.

@@ -23,6 +23,13 @@ def open_tokens(cfg: schema.Config) -> corpus.Corpus:
   return tokens
 
 
+def check(tokens: corpus.Corpus, cfg: schema.Config) -> None:
+  """Raises ConfigError if a batch is indivisible or a split has no window."""
+  loader.check_divides(cfg.data.batch_size, cfg.train.grad_accum_steps)
+  for split in [*tokens.train().splits, *tokens.held_out(cfg.eval.split).values()]:
+    loader.check_windows(split, cfg.data.seq_len, cfg.span)
+
+
 def check_same_store(tokens: corpus.Corpus, cfg: schema.Config) -> None:
   """Raises unless all processes read the same stores (copies are fine)."""
   expected = distributed.broadcast_one_to_all(tokens.fingerprint_of_all)

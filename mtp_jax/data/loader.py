@@ -61,8 +61,8 @@ def train_batches(
   if isinstance(split, windows.Split):
     split = windows.Mixture((split,), (1,))
   for part in split.splits:
-    _check_windows(part, seq_len, span)
-  _check_divides(batch_size, accumulate)
+    check_windows(part, seq_len, span)
+  check_divides(batch_size, accumulate)
   columns = slice(None) if rows is None else rows
 
   def read(rows_B: np.ndarray) -> Batch:
@@ -87,7 +87,7 @@ def index_of(step: int, skipped_batches: Ranges) -> int:
   return step
 
 
-def leave_out(skipped_batches: Ranges, first: int, last: int) -> Ranges:
+def with_skipped(skipped_batches: Ranges, first: int, last: int) -> Ranges:
   """Returns `skipped_batches` with first..last added: ascending, disjoint ranges."""
   first = max(first, 0)
   found: list[list[int]] = []
@@ -151,8 +151,8 @@ def eval_batches(
   valid target. At most limit batches, of windows spread evenly over the split,
   since its start may be one long document. rows: as in `train_batches`.
   """
-  _check_windows(split, seq_len, span)
-  _check_divides(batch_size, 1)
+  check_windows(split, seq_len, span)
+  check_divides(batch_size, 1)
   rows_B = np.arange(batch_size) if rows is None else rows
   n = split.n_windows(seq_len, span)
   n_read = n if limit is None else min(limit * batch_size, n)
@@ -197,14 +197,14 @@ def _read(split, rows_AB: np.ndarray, seq_len: int, span: int) -> Batch:
   return batch
 
 
-def _check_windows(split, seq_len: int, span: int):
+def check_windows(split, seq_len: int, span: int):
   if not split.n_windows(seq_len, span):
     raise fields.ConfigError(
       'data.seq_len', seq_len, f'no shard of the {split.name} split has {seq_len} + {span} tokens'
     )
 
 
-def _check_divides(batch_size: int, accumulate: int):
+def check_divides(batch_size: int, accumulate: int):
   if batch_size < 1 or batch_size % accumulate:
     raise fields.ConfigError(
       'data.batch_size',

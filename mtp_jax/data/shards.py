@@ -39,10 +39,10 @@ def write_split(
         folder,
         number,
         file.fileno(),
-        width,
-        start_M[first:last],
-        length_M[first:last],
-        loss_spans[first:last],
+        width=width,
+        start_M=start_M[first:last],
+        length_M=length_M[first:last],
+        loss_spans=loss_spans[first:last],
       )
       for number, (first, last) in enumerate(_bounds(length_M, shard_tokens))
     ]
@@ -59,7 +59,7 @@ def write_split(
 
 
 def _write_shard(
-  folder, number: int, spool: int, width: int, start_M, length_M, loss_spans
+  folder, number: int, spool: int, *, width: int, start_M, length_M, loss_spans
 ) -> dict:
   pairs = zip(start_M.tolist(), length_M.tolist(), strict=True)
   parts = (  # not memory-mapped: mapped pages count as memory in use

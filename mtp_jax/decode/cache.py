@@ -24,9 +24,9 @@ class Layer(NamedTuple):
   v_BGSH: Any
 
 
-def empty(layers: int, B: int, S: int, cfg: schema.Config, dtype):
+def empty(layers: int, B: int, S: int, m: schema.ModelConfig, dtype):
   """Returns a zero cache of `layers` layers, sharded over the mesh."""
-  shape = (B, cfg.model.kv_heads, S, cfg.model.head_width)
+  shape = (B, m.kv_heads, S, m.head_width)
 
   def zeros():
     return jnp.zeros(shape, dtype, out_sharding=sharding.pspec(*_AXES))

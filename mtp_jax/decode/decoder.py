@@ -62,7 +62,7 @@ def joined(parts: Sequence[Decoded]) -> Decoded:
 class Decoder:
   """A model ready to decode: its weights cast and placed for reading."""
 
-  def __init__(self, model, cfg: schema.Config, mesh, active: int):
+  def __init__(self, model, cfg: schema.CommandConfig, mesh, active: int):
     """Casts and places the parameters.
 
     Args:
@@ -146,7 +146,7 @@ class Decoder:
     sampling = sample.sampling(self.cfg)
     weights = weights_lib.in_use(self._weights, s)
     with jax.set_mesh(self.mesh):
-      state, caches = self._start(prompts, seeds, cache, B, slots, sampling, s)
+      state, caches = self._start(prompts, seeds, cache, B=B, slots=slots, sampling=sampling, s=s)
       prefill_s, decode_s, compile_s = 0.0, 0.0, 0.0
       begin = time.perf_counter()
       shape = (B, slots, C, bool(chunks), sampling is None, s)
@@ -154,7 +154,9 @@ class Decoder:
         # Warm-up calls, which the calls below repeat with the same effect.
         if chunks:
           state, caches = speculative.prefill(weights, state, caches, 0, C=C, s=s)
-        state, caches = speculative.run(weights, state, caches, 0, max_accept, sampling, s=s)
+        state, caches = speculative.run(
+          weights, state, caches, max_forwards=0, max_accept=max_accept, sampling=sampling, s=s
+        )
         jax.block_until_ready(state)
         self._compiled.add(shape)
         compile_s = time.perf_counter() - begin
@@ -167,7 +169,13 @@ class Decoder:
       while not done:
         begin = time.perf_counter()
         state, caches = speculative.run(
-          weights, state, caches, d.stream_every if each else NO_LIMIT, max_accept, sampling, s=s
+          weights,
+          state,
+          caches,
+          max_forwards=d.stream_every if each else NO_LIMIT,
+          max_accept=max_accept,
+          sampling=sampling,
+          s=s,
         )
         done = bool(np.all(jax.device_get(state.done_B)))
         decode_s += time.perf_counter() - begin
@@ -235,7 +243,7 @@ class Decoder:
     dtype = self.cfg.decode.cache_dtype
     return self.cfg.model.compute_dtype if dtype == 'compute' else dtype
 
-  def _start(self, prompts, seeds, cache, B, slots, sampling, s):
+  def _start(self, prompts, seeds, cache, *, B, slots, sampling, s):
     tokens_BS = np.zeros((B, slots + s.window), np.int32)
     length_B, limit_B = np.ones(B, np.int32), np.ones(B, np.int32)
     seed_B = np.zeros(B, np.int32)
@@ -255,7 +263,7 @@ class Decoder:
 
 def _begin(tokens_BS, length_B, limit_B, seed_B, *, sampled, slots, dtype, s):
   return (
-    state_lib.start(tokens_BS, length_B, limit_B, seed_B, sampled, s),
+    state_lib.start(tokens_BS, length_B, limit_B, seed_B, sampled=sampled, s=s),
     state_lib.empty(tokens_BS.shape[0], slots, dtype, s),
   )
 
@@ -277,14 +285,14 @@ def _new_tokens(state, prompts) -> list[np.ndarray]:
   return [tokens_BS[b, len(prompt) : length_B[b]] for b, prompt in enumerate(prompts)]
 
 
-def cache_length(prompts: Sequence[np.ndarray], cfg: schema.Config) -> int:
+def cache_length(prompts: Sequence[np.ndarray], cfg: schema.CommandConfig) -> int:
   """Returns the length of the key/value cache for these prompts, in tokens."""
   d = cfg.decode
   return d.cache_length or max(map(len, prompts)) + d.max_new_tokens
 
 
 def check(
-  prompts: Sequence[np.ndarray], cache: int, cfg: schema.Config, names: Sequence[str] = ()
+  prompts: Sequence[np.ndarray], cache: int, cfg: schema.CommandConfig, names: Sequence[str] = ()
 ) -> None:
   """Raises InputError, with its name, for the first prompt that cannot be decoded."""
   vocab_size = cfg.model.vocab_size
@@ -310,7 +318,7 @@ def check(
       )
 
 
-def widths(cfg: schema.Config, active: int) -> tuple[int, ...]:
+def widths(cfg: schema.CommandConfig, active: int) -> tuple[int, ...]:
   """Returns the candidates of heads 2..W that --decode.num_draft_tokens and
   --decode.tree request.
 

@@ -9,15 +9,15 @@ from mtp_jax.decode import sample
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.decode import state as state_lib
 from mtp_jax.decode import window as window_lib
-from mtp_jax.model import heads
+from mtp_jax.model import heads, layers
 from mtp_jax.parallel import sharding
 
 
 def draft(
-  w, states, state: state_lib.State, caches, root_B, n_accepted_B, sampling, s: setup_lib.Setup
+  w, states, state: state_lib.State, caches, *, root_B, n_accepted_B, sampling, s: setup_lib.Setup
 ):
   """Computes heads 2..W over the window and drafts after its last accepted token."""
-  cfg, f, W, R = s.cfg, heads.family(s.cfg), s.window, s.num_reread
+  cfg, f, W, R = s.cfg, heads.family(s.cfg.heads), s.window, s.num_reread
   S = caches.stem[0].k_BGSH.shape[2]
 
   def positions(root_B, n_B):
@@ -25,8 +25,8 @@ def draft(
     return position_BT, (root_B + n_B)[:, None], n_B + R
 
   position_BT, last_B1, at_B = sharding.by_rows(positions, root_B, n_accepted_B)
-  here = window_lib.window(position_BT, position_BT, S, cfg)
-  query = window_lib.QueryPosition(at_B, window_lib.window(last_B1, last_B1, S, cfg))
+  here = window_lib.window(position_BT, position_BT, S, cfg.model)
+  query = window_lib.QueryPosition(at_B, window_lib.window(last_B1, last_B1, S, cfg.model))
   z_BTD, carry_BTD = window_lib.trunk_state(states, s), states[-1]
   if R:
     z_BTD = carry_BTD = sharding.by_rows(
@@ -51,12 +51,12 @@ def draft(
   for k in range(2, W + 1):
     if f.reverse:
       raw_B1D = window_lib.take_position(states[len(states) - k], at_B)
-      h_B1D = heads.norm(raw_B1D, w.norm, cfg)
+      h_B1D = layers.rms_norm(raw_B1D, w.norm, cfg.model.norm_eps)
     else:
       next_BT = None
       if f.uses_next_token:
         next_BT = sharding.by_rows(
-          functools.partial(_next_tokens, offset=heads.next_token_offset(k, cfg)),
+          functools.partial(_next_tokens, offset=heads.next_token_offset(k, cfg.heads.stride)),
           state.tokens_BS,
           position_BT,
         )
@@ -81,7 +81,9 @@ def _next_tokens(tokens_BS, position_BT, offset: int):
   return jnp.take_along_axis(tokens_BS, at_BT, axis=1)
 
 
-def _propose(state: state_lib.State, logits_BKV, last_B1, sampling, first: int, s: setup_lib.Setup):
+def _propose(
+  state: state_lib.State, logits_BKV, last_B1, sampling, *, first: int, s: setup_lib.Setup
+):
   """Drafts with heads first, first + 1 …; the best candidate of each is appended to
   the known tokens, where heads that use the next token read it."""
   K = logits_BKV.shape[1]

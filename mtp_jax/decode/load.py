@@ -13,7 +13,7 @@ from mtp_jax.parallel import distributed, sharding
 
 def open_checkpoint(
   path: str, given: dict[str, object], elsewhere: dict | None = None
-) -> tuple[str, int, schema.Config, schema.Config]:
+) -> tuple[str, int, schema.Config, schema.CommandConfig]:
   """Opens and verifies a checkpoint.
 
   Flags may change how something is computed, not what the parameters are.
@@ -32,9 +32,8 @@ def open_checkpoint(
   workdir, step = restore.find(path)
   if distributed.is_primary():
     restore.verify(workdir, step)
-  saved, _ = metadata.read_metadata(workdir, step)
-  # Drops paths and options of the training command.
-  base = schema.without_command_options(saved)
+  saved = metadata.read(workdir, step).cfg
+  base = schema.command_config(saved)
   cfg = validate.configured(given, schema.replace(base, **elsewhere or {}))
   other_tree = bool(saved.loss.token_order_weight) != bool(cfg.loss.token_order_weight)
   for name, was, now in schema.changed(saved, cfg):
@@ -48,7 +47,7 @@ class CheckpointInfo(NamedTuple):
 
   workdir: str
   step: int
-  cfg: schema.Config
+  cfg: schema.CommandConfig
   active: int  # number of trained heads
   tokenizer: tokenizers.Tokenizer | None  # None if only ids are decoded
 
@@ -57,7 +56,7 @@ class LoadedModel(NamedTuple):
   """A checkpoint, ready to decode."""
 
   name: str
-  cfg: schema.Config
+  cfg: schema.CommandConfig
   mesh: Any
   decoder: decoder_lib.Decoder
   tokenizer: tokenizers.Tokenizer | None
@@ -106,7 +105,7 @@ def load(found: CheckpointInfo) -> LoadedModel:
   )
 
 
-def check_rows(tokenizer, cfg: schema.Config) -> None:
+def check_rows(tokenizer, cfg: schema.CommandConfig) -> None:
   """Raises ConfigError if a tokenizer has more tokens than the model's vocabulary."""
   if tokenizer.vocab_size > cfg.model.vocab_size:
     raise fields.ConfigError(

@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
   min_p: Any
 
 
-def sampling(cfg: schema.Config) -> Sampling | None:
+def sampling(cfg: schema.CommandConfig) -> Sampling | None:
   """Returns the Sampling of --decode.*; None = greedy."""
   d, vocab_size = cfg.decode, cfg.model.vocab_size
   if not d.temperature:
@@ -120,7 +120,7 @@ def accept_greedy(tokens_BM, logits_BMV, allowed_B, levels):
   return n_accepted, path_BW, jnp.take_along_axis(best_BM, path_BW, axis=1)
 
 
-def accept_sampled(tokens_BW, logits_BWV, q_BJV, allowed_B, seed_B, index_BW, s):
+def accept_sampled(tokens_BW, logits_BWV, q_BJV, allowed_B, *, seed_B, index_BW, s):
   """Accepts drafts of a chain by rejection sampling.
 
   Args:

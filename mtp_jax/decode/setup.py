@@ -54,7 +54,7 @@ class Setup(NamedTuple):
   @property
   def num_reread(self) -> int:
     """R, positions before the window that heads with next-token input read again."""
-    return max(self.window - 2, 0) * heads.family(self.cfg).uses_next_token
+    return max(self.window - 2, 0) * heads.family(self.cfg.heads).uses_next_token
 
 
 def setup(cfg: schema.Config, active: int, widths: tuple[int, ...], stop_ids=()) -> Setup:

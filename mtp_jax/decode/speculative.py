@@ -15,7 +15,7 @@ from mtp_jax.decode import setup as setup_lib
 from mtp_jax.decode import state as state_lib
 from mtp_jax.decode import weights as weights_lib
 from mtp_jax.decode import window as window_lib
-from mtp_jax.model import block, heads
+from mtp_jax.model import block, heads, layers
 from mtp_jax.parallel import sharding
 
 
@@ -35,7 +35,7 @@ def prefill(
   Shorter rows are padded: slots beyond a row's length are masked out, then
   overwritten. Returns (state, caches).
   """
-  f, cfg = heads.family(s.cfg), s.cfg
+  f, cfg = heads.family(s.cfg.heads), s.cfg
   S = caches.stem[0].k_BGSH.shape[2]
 
   def tokens(tokens_BS, ahead):
@@ -48,7 +48,7 @@ def prefill(
     return jnp.broadcast_to(first + jnp.arange(C), (length_B.shape[0], C))
 
   position_BC = sharding.by_rows(positions, state.length_B, same=(first,))
-  here = window_lib.window(position_BC, first, S, cfg)
+  here = window_lib.window(position_BC, first, S, cfg.model)
   states, caches = window_lib.stem(w, read(0), caches, here, s)
   z_BCD = window_lib.trunk_state(states, s)
   carry_BCD, written = states[-1], []
@@ -59,7 +59,7 @@ def prefill(
       z_BCD,
       carry_BCD,
       kv,
-      next_BT=read(heads.next_token_offset(k, cfg)),
+      next_BT=read(heads.next_token_offset(k, cfg.heads.stride)),
       here=here,
       query=None,
       s=s,
@@ -89,10 +89,10 @@ def run(
   w: weights_lib.Weights,
   state: state_lib.State,
   caches: state_lib.Caches,
+  *,
   max_forwards,
   max_accept,
   sampling,
-  *,
   s: setup_lib.Setup,
 ):
   """Decodes until all rows are done, in at most max_forwards forward passes.
@@ -117,7 +117,7 @@ def run(
 
   def forward(carry):
     state, caches, i = carry
-    state, caches = _forward(w, state, caches, max_accept, sampling, s)
+    state, caches = _forward(w, state, caches, max_accept=max_accept, sampling=sampling, s=s)
     return state, caches, i + 1
 
   state, caches, _ = jax.lax.while_loop(more, forward, (state, caches, jnp.int32(0)))
@@ -125,17 +125,17 @@ def run(
 
 
 def _forward(
-  w, state: state_lib.State, caches: state_lib.Caches, max_accept, sampling, s: setup_lib.Setup
+  w, state: state_lib.State, caches: state_lib.Caches, *, max_accept, sampling, s: setup_lib.Setup
 ):
   cfg = s.cfg
   S = caches.stem[0].k_BGSH.shape[2]
   tokens_BM, position_BM, slot_BM, seen_BMS = sharding.by_rows(
     functools.partial(_read_window, S=S, tree=s.tree), state
   )
-  here = window_lib.Window(block.context(position_BM, cfg), slot_BM, seen_BMS)
+  here = window_lib.Window(block.context(position_BM, cfg.model), slot_BM, seen_BMS)
   with jax.named_scope('stem'):
     states, caches = window_lib.stem(w, tokens_BM, caches, here, s)
-    h_BMD = heads.norm(states[-1], w.norm, cfg)
+    h_BMD = layers.rms_norm(states[-1], w.norm, cfg.model.norm_eps)
     logits_BMV = window_lib.logits(w, h_BMD, 1, cfg)
   with jax.named_scope('verify'):
     root_B = state.length_B - 1
@@ -151,7 +151,9 @@ def _forward(
   if not s.tree.is_chain:
     states, caches = verify.keep_path(states, caches, root_B, path_BW)
   with jax.named_scope('draft'):
-    return draft.draft(w, states, state, caches, root_B, n_accepted_B, sampling, s)
+    return draft.draft(
+      w, states, state, caches, root_B=root_B, n_accepted_B=n_accepted_B, sampling=sampling, s=s
+    )
 
 
 def _read_window(state: state_lib.State, S: int, tree: setup_lib.Tree):

@@ -32,7 +32,7 @@ class Caches(NamedTuple):
   heads: tuple[cache_lib.Layer, ...]
 
 
-def start(tokens_BS, length_B, limit_B, seed_B, sampled: bool, s: setup_lib.Setup):
+def start(tokens_BS, length_B, limit_B, seed_B, *, sampled: bool, s: setup_lib.Setup):
   """Returns the initial State; call it under jit.
 
   tokens_BS must have room for a window beyond the longest limit.
@@ -66,7 +66,7 @@ def start(tokens_BS, length_B, limit_B, seed_B, sampled: bool, s: setup_lib.Setu
 
 def cached_layers(s: setup_lib.Setup) -> tuple[int, int]:
   """Returns the number of cached layers (of the stem, of the heads after it)."""
-  f = heads.family(s.cfg)
+  f = heads.family(s.cfg.heads)
   stem = heads.trunk_layers(s.cfg)
   if s.cfg.heads.block_first:
     stem += s.active if f.reverse else 1
@@ -77,5 +77,6 @@ def empty(B: int, S: int, dtype, s: setup_lib.Setup) -> Caches:
   """Returns caches of S slots, M - 1 more than the longest row; call it under jit."""
   stem, further = cached_layers(s)
   return Caches(
-    cache_lib.empty(stem, B, S, s.cfg, dtype), cache_lib.empty(further, B, S, s.cfg, dtype)
+    cache_lib.empty(stem, B, S, s.cfg.model, dtype),
+    cache_lib.empty(further, B, S, s.cfg.model, dtype),
   )

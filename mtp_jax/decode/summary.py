@@ -5,7 +5,7 @@ from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import load as load_lib
 
 
-def stop_ids(cfg: schema.Config, opened: load_lib.LoadedModel) -> tuple[int, ...]:
+def stop_ids(cfg: schema.CommandConfig, opened: load_lib.LoadedModel) -> tuple[int, ...]:
   given = parse.parse_stop_ids(cfg.decode.stop_token_ids)
   if given is not None:
     return given
@@ -33,7 +33,7 @@ def summary(decoded: decoder_lib.Decoded) -> dict:
     forwards=int(decoded.forwards.sum()),
     tokens_per_forward=decoded.tokens_per_forward,
     acceptance=decoded.acceptance_J,
-    asked=decoded.proposed_J.tolist(),
+    proposed=decoded.proposed_J.tolist(),
     accepted=decoded.accepted_J.tolist(),
     prefill_s=decoded.prefill_s,
     decode_s=decoded.decode_s,

@@ -8,7 +8,7 @@ from mtp_jax.decode import state as state_lib
 from mtp_jax.parallel import sharding
 
 
-def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, s):
+def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, *, s):
   """Returns (state with the emitted tokens, accepted drafts (B,), path_BW)."""
   W, J = s.window, s.window - 1
   tokens_BS, length_B, live_B = state.tokens_BS, state.length_B, ~state.done_B
@@ -22,9 +22,9 @@ def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, 
       logits_BMV,
       state.q_BJV,
       allowed_B,
-      state.seed_B,
-      length_B[:, None] + index_1W,
-      sampling,
+      seed_B=state.seed_B,
+      index_BW=length_B[:, None] + index_1W,
+      s=sampling,
     )
     path_BW = jnp.broadcast_to(index_1W, emitted_BW.shape)
   new_B = jnp.minimum(n_B + 1, state.limit_B - length_B)

@@ -22,7 +22,7 @@ class Weights(NamedTuple):
 
 def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
   """Returns the Weights of a model; call it under jit. A shared module appears once."""
-  cfg, f = s.cfg, heads.family(s.cfg)
+  cfg, f = s.cfg, heads.family(s.cfg.heads)
 
   def use(w, spec):
     w = w.astype(cfg.model.compute_dtype) if spec.decay else w
@@ -43,7 +43,7 @@ def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
     stem.append(at(0, model.heads))
     modules = [at(k - 1, model.heads) for k in further]
   else:
-    n_modules = heads.n_modules(cfg, s.window)
+    n_modules = heads.n_modules(cfg.heads, s.window)
     modules = [at(i, model.heads) for i in range(n_modules)]
   return Weights(
     model.embed,
@@ -67,7 +67,7 @@ def read_bytes(w: Weights, s: setup_lib.Setup) -> int:
   """Returns the bytes of weights that a device reads per forward pass: a shared
   module once per head; a shared unembedding for head 1 and once for the drafts of
   all other heads, or once per head where they draft sequentially."""
-  f, unembedding = heads.family(s.cfg), s.cfg.heads.unembedding
+  f, unembedding = heads.family(s.cfg.heads), s.cfg.heads.unembedding
   modules = w.heads * (s.window - 1) if f.shared_module else w.heads
   table = w.unembed or (w.embed,)
   reads = 1 + (s.window > 1) * (s.window - 1 if f.uses_next_token else 1)

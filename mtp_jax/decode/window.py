@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.config import schema
 from mtp_jax.decode import cache as cache_lib
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.decode import state as state_lib
@@ -39,10 +40,10 @@ def take_position(x_BTD, at_B):
   return sharding.by_rows(rows, x_BTD, at_B)
 
 
-def _layer(layer, x_BTD, kv, here: Window, cfg, query: QueryPosition | None = None):
+def _layer(layer, x_BTD, kv, here: Window, cfg, *, query: QueryPosition | None = None):
   """Computes a layer over a window and caches its keys and values; with a query,
   the rest of it at that position only."""
-  w = params.gather_cast(layer, block.specs(cfg), cfg)
+  w = params.gather_cast(layer, block.specs(cfg.model), cfg)
   y_BTD = layers.rms_norm(x_BTD, w.attn_norm, cfg.model.norm_eps)
   kv = cache_lib.write(kv, *block.keys_values(w, y_BTD, here.ctx), here.slot)
   if query is not None:
@@ -50,7 +51,7 @@ def _layer(layer, x_BTD, kv, here: Window, cfg, query: QueryPosition | None = No
     here = query.window
   q_BTNH = block.queries(w, y_BTD, here.ctx)
   a_BTNH = cache_lib.attend(q_BTNH, kv, here.seen_BTS)
-  return block.add_mlp(w, block.add_attended(w, x_BTD, a_BTNH), cfg), kv
+  return block.add_mlp(w, block.add_attended(w, x_BTD, a_BTNH), cfg.model.norm_eps), kv
 
 
 def stem(
@@ -87,7 +88,7 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
   Returns:
     (carry_BTD, h_B1D at the query or h_BTD, its cache).
   """
-  cfg, f = s.cfg, heads.family(s.cfg)
+  cfg, f = s.cfg, heads.family(s.cfg.heads)
   module = w.heads[0 if f.shared_module else k - 2]
   # An output that no later head reads is computed at the query only.
   at_query = query is not None and (k == s.window or not f.is_chained)
@@ -98,7 +99,7 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
 
   def cached_block(layer, x_BTD, ctx, cfg):
     del ctx
-    y_BTD, new = _layer(layer, x_BTD, kv, here, cfg, query if at_query else None)
+    y_BTD, new = _layer(layer, x_BTD, kv, here, cfg, query=query if at_query else None)
     written.append(new)
     return y_BTD
 
@@ -139,21 +140,22 @@ def next_logits(w: weights_lib.Weights, tokens_BT, length_B, s: setup_lib.Setup)
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
   position_BT = sharding.by_rows(rows, tokens_BT)
-  here = window(position_BT, 0, tokens_BT.shape[1], s.cfg)
+  here = window(position_BT, 0, tokens_BT.shape[1], s.cfg.model)
   B, T = tokens_BT.shape
   caches = state_lib.empty(B, T, s.cfg.model.compute_dtype, s)
   states, _ = stem(w, tokens_BT, caches, here, s)
-  h_BTD = heads.norm(take_position(states[-1], length_B - 1), w.norm, s.cfg)
+  last_BTD = take_position(states[-1], length_B - 1)
+  h_BTD = layers.rms_norm(last_BTD, w.norm, s.cfg.model.norm_eps)
   return logits(w, h_BTD, 1, s.cfg)[:, 0]
 
 
 # Windows of consecutive positions.
 
 
-def window(position_BT, slot, S: int, cfg) -> Window:
+def window(position_BT, slot, S: int, m: schema.ModelConfig) -> Window:
   """Returns the Window of positions that attend to all before them."""
 
   def rows(position_BT):
     return jnp.arange(S)[None, None] <= position_BT[:, :, None]
 
-  return Window(block.context(position_BT, cfg), slot, sharding.by_rows(rows, position_BT))
+  return Window(block.context(position_BT, m), slot, sharding.by_rows(rows, position_BT))

@@ -15,7 +15,7 @@ from mtp_jax.io import paths
 PIECES = 32  # default of --eval.limit
 
 
-def check(arg: str, cfg: schema.Config) -> None:
+def check(arg: str, cfg: schema.CommandConfig) -> None:
   if arg:
     raise fields.ConfigError('eval.tasks', f'acceptance:{arg}', 'takes no argument')
   if not cfg.data.store:
@@ -44,7 +44,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   return suites.Result([line], scalars)
 
 
-def pieces(cfg: schema.Config, n: int) -> list[np.ndarray]:
+def pieces(cfg: schema.CommandConfig, n: int) -> list[np.ndarray]:
   """Returns n pieces of held-out documents, --bench.prompt_len tokens each: the
   first piece of each document, then the second of each, and so on."""
   path = parse.parse_stores(cfg.data.store)[0].path

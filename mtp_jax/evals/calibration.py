@@ -1,59 +1,35 @@
 """Calibration of each head: its confidence, compared with its accuracy."""
 
-import functools
-from collections.abc import Callable, Iterable
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import schedule, schema
 from mtp_jax.evals import scores
-from mtp_jax.parallel import sharding
 
 BINS = 15  # of equal width, over the probability of the top token
 TOP = 5
 
 
-def evaluator(cfg: schema.Config, mesh) -> Callable:
-  """Returns run(params, batches, step) -> sums over all valid targets.
+def sums(s: scores.Scores) -> dict:
+  """Returns sums over all valid targets of a batch's scores, under jit.
 
-  batches: as in `heldout.evaluator`. The sums are count_K, top_K (targets in the
-  top TOP) and, for each of BINS bins of the top token's probability, count_KX,
-  the sum of probabilities sure_KX, and the correct ones right_KX.
+  count_K, top_K (targets in the top TOP) and, for each of BINS bins of the top
+  token's probability, count_KX, the sum of probabilities sure_KX, and the correct
+  ones right_KX.
   """
+  bin_KBT = jnp.minimum((s.top * BINS).astype(jnp.int32), BINS - 1)
 
-  @functools.partial(jax.jit, static_argnames='n_active')
-  def sums(params, batch, *, n_active):
-    rows = jax.tree.map(lambda x: x[0], batch)
-    s = scores.scores(params, rows, n_active=n_active, cfg=cfg)
-    bin_KBT = jnp.minimum((s.top * BINS).astype(jnp.int32), BINS - 1)
-
-    def by_bin(x_KBT):
-      return jnp.stack(
-        [jnp.sum(x_KBT, axis=(1, 2), where=s.valid & (bin_KBT == x)) for x in range(BINS)], axis=1
-      )
-
-    return dict(
-      count_K=jnp.sum(s.valid, axis=(1, 2)),
-      top_K=jnp.sum(s.valid & (s.rank < TOP), axis=(1, 2)),
-      count_KX=by_bin(jnp.ones_like(s.top)),
-      sure_KX=by_bin(s.top),
-      right_KX=by_bin((s.rank == 0).astype(jnp.float32)),
+  def by_bin(x_KBT):
+    return jnp.stack(
+      [jnp.sum(x_KBT, axis=(1, 2), where=s.valid & (bin_KBT == x)) for x in range(BINS)], axis=1
     )
 
-  def run(params, batches: Iterable[dict], step: int) -> dict:
-    total, n_active = None, schedule.trained_heads(cfg, step)
-    with jax.set_mesh(mesh):
-      for batch in batches:
-        batch = sharding.put_batch(mesh, batch)
-        new = jax.device_get(sums(params, batch, n_active=n_active))
-        new = jax.tree.map(np.float64, new)
-        total = jax.tree.map(np.add, total, new) if total else new
-    assert total is not None  # there is a batch
-    return total
-
-  return run
+  return dict(
+    count_K=jnp.sum(s.valid, axis=(1, 2)),
+    top_K=jnp.sum(s.valid & (s.rank < TOP), axis=(1, 2)),
+    count_KX=by_bin(jnp.ones_like(s.top)),
+    sure_KX=by_bin(s.top),
+    right_KX=by_bin((s.rank == 0).astype(jnp.float32)),
+  )
 
 
 def error(total: dict) -> np.ndarray:

@@ -21,7 +21,7 @@ NEAR, FAR = math.log(2), 3 * math.log(2)  # nats: expected, unexpected
 STRONG = 6.0  # nats of the most opaque colour
 
 
-def check(arg: str, cfg: schema.Config) -> None:
+def check(arg: str, cfg: schema.CommandConfig) -> None:
   induction.check_documents('choice_points', arg, cfg)
 
 
@@ -36,7 +36,12 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     raise induction.data_error(cfg, 'contains no text')
   active = schedule.trained_heads(cfg, subject.step)
   found = scores.of_rows(
-    subject.model, rows, subject.mesh, cfg, active, cfg.decode.batch_size or subject_lib.ROWS
+    subject.model,
+    rows,
+    subject.mesh,
+    cfg,
+    n_active=active,
+    batch_size=cfg.decode.batch_size or subject_lib.ROWS,
   )
   nats = [
     by_token(score, len(row), cfg.heads.offsets[:active])

@@ -33,7 +33,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
   return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
-def sampling(cfg: schema.Config) -> Sampling:
+def sampling(cfg: schema.CommandConfig) -> Sampling:
   """Parses the flags of sampling.
 
   Raises:
@@ -74,7 +74,7 @@ def sampling(cfg: schema.Config) -> Sampling:
   return Sampling(n, ks, temperatures)
 
 
-def check(name: str, arg: str, cfg: schema.Config) -> None:
+def check(name: str, arg: str, cfg: schema.CommandConfig) -> None:
   """Raises ConfigError for what cannot run, before a model is loaded."""
   if not cfg.eval.allow_code_execution:
     raise fields.ConfigError(

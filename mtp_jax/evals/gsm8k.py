@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mtp_jax.config import fields, schema
-from mtp_jax.data import documents
+from mtp_jax.data import records
 from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
 
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
   answer: decimal.Decimal
 
 
-def check(arg: str, cfg: schema.Config) -> None:
+def check(arg: str, cfg: schema.CommandConfig) -> None:
   """Raises ConfigError unless there are problems, and enough examples."""
   if arg:
     raise fields.ConfigError('eval.tasks', f'gsm8k:{arg}', 'gsm8k takes no argument')
@@ -51,7 +51,7 @@ def problems(path: str) -> list[Problem]:
   if not path:
     raise fail('gsm8k needs its problems, a .jsonl or .jsonl.gz file')
   found = []
-  for line, (question, worked) in documents.records(path, ['question', 'answer'], fail):
+  for line, (question, worked) in records.of_file(path, ['question', 'answer'], fail):
     _, mark, rest = worked.rpartition('####')
     answer = number(mark + rest) if mark else None
     if answer is None:

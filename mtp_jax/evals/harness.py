@@ -32,7 +32,7 @@ Fail = Callable[[str], fields.ConfigError]
 SHARES = ('acc', 'acc_norm', 'exact_match')  # means of 0 or 1 per item
 
 
-def check(arg: str, cfg: schema.Config) -> None:
+def check(arg: str, cfg: schema.CommandConfig) -> None:
   """Raises ConfigError unless the harness is installed and has each of TASK+TASK…"""
   fail, folder = _fail(arg), cfg.eval.data
   if not arg:
@@ -189,7 +189,9 @@ def _loglikelihoods(
   at_once = 16 * B  # bounds the scores per token that are kept in memory
   for first in range(0, len(order), at_once):
     of = order[first : first + at_once]
-    got = scores.of_rows(subject.model, [rows[i] for i in of], subject.mesh, cfg, n_active, B)
+    got = scores.of_rows(
+      subject.model, [rows[i] for i in of], subject.mesh, cfg, n_active=n_active, batch_size=B
+    )
     for i, row in zip(of, got, strict=True):
       n = len(pairs[i][1])
       nats, rank = row.nats[0, -n:], row.rank[0, -n:]
@@ -199,7 +201,7 @@ def _loglikelihoods(
 
 
 def _generation_config(
-  kwargs: dict, cfg: schema.Config, fail: Fail
+  kwargs: dict, cfg: schema.CommandConfig, fail: Fail
 ) -> subject_lib.GenerationConfig:
   """Parses a task's generation_kwargs as the harness does."""
   from lm_eval.models import utils

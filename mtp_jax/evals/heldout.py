@@ -8,34 +8,38 @@ import functools
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import schedule, schema
+from mtp_jax.evals import calibration, scores
 from mtp_jax.losses import multi_token, targets
 from mtp_jax.parallel import sharding
 
 
-def evaluator(cfg: schema.Config, mesh, bytes_V) -> Callable:
+def evaluator(cfg: schema.Config, mesh, bytes_V, calibrated: bool = False) -> Callable:
   """Returns run(params, batches, step) -> metrics as of a training step.
 
   step: number of optimizer steps of the parameters. Evaluates the heads that
   were active, and the head weights, at the last of them: a head that was never
   trained would be noise, also for its successors in a chain. batches yield
   tokens and position (1, b, U) of this process's rows (`sharding.local_rows`),
-  the same number on every process.
+  the same number on every process. With calibrated=True, metrics['calibration'] has
+  the sums of `calibration.sums`.
   """
-  n = cfg.heads.n
 
   @functools.partial(jax.jit, static_argnames='n_active')
   def sums(params, batch, bytes_V, *, n_active):
     count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
     rows = jax.tree.map(lambda x: x[0], batch)
-    one_K = jnp.ones(n)  # the total is computed from the sums of all batches
-    _, sums = multi_token.mtp_loss(
-      params, jnp.zeros(n), rows, count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg
+    detail = scores.of_target if calibrated else None
+    sums, found, valid_KBT = multi_token.evaluate(
+      params, rows, n_active=n_active, cfg=cfg, detail=detail
     )
-    return sums | dict(count_K=count_K[:n_active], bytes=n_bytes)
+    sums |= dict(count_K=count_K[:n_active], bytes=n_bytes)
+    if calibrated:
+      of_targets = scores.Scores(*found, valid=valid_KBT[:n_active])
+      sums['calibration'] = calibration.sums(of_targets)
+    return sums
 
   def run(params, batches: Iterable[dict], step: int) -> dict:
     last, total = max(step - 1, 0), None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax.config import fields, parse, schema
-from mtp_jax.data import documents, tokenizers
+from mtp_jax.data import documents, readers, tokenizers
 from mtp_jax.data import store as store_lib
 from mtp_jax.evals import intervals, scores, suites
 from mtp_jax.evals import subject as subject_lib
@@ -48,11 +48,11 @@ class Second(NamedTuple):
   nats: float  # -log of its probability
 
 
-def check(arg: str, cfg: schema.Config) -> None:
+def check(arg: str, cfg: schema.CommandConfig) -> None:
   check_documents('induction', arg, cfg)
 
 
-def check_documents(name: str, arg: str, cfg: schema.Config) -> None:
+def check_documents(name: str, arg: str, cfg: schema.CommandConfig) -> None:
   """Raises ConfigError unless there are texts, and no argument."""
   if arg:
     raise fields.ConfigError(
@@ -80,8 +80,8 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     [item.ids for item in items],
     subject.mesh,
     cfg,
-    subject_lib.next_token_heads(subject),
-    batch,
+    n_active=subject_lib.next_token_heads(subject),
+    batch_size=batch,
   )
   # Position p of a row predicts ids[p + 1].
   seconds = [
@@ -137,20 +137,20 @@ def score(seconds: list[Second]) -> dict[str, float]:
   return scalars | dict(nats=nats(later), first_nats=nats(first))
 
 
-def data_error(cfg: schema.Config, why: str) -> fields.ConfigError:
+def data_error(cfg: schema.CommandConfig, why: str) -> fields.ConfigError:
   """Returns the error for `texts`, with the flag that locates them."""
   flag = 'eval.data' if cfg.eval.data else 'data.store'
   return fields.ConfigError(flag, schema.get(cfg, flag), why)
 
 
-def _named(cfg: schema.Config) -> Iterator[documents.Document]:
+def _named(cfg: schema.CommandConfig) -> Iterator[documents.Document]:
   try:
-    return documents.read(cfg.eval.data)
+    return readers.read(cfg.eval.data)
   except fields.ConfigError as error:
     raise fields.ConfigError('eval.data', *error.args[1:]) from error
 
 
-def texts(cfg: schema.Config, tokenizer) -> Iterator[documents.Document]:
+def texts(cfg: schema.CommandConfig, tokenizer) -> Iterator[documents.Document]:
   """Yields the documents of --eval.data, or held-out ones of the run's first store."""
   if cfg.eval.data:
     yield from _named(cfg)
@@ -174,7 +174,9 @@ def make(
     names = {n for n in NAME.findall(document.text) if n.lower() not in lower}
     for number, passage in enumerate(_passages(document.text, 4 * seq_len)):
       rng = random.Random(f'{document.name}:{number}')
-      item = _item(document.name, passage, names, pool, tokenizer, seq_len, rng)
+      item = _item(
+        document.name, passage, names, pool, tokenizer=tokenizer, seq_len=seq_len, rng=rng
+      )
       if item:
         yield item
 
@@ -201,7 +203,7 @@ def _passages(text: str, size: int) -> Iterator[str]:
     yield passage
 
 
-def _item(document, passage, names, pool, tokenizer, seq_len, rng):
+def _item(document, passage, names, pool, *, tokenizer, seq_len, rng):
   words = collections.Counter(WORD.findall(passage))
   counts = {word: n for word, n in words.items() if word in names}
   if not counts:

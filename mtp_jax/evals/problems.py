@@ -33,7 +33,7 @@ class Format(NamedTuple):
   arguments: tuple[str, ...] = ()
 
 
-def read(name: str, arg: str, cfg: schema.Config) -> list[Problem]:
+def read(name: str, arg: str, cfg: schema.CommandConfig) -> list[Problem]:
   """Reads the first --eval.limit problems of `name` that have tests.
 
   Raises:
@@ -162,7 +162,7 @@ def _mbpp_prompt(row: dict) -> str:
   )
 
 
-def _examples(rows: list, cfg: schema.Config, path: str) -> str:
+def _examples(rows: list, cfg: schema.CommandConfig, path: str) -> str:
   """Returns the few-shot examples: solved tasks, each followed by an empty line."""
   shots = 3 if cfg.eval.num_fewshot < 0 else cfg.eval.num_fewshot
   selected, texts = MBPP_EXAMPLES[:shots], {}

@@ -40,7 +40,7 @@ SUITES = {
 }
 
 
-def asked(cfg: schema.Config) -> list[tuple[str, str]]:
+def selected(cfg: schema.CommandConfig) -> list[tuple[str, str]]:
   """Returns (name, argument) of each requested suite, after checking it.
 
   Raises:
@@ -63,7 +63,7 @@ def asked(cfg: schema.Config) -> list[tuple[str, str]]:
   return found
 
 
-def named(cfg: schema.Config) -> list[tuple[str, str]]:
+def named(cfg: schema.CommandConfig) -> list[tuple[str, str]]:
   """Returns (name, argument) of each requested suite, unchecked."""
   entries = (entry.strip() for entry in cfg.eval.tasks.split(','))
   return [(e.partition(':')[0], e.partition(':')[2]) for e in entries]

@@ -25,7 +25,7 @@ def evaluate(path: str, given: dict[str, object]) -> Iterator[tuple[list, dict]]
   with distributed.fail_together():
     opened = _open(path, given)
     workdir, step, _, cfg = opened
-    selected = registry.asked(cfg)
+    selected = registry.selected(cfg)
   values: dict[str, Any] = dict(workdir=workdir, step=step)
   subject = None
   for name, arg in selected:
@@ -79,19 +79,18 @@ def _show_progress(line: str) -> None:
     print(f'\r{line}\x1b[K', end='\r', file=sys.stderr, flush=True)
 
 
-def _held_out(workdir: str, step: int, cfg: schema.Config):
+def _held_out(workdir: str, step: int, cfg: schema.CommandConfig):
   """Returns (lines, values) of the held-out splits of the run's stores."""
   with distributed.fail_together():
     tokens, mesh = batches_lib.open_tokens(cfg), sharding.make_mesh(cfg)
     sharding.check_batch(cfg, mesh.shape)
   batches_lib.check_same_store(tokens, cfg)
   model = restore.restore_model(workdir, step, cfg, mesh)
-  evaluate_on = heldout.evaluator(cfg, mesh, batches_lib.bytes_of_tokens(tokens, cfg, mesh))
+  bytes_V = batches_lib.bytes_of_tokens(tokens, cfg, mesh)
+  evaluate_on = heldout.evaluator(cfg, mesh, bytes_V, calibrated=True)
   sets = batches_lib.eval_batches(tokens, cfg, mesh)
   if not sets:
     tokens.sources[0].store.split(cfg.eval.split)  # raises with the names of its splits
-  calibrate = calibration.evaluator(cfg, mesh)
-  again = batches_lib.eval_batches(tokens, cfg, mesh)
   lines, by_name, alone = [], {}, tokens.evaluates_itself_only(sets)
   for name, batches in sets.items():
     raw = evaluate_on(model, batches, step)
@@ -103,7 +102,7 @@ def _held_out(workdir: str, step: int, cfg: schema.Config):
       f'{workdir}, step {step}, {of}: {raw["count_K"][0]:,.0f} targets of head 1',
       *metrics.table(values),
     ]
-    more = calibrate(model, again[name], step)
+    more = raw['calibration']
     found = calibration.scalars(more)
     lines += calibration.table(found)
     bins = {name: x.tolist() for name, x in more.items() if name[-1] == 'X'}

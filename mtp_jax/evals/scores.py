@@ -1,7 +1,7 @@
 """Per-token scores of each head, for evaluations that need more than sums.
 
-One pass over heads as in losses/, without gradients; logits are live for one
-head and one chunk of positions at a time.
+The forward pass of the loss: logits are live for one head and one chunk of positions
+at a time.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import schema
-from mtp_jax.losses import cross_entropy, head_loss, targets
-from mtp_jax.model import heads, lm
+from mtp_jax.losses import cross_entropy, multi_token
+from mtp_jax.model import lm
 from mtp_jax.parallel import sharding
 
 
@@ -28,42 +28,20 @@ class Scores(NamedTuple):
 
 
 def scores(model: lm.LM, batch: dict, *, n_active: int, cfg) -> Scores:
-  """Computes the scores of one batch, under jit; its arrays (B, T + span), T = seq_len."""
-  tokens_BU, position_BU = batch['tokens'], batch['position']
-  T, m = tokens_BU.shape[1] - cfg.span, n_active
-  feeds = heads.family(cfg).uses_next_token and m > 1
-  targets_KBT, valid_KBT = targets.targets(batch, cfg)
-  emb_BUD = lm.embed(model, tokens_BU if feeds else tokens_BU[:, :T], cfg)
-  z_BTD, ctx = lm.trunk_output(model, emb_BUD[:, :T], position_BU[:, :T], cfg)
-  unembed = model.embed if model.unembed is None else model.unembed
-  shared = head_loss.gather_shared(model.norm, unembed, None, cfg)
-  own = unembed[:m] if cfg.heads.unembedding == 'replicated' else None
-
-  def visit(carry_BTD, module, head):
-    k, target_BT, own_DV = head
-    x = heads.Inputs(norm_D=shared.norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
-    carry_BTD, h_BTD = lm.head_step(
-      module, k, x, ctx, cfg, feed=lambda k: lm.next_embeddings(emb_BUD, k, T, cfg)
-    )
-    unembed_DV = shared.unembed_DV if own_DV is None else head_loss.gather_own(own_DV, cfg)
-    _, found = cross_entropy.sum_chunks(_of_targets, h_BTD, unembed_DV, (target_BT,), cfg)
-    return carry_BTD, (jax.tree.map(cross_entropy.out_of_chunks, found), None)
-
-  modules = heads.active_modules(model.heads, m, cfg)
-  per_head = (jnp.arange(1, m + 1), targets_KBT[:m], own)
-  _, (found, _) = heads.scan_heads(visit, z_BTD, modules, per_head, cfg)
-  return Scores(*found, valid=valid_KBT[:m])
+  """Computes the scores of one batch, under jit; its arrays (B, T + span)."""
+  _, found, valid_KBT = multi_token.evaluate(
+    model, batch, n_active=n_active, cfg=cfg, detail=of_target
+  )
+  return Scores(*found, valid=valid_KBT[:n_active])
 
 
-def _of_targets(h_BCD, unembed_DV, target_BC, cfg):
-  """Returns (0, Scores without `valid`) of a chunk; the vocabulary may be sharded."""
-  del cfg
-  of = cross_entropy.logits(h_BCD, unembed_DV, target_BC)
+def of_target(of: cross_entropy.Logits, target_BC):
+  """Returns the fields of Scores but `valid`; the vocabulary may be sharded."""
   label_BC1 = of.label_BC[:, :, None]
   before_BCV = (of.logits_BCV > label_BC1) | (
     (of.logits_BCV == label_BC1) & (of.ids_11V < target_BC[:, :, None])
   )
-  return jnp.zeros(()), (
+  return (
     of.lse_BC - of.label_BC,
     jnp.sum(before_BCV, axis=-1),
     jnp.exp(of.top_BC - of.lse_BC),
@@ -76,8 +54,7 @@ _scores = jax.jit(scores, static_argnames=('n_active', 'cfg'))
 
 def of_batch(model, batch: dict, mesh, cfg, n_active: int) -> Scores:
   """Computes the scores of host arrays (B, T + span), for any T; returns host arrays."""
-  T = batch['tokens'].shape[1] - cfg.span
-  cfg = schema.replace(cfg, **{'data.seq_len': T, 'loss.chunk_size': 0})
+  cfg = schema.replace(cfg, **{'loss.chunk_size': 0})  # it may not divide T
   batch = {name: x[None] for name, x in batch.items()}
   with jax.set_mesh(mesh):
     batch = sharding.put_batch(mesh, batch)
@@ -90,7 +67,7 @@ STEP = 64  # rows are padded to a multiple of this many tokens, to limit compila
 
 
 def of_rows(
-  model, rows: Sequence[np.ndarray], mesh, cfg, n_active: int, batch_size: int
+  model, rows: Sequence[np.ndarray], mesh, cfg, *, n_active: int, batch_size: int
 ) -> list[Scores]:
   """Computes the scores of rows of token ids, each its own document, of any lengths.
 

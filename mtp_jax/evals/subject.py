@@ -23,7 +23,7 @@ class Subject(NamedTuple):
   """
 
   name: str
-  cfg: schema.Config
+  cfg: schema.CommandConfig
   model: Any  # lm.LM
   mesh: Any
   tokenizer: tokenizers.Tokenizer
@@ -35,12 +35,12 @@ class Subject(NamedTuple):
 def next_token_heads(subject: Subject) -> int:
   """Returns the number of heads needed for the next token: head 1 and its inputs."""
   cfg = subject.cfg
-  if not heads.family(cfg).reverse:
+  if not heads.family(cfg.heads).reverse:
     return 1
   return schedule.trained_heads(cfg, subject.step)
 
 
-def context(cfg: schema.Config) -> int:
+def context(cfg: schema.CommandConfig) -> int:
   """Returns the context length that the model was trained for, in tokens."""
   return max(cfg.data.seq_len, cfg.model.max_position_embeddings)
 
@@ -105,7 +105,7 @@ def continuations(
     batch = jobs[first : first + B]
     rows = [ids[i] for i, _ in batch]
     for (i, j), text in zip(
-      batch, _batch(decoder, tokenizer, rows, batch, B, generation), strict=True
+      batch, _batch(decoder, tokenizer, rows, batch, B=B, generation=generation), strict=True
     ):
       found[i][j] = text
     done = min(first + B, len(jobs))
@@ -113,7 +113,7 @@ def continuations(
   return found
 
 
-def _batch(decoder, tokenizer, rows, jobs, B: int, generation: GenerationConfig) -> list[Text]:
+def _batch(decoder, tokenizer, rows, jobs, *, B: int, generation: GenerationConfig) -> list[Text]:
   longest = -(-max(map(len, rows)) // decoder_lib.SLOTS) * decoder_lib.SLOTS
 
   before = [tokenizer.decode(row) if generation.joined else '' for row in rows]

@@ -25,7 +25,7 @@ class Suite(NamedTuple):
   """check(arg, cfg) raises ConfigError before anything is loaded;
   run(subject, arg) -> Result, with the flags in subject.cfg.eval."""
 
-  check: Callable[[str, schema.Config], Any]
+  check: Callable[[str, schema.CommandConfig], Any]
   run: Callable[[subject_lib.Subject, str], Result]
 
 

@@ -14,7 +14,7 @@ from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
 
 
-def check(name: str, arg: str, cfg: schema.Config) -> tasks.Named:
+def check(name: str, arg: str, cfg: schema.CommandConfig) -> tasks.Named:
   """Returns the task; raises ConfigError."""
   text = f'{name}/{arg}' if arg else _of_store(name, cfg)
   try:
@@ -30,7 +30,7 @@ def check(name: str, arg: str, cfg: schema.Config) -> tasks.Named:
   return task
 
 
-def _of_store(name: str, cfg: schema.Config) -> str:
+def _of_store(name: str, cfg: schema.CommandConfig) -> str:
   """Returns NAME/KEY=VALUE/… from the sources of the run's store, or NAME."""
   for ref in parse.parse_stores(cfg.data.store):
     if not os.path.isdir(ref.path):

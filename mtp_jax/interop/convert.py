@@ -135,7 +135,7 @@ def import_(given: dict[str, object]) -> list[str]:
 _WITHOUT = {'read': '; no tokenizer found: ids only', 'skip': '; without its tokenizer: ids only'}
 
 
-def _tokenizer(path: str, cfg: schema.Config, ours: bool):
+def _tokenizer(path: str, cfg: schema.CommandConfig, ours: bool):
   """Returns (the tokenizer of a folder or None, added tokens dropped to make it fit).
 
   Raises:

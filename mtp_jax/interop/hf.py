@@ -10,7 +10,7 @@ from mtp_jax.model import heads as heads_lib
 # Export.
 
 
-def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
+def describe(cfg: schema.CommandConfig, tokenizer, dtype, about) -> dict[str, str]:
   """Returns the text files of an export, by name."""
   form = cfg.export.format
   if form == 'gguf':
@@ -29,7 +29,7 @@ def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
   return texts
 
 
-def _llama(cfg: schema.Config, tokenizer, dtype: str) -> dict:
+def _llama(cfg: schema.CommandConfig, tokenizer, dtype: str) -> dict:
   """Returns config.json of trunk and head 1."""
   m = cfg.model
   rope = dict(rope_type='default', rope_theta=m.rope_theta)
@@ -77,8 +77,8 @@ def _ends(tokenizer) -> dict:
   )
 
 
-def _modules(cfg: schema.Config) -> int:
-  return heads_lib.n_modules(cfg, cfg.heads.n)
+def _modules(cfg: schema.CommandConfig) -> int:
+  return heads_lib.n_modules(cfg.heads, cfg.heads.n)
 
 
 # Fields of config.json that a format adds or changes.
@@ -156,7 +156,7 @@ class LlamaMtpForCausalLM(_Ignores, LlamaForCausalLM):
 CODE = {'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('llama_mtp.py', LLAMA_MTP)}
 
 
-def _medusa(cfg: schema.Config, dtype: str) -> dict:
+def _medusa(cfg: schema.CommandConfig, dtype: str) -> dict:
   """Returns config.json of the heads only."""
   m = cfg.model
   return dict(
@@ -174,7 +174,7 @@ def _medusa(cfg: schema.Config, dtype: str) -> dict:
   )
 
 
-def _card(cfg: schema.Config, about: str) -> str:
+def _card(cfg: schema.CommandConfig, about: str) -> str:
   form = mapping.of(cfg)
   extra = [k for k, p in mapping.tensors(cfg, form).items() if p.extra]
   lines = [
@@ -270,7 +270,7 @@ def _error(folder: str, problem: str) -> fields.ConfigError:
   return fields.ConfigError('import.path', folder, problem)
 
 
-def read(folder: str, about: dict, given: dict) -> schema.Config:
+def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
   """Converts a third-party config.json to a Config."""
   kind = about.get('model_type', 'llama')
   if kind not in READ:
@@ -317,7 +317,7 @@ def read(folder: str, about: dict, given: dict) -> schema.Config:
     **_rope(folder, about),
     **given,
   }
-  return validate.validate(schema.replace(schema.Config(), **values))
+  return validate.validate(schema.replace(schema.CommandConfig(), **values))
 
 
 def _dtype(about: dict) -> str:

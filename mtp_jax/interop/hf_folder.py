@@ -1,22 +1,25 @@
-"""Export and import of checkpoint folders of other programs.
-
-A folder has a description (hf.py, meta.py), tensors with the names of mapping.py,
-and the tokenizer. Exports also contain mtp_jax.json, our own definition of the
-model, so that they can be imported bit for bit.
-"""
+"""TODO of mtp_jax.interop.hf_folder."""
 
 import dataclasses
 import json
 import math
 import os
-import shlex
 from typing import Any, cast
 
 import jax
 import numpy as np
 
-from mtp_jax.config import commands, fields, parse, schema, validate
-from mtp_jax.interop import files, hf, llama_cpp, mapping, meta, tokens
+from mtp_jax.config import fields, parse, schema, validate
+from mtp_jax.interop import (
+  engines,
+  files,
+  hf,
+  llama_cpp,
+  llama_cpp_vocabulary,
+  mapping,
+  meta,
+  tokens,
+)
 from mtp_jax.io import jsonl, paths
 from mtp_jax.model import lm, params
 
@@ -27,17 +30,17 @@ MOST_LAYERS = 10_000  # limit of plausible models
 # Export.
 
 
-def check(cfg: schema.Config, tokenizer) -> None:
+def check(cfg: schema.CommandConfig, tokenizer) -> None:
   """Raises ConfigError if the format cannot represent the model or tokenizer."""
   unfit = mapping.unfit(cfg, cfg.export.format)
   if not unfit and cfg.export.format == 'gguf':
-    unfit = llama_cpp.check(tokenizer)
+    unfit = llama_cpp_vocabulary.check(tokenizer)
   if unfit:
     raise fields.ConfigError('export.format', cfg.export.format, unfit)
 
 
 def export(
-  model: lm.LM, cfg: schema.Config, tokenizer, out: str, *, dtype: str, about: str
+  model: lm.LM, cfg: schema.CommandConfig, tokenizer, out: str, *, dtype: str, about: str
 ) -> list[str]:
   """Writes a folder atomically, and verifies it by reading it back.
 
@@ -59,11 +62,11 @@ def export(
   form = mapping.of(cfg)
   describe = meta.describe if form == 'meta' else hf.describe
   written = {name: text.encode() for name, text in describe(cfg, tokenizer, dtype, about).items()}
-  written[OURS] = parse.to_json(_model_config(cfg)).encode()
+  written[OURS] = _definition(cfg).encode()
   if tokenizer is not None:
     written |= tokens.files_of(tokenizer)
   with paths.new_folder(out) as tmp:
-    expected = _write_tensors(model, cfg, tokenizer, tmp, dtype, about)
+    expected = _write_tensors(model, cfg, tokenizer, tmp, dtype=dtype, about=about)
     extra = sum(place.extra for place in mapping.tensors(cfg, form).values())
     _check(tmp, cfg, expected, extra > 0)
     for name, data in written.items():
@@ -79,56 +82,34 @@ def export(
   ]
   if form == 'gguf' and cfg.heads.n > 1:
     lines.append(f'llama.cpp cannot draft with these heads: {mapping.undrafted(cfg)}')
-  command = run_by(form, out, cfg.heads.n - 1)
+  command = engines.run_by(form, out, cfg.heads.n - 1)
   if command and tokenizer is not None:
     lines.append(f'run it: {command}')
   return lines
 
 
-GENERATE = (
-  'import sys, transformers as t;'
-  ' out = dict(pretrained_model_name_or_path=sys.argv[1],'
-  ' trust_remote_code=True);'
-  ' text = t.AutoTokenizer.from_pretrained(**out);'
-  ' model = t.AutoModelForCausalLM.from_pretrained(**out);'
-  ' print(text.decode(model.generate(**text("Once", return_tensors="pt"),'
-  ' use_mtp=True, max_new_tokens=64)[0]))'
-)
-
-
-def run_by(form: str, out: str, n: int) -> str:
-  """Returns the command line of an engine that serves a folder, and drafts n tokens
-  with its heads if supported; '' for formats that no engine serves."""
-  gguf = ['llama-server', '-m', os.path.join(out, llama_cpp.TENSORS)]
-  drafts = dict(method='mtp', num_speculative_tokens=n)
-  medusa = dict(drafts, method='medusa', model=os.path.join(out, 'medusa'))
-  vllm = ['vllm', 'serve', out]
-  return shlex.join(
-    {
-      'hf': vllm,
-      'transformers_mtp': ['python', '-c', GENERATE, out],
-      'gguf': gguf,
-      'gguf_mtp': [*gguf, '--spec-type', 'draft-mtp', '--spec-draft-n-max', str(n)],
-      'mimo': [*vllm, '--trust-remote-code', '--speculative-config', json.dumps(drafts)],
-      'medusa': [*vllm, '--speculative-config', json.dumps(medusa)],
-    }.get(form, [])
-  )
-
-
-def _model_config(cfg: schema.Config) -> schema.Config:
-  """Returns the Config without paths and without flags of other commands."""
-  return dataclasses.replace(
-    schema.Config(),
+def _definition(cfg: schema.CommandConfig) -> str:
+  """Returns OURS: the Config, without paths, and the format."""
+  of_model = schema.Config(
     model=cfg.model,
     heads=cfg.heads,
     loss=cfg.loss,
     optim=cfg.optim,
-    export=commands.ExportConfig(format=cfg.export.format),
     data=dataclasses.replace(cfg.data, store='', documents=''),
   )
+  of_format = dict(export=dict(format=cfg.export.format))
+  return json.dumps(json.loads(parse.to_json(of_model)) | of_format, indent=1)
 
 
-def _write_tensors(model, cfg, tokenizer, folder, dtype, about) -> dict[str, str]:
+def _defined(text: str) -> schema.CommandConfig:
+  """Returns the Config of `_definition`, validated."""
+  cfg = schema.command_config(parse.from_json(text))
+  form = jsonl.loads(text, {'export?': {'format?': str, ...: object}, ...: object})
+  values = {'export.format': form.get('export', {}).get('format', 'hf')}
+  return validate.validate(schema.replace(cfg, **values))
+
+
+def _write_tensors(model, cfg, tokenizer, folder, *, dtype, about) -> dict[str, str]:
   """Writes the tensors; returns the digest of each."""
   form, leaves, digests = mapping.of(cfg), mapping.leaves(model), {}
   extra_file = mapping.FORMS[form].file
@@ -168,9 +149,9 @@ def _write_tensors(model, cfg, tokenizer, folder, dtype, about) -> dict[str, str
       os.path.join(folder, llama_cpp.TENSORS),
       cfg,
       tokenizer,
-      about,
-      {name: (shape, dtype_of(shape)) for name, shape in shapes.items()},
-      arrays(),
+      about=about,
+      shapes={name: (shape, dtype_of(shape)) for name, shape in shapes.items()},
+      arrays=arrays(),
     )
   else:
     shards = _write_shards(folder, arrays(), cfg.export.max_shard_gib * 2**30)
@@ -238,7 +219,7 @@ def _check(folder, cfg, expected: dict[str, str], extra: bool) -> None:
 
 
 def _tensors_of(
-  folder: str, cfg: schema.Config, extra: bool
+  folder: str, cfg: schema.CommandConfig, extra: bool
 ) -> dict[str, files.Tensor] | dict[str, files.Loaded]:
   """Returns the tensors of a folder; with extra, including those in the separate
   file of further heads, if the format has one."""
@@ -260,7 +241,7 @@ def _tensors_of(
 # Import.
 
 
-def find(folder: str, given: dict) -> tuple[schema.Config, bool]:
+def find(folder: str, given: dict) -> tuple[schema.CommandConfig, bool]:
   """Returns (Config of a folder's model, whether mtp_jax wrote it). Its
   export.format is the format of the folder.
 
@@ -292,7 +273,7 @@ def find(folder: str, given: dict) -> tuple[schema.Config, bool]:
     about = load(DESCRIPTIONS[expected])
   if made_here:
     try:
-      ours = validate.validate(parse.from_json(json.dumps(load(OURS))))
+      ours = _defined(json.dumps(load(OURS)))
     except ValueError as error:
       raise _error(folder, f'{OURS}: {error}') from error
     family = given.get('heads.family', ours.heads.family)
@@ -315,7 +296,7 @@ def find(folder: str, given: dict) -> tuple[schema.Config, bool]:
 LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers', 'n_future_tokens', 'num_mtp_layers')
 
 
-def _repeated(folder: str, cfg: schema.Config) -> bool:
+def _repeated(folder: str, cfg: schema.CommandConfig) -> bool:
   """Whether all modules of a transformers_mtp folder are equal."""
   if cfg.export.format != 'transformers_mtp' or cfg.heads.n < 3:
     return False
@@ -349,7 +330,7 @@ def _error(folder: str, problem: str) -> paths.InputError:
   return paths.InputError(folder, problem)
 
 
-def read(folder: str, cfg: schema.Config, mesh) -> lm.LM:
+def read(folder: str, cfg: schema.CommandConfig, mesh) -> lm.LM:
   """Loads the parameters, one leaf at a time, directly to the shards of each device.
 
   Raises:
@@ -392,7 +373,9 @@ def read(folder: str, cfg: schema.Config, mesh) -> lm.LM:
     of_index = names[jax.tree_util.keystr(path, simple=True, separator='.')]
 
     def shard(index):
-      return _shard_of(folder, index, target, of_index, found, expected, cfg)
+      return _shard_of(
+        folder, index, target, of_index=of_index, found=found, expected=expected, cfg=cfg
+      )
 
     # Block, or its host copy would be live together with the next leaf's.
     return jax.block_until_ready(jax.make_array_from_callback(target.shape, target.sharding, shard))
@@ -415,7 +398,7 @@ def _check_copies(folder, cfg, found, expected, names) -> None:
       )
 
 
-def _shard_of(folder, index, target, of_index, found, expected, cfg) -> Any:
+def _shard_of(folder, index, target, *, of_index, found, expected, cfg) -> Any:
   """Returns one device's shard of a leaf, reading its tensors one by one."""
 
   def ours(name, index):

@@ -228,7 +228,7 @@ def _no_biases(cfg, found):
 
 def _module_of_each_step(cfg, found):
   """Copies of the shared module of recursive heads: Transformers has one per step."""
-  if not heads_lib.family(cfg).shared_module:
+  if not heads_lib.family(cfg.heads).shared_module:
     return {}
   first = _prefix('transformers_mtp', cfg, 0)
   return {
@@ -308,21 +308,21 @@ FORMS = {
 FORMS['gguf'] = FORMS['hf']._replace(layer='blk.{i}.', heads_like='hf')
 
 
-def _prefix(form: str, cfg: schema.Config, j: int) -> str:
+def _prefix(form: str, cfg: schema.CommandConfig, j: int) -> str:
   """Returns the prefix of the module or layer of further head j + 2."""
   f = FORMS[form]
-  if heads_lib.family(cfg).shared_module and f.shared_module:
+  if heads_lib.family(cfg.heads).shared_module and f.shared_module:
     return f.shared_module
   return f.head.format(j=j, k=j + 2, l=layers_in_all(cfg) + j)
 
 
-def of(cfg: schema.Config) -> str:
+def of(cfg: schema.CommandConfig) -> str:
   """Returns the format for this model: --export.format, or gguf_mtp."""
   form = cfg.export.format
   return 'gguf_mtp' if form == 'gguf' and not undrafted(cfg) else form
 
 
-def undrafted(cfg: schema.Config) -> str:
+def undrafted(cfg: schema.CommandConfig) -> str:
   """Returns why llama.cpp cannot draft with a model's further heads; '' if it can."""
   h = cfg.heads
   if h.n == 1:
@@ -331,7 +331,7 @@ def undrafted(cfg: schema.Config) -> str:
     return f'it supports sequential and recursive modules; these are {h.family}'
   if h.stride > 1:
     return f'it does not support strided heads (--heads.stride={h.stride})'
-  modules = heads_lib.n_modules(cfg, h.n)
+  modules = heads_lib.n_modules(cfg.heads, h.n)
   if h.unembedding == 'replicated' and modules < h.n - 1:
     return 'a module has one unembedding there; this one has one per step'
   if cfg.loss.token_order_weight:
@@ -344,7 +344,7 @@ def undrafted(cfg: schema.Config) -> str:
   return ''
 
 
-def unfit(cfg: schema.Config, form: str) -> str:
+def unfit(cfg: schema.CommandConfig, form: str) -> str:
   """Returns why a format cannot represent a model; '' if it can."""
   f, h = FORMS[form], cfg.heads
   if form in ('hf', 'gguf'):
@@ -357,7 +357,7 @@ def unfit(cfg: schema.Config, form: str) -> str:
     return 'has one unembedding; here each head has its own'
   if form in ('transformers_mtp', 'mimo') and h.n == 1:
     return 'requires further modules; this model has one head'
-  if form == 'mimo' and (several := heads_lib.n_modules(cfg, h.n)) > 1:
+  if form == 'mimo' and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:
     return f'supports one module, this model has {several}; transformers_mtp and gguf support all'
   if cfg.loss.token_order_weight:
     return 'has no tensor for the unembedding of --loss.token_order_weight'
@@ -377,10 +377,10 @@ def unfit(cfg: schema.Config, form: str) -> str:
   return ''
 
 
-def tensors(cfg: schema.Config, form: str = 'hf') -> dict[str, Place]:
+def tensors(cfg: schema.CommandConfig, form: str = 'hf') -> dict[str, Place]:
   """Returns every tensor of a checkpoint in a format, by name, or by FOLDER/NAME if
   it is in a subfolder."""
-  f, n, layout = heads_lib.family(cfg), cfg.heads.n, FORMS[form]
+  f, n, layout = heads_lib.family(cfg.heads), cfg.heads.n, FORMS[form]
   unembedding = cfg.heads.unembedding
   found = {}
 
@@ -421,7 +421,7 @@ def tensors(cfg: schema.Config, form: str = 'hf') -> dict[str, Place]:
   return found | layout.more(cfg, found)
 
 
-def layers_in_all(cfg: schema.Config) -> int:
+def layers_in_all(cfg: schema.CommandConfig) -> int:
   """Returns the number of layers of the Llama of trunk and head 1."""
   return len(heads_lib.next_token_layers(cfg))
 

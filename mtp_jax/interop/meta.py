@@ -40,7 +40,7 @@ def tensors_of(folder: str) -> dict[str, files.Loaded]:
   return files.read_torch(os.path.join(folder, name))
 
 
-def describe(cfg: schema.Config, tokenizer, dtype, about) -> dict[str, str]:
+def describe(cfg: schema.CommandConfig, tokenizer, dtype, about) -> dict[str, str]:
   """Returns the text files of an export, by name."""
   del tokenizer, dtype, about
   m = cfg.model
@@ -75,7 +75,7 @@ def _multiples(dim: int, d_ff: int) -> dict:
   return dict(multiple_of=1, ffn_dim_multiplier=multiplier)
 
 
-def read(folder: str, about: dict, given: dict) -> schema.Config:
+def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
   """Converts a third-party params.json to a Config."""
 
   def wrong(problem):
@@ -110,4 +110,4 @@ def read(folder: str, about: dict, given: dict) -> schema.Config:
     'export.format': 'meta',
     **given,
   }
-  return validate.validate(schema.replace(schema.Config(), **values))
+  return validate.validate(schema.replace(schema.CommandConfig(), **values))

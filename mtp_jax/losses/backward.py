@@ -2,13 +2,12 @@
 
   remat        one `lax.scan` over heads of a checkpointed body: the backward pass
                recomputes each head's block and its logits. In memory between the
-               forward and the backward pass: nothing per head.
+               two scans: z, and in a chain what each head hands on.
   interleaved  each head runs forward and backward at once, in the forward pass of a
-               custom_vjp, and adds into dL/dz, so that nothing is computed twice.
-               In memory between the passes: dL/dz (B x T x D) and the gradients of
-               heads and unembedding, which are needed anyway. Chained heads recompute
-               their blocks, never their logits, and save 2 K B T D numbers of the
-               compute dtype.
+               custom_vjp, and adds into dL/dz, so that nothing is computed twice but
+               the blocks of a chain. In memory until the trunk's backward pass: dL/dz
+               (B x T x D) and the gradients of heads and unembedding, which are needed
+               anyway; while a chain runs, 2 K B T D numbers of the compute dtype.
 
 Neither ever holds the logits of two heads.
 """
@@ -25,7 +24,7 @@ from mtp_jax.model import heads, lm
 from mtp_jax.parallel import sharding
 
 
-class Weights(NamedTuple):
+class DiffInputs(NamedTuple):
   """Parameters and activations that the heads' loss is differentiated by."""
 
   modules: Any
@@ -37,7 +36,7 @@ class Weights(NamedTuple):
   probe_K: Any
 
 
-class LossInputs(NamedTuple):
+class NondiffInputs(NamedTuple):
   """The targets and weights of K heads; not differentiated."""
 
   k_K: Any  # 1..K
@@ -47,11 +46,11 @@ class LossInputs(NamedTuple):
   window: head_loss.Window
 
 
-def _gather(w: Weights, cfg) -> head_loss.SharedWeights:
+def _gather(w: DiffInputs, cfg) -> head_loss.SharedWeights:
   return head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
 
 
-def _per_head(w: Weights, inputs: LossInputs, cfg) -> head_loss.HeadBatch:
+def _per_head(w: DiffInputs, inputs: NondiffInputs, cfg) -> head_loss.HeadBatch:
   """Returns the HeadBatch of all heads, stacked."""
   return head_loss.HeadBatch(
     k=inputs.k_K,
@@ -78,91 +77,92 @@ def _probe_grad_norm_bwd(_, dz_BTD):
 _probe_grad_norm.defvjp(lambda z_BTD, probe: (z_BTD, None), _probe_grad_norm_bwd)
 
 
-def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: Weights, *, ctx, cfg):
+def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, ctx, cfg):
   """Computes one head's (carry_BTD, h_BTD); its probe measures the gradient that
   flows back to its input. w.norm_D is gathered."""
   dtype = cfg.model.compute_dtype
   z_BTD = w.z_BTD.astype(dtype)
-  if heads.family(cfg).is_chained:
+  if heads.family(cfg.heads).is_chained:
     carry_BTD = _probe_grad_norm(carry_BTD, head.probe)
   else:
     z_BTD = _probe_grad_norm(z_BTD, head.probe)
 
   def feed(k):
-    return lm.next_embeddings(w.emb_BUD, k, z_BTD.shape[1], cfg).astype(dtype)
+    return lm.next_embeddings(w.emb_BUD, k, z_BTD.shape[1], cfg.heads.stride).astype(dtype)
 
   x = heads.Inputs(norm_D=w.norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
   return lm.head_step(module, head.k, x, ctx, cfg, feed=feed)
 
 
-def _remat(w: Weights, inputs: LossInputs, cfg: schema.Config):
+def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None):
+  """Computes (total, HeadStats stacked over heads); `detail` as of `head_loss.of`."""
   shared = _gather(w, cfg)
   w = w._replace(norm_D=shared.norm_D)
-  loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
+  loss, ctx = head_loss.of(inputs.window, cfg, detail), inputs.window.ctx
 
   @jax.checkpoint
   def visit(carry_BTD, module, head):
     carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, ctx=ctx, cfg=cfg)
-    value, stats = loss.value(h_BTD, shared, head, heads.is_head_1(module, head.k, cfg))
+    value, stats = loss.value(h_BTD, shared, head, heads.is_head_1(module, head.k, cfg.heads))
     return carry_BTD, ((value, stats), None)
 
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
   per_head = _per_head(w, inputs, cfg)
-  _, ((value_K, stats), _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg)
+  _, ((value_K, stats), _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg.heads)
   return jnp.sum(value_K), stats
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _interleaved(w: Weights, inputs: LossInputs, cfg: schema.Config):
+def _interleaved(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
   # Undifferentiated, as in an evaluation, there is no backward to interleave.
-  return _remat(w, inputs, cfg)
+  return remat(w, inputs, cfg)
 
 
-def _interleaved_fwd(w: Weights, inputs: LossInputs, cfg):
-  shared, scatter = jax.vjp(
+def _interleaved_fwd(w: DiffInputs, inputs: NondiffInputs, cfg):
+  shared, gather_vjp = jax.vjp(
     lambda norm_D, unembed, order_VD: head_loss.gather_shared(norm_D, unembed, order_VD, cfg),
     w.norm_D,
     w.unembed,
     w.order_VD,
   )
-  run = _chained if heads.family(cfg).is_chained else _independent
-  grads, dshared, own, out = run(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
-  dnorm_D, dunembed, dorder_VD = scatter(dshared)
+  both_ways = _chained if heads.family(cfg.heads).is_chained else _independent
+  grads, dshared, own, out = both_ways(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
+  dnorm_D, dunembed, dorder_VD = gather_vjp(dshared)
   if cfg.heads.unembedding == 'replicated':
     dunembed = own
   grads = grads._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD)
   return out, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
 
 
-def _independent(w: Weights, shared, inputs: LossInputs, cfg):
+def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   """Runs forward and backward of each head within one scan."""
   loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
 
   def visit(carry, module, head):
-    dz_BTD, dshared = carry
+    dread, dshared = carry  # gradients of the activations that heads read
 
-    def head_hidden(module, z_BTD, norm_D, probe):
-      here = w._replace(z_BTD=z_BTD, norm_D=norm_D)
+    def head_hidden(module, z_BTD, emb_BUD, norm_D, probe):
+      here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D)
       return hidden(module, head._replace(probe=probe), z_BTD, here, ctx=ctx, cfg=cfg)[1]
 
-    h_BTD, pull = jax.vjp(head_hidden, module, w.z_BTD, shared.norm_D, head.probe)
-    is_head_1 = heads.is_head_1(module, head.k, cfg)
+    h_BTD, pull = jax.vjp(head_hidden, module, w.z_BTD, w.emb_BUD, shared.norm_D, head.probe)
+    is_head_1 = heads.is_head_1(module, head.k, cfg.heads)
     dshared, grads, value, stats = loss.value_and_grad(h_BTD, shared, dshared, head, is_head_1)
-    dmodule, d_BTD, dnorm_D, dprobe = pull(grads.h_BTD)
+    dmodule, *d, dnorm_D, dprobe = pull(grads.h_BTD)
     dshared = dshared._replace(norm_D=dshared.norm_D + dnorm_D)
-    carry = dz_BTD + d_BTD.astype(dz_BTD.dtype), dshared
-    return carry, ((value, stats, dprobe, grads.unembed_DV), dmodule)
+    dread = jax.tree.map(lambda total, d: total + d.astype(total.dtype), dread, (*d,))
+    return (dread, dshared), ((value, stats, dprobe, grads.unembed_DV), dmodule)
 
-  zeros = (sharding.zeros_cotangent(w.z_BTD), jax.tree.map(sharding.zeros_cotangent, shared))
-  (dz_BTD, dshared), (outs, dmodules) = heads.scan_heads(
-    visit, zeros, w.modules, _per_head(w, inputs, cfg), cfg
+  zeros = jax.tree.map(sharding.zeros_cotangent, ((w.z_BTD, w.emb_BUD), shared))
+  ((dz_BTD, demb_BUD), dshared), (outs, dmodules) = heads.scan_heads(
+    visit, zeros, w.modules, _per_head(w, inputs, cfg), cfg.heads
   )
   value_K, stats, dprobe_K, own = outs
-  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, probe_K=dprobe_K)
+  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
   return grads, dshared, own, (jnp.sum(value_K), stats)
 
 
-def _chained(w: Weights, shared, inputs: LossInputs, cfg):
+def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   """Runs the chain forward with each head's loss forward and backward, then the
   chain backward, recomputing its blocks only. In memory between the two: each
   head's input and dL/dh_k."""
@@ -177,7 +177,11 @@ def _chained(w: Weights, shared, inputs: LossInputs, cfg):
       number = head._replace(target_BT=None, valid_BT=None, scale=None, unembed_DV=None)
       carry_BTD, h_BTD = checkpointed(module, number, carry_BTD, here)
       dshared, grads, value, stats = loss.value_and_grad(
-        jax.lax.stop_gradient(h_BTD), shared, dshared, head, heads.is_head_1(module, head.k, cfg)
+        jax.lax.stop_gradient(h_BTD),
+        shared,
+        dshared,
+        head,
+        heads.is_head_1(module, head.k, cfg.heads),
       )
       # A surrogate loss whose gradient by h is dL/dh.
       surrogate = jnp.sum(h_BTD * grads.h_BTD, dtype=jnp.float32)
@@ -186,7 +190,7 @@ def _chained(w: Weights, shared, inputs: LossInputs, cfg):
     carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
     zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
     (_, dshared), ((surrogate_K, value_K, stats, own), _) = heads.scan_heads(
-      visit, (carry_BTD, zeros), modules, _per_head(here, inputs, cfg), cfg
+      visit, (carry_BTD, zeros), modules, _per_head(here, inputs, cfg), cfg.heads
     )
     return jnp.sum(surrogate_K), (dshared, value_K, stats, own)
 
@@ -198,14 +202,35 @@ def _chained(w: Weights, shared, inputs: LossInputs, cfg):
   return grads, dshared._replace(norm_D=dnorm_D), own, (jnp.sum(value_K), stats)
 
 
-def _interleaved_bwd(cfg, grads: Weights, cotangents):
+def _interleaved_bwd(cfg, grads: DiffInputs, cotangents):
   del cfg
   dtotal, _ = cotangents
   scaled = jax.tree.map(lambda g: (dtotal * g).astype(g.dtype), grads)
+  # Squared norms scale with the square.
   return scaled._replace(probe_K=dtotal * scaled.probe_K), None
 
 
 _interleaved.defvjp(_interleaved_fwd, _interleaved_bwd)
 
 # (w, inputs, cfg) -> (total, HeadStats stacked over heads).
-STRATEGIES = {'remat': _remat, 'interleaved': _interleaved}
+STRATEGIES = {'remat': remat, 'interleaved': _interleaved}
+
+
+@jax.custom_vjp
+def _head_grads_first(weights: DiffInputs) -> DiffInputs:
+  """Identity; in the backward pass, computes all head gradients before the trunk's."""
+  return weights
+
+
+def _head_grads_first_bwd(_, grads: DiffInputs):
+  # Otherwise XLA runs the trunk's backward pass first and reduces the unembedding's
+  # gradient after it: until then unsharded on each device, half a GiB at 7B.
+  return (jax.lax.optimization_barrier(grads),)
+
+
+_head_grads_first.defvjp(lambda weights: (weights, None), _head_grads_first_bwd)
+
+
+def run(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
+  """Computes (total, HeadStats stacked over heads) by --loss.backward."""
+  return STRATEGIES[cfg.loss.backward](_head_grads_first(w), inputs, cfg)

@@ -49,13 +49,15 @@ def logits(h_BCD, unembed_DV, target_BC) -> Logits:
   return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
 
 
-def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
-  """Returns (sum of the losses of valid positions, Stats)."""
+def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg, *, detail=None):
+  """Returns (sum of the losses of valid positions, (Stats, detail(Logits, target_BC)
+  or None))."""
   of = logits(h_BCD, unembed_DV, target_BC)
   z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * of.lse_BC**2)
   loss = jnp.sum(valid_BC * (of.lse_BC - of.label_BC)) + z_loss
   correct = jnp.sum(valid_BC * (of.argmax_BC == target_BC), dtype=jnp.float32)
-  return loss, Stats(loss, z_loss, correct, of.argmax_BC)
+  stats = Stats(loss, z_loss, correct, of.argmax_BC)
+  return loss, (stats, detail(of, target_BC) if detail else None)
 
 
 def chunk_size(B: int, T: int, cfg: schema.Config) -> int:
@@ -134,6 +136,8 @@ def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
   return dunembed, out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
 
 
-def total_over_chunks(stats: Stats) -> Stats:
-  loss, z_loss, correct, argmax_XBC = stats
-  return Stats(jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC))
+def total_over_chunks(of_chunks: tuple[Stats, Any]) -> tuple[Stats, Any]:
+  """Returns (Stats, detail (B, T)) of what `softmax_xent` returned for each chunk."""
+  (loss, z_loss, correct, argmax_XBC), detail = of_chunks
+  stats = Stats(jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC))
+  return stats, jax.tree.map(out_of_chunks, detail)

@@ -5,6 +5,7 @@ Cross-entropy for every head and, with --loss.token_order_weight, token order
 prediction for head 1.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class HeadStats(NamedTuple):
 
   xent: cross_entropy.Stats
   order_loss: Any  # 0 but for head 1
+  detail: Any  # of each position, in an evaluation that asks for it; else None
 
 
 class HeadGrads(NamedTuple):
@@ -95,13 +97,14 @@ def gather_own(unembed_DV, cfg: schema.Config):
   return sharding.gather(unembed_DV, axes, cfg.model.compute_dtype, cfg.loss.grad_dtype)
 
 
-def of(window: Window, cfg: schema.Config) -> HeadLoss:
-  """Returns the loss of every head of a micro-batch."""
-  loss = _cross_entropy(cfg)
+def of(window: Window, cfg: schema.Config, detail=None) -> HeadLoss:
+  """Returns the loss of every head of a micro-batch; its value's HeadStats have
+  detail(Logits, target_BC) of each position."""
+  loss = _cross_entropy(cfg, detail)
   return loss if window.order_WBT is None else _with_token_order(loss, window, cfg)
 
 
-def _cross_entropy(cfg: schema.Config) -> HeadLoss:
+def _cross_entropy(cfg: schema.Config, detail) -> HeadLoss:
   """Returns chunked softmax cross-entropy with z-loss, under the shared unembedding
   or the head's own."""
 
@@ -110,19 +113,24 @@ def _cross_entropy(cfg: schema.Config) -> HeadLoss:
     own_DV = head.unembed_DV
     unembed_DV = shared.unembed_DV if own_DV is None else gather_own(own_DV, cfg)
     with jax.named_scope('ce'):
-      loss, stats = cross_entropy.sum_chunks(
-        cross_entropy.softmax_xent, h_BTD, unembed_DV, (head.target_BT, head.valid_BT), cfg
+      loss, of_chunks = cross_entropy.sum_chunks(
+        functools.partial(cross_entropy.softmax_xent, detail=detail),
+        h_BTD,
+        unembed_DV,
+        (head.target_BT, head.valid_BT),
+        cfg,
       )
-    return head.scale * loss, HeadStats(cross_entropy.total_over_chunks(stats), jnp.zeros(()))
+    stats, found = cross_entropy.total_over_chunks(of_chunks)
+    return head.scale * loss, HeadStats(stats, jnp.zeros(()), found)
 
   def value_and_grad(h_BTD, shared: SharedWeights, dshared, head: HeadBatch, is_head_1):
     del is_head_1
-    unembed_DV, dunembed_DV, scatter = shared.unembed_DV, dshared.unembed_DV, None
+    unembed_DV, dunembed_DV, gather_vjp = shared.unembed_DV, dshared.unembed_DV, None
     if head.unembed_DV is not None:
-      unembed_DV, scatter = jax.vjp(lambda u: gather_own(u, cfg), head.unembed_DV)
+      unembed_DV, gather_vjp = jax.vjp(lambda u: gather_own(u, cfg), head.unembed_DV)
       dunembed_DV = sharding.zeros_cotangent(unembed_DV)
     with jax.named_scope('ce'):
-      dunembed_DV, dh_BTD, loss, stats = cross_entropy.grad_chunks(
+      dunembed_DV, dh_BTD, loss, of_chunks = cross_entropy.grad_chunks(
         cross_entropy.softmax_xent,
         h_BTD,
         (unembed_DV, dunembed_DV),
@@ -131,11 +139,12 @@ def _cross_entropy(cfg: schema.Config) -> HeadLoss:
         cfg=cfg,
       )
     own_DV = None
-    if scatter is None:
+    if gather_vjp is None:
       dshared = dshared._replace(unembed_DV=dunembed_DV)
     else:
-      (own_DV,) = scatter(dunembed_DV)
-    stats = HeadStats(cross_entropy.total_over_chunks(stats), jnp.zeros(()))
+      (own_DV,) = gather_vjp(dunembed_DV)
+    stats, _ = cross_entropy.total_over_chunks(of_chunks)
+    stats = HeadStats(stats, jnp.zeros(()), None)
     return dshared, HeadGrads(dh_BTD, own_DV), head.scale * loss, stats
 
   return HeadLoss(value, value_and_grad)

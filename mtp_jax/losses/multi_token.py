@@ -1,15 +1,16 @@
 """The multi-head loss of Gloeckle et al. 2024 (https://arxiv.org/abs/2404.19737),
 section 2: head k predicts token t + k from the shared trunk's output z_t, and
 
-  total = sum_k weight_k  sum_t valid_kt nll_kt / count_k ,
+  total = sum_k weight_k  sum_t valid_kt (nll_kt + zloss_kt) / count_k
+          + token_order_weight  sum_t valid_1t order_t / count_1 ,
 
-targets, counts and weights as in targets.py. --loss.token_order_weight adds token
-order prediction on head 1's hidden state.
+targets, counts and weights as in targets.py; z-loss and token order prediction (on head
+1's hidden state) are off by default.
 
 See targets.py (targets and counts), backward.py (the scan over heads, and its memory),
 head_loss.py and cross_entropy.py (the loss of one head). Logits, B x T x V per head,
 are by far the largest arrays: neither strategy ever holds those of two heads, nor of
-more positions than `cross_entropy.chunk_size`.
+more positions than one chunk.
 """
 
 import jax
@@ -27,9 +28,9 @@ def mtp_loss(
 
   Args:
     model: parameters, as sharded at rest.
-    probe_K: zeros. Their gradient is |dL/dz|^2 of each head, a sum over tokens; in a
-      chain, that of the gradient at head k's input, from its own loss and from the
-      heads after it.
+    probe_K: zeros, for a diagnostic. A custom_vjp makes the gradient by probe_k the
+      squared norm, over all tokens, of the gradient at head k's input: of its own loss,
+      and in a chain of the losses of the heads after it too.
     batch: tokens_BU and position_BU, int32, U = T + span; loss_mask_BU, bool,
       where there is a mask.
     count_K: each head's valid targets in the whole step, over all micro-batches
@@ -46,12 +47,42 @@ def mtp_loss(
     A head without a valid target adds 0 to the total; means are computed on the
     host, where a mean over nothing is None rather than 0.
   """
+  weights, inputs = _heads_input(
+    model, probe_K, batch, count_K=count_K, weight_K=weight_K, n_active=n_active, cfg=cfg
+  )
+  with jax.named_scope('heads'):
+    total, stats = backward.run(weights, inputs, cfg)
+  return total, jax.lax.stop_gradient(_sums(stats, batch, cfg))
+
+
+def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, detail=None):
+  """Computes the sums of `mtp_loss` without a backward pass.
+
+  Args:
+    model, batch, n_active, cfg: as of `mtp_loss`.
+    detail: called with each chunk's (cross_entropy.Logits, target_BC); its results,
+      (B, C), are joined over T and stacked over K.
+
+  Returns:
+    (sums, detail_KBT of the active heads, a pytree or None; valid_KBT of all n heads).
+  """
+  one_K = jnp.ones(cfg.heads.n)  # means are formed on the host
+  weights, inputs = _heads_input(
+    model, jnp.zeros_like(one_K), batch, count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg
+  )
+  with jax.named_scope('heads'):
+    _, stats = backward.remat(weights, inputs, cfg, detail)
+  return _sums(stats, batch, cfg), stats.detail, targets.targets(batch, cfg)[1]
+
+
+def _heads_input(model: lm.LM, probe_K, batch, *, count_K, weight_K, n_active: int, cfg):
+  """Runs the trunk; returns the (backward.DiffInputs, LossInputs) of heads 1..n_active."""
   model = _wide_where_shared(model, cfg)
   targets_KBT, valid_KBT = targets.targets(batch, cfg)
   z_BTD, emb_BUD, ctx = _trunk(model, batch, n_active, cfg)
   over_K = 1 / jnp.maximum(count_K, 1)[:n_active]
   ordered = model.order is not None
-  inputs = backward.LossInputs(
+  inputs = backward.NondiffInputs(
     k_K=jnp.arange(1, n_active + 1),
     targets_KBT=targets_KBT[:n_active],
     valid_KBT=valid_KBT[:n_active],
@@ -64,8 +95,8 @@ def mtp_loss(
     ),
   )
   unembed = model.embed if model.unembed is None else model.unembed
-  weights = backward.Weights(
-    modules=heads.active_modules(model.heads, n_active, cfg),
+  weights = backward.DiffInputs(
+    modules=heads.active_modules(model.heads, n_active, cfg.heads),
     z_BTD=z_BTD,
     emb_BUD=emb_BUD,
     norm_D=model.norm,
@@ -73,9 +104,12 @@ def mtp_loss(
     order_VD=model.order,
     probe_K=probe_K[:n_active],
   )
-  with jax.named_scope('heads'):
-    strategy = backward.STRATEGIES[cfg.loss.backward]
-    total, stats = strategy(_order_head_grads(weights), inputs, cfg)
+  return weights, inputs
+
+
+def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config) -> dict:
+  """Returns the sums of `mtp_loss`; every leaf of `stats` has a leading K."""
+  _, valid_KBT = targets.targets(batch, cfg)
   sums = dict(
     loss_sum_K=stats.xent.loss,
     z_loss_sum_K=stats.xent.z_loss,
@@ -84,41 +118,28 @@ def mtp_loss(
       stats.xent.argmax_BT, jnp.all(valid_KBT, axis=0), cfg.heads.stride
     ),
   )
-  if ordered:
+  if cfg.loss.token_order_weight:
     sums['token_order_loss_sum'] = jnp.sum(stats.order_loss)
-  return total, jax.lax.stop_gradient(sums)
+  return sums
 
 
 def _trunk(model: lm.LM, batch: dict, n_active: int, cfg: schema.Config):
-  """Returns (z_BTD, emb_BUD of the window or None, ctx), in the dtype in which their
-  gradients are accumulated over heads."""
+  """Returns (z_BTD, emb_BUD of the window or None, ctx: positions, segments, RoPE). A
+  cotangent has its primal's dtype: z and emb are cast to that in which their gradients
+  are accumulated over heads."""
   tokens_BU, position_BU = batch['tokens'], batch['position']
   T = tokens_BU.shape[1] - cfg.span
-  feeds = heads.family(cfg).uses_next_token and n_active > 1
+  feeds = heads.family(cfg.heads).uses_next_token and n_active > 1
   emb_BUD = lm.embed(model, tokens_BU if feeds else tokens_BU[:, :T], cfg)
   z_BTD, ctx = lm.trunk_output(model, emb_BUD[:, :T], position_BU[:, :T], cfg)
   held_dtype = jnp.promote_types(z_BTD.dtype, cfg.loss.grad_dtype)
   return z_BTD.astype(held_dtype), emb_BUD.astype(held_dtype) if feeds else None, ctx
 
 
-@jax.custom_vjp
-def _order_head_grads(weights: backward.Weights) -> backward.Weights:
-  """Identity; in the backward pass, computes all head gradients before the trunk's."""
-  return weights
-
-
-def _order_head_grads_bwd(_, grads: backward.Weights):
-  # Otherwise XLA runs the trunk's backward pass first and reduces the unembedding's
-  # gradient after it: until then unsharded on each device, half a GiB at 7B.
-  return (jax.lax.optimization_barrier(grads),)
-
-
-_order_head_grads.defvjp(lambda weights: (weights, None), _order_head_grads_bwd)
-
-
 def _wide_where_shared(model: lm.LM, cfg) -> lm.LM:
-  """Casts parameters that several heads use to the dtype in which their gradients
-  are accumulated; the identity unless parameters are narrower than grad_dtype."""
+  """Casts parameters that several heads use to the dtype in which their gradients are
+  accumulated; the identity unless parameters are narrower than grad_dtype. An untied
+  unembedding is not cast: its gather accumulates in grad_dtype."""
   wide = jnp.promote_types(cfg.model.param_dtype, cfg.loss.grad_dtype)
 
   def cast(tree):
@@ -127,6 +148,6 @@ def _wide_where_shared(model: lm.LM, cfg) -> lm.LM:
   model = model.replace(norm=cast(model.norm))
   if cfg.heads.unembedding == 'tied':
     model = model.replace(embed=cast(model.embed))
-  if heads.family(cfg).shared_module:
+  if heads.family(cfg.heads).shared_module:
     model = model.replace(heads=cast(model.heads))
   return model

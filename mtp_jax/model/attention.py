@@ -20,13 +20,13 @@ FLASH_BLOCK = 128  # maximum block size of the Triton kernel
 FLASH_TILE_BYTES = 32 * 1024  # five of them fit an A100's shared memory
 
 
-def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: schema.Config):
+def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, m: schema.ModelConfig):
   """Computes softmax(q k^T / sqrt(H)) v over earlier positions of the same document.
 
   Query head n reads key/value head n // R, R = N / G (Ainslie et al. 2023,
   https://arxiv.org/abs/2305.13245). Softmax in float32. Returns (B, T, N, H).
   """
-  kernel = KERNELS[chosen(cfg)]
+  kernel = KERNELS[chosen(m, q_BTNH.shape[1])]
   if kernel is reference:
     return reference(q_BTNH, k_BSGH, v_BSGH, segment_BT)
   rows = sharding.pspec('batch', None)
@@ -38,13 +38,14 @@ def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, cfg: schema.Config):
   )(q_BTNH, k_BSGH, v_BSGH, segment_BT)
 
 
-def chosen(cfg: schema.Config) -> str:
-  """Returns the kernel of --model.attention on the devices of the current mesh."""
-  if cfg.model.attention != 'auto':
-    return cfg.model.attention
+def chosen(m: schema.ModelConfig, T: int) -> str:
+  """Returns the kernel of --model.attention for T positions on the devices of the
+  current mesh."""
+  if m.attention != 'auto':
+    return m.attention
   device = jax.sharding.get_abstract_mesh().abstract_device
   for kernel, platform in schema.KERNELS.items():
-    if device and device.platform == platform and not validate.kernel_problem(cfg, kernel):
+    if device and device.platform == platform and not validate.kernel_problem(m, T, kernel):
       return kernel
   return 'reference'
 

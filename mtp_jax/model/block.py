@@ -37,8 +37,7 @@ class Context(NamedTuple):
   cos: Any
 
 
-def specs(cfg: schema.Config) -> Block[params.Spec]:
-  m = cfg.model
+def specs(m: schema.ModelConfig) -> Block[params.Spec]:
   D, N, G, H, F = (m.d_model, m.n_attn_heads, m.kv_heads, m.head_width, m.ff_width)
   std = D**-0.5
   # The 2L additions to the residual stream are scaled down at initialization.
@@ -57,9 +56,9 @@ def specs(cfg: schema.Config) -> Block[params.Spec]:
   )
 
 
-def context(position_BT, cfg: schema.Config) -> Context:
+def context(position_BT, m: schema.ModelConfig) -> Context:
   """Returns the Context of positions; a document starts wherever a position is 0."""
-  sin, cos = layers.rope_tables(position_BT, cfg.model)
+  sin, cos = layers.rope_tables(position_BT, m)
   segment_BT = jnp.cumsum(position_BT == 0, axis=1)
   return Context(position_BT, segment_BT, sin, cos)
 
@@ -67,14 +66,14 @@ def context(position_BT, cfg: schema.Config) -> Context:
 def block(layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config):
   """Computes x + attention + SwiGLU; gathers the sharded `layer`."""
   with jax.named_scope('gather'):
-    w = params.gather_cast(layer, specs(cfg), cfg)
+    w = params.gather_cast(layer, specs(cfg.model), cfg)
   with jax.named_scope('qkv'):
     y_BTD = layers.rms_norm(x_BTD, w.attn_norm, cfg.model.norm_eps)
     q_BTNH = queries(w, y_BTD, ctx)
     k_BTGH, v_BTGH = keys_values(w, y_BTD, ctx)
   with jax.named_scope('attend'):
-    a_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT, cfg)
-  return add_mlp(w, add_attended(w, x_BTD, a_BTNH), cfg)
+    a_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT, cfg.model)
+  return add_mlp(w, add_attended(w, x_BTD, a_BTNH), cfg.model.norm_eps)
 
 
 # Parts of a block, of gathered weights: a decoder reads keys and values from a
@@ -97,9 +96,9 @@ def add_attended(w: Block[jax.Array], x_BTD, a_BTNH):
     return x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
 
 
-def add_mlp(w: Block[jax.Array], x_BTD, cfg: schema.Config):
+def add_mlp(w: Block[jax.Array], x_BTD, eps: float):
   with jax.named_scope('mlp'):
-    y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, cfg.model.norm_eps)
+    y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, eps)
     gate_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.gate)
     up_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.up)
     return x_BTD + jnp.einsum(

@@ -41,14 +41,14 @@ def forward(
   m = cfg.model
   # Head 1 of an identity-first family has no module.
   modules = n_active if cfg.heads.block_first else n_active - 1
-  family = heads_lib.family(cfg)
+  family = heads_lib.family(cfg.heads)
   keys = cfg.data.seq_len / 2 if causal else cfg.data.seq_len
   attention = 4 * keys * m.n_attn_heads * m.head_width
   trunk, head = (
     2 * _matrices(specs) + layers * attention
     for specs, layers in (
       (lm.specs(cfg).trunk, heads_lib.trunk_layers(cfg)),
-      (family.specs(cfg), family.has_block),
+      (family.specs(m), family.has_block),
     )
   )
   unembedding = 2 * m.d_model * m.vocab_size

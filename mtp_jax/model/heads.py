@@ -38,14 +38,14 @@ def whole_module(module):
 class Family(NamedTuple):
   """The functions of a head: a block, its input, and its output.
 
-  specs(cfg): Specs of one module.
+  specs(cfg.model): Specs of one module.
   block_input(module, inputs, ctx, cfg) -> x_BTD, the block's input.
   block_output(module, y_BTD, inputs, cfg) -> (carry_BTD, h_BTD), of the block's
   output y; h is normed for the unembedding.
   layer(module) -> block.Block; None where a head has no block, and y = x.
   """
 
-  specs: Callable[[schema.Config], Any]
+  specs: Callable[[schema.ModelConfig], Any]
   block_input: Callable[..., Any]
   block_output: Callable[..., tuple[Any, Any]]
   layer: Callable[[Any], block.Block] | None = whole_module
@@ -59,10 +59,10 @@ class Family(NamedTuple):
     return self.layer is not None
 
 
-def next_token_offset(k, cfg: schema.Config):
+def next_token_offset(k, stride: int):
   """Returns the offset from the query of the token whose embedding head k reads,
   where its family uses one: head k - 1's target, known when head k drafts."""
-  return 1 + cfg.heads.stride * (k - 2)
+  return 1 + stride * (k - 2)
 
 
 def step(module, x: Inputs, ctx, cfg, apply_block=block.block):
@@ -78,17 +78,13 @@ def step(module, x: Inputs, ctx, cfg, apply_block=block.block):
   Returns:
     (carry_BTD, h_BTD).
   """
-  f = family(cfg)
+  f = family(cfg.heads)
   if module is None:  # head 1 of an identity-first family: h_1 = norm(z)
-    return x.carry_BTD, norm(x.z_BTD, x.norm_D, cfg)
+    return x.carry_BTD, layers.rms_norm(x.z_BTD, x.norm_D, cfg.model.norm_eps)
   y_BTD = f.block_input(module, x, ctx, cfg)
   if f.layer is not None:
     y_BTD = apply_block(f.layer(module), y_BTD, ctx, cfg)
   return f.block_output(module, y_BTD, x, cfg)
-
-
-def norm(x_BTD, w_D, cfg):
-  return layers.rms_norm(x_BTD, w_D, cfg.model.norm_eps)
 
 
 def _block_input_z(module, x: Inputs, ctx, cfg):
@@ -102,7 +98,7 @@ def _block_input_z(module, x: Inputs, ctx, cfg):
 
 def _block_output(module, y_BTD, x: Inputs, cfg):
   del module
-  return x.carry_BTD, norm(y_BTD, x.norm_D, cfg)
+  return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
 
 
 def _block_input_chain(module, x: Inputs, ctx, cfg):
@@ -116,13 +112,13 @@ def _block_input_chain(module, x: Inputs, ctx, cfg):
 
 def _block_output_chain(module, y_BTD, x: Inputs, cfg):
   del module
-  return y_BTD, norm(y_BTD, x.norm_D, cfg)
+  return y_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
 
 
 def _linear(module, x: Inputs, ctx, cfg):
   """h_k = W_k z (same paper, appendix B)."""
   del ctx
-  proj_DE = _gathered(module, linear_specs(cfg), cfg).proj
+  proj_DE = _gathered(module, linear_specs(cfg.model), cfg).proj
   return jnp.einsum('BTD,DE->BTE', x.z_BTD, proj_DE, out_sharding=_RESIDUAL)
 
 
@@ -130,8 +126,8 @@ def _residual(module, x: Inputs, ctx, cfg):
   """h_k = y + silu(W_k y), y = norm(z), with no norm after it: Medusa's head
   (Cai et al. 2024, https://arxiv.org/abs/2401.10774)."""
   del ctx
-  proj_DE = _gathered(module, linear_specs(cfg), cfg).proj
-  y_BTD = norm(x.z_BTD, x.norm_D, cfg)
+  proj_DE = _gathered(module, linear_specs(cfg.model), cfg).proj
+  y_BTD = layers.rms_norm(x.z_BTD, x.norm_D, cfg.model.norm_eps)
   w_BTD = jnp.einsum('BTD,DE->BTE', y_BTD, proj_DE, out_sharding=_RESIDUAL)
   return y_BTD + jax.nn.silu(w_BTD)
 
@@ -149,18 +145,17 @@ def _block_input_sequential(module, x: Inputs, ctx, cfg):
   RoPE at the query's position t. At position 0 of a document the embedding is
   zeroed, as serving engines do.
   """
-  w = _gathered(module, sequential_specs(cfg), cfg)
+  w, eps = _gathered(module, sequential_specs(cfg.model), cfg), cfg.model.norm_eps
   known_BT1 = (ctx.position_BT > 0)[:, :, None]
   next_BTD = jnp.where(known_BT1, x.next_emb_BTD, 0)
-  pair_BTE = jnp.concatenate(
-    [norm(x.carry_BTD, w.hidden_norm, cfg), norm(next_BTD, w.embed_norm, cfg)], axis=-1
-  )
+  hidden_BTD = layers.rms_norm(x.carry_BTD, w.hidden_norm, eps)
+  pair_BTE = jnp.concatenate([hidden_BTD, layers.rms_norm(next_BTD, w.embed_norm, eps)], axis=-1)
   return jnp.einsum('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
 
 
 def _block_output_sequential(module, y_BTD, x: Inputs, cfg):
   del x
-  return y_BTD, norm(y_BTD, module.final_norm, cfg)
+  return y_BTD, layers.rms_norm(y_BTD, module.final_norm, cfg.model.norm_eps)
 
 
 class Projection(flax.struct.PyTreeNode, Generic[params.Leaf]):
@@ -189,19 +184,19 @@ def _gathered(module, specs, cfg):
   return params.gather_cast(module, specs, cfg)
 
 
-def linear_specs(cfg: schema.Config) -> Projection[params.Spec]:
-  D = cfg.model.d_model
+def linear_specs(m: schema.ModelConfig) -> Projection[params.Spec]:
+  D = m.d_model
   return Projection(proj=params.Spec((D, D), ('embed', None), D**-0.5, (1, 1)))
 
 
-def sequential_specs(cfg: schema.Config) -> Sequential[params.Spec]:
-  D = cfg.model.d_model
+def sequential_specs(m: schema.ModelConfig) -> Sequential[params.Spec]:
+  D = m.d_model
   norm = params.Spec((D,), (None,), None)
   return Sequential(
     hidden_norm=norm,
     embed_norm=norm,
     proj=params.Spec((2 * D, D), ('embed', None), (2 * D) ** -0.5, (1, 1)),
-    block=block.specs(cfg),
+    block=block.specs(m),
     final_norm=norm,
   )
 
@@ -251,33 +246,33 @@ def register(name: str, family: Family, *, block_first: bool) -> None:
   FAMILIES[name] = family
 
 
-def family(cfg: schema.Config) -> Family:
-  return FAMILIES[cfg.heads.family]
+def family(h: schema.HeadsConfig) -> Family:
+  return FAMILIES[h.family]
 
 
-def active_modules(modules, n: int, cfg: schema.Config):
+def active_modules(modules, n: int, h: schema.HeadsConfig):
   """Returns the stacked modules that heads 1..n use; a shared module unstacked."""
-  in_use = 0 if family(cfg).shared_module else slice(n_modules(cfg, n))
+  in_use = 0 if family(h).shared_module else slice(n_modules(h, n))
   return jax.tree.map(lambda w: w[in_use], modules)
 
 
-def is_head_1(module, k, cfg: schema.Config):
+def is_head_1(module, k, h: schema.HeadsConfig):
   """Whether a visit of `scan_heads` is head 1's: static (a bool) where head 1 has
   no module, else traced."""
-  return k == 1 if cfg.heads.block_first else module is None
+  return k == 1 if h.block_first else module is None
 
 
-def n_modules(cfg: schema.Config, n: int) -> int:
+def n_modules(h: schema.HeadsConfig, n: int) -> int:
   """Returns the number of modules that heads 1..n use."""
-  if cfg.heads.block_first:
+  if h.block_first:
     return n
-  return min(n - 1, 1) if family(cfg).shared_module else n - 1
+  return min(n - 1, 1) if family(h).shared_module else n - 1
 
 
 def specs(cfg: schema.Config):
   """Returns the specs of all modules, stacked on a leading axis; None without any."""
-  n = n_modules(cfg, cfg.heads.n)
-  return params.stack(n, family(cfg).specs(cfg)) if n else None
+  n = n_modules(cfg.heads, cfg.heads.n)
+  return params.stack(n, family(cfg.heads).specs(cfg.model)) if n else None
 
 
 def trunk_layers(cfg: schema.Config) -> int:
@@ -292,12 +287,12 @@ def next_token_layers(cfg: schema.Config) -> list[tuple[str, int]]:
   layers = [('trunk.', i) for i in range(trunk_layers(cfg))]
   if cfg.heads.block_first:
     # The layers below head 1, then head 1.
-    first = cfg.heads.n if family(cfg).reverse else 1
+    first = cfg.heads.n if family(cfg.heads).reverse else 1
     layers += [('heads.', k - 1) for k in range(first, 0, -1)]
   return layers
 
 
-def scan_heads(body, carry, modules, per_head, cfg: schema.Config):
+def scan_heads(body, carry, modules, per_head, h: schema.HeadsConfig):
   """Scans over heads 1..m in the family's order (lax.scan; an identity head is
   visited outside of it).
 
@@ -307,13 +302,13 @@ def scan_heads(body, carry, modules, per_head, cfg: schema.Config):
     carry: initial carry.
     modules: stacked over the heads that have one; a single one if all share it.
     per_head: pytree with leading axis m.
-    cfg: its head family determines modules and order.
+    h: its family determines modules and order.
 
   Returns:
     (carry, (outs with leading axis m, of_modules stacked like modules)).
   """
-  f = family(cfg)
-  if cfg.heads.block_first:
+  f = family(h)
+  if h.block_first:
     return jax.lax.scan(
       lambda carry, xs: body(carry, *xs), carry, (modules, per_head), reverse=f.reverse
     )

@@ -35,7 +35,7 @@ def specs(cfg: schema.Config) -> LM[params.Spec]:
   unembed = S((D, V), ('embed', 'vocab'), D**-0.5)
   return LM(
     embed=table,
-    trunk=params.stack(heads.trunk_layers(cfg), block.specs(cfg)),
+    trunk=params.stack(heads.trunk_layers(cfg), block.specs(cfg.model)),
     heads=heads.specs(cfg),
     norm=S((D,), (None,), None),
     unembed={'shared': unembed, 'replicated': params.stack(cfg.heads.n, unembed), 'tied': None}[
@@ -56,13 +56,13 @@ def embed(lm: Embedding, tokens_BU, cfg: schema.Config):
 def trunk_output(model: LM[jax.Array], x_BTD, position_BT, cfg: schema.Config):
   """Returns (z_BTD, ctx): the trunk's output of embeddings, and the Context that
   every later layer reads."""
-  ctx = block.context(position_BT, cfg)
+  ctx = block.context(position_BT, cfg.model)
   return trunk.trunk(model.trunk, x_BTD, ctx, cfg), ctx
 
 
-def next_embeddings(emb_BUD, k, T: int, cfg: schema.Config):
+def next_embeddings(emb_BUD, k, T: int, stride: int):
   """Returns the embeddings (B, T, D) that head k reads, a slice of a window's."""
-  start = heads.next_token_offset(k, cfg)
+  start = heads.next_token_offset(k, stride)
   return jax.lax.dynamic_slice_in_dim(emb_BUD, start, T, axis=1)
 
 
@@ -93,9 +93,9 @@ def head_step(
     hidden state, normed for the unembedding.
   """
   if module is None:
-    if heads.family(cfg).is_chained:
+    if heads.family(cfg.heads).is_chained:
       x = x._replace(z_BTD=x.carry_BTD)  # equal values; gradients of the chain join here
-  elif heads.family(cfg).uses_next_token:
+  elif heads.family(cfg.heads).uses_next_token:
     x = x._replace(next_emb_BTD=feed(k))
   return heads.step(module, x, ctx, cfg, apply_block)
 
@@ -125,12 +125,12 @@ def forward(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   def head(carry_BTD, module, k):
     x = heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
     carry_BTD, h_BTD = head_step(
-      module, k, x, ctx, cfg, feed=lambda k: next_embeddings(emb_BUD, k, T, cfg)
+      module, k, x, ctx, cfg, feed=lambda k: next_embeddings(emb_BUD, k, T, cfg.heads.stride)
     )
     return carry_BTD, (h_BTD, None)
 
-  modules = heads.active_modules(model.heads, n, cfg)
-  _, (h_KBTD, _) = heads.scan_heads(head, z_BTD, modules, jnp.arange(1, n + 1), cfg)
+  modules = heads.active_modules(model.heads, n, cfg.heads)
+  _, (h_KBTD, _) = heads.scan_heads(head, z_BTD, modules, jnp.arange(1, n + 1), cfg.heads)
   return h_KBTD
 
 

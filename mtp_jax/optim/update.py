@@ -97,7 +97,7 @@ def freeze(params, cfg: schema.Config):
   )
 
 
-def update(params, opt_state, grads, step, n_active: int, cfg: schema.Config):
+def update(params, opt_state, grads, *, step, n_active: int, cfg: schema.Config):
   """Computes w - learning rate x direction, in float32.
 
   A bfloat16 parameter has no float32 copy, and most updates are far below its
@@ -138,7 +138,7 @@ def _keep_inactive_heads(new, old, n_active: int, cfg: schema.Config):
   Applies to parameters and optimizer state: an inactive head has neither moment
   updates nor weight decay.
   """
-  in_use = {'heads': heads.n_modules(cfg, n_active)}
+  in_use = {'heads': heads.n_modules(cfg.heads, n_active)}
   if cfg.heads.unembedding == 'replicated':
     in_use['unembed'] = n_active
 

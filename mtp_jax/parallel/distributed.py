@@ -11,6 +11,7 @@ after --distributed.heartbeat_timeout_s.
 
 import collections
 import contextlib
+import json
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.config import commands, fields, parse, schema
+from mtp_jax.config import commands, fields, schema
 from mtp_jax.io import paths
 
 # Fields that may differ between processes: rank and paths on the machine.
@@ -52,7 +53,7 @@ class Aborted(Exception):
     self.status = status
 
 
-def run(cfg: schema.Config, command: Callable[[], int]) -> int:
+def run(cfg: schema.CommandConfig, command: Callable[[], int]) -> int:
   """Runs command() as one process of --distributed.*; returns its exit status.
 
   A process that crashes exits at once with os._exit: Python's shutdown would wait
@@ -231,18 +232,19 @@ def barrier(where: str) -> None:
       multihost_utils.sync_global_devices(where)
 
 
-def broadcast_one_to_all(text: str) -> str:
-  """Returns process 0's text. Collective."""
+def broadcast_one_to_all(value: Any) -> Any:
+  """Returns process 0's value, whose types are those of JSON; the others' is unused.
+  Collective."""
   if not is_multiprocess():
-    return text
-  mine = np.frombuffer(text.encode(), np.uint8)
+    return value
+  mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
   with jax.transfer_guard('allow'):
     size = multihost_utils.broadcast_one_to_all(np.int32(mine.size))
     sent = np.zeros(int(size), np.uint8)
     if is_primary():
       sent[:] = mine
     sent = multihost_utils.broadcast_one_to_all(sent)
-  return sent.astype(np.uint8).tobytes().decode()
+  return json.loads(sent.astype(np.uint8).tobytes())
 
 
 @contextlib.contextmanager
@@ -270,16 +272,18 @@ def fail_together():
   raise Aborted(statuses[failed[0]]) from error
 
 
-def _check_same_flags(cfg: schema.Config) -> None:
-  theirs = parse.from_json(broadcast_one_to_all(parse.to_json(cfg)))
+def _check_same_flags(cfg: schema.CommandConfig) -> None:
+  mine = {name: schema.get(cfg, name) for name in schema.fields() if name not in OWN}
+  mine |= {'plan.sweep': list(cfg.plan.sweep)}  # as JSON has it
+  theirs = broadcast_one_to_all(mine)
   with fail_together():
-    for name in schema.fields():
-      mine, wanted = schema.get(cfg, name), schema.get(theirs, name)
-      if mine != wanted and name not in OWN:
+    for name, value in mine.items():
+      if value != theirs[name]:
         raise fields.ConfigError(
           name,
-          mine,
-          f'on process {jax.process_index()}, but {wanted} on process 0; give all the same flags',
+          value,
+          f'on process {jax.process_index()}, but {theirs[name]} on process 0; give all the'
+          ' same flags',
         )
 
 

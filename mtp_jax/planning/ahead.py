@@ -29,7 +29,7 @@ GENERATIONS = {  # of --plan.topology -> device_kind in jax
 class Plan(NamedTuple):
   """One configuration on one set of devices; bytes are per device."""
 
-  cfg: schema.Config
+  cfg: schema.CommandConfig
   mesh: dict[str, int]
   device_kind: str
   params_bytes: int
@@ -102,7 +102,7 @@ class Plan(NamedTuple):
     )
 
 
-def devices(cfg: schema.Config) -> list:
+def devices(cfg: schema.CommandConfig) -> list:
   """Returns the devices of --plan.topology, which needs libtpu but no TPU, or the
   local devices.
 
@@ -127,7 +127,7 @@ def devices(cfg: schema.Config) -> list:
     ) from error
 
 
-def check_mesh(cfg: schema.Config) -> None:
+def check_mesh(cfg: schema.CommandConfig) -> None:
   """Raises ConfigError if the mesh does not divide the devices or the model, without
   compiling."""
   if cfg.plan.topology and not has_libtpu():
@@ -140,7 +140,7 @@ def has_libtpu() -> bool:
   return importlib.util.find_spec('libtpu') is not None
 
 
-def plan(cfg: schema.Config) -> Plan:
+def plan(cfg: schema.CommandConfig) -> Plan:
   """Compiles the step of cfg and reads its memory and cost."""
   if cfg.plan.topology and not has_libtpu():
     return of_shardings(cfg)
@@ -189,7 +189,7 @@ def _ledger(compiled) -> hlo.Ledger | None:
     return None
 
 
-def of_shardings(cfg: schema.Config) -> Plan:
+def of_shardings(cfg: schema.CommandConfig) -> Plan:
   """Returns the sharding-only estimate: the bytes of the state."""
   generation, _, shape = cfg.plan.topology.partition(':')
   sizes = re.findall(r'\d+', shape)

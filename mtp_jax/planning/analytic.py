@@ -24,7 +24,7 @@ REMAT = ('none', 'dots', 'block')
 class Estimate(NamedTuple):
   """Bytes per device, and seconds per step that each resource would take."""
 
-  cfg: schema.Config
+  cfg: schema.CommandConfig
   mesh: dict[str, int]
   total_bytes: float
   seconds: dict[str, float]
@@ -47,7 +47,7 @@ class _Sizes(NamedTuple):
   batch: int  # devices over which the batch is sharded
 
 
-def estimate(cfg: schema.Config, mesh: dict[str, int], chip) -> Estimate:
+def estimate(cfg: schema.CommandConfig, mesh: dict[str, int], chip) -> Estimate:
   """Returns the estimate; raises ConfigError if the mesh does not divide the model."""
   m, n = cfg.model, cfg.heads.n
   batch = mesh['data'] * mesh['fsdp']
@@ -55,8 +55,8 @@ def estimate(cfg: schema.Config, mesh: dict[str, int], chip) -> Estimate:
     cfg.data.batch_size // cfg.train.grad_accum_steps // batch,
     cfg.train.grad_accum_steps,
     heads.trunk_layers(cfg),
-    heads.n_modules(cfg, n) * heads.family(cfg).has_block,
-    params.count(block.specs(cfg)),
+    heads.n_modules(cfg.heads, n) * heads.family(cfg.heads).has_block,
+    params.count(block.specs(cfg.model)),
     m.d_model * m.vocab_size,
     mesh['tensor'],
     batch,
@@ -101,7 +101,9 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     'none': inside,
   }[m.remat]
   kernel = cfg.model.attention
-  if kernel == 'reference' or (kernel == 'auto' and validate.kernel_problem(cfg, 'splash')):
+  if kernel == 'reference' or (
+    kernel == 'auto' and validate.kernel_problem(m, cfg.data.seq_len, 'splash')
+  ):
     scores = 6 * s.rows * m.n_attn_heads * cfg.data.seq_len**2 / s.tensor
     inside += scores
     kept += scores if m.remat == 'none' else 0
@@ -113,7 +115,7 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     logits = min(logits, cross_entropy.LOGITS_BYTES)
   unembed = s.unembed * (w + 4) / s.tensor
   gradients = params_bytes * (2 if s.micro_batches > 1 else 1)
-  kept_of_head = w * tokens * m.d_model * heads.family(cfg).is_chained
+  kept_of_head = w * tokens * m.d_model * heads.family(cfg.heads).is_chained
   if cfg.loss.backward == 'interleaved':  # its cotangent in addition to its input
     kept_of_head *= 2
   return (
@@ -133,7 +135,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   A, t = s.micro_batches, s.tensor
   trunk, modules, unembeddings, order = flops.forward(cfg, n)
   again_trunk = m.remat == 'block'
-  dependent = heads.family(cfg).is_chained
+  dependent = heads.family(cfg.heads).is_chained
   eager = cfg.loss.backward == 'interleaved'
   executed = (
     (3 + again_trunk) * trunk
@@ -162,7 +164,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   )
 
 
-def candidates(cfg: schema.Config, n_devices: int) -> Iterator[schema.Config]:
+def candidates(cfg: schema.CommandConfig, n_devices: int) -> Iterator[schema.CommandConfig]:
   """Yields every mesh, number of micro-batches and remat policy that divides the
   batch and model of cfg, with slices along data."""
   for data, fsdp in itertools.product(_divisors(n_devices), repeat=2):
@@ -194,7 +196,7 @@ def _divisors(n: int) -> list[int]:
   return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def ranked(cfg: schema.Config, n_devices: int, device_kind: str):
+def ranked(cfg: schema.CommandConfig, n_devices: int, device_kind: str):
   """Returns the estimates of all candidates, the fastest that should fit first."""
   chip = chips.chip(device_kind)
   if chip is None:

@@ -30,7 +30,7 @@ def status(plans: list[ahead.Plan]) -> int:
   return FITS if known else UNKNOWN
 
 
-def run(cfg: schema.Config, report: Callable[[str], None]) -> tuple[dict, int]:
+def run(cfg: schema.CommandConfig, report: Callable[[str], None]) -> tuple[dict, int]:
   """Runs what the flags of cfg request: a plan, a sweep or a search."""
   if cfg.plan.search_mesh and cfg.plan.sweep:
     raise fields.ConfigError(
@@ -206,7 +206,7 @@ def _short(x: float) -> str:
   return f'{x:.2f}' if x >= 0.1 else f'{x:.2g}'
 
 
-def variants(cfg: schema.Config) -> list[tuple[dict, schema.Config]]:
+def variants(cfg: schema.CommandConfig) -> list[tuple[dict, schema.CommandConfig]]:
   """Returns the configurations of --plan.sweep: (the flags that each sets, Config).
 
   Raises:
@@ -252,7 +252,7 @@ def _typed(field, text: str):
 COLUMNS = ('GiB state', 'temp', 'total', 'fits', 'step s', 'days', 'compile s')
 
 
-def sweep(cfg: schema.Config, report) -> tuple[dict, int]:
+def sweep(cfg: schema.CommandConfig, report) -> tuple[dict, int]:
   """Prints one row per value of --plan.sweep, a grid for several flags."""
   points = variants(cfg)
   for _, one in points:  # check all before compiling the first
@@ -292,7 +292,7 @@ def _row(plan: ahead.Plan) -> list[str]:
   )
 
 
-def search(cfg: schema.Config, report) -> tuple[dict, int]:
+def search(cfg: schema.CommandConfig, report) -> tuple[dict, int]:
   """Ranks meshes, micro-batches and remat by formula, and compiles the best."""
   if cfg.plan.topology and not ahead.has_libtpu():
     one = ahead.of_shardings(cfg)
@@ -343,6 +343,6 @@ def search(cfg: schema.Config, report) -> tuple[dict, int]:
   )
 
 
-def _flags(cfg: schema.Config) -> str:
+def _flags(cfg: schema.CommandConfig) -> str:
   names = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.grad_accum_steps', 'model.remat')
   return ' '.join(f'--{name}={schema.get(cfg, name)}' for name in names)

@@ -192,7 +192,7 @@ def differing(runs: list[Run]) -> dict[str, tuple]:
   cfgs = [run.cfg for run in runs if run.cfg]
   return {
     name: tuple(schema.get(run.cfg, name) if run.cfg else None for run in runs)
-    for name in schema.fields()
+    for name in schema.fields(schema.Config)
     if name != 'train.workdir' and len({repr(schema.get(cfg, name)) for cfg in cfgs}) > 1
   }
 
@@ -202,7 +202,7 @@ def given(run: Run) -> dict[str, tuple]:
   default = schema.Config()
   return {
     name: (schema.get(run.cfg, name),)
-    for name in schema.fields()
+    for name in schema.fields(schema.Config)
     if run.cfg
     and name != 'train.workdir'
     and schema.get(run.cfg, name) != schema.get(default, name)

@@ -1,6 +1,5 @@
 """Evaluations of a run: which are due after a step, and their records."""
 
-import json
 from collections.abc import Callable
 
 import jax
@@ -18,7 +17,7 @@ from mtp_jax.train import metrics
 from mtp_jax.train import run as run_lib
 
 
-def due(cfg: schema.Config, done: int) -> tuple[bool, bool]:
+def due(cfg: schema.CommandConfig, done: int) -> tuple[bool, bool]:
   """Returns (whether held-out data is due, whether the tasks are due) after
   `done` steps. Held-out data is also a task if --eval.tasks names it."""
   t = cfg.train
@@ -47,13 +46,13 @@ def wanted(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
 def missing(cfg, tokens, done: int) -> list[tuple[str, str | None]]:
   """Returns the entries of `wanted` without a record in metrics.jsonl: the run
   was interrupted or killed between checkpoint and evaluation."""
-  records, found = wanted(cfg, tokens, done), ''
+  records, found = wanted(cfg, tokens, done), []
   if not records:
     return []
   with distributed.fail_together():
     if distributed.is_primary():
-      found = json.dumps(metrics.recorded(cfg.train.workdir, done))
-  found = {tuple(of) for of in json.loads(distributed.broadcast_one_to_all(found))}
+      found = [list(of) for of in metrics.recorded(cfg.train.workdir, done)]
+  found = {tuple(of) for of in distributed.broadcast_one_to_all(found)}
   return [of for of in records if of not in found]
 
 
@@ -66,7 +65,7 @@ def evaluations(run: run_lib.Run):
   def evaluate(done, state, wanted, log_line) -> bool:
     try:
       if any(kind == 'eval' for kind, _ in wanted):
-        _evaluate(run, done, state, held_out, wanted, log_line)
+        _evaluate(run, done, state, evaluate=held_out, wanted=wanted, log_line=log_line)
       _run_suites(run, done, state, wanted, log_line)
     except distributed.Interrupted:
       return False
@@ -75,7 +74,7 @@ def evaluations(run: run_lib.Run):
   return evaluate
 
 
-def _evaluate(run, done, state, evaluate, wanted, log_line):
+def _evaluate(run, done, state, *, evaluate, wanted, log_line):
   sets = batches_lib.eval_batches(run.tokens, run.cfg, run.mesh)
   for name, batches in sets.items():
     source = None if run.tokens.evaluates_itself_only(sets) else name
@@ -101,7 +100,14 @@ def _run_suites(run, done, state, wanted, log_line):
     try:
       with run.stop.interrupting():
         result = run_suite(
-          name, arg, state.params, run.cfg, run.mesh, run.tokens.tokenizer, done, heartbeat
+          name,
+          arg,
+          state.params,
+          run.cfg,
+          mesh=run.mesh,
+          tokenizer=run.tokens.tokenizer,
+          step=done,
+          heartbeat=heartbeat,
         )
     except fields.FileChanged:
       raise
@@ -125,14 +131,14 @@ def _fed(run, batches):
     yield batch
 
 
-def check(cfg: schema.Config) -> None:
+def check(cfg: schema.CommandConfig) -> None:
   """Validates --eval.tasks.
 
   Raises:
-    ConfigError: see `registry.asked`; or a multi-process run would evaluate a
+    ConfigError: see `registry.selected`; or a multi-process run would evaluate a
       task other than held-out windows.
   """
-  registry.asked(cfg)
+  registry.selected(cfg)
   if named(cfg) and distributed.is_multiprocess():
     raise fields.ConfigError(
       'eval.tasks',
@@ -141,7 +147,7 @@ def check(cfg: schema.Config) -> None:
     )
 
 
-def named(cfg: schema.Config) -> list[tuple[str, str]]:
+def named(cfg: schema.CommandConfig) -> list[tuple[str, str]]:
   """Returns (name, argument) of each task except held-out windows."""
   return [s for s in registry.named(cfg) if s[0] != registry.HELDOUT]
 
@@ -150,7 +156,8 @@ def run_suite(
   name: str,
   arg: str,
   model,
-  cfg: schema.Config,
+  cfg: schema.CommandConfig,
+  *,
   mesh,
   tokenizer: tokenizers.Tokenizer,
   step: int,

@@ -43,7 +43,7 @@ def check(was: schema.Config, cfg: schema.Config, path: str) -> None:
 def _beside_head_1(cfg: schema.Config) -> bool:
   """Whether heads 2..n are layers beside head 1. An anticausal chain is below
   head 1, hence part of what computes the next token."""
-  return cfg.heads.block_first and not heads.family(cfg).reverse
+  return cfg.heads.block_first and not heads.family(cfg.heads).reverse
 
 
 def trained_heads(was: schema.Config, step: int) -> int:
@@ -66,7 +66,7 @@ def as_trained(was: schema.Config, step: int) -> schema.Config:
 
 def trained_part(old: lm.LM, was: schema.Config) -> lm.LM:
   """Returns the parameters of `was` without heads beyond those of `as_trained`."""
-  n_modules = heads.n_modules(was, was.heads.n)
+  n_modules = heads.n_modules(was.heads, was.heads.n)
   trained = jax.tree.map(lambda w: w[:n_modules], old.heads)
   old = old.replace(heads=trained if n_modules else None)
   if was.heads.unembedding == 'replicated':
@@ -91,8 +91,8 @@ def described(was: schema.Config, cfg: schema.Config) -> str:
   parts = [f'{_numbers(1, first)} unchanged']
   if n > first:
     new = 'copied from head 1' if cfg.train.head_init == 'copy' else 'randomly initialized'
-    new = 'from layers of the trunk' if heads.family(cfg).reverse else new
-    if heads.family(cfg).shared_module and first > 1:
+    new = 'from layers of the trunk' if heads.family(cfg.heads).reverse else new
+    if heads.family(cfg.heads).shared_module and first > 1:
       new = 'with the shared module'
     parts.append(f'{_numbers(first + 1, n)} new, {new}')
   if was.heads.n > n:
@@ -129,26 +129,26 @@ def _next_token_layers(old: lm.LM, was: schema.Config) -> block.Block:
   """Returns the layers of trunk and head 1, stacked in order."""
   if not was.heads.block_first:
     return old.trunk
-  last = slice(None, None, -1) if heads.family(was).reverse else slice(0, 1)
+  last = slice(None, None, -1) if heads.family(was.heads).reverse else slice(0, 1)
   return jax.tree.map(
     lambda trunk, head: jnp.concatenate([trunk, head[last]]), old.trunk, old.heads
   )
 
 
 def _heads(fresh, old, layers, was, cfg):
-  f, n = heads.family(cfg), cfg.heads.n
+  f, n = heads.family(cfg.heads), cfg.heads.n
   if fresh.heads is None:
     return None
   own = layers.attn_norm.shape[0] - heads.trunk_layers(cfg)
   if f.reverse:
     return jax.tree.map(lambda w: w[: -own - 1 : -1], layers)
   # Modules of heads 1..n, of heads 2..n, or one shared module.
-  n_modules = heads.n_modules(cfg, n)
+  n_modules = heads.n_modules(cfg.heads, n)
   parts, done = [], 0
   if cfg.heads.block_first:
     parts, done = [jax.tree.map(lambda w: w[-1:], layers)], 1
   more = min(kept(was, cfg) - 1, n_modules - done)
-  if more and heads.family(was).shared_module:
+  if more and heads.family(was.heads).shared_module:
     parts += [old.heads] * more
   elif more:
     parts.append(jax.tree.map(lambda w: w[done : done + more], old.heads))

@@ -7,7 +7,6 @@ import collections
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
 
 import jax
 
@@ -40,7 +39,7 @@ EXIT_REPLACED = lock.Lost.status  # another run has taken over the workdir
 EXIT_DIVERGED = 76  # max_nonfinite consecutive steps were not finite
 
 
-def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) -> int:
+def train(cfg: schema.CommandConfig, progress: run_lib.Progress = run_lib.plain_lines) -> int:
   """Trains to --train.steps, resuming from the newest valid checkpoint of the
   workdir if there is one. Returns the exit status."""
   clock = goodput.Clock()
@@ -49,8 +48,7 @@ def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) 
     tokens = batches_lib.open_tokens(cfg)
     mesh = sharding.make_mesh(cfg)
     sharding.check_batch(cfg, mesh.shape)
-    batches_lib.train_batches(tokens, cfg, 0, mesh)  # raises on indivisible batches
-    batches_lib.eval_batches(tokens, cfg, mesh)  # and on validation sets without a window
+    batches_lib.check(tokens, cfg)
     evaluation.check(cfg)
   batches_lib.check_same_store(tokens, cfg)
   cfg = schema.replace(cfg, **{'data.tokenizer': tokens.recorded})
@@ -63,10 +61,11 @@ def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) 
       if distributed.is_primary():
         held = _acquire_lock(workdir)
         stack.callback(held.release)
-    newest = resume.start_step(cfg, tokens)
-    start = newest or 0
-    if newest == 0 and not source:  # all checkpoints after the import are corrupt
+    position = resume.position(cfg, tokens)
+    if position and not position.step and not source:  # all after the import are corrupt
       source = resume.source(cfg)
+    position = position or resume.Position()
+    start = position.step
     if start >= cfg.train.steps and not evaluation.missing(cfg, tokens, start):
       print(f'{workdir}: training already finished (step {start})')
       return 0
@@ -82,28 +81,27 @@ def train(cfg: schema.Config, progress: run_lib.Progress = run_lib.plain_lines) 
     stack.callback(saver.close)  # waits for the save in progress
     stop = stack.enter_context(distributed.Stop(mesh).on_signal())
     run = run_lib.Run(
-      cfg,
-      mesh,
-      tokens,
-      batches_lib.bytes_of_tokens(tokens, cfg, mesh),
-      held,
-      sinks,
-      saver,
-      stop,
-      clock,
-      ledger,
-      stack.enter_context(watchdog.watchdog(cfg.train.watchdog_s)),
-      progress,
+      cfg=cfg,
+      mesh=mesh,
+      tokens=tokens,
+      bytes_V=batches_lib.bytes_of_tokens(tokens, cfg, mesh),
+      held=held,
+      sinks=sinks,
+      saver=saver,
+      stop=stop,
+      clock=clock,
+      ledger=ledger,
+      heartbeat=stack.enter_context(watchdog.watchdog(cfg.train.watchdog_s)),
+      progress=progress,
     )
-    skipped = metadata.skipped_batches(workdir, start) if start else ()
     n_rollbacks = collections.Counter()  # by the step that the run rolled back to
     try:
       while True:
-        batches = batches_lib.train_batches(tokens, cfg, start, mesh, skipped)
-        ended = _loop(run, start, source, batches, skipped)
+        ended = _loop(run, position, source)
         if not isinstance(ended, rollback.Spike):
           return ended
-        run, start, skipped = rollback.roll_back(run, ended, skipped, stack)
+        run, position = rollback.roll_back(run, ended, position.skipped_batches, stack)
+        start = position.step
         if not start and not source:  # of a run that was resumed
           source = resume.source(cfg)
         n_rollbacks[start] += 1
@@ -126,10 +124,10 @@ def _acquire_lock(workdir: str) -> lock.Lock:
     raise fields.ConfigError('train.workdir', workdir, f'cannot write there: {why}') from error
 
 
-def _loop(
-  run: run_lib.Run, start: int, source, batches: Iterator[dict], skipped
-) -> int | rollback.Spike:
-  cfg, t = run.cfg, run.cfg.train
+def _loop(run: run_lib.Run, position: resume.Position, source) -> int | rollback.Spike:
+  cfg, t, start = run.cfg, run.cfg.train, position.step
+  skipped = position.skipped_batches
+  batches = batches_lib.train_batches(run.tokens, cfg, start, run.mesh, skipped)
   abstract = state_lib.abstract(cfg, run.mesh)
   if start:
     state = restore.restore(t.workdir, start, abstract)
@@ -139,7 +137,7 @@ def _loop(
   step_of = _compiler(run, abstract)
   evaluate = evaluation.evaluations(run)
   clock = run.clock
-  spikes = rollback.SpikeMonitor(run, metadata.spikes(t.workdir, start) if start else {})
+  spikes = rollback.SpikeMonitor(run, position.spikes)
   with (
     run.progress(start, t.steps) as log_line,
     profile_lib.profile(cfg) as profile,
@@ -208,7 +206,15 @@ def _save(run: run_lib.Run, done: int, state, skipped, spikes: rollback.SpikeMon
   if run.sinks and run.ledger:
     run.sinks.sync()
     run.ledger.sync()
-  saver_lib.save(run.saver, done, state, run.cfg, run.tokens.fingerprint, skipped, spikes.state())
+  saver_lib.save(
+    run.saver,
+    done,
+    state,
+    run.cfg,
+    store=run.tokens.fingerprint,
+    skipped_batches=skipped,
+    spikes=spikes.state(),
+  )
 
 
 def _interrupted(run: run_lib.Run, done: int, log_line) -> int:

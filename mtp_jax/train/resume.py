@@ -5,15 +5,23 @@ Collective: all processes call these functions and get what process 0 found, as
 file systems may be inconsistent and another run may save in the meantime.
 """
 
-import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from mtp_jax.checkpoint import metadata, restore
 from mtp_jax.config import fields, schema
+from mtp_jax.data import loader
 from mtp_jax.parallel import distributed
 from mtp_jax.train import init_from, lock
+
+
+class Position(NamedTuple):
+  """Where a run continues."""
+
+  step: int = 0
+  skipped_batches: loader.Ranges = ()
+  spikes: dict[str, Any] = {}  # state of the spike detector
 
 
 class Source(NamedTuple):
@@ -28,7 +36,7 @@ class Source(NamedTuple):
 def newest(workdir: str) -> int | None:
   """Returns the step of the newest checkpoint, as seen by process 0."""
   found = max(restore.steps(workdir), default=None)
-  return json.loads(distributed.broadcast_one_to_all(json.dumps(found)))
+  return distributed.broadcast_one_to_all(found)
 
 
 def source(cfg) -> Source | None:
@@ -38,7 +46,7 @@ def source(cfg) -> Source | None:
   imported = newest(cfg.train.workdir)
   if imported is None and not path:
     return None
-  message = ''
+  found = None
   with distributed.fail_together():
     if imported is not None and path:
       raise fields.ConfigError(
@@ -52,12 +60,11 @@ def source(cfg) -> Source | None:
     # The other run may save in the meantime: all use what process 0 found.
     if distributed.is_primary():
       found = restore.find(path)
-      if imported is None:  # an import is verified by `start_step`
+      if imported is None:  # an import is verified by `position`
         restore.verify(*found)
-      message = json.dumps(found)
-  workdir, step = json.loads(distributed.broadcast_one_to_all(message))
+  workdir, step = distributed.broadcast_one_to_all(found)
   with distributed.fail_together():
-    saved, _ = metadata.read_metadata(workdir, step)
+    saved = metadata.read(workdir, step).cfg
     was = init_from.as_trained(saved, step)
     init_from.check(was, cfg, path)
     if was.data.tokenizer not in ('', cfg.data.tokenizer):
@@ -70,29 +77,26 @@ def source(cfg) -> Source | None:
   return Source(workdir, step, saved, was)
 
 
-def newest_good(workdir: str, suits=lambda step: True) -> int:
-  """Returns the newest step with a valid checkpoint among those that suit, as
-  seen by process 0; 0 (the start) if there is none."""
-  return _newest_good(workdir, suits)[0] or 0
-
-
-def _newest_good(workdir, suits=lambda step: True) -> tuple[int | None, list]:
-  message = ''
+def newest_valid(workdir: str, suits=lambda step: True) -> tuple[int | None, list]:
+  """Returns (the newest step with a valid checkpoint among those that suit, or None;
+  the corrupt newer ones), as seen by process 0."""
+  found = None
   with distributed.fail_together():
     if distributed.is_primary():
-      message = json.dumps(restore.latest_valid_step(workdir, suits))
-  return json.loads(distributed.broadcast_one_to_all(message))
+      found = restore.latest_valid_step(workdir, suits)
+  return distributed.broadcast_one_to_all(found)
 
 
-def start_step(cfg, tokens) -> int | None:
-  """Returns the step of the newest valid checkpoint, None without one; corrupt
+def position(cfg, tokens) -> Position | None:
+  """Returns the Position of the newest valid checkpoint, None without one; corrupt
   newer ones are quarantined.
 
   Raises:
     ConfigError: the workdir is not shared, or holds a run with other flags.
   """
   workdir = cfg.train.workdir
-  step, corrupt = _newest_good(workdir)
+  step, corrupt = newest_valid(workdir)
+  found = None if step is None else Position(step)
   with distributed.fail_together():
     if not lock.is_held(workdir):
       raise fields.ConfigError(
@@ -102,7 +106,9 @@ def start_step(cfg, tokens) -> int | None:
         ' there; all machines must share it',
       )
     if step:
-      _check_same_run(cfg, tokens, step)
+      saved = metadata.read(workdir, step)
+      _check_same_run(cfg, tokens, saved)
+      found = Position(step, saved.skipped_batches, saved.spikes)
   with distributed.fail_together():  # no process lists them before the rename
     for bad, why in corrupt if distributed.is_primary() else ():
       name = restore.quarantine(workdir, bad)
@@ -110,12 +116,11 @@ def start_step(cfg, tokens) -> int | None:
         f'checkpoint {bad} is corrupt: {why}; quarantined as checkpoints/{name},'
         f' resuming from step {step}'
       )
-  return step
+  return found
 
 
-def _check_same_run(cfg, tokens, start) -> None:
-  workdir = cfg.train.workdir
-  old, fingerprint = metadata.read_metadata(workdir, start)
+def _check_same_run(cfg, tokens, saved: metadata.Metadata) -> None:
+  workdir, old = cfg.train.workdir, saved.cfg
   for name, was, now in schema.changed(old, cfg):
     raise fields.ConfigError(
       name,
@@ -128,7 +133,7 @@ def _check_same_run(cfg, tokens, start) -> None:
       f'--train.steps was {old.train.steps}, is {cfg.train.steps}: the'
       ' learning-rate schedule changes'
     )
-  if fingerprint != tokens.fingerprint:
+  if saved.store != tokens.fingerprint:
     raise fields.ConfigError(
       'data.store',
       cfg.data.store,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtp_jax.checkpoint import restore
+from mtp_jax.checkpoint import metadata, restore
 from mtp_jax.checkpoint import saver as saver_lib
 from mtp_jax.data import loader
 from mtp_jax.losses import metrics as metrics_lib
@@ -27,29 +27,32 @@ class Spike(NamedTuple):
   log_line: Callable
 
 
-def roll_back(run: run_lib.Run, spike: Spike, left_out, stack):
+def roll_back(run: run_lib.Run, spike: Spike, skipped, stack):
   """Rolls back to the newest checkpoint before a spike, skipping the batches that
-  led to it. Returns (run, step, skipped batches) to resume with.
+  led to it. Returns (run, resume.Position) to continue with.
 
   Only checkpoints at the run's cadence qualify: with those of interruptions the
   result would depend on when a signal arrived.
   """
   cfg, workdir = run.cfg, run.cfg.train.workdir
-  batch = loader.index_of(spike.step - 1, left_out)
+  batch = loader.index_of(spike.step - 1, skipped)
   first = max(0, batch + 1 - cfg.train.skip_batches)
-  left_out = loader.leave_out(left_out, first, batch)
+  skipped = loader.with_skipped(skipped, first, batch)
   run.saver.wait_until_finished()
   run_lib.check_held(run)
-  start = resume.newest_good(
+  start, _ = resume.newest_valid(
     workdir, lambda step: step < spike.step and saver_lib.is_at_cadence(step, cfg.train)
   )
   if not start and spike.step > (cfg.train.checkpoint_every or cfg.train.steps):
     # The run had another cadence before.
-    start = resume.newest_good(workdir, lambda step: step < spike.step)
+    start, _ = resume.newest_valid(workdir, lambda step: step < spike.step)
+  start, saved = start or 0, None
   with distributed.fail_together():
     for step in restore.steps(workdir) if distributed.is_primary() else ():
       if step > start:
         restore.quarantine(workdir, step, 'spike')
+    if start:
+      saved = metadata.read(workdir, start)
   spike.log_line(f'rolling back to step {start}; skipping batches {first}-{batch}')
   saver = saver_lib.Saver(workdir, cfg)
   stack.callback(saver.close)
@@ -62,7 +65,8 @@ def roll_back(run: run_lib.Run, spike: Spike, left_out, stack):
     run = run._replace(sinks=sinks, ledger=ledger)
     stack.callback(sinks.close)
     stack.callback(ledger.close)
-  return run._replace(clock=goodput.Clock()), start, left_out
+  spikes = saved.spikes if saved else {}
+  return run._replace(clock=goodput.Clock()), resume.Position(start, skipped, spikes)
 
 
 class SpikeMonitor:

@@ -22,7 +22,7 @@ def plain_lines(start: int, steps: int):
 class Run(NamedTuple):
   """Resources of a training run; lock, sinks and ledger in the primary process."""
 
-  cfg: schema.Config
+  cfg: schema.CommandConfig
   mesh: Any
   tokens: corpus.Corpus
   bytes_V: Any

@@ -53,7 +53,9 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-    new = update.update(state.params, state.opt_state, grads, state.step, n_active, cfg)
+    new = update.update(
+      state.params, state.opt_state, grads, step=state.step, n_active=n_active, cfg=cfg
+    )
     new = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), new, (state.params, state.opt_state)
     )

@@ -21,7 +21,7 @@ from mtp_jax.model import heads
 from mtp_jax.planning import ahead, report
 
 
-def keeps_all_logits(w: backward.Weights, rows: backward.LossInputs, cfg):
+def keeps_all_logits(w: backward.DiffInputs, rows: backward.NondiffInputs, cfg):
   """A strategy like those of backward.STRATEGIES, for a shared unembedding."""
   shared = head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
   w = w._replace(norm_D=shared.norm_D)
@@ -39,7 +39,7 @@ def keeps_all_logits(w: backward.Weights, rows: backward.LossInputs, cfg):
   per_head = head_loss.HeadBatch(
     k=rows.k_K, target_BT=None, valid_BT=None, scale=None, probe=w.probe_K
   )
-  _, (h_KBTD, _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg)
+  _, (h_KBTD, _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg.heads)
   logits_KBTV = jnp.einsum(
     'KBTD,DV->KBTV',
     h_KBTD,
@@ -56,7 +56,7 @@ def keeps_all_logits(w: backward.Weights, rows: backward.LossInputs, cfg):
     rows.valid_KBT * (argmax_KBT == rows.targets_KBT), axis=(1, 2), dtype=jnp.float32
   )
   stats = cross_entropy.Stats(loss_K, 0 * loss_K, correct_K, argmax_KBT)
-  return jnp.sum(rows.scale_K * loss_K), head_loss.HeadStats(stats, jnp.zeros_like(loss_K))
+  return jnp.sum(rows.scale_K * loss_K), head_loss.HeadStats(stats, jnp.zeros_like(loss_K), None)
 
 
 def main(args) -> None:

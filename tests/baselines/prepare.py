@@ -163,7 +163,7 @@ def peak():  # getrusage would include the process before exec
 
 name, source, out = sys.argv[1:]
 if source.startswith('parquet'):
-  documents._pyarrow()
+  documents.pyarrow()
 tokenizer = tokenizers.get(name)
 tokenizer.encode('a text')
 before = peak()

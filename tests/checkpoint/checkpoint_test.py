@@ -46,7 +46,7 @@ def _abstract(cfg):
 def _save(workdir, cfg, states: dict):
   with saver.Saver(str(workdir), cfg) as to:
     for step, state in states.items():
-      saver.save(to, step, state, cfg, 'the store')
+      saver.save(to, step, state, cfg, store='the store')
       to.wait_until_finished()
 
 
@@ -80,8 +80,8 @@ def test_restore_params_only(saved):
 
 
 def test_checkpoint_metadata(saved):
-  cfg, store = metadata.read_metadata(str(saved[0]), 7)
-  assert (cfg, store) == (_cfg('as saved'), 'the store')
+  found = metadata.read(str(saved[0]), 7)
+  assert (found.cfg, found.store) == (_cfg('as saved'), 'the store')
 
 
 @pytest.mark.parametrize(
@@ -188,15 +188,15 @@ def test_invalid_metadata_is_a_one_line_error(tmp_path, changes, expected):
     format=metadata.FORMAT, store='', left_out=[], config=json.loads(parse.to_json(tiny.cfg()))
   )
   path.write_text(json.dumps(about))
-  assert metadata.read_metadata(str(tmp_path), 7) == (tiny.cfg(), '')
+  assert metadata.read(str(tmp_path), 7) == (schema.run_config(tiny.cfg()), '', (), {})
   path.write_text(json.dumps(about | changes))
   with pytest.raises(paths.InputError) as error:
-    metadata.read_metadata(str(tmp_path), 7)
+    metadata.read(str(tmp_path), 7)
   assert str(error.value).startswith(f'{folder}: cannot be read as a checkpoint: about: {expected}')
 
 
 def _read_all(workdir):
-  metadata.read_metadata(str(workdir), 7)
+  metadata.read(str(workdir), 7)
   x = jax.ShapeDtypeStruct((1000,), jnp.float32, sharding=jnp.ones(1).sharding)
   return restore.restore(str(workdir), 7, dict(x=x))
 
@@ -338,7 +338,7 @@ def test_save_that_cannot_be_reopened_fails(tmp_path, capsys):
   cfg = _cfg('one device')
   state = dict(params=jnp.arange(8.0))
   with saver.Saver(str(workdir), cfg) as to:
-    saver.save(to, 3, state, cfg, 'the store')
+    saver.save(to, 3, state, cfg, store='the store')
     to.wait_until_finished()
     with pytest.raises(paths.InputError, match='checkpoint 3 could not be'):
       to.check()
@@ -355,7 +355,7 @@ def test_previous_checkpoint_is_kept_until_newest_is_verified(tmp_path, monkeypa
   )
   with saver.Saver(str(tmp_path), cfg) as to:
     for step in (2, 4):
-      saver.save(to, step, ONE, cfg, '')
+      saver.save(to, step, ONE, cfg, store='')
     to.wait_until_finished()
   assert restore.latest_valid_step(str(tmp_path)) == (2, [])
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['2', '4.unreadable']
@@ -407,9 +407,9 @@ def test_manifest_blocks_next_save_and_end_but_no_step(tmp_path, monkeypatch):
 
   monkeypatch.setattr(manifest, 'write', patched)
   with saver.Saver(str(tmp_path), tiny.cfg()) as to:
-    assert 0 < saver.save(to, 1, ONE, tiny.cfg(), '') < 30
+    assert 0 < saver.save(to, 1, ONE, tiny.cfg(), store='') < 30
     threading.Timer(0.5, slow.set).start()
-    assert 0.3 < saver.save(to, 2, ONE, tiny.cfg(), '') < 30
+    assert 0.3 < saver.save(to, 2, ONE, tiny.cfg(), store='') < 30
     assert _manifests(tmp_path)[0] == '1/manifest.json'
   assert _manifests(tmp_path) == ['1/manifest.json', '2/manifest.json']
 
@@ -440,9 +440,9 @@ def test_failed_save_leaves_no_files_and_keeps_others(tmp_path, monkeypatch, cap
   _patch_save_of(monkeypatch, 4, where)
   cfg, folder = tiny.cfg(train__max_to_keep=keep), tmp_path / 'checkpoints'
   with saver.Saver(str(tmp_path), cfg) as to:
-    saver.save(to, 2, ONE, cfg, '')
+    saver.save(to, 2, ONE, cfg, store='')
     to.wait_until_finished()
-    saver.save(to, 4, ONE, cfg, '')
+    saver.save(to, 4, ONE, cfg, store='')
     limit = time.monotonic() + 30
     while not to.failed or os.listdir(folder) != ['2']:  # not at the next save
       assert time.monotonic() < limit
@@ -456,7 +456,7 @@ def test_failed_save_leaves_no_files_and_keeps_others(tmp_path, monkeypatch, cap
       ' left on the device; the newest there is 2'
     )
     for step in (6, 8):
-      saver.save(to, step, ONE, cfg, '')
+      saver.save(to, step, ONE, cfg, store='')
     to.wait_until_finished()
     to.check()
   kept = [6, 8] if keep == 1 else [2, 6, 8]

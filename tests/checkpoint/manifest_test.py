@@ -33,7 +33,7 @@ def flip(path, at=-1):
 
 
 def test_what_was_written_is_whole(folder):
-  assert manifest.damage(folder) == ''
+  assert manifest.problem(folder) == ''
   files = json.loads((folder / manifest.NAME).read_text())['files']
   assert sorted(files) == ['about', 'state/d/large', 'state/empty']
   # Of sha256sum.
@@ -48,37 +48,37 @@ def test_what_was_written_is_whole(folder):
 @pytest.mark.parametrize('at', [0, manifest.BLOCK, 3 * manifest.BLOCK])
 def test_a_flipped_bit(folder, at):
   flip(folder / 'state' / 'd' / 'large', at)
-  assert manifest.damage(folder) == 'state/d/large does not match its sha256'
+  assert manifest.problem(folder) == 'state/d/large does not match its sha256'
 
 
 @pytest.mark.parametrize('size', [0, 1, 3 * manifest.BLOCK + 2])
 def test_another_size(folder, size):
   (folder / 'state' / 'd' / 'large').write_bytes(bytes(size))
-  assert manifest.damage(folder) == (f'state/d/large has {size:,} bytes, not 12,582,913')
+  assert manifest.problem(folder) == (f'state/d/large has {size:,} bytes, not 12,582,913')
 
 
 def test_a_missing_file(folder):
   (folder / 'state' / 'empty').unlink()
-  assert manifest.damage(folder) == 'state/empty is missing'
+  assert manifest.problem(folder) == 'state/empty is missing'
   (folder / 'state').rmtree()
-  assert manifest.damage(folder) == 'state/d/large is missing'
+  assert manifest.problem(folder) == 'state/d/large is missing'
 
 
 def test_a_file_that_cannot_be_read(folder):
   (folder / 'about').unlink()
   (folder / 'about').mkdir()
-  assert manifest.damage(folder).startswith('about ')
+  assert manifest.problem(folder).startswith('about ')
 
 
 def test_what_else_lies_there_is_no_matter(folder):
   (folder / 'notes').write_text('mine')
-  assert manifest.damage(folder) == ''
+  assert manifest.problem(folder) == ''
 
 
 def test_without_a_manifest_nothing_is_known(folder):
   (folder / manifest.NAME).unlink()
   (folder / 'about').unlink()
-  assert manifest.damage(folder) == ''
+  assert manifest.problem(folder) == ''
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_without_a_manifest_nothing_is_known(folder):
 )
 def test_corrupt_manifest_is_detected(folder, text, expected):
   (folder / manifest.NAME).write_text(text)
-  found = manifest.damage(folder)
+  found = manifest.problem(folder)
   assert found.startswith(f'manifest.json cannot be read: {expected}')
 
 
@@ -126,19 +126,19 @@ def test_a_manifest_names_files_of_its_folder_only(folder, name):
   """Devices must not be read: /dev/zero never ends."""
   file = dict(size=0, sha256='')
   (folder / manifest.NAME).write_text(json.dumps(dict(files={name: file})))
-  assert manifest.damage(folder).endswith('which lies elsewhere')
+  assert manifest.problem(folder).endswith('which lies elsewhere')
 
 
 def test_a_link_to_a_device_is_not_read(folder):
   (folder / 'state' / 'empty').unlink()
   os.symlink('/dev/zero', folder / 'state' / 'empty')
-  assert manifest.damage(folder) == 'state/empty is not a regular file'
+  assert manifest.problem(folder) == 'state/empty is not a regular file'
 
 
 def test_a_manifest_that_was_altered(folder):
   path = folder / manifest.NAME
   path.write_text(path.read_text().replace('44136fa3', '44136fa4'))
-  assert manifest.damage(folder) == 'about does not match its sha256'
+  assert manifest.problem(folder) == 'about does not match its sha256'
 
 
 def test_it_is_written_whole_or_not_at_all(folder, monkeypatch):

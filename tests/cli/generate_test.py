@@ -513,7 +513,7 @@ def test_strided_heads_do_not_draft():
 
 
 def test_run_directory_contains_its_tokenizer(undisturbed):
-  cfg, _ = metadata.read_metadata(str(undisturbed), 6)
+  cfg = metadata.read(str(undisturbed), 6).cfg
   assert cfg.data.tokenizer == 'bytes'
   assert not os.path.exists(undisturbed / 'tokenizer')
   assert store_lib.FORMAT  # bytes need no file

@@ -76,7 +76,7 @@ def test_helpfull_lists_flags_with_defaults(capsys, command):
   assert main.main([command, '--heads.n=3', '--helpfull']) == 0
   lines = capsys.readouterr().out.splitlines()
   shown = [line.strip() for line in lines if line.startswith('  --')]
-  default = schema.Config()
+  default = schema.CommandConfig()
   wanted = []
   for section in SECTIONS[command]:  # the command's own come first
     for name in schema.fields():

@@ -39,7 +39,7 @@ def _cfg(stores, text, **changes):
   """`text` is a list of stores with @ for their directory."""
   text = text.replace('@', f'{stores}/')
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  return schema.replace(schema.Config(), **{'data.store': text} | changes)
+  return schema.replace(schema.CommandConfig(), **{'data.store': text} | changes)
 
 
 def _open(stores, text, **changes) -> corpus.Corpus:
@@ -95,7 +95,7 @@ def test_format_stores_keeps_a_single_store_unchanged():
   ],
 )
 def test_bad_store_lists_raise(flag, text, problem):
-  cfg = schema.replace(schema.Config(), **{'data.store': 's', flag: text})
+  cfg = schema.replace(schema.CommandConfig(), **{'data.store': 's', flag: text})
   line = _refused(validate.validate, cfg)
   assert line == f'--{flag}={text}: {problem}'
 

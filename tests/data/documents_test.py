@@ -8,12 +8,12 @@ import pytest
 
 from mtp_jax.cli import main
 from mtp_jax.config import fields as fields_lib
-from mtp_jax.data import documents, store
+from mtp_jax.data import documents, readers, records, store
 
 
 def _read(sources: str, *args) -> list[tuple[str, str]]:
   """Returns names and texts of documents without loss spans."""
-  found = list(documents.read(sources, *args))
+  found = list(readers.read(sources, *args))
   assert not any(document.loss_spans for document in found)
   return [(document.name, document.text) for document in found]
 
@@ -39,7 +39,7 @@ def test_stdlib_source_lists_sorted_modules():
   assert names == sorted(names) and len(names) > 500
   assert 'class JSONDecoder' in found['stdlib/json/decoder.py']
   parts = {part for name in names for part in name.split('/')[:-1]}
-  assert not parts & documents.NOT_STDLIB
+  assert not parts & readers.NOT_STDLIB
   assert all(name.endswith('.py') for name in names)
 
 
@@ -167,7 +167,7 @@ def test_corrupt_or_missing_files_raise_with_their_path(tmp_path, monkeypatch):
     for kind in ('text', 'jsonl'):
       problem = _refused(f'{kind}:{tmp_path}/{name}')
       assert problem.startswith(f'cannot read {tmp_path}/{name}: ')
-  later = documents.read(f'text:{whole}')
+  later = readers.read(f'text:{whole}')
   whole.unlink()  # between the look-up and the reading
   with pytest.raises(fields_lib.ConfigError, match='No such file or directory'):
     next(later)
@@ -215,7 +215,7 @@ def test_sources_are_looked_up_before_reading(tmp_path):
   path = tmp_path / 'a.txt'
   path.write_text('a')
   with pytest.raises(fields_lib.ConfigError, match='text:missing: no such file'):
-    documents.read(f'text:{path},text:missing')
+    readers.read(f'text:{path},text:missing')
   line = json.dumps({'text': 'b'})
   (tmp_path / 'b.jsonl').write_text(line)
   both = f'text:{path} , jsonl:{tmp_path}/b.jsonl'
@@ -226,7 +226,7 @@ def test_jsonl_joins_prompt_and_completion(tmp_path):
   path = tmp_path / 'a.jsonl'
   rows = [dict(p='try é', c='now'), dict(p='', c='x'), dict(p='y', c='')]
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  found = list(documents.read(f'jsonl:{path}#p+c'))
+  found = list(readers.read(f'jsonl:{path}#p+c'))
   assert [(d.name, d.text, d.loss_spans) for d in found] == [
     ('a.jsonl:1', 'try énow', (5,)),
     ('a.jsonl:2', 'x', (0,)),
@@ -259,7 +259,7 @@ def test_jsonl_null_is_an_empty_text(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": null, "b": "x"}\n')
   assert _read(f'jsonl:{path}') == [('a.jsonl:1', '')]
-  (found,) = documents.read(f'jsonl:{path}#text+b')
+  (found,) = readers.read(f'jsonl:{path}#text+b')
   assert (found.text, found.loss_spans) == ('x', (0,))
 
 
@@ -274,11 +274,11 @@ def test_dir_counts_files_that_vanish(tmp_path, monkeypatch):
     return real(path)
 
   skipped = collections.Counter()
-  monkeypatch.setattr(documents.os, 'lstat', lstat)
-  found = documents.read(f'dir:{tmp_path}', skipped)
+  monkeypatch.setattr(readers.os, 'lstat', lstat)
+  found = readers.read(f'dir:{tmp_path}', skipped)
   (tmp_path / 'c').unlink()
   assert [document.text for document in found] == ['b']
-  assert skipped == {documents.VANISHED: 2}
+  assert skipped == {readers.VANISHED: 2}
 
 
 def test_documents_over_the_size_limit_are_skipped_and_reported(tmp_path):
@@ -289,7 +289,7 @@ def test_documents_over_the_size_limit_are_skipped_and_reported(tmp_path):
   lines = [json.dumps(dict(text='a' * n)) for n in (200, 89, 3, 88)]
   (tmp_path / 'e.jsonl').write_text('\n'.join(lines))
   skipped, lines = collections.Counter(), []
-  found = documents.read(
+  found = readers.read(
     f'dir:{tmp_path}/d,text:{tmp_path}/c.gz,jsonl:{tmp_path}/e.jsonl',
     skipped,
     max_bytes=100,
@@ -316,12 +316,12 @@ def test_large_files_are_read_in_blocks(tmp_path, monkeypatch):
   (tmp_path / 'c').write_bytes(text.encode() + b'\0')
   _gz(tmp_path / 'd.gz', text.encode())
   for source in (f'dir:{tmp_path}', f'text:{tmp_path}/d.gz'):
-    (found,) = documents.read(source, skipped, whole=False)
+    (found,) = readers.read(source, skipped, whole=False)
     assert found.text == '' and ''.join(found.blocks()) == text
-    (found,) = documents.read(source)
+    (found,) = readers.read(source)
     assert found.text == text
   assert skipped == {'files that are not UTF-8 text': 3}
-  (found,) = documents.read(f'text:{tmp_path}/a', whole=False)
+  (found,) = readers.read(f'text:{tmp_path}/a', whole=False)
   (tmp_path / 'a').write_text(text + 'x')
   with pytest.raises(fields_lib.ConfigError, match='changed during reading'):
     list(found.blocks())
@@ -345,7 +345,7 @@ LINES = [
 def test_large_jsonl_lines_are_decoded_in_blocks(tmp_path, monkeypatch, block, escaped):
   """The result equals that of the json module."""
   monkeypatch.setattr(documents, 'HELD', 50)
-  monkeypatch.setattr(documents, 'LONG', 20)
+  monkeypatch.setattr(records, 'LONG', 20)
   monkeypatch.setattr(documents, 'BLOCK', block)
   lines = [json.dumps(x, ensure_ascii=escaped) for x in LINES]
   # Surrogates, as JSON escapes, alone and in pairs.
@@ -356,19 +356,19 @@ def test_large_jsonl_lines_are_decoded_in_blocks(tmp_path, monkeypatch, block, e
   lines += [r'{"text": "a", "text": "%s"}' % ('b' * 99)]
   path = tmp_path / 'a.jsonl'
   path.write_text('\n'.join(lines))
-  expected = [d.text for d in documents.read(f'jsonl:{path}')]
-  found = list(documents.read(f'jsonl:{path}', whole=False))
+  expected = [d.text for d in readers.read(f'jsonl:{path}')]
+  found = list(readers.read(f'jsonl:{path}', whole=False))
   assert [''.join(d.blocks()) for d in found] == expected
   assert sum(d.read is not None for d in found) >= len(lines) - 3
 
 
 def test_large_jsonl_lines_keep_their_loss_spans(tmp_path, monkeypatch):
   monkeypatch.setattr(documents, 'HELD', 50)
-  monkeypatch.setattr(documents, 'LONG', 20)
+  monkeypatch.setattr(records, 'LONG', 20)
   path, pairs = (tmp_path / 'a.jsonl', [('\u00e9', 'x'), ('a' * 60, 'b\u00e9' * 60)])
   pairs += [('\u00e9' * 60, 'y'), ('z', '\u4e2d' * 60), ('', 'x' * 60)]
   path.write_text('\n'.join(json.dumps(dict(p=p, c=c)) for p, c in pairs))
-  for found, (p, c) in zip(documents.read(f'jsonl:{path}#p+c', whole=False), pairs, strict=True):
+  for found, (p, c) in zip(readers.read(f'jsonl:{path}#p+c', whole=False), pairs, strict=True):
     assert ''.join(found.blocks()) == p + c and found.loss_spans == (len(p),)
 
 
@@ -391,13 +391,13 @@ BAD_LINES = [
 @pytest.mark.parametrize('line', BAD_LINES)
 def test_large_jsonl_lines_raise_the_same_errors(tmp_path, monkeypatch, line):
   monkeypatch.setattr(documents, 'HELD', 50)
-  monkeypatch.setattr(documents, 'LONG', 20)
+  monkeypatch.setattr(records, 'LONG', 20)
   path = tmp_path / 'a.jsonl'
   path.write_bytes(line.replace(b'%s', b'x' * 100))
   problems = []
   for whole in (True, False):
     with pytest.raises(fields_lib.ConfigError) as error:
-      list(documents.read(f'jsonl:{path}', whole=whole))
+      list(readers.read(f'jsonl:{path}', whole=whole))
     problems.append(str(error.value))
   assert problems[0] == problems[1] and f'{path}:1: ' in problems[0]
   assert 'at at' not in problems[0]
@@ -414,7 +414,7 @@ def test_large_parquet_values_are_decoded_in_blocks(tmp_path, monkeypatch):
     table = pyarrow.table(dict(text=pyarrow.array(texts, kind)))
     parquet.write_table(table, tmp_path / 'a.parquet')
     source = f'parquet:{tmp_path}/a.parquet'
-    found = list(documents.read(source, whole=False, max_bytes=299))
+    found = list(readers.read(source, whole=False, max_bytes=299))
     assert [''.join(d.blocks()) for d in found] == [x or '' for x in texts[:4]]
     assert [d.read is not None for d in found] == [False, True, False, False]
 
@@ -429,7 +429,7 @@ def test_parquet_values_that_are_not_utf8_raise(tmp_path, monkeypatch, n):
   source = f'parquet:{tmp_path}/a.parquet'
   for whole in (True, False):
     with pytest.raises(fields_lib.ConfigError, match='a.parquet is not UTF-8 text'):
-      list(documents.read(source, whole=whole))
+      list(readers.read(source, whole=whole))
 
 
 # Names that are not UTF-8.

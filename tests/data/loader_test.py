@@ -371,7 +371,7 @@ def test_skipped_ranges_are_merged():
   """Compares with a list from which the batches are removed."""
   skipped, order = (), list(range(40))
   for first, last in ((10, 12), (5, 5), (12, 15), (-2, 1), (6, 9), (30, 31)):
-    skipped = loader.leave_out(skipped, first, last)
+    skipped = loader.with_skipped(skipped, first, last)
     order = [x for x in order if not first <= x <= last]
     assert [loader.index_of(i, skipped) for i in range(len(order))] == order
   assert skipped == ((0, 2), (5, 11), (30, 2))

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers as hf
 
 from mtp_jax.config import fields
-from mtp_jax.data import documents, ranks, store, tokenizers
+from mtp_jax.data import documents, ranks, readers, store, tokenizers
 
 CODE = open(argparse.__file__, encoding='utf-8').read()[:20_000]
 TEXTS = ('def f(x):\n  return "é😀"\n', CODE[:3000])
@@ -172,12 +172,12 @@ def test_parquet_and_zst(tmp_path):
 
   table = pyarrow.table(dict(text=['a', None, 'b'], n=[1, 2, 3]))
   pyarrow.parquet.write_table(table, tmp_path / 't.parquet')
-  found = list(documents.read(f'parquet:{tmp_path}/*.parquet'))
+  found = list(readers.read(f'parquet:{tmp_path}/*.parquet'))
   assert [d.text for d in found] == ['a', '', 'b']
   assert found[2].name == 't.parquet:3'
   packed = pyarrow.compress(b'{"text":"x"}\n{"text":"y"}\n', codec='zstd', asbytes=True)
   (tmp_path / 'a.jsonl.zst').write_bytes(packed * 2)  # two frames
-  found = list(documents.read(f'jsonl:{tmp_path}/a.jsonl.zst'))
+  found = list(readers.read(f'jsonl:{tmp_path}/a.jsonl.zst'))
   assert [d.text for d in found] == ['x', 'y', 'x', 'y']
 
 
@@ -203,7 +203,7 @@ def test_corrupt_documents_raise_on_one_line(tmp_path, source, problem):
   (tmp_path / 'cut.txt.zst').write_bytes(packed[:-3])
   (tmp_path / 'junk.txt.zst').write_bytes(b'junk')
   with pytest.raises(fields.ConfigError, match=problem) as error:
-    list(documents.read(source.format(tmp_path)))
+    list(readers.read(source.format(tmp_path)))
   assert '\n' not in str(error.value)
 
 

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import tokenizers as hf
 
-from mtp_jax.data import documents, encoding, splitting, spool, tokenizers
+from mtp_jax.data import documents, encoding, readers, splitting, spool, tokenizers
 from tests.support import texts as texts_lib
 
 
@@ -261,7 +261,7 @@ def test_spool_does_not_depend_on_splitting(kind, monkeypatch, tmp_path):
   ]
 
   def fill(name, whole):
-    read = documents.read(f'text:{tmp_path}/a.txt', whole=whole)
+    read = readers.read(f'text:{tmp_path}/a.txt', whole=whole)
     found = spool.fill(tmp_path / name, [*read, *more], tokenizer)
     return (tmp_path / name).read_bytes(), found
 
@@ -294,7 +294,7 @@ def test_memory_does_not_grow_with_document_size(tmp_path):
   tokenizer = tokenizers.get('bytes')
   tracemalloc.start()
   try:
-    read = documents.read(f'text:{path}', whole=False)
+    read = readers.read(f'text:{path}', whole=False)
     found = spool.fill(tmp_path / 'spool', read, tokenizer)
     _, peak = tracemalloc.get_traced_memory()
   finally:

@@ -7,7 +7,7 @@ import pytest
 
 from mtp_jax.cli import main
 from mtp_jax.config import fields
-from mtp_jax.data import documents, store, tasks, tokenizers
+from mtp_jax.data import readers, store, tasks, tokenizers
 from tests.support import solvers
 
 STAR = tasks.named('star_graph/d=3/length=4/nodes=30')
@@ -141,12 +141,12 @@ def test_bad_task_names_raise(text, problem):
   with pytest.raises(ValueError, match=problem):
     tasks.named(text)
   with pytest.raises(fields.ConfigError, match='--data.documents=task:'):
-    documents.read(f'task:{text}')
+    readers.read(f'task:{text}')
 
 
 def test_task_documents_mask_out_the_prompt(tmp_path):
   source = 'task:star_graph/d=2/length=3/items=40'
-  found = list(documents.read(source))
+  found = list(readers.read(source))
   assert len(found) == 40
   store.write(
     str(tmp_path / 's'), iter(found), tokenizers.get('bytes'), valid_fraction=0.0, sources=source
@@ -164,7 +164,7 @@ def test_task_documents_mask_out_the_prompt(tmp_path):
 def test_excluded_test_items_are_counted(capsys, tmp_path):
   source = 'task:polynomial/p=3/n=2/train=2/test=1'
   skipped = collections.Counter()
-  found = list(documents.read(f'{source}/items=500', skipped))
+  found = list(readers.read(f'{source}/items=500', skipped))
   (n,) = skipped.values()
   assert n and len(found) + n == 500
   assert (
@@ -182,7 +182,7 @@ def test_excluded_test_items_are_counted(capsys, tmp_path):
   assert f'skipped    {n} items in the test set' in out
   one = 'task:polynomial/p=2/n=1/train=1/test=1/items=50'
   with pytest.raises(fields.ConfigError, match='all of its items are in the test set'):
-    list(documents.read(one))
+    list(readers.read(one))
 
 
 def test_repeated_task_items_are_kept(tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_repeated_task_items_are_kept(tmp_path, monkeypatch):
   belong to the same split."""
   monkeypatch.setattr(tasks, 'N_TESTS', 5)
   source = 'task:polynomial/p=3/n=1/train=3/test=1/items=3000'
-  found = list(documents.read(source))
+  found = list(readers.read(source))
   manifest = store.write(
     str(tmp_path / 's'), iter(found), tokenizers.get('bytes'), valid_fraction=0.3, sources=source
   )

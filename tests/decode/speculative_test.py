@@ -113,11 +113,15 @@ def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(decode.mesh):
     w = weights.in_use(decode._weights, s)
-    state, caches = decode._start(prompts, range(4), 49, decoding.ROWS, 64, sampling, s)
+    state, caches = decode._start(
+      prompts, range(4), 49, B=decoding.ROWS, slots=64, sampling=sampling, s=s
+    )
     for first in range(0, 8, 4):
       state, caches = speculative.prefill(w, state, caches, first, C=4, s=s)
     for _ in range(6):
-      state, caches = speculative.run(w, state, caches, 1, 99, sampling, s=s)
+      state, caches = speculative.run(
+        w, state, caches, max_forwards=1, max_accept=99, sampling=sampling, s=s
+      )
       now = jax.device_get(state)
       for row in range(4):
         q = now.length_B[row] - 2
@@ -145,9 +149,11 @@ def test_products_per_forward_pass(family):
   s = setup.setup(c, 4, (1, 1, 1))
   prompts = [np.array(p) for p in PROMPTS]
   with jax.set_mesh(made.mesh):
-    state, caches = made._start(prompts, range(4), 64, B, S, None, s)
+    state, caches = made._start(prompts, range(4), 64, B=B, slots=S, sampling=None, s=s)
     traced = jax.make_jaxpr(
-      lambda w, state, caches: speculative._forward(w, state, caches, 99, None, s)
+      lambda w, state, caches: speculative._forward(
+        w, state, caches, max_accept=99, sampling=None, s=s
+      )
     )(made._weights, state, caches)
   m = c.model
   D, V, NH, GH = (m.d_model, m.vocab_size, m.d_model, m.kv_heads * m.head_width)

@@ -46,7 +46,7 @@ def test_acceptance_matches_decoding_of_the_same_prompts(undisturbed, tmp_path, 
 
 def test_acceptance_prompts_are_first_pieces_then_later_ones(tmp_path):
   path = runs.make_store(str(tmp_path / 'store'))
-  cfg = schema.replace(schema.Config(), **{'data.store': path, 'bench.prompt_len': 10})
+  cfg = schema.replace(schema.CommandConfig(), **{'data.store': path, 'bench.prompt_len': 10})
   split = store_lib.open_store(path).split('valid')
   tokens, offsets = split.tokens[0][:], split.offsets[0][:]
   found = acceptance.pieces(cfg, len(offsets) + 2)

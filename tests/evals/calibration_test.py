@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
-from mtp_jax.evals import calibration, scores
+from mtp_jax.evals import calibration, heldout, scores
 from tests.support import tiny
+
+
+def _evaluator(c, m):
+  return heldout.evaluator(c, m, np.ones(c.model.vocab_size, np.int32), calibrated=True)
 
 
 @pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
@@ -15,7 +19,7 @@ def test_calibration_sums_match_single_scores(mesh):
   m, batch = tiny.mesh(c), tiny.batch(c)
   w = tiny.model(c, m)
   halves = [{k: x[:, s] for k, x in batch.items()} for s in (slice(8), slice(8, 16))]
-  got = calibration.evaluator(c, m)(w, halves, 1)
+  got = _evaluator(c, m)(w, halves, 1)['calibration']
   s = scores.of_batch(w, {k: x[0] for k, x in batch.items()}, m, c, 2)
   for k in range(2):
     valid = s.valid[k]
@@ -32,9 +36,10 @@ def test_calibration_sums_match_single_scores(mesh):
 def test_calibration_covers_trained_heads():
   c = tiny.cfg(heads__n=2, loss__curriculum='0:1;20:2')
   m = tiny.mesh(c)
-  run, rows = calibration.evaluator(c, m), [tiny.batch(c)]
+  run, rows = _evaluator(c, m), [tiny.batch(c)]
   for step, n in ((20, 1), (21, 2)):
-    assert run(tiny.model(c, m), rows, step)['count_K'].shape == (n,)
+    found = run(tiny.model(c, m), rows, step)
+    assert found['calibration']['count_K'].shape == (n,)
 
 
 def test_calibration_error_on_known_values():

@@ -182,7 +182,9 @@ def test_pass_at_k_interval_is_conservative():
   ],
 )
 def test_sampling_flags(changes, ks, temperatures):
-  cfg = schema.replace(schema.Config(), **{k.replace('__', '.'): v for k, v in changes.items()})
+  cfg = schema.replace(
+    schema.CommandConfig(), **{k.replace('__', '.'): v for k, v in changes.items()}
+  )
   assert code.sampling(cfg)[1:] == (ks, temperatures)
 
 
@@ -207,7 +209,7 @@ def test_bad_code_flags_raise_before_loading(changes, flag, problem, tmp_path):
   cfg = _cfg(problem_files.write(tmp_path / 'p.jsonl', problem_files.MBPP))
   cfg = schema.replace(cfg, **{'eval.tasks': 'mbpp'} | changes)
   with pytest.raises(fields.ConfigError) as e:
-    registry.asked(cfg)
+    registry.selected(cfg)
   assert flag in str(e.value).split('=')[0] and problem in str(e.value)
 
 

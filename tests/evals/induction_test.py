@@ -59,7 +59,7 @@ def test_induction_limit_is_spread_over_documents():
 
 def test_induction_texts_covers_the_held_out_split(tmp_path):
   path = runs.make_store(str(tmp_path / 'store'))
-  cfg = schema.replace(schema.Config(), **{'data.store': path})
+  cfg = schema.replace(schema.CommandConfig(), **{'data.store': path})
   opened = store.open_store(path)
   found = list(induction.texts(cfg, BYTES))
   assert len(found) == opened.manifest['splits']['valid']['documents'] > 3
@@ -88,7 +88,9 @@ def test_occurrences_with_other_tokens_count_as_seen():
     decode=lambda ids: ''.join(vocabulary[i] for i in ids if i),
   )
   pool = ([(128, ' Ab')], [(129, 'cd')])
-  item = induction._item('a', text, {'Tomkin'}, pool, pieces, 99, random.Random(0))
+  item = induction._item(
+    'a', text, {'Tomkin'}, pool, tokenizer=pieces, seq_len=99, rng=random.Random(0)
+  )
   assert item.name == 'Abcd' and item.before == [1, 2, 3]
 
 
@@ -149,7 +151,7 @@ def test_induction_scores_the_predicted_position(monkeypatch):
   monkeypatch.setattr(
     induction, 'texts', lambda *_: [documents.Document('a', STORY), documents.Document('b', STORY)]
   )
-  cfg = schema.replace(schema.Config(), **{'data.seq_len': 300})
+  cfg = schema.replace(schema.CommandConfig(), **{'data.seq_len': 300})
   model = subject.Subject('knows', cfg, None, None, BYTES, 1, None)
   found = induction.run(model, '')
   assert found.scalars['accuracy'] == found.scalars['first_occurrence'] == 1
@@ -281,9 +283,9 @@ def test_choice_points_on_known_values(monkeypatch, tmp_path):
   one = np.zeros_like(valid)
   one[0, 0] = True
   short = long._replace(valid=one)
-  monkeypatch.setattr(scores, 'of_rows', lambda *_: [long, short])
+  monkeypatch.setattr(scores, 'of_rows', lambda *_, **__: [long, short])
   cfg = schema.replace(
-    schema.Config(),
+    schema.CommandConfig(),
     **{'heads.n': 2, 'heads.stride': 2, 'eval.data': f'jsonl:{text}#text', 'data.seq_len': 16},
   )
   tiny_subject = subject.Subject('tiny', cfg, None, None, BYTES, 1, None)
@@ -291,7 +293,7 @@ def test_choice_points_on_known_values(monkeypatch, tmp_path):
   # Head 2 predicts tokens 3 and 4 from 0 and 1; of these, 4 is a choice point.
   assert found.scalars == pytest.approx(dict(nats_1=1.1 / 5, nats_2=5.5 / 2, choice_points=1 / 2))
   assert 'of 2 that heads 1 and 2 predict' in found.lines[0]
-  monkeypatch.setattr(scores, 'of_rows', lambda *_: [short, short])
+  monkeypatch.setattr(scores, 'of_rows', lambda *_, **__: [short, short])
   text.write_text('{"text": "b"}\n{"text": "a"}\n')
   found = choice_points.run(tiny_subject, '')
   # No token that both heads predict: the fraction is NaN.

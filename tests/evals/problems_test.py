@@ -40,7 +40,7 @@ def test_humaneval_is_read_from_the_wheel_without_import(tmp_path):
   problem_files.write(folder / 'data' / 'HumanEval.jsonl.gz', [problem_files.HUMANEVAL], gzip.open)
   code = (
     'from mtp_jax.config import schema\nfrom mtp_jax.evals import problems\n'
-    'print(problems.read("humaneval", "", schema.Config()))'
+    'print(problems.read("humaneval", "", schema.CommandConfig()))'
   )
   path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
   out = subprocess.run(

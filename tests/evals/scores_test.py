@@ -7,6 +7,7 @@ import pytest
 
 from mtp_jax.config import schema
 from mtp_jax.evals import scores
+from mtp_jax.losses import cross_entropy
 from mtp_jax.model import heads
 from tests.support import tiny
 
@@ -54,9 +55,9 @@ def test_scores_do_not_depend_on_the_batch():
   m = tiny.mesh(c)
   w, rng = tiny.model(c, m), np.random.default_rng(0)
   rows = [rng.integers(0, c.model.vocab_size, size=n) for n in (70, 3, 40, 2, 9)]
-  together = scores.of_rows(w, rows, m, c, 2, batch_size=5)
+  together = scores.of_rows(w, rows, m, c, n_active=2, batch_size=5)
   for i, row in enumerate(rows):
-    (alone,) = scores.of_rows(w, [row], m, c, 2, batch_size=1)
+    (alone,) = scores.of_rows(w, [row], m, c, n_active=2, batch_size=1)
     assert together[i].nats.shape == (2, len(row) - 1)
     assert together[i].valid[0].all()
     assert together[i].valid[1].sum() == len(row) - 2
@@ -68,7 +69,8 @@ def test_ranks_on_known_logits():
   logits = np.array([1.0, 3.0, 3.0, 2.0, 0.0], np.float32)
   h, unembed = np.ones((1, 5, 1), np.float32), logits[None]
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
-    _, (nats, rank, top, best) = scores._of_targets(h, unembed, np.arange(5)[None], None)
+    target = np.arange(5)[None]
+    nats, rank, top, best = scores.of_target(cross_entropy.logits(h, unembed, target), target)
   p = np.exp(logits) / np.exp(logits).sum()
   np.testing.assert_allclose(np.exp(-nats[0]), p, rtol=1e-6)
   assert rank[0].tolist() == [3, 0, 1, 2, 4] and (best == 1).all()

@@ -15,7 +15,7 @@ from tests.support import runs, solvers
 
 def _cfg(**changes):
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  return schema.replace(schema.Config(), **changes)
+  return schema.replace(schema.CommandConfig(), **changes)
 
 
 def _run_suite(monkeypatch, name, arg, answer, n=200):

@@ -99,7 +99,7 @@ def read(top: str) -> None:
     f'--train.workdir={back}',
     '--mesh.fsdp=-1',
   )
-  cfg, _ = metadata.read_metadata(back, 0)
+  cfg = metadata.read(back, 0).cfg
   model = restore.restore_model(back, 0, cfg, sharding.make_mesh(cfg))
   runs.assert_same(jax.device_get(jax.tree.leaves(model)), wanted)
   now = _outputs(top, run, top)

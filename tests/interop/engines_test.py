@@ -20,8 +20,8 @@ import sentencepiece
 from mtp_jax.checkpoint import saver
 from mtp_jax.cli import main
 from mtp_jax.config import schema
-from mtp_jax.data import tokenizers
-from mtp_jax.interop import hf_folder, llama_cpp, mapping, tokens
+from mtp_jax.data import ranks, tokenizers
+from mtp_jax.interop import engines, hf_folder, llama_cpp, llama_cpp_vocabulary, mapping, tokens
 from mtp_jax.io import paths
 from mtp_jax.losses import targets
 from mtp_jax.model import lm
@@ -288,7 +288,7 @@ def test_gguf_unused_ids_get_unique_names(tmp_path):
   files = {'tokenizer.json': json.dumps(about).encode()}
   tokenizer = tokenizers.of_files('hf:x', tokenizer.files | files)
   c = _cfg('gguf', 'sequential')
-  names = llama_cpp.vocabulary(tokenizer, c)['tokenizer.ggml.tokens']
+  names = llama_cpp_vocabulary.vocabulary(tokenizer, c)['tokenizer.ggml.tokens']
   assert len(set(names)) == len(names) == V and '' not in names
   assert names[380] == '[unused 390]' != names[390]
 
@@ -320,10 +320,10 @@ def test_run_by_returns_engine_command_lines():
     ),
     ('meta', ''),
   ):
-    assert hf_folder.run_by(form, out, 3) == expected
-  *_, about = shlex.split(hf_folder.run_by('medusa', out, 3))
+    assert engines.run_by(form, out, 3) == expected
+  *_, about = shlex.split(engines.run_by('medusa', out, 3))
   assert json.loads(about)['model'] == '/tmp/a b/medusa'
-  *python, code, path = shlex.split(hf_folder.run_by('transformers_mtp', out, 3))
+  *python, code, path = shlex.split(engines.run_by('transformers_mtp', out, 3))
   assert python == ['python', '-c'] and path == out
   compile(code, 'code', 'exec')
 
@@ -374,9 +374,9 @@ def test_gguf_pieces_that_join_to_a_special_token_raise(pieces):
     more.CopyFrom(proto)
     for piece in text, '>':
       if piece not in {x.piece for x in proto.pieces}:
-        more.pieces.add(piece=piece, score=-1.0, type=llama_cpp.NORMAL)
+        more.pieces.add(piece=piece, score=-1.0, type=llama_cpp_vocabulary.NORMAL)
     files = {tokenizers.PIECES: more.SerializeToString()}
-    why = llama_cpp.check(tokenizers.of_files('sentencepiece:x', files))
+    why = llama_cpp_vocabulary.check(tokenizers.of_files('sentencepiece:x', files))
     assert (problem in why) if problem else not why, why
 
 
@@ -412,9 +412,9 @@ def _json(path, words, **model):
 
 WORDS = [
   ('gpt-2', '', False),
-  ('llama-bpe', llama_cpp.ranks.WORDS, True),
-  ('dbrx', llama_cpp.ranks.WORDS, False),
-  ('qwen2', llama_cpp.QWEN2, False),
+  ('llama-bpe', ranks.WORDS, True),
+  ('dbrx', ranks.WORDS, False),
+  ('qwen2', llama_cpp_vocabulary.QWEN2, False),
 ]
 
 
@@ -423,14 +423,14 @@ def test_gguf_pre_tokenizer_names(name, words, whole, tmp_path):
   c = _cfg('gguf', 'sequential')
   tokenizer = _json(tmp_path, words, ignore_merges=whole)
   hf_folder.check(c, tokenizer)
-  metadata = llama_cpp.vocabulary(tokenizer, c)
+  metadata = llama_cpp_vocabulary.vocabulary(tokenizer, c)
   assert metadata['tokenizer.ggml.pre'] == name
   names = metadata['tokenizer.ggml.tokens']
   kinds = metadata['tokenizer.ggml.token_type']
   assert len(names) == len(kinds) == V
   assert names[tokenizer.bos] == '<|endoftext|>'
-  assert kinds[tokenizer.bos] == llama_cpp.CONTROL
-  assert kinds[-1] == llama_cpp.UNUSED
+  assert kinds[tokenizer.bos] == llama_cpp_vocabulary.CONTROL
+  assert kinds[-1] == llama_cpp_vocabulary.UNUSED
   assert not metadata['tokenizer.ggml.add_bos_token']  # nor does transformers
 
 
@@ -488,9 +488,9 @@ def test_unsupported_tokenizer_json_for_gguf_raises(tmp_path):
         lambda x: (
           x['model'].update(ignore_merges=True),
           x.update(
-            pre_tokenizer=json.loads(
-              _json(tmp_path, llama_cpp.ranks.WORDS).files['tokenizer.json']
-            )['pre_tokenizer']
+            pre_tokenizer=json.loads(_json(tmp_path, ranks.WORDS).files['tokenizer.json'])[
+              'pre_tokenizer'
+            ]
           ),
           x['added_tokens'].append(x['added_tokens'][0] | dict(id=380, content='system')),
         )

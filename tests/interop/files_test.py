@@ -50,9 +50,9 @@ def llama(tmp_path):
       path,
       tiny.cfg(export__format='gguf'),
       None,
-      'a test',
-      {name: (x.shape, np.dtype(np.float32)) for name, x in arrays.items()},
-      ((name, x.astype(np.float32)) for name, x in arrays.items()),
+      about='a test',
+      shapes={name: (x.shape, np.dtype(np.float32)) for name, x in arrays.items()},
+      arrays=((name, x.astype(np.float32)) for name, x in arrays.items()),
     ),
   ],
 )

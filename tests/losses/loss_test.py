@@ -10,7 +10,7 @@ import pytest
 
 from mtp_jax.config import schema
 from mtp_jax.losses import backward, cross_entropy, multi_token, targets, token_order
-from mtp_jax.model import heads, lm, params
+from mtp_jax.model import heads, layers, lm, params
 from mtp_jax.parallel import sharding
 from tests.support import oracle, pairwise, tiny
 
@@ -371,7 +371,7 @@ def test_inactive_heads_have_no_flops_and_no_gradient(family):
   if family != 'anticausal':  # there the near heads sit on the far ones
     np.testing.assert_allclose(sums['loss_K'], all_sums['loss_K'][:2], rtol=1e-6)
   np.testing.assert_allclose(total, sum(sums['loss_K']), rtol=1e-6)
-  used = heads.n_modules(c, 2)
+  used = heads.n_modules(c.heads, 2)
   for g in jax.tree.leaves(grads.heads):
     assert np.any(g[:used]) and not np.any(g[used:])
   # No FLOPs: as many as a model without them.
@@ -461,7 +461,7 @@ def test_bfloat16_log_sum_exp_is_computed_in_float32():
 def test_log_sum_exp_of_one_token_is_computed_in_float32():
   """A mean over tokens would hide errors that cancel."""
   # 32 logits of 10: 13.4657, of which bfloat16 would make 13.4375.
-  loss, stats = cross_entropy.softmax_xent(
+  loss, (stats, _) = cross_entropy.softmax_xent(
     jnp.full((1, 1, 4), 2.5, jnp.bfloat16),
     jnp.ones((4, 32), jnp.bfloat16),
     jnp.array([[3]]),
@@ -669,3 +669,27 @@ def test_all_logits_baseline_has_the_same_loss(monkeypatch):
   monkeypatch.setitem(backward.STRATEGIES, 'interleaved', ahead.keeps_all_logits)
   got, _ = tiny.value_and_grad(tiny.cfg(heads__n=3, loss__backward='interleaved'), rows)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)
+
+
+def test_a_registered_family_that_reads_the_next_token_without_a_chain(monkeypatch):
+  """No family of the package does; the gradient of its embeddings is not lost."""
+
+  def block_input(module, x, ctx, cfg):
+    w = params.gather_cast(module, heads.linear_specs(cfg.model), cfg)
+    return x.z_BTD + jnp.einsum('BTD,DE->BTE', x.next_emb_BTD, w.proj)
+
+  def block_output(module, y_BTD, x, cfg):
+    return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
+
+  peek = heads.Family(
+    heads.linear_specs, block_input, block_output, layer=None, uses_next_token=True
+  )
+  monkeypatch.setitem(heads.FAMILIES, 'peek', peek)
+  monkeypatch.setitem(schema.HEAD_FAMILIES, 'peek', False)
+  found = []
+  for schedule in ('remat', 'interleaved'):
+    c = _cfg('peek', n=3, schedule=schedule)
+    (total, _), (grads, _) = tiny.value_and_grad(c, tiny.batch(c, packed=True))
+    found.append((total, grads))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), *found)
+  assert np.abs(found[0][1].embed).max() > 1e-4

@@ -100,7 +100,7 @@ def test_sharded_kernel_equals_reference(monkeypatch, kernel, sizes):
       (qkv, segment_BT, weight_BTNH),
       ((q, kv, kv), rows, q),
     )
-    found = _outputs(functools.partial(attention.attend, cfg=c), *placed)
+    found = _outputs(functools.partial(attention.attend, m=c.model), *placed)
   for got, want in zip(found, wanted, strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   b = B // (data * fsdp)
@@ -122,8 +122,9 @@ def test_unsupported_shapes_are_refused_and_auto_falls_back(monkeypatch, kernel,
   monkeypatch.setattr(schema, 'KERNELS', {kernel: 'cpu'})
   fits = dict(data__seq_len=128, model__d_model=64)
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
-    assert attention.chosen(tiny.cfg(**fits)) == kernel
-    assert attention.chosen(tiny.cfg(**fits | changes)) == 'reference'
+    assert attention.chosen(tiny.cfg(**fits).model, fits['data__seq_len']) == kernel
+    other = tiny.cfg(**fits | changes)
+    assert attention.chosen(other.model, other.data.seq_len) == 'reference'
   with pytest.raises(fields.ConfigError, match=f'^--model.attention={kernel}:'):
     tiny.cfg(**fits | changes, model__attention=kernel)
   assert tiny.cfg(**fits, model__attention=kernel)
@@ -131,9 +132,9 @@ def test_unsupported_shapes_are_refused_and_auto_falls_back(monkeypatch, kernel,
 
 def test_auto_without_a_platform_kernel_is_the_reference():
   c = tiny.cfg(data__seq_len=128, model__d_model=64)
-  assert attention.chosen(c) == 'reference'  # nor without a mesh
+  assert attention.chosen(c.model, 128) == 'reference'  # nor without a mesh
   with jax.set_mesh(tiny.mesh(c)):
-    assert attention.chosen(c) == 'reference'
+    assert attention.chosen(c.model, 128) == 'reference'
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_heads_are_causal_by_gradient(family, stride):
     jacobian = jax.jit(jacobian)
     index_U = np.arange(U)
     for k in range(3):
-      fed = c.heads.offsets[:k] if heads_lib.family(c).uses_next_token else ()
+      fed = c.heads.offsets[:k] if heads_lib.family(c.heads).uses_next_token else ()
       for t in (1, 7, 15):
         g_UD = np.asarray(jacobian(emb_BUD, k, t))[0]
         seen_U = np.any(g_UD != 0, axis=-1)
@@ -208,7 +208,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 
 def test_weight_decay_is_defined_by_the_spec():
-  decays = jax.tree.map(lambda s: s.decay, lm.specs(schema.Config()))
+  decays = jax.tree.map(lambda s: s.decay, lm.specs(schema.CommandConfig()))
   assert decays.embed and decays.unembed and decays.trunk.q
   assert not decays.norm
   assert not decays.trunk.attn_norm and not decays.heads.mlp_norm

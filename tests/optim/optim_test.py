@@ -269,7 +269,8 @@ def test_frozen_group_has_no_moments(name, frozen, others):
   assert any('heads' in str(path) for path in moments) == (frozen == 'trunk')
   with jax.set_mesh(m):
     params, opt_state = jax.eval_shape(
-      lambda s: update_lib.update(s.params, s.opt_state, s.params, s.step, 4, c), state
+      lambda s: update_lib.update(s.params, s.opt_state, s.params, step=s.step, n_active=4, cfg=c),
+      state,
     )
   after = state.replace(params=params, opt_state=opt_state)
   assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -360,9 +361,9 @@ def test_tiny_bfloat16_updates_accumulate_with_stochastic_rounding():
 
     @jax.jit
     def run(first):
-      return jax.lax.fori_loop(0, steps, lambda i, s: update_lib.update(*s, ones, i, 2, c), first)[
-        0
-      ]
+      return jax.lax.fori_loop(
+        0, steps, lambda i, s: update_lib.update(*s, ones, step=i, n_active=2, cfg=c), first
+      )[0]
 
     first = (state.params, state.opt_state)
     one, two, old = map(tiny.flat, (run(first), run(first), state.params))

@@ -215,7 +215,7 @@ def test_candidates_divide_the_batch_and_the_model():
 def test_formula_is_exact_for_state_and_monotonic_in_cost():
   chip = chips.chip('TPU v5e')
   base = schema.replace(
-    schema.Config(),
+    schema.CommandConfig(),
     **{
       'model.d_model': 512,
       'model.n_layers': 16,

@@ -457,7 +457,7 @@ def test_config_of_another_version_is_ignored(trained, tmp_path):
   (copy / 'config.json').write_text('{"version": 99}')
   (run,) = history.read([str(copy)])
   assert run.cfg is None and history.heads(run) == 1
-  text = parse.to_json(schema.Config()).replace('"d_model"', '"d_wide"')
+  text = parse.to_json(schema.CommandConfig()).replace('"d_model"', '"d_wide"')
   (copy / 'config.json').write_text(text)
   assert history.read([str(copy)])[0].cfg is None
   assert metrics.read(str(copy)) == history.read([str(copy)])[0].records

@@ -56,4 +56,4 @@ def write(path, rows, open_=open):
 
 def problem_cfg(path='', **changes):
   changes = {f'eval.{k}': v for k, v in changes.items()}
-  return schema.replace(schema.Config(), **{'eval.data': path} | changes)
+  return schema.replace(schema.CommandConfig(), **{'eval.data': path} | changes)

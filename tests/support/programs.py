@@ -1,4 +1,4 @@
-"""Runs with equal programs share them, within a module of tests.
+"""Runs with equal programs share them, within a module of tests and with the next ones.
 
 Tracing, lowering and compiling was three quarters of a tiny run, and most tests
 of the loop start several that differ in nothing but their workdir. That a run
@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import schema
-from mtp_jax.evals import heldout
-from mtp_jax.train import loop, state, step
 
 # Flags that the programs of a run depend on, though its result may not (another
 # kernel), or only by them (a learning rate that falls until the last step).
-OF_A_PROGRAM = {
-  name for name, field in schema.fields().items() if field.metadata.get('result', True)
-} | {'model.attention', 'train.steps'}
+OF_A_PROGRAM = {*schema.fixed(), 'model.attention', 'train.steps'}
 OF_NO_PROGRAM = {'data.tokenizer', 'train.init_from'}
 
 
@@ -43,18 +39,31 @@ class _Lowered:
     return self._compiled
 
 
-_PROGRAMS = {}
+_PROGRAMS = {}  # the one used last at the end
+KEPT = 12  # programs that the next module may use again
 
 
 def _once(key: tuple, make):
-  if key not in _PROGRAMS:
-    _PROGRAMS[key] = make()
+  _PROGRAMS[key] = _PROGRAMS.pop(key) if key in _PROGRAMS else make()
   return _PROGRAMS[key]
+
+
+def drop_old() -> None:
+  for key in [*_PROGRAMS][:-KEPT]:
+    del _PROGRAMS[key]
 
 
 @pytest.fixture(scope='session', autouse=True)
 def shared_programs():
   """What the loop compiles is found again by the next run that needs it."""
+  # Here, so that tests of flags run without the libraries of the loop.
+  try:
+    from mtp_jax.evals import heldout
+    from mtp_jax.train import loop, state, step
+  except ImportError:
+    yield
+    return
+
   trace, evaluator, init = step.trace, heldout.evaluator, state.init_program
 
   def shared_trace(cfg, mesh, n_active, masked=False):
@@ -63,9 +72,9 @@ def shared_programs():
       lambda: _Lowered(trace(cfg, mesh, n_active, masked)),
     )
 
-  def shared_evaluator(cfg, mesh, bytes_V):
-    of_tokens = np.asarray(bytes_V).tobytes()
-    return _once(('eval', _key(cfg), mesh, of_tokens), lambda: evaluator(cfg, mesh, bytes_V))
+  def shared_evaluator(cfg, mesh, bytes_V, calibrated=False):
+    key = 'eval', _key(cfg), mesh, np.asarray(bytes_V).tobytes(), calibrated
+    return _once(key, lambda: evaluator(cfg, mesh, bytes_V, calibrated))
 
   def shared_init(cfg, was):
     return _once(('init', _key(cfg), was and _key(was)), lambda: init(cfg, was))

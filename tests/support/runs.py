@@ -88,7 +88,7 @@ def process(
 
 def restored(workdir, step: int, **mesh) -> state.State:
   """Returns the saved state, restored onto a mesh, on the host."""
-  cfg, _ = metadata.read_metadata(str(workdir), step)
+  cfg = metadata.read(str(workdir), step).cfg
   sizes = dict(data=1, fsdp=1, tensor=1) | mesh
   cfg = schema.replace(cfg, **{f'mesh.{k}': v for k, v in sizes.items()})
   devices = jax.devices()[: np.prod(list(sizes.values()))]

@@ -32,10 +32,10 @@ BASE = {
 }
 
 
-def cfg(**changes) -> schema.Config:
+def cfg(**changes) -> schema.CommandConfig:
   """Returns a validated Config; `heads__n=2` means heads.n."""
   changes = {k.replace('__', '.'): v for k, v in changes.items()}
-  return validate.validate(schema.replace(schema.Config(), **BASE | changes))
+  return validate.validate(schema.replace(schema.CommandConfig(), **BASE | changes))
 
 
 def sibling(c: schema.Config) -> schema.Config:
@@ -47,9 +47,7 @@ def sibling(c: schema.Config) -> schema.Config:
   """
   steps, accumulate = 10, c.train.grad_accum_steps
   warmup_steps = math.ceil(steps * c.optim.warmup_steps / c.train.steps)
-  kept = {
-    name: schema.get(c, name) for name, field in schema.fields().items() if field.metadata['result']
-  }
+  kept = {name: schema.get(c, name) for name in schema.fixed()}
   small = {
     'model.d_model': 16,
     'model.n_layers': 2 + (c.heads.n if c.heads.block_first else 0),
@@ -64,7 +62,7 @@ def sibling(c: schema.Config) -> schema.Config:
     'train.steps': steps,
     'mesh.fsdp': 1,
   }
-  return validate.validate(schema.replace(schema.Config(), **kept | small))
+  return validate.validate(schema.replace(schema.CommandConfig(), **kept | small))
 
 
 def mesh(c: schema.Config):
@@ -225,9 +223,9 @@ def logits_of_embeddings(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
 
 def _hidden(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
   """Computes each head's hidden state."""
-  K, family = c.heads.n, heads.family(c)
+  K, family = c.heads.n, heads.family(c.heads)
   T = emb_BUD.shape[1] - c.span
-  ctx = block.context(position_BU[:, :T], c)
+  ctx = block.context(position_BU[:, :T], c.model)
   z_BTD = emb_BUD[:, :T]
   for i in range(heads.trunk_layers(c)):
     z_BTD = block.block(jax.tree.map(lambda p: p[i], w.trunk), z_BTD, ctx, c)  # noqa: B023

@@ -32,7 +32,8 @@ def updated(c, start, gradients, n_active=None):
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, like)
 
   with jax.set_mesh(m):
-    update = jax.jit(lambda w, s, g, i: update_lib.update(w, s, g, i, n_active or c.heads.n, c))
+    m = n_active or c.heads.n
+    update = jax.jit(lambda w, s, g, i: update_lib.update(w, s, g, step=i, n_active=m, cfg=c))
     now, states = place(start, abstract), []
     for i, grads in enumerate(gradients):
       now = update(*now, place(grads, abstract[0]), jnp.int32(i))

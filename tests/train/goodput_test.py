@@ -201,7 +201,7 @@ def test_rollback_equals_a_run_without_the_skipped_batches(
   assert found['sessions'][1]['repeated_steps'] == 7 - back
 
 
-@pytest.mark.parametrize('stopped_at', [4, 5, 6])
+@pytest.mark.parametrize('stopped_at', [4, pytest.param(5, marks=pytest.mark.slow), 6])
 def test_signal_does_not_change_the_skipped_batches(
   stopped_at, store, undisturbed, tmp_path, monkeypatch
 ):

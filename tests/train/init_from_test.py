@@ -59,9 +59,16 @@ def _logits(w, c):
   return found[:, :, :16]
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('other', FAMILIES)
-def test_warm_start_keeps_next_token_logits_and_heads_of_the_family(family, other):
+def _pairs():
+  """Every family from and to three others, itself among them; the rest is slow."""
+  for (i, other), (j, family) in itertools.product(enumerate(FAMILIES), repeat=2):
+    slow = (i - j) % len(FAMILIES) not in (0, 1, 4)
+    marks = [pytest.mark.slow] if slow else []
+    yield pytest.param(other, family, marks=marks, id=f'{other}-{family}')
+
+
+@pytest.mark.parametrize('other, family', _pairs())
+def test_warm_start_keeps_next_token_logits_and_heads_of_the_family(other, family):
   """Of 2 heads to 3 and of 3 to 1, in every family from every other; of 3 to 2
   where heads are kept."""
   fewer = [(3, 2)] if init_from.kept(_cfg(family, 3), _cfg(other, 2)) > 1 else []
@@ -81,7 +88,7 @@ def test_warm_start_keeps_next_token_logits_and_heads_of_the_family(family, othe
 @pytest.mark.parametrize('before, after', itertools.product(UNEMBEDDINGS, UNEMBEDDINGS[:2]))
 def test_warm_start_keeps_unembedding_of_head_1(before, after):
   for family in 'parallel', 'sequential':
-    for n in 1, 2, 4:
+    for n in 1, 4:
       was, cfg = _cfg(family, 3, before), _cfg(family, n, after)
       _, new = _begun(was, cfg)
       a, b = _old_logits(was), _logits(new, cfg)
@@ -358,7 +365,7 @@ def test_invalid_init_from_is_refused(changes, expected, store, undisturbed, tmp
 
 def test_init_from_in_an_imported_workdir_is_refused(store, undisturbed, tmp_path, capsys):
   c = schema.replace(
-    metadata.read_metadata(str(undisturbed), 6)[0], **{'train.workdir': str(tmp_path / 'run')}
+    metadata.read(str(undisturbed), 6).cfg, **{'train.workdir': str(tmp_path / 'run')}
   )
   m = sharding.make_mesh(schema.replace(c, **{'mesh.fsdp': -1}))
   model = restore.restore_model(str(undisturbed), 6, c, m)

@@ -92,7 +92,9 @@ def test_evaluation_batches_do_not_depend_on_grad_accumulation(store):
   rows = []
   for accumulate in (1, 2, 4):
     cfg = schema.replace(
-      schema.Config(), **runs.FLAGS, **{'data.store': store, 'train.grad_accum_steps': accumulate}
+      schema.CommandConfig(),
+      **runs.FLAGS,
+      **{'data.store': store, 'train.grad_accum_steps': accumulate},
     )
     (found,) = batches_lib.eval_batches(batches_lib.open_tokens(cfg), cfg).values()
     batches = list(found)
@@ -176,7 +178,7 @@ def test_tasks_are_due_at_their_cadence():
 
   def due(done, **changes):
     given = {k.replace('__', '.'): v for k, v in changes.items()}
-    cfg = schema.replace(schema.Config(), **{'train.steps': 9, **given})
+    cfg = schema.replace(schema.CommandConfig(), **{'train.steps': 9, **given})
     return evaluation.due(cfg, done)
 
   both = dict(eval__tasks='heldout,acceptance', train__eval_tasks_every=4)
@@ -632,7 +634,7 @@ def test_init_from_a_corrupt_checkpoint_is_refused(store, copy, tmp_path, capsys
 
 def test_resume_falls_back_to_imported_parameters(store, copy, tmp_path, capsys):
   """As when nothing newer was saved."""
-  cfg, _ = metadata.read_metadata(str(copy), 6)
+  cfg = metadata.read(str(copy), 6).cfg
   cfg = schema.replace(cfg, **{'train.max_to_keep': 9})
   m = sharding.make_mesh(cfg)
   model = restore.restore_model(str(copy), 6, cfg, m)
@@ -685,7 +687,7 @@ import sys
 from mtp_jax.checkpoint import manifest
 from mtp_jax.cli import main
 
-manifest.damage = manifest.write = None
+manifest.problem = manifest.write = None
 sys.exit(main.main(['train', *sys.argv[1:]]))
 """
 

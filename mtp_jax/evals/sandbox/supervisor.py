@@ -7,6 +7,7 @@ watches it. When process 1 ends, the kernel kills all others.
 """
 
 import _socket
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -28,18 +29,11 @@ SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SE
 TICK = 0.02  # seconds between checks of time and memory
 MIB = 2**20
 # linux/sched.h, linux/mount.h, linux/prctl.h
-NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
-  0x20000,
-  0x4000000,
-  0x8000000,
-  0x10000000,
-  0x20000000,
-  0x40000000,
-)
+NEW_NS, NEW_UTS, NEW_IPC = 0x20000, 0x4000000, 0x8000000
+NEW_USER, NEW_PID, NEW_NET = 0x10000000, 0x20000000, 0x40000000
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
 REMOUNT, BIND, REC, PRIVATE, DETACH = 0x20, 0x1000, 0x4000, 0x40000, 2
-PDEATHSIG, DUMPABLE, SECCOMP, CAPBSET_DROP = 1, 4, 22, 24
-SUBREAPER, NO_NEW_PRIVS = 36, 38
+PDEATHSIG, DUMPABLE, SECCOMP, CAPBSET_DROP, SUBREAPER, NO_NEW_PRIVS = 1, 4, 22, 24, 36, 38
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -157,11 +151,9 @@ def _drop(root: bool) -> None:
 
 
 def _bound() -> None:
-  for capability in range(64):
-    try:
+  with contextlib.suppress(OSError):  # past the last capability
+    for capability in range(64):
       _prctl(CAPBSET_DROP, capability)
-    except OSError:
-      return  # past the last capability
 
 
 def _filter(packed: bytes) -> None:
@@ -261,7 +253,7 @@ class Channel:
     return ''
 
 
-def _start(spec: dict, full: bool) -> tuple:
+def _start(spec: dict, full: bool) -> tuple[int, list[int], Channel, float]:
   """Starts the program; returns (pid, its pipes: stdout, stderr; channel; start time)."""
   pipes = [os.pipe() for _ in range(2)]
   ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
@@ -284,12 +276,13 @@ def _watch(spec: dict, full: bool) -> dict:
   """Runs the program; returns its outcome."""
   started = _start(spec, full)
   try:
-    return _watched(spec, full, *started)
+    return _watched(spec, full, started)
   except (OSError, MemoryError):
     return dict(error='')  # only the program can have caused it
 
 
-def _watched(spec, full, child, pipes, channel, begun) -> dict:
+def _watched(spec: dict, full: bool, started) -> dict:
+  child, pipes, channel, begun = started
   selector, kept = selectors.DefaultSelector(), [bytearray() for _ in pipes]
   for i, out in enumerate(pipes):
     os.set_blocking(out, False)
@@ -384,10 +377,8 @@ def _kill(child: int, full: bool) -> None:
 
 
 def _signal(send, pid: int) -> None:
-  try:
+  with contextlib.suppress(ProcessLookupError):
     send(pid, signal.SIGKILL)
-  except ProcessLookupError:
-    pass
 
 
 def _pids() -> list[int]:
