@@ -218,10 +218,10 @@ RESULTS = (
 )
 
 
-def prose() -> dict[str, str]:
-  """Returns the sections of tools/results.md: 'head', and 'NAME: part' of each result."""
+def prose(path: pathlib.Path = PROSE) -> dict[str, str]:
+  """Returns the sections of a page's prose: 'head', and 'NAME: part' of each result."""
   found, name = {}, ''
-  for line in PROSE.read_text().splitlines():
+  for line in path.read_text().splitlines():
     if line.startswith('<!-- ') and line.endswith(' -->'):
       name = line[5:-4]
       found[name] = ''

@@ -245,8 +245,9 @@ def _task(arg: str, fail: documents.Fail, options: documents.ReadOptions) -> doc
     kept = 0
     for index, found in tasks.train(task, items):
       kept += 1
+      loss_spans = (len(found.prompt),) if found.prompt else ()
       yield documents.Document(
-        f'{task}:{index}', found.prompt + found.answer, (len(found.prompt),), drawn=True
+        f'{task}:{index}', found.prompt + found.answer, loss_spans, drawn=True
       )
     if not kept:
       raise fail('all of its items are in the test set: none is left to train on')

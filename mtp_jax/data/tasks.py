@@ -1,23 +1,27 @@
 """Synthetic tasks with random access to their items. Standard library only.
 
-Two tasks on which predicting several tokens at once is reported to help:
+Tasks on which predicting several tokens at once is reported to help:
 
   star_graph  find the path from the centre of a star to the end of one of its
               arms (Bachmann & Nagarajan 2024, https://arxiv.org/abs/2403.06963)
   polynomial  evaluate an expression over F_p[X]/(X^n) (Gloeckle et al. 2024,
               https://arxiv.org/abs/2404.19737, section 4.2)
+  stories     recall names of a story: stories.py
 
 A task is named NAME/KEY=VALUE/…, with defaults for missing keys. An item is
 sampled from a generator seeded by that name, the part (train or test), the
 level and the index only, so that a test set is reproducible.
 
-Every character is one byte, and every choice one character.
+In star_graph and polynomial every character is one byte, and every choice one
+character.
 """
 
 import random
 import string
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from mtp_jax.data import stories
 
 
 class Item(NamedTuple):
@@ -32,14 +36,14 @@ class Task(NamedTuple):
   """The functions of a task.
 
   make(rng, level, params) -> Item. levels(params, part) -> the levels of items
-  of this part. check(params) -> an error, or ''. question(prompt) -> a canonical
-  form, equal for equivalent prompts."""
+  of this part. check(params) -> an error, or ''. question(item) -> a canonical form,
+  equal for equivalent items."""
 
   defaults: dict[str, int]
   make: Callable[[random.Random, int, dict], Item]
   levels: Callable[[dict, str], range]
   check: Callable[[dict], str]
-  question: Callable[[str], str] = str
+  question: Callable[[Item], str] = lambda item: item.prompt
 
 
 # Star graphs.
@@ -65,8 +69,8 @@ def _star(rng: random.Random, level: int, params: dict) -> Item:
   return Item(f'{"|".join(edges)}/{centre}{path[-1]}=', path, level)
 
 
-def _sorted_edges(prompt: str) -> str:
-  edges, query = prompt.split('/')
+def _sorted_edges(item: Item) -> str:
+  edges, query = item.prompt.split('/')
   return '|'.join(sorted(edges.split('|'))) + '/' + query
 
 
@@ -165,6 +169,13 @@ TASKS = {
     lambda params, part: range(1, params[part] + 1),
     _check_polynomial,
   ),
+  'stories': Task(
+    stories.DEFAULTS,
+    lambda rng, level, params: Item('', stories.story(rng, params), level),
+    lambda params, part: range(1),
+    stories.check,
+    lambda item: item.answer,
+  ),
 }
 
 
@@ -233,8 +244,8 @@ def train(task: Named, n: int) -> Iterator[tuple[int, Item]]:
   question = task.task.question
   # The test set may have other levels than those of this task.
   test_items = tests(task, N_TESTS, ('test', 'train'))
-  held_out = {question(found.prompt) for found in test_items}
+  held_out = {question(found) for found in test_items}
   for index in range(n):
     found = item(task, 'train', index)
-    if question(found.prompt) not in held_out:
+    if question(found) not in held_out:
       yield index, found

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax.config import fields
-from mtp_jax.data import ranks
+from mtp_jax.data import ranks, stories, tasks
 from mtp_jax.io import jsonl, paths
 
 
@@ -137,6 +137,18 @@ def _read_ranks(name: str, path: str) -> Files:
 
 def _read_trained(name: str, size: str) -> Files:
   raise _error(name, 'only mtp prepare trains a tokenizer, which its store keeps')
+
+
+def _read_task(name: str, arg: str) -> Files:
+  try:
+    task = tasks.named(arg)
+    if task.name != 'stories':
+      raise ValueError('the only task with a tokenizer is stories')
+    return {PIECES: stories.sentencepiece_model(task.params)}
+  except ValueError as error:
+    raise _error(name, str(error)) from error
+  except ImportError as error:
+    raise _error(name, 'needs protobuf: pip install protobuf') from error
 
 
 def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
@@ -363,6 +375,7 @@ def _spaced(piece: str) -> bytes:
 KINDS: dict[str, Kind] = {
   'bytes': Kind(_read_bytes, _make_bytes),
   'train': Kind(_read_trained, _make_sentencepiece),
+  'task': Kind(_read_task, _make_sentencepiece),
   'sentencepiece': Kind(_read_sentencepiece, _make_sentencepiece),
   'hf': Kind(_read_hugging_face, _make_hugging_face),
   'tiktoken': Kind(_read_ranks, _make_hugging_face),

@@ -1,6 +1,8 @@
-"""Confidence intervals of measured proportions."""
+"""Confidence intervals of measured proportions and means."""
 
 import math
+
+import numpy as np
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5% point
 
@@ -37,3 +39,31 @@ def shown(scalars: dict[str, float], name: str) -> str:
     return 'none'
   low, high = scalars[f'{name}_low'], scalars[f'{name}_high']
   return f'{scalars[name]:.1%} ({low:.1%} to {high:.1%})'
+
+
+RESAMPLES = 2000
+
+
+def bootstrap(name: str, sums, counts) -> dict[str, float]:
+  """Returns the scalars NAME, NAME_low and NAME_high of sum(sums) / sum(counts), with
+  the 95% percentile interval over resamples of whole groups (Efron & Tibshirani 1993,
+  chapter 13): items of one group are not independent, groups are.
+
+  Args:
+    name: of the scalars.
+    sums: per group, the sum over its items.
+    counts: per group, the number of its items; NaN results if all are 0.
+  """
+  sums, counts = np.asarray(sums, float), np.asarray(counts, float)
+  if not counts.sum():
+    return dict.fromkeys((name, f'{name}_low', f'{name}_high'), math.nan)
+  n = len(counts)
+  times_RG = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+  drawn = times_RG @ counts
+  ratios = (times_RG @ sums)[drawn > 0] / drawn[drawn > 0]
+  low, high = np.quantile(ratios, (0.025, 0.975))
+  return {
+    name: float(sums.sum() / counts.sum()),
+    f'{name}_low': float(low),
+    f'{name}_high': float(high),
+  }

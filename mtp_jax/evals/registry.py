@@ -15,6 +15,7 @@ from mtp_jax.evals import (
   harness,
   induction,
   problems,
+  stories,
   suites,
   synthetic,
 )
@@ -27,6 +28,7 @@ SUITES = {
   'gsm8k': suites.Suite(gsm8k.check, gsm8k.run),
   'induction': suites.Suite(induction.check, induction.run),
   'lm_eval': suites.Suite(harness.check, harness.run),
+  'stories': suites.Suite(stories.check, stories.run),
   **{
     name: suites.Suite(
       functools.partial(synthetic.check, name), functools.partial(synthetic.run, name)
