@@ -95,10 +95,10 @@ def test_heads_are_added_to_a_llama(tmp_path, store, monkeypatch):
 def test_notebook_cells_run(monkeypatch):
   monkeypatch.setenv('MPLBACKEND', 'agg')
   cells = json.loads((EXAMPLES / 'what_heads_learn.ipynb').read_text())['cells']
-  names = {'STEPS': 6}
+  names = {'STEPS': 12}
   for cell in cells:
     if cell['cell_type'] == 'code':
       exec(''.join(cell['source']), names)  # noqa: S102
   curves = np.array(names['curves'])
-  assert curves.shape == (6, 3) and (curves[-1] < curves[0]).all()
+  assert curves.shape == (12, 3) and (curves[-1] < curves[0]).all()
   assert names['entropy_KT'].shape == (3, 40)

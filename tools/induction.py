@@ -40,6 +40,7 @@ PROSE = ROOT / 'tools' / 'induction.md'
 MEASURED = 1  # raised by hand where the same flags would give other figures
 TOKENS = 2048  # per step
 STEPS, LONG = 2000, 5000
+RATE_STEPS = 1000  # of the choice of the learning rate
 RATES = ('1e-3', '2e-3', '4e-3')
 RATE_SEED = 100  # of the choice of the learning rate
 SEEDS, FEWER = (1, 2, 3, 4, 5), (1, 2, 3)
@@ -96,7 +97,9 @@ class Job(NamedTuple):
 
   @property
   def setting(self) -> Setting:
-    return SETTINGS['main' if self.part == 'rate' else self.part]
+    if self.part == 'rate':
+      return SETTINGS['main']._replace(steps=RATE_STEPS)
+    return SETTINGS[self.part]
 
   @property
   def trained(self) -> tuple[str, ...]:

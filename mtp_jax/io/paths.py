@@ -18,11 +18,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-
-import fsspec.config
-from etils import epath
+from typing import TYPE_CHECKING
 
 from mtp_jax.io import jsonl
+
+if TYPE_CHECKING:  # half of the time of `mtp --help`, which opens no path
+  from etils import epath
 
 REMOTE = {'gs': 'gcsfs'}  # scheme -> library that epath requires
 EVERY_S = 30.0  # minimum interval between uploads of an appended file,
@@ -110,10 +111,14 @@ def first_line(error: Exception) -> str:
   return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
-def as_path(path) -> epath.Path:
+def as_path(path) -> 'epath.Path':
   """Converts to the epath.Path that all code below the commands uses."""
+  from etils import epath
+
   kind = scheme(path)
   if kind:
+    import fsspec.config
+
     # Cached listings would be stale: other processes and tensorstore also write.
     settings = fsspec.config.conf.setdefault(kind, {})
     settings.setdefault('use_listings_cache', False)
@@ -228,7 +233,7 @@ def local(folder) -> Iterator[str]:
     for top, _, names in os.walk(disk, topdown=False):
       target = as_path(folder) / os.path.relpath(top, disk)
       for name in sorted(names):
-        epath.Path(top, name).copy(target / name, overwrite=True)
+        as_path(os.path.join(top, name)).copy(target / name, overwrite=True)
 
 
 @contextlib.contextmanager

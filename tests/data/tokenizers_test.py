@@ -67,7 +67,7 @@ def test_unknown_tokenizer_names_raise():
   for name in ('words', 'gpt:2', ''):
     with pytest.raises(fields.ConfigError) as error:
       tokenizers.get(name)
-    kinds = 'bytes, train, sentencepiece, hf, tiktoken'
+    kinds = 'bytes, train, task, sentencepiece, hf, tiktoken'
     assert str(error.value) == f'--data.tokenizer={name}: one of: {kinds}'
   with pytest.raises(fields.ConfigError, match='bytes takes no argument'):
     tokenizers.get('bytes:x')
