@@ -1066,7 +1066,7 @@ FAULTS = (
   ),
   # Stories.
   Fault(
-    'scored-one-position-on',
+    'evaluated-one-position-on',
     0,
     'mtp_jax/evals/stories.py',
     'float(row.nats[0, m.at])',
