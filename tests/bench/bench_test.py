@@ -163,6 +163,7 @@ def test_step_bench_on_cpu_has_no_mfu(tmp_path, capsys):
   assert 'n/a' in out[2]
 
 
+@pytest.mark.slow
 def test_data_bench_compares_loader_with_step(store, tmp_path, capsys):
   out, values = _bench(
     tmp_path,

@@ -67,6 +67,7 @@ def _fails(capsys, *args) -> str:
 # Training runs.
 
 
+@pytest.mark.slow
 def test_resume_from_bucket_matches_run_on_disk(server, store, undisturbed, monkeypatch, capsys):
   where = 'gs://bucket/stopped'
   stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731

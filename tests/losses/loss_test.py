@@ -513,13 +513,14 @@ def test_memory_is_constant_in_the_number_of_heads(schedule):
   assert _temp_bytes(8, schedule, chunk=16) < 0.5 * one
 
 
-@pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
+@pytest.mark.parametrize('schedule', ['interleaved', pytest.param('remat', marks=pytest.mark.slow)])
 def test_token_order_memory_is_constant_and_falls_with_chunk_size(schedule):
   one = _temp_bytes(1, schedule, order=1.0)
   assert _temp_bytes(8, schedule, order=1.0) < 1.1 * one
   assert _temp_bytes(8, schedule, chunk=16, order=1.0) < 0.5 * one
 
 
+@pytest.mark.slow
 def test_memory_with_all_logits_grows_with_heads():
   assert _temp_bytes(8, 'dense') > 4 * _temp_bytes(1, 'remat')
 
@@ -658,6 +659,7 @@ def test_norm_weights_are_not_cast_to_bfloat16():
   assert seen == {name: 'norm' in name for name in seen}
 
 
+@pytest.mark.slow
 def test_all_logits_baseline_has_the_same_loss(monkeypatch):
   """The baseline of docs/performance.md's memory comparison is the same loss."""
   from tests.baselines import ahead

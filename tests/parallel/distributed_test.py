@@ -162,6 +162,7 @@ def test_two_processes_equal_one(session, one, store, folder, tmp_path, four_dev
 # Signals and failures.
 
 
+@pytest.mark.slow
 def test_resume_across_one_and_two_processes_with_a_signal(
   store, one, tmp_path, capsys, four_devices
 ):

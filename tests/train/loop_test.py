@@ -745,6 +745,7 @@ sys.exit(main.main(['train', *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_full_disk_of_one_process_fails_the_save_on_both(store, tmp_path):
   """Once of the first, once of the second: both learn it at once, and both can
   save again."""
