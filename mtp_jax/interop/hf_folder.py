@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.interop.hf_folder."""
+"""Folders of a checkpoint format: written and verified, found and read."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""TODO of mtp_jax.interop.llama_cpp."""
+"""GGUF files of llama.cpp: written and read (https://github.com/ggml-org/llama.cpp)."""
 
 import math
 import os
