@@ -316,6 +316,36 @@ def test_sealed_files_are_immutable():
     assert file.read() == b'tests'
 
 
+LAST_WORD = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import supervisor
+
+class Late:  # its message comes after select has looked, before the exit is seen
+  fd = os.pipe()[0]
+  def hear(self):
+    return 'passed'
+
+child = os.fork()
+if not child:
+  os._exit(0)
+pipes = [os.pipe() for _ in range(2)]
+for _, end in pipes:
+  os.close(end)
+time.sleep(0.2)
+spec = dict(output_mib=1, wall_s=9, tests='assert True')
+started = child, [out for out, _ in pipes], Late(), time.monotonic()
+print(supervisor._watched(spec, False, started)['outcome'])
+"""
+
+
+def test_token_sent_right_before_the_exit_is_heard():
+  """Between two looks at the channel; on a busy machine a pass was judged a failure."""
+  folder = os.path.dirname(launch.RUNNER)
+  done = subprocess.run([sys.executable, '-c', LAST_WORD, folder], capture_output=True, text=True)
+  assert done.stdout == 'passed\n', done.stderr
+
+
 def test_forged_passes_fail():
   programs = {**FORGERIES, **UNDETECTED, 'an honest one': GOOD}
   ended = launch.together(

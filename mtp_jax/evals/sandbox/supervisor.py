@@ -302,6 +302,8 @@ def _watched(spec: dict, full: bool, started) -> dict:
       else:
         selector.unregister(key.fd)
     status, seconds = _reaped(child), time.monotonic() - begun
+    if status is not None and not verdict:
+      verdict = channel.hear()  # what it said between select and its end
     if status is not None or verdict:  # all its output is in the pipes
       for key in selector.get_map().values():
         while key.data is not None and len(key.data) <= most:
