@@ -155,7 +155,7 @@ def _hugging_face(work, lines):
 
 PREPARE = """
 import json, re, sys
-from mtp_jax.data import documents, store, tokenizers
+from mtp_jax.data import documents, readers, store, tokenizers
 
 def peak():  # getrusage would include the process before exec
   status = open('/proc/self/status').read()
@@ -167,7 +167,7 @@ if source.startswith('parquet'):
 tokenizer = tokenizers.get(name)
 tokenizer.encode('a text')
 before = peak()
-found = documents.read(source, whole=False, max_bytes=2**30)
+found = readers.read(source, whole=False, max_bytes=2**30)
 manifest = store.write(out, found, tokenizer, valid_fraction=0)
 print(json.dumps(dict(
   above=1024 * (peak() - before), before=1024 * before,
@@ -244,16 +244,16 @@ def memory(work, tokenizers, sources, mbs) -> None:
 
 ENCODE = """
 import json, resource, sys, types
-from mtp_jax.data import documents, spool, tokenizers
+from mtp_jax.data import readers, spool, tokenizers
 
 name, source, out = sys.argv[1:]
 tokenizer = tokenizers.get(name)
 tokenizer.encode('a text')
 start = resource.getrusage(resource.RUSAGE_SELF)
 try:
-  found = documents.read(source, whole=False)
+  found = readers.read(source, whole=False)
 except TypeError:
-  found = documents.read(source)
+  found = readers.read(source)
 spool.fill(out, found, tokenizer)
 end = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps(end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime))
