@@ -41,7 +41,7 @@ def block_input(module, x: heads.Inputs, ctx, cfg):
 
 def block_output(module, y_BTD, x: heads.Inputs, cfg):
   del module
-  return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
+  return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model)
 
 
 def main(path: str, steps: int = 40) -> mtp.Model:

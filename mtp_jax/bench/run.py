@@ -140,7 +140,7 @@ def loss_program(cfg: schema.CommandConfig, mesh):
       valid_KBT=valid_KBT,
       scale_K=scale_K,
       window=head_loss.Window(
-        ctx=block.context(batch['position'][:, :T], cfg.model),
+        ctx=block.context(batch['position'][:, :T], cfg),
         tokens_BU=batch['tokens'],
         order_WBT=token_order.token_order_targets(batch, cfg) if ordered else None,
         order_scale=cfg.loss.token_order_weight * scale_K[0],

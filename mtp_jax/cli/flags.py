@@ -94,7 +94,15 @@ def _read_flag_file(path: str, beside: str) -> tuple[list[str], str]:
       raise wrong(f'{arg!r} is not a flag')
   if os.path.basename(real) == 'run.flags':  # perhaps of an earlier version
     args = [today for arg in args for today in _of_today(arg)]
+    given = dict(arg.lstrip('-').split('=', 1) for arg in args if '=' in arg)
+    before = renamed.trunk_state(given.get('heads.family')) if _is_of_before(given) else {}
+    args = [f'--{name}={value}' for name, value in before.items()] + args
   return args, real
+
+
+def _is_of_before(given: dict[str, str]) -> bool:
+  """Whether run.flags, which has every field of a run, lacks --heads.trunk_state."""
+  return 'heads.stride' in given and 'heads.trunk_state' not in given
 
 
 def _of_today(arg: str) -> list[str]:

@@ -117,7 +117,9 @@ class ExportConfig:
 class ImportConfig:
   """Import of another tool's checkpoint into --train.workdir."""
 
-  path: str = fields.field('', 'directory of the checkpoint')
+  path: str = fields.field(
+    '', 'directory of the checkpoint, or hf:OWNER/NAME[@REVISION] of the Hugging Face hub'
+  )
   format: str = fields.field(
     'hf',
     'format of a checkpoint that mtp export did not write; hf: config.json and '

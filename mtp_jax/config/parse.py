@@ -10,7 +10,7 @@ import typing
 from mtp_jax.config import renamed, schema
 from mtp_jax.io import jsonl
 
-VERSION = 2  # of the JSON form; incremented when a field changes its name or meaning
+VERSION = 3  # of the JSON form; incremented when a field changes its name or meaning
 
 
 def to_json(cfg: schema.Config) -> str:
@@ -40,7 +40,7 @@ def from_json(text: str | bytes) -> schema.Config:
   """
   sections = jsonl.loads(text, {...: object})
   version = sections.pop('version', None)
-  if version not in (1, VERSION):
+  if version not in range(1, VERSION + 1):
     raise OtherVersion(f'config version {jsonl.one_line(version)}, this program reads {VERSION}')
   jsonl.check(sections, {...: {...: object}})
   values = {
@@ -50,6 +50,8 @@ def from_json(text: str | bytes) -> schema.Config:
   }
   if version == 1:
     values = _of_version_1(values)
+  if version < 3:
+    values = renamed.trunk_state(values.get('heads.family')) | values
   known, every = schema.fields(schema.Config), schema.fields()
   # Before it had its own options, a command's were saved with the run.
   values = {name: value for name, value in values.items() if name in known or name not in every}

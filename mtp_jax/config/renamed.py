@@ -47,6 +47,15 @@ VALUES: dict[tuple[str, object], str] = {
   ('loss.schedule', 'eager'): 'interleaved',
   ('train.new_heads', 'fresh'): 'random',
 }
+
+
+def trunk_state(family: object) -> dict[str, object]:
+  """Returns the fields of a run of before --heads.trunk_state existed, by its family."""
+  if family in ('sequential', 'recursive'):
+    return {'heads.trunk_state': 'pre_norm'}
+  return {}
+
+
 # Flags that have become positional arguments, and their usage.
 ARGUMENTS = {
   'eval.checkpoint': 'mtp eval CHECKPOINT',

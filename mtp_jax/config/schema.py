@@ -23,6 +23,9 @@ HEAD_FAMILIES = {
   'recursive': False,
 }
 KERNELS = {'splash': 'tpu', 'flash': 'gpu'}  # attention kernel -> platform
+# full: attends to all earlier positions; sliding: to the last `window`; nope: to all,
+# without RoPE.
+LAYER_TYPES = ('full', 'sliding', 'nope')
 TILE = 128  # block sizes of every kernel are multiples, in positions
 
 
@@ -45,7 +48,7 @@ class ModelConfig:
   )
   d_ff: int = fields_lib.field(
     0,
-    'hidden width of the SwiGLU; 0 = 8/3 d_model, rounded up to a multiple of 256',
+    'hidden width of the gated MLP; 0 = 8/3 d_model, rounded up to a multiple of 256',
     **fields_lib.limits(2**24, 0),
   )
   vocab_size: int = fields_lib.field(
@@ -54,10 +57,17 @@ class ModelConfig:
   rope_theta: float = fields_lib.field(10_000.0, 'base wavelength of RoPE', above=0, max=1e12)
   rope_factor: float = fields_lib.field(
     1.0,
-    'scaling factor of the long wavelengths of RoPE, as in Llama 3.1 (Grattafiori et al. '
-    '2024, arXiv 2407.21783); 1 = no scaling',
+    'scaling factor of the wavelengths of RoPE, see rope_scaling; 1 = no scaling',
     min=1,
     max=1e6,
+  )
+  rope_scaling: str = fields_lib.field(
+    'llama3',
+    'how rope_factor scales; llama3: long wavelengths (Llama 3.1, Grattafiori et al. 2024, '
+    'arXiv 2407.21783); linear: all of them (Chen et al. 2023, arXiv 2306.15595); yarn: by '
+    'their turns in the original context, with a temperature (Peng et al. 2023, arXiv '
+    '2309.00071); RoPE of sliding layers is not scaled',
+    choices=('llama3', 'linear', 'yarn'),
   )
   rope_low_freq: float = fields_lib.field(
     1.0,
@@ -70,6 +80,86 @@ class ModelConfig:
     'wavelengths below original_max_position_embeddings / rope_high_freq are not scaled',
     above=0,
     max=1e6,
+  )
+  rope_beta_fast: float = fields_lib.field(
+    32.0,
+    'yarn: wavelengths with more turns in the original context are not scaled',
+    above=0,
+    max=1e6,
+  )
+  rope_beta_slow: float = fields_lib.field(
+    1.0, 'yarn: wavelengths with fewer turns in the original context are scaled', above=0, max=1e6
+  )
+  rope_truncate: bool = fields_lib.field(
+    True, 'yarn: round the two limits to whole dimensions, as published models do'
+  )
+  rope_attention_factor: float = fields_lib.field(
+    0.0, 'yarn: factor of queries and keys; 0 = 0.1 ln(rope_factor) + 1', min=0, max=1e6
+  )
+  rope_fraction: float = fields_lib.field(
+    1.0, 'fraction of the dimensions of an attention head that RoPE rotates', above=0, max=1
+  )
+  sliding_rope_theta: float = fields_lib.field(
+    0.0, 'base wavelength of RoPE of sliding layers; 0 = rope_theta', min=0, max=1e12
+  )
+  window: int = fields_lib.field(
+    0,
+    'sliding window: positions that a sliding layer attends to, its own among them; 0 = all',
+    **fields_lib.UNSIGNED,
+  )
+  layer_types: str = fields_lib.field(
+    '',
+    'pattern of attention of the layers of the next token (trunk, then head 1), repeated: '
+    'full, sliding or nope (full without RoPE), e.g. sliding*5,full; empty = all sliding '
+    'where window is given, else full',
+  )
+  norm_placement: str = fields_lib.field(
+    'before',
+    'where a block has its RMSNorms: before attention and MLP, after them (on what they add '
+    'to the residual stream; OLMo 2), or both (Gemma 2)',
+    choices=('before', 'after', 'both'),
+  )
+  norm_offset: bool = fields_lib.field(
+    False, 'RMSNorm multiplies by 1 + its weight, which starts at 0 (Gemma)'
+  )
+  qk_norm: str = fields_lib.field(
+    'none',
+    'RMSNorm of queries and keys before RoPE: per attention head (Qwen3), or over the whole '
+    'width (OLMo 2)',
+    choices=('none', 'head', 'full'),
+  )
+  qk_norm_eps: float = fields_lib.field(
+    0.0, 'epsilon of the RMSNorm of queries and keys; 0 = norm_eps', min=0, max=1
+  )
+  qkv_bias: bool = fields_lib.field(False, 'biases of queries, keys and values')
+  o_bias: bool = fields_lib.field(False, "bias of attention's output projection")
+  mlp_bias: bool = fields_lib.field(False, 'biases of the MLP')
+  activation: str = fields_lib.field(
+    'silu',
+    'activation of the gated MLP; gelu_tanh: its tanh approximation',
+    choices=('silu', 'gelu', 'gelu_tanh'),
+  )
+  attn_scale: float = fields_lib.field(
+    0.0, 'factor of attention scores; 0 = d_head^-0.5', min=0, max=1e6
+  )
+  attn_softcap: float = fields_lib.field(
+    0.0, 'cap c of attention scores, c tanh(score / c) (Gemma 2); 0 = none', min=0, max=1e6
+  )
+  attn_sink: bool = fields_lib.field(
+    False, 'a learned score per attention head in the denominator of softmax (gpt-oss)'
+  )
+  attn_gate: bool = fields_lib.field(
+    False, "a sigmoid gate on attention's output, from its input (Qwen3-Next)"
+  )
+  embedding_scale: float = fields_lib.field(
+    1.0, 'factor of embeddings, e.g. d_model^0.5 (Gemma)', above=0, max=1e6
+  )
+  residual_scale: float = fields_lib.field(
+    1.0, 'factor of what attention and MLP add to the residual stream', above=0, max=1e6
+  )
+  logits_scale: float = fields_lib.field(1.0, 'factor of the logits', above=0, max=1e6)
+  logits_softcap: float = fields_lib.field(
+    0.0, 'cap c of the logits, c tanh(logit / c) (Gemma 2); 0 = none', min=0, max=1e6
   )
   max_position_embeddings: int = fields_lib.field(
     0,
@@ -117,6 +207,26 @@ class ModelConfig:
   def head_width(self) -> int:
     return self.d_head or self.d_model // self.n_attn_heads
 
+  @property
+  def rotary_width(self) -> int:
+    """Dimensions of an attention head that RoPE rotates."""
+    return int(self.head_width * self.rope_fraction)
+
+  @property
+  def score_scale(self) -> float:
+    return self.attn_scale or self.head_width**-0.5
+
+  @property
+  def pattern(self) -> tuple[str, ...]:
+    """--model.layer_types, of LAYER_TYPES; of layer i the i-th, cyclically."""
+    if not self.layer_types:
+      return ('sliding' if self.window else 'full',)
+    found = []
+    for entry in self.layer_types.split(','):
+      name, _, times = entry.partition('*')
+      found += [name] * int(times or 1)
+    return tuple(found)
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadsConfig:
@@ -138,6 +248,26 @@ class HeadsConfig:
     'offset between the targets of consecutive heads: head k predicts token t + 1 + '
     'stride (k - 1); above 1, strided (leap) heads (Liu et al. 2025, arXiv 2505.17505)',
     **fields_lib.limits(2**24),
+  )
+
+  layer_type: str = fields_lib.field(
+    'last',
+    'attention of the blocks of heads >= 2: full, sliding or nope; last: that of the last '
+    'layer of --model.layer_types (in an anticausal chain, of the layer that a head is)',
+    choices=('last', *LAYER_TYPES),
+  )
+  window: int = fields_lib.field(
+    0,
+    'sliding window of heads of --heads.layer_type=sliding; 0 = model.window',
+    **fields_lib.UNSIGNED,
+  )
+  trunk_state: str = fields_lib.field(
+    'post_norm',
+    'hidden states that sequential and recursive modules read; post_norm: after the final '
+    'norm, of the trunk and of the module before, as vLLM, SGLang and Transformers hand '
+    "them over; pre_norm: before it, as llama.cpp does; pre_norm_first: the trunk's before "
+    "it and a module's after its own (Transformers with tie_last_hidden_states=false)",
+    choices=('post_norm', 'pre_norm', 'pre_norm_first'),
   )
 
   @property

@@ -4,25 +4,9 @@ import dataclasses
 import itertools
 import re
 
-from mtp_jax.config import fields, schema
+from mtp_jax.config import fields, kernels, layer_types, schema
 from mtp_jax.config import parse as parse_lib
 from mtp_jax.config import schedule as schedule_lib
-
-
-def kernel_problem(m: schema.ModelConfig, T: int, kernel: str) -> fields.ConfigError | None:
-  """Returns the error of an attention kernel that does not support a model's heads or
-  rows of T positions."""
-  name, width = 'model.attention', m.head_width
-  if kernel in schema.KERNELS and T % schema.TILE:
-    return fields.ConfigError(
-      name, kernel, f'needs a multiple of {schema.TILE} as --data.seq_len, not {T}'
-    )
-  # Triton's products need at least 16; above 256 shared memory is exhausted.
-  if kernel == 'flash' and not 16 <= width <= 256:
-    return fields.ConfigError(
-      name, kernel, f'needs d_model / n_attn_heads of 16 to 256, not {width}'
-    )
-  return None
 
 
 def configured(
@@ -122,10 +106,16 @@ def _check_model(cfg):
       f'must be a multiple of --model.n_attn_heads={m.n_attn_heads}, unless'
       ' --model.d_head is given',
     )
-  if m.head_width % 2:
+  if m.rope_fraction == 1 and m.head_width % 2:
     raise fields.ConfigError(
       *(('model.d_head', m.d_head) if m.d_head else ('model.d_model', m.d_model)),
       f'a head is {m.head_width} wide; it must be even (RoPE pairs)',
+    )
+  if m.rotary_width % 2 or not m.rotary_width:
+    raise fields.ConfigError(
+      'model.rope_fraction',
+      m.rope_fraction,
+      f'of a head of {m.head_width} it rotates {m.rotary_width} dimensions; must be even, above 0',
     )
   if m.rope_factor > 1 and m.rope_high_freq <= m.rope_low_freq:
     raise fields.ConfigError(
@@ -133,6 +123,13 @@ def _check_model(cfg):
       m.rope_high_freq,
       f'must be above --model.rope_low_freq={m.rope_low_freq}',
     )
+  if m.rope_factor > 1 and m.rope_scaling == 'yarn' and m.rope_beta_fast <= m.rope_beta_slow:
+    raise fields.ConfigError(
+      'model.rope_beta_fast',
+      m.rope_beta_fast,
+      f'must be above --model.rope_beta_slow={m.rope_beta_slow}',
+    )
+  _check_layer_types(cfg)
   if m.n_attn_heads % m.kv_heads:
     raise fields.ConfigError(
       'model.n_kv_heads', m.n_kv_heads, f'must divide --model.n_attn_heads={m.n_attn_heads}'
@@ -144,9 +141,10 @@ def _check_model(cfg):
       f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
       f' needs at least one; at most {m.n_layers - 1}',
     )
-  unfit = kernel_problem(m, cfg.data.seq_len, m.attention)
-  if unfit:
-    raise unfit
+  for window in sorted({t.window for t in layer_types.distinct(cfg)}):
+    unfit = kernels.problem(m, cfg.data.seq_len, m.attention, window)
+    if unfit:
+      raise unfit
   # Targets of a query, and with strided heads drafts from positions before it.
   reach = cfg.heads.offsets[-1] + cfg.heads.stride - 1
   if reach >= cfg.data.seq_len:
@@ -156,6 +154,36 @@ def _check_model(cfg):
       f'with --heads.stride={cfg.heads.stride} that spans {reach} tokens, must'
       f' be below --data.seq_len={cfg.data.seq_len}',
     )
+
+
+LAYER_TYPE = re.compile(rf'({"|".join(schema.LAYER_TYPES)})(\*[1-9][0-9]{{0,3}})?')
+
+
+def _check_layer_types(cfg):
+  m, h = cfg.model, cfg.heads
+  names = m.layer_types.split(',') if m.layer_types else []
+  if not all(map(LAYER_TYPE.fullmatch, names)):
+    raise fields.ConfigError(
+      'model.layer_types',
+      m.layer_types,
+      f'{", ".join(schema.LAYER_TYPES)}, with commas, each NAME or NAME*TIMES, TIMES from 1 to'
+      ' 9999',
+    )
+  sliding = 'sliding' in m.pattern
+  if sliding and not m.window:
+    raise fields.ConfigError('model.window', m.window, 'sliding layers need a window above 0')
+  if m.window and not (sliding or (h.layer_type == 'sliding' and not h.window)):
+    raise fields.ConfigError(
+      'model.window', m.window, f'no layer is sliding with --model.layer_types={m.layer_types}'
+    )
+  if m.sliding_rope_theta and not (sliding or h.layer_type == 'sliding'):
+    raise fields.ConfigError(
+      'model.sliding_rope_theta', m.sliding_rope_theta, 'no layer is sliding'
+    )
+  if h.layer_type == 'sliding' and not (h.window or m.window):
+    raise fields.ConfigError('heads.window', h.window, 'sliding heads need a window above 0')
+  if h.window and h.layer_type != 'sliding':
+    raise fields.ConfigError('heads.window', h.window, 'needs --heads.layer_type=sliding')
 
 
 def _check_loss(cfg):

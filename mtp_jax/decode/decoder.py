@@ -223,9 +223,9 @@ class Decoder:
   def _check_memory(self, B: int, slots: int, cache: int, s) -> None:
     """Raises ConfigError if the key/value cache alone exceeds a device's memory."""
     m, device = self.cfg.model, self.mesh.devices.flat[0]
-    values = sum(state_lib.cached_layers(s)) * m.kv_heads * m.head_width
+    positions = sum(map(sum, state_lib.slots(slots, s)))
     itemsize = np.dtype(jnp.dtype(self._cache_dtype)).itemsize
-    n_bytes = 2 * values * B * slots * itemsize
+    n_bytes = 2 * positions * m.kv_heads * m.head_width * B * itemsize
     n_bytes /= self._batch_shards * self.mesh.shape['tensor']
     stats = device.memory_stats() or {}
     limit = stats.get('bytes_limit') or (os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))

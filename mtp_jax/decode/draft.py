@@ -18,15 +18,16 @@ def draft(
 ):
   """Computes heads 2..W over the window and drafts after its last accepted token."""
   cfg, f, W, R = s.cfg, heads.family(s.cfg.heads), s.window, s.num_reread
-  S = caches.stem[0].k_BGSH.shape[2]
+  S = state_lib.cache_length(state, s)
 
   def positions(root_B, n_B):
     position_BT = root_B[:, None] - R + jnp.arange(R + W)[None]
-    return position_BT, (root_B + n_B)[:, None], n_B + R
+    return position_BT, (root_B + n_B)[:, None], n_B + R, root_B + W
 
-  position_BT, last_B1, at_B = sharding.by_rows(positions, root_B, n_accepted_B)
-  here = window_lib.window(position_BT, position_BT, S, cfg.model)
-  query = window_lib.QueryPosition(at_B, window_lib.window(last_B1, last_B1, S, cfg.model))
+  position_BT, last_B1, at_B, end_B = sharding.by_rows(positions, root_B, n_accepted_B)
+  window = functools.partial(window_lib.window, S=S, cfg=cfg)
+  here = window(position_BT, position_BT, end_B)
+  query = window_lib.QueryPosition(at_B, window(last_B1, last_B1, end_B))
   z_BTD, carry_BTD = window_lib.trunk_state(states, s), states[-1]
   if R:
     z_BTD = carry_BTD = sharding.by_rows(
@@ -42,6 +43,9 @@ def draft(
       )
     )
 
+  if f.is_chained and not cfg.heads.block_first:
+    carry_BTD = window_lib.first_carry(w, carry_BTD, cfg)
+
   def propose(state, logits_BKV, first):
     return sharding.by_rows(
       functools.partial(_propose, first=first, s=s), state, logits_BKV, last_B1, same=(sampling,)
@@ -51,7 +55,7 @@ def draft(
   for k in range(2, W + 1):
     if f.reverse:
       raw_B1D = window_lib.take_position(states[len(states) - k], at_B)
-      h_B1D = layers.rms_norm(raw_B1D, w.norm, cfg.model.norm_eps)
+      h_B1D = layers.rms_norm(raw_B1D, w.norm, cfg.model)
     else:
       next_BT = None
       if f.uses_next_token:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from mtp_jax.config import schema
 from mtp_jax.model import heads
 
@@ -17,6 +19,14 @@ class Tree(NamedTuple):
   @property
   def is_chain(self) -> bool:
     return all(width == 1 for width in self.widths)
+
+
+def sees(tree: Tree) -> np.ndarray:
+  """Returns (M, M), whether a slot's token attends to another's: its ancestors, itself."""
+  mask_MM = np.eye(len(tree.depth_M), dtype=bool)
+  for slots, parents in tree.levels:
+    mask_MM[np.array(slots)] |= mask_MM[np.array(parents)]
+  return mask_MM
 
 
 def tree(widths: tuple[int, ...]) -> Tree:

@@ -36,7 +36,6 @@ def prefill(
   overwritten. Returns (state, caches).
   """
   f, cfg = heads.family(s.cfg.heads), s.cfg
-  S = caches.stem[0].k_BGSH.shape[2]
 
   def tokens(tokens_BS, ahead):
     return jax.lax.dynamic_slice_in_dim(tokens_BS, ahead, C, axis=1)
@@ -45,13 +44,15 @@ def prefill(
     return sharding.by_rows(tokens, state.tokens_BS, same=(first + k,))
 
   def positions(length_B, first):
-    return jnp.broadcast_to(first + jnp.arange(C), (length_B.shape[0], C))
+    return jnp.broadcast_to(first + jnp.arange(C), (length_B.shape[0], C)), length_B - 1
 
-  position_BC = sharding.by_rows(positions, state.length_B, same=(first,))
-  here = window_lib.window(position_BC, first, S, cfg.model)
+  position_BC, end_B = sharding.by_rows(positions, state.length_B, same=(first,))
+  here = window_lib.window(position_BC, first, end_B, S=state_lib.cache_length(state, s), cfg=cfg)
   states, caches = window_lib.stem(w, read(0), caches, here, s)
   z_BCD = window_lib.trunk_state(states, s)
   carry_BCD, written = states[-1], []
+  if caches.heads and f.is_chained and not cfg.heads.block_first:
+    carry_BCD = window_lib.first_carry(w, carry_BCD, cfg)
   for k, kv in enumerate(caches.heads, 2):
     carry_BCD, _, kv = window_lib.head(
       w,
@@ -128,14 +129,20 @@ def _forward(
   w, state: state_lib.State, caches: state_lib.Caches, *, max_accept, sampling, s: setup_lib.Setup
 ):
   cfg = s.cfg
-  S = caches.stem[0].k_BGSH.shape[2]
+  S = state_lib.cache_length(state, s)
   tokens_BM, position_BM, slot_BM, seen_BMS = sharding.by_rows(
     functools.partial(_read_window, S=S, tree=s.tree), state
   )
-  here = window_lib.Window(block.context(position_BM, cfg.model), slot_BM, seen_BMS)
+  here = window_lib.Window(
+    block.context(position_BM, cfg),
+    slot_BM,
+    seen_BMS,
+    end_B1=slot_BM[:, -1:] + 1,
+    tree_TT=None if s.tree.is_chain else setup_lib.sees(s.tree),
+  )
   with jax.named_scope('stem'):
     states, caches = window_lib.stem(w, tokens_BM, caches, here, s)
-    h_BMD = layers.rms_norm(states[-1], w.norm, cfg.model.norm_eps)
+    h_BMD = layers.rms_norm(states[-1], w.norm, cfg.model)
     logits_BMV = window_lib.logits(w, h_BMD, 1, cfg)
   with jax.named_scope('verify'):
     root_B = state.length_B - 1
@@ -169,9 +176,7 @@ def _read_window(state: state_lib.State, S: int, tree: setup_lib.Tree):
   if tree.is_chain:
     seen_BMS = slot_11S <= position_BM[:, :, None]
   else:
-    mask_MM = np.eye(M, dtype=bool)  # a token attends to its ancestors and itself
-    for slots, parents in tree.levels:
-      mask_MM[np.array(slots)] |= mask_MM[np.array(parents)]
+    mask_MM = setup_lib.sees(tree)
     at_BS = jnp.arange(S)[None] - root_B1
     above_BSM = jnp.array(mask_MM.T)[jnp.clip(at_BS, 0, M - 1)]
     inside_BS1 = ((at_BS >= 0) & (at_BS < M))[:, :, None]

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from mtp_jax.config import layer_types
 from mtp_jax.decode import cache as cache_lib
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.model import heads
@@ -64,19 +65,32 @@ def start(tokens_BS, length_B, limit_B, seed_B, *, sampled: bool, s: setup_lib.S
   return sharding.by_rows(rows, tokens_BS, length_B, limit_B, seed_B)
 
 
-def cached_layers(s: setup_lib.Setup) -> tuple[int, int]:
-  """Returns the number of cached layers (of the stem, of the heads after it)."""
-  f = heads.family(s.cfg.heads)
-  stem = heads.trunk_layers(s.cfg)
-  if s.cfg.heads.block_first:
-    stem += s.active if f.reverse else 1
-  return stem, 0 if f.reverse or not f.has_block else s.window - 1
+def cached_layers(s: setup_lib.Setup) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the layer types of the cached layers (of the stem, of the heads after it),
+  as indices in layer_types.distinct."""
+  f, cfg = heads.family(s.cfg.heads), s.cfg
+  of_heads, stem = heads.types_of_heads(cfg), heads.types_of_trunk(cfg)
+  if cfg.heads.block_first:
+    first = s.active if f.reverse else 1
+    stem += of_heads[:first][::-1]
+  return stem, () if f.reverse or not f.has_block else of_heads[1 : s.window]
+
+
+def slots(S: int, s: setup_lib.Setup) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the slots of each cached layer (of the stem, of the heads after it)."""
+  types, spare = layer_types.distinct(s.cfg), s.slots + s.num_reread
+  stem, further = (
+    tuple(cache_lib.slots(S, types[i].window, spare) for i in layers) for layers in cached_layers(s)
+  )
+  return stem, further
 
 
 def empty(B: int, S: int, dtype, s: setup_lib.Setup) -> Caches:
-  """Returns caches of S slots, M - 1 more than the longest row; call it under jit."""
-  stem, further = cached_layers(s)
-  return Caches(
-    cache_lib.empty(stem, B, S, s.cfg.model, dtype),
-    cache_lib.empty(further, B, S, s.cfg.model, dtype),
-  )
+  """Returns caches of S slots, M - 1 more than the longest row, fewer in layers with a
+  sliding window; call it under jit."""
+  return Caches(*(cache_lib.empty(of, B, s.cfg.model, dtype) for of in slots(S, s)))
+
+
+def cache_length(state: State, s: setup_lib.Setup) -> int:
+  """Returns S, the slots of a layer without a window."""
+  return state.tokens_BS.shape[1] - s.window

@@ -67,6 +67,9 @@ def keep_path(states, caches: state_lib.Caches, root_B, path_BW):
     return jnp.take_along_axis(x_BMD, path_BW[:, :, None], axis=1)
 
   from_BW, to_BW = sharding.by_rows(slots, root_B, path_BW)
-  stem = tuple(cache_lib.move(kv, from_BW, to_BW) for kv in caches.stem)
+  stem = tuple(
+    cache_lib.move(kv, from_BW % kv.k_BGSH.shape[2], to_BW % kv.k_BGSH.shape[2])
+    for kv in caches.stem
+  )
   states = [sharding.by_rows(along, x, path_BW) for x in states]
   return states, caches._replace(stem=stem)

@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mtp_jax.config import schema
+from mtp_jax.config import layer_types, schema
 from mtp_jax.decode import cache as cache_lib
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.decode import state as state_lib
@@ -22,6 +23,9 @@ class Window(NamedTuple):
   ctx: block.Context
   slot: Any  # (B, T), or a scalar: the first position's, the same in all rows
   seen_BTS: Any
+  # For layers with a sliding window, whose cache is a ring:
+  end_B1: Any  # positions from here on are not kept
+  tree_TT: Any = None  # whether a position sees another of the window; None = the earlier
 
 
 class QueryPosition(NamedTuple):
@@ -40,18 +44,49 @@ def take_position(x_BTD, at_B):
   return sharding.by_rows(rows, x_BTD, at_B)
 
 
-def _layer(layer, x_BTD, kv, here: Window, cfg, *, query: QueryPosition | None = None):
+def _layer(
+  layer, x_BTD, kv, here: Window, *, cfg, layer_type: int, query: QueryPosition | None = None
+):
   """Computes a layer over a window and caches its keys and values; with a query,
   the rest of it at that position only."""
-  w = params.gather_cast(layer, block.specs(cfg.model), cfg)
-  y_BTD = layers.rms_norm(x_BTD, w.attn_norm, cfg.model.norm_eps)
-  kv = cache_lib.write(kv, *block.keys_values(w, y_BTD, here.ctx), here.slot)
+  m, whole, sliding = cfg.model, here, layer_types.distinct(cfg)[layer_type].window
+  w = params.gather_cast(layer, block.specs(m), cfg)
+  y_BTD = block.attention_input(w, x_BTD, m)
+  new = block.keys_values(w, y_BTD, block.of_type(here.ctx, layer_type, cfg), m)
+  if not sliding:
+    kv = cache_lib.write(kv, *new, here.slot)
   if query is not None:
     x_BTD, y_BTD = take_position(x_BTD, query.at_B), take_position(y_BTD, query.at_B)
     here = query.window
-  q_BTNH = block.queries(w, y_BTD, here.ctx)
-  a_BTNH = cache_lib.attend(q_BTNH, kv, here.seen_BTS)
-  return block.add_mlp(w, block.add_attended(w, x_BTD, a_BTNH), cfg.model.norm_eps), kv
+  q_BTNH = block.queries(w, y_BTD, block.of_type(here.ctx, layer_type, cfg), m)
+  if sliding:
+    seen_BTX, slot_BT = _ring(here, whole, kv.k_BGSH.shape[2], sliding)
+    a_BTNH = cache_lib.attend(q_BTNH, cache_lib.joined(kv, *new), seen_BTX, w.sink, m)
+    kv = cache_lib.write(kv, *new, slot_BT)
+  else:
+    a_BTNH = cache_lib.attend(q_BTNH, kv, here.seen_BTS, w.sink, m)
+  return block.add_mlp(w, block.add_attended(w, x_BTD, y_BTD, a_BTNH, m), m), kv
+
+
+def _ring(query: Window, written: Window, S: int, window: int):
+  """Returns whether each query sees each slot of a ring and each position written after
+  it, (B, T, S + T'), and the slots of those positions."""
+
+  def rows(query_BT, new_BT, slot_BT, end_B1):
+    old_BS = cache_lib.ring_positions(slot_BT[:, :1], S)
+    at_BX = jnp.concatenate([old_BS, new_BT], axis=1)
+    distance_BTX = query_BT[:, :, None] - at_BX[:, None, :]
+    seen_BTX = (distance_BTX < window) & (at_BX >= 0)[:, None]
+    if query.tree_TT is None:
+      seen_BTX &= distance_BTX >= 0
+    else:
+      tree_TX = np.pad(query.tree_TT, ((0, 0), (S, 0)), constant_values=True)
+      seen_BTX &= jnp.array(tree_TX)[None]
+    return seen_BTX, cache_lib.ring_slots(slot_BT, end_B1, S)
+
+  new_BT = written.ctx.position_BT
+  slot_BT = written.slot if jnp.ndim(written.slot) else new_BT
+  return sharding.by_rows(rows, query.ctx.position_BT, new_BT, slot_BT, written.end_B1)
 
 
 def stem(
@@ -59,8 +94,9 @@ def stem(
 ):
   """Computes the layers of verification; returns (the output of each, caches)."""
   x_BTD, states, written = lm.embed(w, tokens_BT, s.cfg), [], []
-  for layer, kv in zip(w.stem, caches.stem, strict=True):
-    x_BTD, kv = _layer(layer, x_BTD, kv, here, s.cfg)
+  types, _ = state_lib.cached_layers(s)
+  for layer, kv, layer_type in zip(w.stem, caches.stem, types, strict=True):
+    x_BTD, kv = _layer(layer, x_BTD, kv, here, cfg=s.cfg, layer_type=layer_type)
     states.append(x_BTD)
     written.append(kv)
   return states, caches._replace(stem=tuple(written))
@@ -68,6 +104,12 @@ def stem(
 
 def trunk_state(states, s: setup_lib.Setup):
   return states[heads.trunk_layers(s.cfg) - 1]
+
+
+def first_carry(w: weights_lib.Weights, z_BTD, cfg: schema.Config):
+  """Returns what head 1 of an identity-first chain hands on."""
+  x = heads.Inputs(norm_D=w.norm, z_BTD=z_BTD, carry_BTD=z_BTD)
+  return heads.step(None, 1, x, None, cfg)[0]
 
 
 def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: setup_lib.Setup):
@@ -97,9 +139,11 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
     z_BTD = take_position(z_BTD, query.at_B)
   written = []
 
-  def cached_block(layer, x_BTD, ctx, cfg):
+  def cached_block(layer, x_BTD, ctx, cfg, layer_type):
     del ctx
-    y_BTD, new = _layer(layer, x_BTD, kv, here, cfg, query=query if at_query else None)
+    y_BTD, new = _layer(
+      layer, x_BTD, kv, here, cfg=cfg, layer_type=layer_type, query=query if at_query else None
+    )
     written.append(new)
     return y_BTD
 
@@ -121,7 +165,7 @@ def logits(w: weights_lib.Weights, h_BTD, k: int, cfg):
     unembed, product = w.unembed[one], 'BTD,DV->BTV'
   with jax.named_scope('unembed'):
     logits_BTV = jnp.einsum(product, h_BTD, unembed, preferred_element_type=jnp.float32)
-  return jax.reshard(logits_BTV, sharding.pspec('batch', None, None))
+  return jax.reshard(layers.shaped(logits_BTV, cfg.model), sharding.pspec('batch', None, None))
 
 
 def all_logits(w: weights_lib.Weights, hidden: list, cfg):
@@ -140,22 +184,24 @@ def next_logits(w: weights_lib.Weights, tokens_BT, length_B, s: setup_lib.Setup)
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
 
   position_BT = sharding.by_rows(rows, tokens_BT)
-  here = window(position_BT, 0, tokens_BT.shape[1], s.cfg.model)
   B, T = tokens_BT.shape
+  here = window(position_BT, 0, length_B, S=T, cfg=s.cfg)
   caches = state_lib.empty(B, T, s.cfg.model.compute_dtype, s)
   states, _ = stem(w, tokens_BT, caches, here, s)
   last_BTD = take_position(states[-1], length_B - 1)
-  h_BTD = layers.rms_norm(last_BTD, w.norm, s.cfg.model.norm_eps)
+  h_BTD = layers.rms_norm(last_BTD, w.norm, s.cfg.model)
   return logits(w, h_BTD, 1, s.cfg)[:, 0]
 
 
 # Windows of consecutive positions.
 
 
-def window(position_BT, slot, S: int, m: schema.ModelConfig) -> Window:
-  """Returns the Window of positions that attend to all before them."""
+def window(position_BT, slot, end_B, *, S: int, cfg: schema.Config) -> Window:
+  """Returns the Window of positions that attend to all before them; those from end_B on
+  are padding, which a ring does not keep."""
 
-  def rows(position_BT):
-    return jnp.arange(S)[None, None] <= position_BT[:, :, None]
+  def rows(position_BT, end_B):
+    return jnp.arange(S)[None, None] <= position_BT[:, :, None], end_B[:, None]
 
-  return Window(block.context(position_BT, m), slot, sharding.by_rows(rows, position_BT))
+  seen_BTS, end_B1 = sharding.by_rows(rows, position_BT, end_B)
+  return Window(block.context(position_BT, cfg), slot, seen_BTS, end_B1)

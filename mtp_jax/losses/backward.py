@@ -158,6 +158,8 @@ def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
     visit, zeros, w.modules, _per_head(w, inputs, cfg), cfg.heads
   )
   value_K, stats, dprobe_K, own = outs
+  if heads.family(cfg.heads).shared_module and inputs.k_K.shape[0] > 1:
+    dmodules = jax.tree.map(lambda d: jnp.sum(d, axis=0), dmodules)
   grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
   return grads, dshared, own, (jnp.sum(value_K), stats)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
+from mtp_jax.model import layers
 from mtp_jax.parallel import sharding
 
 LOGITS_BYTES = 2**29  # per device, unless --loss.chunk_size is given
@@ -33,12 +34,13 @@ class Logits(NamedTuple):
   argmax_BC: Any  # the first one on ties
 
 
-def logits(h_BCD, unembed_DV, target_BC) -> Logits:
+def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
   """Computes the Logits of a chunk. The label's logit is a masked sum, not a lookup:
   the vocabulary may be sharded and is never gathered."""
   logits_BCV = jnp.einsum(
     'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
   )
+  logits_BCV = layers.shaped(logits_BCV, m)
   lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
   ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
   label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
@@ -52,7 +54,7 @@ def logits(h_BCD, unembed_DV, target_BC) -> Logits:
 def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg, *, detail=None):
   """Returns (sum of the losses of valid positions, (Stats, detail(Logits, target_BC)
   or None))."""
-  of = logits(h_BCD, unembed_DV, target_BC)
+  of = logits(h_BCD, unembed_DV, target_BC, cfg.model)
   z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * of.lse_BC**2)
   loss = jnp.sum(valid_BC * (of.lse_BC - of.label_BC)) + z_loss
   correct = jnp.sum(valid_BC * (of.argmax_BC == target_BC), dtype=jnp.float32)

@@ -76,7 +76,7 @@ def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, de
 
 
 def _heads_input(model: lm.LM, probe_K, batch, *, count_K, weight_K, n_active: int, cfg):
-  """Runs the trunk; returns the (backward.DiffInputs, LossInputs) of heads 1..n_active."""
+  """Runs the trunk; returns the (backward.DiffInputs, NondiffInputs) of heads 1..n_active."""
   model = _wide_where_shared(model, cfg)
   targets_KBT, valid_KBT = targets.targets(batch, cfg)
   z_BTD, emb_BUD, ctx = _trunk(model, batch, n_active, cfg)

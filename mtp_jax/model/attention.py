@@ -7,12 +7,13 @@ Kernels never materialize the T x T scores; the reference does.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import schema, validate
+from mtp_jax.config import kernels, layer_types, schema
+from mtp_jax.model import layers
 from mtp_jax.parallel import sharding, versions
 
 SPLASH_BLOCK = 512  # maximum block size of the TPU kernel, in positions
@@ -20,62 +21,124 @@ FLASH_BLOCK = 128  # maximum block size of the Triton kernel
 FLASH_TILE_BYTES = 32 * 1024  # five of them fit an A100's shared memory
 
 
-def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT, m: schema.ModelConfig):
-  """Computes softmax(q k^T / sqrt(H)) v over earlier positions of the same document.
+class Operands(NamedTuple):
+  """The arrays of attention."""
+
+  q_BTNH: Any
+  k_BSGH: Any
+  v_BSGH: Any
+  segment_BT: Any
+  sink_N: Any = None  # a further score in the denominator, per head; None = none
+
+
+def attend(x: Operands, layer_type, cfg: schema.Config):
+  """Computes softmax(scale q k^T) v over earlier positions of the same document.
 
   Query head n reads key/value head n // R, R = N / G (Ainslie et al. 2023,
-  https://arxiv.org/abs/2305.13245). Softmax in float32. Returns (B, T, N, H).
+  https://arxiv.org/abs/2305.13245). Softmax in float32, with --model.attn_scale,
+  attn_softcap and attn_sink.
+
+  Args:
+    x: the Operands.
+    layer_type: index in layer_types.distinct(cfg), which has its window; may be traced.
+    cfg: the Config.
+
+  Returns:
+    (B, T, N, H).
   """
-  kernel = KERNELS[chosen(m, q_BTNH.shape[1])]
-  if kernel is reference:
-    return reference(q_BTNH, k_BSGH, v_BSGH, segment_BT)
-  rows = sharding.pspec('batch', None)
+  windows = [t.window for t in layer_types.distinct(cfg)]
+  by_window = sorted(set(windows))
+  attends = [functools.partial(_attend, window=w, m=cfg.model) for w in by_window]
+  if len(by_window) == 1:
+    return attends[0](x)
+  index = tuple(map(by_window.index, windows))
+  if isinstance(layer_type, int):
+    return attends[index[layer_type]](x)
+  return jax.lax.switch(layers.at(index, layer_type), attends, x)
+
+
+def _attend(x: Operands, window: int, m: schema.ModelConfig):
+  kernel = KERNELS[chosen(m, x.q_BTNH.shape[1], window)]
+  kernel = functools.partial(kernel, window=window, m=m)
+  if kernel.func is reference:
+    return reference(x, window, m)
   q_spec = sharding.pspec('batch', None, 'attn_heads', None)
   kv_spec = sharding.pspec('batch', None, 'kv_heads', None)
   # Each device runs the kernel on its own rows and heads.
-  return jax.shard_map(
-    kernel, in_specs=(q_spec, kv_spec, kv_spec, rows), out_specs=q_spec, check_vma=False
-  )(q_BTNH, k_BSGH, v_BSGH, segment_BT)
+  sharded = jax.shard_map(
+    kernel,
+    in_specs=(Operands(q_spec, kv_spec, kv_spec, sharding.pspec('batch', None)),),
+    out_specs=q_spec,
+    check_vma=False,
+  )
+  with jax.named_scope(f'attend_window_{window}'):  # read by flops.of_program
+    return sharded(x)
 
 
-def chosen(m: schema.ModelConfig, T: int) -> str:
+def chosen(m: schema.ModelConfig, T: int, window: int = 0) -> str:
   """Returns the kernel of --model.attention for T positions on the devices of the
   current mesh."""
   if m.attention != 'auto':
     return m.attention
   device = jax.sharding.get_abstract_mesh().abstract_device
   for kernel, platform in schema.KERNELS.items():
-    if device and device.platform == platform and not validate.kernel_problem(m, T, kernel):
-      return kernel
+    if device and device.platform == platform:
+      return 'reference' if kernels.problem(m, T, kernel, window) else kernel
   return 'reference'
 
 
-def reference(q_BTNH, k_BSGH, v_BSGH, segment_BT):
+def reference(x: Operands, window: int, m: schema.ModelConfig):
   """Computes attention from the scores of all T x S pairs, in float32."""
+  q_BTNH, k_BSGH, v_BSGH, segment_BT, sink_N = x
   B, T, N, H = q_BTNH.shape
   G = k_BSGH.shape[2]
-  q_BTGRH = H**-0.5 * sharding.reshape(q_BTNH, (B, T, G, N // G, H), 'batch', None, 'kv_heads')
+  heads = B, T, G, N // G, H
+  q_BTGRH = m.score_scale * sharding.reshape(q_BTNH, heads, 'batch', None, 'kv_heads')
   scores_BGRTS = jnp.einsum(
     'BTGRH,BSGH->BGRTS', q_BTGRH, k_BSGH, preferred_element_type=jnp.float32
   )
   t = jnp.arange(T)
   seen_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
   seen_BTS &= (t[:, None] >= t[None, :])[None]
-  scores_BGRTS = jnp.where(seen_BTS[:, None, None], scores_BGRTS, jnp.finfo(jnp.float32).min)
-  weights_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGH.dtype)
-  out_BTGRH = jnp.einsum('BGRTS,BSGH->BTGRH', weights_BGRTS, v_BSGH)
+  if window:
+    seen_BTS &= (t[:, None] - t[None, :] < window)[None]
+  sink_11GR11 = None
+  if sink_N is not None:
+    sink_GR = sharding.reshape(sink_N, (G, N // G), 'kv_heads')
+    sink_11GR11 = sink_GR[None, :, :, None, None]
+  weights_BGRTS = softmax(scores_BGRTS, seen_BTS[:, None, None], sink_11GR11, m)
+  out_BTGRH = jnp.einsum('BGRTS,BSGH->BTGRH', weights_BGRTS.astype(v_BSGH.dtype), v_BSGH)
   return sharding.reshape(out_BTGRH, (B, T, N, H), 'batch', None, 'attn_heads')
 
 
-def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
+def softmax(scores, seen, sink, m: schema.ModelConfig):
+  """Computes the softmax over keys, the last dimension, of capped scores that are seen.
+
+  sink: a score per row that has no key: it is in the denominator only (Xiao et al. 2023,
+    https://arxiv.org/abs/2309.17453; learned as in gpt-oss, OpenAI 2025,
+    https://arxiv.org/abs/2508.10925); None = none. It is not capped.
+  """
+  scores = layers.softcap(scores, m.attn_softcap)
+  scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+  if sink is None:
+    return jax.nn.softmax(scores, axis=-1)
+  sink = sink.astype(jnp.float32)
+  top = jnp.maximum(jnp.max(jax.lax.stop_gradient(scores), axis=-1, keepdims=True), sink)
+  top = jax.lax.stop_gradient(top)
+  exp = jnp.exp(scores - top)
+  return exp / (jnp.sum(exp, axis=-1, keepdims=True) + jnp.exp(sink - top))
+
+
+def splash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = False):
   """Computes JAX's splash attention for TPU, vmapped over rows: blocks above the
-  diagonal are skipped, pairs across documents masked."""
+  diagonal or outside the window are skipped, pairs across documents masked."""
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
-  _, T, N, H = q_BTNH.shape
+  _, T, N, _ = x.q_BTNH.shape
   block = next(b for b in (SPLASH_BLOCK, 256, schema.TILE) if T % b == 0)
+  mask = lib.LocalMask((T, T), (window - 1, 0), 0) if window else lib.CausalMask((T, T))
   kernel = lib.make_splash_mha(
-    lib.MultiHeadMask([lib.CausalMask((T, T))] * N),
+    lib.MultiHeadMask([mask] * N),
     block_sizes=lib.BlockSizes(
       block_q=block,
       block_kv=block,
@@ -85,6 +148,7 @@ def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
       block_q_dq=block,
       block_kv_dq=block,
     ),
+    attn_logits_soft_cap=m.attn_softcap or None,
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
@@ -94,49 +158,49 @@ def splash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
     segments = lib.SegmentIds(segment_T, segment_T)
     return kernel(q_NTH, k_GSH, v_GSH, segment_ids=segments)
 
-  q_BNTH, k_BGSH, v_BGSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSGH, v_BSGH))
-  out_BNTH = jax.vmap(row)(q_BNTH, k_BGSH, v_BGSH, segment_BT)
+  scaled_BTNH = x.q_BTNH * m.score_scale
+  q_BNTH, k_BGSH, v_BGSH = (a.swapaxes(1, 2) for a in (scaled_BTNH, x.k_BSGH, x.v_BSGH))
+  out_BNTH = jax.vmap(row)(q_BNTH, k_BGSH, v_BGSH, x.segment_BT)
   return out_BNTH.swapaxes(1, 2)
 
 
-def flash(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret: bool = False):
+def flash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = False):
   """Computes attention on NVIDIA GPUs: cuDNN if every row of the device is a single
   document, else JAX's Pallas Triton kernel, which supports segment ids. The branch
   is taken at run time, per batch. cuDNN supports neither float32 nor every width,
   and has no interpreter."""
-  packed = functools.partial(_triton, interpret=interpret)
-  H = q_BTNH.shape[-1]
-  if interpret or q_BTNH.dtype != jnp.bfloat16 or H % 8 or H > 128:
-    return packed(q_BTNH, k_BSGH, v_BSGH, segment_BT)
-  return jax.lax.cond(
-    jnp.all(segment_BT == segment_BT[:, :1]), _cudnn, packed, q_BTNH, k_BSGH, v_BSGH, segment_BT
-  )
+  assert not window  # kernels.problem
+  packed = functools.partial(_triton, scale=m.score_scale, interpret=interpret)
+  single = functools.partial(_cudnn, scale=m.score_scale)
+  H = x.q_BTNH.shape[-1]
+  if interpret or x.q_BTNH.dtype != jnp.bfloat16 or H % 8 or H > 128:
+    return packed(x)
+  return jax.lax.cond(jnp.all(x.segment_BT == x.segment_BT[:, :1]), single, packed, x)
 
 
-def _cudnn(q_BTNH, k_BSGH, v_BSGH, segment_BT):
-  del segment_BT
+def _cudnn(x: Operands, scale: float):
   return jax.nn.dot_product_attention(
-    q_BTNH, k_BSGH, v_BSGH, is_causal=True, implementation='cudnn'
+    x.q_BTNH, x.k_BSGH, x.v_BSGH, scale=scale, is_causal=True, implementation='cudnn'
   )
 
 
-def _triton(q_BTNH, k_BSGH, v_BSGH, segment_BT, interpret):
+def _triton(x: Operands, scale: float, interpret: bool):
   from jax.experimental import pallas as pl
 
   with versions.pallas_triton():
     from jax.experimental.pallas.ops.gpu import attention as lib
 
-  _, _, N, H = q_BTNH.shape
-  repeats = N // k_BSGH.shape[2]  # this kernel needs one key head per query head
-  row_bytes = pl.next_power_of_2(H) * q_BTNH.dtype.itemsize
+  _, _, N, H = x.q_BTNH.shape
+  repeats = N // x.k_BSGH.shape[2]  # this kernel needs one key head per query head
+  row_bytes = pl.next_power_of_2(H) * x.q_BTNH.dtype.itemsize
   block = min(FLASH_BLOCK, FLASH_TILE_BYTES // row_bytes)
   sizes = lib.BlockSizes.get_default()  # the backward blocks are small enough
   return lib.mha(
-    q_BTNH,
-    jnp.repeat(k_BSGH, repeats, axis=2),
-    jnp.repeat(v_BSGH, repeats, axis=2),
-    segment_BT,
-    sm_scale=H**-0.5,
+    x.q_BTNH,
+    jnp.repeat(x.k_BSGH, repeats, axis=2),
+    jnp.repeat(x.v_BSGH, repeats, axis=2),
+    x.segment_BT,
+    sm_scale=scale,
     causal=True,
     block_sizes=dataclasses.replace(sizes, block_q=block, block_k=block),
     interpret=interpret,

@@ -1,31 +1,69 @@
-"""A pre-norm Llama layer, of the trunk and of block-like heads.
+"""A Transformer layer, of the trunk and of block-like heads.
 
-Touvron et al. 2023, https://arxiv.org/abs/2302.13971; no biases.
+By default Llama's (Touvron et al. 2023, https://arxiv.org/abs/2302.13971): norms before
+attention and MLP, no biases. Options of --model.* make it the layer of Qwen, Gemma, OLMo
+and other models; docs/guides/import_export.md lists which.
 """
 
-from typing import Any, Generic, NamedTuple
+import dataclasses
+from typing import Any, Generic, NamedTuple, Self
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import schema
+from mtp_jax.config import layer_types, schema
 from mtp_jax.model import attention, layers, params
 from mtp_jax.parallel import sharding
 
 
-class Block(flax.struct.PyTreeNode, Generic[params.Leaf]):
-  """Parameters of one layer; with a leading axis if stacked."""
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Block(Generic[params.Leaf]):
+  """Parameters of one layer; with a leading axis if stacked. None without their option.
 
-  attn_norm: params.Leaf
+  A pytree of those that are not None: a checkpoint has no entry for an option that its
+  model does not use, nor for one that did not exist when it was written.
+  """
+
+  attn_norm: params.Leaf | None  # before attention
   q: params.Leaf
   k: params.Leaf
   v: params.Leaf
   o: params.Leaf
-  mlp_norm: params.Leaf
+  mlp_norm: params.Leaf | None
   gate: params.Leaf
   up: params.Leaf
   down: params.Leaf
+  attn_out_norm: params.Leaf | None = None  # after attention
+  mlp_out_norm: params.Leaf | None = None
+  q_norm: params.Leaf | None = None
+  k_norm: params.Leaf | None = None
+  q_bias: params.Leaf | None = None
+  k_bias: params.Leaf | None = None
+  v_bias: params.Leaf | None = None
+  o_bias: params.Leaf | None = None
+  gate_bias: params.Leaf | None = None
+  up_bias: params.Leaf | None = None
+  down_bias: params.Leaf | None = None
+  attn_gate: params.Leaf | None = None
+  sink: params.Leaf | None = None
+
+  def replace(self, **changes) -> Self:
+    return dataclasses.replace(self, **changes)
+
+  def tree_flatten_with_keys(self):
+    # Those of the tree that it was mapped from, whose values may be None now.
+    names = vars(self).get('_names') or tuple(
+      field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None
+    )
+    return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], names
+
+  @classmethod
+  def tree_unflatten(cls, names, children):
+    values: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(cls))
+    self = cls(**values | dict(zip(names, children, strict=True)))
+    object.__setattr__(self, '_names', names)
+    return self
 
 
 class Context(NamedTuple):
@@ -33,7 +71,7 @@ class Context(NamedTuple):
 
   position_BT: Any
   segment_BT: Any
-  sin: Any  # (B, T, H/2)
+  sin: Any  # (B, T, R/2) of R rotated dimensions; (X, B, T, R/2) of X layer types
   cos: Any
 
 
@@ -42,68 +80,144 @@ def specs(m: schema.ModelConfig) -> Block[params.Spec]:
   std = D**-0.5
   # The 2L additions to the residual stream are scaled down at initialization.
   depth = (2 * m.n_layers) ** -0.5
-  S = params.Spec
+  S, norm, bias = params.Spec, params.norm(m), params.bias
+
+  def qk_norm(heads, axis):
+    return {
+      'none': None,
+      'head': params.norm(m, (H,)),
+      'full': params.norm(m, (heads, H), (axis, None)),
+    }[m.qk_norm]
+
+  before, after = m.norm_placement != 'after', m.norm_placement != 'before'
   return Block(
-    attn_norm=S((D,), (None,), None),
+    attn_norm=norm if before else None,
     q=S((D, N, H), ('embed', 'attn_heads', None), std, (1, 2)),
     k=S((D, G, H), ('embed', 'kv_heads', None), std, (1, 2)),
     v=S((D, G, H), ('embed', 'kv_heads', None), std, (1, 2)),
     o=S((N, H, D), ('attn_heads', None, 'embed'), (N * H) ** -0.5 * depth, (2, 1)),
-    mlp_norm=S((D,), (None,), None),
+    mlp_norm=norm if before else None,
     gate=S((D, F), ('embed', 'mlp'), std, (1, 1)),
     up=S((D, F), ('embed', 'mlp'), std, (1, 1)),
     down=S((F, D), ('mlp', 'embed'), F**-0.5 * depth, (1, 1)),
+    attn_out_norm=norm if after else None,
+    mlp_out_norm=norm if after else None,
+    q_norm=qk_norm(N, 'attn_heads'),
+    k_norm=qk_norm(G, 'kv_heads'),
+    q_bias=bias(N, H, axes=('attn_heads', None)) if m.qkv_bias else None,
+    k_bias=bias(G, H, axes=('kv_heads', None)) if m.qkv_bias else None,
+    v_bias=bias(G, H, axes=('kv_heads', None)) if m.qkv_bias else None,
+    o_bias=bias(D) if m.o_bias else None,
+    gate_bias=bias(F, axes=('mlp',)) if m.mlp_bias else None,
+    up_bias=bias(F, axes=('mlp',)) if m.mlp_bias else None,
+    down_bias=bias(D) if m.mlp_bias else None,
+    attn_gate=S((D, N, H), ('embed', 'attn_heads', None), std, (1, 2)) if m.attn_gate else None,
+    sink=bias(N, axes=('attn_heads',)) if m.attn_sink else None,
   )
 
 
-def context(position_BT, m: schema.ModelConfig) -> Context:
+def context(position_BT, cfg: schema.Config) -> Context:
   """Returns the Context of positions; a document starts wherever a position is 0."""
-  sin, cos = layers.rope_tables(position_BT, m)
+  tables = [_tables(position_BT, t, cfg.model) for t in layer_types.distinct(cfg)]
+  sin, cos = (x[0] if len(x) == 1 else jnp.stack(x) for x in zip(*tables, strict=True))
   segment_BT = jnp.cumsum(position_BT == 0, axis=1)
   return Context(position_BT, segment_BT, sin, cos)
 
 
-def block(layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config):
-  """Computes x + attention + SwiGLU; gathers the sharded `layer`."""
+def _tables(position_BT, of: layer_types.LayerType, m: schema.ModelConfig):
+  if of.theta:
+    return layers.rope_tables(position_BT, m, of.theta, of.scaled)
+  # No rotation: x cos + 0 is x, bit for bit.
+  angle = jnp.zeros((*position_BT.shape, m.rotary_width // 2)) * position_BT[:, :, None]
+  return angle, angle + 1
+
+
+def block(layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config, layer_type=0):
+  """Computes x + attention + gated MLP; gathers the sharded `layer`.
+
+  layer_type: index of its type in layer_types.distinct(cfg); may be traced.
+  """
+  m = cfg.model
   with jax.named_scope('gather'):
-    w = params.gather_cast(layer, specs(cfg.model), cfg)
+    w = params.gather_cast(layer, specs(m), cfg)
+  ctx = of_type(ctx, layer_type, cfg)
   with jax.named_scope('qkv'):
-    y_BTD = layers.rms_norm(x_BTD, w.attn_norm, cfg.model.norm_eps)
-    q_BTNH = queries(w, y_BTD, ctx)
-    k_BTGH, v_BTGH = keys_values(w, y_BTD, ctx)
+    y_BTD = attention_input(w, x_BTD, m)
+    q_BTNH = queries(w, y_BTD, ctx, m)
+    k_BTGH, v_BTGH = keys_values(w, y_BTD, ctx, m)
   with jax.named_scope('attend'):
-    a_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT, cfg.model)
-  return add_mlp(w, add_attended(w, x_BTD, a_BTNH), cfg.model.norm_eps)
+    a_BTNH = attention.attend(
+      attention.Operands(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT, w.sink), layer_type, cfg
+    )
+  return add_mlp(w, add_attended(w, x_BTD, y_BTD, a_BTNH, m), m)
 
 
 # Parts of a block, of gathered weights: a decoder reads keys and values from a
 # cache, and has fewer query positions than it writes.
 
 
-def queries(w: Block[jax.Array], y_BTD, ctx: Context):
-  """Computes queries of the normed residual stream, rotated by RoPE."""
-  return layers.rope(jnp.einsum('BTD,DNH->BTNH', y_BTD, w.q), ctx.sin, ctx.cos)
+def of_type(ctx: Context, layer_type, cfg: schema.Config) -> Context:
+  """Returns the Context with the RoPE tables of one layer type."""
+  if len(layer_types.distinct(cfg)) == 1:
+    return ctx
+  sin, cos = (
+    jax.lax.dynamic_index_in_dim(x, layer_type, keepdims=False) for x in (ctx.sin, ctx.cos)
+  )
+  return ctx._replace(sin=sin, cos=cos)
 
 
-def keys_values(w: Block[jax.Array], y_BTD, ctx: Context):
-  k_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.k)
-  v_BTGH = jnp.einsum('BTD,DGH->BTGH', y_BTD, w.v)
-  return layers.rope(k_BTGH, ctx.sin, ctx.cos), v_BTGH
+def attention_input(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
+  return x_BTD if w.attn_norm is None else layers.rms_norm(x_BTD, w.attn_norm, m)
 
 
-def add_attended(w: Block[jax.Array], x_BTD, a_BTNH):
+def queries(w: Block[jax.Array], y_BTD, ctx: Context, m: schema.ModelConfig):
+  """Computes queries of attention's input, rotated by RoPE."""
+  q_BTNH = _biased(jnp.einsum('BTD,DNH->BTNH', y_BTD, w.q), w.q_bias)
+  return layers.rope(_qk_normed(q_BTNH, w.q_norm, m), ctx.sin, ctx.cos)
+
+
+def keys_values(w: Block[jax.Array], y_BTD, ctx: Context, m: schema.ModelConfig):
+  k_BTGH = _biased(jnp.einsum('BTD,DGH->BTGH', y_BTD, w.k), w.k_bias)
+  v_BTGH = _biased(jnp.einsum('BTD,DGH->BTGH', y_BTD, w.v), w.v_bias)
+  return layers.rope(_qk_normed(k_BTGH, w.k_norm, m), ctx.sin, ctx.cos), v_BTGH
+
+
+def _qk_normed(x_BTNH, w, m: schema.ModelConfig):
+  return x_BTNH if w is None else layers.rms_norm(x_BTNH, w, m, m.qk_norm_eps)
+
+
+def _biased(x, bias):
+  """Adds a bias over the last dimensions, in float32."""
+  if bias is None:
+    return x
+  bias = jnp.expand_dims(bias, tuple(range(x.ndim - bias.ndim))).astype(jnp.float32)
+  return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def add_attended(w: Block[jax.Array], x_BTD, y_BTD, a_BTNH, m: schema.ModelConfig):
+  """Adds the projected attention a to the residual stream x; y is attention's input."""
   with jax.named_scope('attend'):
-    return x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
+    if w.attn_gate is not None:
+      a_BTNH *= jax.nn.sigmoid(jnp.einsum('BTD,DNH->BTNH', y_BTD, w.attn_gate))
+    o_BTD = jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
+    return x_BTD + _added(_biased(o_BTD, w.o_bias), w.attn_out_norm, m)
 
 
-def add_mlp(w: Block[jax.Array], x_BTD, eps: float):
+def add_mlp(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
   with jax.named_scope('mlp'):
-    y_BTD = layers.rms_norm(x_BTD, w.mlp_norm, eps)
-    gate_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.gate)
-    up_BTF = jnp.einsum('BTD,DF->BTF', y_BTD, w.up)
-    return x_BTD + jnp.einsum(
-      'BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, w.down, out_sharding=_RESIDUAL
-    )
+    y_BTD = x_BTD if w.mlp_norm is None else layers.rms_norm(x_BTD, w.mlp_norm, m)
+    gate_BTF = _biased(jnp.einsum('BTD,DF->BTF', y_BTD, w.gate), w.gate_bias)
+    up_BTF = _biased(jnp.einsum('BTD,DF->BTF', y_BTD, w.up), w.up_bias)
+    active_BTF = layers.ACTIVATIONS[m.activation](gate_BTF) * up_BTF
+    o_BTD = jnp.einsum('BTF,FD->BTD', active_BTF, w.down, out_sharding=_RESIDUAL)
+    return x_BTD + _added(_biased(o_BTD, w.down_bias), w.mlp_out_norm, m)
+
+
+def _added(o_BTD, norm_D, m: schema.ModelConfig):
+  """Returns what a sublayer adds to the residual stream."""
+  if norm_D is not None:
+    o_BTD = layers.rms_norm(o_BTD, norm_D, m)
+  return o_BTD if m.residual_scale == 1 else m.residual_scale * o_BTD
 
 
 _RESIDUAL = sharding.pspec('batch', None, None)

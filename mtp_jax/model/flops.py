@@ -1,12 +1,14 @@
 """FLOPs per training token by formula, and FLOPs of a traced program."""
 
 import math
+import re
+from typing import NamedTuple
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from mtp_jax.config import schema
+from mtp_jax.config import layer_types, schema
 from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import lm, params
 
@@ -16,10 +18,10 @@ def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> f
 
   Two per weight of a matrix product (the unembedding once per head and once for
   token order prediction, the embedding excluded) and 4 N H per layer and attended
-  key, T / 2 keys on average; T with causal=False, the convention of Chowdhery et al.
-  2022 (https://arxiv.org/abs/2204.02311, appendix B) and the cost of a program that
-  masks scores instead of skipping them. Frozen weights have no gradient, and a
-  frozen trunk has no backward pass. Recomputation is excluded.
+  key, T / 2 keys on average, fewer in a sliding layer; T with causal=False, the
+  convention of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311, appendix B) and
+  the cost of a program that masks scores instead of skipping them. Frozen weights have
+  no gradient, and a frozen trunk has no backward pass. Recomputation is excluded.
   """
   trunk, heads, unembeddings, order = forward(cfg, n_active, causal)
   own = cfg.heads.unembedding == 'replicated'
@@ -38,26 +40,32 @@ def forward(
 ) -> tuple[float, float, float, float]:
   """Returns the forward FLOPs per token of (the trunk, head modules, their
   unembeddings, the unembedding of token order prediction)."""
-  m = cfg.model
-  # Head 1 of an identity-first family has no module.
-  modules = n_active if cfg.heads.block_first else n_active - 1
+  m, T = cfg.model, cfg.data.seq_len
+  types = layer_types.distinct(cfg)
   family = heads_lib.family(cfg.heads)
-  keys = cfg.data.seq_len / 2 if causal else cfg.data.seq_len
-  attention = 4 * keys * m.n_attn_heads * m.head_width
-  trunk, head = (
-    2 * _matrices(specs) + layers * attention
-    for specs, layers in (
-      (lm.specs(cfg).trunk, heads_lib.trunk_layers(cfg)),
-      (family.specs(m), family.has_block),
-    )
-  )
+  keys = [_mean_keys(T, t.window) if causal else T for t in types]
+  attention = [4 * of_type * m.n_attn_heads * m.head_width for of_type in keys]
+  trunk = 2 * _matrices(lm.specs(cfg).trunk)
+  trunk += sum(attention[i] for i in heads_lib.types_of_trunk(cfg))
+  # Head 1 of an identity-first family has no module.
+  of_heads = heads_lib.types_of_heads(cfg)[not cfg.heads.block_first : n_active]
+  modules = 2 * len(of_heads) * _matrices(family.specs(m))
+  modules += sum(attention[i] for i in of_heads) * family.has_block
   unembedding = 2 * m.d_model * m.vocab_size
-  return (
-    trunk,
-    modules * head,
-    n_active * unembedding,
-    (cfg.loss.token_order_weight > 0) * unembedding,
-  )
+  return (trunk, modules, n_active * unembedding, (cfg.loss.token_order_weight > 0) * unembedding)
+
+
+def _mean_keys(T: int, window: int) -> float:
+  """Returns the keys that a position attends to on average, by the convention of T / 2."""
+  w = min(window or T, T)
+  return w - w * w / (2 * T)
+
+
+def window_shares(cfg: schema.Config) -> tuple[float, ...]:
+  """Returns the share of trunk layers of each window, ascending, as `of_program` takes."""
+  windows = [t.window for t in layer_types.distinct(cfg)]
+  of_trunk = [windows[i] for i in heads_lib.types_of_trunk(cfg)]
+  return tuple(of_trunk.count(w) / max(len(of_trunk), 1) for w in sorted(set(windows)))
 
 
 def _matrices(specs) -> int:
@@ -78,34 +86,60 @@ KERNELS = {
 }
 
 
-def of_program(jaxpr, seq_len: int, trips: int = 1) -> float:
+def of_program(jaxpr, seq_len: int, shares: tuple[float, ...] = ()) -> float:
   """Returns the FLOPs of the matrix products of a traced program, per device.
 
   Executed FLOPs, including recomputation and work repeated on several devices:
   shapes are those of shards. A loop counts once per trip; a conditional as its most
   expensive branch, but once per loop where another branch has no product (work of
-  head 1 alone); attention kernels by their products per query head. Elementwise work
-  is excluded.
+  head 1 alone), and by `shares` where it selects a window; attention kernels by their
+  products per query head. Elementwise work is excluded.
 
-  trips: trip count of the enclosing loop.
+  shares: `window_shares` of the model.
   """
+  return _of_jaxpr(jaxpr, _Within(seq_len, shares))
+
+
+class _Within(NamedTuple):
+  """What encloses a part of a program."""
+
+  seq_len: int
+  shares: tuple[float, ...]
+  trips: int = 1  # of the loop
+  window: int = 0  # of the attention
+
+
+def _of_jaxpr(jaxpr, here: _Within) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
+    found = WINDOW.search(str(eqn.source_info.name_stack))
+    within = here._replace(window=int(found[1])) if found else here
     if name == 'dot_general':
       total += _dot(eqn)
     elif name == 'pallas_call' or name.startswith('dot_product_attention'):
-      total += _kernel(eqn, seq_len)
+      total += _kernel(eqn, _mean_keys(within.seq_len, within.window))
     elif name == 'cond':
-      choices = [of_program(branch.jaxpr, seq_len, trips) for branch in eqn.params['branches']]
-      total += max(choices) / (1 if min(choices) else trips)
+      branches = [branch.jaxpr for branch in eqn.params['branches']]
+      choices = [_of_jaxpr(branch, within) for branch in branches]
+      if len(here.shares) == len(choices) and all(map(_has_window, branches)):
+        total += sum(share * of for share, of in zip(here.shares, choices, strict=True))
+      else:
+        total += max(choices) / (1 if min(choices) else here.trips)
     else:
       times = eqn.params['length'] if name == 'scan' else 1
+      within = within._replace(trips=times) if name == 'scan' else within
       total += times * sum(
-        of_program(inner, seq_len, times if name == 'scan' else trips)
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params)
+        _of_jaxpr(inner, within) for inner in jax.extend.core.jaxprs_in_params(eqn.params)
       )
   return total
+
+
+WINDOW = re.compile(r'attend_window_(\d+)')  # a name scope of attention.py
+
+
+def _has_window(jaxpr) -> bool:
+  return any(WINDOW.search(str(eqn.source_info.name_stack)) for eqn in jaxpr.eqns)
 
 
 def _shard(aval) -> list[int]:
@@ -124,7 +158,7 @@ def _dot(eqn) -> float:
   return 2.0 * math.prod(_shard(eqn.outvars[0].aval)) * math.prod(left[i] for i in contracted)
 
 
-def _kernel(eqn, seq_len: int) -> float:
+def _kernel(eqn, keys: float) -> float:
   name = eqn.params.get('name') or getattr(
     eqn.params.get('name_and_src_info'), 'name', eqn.primitive.name
   )
@@ -136,4 +170,4 @@ def _kernel(eqn, seq_len: int) -> float:
     for v in eqn.invars
     if len(v.aval.shape) >= 3 and jnp.issubdtype(v.aval.dtype, jnp.floating)
   )
-  return known[0] * 2.0 * math.prod(query.shape) * seq_len / 2
+  return known[0] * 2.0 * math.prod(query.shape) * keys

@@ -9,6 +9,7 @@ In an *identity-first* family the trunk has all L layers, head 1 is the identity
 z, and heads 2..n have n - 1 modules. With n = 1 each is a plain L-layer Transformer.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
 
@@ -16,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import schema
+from mtp_jax.config import layer_types, schema
 from mtp_jax.model import block, layers, params
 from mtp_jax.parallel import sharding
 
@@ -53,6 +54,7 @@ class Family(NamedTuple):
   is_chained: bool = False  # a head reads the previous one's output
   uses_next_token: bool = False  # a head reads next_emb
   shared_module: bool = False  # one module serves all extra heads
+  normed_chain: bool = False  # --heads.trunk_state applies to what a head hands on
 
   @property
   def has_block(self) -> bool:
@@ -65,25 +67,29 @@ def next_token_offset(k, stride: int):
   return 1 + stride * (k - 2)
 
 
-def step(module, x: Inputs, ctx, cfg, apply_block=block.block):
+def step(module, k, x: Inputs, ctx, cfg, *, apply_block=block.block):
   """Computes one head: block input, block, block output.
 
   Args:
     module: its parameters, as sharded at rest; None for an identity head.
+    k: the head's number, from 1; may be traced.
     x: its Inputs.
     ctx: Context of the window.
     cfg: the Config.
-    apply_block: (layer, x_BTD, ctx, cfg) -> y_BTD; a decoder's has a cache.
+    apply_block: (layer, x_BTD, ctx, cfg, layer_type) -> y_BTD; a decoder's has a cache.
 
   Returns:
     (carry_BTD, h_BTD).
   """
   f = family(cfg.heads)
   if module is None:  # head 1 of an identity-first family: h_1 = norm(z)
-    return x.carry_BTD, layers.rms_norm(x.z_BTD, x.norm_D, cfg.model.norm_eps)
+    h_BTD = layers.rms_norm(x.z_BTD, x.norm_D, cfg.model)
+    normed = f.normed_chain and cfg.heads.trunk_state == 'post_norm'
+    return h_BTD if normed else x.carry_BTD, h_BTD
   y_BTD = f.block_input(module, x, ctx, cfg)
   if f.layer is not None:
-    y_BTD = apply_block(f.layer(module), y_BTD, ctx, cfg)
+    layer_type = layers.at(types_of_heads(cfg), k - 1)
+    y_BTD = apply_block(f.layer(module), y_BTD, ctx, cfg, layer_type)
   return f.block_output(module, y_BTD, x, cfg)
 
 
@@ -98,7 +104,7 @@ def _block_input_z(module, x: Inputs, ctx, cfg):
 
 def _block_output(module, y_BTD, x: Inputs, cfg):
   del module
-  return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
+  return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model)
 
 
 def _block_input_chain(module, x: Inputs, ctx, cfg):
@@ -112,7 +118,7 @@ def _block_input_chain(module, x: Inputs, ctx, cfg):
 
 def _block_output_chain(module, y_BTD, x: Inputs, cfg):
   del module
-  return y_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
+  return y_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model)
 
 
 def _linear(module, x: Inputs, ctx, cfg):
@@ -127,7 +133,7 @@ def _residual(module, x: Inputs, ctx, cfg):
   (Cai et al. 2024, https://arxiv.org/abs/2401.10774)."""
   del ctx
   proj_DE = _gathered(module, linear_specs(cfg.model), cfg).proj
-  y_BTD = layers.rms_norm(x.z_BTD, x.norm_D, cfg.model.norm_eps)
+  y_BTD = layers.rms_norm(x.z_BTD, x.norm_D, cfg.model)
   w_BTD = jnp.einsum('BTD,DE->BTE', y_BTD, proj_DE, out_sharding=_RESIDUAL)
   return y_BTD + jax.nn.silu(w_BTD)
 
@@ -139,23 +145,25 @@ def _block_output_residual(module, y_BTD, x: Inputs, cfg):
 
 def _block_input_sequential(module, x: Inputs, ctx, cfg):
   """h_k = block_k(M_k [norm(h_k-1); norm(embedding of token t + k - 1)]), with
-  M_k: 2D -> D and its own final norm; the carry is h_k before the norm (DeepSeek-V3,
-  2024, https://arxiv.org/abs/2412.19437, the report's order: hidden first).
+  M_k: 2D -> D and its own final norm; the carry is h_k after the norms, or before them
+  with --heads.trunk_state=pre_norm (DeepSeek-V3, 2024, https://arxiv.org/abs/2412.19437,
+  the report's order: hidden first).
 
   RoPE at the query's position t. At position 0 of a document the embedding is
   zeroed, as serving engines do.
   """
-  w, eps = _gathered(module, sequential_specs(cfg.model), cfg), cfg.model.norm_eps
+  w, m = _gathered(module, sequential_specs(cfg.model), cfg), cfg.model
   known_BT1 = (ctx.position_BT > 0)[:, :, None]
   next_BTD = jnp.where(known_BT1, x.next_emb_BTD, 0)
-  hidden_BTD = layers.rms_norm(x.carry_BTD, w.hidden_norm, eps)
-  pair_BTE = jnp.concatenate([hidden_BTD, layers.rms_norm(next_BTD, w.embed_norm, eps)], axis=-1)
+  hidden_BTD = layers.rms_norm(x.carry_BTD, w.hidden_norm, m)
+  pair_BTE = jnp.concatenate([hidden_BTD, layers.rms_norm(next_BTD, w.embed_norm, m)], axis=-1)
   return jnp.einsum('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
 
 
 def _block_output_sequential(module, y_BTD, x: Inputs, cfg):
   del x
-  return y_BTD, layers.rms_norm(y_BTD, module.final_norm, cfg.model.norm_eps)
+  h_BTD = layers.rms_norm(y_BTD, module.final_norm, cfg.model)
+  return y_BTD if cfg.heads.trunk_state == 'pre_norm' else h_BTD, h_BTD
 
 
 class Projection(flax.struct.PyTreeNode, Generic[params.Leaf]):
@@ -191,7 +199,7 @@ def linear_specs(m: schema.ModelConfig) -> Projection[params.Spec]:
 
 def sequential_specs(m: schema.ModelConfig) -> Sequential[params.Spec]:
   D = m.d_model
-  norm = params.Spec((D,), (None,), None)
+  norm = params.norm(m)
   return Sequential(
     hidden_norm=norm,
     embed_norm=norm,
@@ -212,6 +220,7 @@ _SEQUENTIAL = Family(
   layer=_sequential_layer,
   is_chained=True,
   uses_next_token=True,
+  normed_chain=True,
 )
 _CHAIN = Family(block.specs, _block_input_chain, _block_output_chain, is_chained=True)
 FAMILIES = {
@@ -279,6 +288,31 @@ def trunk_layers(cfg: schema.Config) -> int:
   """Returns the number of trunk layers. Block-like heads count as layers, head 1
   too, so that n = 1 is a plain L-layer Transformer for every family."""
   return cfg.model.n_layers - (cfg.heads.n if cfg.heads.block_first else 0)
+
+
+@functools.lru_cache(maxsize=256)
+def types_of_trunk(cfg: schema.Config) -> tuple[int, ...]:
+  """Returns the index of each trunk layer's type in layer_types.distinct(cfg)."""
+  types = layer_types.distinct(cfg)
+  return tuple(types.index(layer_types.of_layer(cfg.model, i)) for i in range(trunk_layers(cfg)))
+
+
+@functools.lru_cache(maxsize=256)
+def types_of_heads(cfg: schema.Config) -> tuple[int, ...]:
+  """Returns the index of the type of each head's block in layer_types.distinct(cfg).
+
+  Head 1 of a block-first family is a layer of the next token, as are all heads of a
+  reversed chain; further heads are of --heads.layer_type, or else like the last layer.
+  """
+  types, h, own = layer_types.distinct(cfg), cfg.heads, layer_types.of_heads(cfg)
+  trunk, found = trunk_layers(cfg), []
+  for k in range(1, h.n + 1):
+    if h.block_first and family(h).reverse:
+      of_k = layer_types.of_layer(cfg.model, trunk + h.n - k)
+    else:
+      of_k = layer_types.of_layer(cfg.model, trunk - (not h.block_first))
+    found.append(types.index(own if own and k > 1 else of_k))
+  return tuple(found)
 
 
 def next_token_layers(cfg: schema.Config) -> list[tuple[str, int]]:

@@ -1,4 +1,7 @@
-"""RMSNorm, RoPE and the embedding."""
+"""RMSNorm, activations, RoPE and the embedding."""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,46 +10,103 @@ from mtp_jax.config import schema
 from mtp_jax.parallel import sharding
 
 
-def rms_norm(x_BTD, w_D, eps: float):
-  """Computes x w / sqrt(mean(x^2) + eps) in float32 (Zhang & Sennrich 2019,
-  https://arxiv.org/abs/1910.07467)."""
-  x32_BTD = x_BTD.astype(jnp.float32)
-  ms_BT1 = jnp.mean(x32_BTD**2, axis=-1, keepdims=True)
-  w_11D = w_D.astype(jnp.float32)[None, None, :]
-  return (x32_BTD * jax.lax.rsqrt(ms_BT1 + eps) * w_11D).astype(x_BTD.dtype)
+def rms_norm(x, w, m: schema.ModelConfig, eps: float = 0.0):
+  """Computes x w / sqrt(mean(x^2) + eps) in float32, over the dimensions of w (Zhang &
+  Sennrich 2019, https://arxiv.org/abs/1910.07467); 1 + w with --model.norm_offset."""
+  x32, w32 = x.astype(jnp.float32), w.astype(jnp.float32)
+  if m.norm_offset:
+    w32 += 1
+  mean_square = jnp.mean(x32**2, axis=tuple(range(-w.ndim, 0)), keepdims=True)
+  w32 = jnp.expand_dims(w32, tuple(range(x.ndim - w.ndim)))
+  return (x32 * jax.lax.rsqrt(mean_square + (eps or m.norm_eps)) * w32).astype(x.dtype)
 
 
-def rope_rates(m: schema.ModelConfig):
-  """Returns theta^(-2i/H) of each pair, (H/2,), in radians per position, float32.
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+}
 
-  With rope_factor long wavelengths are scaled by it, short ones are not, and rates
-  between the two limits are interpolated (Llama 3.1, Grattafiori et al. 2024,
-  https://arxiv.org/abs/2407.21783).
+
+def softcap(x, cap: float):
+  """Computes cap tanh(x / cap) (Gemma Team 2024, https://arxiv.org/abs/2408.00118);
+  the identity without a cap."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def shaped(logits, m: schema.ModelConfig):
+  """Applies --model.logits_scale and logits_softcap to logits."""
+  return softcap(logits if m.logits_scale == 1 else m.logits_scale * logits, m.logits_softcap)
+
+
+def rope_rates(m: schema.ModelConfig, theta: float = 0.0, scaled: bool = True):
+  """Returns theta^(-2i/R) of each pair, (R/2,), in radians per position, float32, for
+  the R dimensions that rotate.
+
+  theta: the base; 0 = --model.rope_theta. scaled: whether --model.rope_factor applies,
+  as --model.rope_scaling says.
   """
-  i = jnp.arange(0, m.head_width, 2, dtype=jnp.float32)
-  rate = m.rope_theta ** (-i / m.head_width)
-  if m.rope_factor > 1:
+  R = m.rotary_width
+  i = jnp.arange(0, R, 2, dtype=jnp.float32)
+  rate = (theta or m.rope_theta) ** (-i / R)
+  if m.rope_factor == 1 or not scaled:
+    return rate
+  if m.rope_scaling == 'linear':
+    return rate / m.rope_factor
+  if m.rope_scaling == 'yarn':
+    # The dimension whose wavelength turns so often in the original context.
+    low, high = (
+      R
+      * math.log(m.original_max_position_embeddings / (turns * 2 * math.pi))
+      / (2 * math.log(theta or m.rope_theta))
+      for turns in (m.rope_beta_fast, m.rope_beta_slow)
+    )
+    if m.rope_truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)
+    kept = 1 - jnp.clip((i / 2 - low) / max(high - low, 0.001), 0, 1)
+  else:
     turns = m.original_max_position_embeddings * rate / (2 * jnp.pi)  # per context
     kept = jnp.clip((turns - m.rope_low_freq) / (m.rope_high_freq - m.rope_low_freq), 0, 1)
-    rate = rate * (kept + (1 - kept) / m.rope_factor)
-  return rate
+  return rate * (kept + (1 - kept) / m.rope_factor)
 
 
-def rope_tables(position_BT, m: schema.ModelConfig):
-  """Returns sines and cosines (B, T, H/2) of position x rate, in float32: bfloat16
+def rope_temperature(m: schema.ModelConfig) -> float:
+  """Returns the factor of queries and keys that yarn applies, else 1."""
+  if m.rope_factor == 1 or m.rope_scaling != 'yarn':
+    return 1.0
+  return m.rope_attention_factor or 0.1 * math.log(m.rope_factor) + 1
+
+
+def rope_tables(position_BT, m: schema.ModelConfig, theta: float = 0.0, scaled: bool = True):
+  """Returns sines and cosines (B, T, R/2) of position x rate, in float32: bfloat16
   rounds position 257 to 256, whose sine is very different."""
-  rate = rope_rates(m)
+  rate = rope_rates(m, theta, scaled)
   angle = position_BT.astype(jnp.float32)[:, :, None] * rate[None, None, :]
-  return jnp.sin(angle), jnp.cos(angle)
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  if scaled and (factor := rope_temperature(m)) != 1:
+    sin, cos = factor * sin, factor * cos
+  return sin, cos
 
 
 def rope(x_BTNH, sin, cos):
-  """Rotates the pairs (i, i + H/2) of each head (Su et al. 2021,
-  https://arxiv.org/abs/2104.09864), in the rotate-half layout."""
-  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  """Rotates the pairs (i, i + R/2) of the first R dimensions of each head, R/2 the width
+  of the tables (Su et al. 2021, https://arxiv.org/abs/2104.09864), in the rotate-half
+  layout."""
+  half = sin.shape[-1]
+  x32_BTNH = x_BTNH.astype(jnp.float32)
+  a, b, rest = jnp.split(x32_BTNH, (half, 2 * half), axis=-1)
   sin, cos = sin[:, :, None, :], cos[:, :, None, :]
-  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  parts = [a * cos - b * sin, b * cos + a * sin]
+  rotated = jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1)
   return rotated.astype(x_BTNH.dtype)
+
+
+def at(indices: tuple[int, ...], i):
+  """Returns indices[i]: an int where all are equal or i is one, else traced."""
+  if isinstance(i, int):
+    return indices[i]
+  return indices[0] if len(set(indices)) == 1 else jnp.array(indices)[i]
 
 
 def embed(table_VD, tokens_BT):

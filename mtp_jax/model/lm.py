@@ -37,7 +37,7 @@ def specs(cfg: schema.Config) -> LM[params.Spec]:
     embed=table,
     trunk=params.stack(heads.trunk_layers(cfg), block.specs(cfg.model)),
     heads=heads.specs(cfg),
-    norm=S((D,), (None,), None),
+    norm=params.norm(cfg.model),
     unembed={'shared': unembed, 'replicated': params.stack(cfg.heads.n, unembed), 'tied': None}[
       cfg.heads.unembedding
     ],
@@ -50,14 +50,16 @@ def embed(lm: Embedding, tokens_BU, cfg: schema.Config):
   with jax.named_scope('embed'):
     table_VD = params.gather(lm.embed, specs(cfg).embed, cfg)
     x_BUD = layers.embed(table_VD, tokens_BU)
-    return x_BUD.astype(cfg.model.compute_dtype)
+    x_BUD = x_BUD.astype(cfg.model.compute_dtype)
+    scale = cfg.model.embedding_scale
+    return x_BUD if scale == 1 else scale * x_BUD
 
 
 def trunk_output(model: LM[jax.Array], x_BTD, position_BT, cfg: schema.Config):
   """Returns (z_BTD, ctx): the trunk's output of embeddings, and the Context that
   every later layer reads."""
-  ctx = block.context(position_BT, cfg.model)
-  return trunk.trunk(model.trunk, x_BTD, ctx, cfg), ctx
+  ctx = block.context(position_BT, cfg)
+  return trunk.trunk(model.trunk, x_BTD, ctx, cfg, heads.types_of_trunk(cfg)), ctx
 
 
 def next_embeddings(emb_BUD, k, T: int, stride: int):
@@ -97,7 +99,7 @@ def head_step(
       x = x._replace(z_BTD=x.carry_BTD)  # equal values; gradients of the chain join here
   elif heads.family(cfg.heads).uses_next_token:
     x = x._replace(next_emb_BTD=feed(k))
-  return heads.step(module, x, ctx, cfg, apply_block)
+  return heads.step(module, k, x, ctx, cfg, apply_block=apply_block)
 
 
 def forward(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
@@ -150,6 +152,7 @@ def logits(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   else:
     unembed = params.gather(w, spec.unembed, cfg)
   product = 'KBTD,KDV->KBTV' if cfg.heads.unembedding == 'replicated' else 'KBTD,DV->KBTV'
-  return jnp.einsum(
+  logits_KBTV = jnp.einsum(
     product, h_KBTD, unembed.astype(h_KBTD.dtype), preferred_element_type=jnp.float32
   )
+  return layers.shaped(logits_KBTV, cfg.model)

@@ -26,15 +26,26 @@ class Spec:
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
-  std: float | None  # of a truncated normal; None = ones
+  std: float | None  # of a truncated normal; None = constant, `fill`
   # Numbers of trailing (input, output) dimensions of a matrix between hidden
   # states; None for embeddings, unembeddings and norms.
   hidden: tuple[int, int] | None = None
+  fill: float = 1.0
 
   @property
   def decay(self) -> bool:
-    """Whether weight decay applies: to matrices, stacked or not, but not to norms."""
+    """Whether weight decay applies: to matrices, stacked or not, but neither to norms
+    nor to biases."""
     return self.std is not None
+
+
+def norm(m: schema.ModelConfig, shape=None, axes=(None,)) -> Spec:
+  """Returns the Spec of an RMSNorm's weight, (D,) by default."""
+  return Spec(shape or (m.d_model,), axes, None, fill=0.0 if m.norm_offset else 1.0)
+
+
+def bias(*shape, axes=(None,)) -> Spec:
+  return Spec(shape, axes, None, fill=0.0)
 
 
 def stack(n: int, specs):
@@ -54,7 +65,7 @@ def init(key, specs, dtype):
   def leaf(path, spec):
     out_sharding = sharding.pspec(*spec.axes)
     if spec.std is None:
-      return jnp.ones(spec.shape, dtype, out_sharding=out_sharding)
+      return jnp.full(spec.shape, spec.fill, dtype, out_sharding=out_sharding)
     name = jax.tree_util.keystr(path)
     x = jax.random.truncated_normal(
       jax.random.fold_in(key, zlib.crc32(name.encode())),
@@ -86,8 +97,8 @@ def gather(tree, specs, cfg: schema.Config):
 
 
 def gather_cast(tree, specs, cfg: schema.Config):
-  """Gathers a tree and casts matrices to the compute dtype, but not norms, whose
-  updates are often below the spacing of bfloat16."""
+  """Gathers a tree and casts matrices to the compute dtype, but neither norms nor
+  biases, whose updates are often below the spacing of bfloat16."""
   return jax.tree.map(
     lambda w, s: w.astype(cfg.model.compute_dtype) if s.decay else w,
     gather(tree, specs, cfg),

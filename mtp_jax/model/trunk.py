@@ -1,6 +1,7 @@
 """The trunk: a scan over stacked layers, with rematerialization."""
 
 import jax
+import jax.numpy as jnp
 
 from mtp_jax.config import schema
 from mtp_jax.model import block
@@ -11,14 +12,19 @@ POLICIES = {
 }
 
 
-def trunk(layers: block.Block, x_BTD, ctx: block.Context, cfg: schema.Config):
-  """Applies the stacked layers; --model.remat selects what each saves for backward."""
+def trunk(layers: block.Block, x_BTD, ctx: block.Context, cfg: schema.Config, types):
+  """Applies the stacked layers; --model.remat selects what each saves for backward.
 
-  def layer(x_BTD, params):
-    return block.block(params, x_BTD, ctx, cfg), None
+  types: index of each layer's type in layer_types.distinct(cfg).
+  """
+  traced = len(set(types)) > 1
+
+  def layer(x_BTD, xs):
+    params, layer_type = xs
+    return block.block(params, x_BTD, ctx, cfg, layer_type if traced else types[0]), None
 
   if cfg.model.remat != 'none':
     layer = jax.checkpoint(layer, policy=POLICIES[cfg.model.remat])
   with jax.named_scope('trunk'):
-    z_BTD, _ = jax.lax.scan(layer, x_BTD, layers)
+    z_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, jnp.array(types) if traced else None))
   return z_BTD

@@ -153,7 +153,9 @@ def plan(cfg: schema.CommandConfig) -> Plan:
     traced = step.trace(cfg, mesh, cfg.heads.n)
     rows = cfg.data.batch_size // cfg.train.grad_accum_steps
     found = found._replace(
-      executed_flops=flops.of_program(traced.jaxpr, cfg.data.seq_len),
+      executed_flops=flops.of_program(
+        traced.jaxpr, cfg.data.seq_len, shares=flops.window_shares(cfg)
+      ),
       chunk=cross_entropy.chunk_size(rows, cfg.data.seq_len, cfg),
     )
     try:

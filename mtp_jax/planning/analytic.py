@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mtp_jax.config import fields, schema, validate
+from mtp_jax.config import fields, kernels, schema, validate
 from mtp_jax.losses import cross_entropy
 from mtp_jax.model import block, flops, heads, params
 from mtp_jax.parallel import chips, sharding
@@ -101,9 +101,7 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     'none': inside,
   }[m.remat]
   kernel = cfg.model.attention
-  if kernel == 'reference' or (
-    kernel == 'auto' and validate.kernel_problem(m, cfg.data.seq_len, 'splash')
-  ):
+  if kernel == 'reference' or (kernel == 'auto' and kernels.problem(m, cfg.data.seq_len, 'splash')):
     scores = 6 * s.rows * m.n_attn_heads * cfg.data.seq_len**2 / s.tensor
     inside += scores
     kept += scores if m.remat == 'none' else 0

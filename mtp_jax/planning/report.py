@@ -9,7 +9,9 @@ import math
 import time
 from collections.abc import Callable
 
-from mtp_jax.config import fields, schema, validate
+import jax
+
+from mtp_jax.config import fields, kernels, schema, validate
 from mtp_jax.model import heads, lm, params
 from mtp_jax.parallel import chips
 from mtp_jax.planning import ahead, analytic, hlo
@@ -136,6 +138,9 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   ]
   if plan.temp_bytes is None:
     lines += [ahead.NO_LIBTPU, '']
+  platform = 'tpu' if plan.device_kind.startswith('TPU') else jax.devices()[0].platform
+  if fallbacks := kernels.fallbacks(cfg, platform):
+    lines += [*fallbacks, '']
   rows = [
     ('parameters', plan.params_bytes),
     ('optimizer state', plan.opt_state_bytes),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import fields, schedule, schema
-from mtp_jax.model import block, heads, lm
+from mtp_jax.model import block, heads, lm, params
 
 # Fields of the model that may differ.
 FREE = ('model.n_layers', 'model.param_dtype', 'model.compute_dtype', 'model.remat')
@@ -78,7 +78,10 @@ def kept(was: schema.Config, cfg: schema.Config) -> int:
   """Returns the number of heads, from head 1 on, whose function is unchanged.
   All heads of `was` must have trained."""
   families = was.heads.family, cfg.heads.family
-  if was.heads.stride != cfg.heads.stride:
+  names = ['stride', 'layer_type', 'window']
+  if heads.family(cfg.heads).normed_chain:
+    names.append('trunk_state')
+  if any(getattr(was.heads, name) != getattr(cfg.heads, name) for name in names):
     return 1
   if families == ('recursive', 'sequential'):
     return min(was.heads.n, cfg.heads.n)
@@ -139,7 +142,7 @@ def _heads(fresh, old, layers, was, cfg):
   f, n = heads.family(cfg.heads), cfg.heads.n
   if fresh.heads is None:
     return None
-  own = layers.attn_norm.shape[0] - heads.trunk_layers(cfg)
+  own = layers.q.shape[0] - heads.trunk_layers(cfg)
   if f.reverse:
     return jax.tree.map(lambda w: w[: -own - 1 : -1], layers)
   # Modules of heads 1..n, of heads 2..n, or one shared module.
@@ -170,7 +173,8 @@ def _as_head_1(like, layers: block.Block, old: lm.LM, cfg) -> Any:
   if isinstance(like, block.Block):
     one = last
   elif isinstance(like, heads.Sequential):
-    ones_D = jnp.ones(cfg.model.d_model)
+    spec = params.norm(cfg.model)
+    ones_D = jnp.full(spec.shape, spec.fill)
     one = heads.Sequential(
       hidden_norm=ones_D,
       embed_norm=ones_D,

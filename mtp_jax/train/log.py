@@ -4,6 +4,7 @@ import statistics
 
 import jax
 
+from mtp_jax.config import kernels
 from mtp_jax.model import flops, heads, lm, params
 from mtp_jax.parallel import chips, distributed
 from mtp_jax.train import metrics
@@ -76,6 +77,8 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
       ' trained, not frozen; with modules beside the trunk (linear, residual,'
       ' sequential, recursive) the next-token logits would not change'
     )
+  for line in kernels.fallbacks(cfg, run.mesh.devices.flat[0].platform):
+    print(line)
   print(
     f'parameters {params.count(specs):,}: trunk {trunk:,}'
     f' ({heads.trunk_layers(cfg)} layers), {cfg.heads.n} {cfg.heads.family}'

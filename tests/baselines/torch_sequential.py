@@ -7,6 +7,7 @@ those of the next; then one backward pass of the trunk. The same Llama as in the
 package, with parallel heads, a shared unembedding, and one document per row.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +32,9 @@ def load(w) -> Parameters:
     return torch.tensor(x, dtype=torch.float32, requires_grad=True)
 
   def layers(stack):
-    fields = vars(stack)
-    return [{name: leaf(x[i]) for name, x in fields.items()} for i in range(len(stack.q))]
+    fields = {f.name: getattr(stack, f.name) for f in dataclasses.fields(stack)}
+    present = {name: x for name, x in fields.items() if x is not None}
+    return [{name: leaf(x[i]) for name, x in present.items()} for i in range(len(stack.q))]
 
   return Parameters(leaf(w.embed), layers(w.trunk), layers(w.heads), leaf(w.norm), leaf(w.unembed))
 

@@ -168,7 +168,7 @@ def test_find_without_a_checkpoint_raises(tmp_path, path):
     (dict(format=None), 'format=null: must be an integer'),
     (dict(store=None), 'store=null: must be text'),
     (dict(config=[]), 'config=[]: must be an object'),
-    (dict(config={'version': 3}), 'config version 3, this program reads 2'),
+    (dict(config={'version': 4}), 'config version 4, this program reads 3'),
     (dict(config={'version': 1, 'model': {'d_modle': 1}}), 'model.d_modle: no such field'),
     (
       dict(config={'version': 1, 'model': {'d_model': '16'}}),

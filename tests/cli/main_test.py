@@ -368,7 +368,10 @@ def test_prepare_train_and_report(tmp_path, capsys, monkeypatch):
   assert values.pop('workdir') == str(run)
   assert values.pop('step') == logged.pop('step') == 6
   assert logged.pop('kind') == 'eval'
-  assert values == values | logged and values['top5_1'] > 0
+  # Programs with and without calibration may round sums differently.
+  for name, x in logged.items():
+    assert values[name] == (pytest.approx(x, rel=1e-6) if isinstance(x, float) else x)
+  assert values['top5_1'] > 0
   assert out[0].startswith(f'{run}, step 6, valid split of {store}: ')
   assert f'{values["loss_1"]:.4f}' in out[2]
 

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from mtp_jax.cli import flags
 from mtp_jax.config import fields, parse, schedule, schema, validate
 from tests.support import values
 
@@ -60,13 +61,31 @@ def test_version_1_rate_of_0_is_a_frozen_group():
   assert (cfg.optim.trunk_lr_mult, cfg.train.freeze) == (1.0, 'trunk')
 
 
+@pytest.mark.parametrize(
+  'family, expected',
+  [('sequential', 'pre_norm'), ('recursive', 'pre_norm'), ('causal', 'post_norm')],
+)
+def test_version_2_modules_read_states_before_the_norm(family, expected, tmp_path):
+  """So do those of a run.flags of before; other families do not use the state."""
+  cfg = _cfg(heads__family=family)
+  sections = json.loads(parse.to_json(cfg))
+  del sections['heads']['trunk_state']
+  assert parse.from_json(json.dumps(sections | dict(version=2))).heads.trunk_state == expected
+  path = tmp_path / 'run.flags'
+  path.write_text(parse.to_flag_file(cfg))
+  assert flags.parse([f'--flagfile={path}']).config().heads.trunk_state == 'post_norm'
+  lines = [line for line in path.read_text().splitlines() if 'trunk_state' not in line]
+  path.write_text('\n'.join(lines))
+  assert flags.parse([f'--flagfile={path}']).config().heads.trunk_state == expected
+
+
 def test_json_of_another_version_is_refused():
   sections = json.loads(parse.to_json(_cfg()))
   for more, expected in (
     (dict(model=dict(d_modle=3)), 'model.d_modle: no such field'),
     (dict(modle=dict(n=3)), 'modle.n: no such field'),
     *(
-      (dict(version=version), f'config version {version}, this program reads 2')
+      (dict(version=version), f'config version {version}, this program reads 3')
       for version in (parse.VERSION + 1, None, 'x', [1])
     ),
   ):

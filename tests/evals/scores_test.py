@@ -70,7 +70,9 @@ def test_ranks_on_known_logits():
   h, unembed = np.ones((1, 5, 1), np.float32), logits[None]
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
     target = np.arange(5)[None]
-    nats, rank, top, best = scores.of_target(cross_entropy.logits(h, unembed, target), target)
+    nats, rank, top, best = scores.of_target(
+      cross_entropy.logits(h, unembed, target, schema.ModelConfig()), target
+    )
   p = np.exp(logits) / np.exp(logits).sum()
   np.testing.assert_allclose(np.exp(-nats[0]), p, rtol=1e-6)
   assert rank[0].tolist() == [3, 0, 1, 2, 4] and (best == 1).all()

@@ -314,6 +314,7 @@ def _dz_norm2(c):
       h_KBTD = [
         heads.step(
           jax.tree.map(lambda p: p[k], w.heads),  # noqa: B023
+          k + 1 + (not c.heads.block_first),
           heads.Inputs(w.norm, z_BTD, z_BTD, None),
           ctx,
           c,
@@ -322,7 +323,7 @@ def _dz_norm2(c):
       ]
       if not c.heads.block_first:
         first = heads.Inputs(w.norm, z_BTD, z_BTD, None)
-        h_KBTD.insert(0, heads.step(None, first, ctx, c)[1])
+        h_KBTD.insert(0, heads.step(None, 1, first, ctx, c)[1])
       logits = jnp.einsum('KBTD,DV->KBTV', jnp.stack(h_KBTD), w.unembed)
       onehot = jax.nn.one_hot(targets_KBT, c.model.vocab_size)
       nll_KBT = -jnp.sum(onehot * jax.nn.log_softmax(logits), -1)
@@ -673,18 +674,25 @@ def test_all_logits_baseline_has_the_same_loss(monkeypatch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)
 
 
-def test_a_registered_family_that_reads_the_next_token_without_a_chain(monkeypatch):
-  """No family of the package does; the gradient of its embeddings is not lost."""
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_registered_family_that_reads_the_next_token_without_a_chain(shared, monkeypatch):
+  """No family of the package does; the gradient of its embeddings is not lost, and that
+  of a module that all heads share is the sum over heads."""
 
   def block_input(module, x, ctx, cfg):
     w = params.gather_cast(module, heads.linear_specs(cfg.model), cfg)
     return x.z_BTD + jnp.einsum('BTD,DE->BTE', x.next_emb_BTD, w.proj)
 
   def block_output(module, y_BTD, x, cfg):
-    return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model.norm_eps)
+    return x.carry_BTD, layers.rms_norm(y_BTD, x.norm_D, cfg.model)
 
   peek = heads.Family(
-    heads.linear_specs, block_input, block_output, layer=None, uses_next_token=True
+    heads.linear_specs,
+    block_input,
+    block_output,
+    layer=None,
+    uses_next_token=True,
+    shared_module=shared,
   )
   monkeypatch.setitem(heads.FAMILIES, 'peek', peek)
   monkeypatch.setitem(schema.HEAD_FAMILIES, 'peek', False)

@@ -10,13 +10,29 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from mtp_jax.config import fields, schema
+from mtp_jax.config import kernels as kernels_config
 from mtp_jax.model import attention
 from mtp_jax.parallel import sharding
 from tests.support import ahead, kernels, runs, tiny
 
-KERNELS = {
+INTERPRETED = {
   name: functools.partial(attention.KERNELS[name], interpret=True) for name in schema.KERNELS
 }
+
+
+def _of(kernel, window=0, **model):
+  """Returns kernel(q, k, v, segments), of a window and options of the model."""
+
+  def attend(q_BTNH, k_BSGH, v_BSGH, segment_BT):
+    N, H = q_BTNH.shape[2:]
+    m = schema.ModelConfig(d_model=N * H, n_attn_heads=N, **model)
+    return kernel(attention.Operands(q_BTNH, k_BSGH, v_BSGH, segment_BT), window, m)
+
+  return attend
+
+
+REFERENCE = _of(attention.reference)
+KERNELS = {name: _of(kernel) for name, kernel in INTERPRETED.items()}
 
 
 def _arrays(B=2, T=128, N=4, R=1, H=16, dtype='float32', packed=True):
@@ -59,7 +75,7 @@ def test_kernel_equals_reference(kernel, shape):
   found = _outputs(KERNELS[kernel], *args)
   # Of bfloat16 inputs, against the reference in float32 throughout.
   exact = jax.tree.map(lambda x: x.astype(jnp.float32), (args[0], args[2]))
-  wanted = _outputs(attention.reference, exact[0], args[1], exact[1])
+  wanted = _outputs(REFERENCE, exact[0], args[1], exact[1])
   digits = 2e-2 if shape.get('dtype') == 'bfloat16' else 2e-5
   for got, want in zip(found, wanted, strict=True):
     assert got.shape == want.shape
@@ -67,12 +83,23 @@ def test_kernel_equals_reference(kernel, shape):
     np.testing.assert_allclose(got, want, rtol=digits, atol=digits * largest)
 
 
+@pytest.mark.parametrize('window, packed', [(0, True), (9, True), (100, False), (200, False)])
+@pytest.mark.parametrize('cap', [0, 2])
+def test_splash_with_window_and_cap_equals_reference(window, packed, cap):
+  """Windows below the length of documents, within a block of 128 and beyond it."""
+  options = dict(window=window, attn_softcap=cap, attn_scale=0.5)
+  args = _arrays(B=1, T=256, N=2, R=2, H=16, packed=packed)
+  found = _outputs(_of(INTERPRETED['splash'], **options), *args)
+  for got, want in zip(found, _outputs(_of(attention.reference, **options), *args), strict=True):
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5 * np.abs(want).max())
+
+
 @pytest.mark.parametrize('T', [384, 512, 1024])
 def test_splash_block_sizes(T):
   """384 takes blocks of 128, the others one and two of 512."""
   qkv, segment_BT, _ = _arrays(B=1, T=T, N=1, H=8)
   np.testing.assert_allclose(
-    KERNELS['splash'](*qkv, segment_BT), attention.reference(*qkv, segment_BT), rtol=1e-4, atol=1e-5
+    KERNELS['splash'](*qkv, segment_BT), REFERENCE(*qkv, segment_BT), rtol=1e-4, atol=1e-5
   )
 
 
@@ -81,15 +108,15 @@ def test_splash_block_sizes(T):
 def test_sharded_kernel_equals_reference(monkeypatch, kernel, sizes):
   shards = []
 
-  def local(*args, **kwargs):
-    shards.append([x.shape for x in args])
-    return KERNELS[kernel](*args, **kwargs)
+  def local(x, **kwargs):
+    shards.append([a.shape for a in x[:4]])
+    return INTERPRETED[kernel](x, **kwargs)
 
   monkeypatch.setitem(attention.KERNELS, kernel, local)
   data, fsdp, tensor = sizes
   B = 8 // tensor
   qkv, segment_BT, weight_BTNH = _arrays(B=B, R=2)
-  wanted = _outputs(attention.reference, qkv, segment_BT, weight_BTNH)
+  wanted = _outputs(REFERENCE, qkv, segment_BT, weight_BTNH)
   c = tiny.cfg(data__seq_len=128, model__attention=kernel, model__d_model=64, data__batch_size=B)
   m = tiny.mesh(tiny.cfg(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
   with jax.set_mesh(m):
@@ -100,7 +127,7 @@ def test_sharded_kernel_equals_reference(monkeypatch, kernel, sizes):
       (qkv, segment_BT, weight_BTNH),
       ((q, kv, kv), rows, q),
     )
-    found = _outputs(functools.partial(attention.attend, m=c.model), *placed)
+    found = _outputs(lambda *x: attention.attend(attention.Operands(*x), 0, c), *placed)
   for got, want in zip(found, wanted, strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   b = B // (data * fsdp)
@@ -114,6 +141,10 @@ LIMITS = [
   ('flash', {'data__seq_len': 192}),
   ('flash', {'model__d_model': 32}),  # a head width of 8
   ('flash', {'model__d_model': 4 * 320}),
+  ('splash', {'model__attn_sink': True}),
+  ('flash', {'model__attn_sink': True}),
+  ('flash', {'model__attn_softcap': 2}),
+  ('flash', {'model__window': 64}),
 ]
 
 
@@ -124,10 +155,24 @@ def test_unsupported_shapes_are_refused_and_auto_falls_back(monkeypatch, kernel,
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
     assert attention.chosen(tiny.cfg(**fits).model, fits['data__seq_len']) == kernel
     other = tiny.cfg(**fits | changes)
-    assert attention.chosen(other.model, other.data.seq_len) == 'reference'
+    assert attention.chosen(other.model, other.data.seq_len, other.model.window) == 'reference'
   with pytest.raises(fields.ConfigError, match=f'^--model.attention={kernel}:'):
     tiny.cfg(**fits | changes, model__attention=kernel)
   assert tiny.cfg(**fits, model__attention=kernel)
+
+
+def test_fallback_to_all_pairs_of_scores_is_stated():
+  c = tiny.cfg(
+    data__seq_len=128, model__d_model=64, model__window=64, model__layer_types='sliding,full'
+  )
+  assert kernels_config.fallbacks(c, 'tpu') == kernels_config.fallbacks(c, 'cpu') == []
+  assert kernels_config.fallbacks(c, 'gpu') == [
+    'attention of layers with a window of 64: all pairs of scores (128 x 128 per head) are in'
+    ' memory, as the kernel flash does not support a sliding window (64)'
+  ]
+  capped = tiny.cfg(data__seq_len=128, model__d_model=64, model__attn_sink=True)
+  (line,) = kernels_config.fallbacks(capped, 'tpu')
+  assert line.endswith('the kernel splash does not support --model.attn_sink')
 
 
 def test_auto_without_a_platform_kernel_is_the_reference():

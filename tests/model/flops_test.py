@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.cli import flags
+from mtp_jax.config import schema
 from mtp_jax.model import attention, flops
 from mtp_jax.model import heads as heads_lib
 from mtp_jax.parallel import sharding
@@ -144,17 +145,56 @@ def test_kernel_flops_by_products():
   dP twice); half of each is above the diagonal."""
   q = jnp.zeros((2, 256, 4, 16))
   k = v = jnp.zeros((2, 256, 2, 16))
-  segment = jnp.zeros((2, 256), jnp.int32)
+  segment, m = jnp.zeros((2, 256), jnp.int32), schema.ModelConfig(d_model=64)
   one = 2 * 2 * 4 * 256 * 256 * 16 / 2
 
   def attend(q):
-    return jnp.sum(attention.splash(q, k, v, segment))
+    return jnp.sum(attention.splash(attention.Operands(q, k, v, segment), 0, m))
 
   forward = jax.make_jaxpr(attend)(q)
   both = jax.make_jaxpr(jax.grad(attend))(q)
   assert flops.of_program(forward.jaxpr, 256) == 2 * one
   # dq's kernel makes three, dk and dv's four; before them out . dout, T x H.
   assert flops.of_program(both.jaxpr, 256) == (2 + 3 + 4) * one + 2 * q.size
+
+
+def test_flops_of_sliding_layers():
+  """Four trunk layers and head 1: sliding, sliding, full, sliding, sliding; by hand, of a
+  window of 4 in rows of 16: 3.5 keys on average instead of 8."""
+  cfg = tiny.cfg(
+    heads__n=1, model__n_layers=5, model__window=4, model__layer_types='sliding*2,full'
+  )
+  less = 2 * (2 * (8 - 3.5) * 16)
+  trunk, head, *_ = flops.forward(cfg, 1)
+  assert trunk == 4 * LAYER - 3 * less and head == LAYER - less
+  assert flops.window_shares(cfg) == (0.25, 0.75)
+  own = tiny.cfg(heads__n=3, heads__layer_type='sliding', heads__window=4)
+  assert flops.forward(own, 3)[1] == 3 * LAYER - 2 * less
+
+
+def test_executed_flops_of_sliding_kernels(monkeypatch):
+  """A scan over three sliding layers and a full one, and a sliding head."""
+  monkeypatch.setitem(
+    attention.KERNELS, 'splash', functools.partial(attention.splash, interpret=True)
+  )
+  c = tiny.cfg(
+    heads__n=1,
+    model__n_layers=5,
+    model__window=128,
+    model__layer_types='sliding*3,full',
+    model__attention='splash',
+    data__seq_len=512,
+    loss__backward='interleaved',
+  )
+  m = tiny.mesh(tiny.cfg())
+  with jax.set_mesh(m):
+    jaxpr = step.trace(c, m, 1).jaxpr
+  found = flops.of_program(jaxpr, 512, shares=flops.window_shares(c)) / (8 * 512)
+  trunk, head, unembedding, _ = flops.forward(c, 1)
+  attention_flops = 4 * 4 * 4 * (256 + 4 * 112)
+  # Kernels make 9 products rather than 6, forward and backward.
+  want = 3 * (trunk + head + unembedding) + attention_flops * (9 / 2 - 3)
+  np.testing.assert_allclose(found, want, rtol=1e-2)
 
 
 def test_flops_of_branches_and_loops():

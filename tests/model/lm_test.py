@@ -66,7 +66,7 @@ def test_one_head_equals_a_plain_transformer(family):
     z_BTD, _ = lm.trunk_output(
       plain, lm.embed(plain, placed['tokens'][0][:, :T], c), placed['position'][0][:, :T], c
     )
-    want = layers.rms_norm(z_BTD, w.norm, c.model.norm_eps) @ w.unembed
+    want = layers.rms_norm(z_BTD, w.norm, c.model) @ w.unembed
   np.testing.assert_allclose(logits_KBTV[0], want, rtol=1e-5, atol=1e-5)
 
 
@@ -145,8 +145,12 @@ def test_grouped_queries_read_their_kv_head():
     jax.random.normal(jax.random.key(i), (2, 5, heads, 4)) for i, heads in enumerate((6, 2, 2))
   )
   segment = jnp.ones((2, 5), int)
-  got = attention.reference(q, k, v, segment)
-  want = attention.reference(q, jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2), segment)
+  m = schema.ModelConfig(d_model=24, n_attn_heads=6)
+
+  def attend(k, v):
+    return attention.reference(attention.Operands(q, k, v, segment), 0, m)
+
+  got, want = attend(k, v), attend(jnp.repeat(k, 3, axis=2), jnp.repeat(v, 3, axis=2))
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 

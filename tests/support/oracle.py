@@ -8,12 +8,38 @@ Heads are numbered from 1: head k at query t predicts token t + 1 +
 stride (k - 1).
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 BLOCK_FIRST = ('parallel', 'causal', 'anticausal')
-FIELDS = ('attn_norm', 'q', 'k', 'v', 'o', 'mlp_norm', 'gate', 'up', 'down')
+
+
+class Layer(NamedTuple):
+  """What a layer's attention sees, and how it rotates."""
+
+  window: int = 0  # 0 = all before
+  theta: float = 10000.0  # 0 = no rotation
+  rates: tuple[float, ...] = ()  # instead of those of theta
+  temperature: float = 1.0  # of sines and cosines
+
+
+class Block(NamedTuple):
+  """Options of the block; where a weight is missing, so is what it does."""
+
+  layers: tuple[Layer, ...] = (Layer(),)  # of the layers of the next token, cyclically
+  head_layer: Layer | None = None  # of heads >= 2; None = as the last layer
+  rotated: float = 1.0  # fraction of a head's dimensions
+  one_plus: bool = False  # norms multiply by 1 + w
+  qk_eps: float = 0.0  # 0 = eps
+  activation: str = 'silu'
+  scale: float = 0.0  # of scores; 0 = H ** -.5
+  score_cap: float = 0.0
+  logits_cap: float = 0.0
+  logits_scale: float = 1.0
+  embedding_scale: float = 1.0
+  residual_scale: float = 1.0
 
 
 class Shape(NamedTuple):
@@ -24,6 +50,8 @@ class Shape(NamedTuple):
   z_loss: float = 0.0
   stride: int = 1
   window: int = 0  # of token order prediction; 0 = without
+  trunk_state: str = 'post_norm'  # what a chain of modules hands on
+  block: Block = Block()
 
   def offset(self, k):
     return 1 + self.stride * (k - 1)
@@ -38,9 +66,11 @@ def _float64(params):
   return {path: np.asarray(x, np.float64) for path, x in params.items()}
 
 
-def _rms(x_BTD, w_D, shape):
-  mean_BT1 = np.mean(x_BTD**2, axis=-1, keepdims=True)
-  return x_BTD * w_D / np.sqrt(mean_BT1 + shape.eps)
+def _rms(x, w, shape, eps=0.0):
+  """Over as many of the last dimensions as w has."""
+  over = tuple(range(-np.ndim(w), 0))
+  mean = np.mean(x**2, axis=over, keepdims=True)
+  return x * (1 + w if shape.block.one_plus else w) / np.sqrt(mean + (eps or shape.eps))
 
 
 def _silu(x):
@@ -63,48 +93,104 @@ def _visible(position_BT):
   return visible_BTS
 
 
-def _rope(x_BTNH, position_BT, shape):
-  H = x_BTNH.shape[-1]
-  frequency_E = np.array([shape.theta ** (-2 * i / H) for i in range(H // 2)])
+def _gelu(x):
+  return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def _gelu_tanh(x):
+  return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS = {'silu': _silu, 'gelu': _gelu, 'gelu_tanh': _gelu_tanh}
+
+
+def _cap(x, cap):
+  return cap * np.tanh(x / cap) if cap else x
+
+
+def _rope(x_BTNH, position_BT, shape, layer):
+  if not layer.theta:
+    return x_BTNH
+  R = int(x_BTNH.shape[-1] * shape.block.rotated)
+  frequency_E = np.array(layer.rates or [layer.theta ** (-2 * i / R) for i in range(R // 2)])
   angle_BT1E = position_BT[:, :, None, None] * frequency_E
-  cos_BT1E, sin_BT1E = np.cos(angle_BT1E), np.sin(angle_BT1E)
-  a_BTNE, b_BTNE = x_BTNH[..., : H // 2], x_BTNH[..., H // 2 :]
+  cos_BT1E, sin_BT1E = (layer.temperature * f(angle_BT1E) for f in (np.cos, np.sin))
+  a_BTNE, b_BTNE = x_BTNH[..., : R // 2], x_BTNH[..., R // 2 : R]
   c_BTNE = a_BTNE * cos_BT1E - b_BTNE * sin_BT1E
   d_BTNE = a_BTNE * sin_BT1E + b_BTNE * cos_BT1E
-  return np.concatenate([c_BTNE, d_BTNE], axis=-1)
+  return np.concatenate([c_BTNE, d_BTNE, x_BTNH[..., R:]], axis=-1)
 
 
-def _block(params, prefix, index, x_BTD, position_BT, shape):
-  """One pre-norm transformer layer: entry `index` of the stack `prefix`."""
-  w = {field: params[f'{prefix}.{field}'][index] for field in FIELDS}
-  y_BTD = _rms(x_BTD, w['attn_norm'], shape)
-  q_BTNH = np.einsum('BTD,DNH->BTNH', y_BTD, w['q'])
-  k_BTGH = np.einsum('BTD,DGH->BTGH', y_BTD, w['k'])
-  v_BTGH = np.einsum('BTD,DGH->BTGH', y_BTD, w['v'])
-  q_BTNH = _rope(q_BTNH, position_BT, shape)
-  k_BTGH = _rope(k_BTGH, position_BT, shape)
+def _block(params, prefix, index, x_BTD, position_BT, shape, layer):
+  """One transformer layer: entry `index` of the stack `prefix`."""
+  o = shape.block
+  w = {
+    path.removeprefix(prefix + '.'): array[index]
+    for path, array in params.items()
+    if path.startswith(prefix + '.') and '.' not in path.removeprefix(prefix + '.')
+  }
+  y_BTD = _rms(x_BTD, w['attn_norm'], shape) if 'attn_norm' in w else x_BTD
+  q_BTNH = np.einsum('BTD,DNH->BTNH', y_BTD, w['q']) + w.get('q_bias', 0.0)
+  k_BTGH = np.einsum('BTD,DGH->BTGH', y_BTD, w['k']) + w.get('k_bias', 0.0)
+  v_BTGH = np.einsum('BTD,DGH->BTGH', y_BTD, w['v']) + w.get('v_bias', 0.0)
+  if 'q_norm' in w:
+    q_BTNH = _rms(q_BTNH, w['q_norm'], shape, o.qk_eps)
+    k_BTGH = _rms(k_BTGH, w['k_norm'], shape, o.qk_eps)
+  q_BTNH = _rope(q_BTNH, position_BT, shape, layer)
+  k_BTGH = _rope(k_BTGH, position_BT, shape, layer)
   N, G, H = q_BTNH.shape[2], k_BTGH.shape[2], q_BTNH.shape[3]
   kv_N = [n // (N // G) for n in range(N)]
   k_BSNH, v_BSNH = k_BTGH[:, :, kv_N], v_BTGH[:, :, kv_N]
-  score_BNTS = np.einsum('BTNH,BSNH->BNTS', q_BTNH, k_BSNH) * H**-0.5
+  score_BNTS = np.einsum('BTNH,BSNH->BNTS', q_BTNH, k_BSNH) * (o.scale or H**-0.5)
+  score_BNTS = _cap(score_BNTS, o.score_cap)
   visible_B1TS = _visible(position_BT)[:, None]
+  for t in range(visible_B1TS.shape[2] if layer.window else 0):
+    visible_B1TS[:, :, t, : max(0, t - layer.window + 1)] = False
   score_BNTS = np.where(visible_B1TS, score_BNTS, -np.inf)
+  if 'sink' in w:
+    sink_BNT1 = np.broadcast_to(w['sink'][None, :, None, None], (*score_BNTS.shape[:3], 1))
+    score_BNTS = np.concatenate([score_BNTS, sink_BNT1], axis=-1)
   p_BNTS = np.exp(score_BNTS - score_BNTS.max(axis=-1, keepdims=True))
   p_BNTS = p_BNTS / p_BNTS.sum(axis=-1, keepdims=True)
+  if 'sink' in w:
+    p_BNTS = p_BNTS[..., :-1]
   out_BTNH = np.einsum('BNTS,BSNH->BTNH', p_BNTS, v_BSNH)
-  x_BTD = x_BTD + np.einsum('BTNH,NHD->BTD', out_BTNH, w['o'])
-  y_BTD = _rms(x_BTD, w['mlp_norm'], shape)
-  hidden_BTF = _silu(y_BTD @ w['gate']) * (y_BTD @ w['up'])
-  return x_BTD + hidden_BTF @ w['down']
+  if 'attn_gate' in w:
+    out_BTNH = out_BTNH / (1 + np.exp(-np.einsum('BTD,DNH->BTNH', y_BTD, w['attn_gate'])))
+  added_BTD = np.einsum('BTNH,NHD->BTD', out_BTNH, w['o']) + w.get('o_bias', 0.0)
+  if 'attn_out_norm' in w:
+    added_BTD = _rms(added_BTD, w['attn_out_norm'], shape)
+  x_BTD = x_BTD + o.residual_scale * added_BTD
+  y_BTD = _rms(x_BTD, w['mlp_norm'], shape) if 'mlp_norm' in w else x_BTD
+  gate_BTF = y_BTD @ w['gate'] + w.get('gate_bias', 0.0)
+  up_BTF = y_BTD @ w['up'] + w.get('up_bias', 0.0)
+  added_BTD = (ACTIVATIONS[o.activation](gate_BTF) * up_BTF) @ w['down'] + w.get('down_bias', 0.0)
+  if 'mlp_out_norm' in w:
+    added_BTD = _rms(added_BTD, w['mlp_out_norm'], shape)
+  return x_BTD + o.residual_scale * added_BTD
+
+
+def _layer(shape, i):
+  return shape.block.layers[i % len(shape.block.layers)]
+
+
+def _layer_of_head(shape, k, trunk):
+  """Head 1 of a block-first model is the layer after the trunk, as are all heads of an
+  anticausal chain, from n down."""
+  if k > 1 and shape.block.head_layer:
+    return shape.block.head_layer
+  if shape.family == 'anticausal':
+    return _layer(shape, trunk + shape.n - k)
+  return _layer(shape, trunk if shape.family in BLOCK_FIRST else trunk - 1)
 
 
 def trunk(params, tokens_BT, position_BT, shape):
   """The raw (un-normed) residual z_BTD after the last trunk layer."""
   params = _float64(params)
   tokens_BT, position_BT = np.asarray(tokens_BT), np.asarray(position_BT)
-  x_BTD = params['embed'][tokens_BT]
-  for layer in range(params['trunk.q'].shape[0]):
-    x_BTD = _block(params, 'trunk', layer, x_BTD, position_BT, shape)
+  x_BTD = shape.block.embedding_scale * params['embed'][tokens_BT]
+  for i in range(params['trunk.q'].shape[0]):
+    x_BTD = _block(params, 'trunk', i, x_BTD, position_BT, shape, _layer(shape, i))
   return x_BTD
 
 
@@ -114,12 +200,14 @@ def _feed(params, module, k, c_BTD, tokens_BU, position_BT, shape):
   for b in range(position_BT.shape[0]):
     for t in range(position_BT.shape[1]):
       if position_BT[b, t] != 0:
-        e_BTD[b, t] = params['embed'][tokens_BU[b, t + shape.offset(k - 1)]]
+        token = tokens_BU[b, t + shape.offset(k - 1)]
+        e_BTD[b, t] = shape.block.embedding_scale * params['embed'][token]
   hidden_BTD = _rms(c_BTD, params['heads.hidden_norm'][module], shape)
   e_BTD = _rms(e_BTD, params['heads.embed_norm'][module], shape)
   both_BTC = np.concatenate([hidden_BTD, e_BTD], axis=-1)
   x_BTD = both_BTC @ params['heads.proj'][module]
-  return _block(params, 'heads.block', module, x_BTD, position_BT, shape)
+  layer = _layer_of_head(shape, k, len(params['trunk.q']))
+  return _block(params, 'heads.block', module, x_BTD, position_BT, shape, layer)
 
 
 def _ready(params, z_BTD, tokens_BU, position_BT, shape):
@@ -129,9 +217,11 @@ def _ready(params, z_BTD, tokens_BU, position_BT, shape):
     h = {0: z_BTD, n + 1: z_BTD}
     for k in range(n, 0, -1) if family == 'anticausal' else range(1, n + 1):
       below = {'parallel': 0, 'causal': k - 1, 'anticausal': k + 1}[family]
-      h[k] = _block(params, 'heads', k - 1, h[below], position_BT, shape)
+      layer = _layer_of_head(shape, k, len(params['trunk.q']))
+      h[k] = _block(params, 'heads', k - 1, h[below], position_BT, shape, layer)
     return {k: _rms(h[k], norm_D, shape) for k in range(1, n + 1)}
-  x_BTD, c_BTD = _rms(z_BTD, norm_D, shape), z_BTD
+  x_BTD = _rms(z_BTD, norm_D, shape)
+  c_BTD = x_BTD if shape.trunk_state == 'post_norm' else z_BTD
   ready = {1: x_BTD}
   for k in range(2, n + 1):
     if family == 'linear':
@@ -142,6 +232,8 @@ def _ready(params, z_BTD, tokens_BU, position_BT, shape):
       i = 0 if family == 'recursive' else k - 2
       c_BTD = _feed(params, i, k, c_BTD, tokens_BU, position_BT, shape)
       ready[k] = _rms(c_BTD, params['heads.final_norm'][i], shape)
+      if shape.trunk_state != 'pre_norm':
+        c_BTD = ready[k]
     else:
       raise ValueError(f'unknown family {family!r}')
   return ready
@@ -159,7 +251,8 @@ def forward(params, tokens_BU, position_BU, shape):
   for k in range(1, shape.n + 1):
     unembed = params['unembed'] if 'unembed' in params else params['embed'].T
     unembed_DV = unembed[k - 1] if unembed.ndim == 3 else unembed
-    logits.append(ready[k] @ unembed_DV)
+    logits_BTV = shape.block.logits_scale * (ready[k] @ unembed_DV)
+    logits.append(_cap(logits_BTV, shape.block.logits_cap))
   return np.stack(logits)
 
 

@@ -225,10 +225,11 @@ def _hidden(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
   """Computes each head's hidden state."""
   K, family = c.heads.n, heads.family(c.heads)
   T = emb_BUD.shape[1] - c.span
-  ctx = block.context(position_BU[:, :T], c.model)
+  ctx = block.context(position_BU[:, :T], c)
   z_BTD = emb_BUD[:, :T]
   for i in range(heads.trunk_layers(c)):
-    z_BTD = block.block(jax.tree.map(lambda p: p[i], w.trunk), z_BTD, ctx, c)  # noqa: B023
+    layer = jax.tree.map(lambda p: p[i], w.trunk)  # noqa: B023
+    z_BTD = block.block(layer, z_BTD, ctx, c, heads.types_of_trunk(c)[i])
   carry_BTD, h = z_BTD, {}
   for k in range(K, 0, -1) if family.reverse else range(1, K + 1):
     i = k - 1 if c.heads.block_first else 0 if family.shared_module else k - 2
@@ -237,7 +238,7 @@ def _hidden(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
       module = jax.tree.map(lambda p: p[i], w.heads)  # noqa: B023
     fed = c.heads.offsets[k - 2] if k > 1 else 0
     inputs = heads.Inputs(w.norm, z_BTD, carry_BTD, emb_BUD[:, fed : fed + T])
-    carry_BTD, h[k] = heads.step(module, inputs, ctx, c)
+    carry_BTD, h[k] = heads.step(module, k, inputs, ctx, c)
   return [h[k] for k in range(1, K + 1)]
 
 

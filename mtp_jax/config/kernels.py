@@ -1,0 +1,46 @@
+"""What each attention kernel supports, and where the reference takes its place."""
+
+from mtp_jax.config import fields, layer_types, schema
+
+
+def problem(
+  m: schema.ModelConfig, T: int, kernel: str, window: int = 0
+) -> fields.ConfigError | None:
+  """Returns the error of an attention kernel that does not support a model's heads,
+  rows of T positions, or layers of a window."""
+  name, width = 'model.attention', m.head_width
+  if kernel in schema.KERNELS and T % schema.TILE:
+    return fields.ConfigError(
+      name, kernel, f'needs a multiple of {schema.TILE} as --data.seq_len, not {T}'
+    )
+  if kernel in schema.KERNELS and m.attn_sink:
+    return fields.ConfigError(name, kernel, 'does not support --model.attn_sink')
+  if kernel == 'flash' and m.attn_softcap:
+    return fields.ConfigError(
+      name, kernel, f'does not support --model.attn_softcap={m.attn_softcap:g}'
+    )
+  if kernel == 'flash' and window:
+    return fields.ConfigError(name, kernel, f'does not support a sliding window ({window})')
+  # Triton's products need at least 16; above 256 shared memory is exhausted.
+  if kernel == 'flash' and not 16 <= width <= 256:
+    return fields.ConfigError(
+      name, kernel, f'needs d_model / n_attn_heads of 16 to 256, not {width}'
+    )
+  return None
+
+
+def fallbacks(cfg: schema.Config, platform: str) -> list[str]:
+  """Returns a line for each window of layers whose attention, with --model.attention=auto,
+  computes all pairs of scores on an accelerator, as its kernel does not support them."""
+  lines = []
+  for kernel in schema.KERNELS if cfg.model.attention == 'auto' else ():
+    for window in sorted({t.window for t in layer_types.distinct(cfg)}):
+      found = problem(cfg.model, cfg.data.seq_len, kernel, window)
+      if found and schema.KERNELS[kernel] == platform:
+        layers = f'layers with a window of {window}' if window else 'layers without a window'
+        lines.append(
+          f'attention of {layers}: all pairs of scores ({cfg.data.seq_len} x'
+          f' {cfg.data.seq_len} per head) are in memory, as the kernel {kernel}'
+          f' {found.args[2]}'
+        )
+  return lines
