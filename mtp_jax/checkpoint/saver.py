@@ -30,7 +30,10 @@ class Saver:
   earlier checkpoints remain, and the next save happens on schedule.
   """
 
-  def __init__(self, workdir: str, cfg: schema.Config):
+  def __init__(self, workdir: str, cfg: schema.Config, host_gib: int | None = None):
+    """host_gib: limit of the copies on the host while writing, at least those of the
+    largest array; None = orbax's default."""
+    self._host_gib = host_gib
     self.failed: tuple[int, str] | None = None  # (step, reason) of the last save
     self._workdir, self._folder = workdir, metadata.folder(workdir)
     self._saving: int | None = None  # the step
@@ -45,7 +48,11 @@ class Saver:
     metadata.log_failures_once()
 
   def _manager(self) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(self._folder, options=self._options)
+    handlers = None
+    if self._host_gib is not None:
+      state = ocp.StandardCheckpointHandler(save_concurrent_gb=self._host_gib)
+      handlers = dict(state=state, about=ocp.JsonCheckpointHandler())
+    return ocp.CheckpointManager(self._folder, options=self._options, item_handlers=handlers)
 
   def __enter__(self):
     return self
@@ -277,7 +284,8 @@ def save_params(params: Any, cfg: schema.Config, tokenizer, workdir: str) -> Non
   """Saves parameters as step 0 of a workdir, without optimizer state, as an import
   does. `restore_params` reads it, and a run is initialized from it."""
   metadata.write_definition(cfg, tokenizer, workdir)
-  with contextlib.closing(Saver(workdir, cfg)) as to:
+  largest = max(x.nbytes for x in jax.tree.leaves(params))
+  with contextlib.closing(Saver(workdir, cfg, host_gib=-(-largest // 2**30))) as to:
     save(to, 0, dict(params=params), cfg, store='')
     to.wait_until_finished()
     to.check()
