@@ -6,7 +6,7 @@ from mtp_jax.checkpoint import restore, saver
 from mtp_jax.config import fields, schema, validate
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import load
-from mtp_jax.interop import files, hf_folder, mapping, tokens
+from mtp_jax.interop import files, hand_over, hf_folder, hub, mapping, tokens
 from mtp_jax.io import paths
 from mtp_jax.model import lm, params
 from mtp_jax.parallel import sharding
@@ -54,7 +54,8 @@ def export(path: str, given: dict[str, object]) -> list[str]:
   if tokenizer is not None:
     load.check_rows(tokenizer, cfg)
   hf_folder.check(cfg, tokenizer)
-  model = restore.restore_model(workdir, step, cfg, sharding.make_mesh(cfg))
+  mesh = sharding.make_mesh(cfg)
+  model = restore.restore_model(workdir, step, cfg, mesh)
   dtype = cfg.export.dtype
   lines = hf_folder.export(
     model,
@@ -64,6 +65,8 @@ def export(path: str, given: dict[str, object]) -> list[str]:
     dtype=cfg.model.param_dtype if dtype == 'param' else dtype,
     about=f'{os.path.basename(workdir)}, step {step}',
   )
+  if handed := hand_over.warning(model, cfg, tokenizer, mesh):
+    lines.insert(1, handed)
   trained = init_from.trained_heads(cfg, step)
   if trained < cfg.heads.n:
     lines.append(
@@ -90,10 +93,13 @@ ALLOWED = (
 
 def import_(given: dict[str, object]) -> list[str]:
   """Imports --import.path into --train.workdir; returns the lines of a report."""
-  path = paths.absolute(_required(given, 'import.path'))
-  if paths.scheme(path):
+  given_path = _required(given, 'import.path')
+  path = given_path if hub.is_name(given_path) else paths.absolute(given_path)
+  if hub.is_name(path):
+    pass  # fetched once the flags are checked
+  elif paths.scheme(path):
     raise paths.InputError(path, 'must be local; copy it to a local disk')
-  if not os.path.isdir(path):
+  elif not os.path.isdir(path):
     raise paths.InputError(path, 'is not a directory')
   for name, value in given.items():
     if not name.startswith(ALLOWED) or name == 'train.init_from':
@@ -105,6 +111,8 @@ def import_(given: dict[str, object]) -> list[str]:
     validate.configured(given)  # raises with the list of formats
   if form == 'meta':
     files.need('torch', 'meta')
+  if hub.is_name(path):
+    path = hub.fetch(path)
   cfg, ours = hf_folder.find(path, given)
   if cfg.export.format == 'meta':
     files.need('torch', 'meta')

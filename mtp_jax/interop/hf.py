@@ -2,8 +2,8 @@
 
 import json
 
-from mtp_jax.config import fields, schema, validate
-from mtp_jax.interop import mapping
+from mtp_jax.config import fields, layer_types, schema, validate
+from mtp_jax.interop import config_json, dialects, mapping, rope
 from mtp_jax.io import jsonl
 from mtp_jax.model import heads as heads_lib
 
@@ -15,7 +15,8 @@ def describe(cfg: schema.CommandConfig, tokenizer, dtype, about) -> dict[str, st
   form = cfg.export.format
   if form == 'gguf':
     return {'README.md': _card(cfg, about)}
-  values = _llama(cfg, tokenizer, dtype) | KINDS.get(form, lambda _: {})(cfg)
+  values = config_json.write(config_json.of(cfg), cfg) | KINDS.get(form, lambda _: {})(cfg)
+  values |= dict(dtype=dtype, torch_dtype=dtype) | _ends(tokenizer)
   texts = {
     'config.json': json.dumps(values, indent=2),
     'generation_config.json': json.dumps(_ends(tokenizer), indent=2),
@@ -23,49 +24,13 @@ def describe(cfg: schema.CommandConfig, tokenizer, dtype, about) -> dict[str, st
   }
   if form in CODE:
     name, code = CODE[form]
-    texts[name] = code
+    prefix = config_json.prefix(cfg)
+    texts[name.format(kind=prefix.lower())] = code.replace('Llama', prefix).replace(
+      'llama', prefix.lower()
+    )
   if form == 'medusa':
     texts['medusa/config.json'] = json.dumps(_medusa(cfg, dtype), indent=2)
   return texts
-
-
-def _llama(cfg: schema.CommandConfig, tokenizer, dtype: str) -> dict:
-  """Returns config.json of trunk and head 1."""
-  m = cfg.model
-  rope = dict(rope_type='default', rope_theta=m.rope_theta)
-  if m.rope_factor > 1:
-    rope |= dict(
-      rope_type='llama3',
-      factor=m.rope_factor,
-      low_freq_factor=m.rope_low_freq,
-      high_freq_factor=m.rope_high_freq,
-      original_max_position_embeddings=m.original_max_position_embeddings,
-    )
-  return dict(
-    architectures=['LlamaForCausalLM'],
-    model_type='llama',
-    attention_bias=False,
-    attention_dropout=0.0,
-    mlp_bias=False,
-    hidden_act='silu',
-    hidden_size=m.d_model,
-    intermediate_size=m.ff_width,
-    num_hidden_layers=mapping.layers_in_all(cfg),
-    num_attention_heads=m.n_attn_heads,
-    num_key_value_heads=m.kv_heads,
-    head_dim=m.head_width,
-    max_position_embeddings=cfg.model.max_position_embeddings or cfg.data.seq_len,
-    rms_norm_eps=m.norm_eps,
-    rope_parameters=rope,
-    # For transformers before version 5.
-    rope_theta=m.rope_theta,
-    **(dict(rope_scaling=rope) if m.rope_factor > 1 else {}),
-    tie_word_embeddings=cfg.heads.unembedding == 'tied',
-    vocab_size=m.vocab_size,
-    dtype=dtype,
-    torch_dtype=dtype,
-    **_ends(tokenizer),
-  )
 
 
 def _ends(tokenizer) -> dict:
@@ -94,18 +59,33 @@ KINDS = {
     use_sliding_window=False,
     num_nextn_predict_layers=_modules(cfg),
   ),
-  'transformers_mtp': lambda cfg: dict(
-    architectures=['LlamaMtpForCausalLM'],
-    model_type='llama_mtp',
+  'transformers_mtp': lambda cfg: _mtp(cfg),
+}
+
+
+def _mtp(cfg: schema.CommandConfig) -> dict:
+  """Returns the fields of the Transformers MTP standard."""
+  prefix, kind = config_json.prefix(cfg), config_json.of(cfg)
+  module = f'{prefix.lower()}_mtp.{prefix}Mtp'
+  types = layer_types.distinct(cfg)
+  found = dict(
+    architectures=[f'{prefix}MtpForCausalLM'],
+    model_type=f'{kind}_mtp',
     auto_map={
-      'AutoConfig': 'llama_mtp.LlamaMtpConfig',
-      'AutoModel': 'llama_mtp.LlamaMtpModel',
-      'AutoModelForCausalLM': 'llama_mtp.LlamaMtpForCausalLM',
+      'AutoConfig': f'{module}Config',
+      'AutoModel': f'{module}Model',
+      'AutoModelForCausalLM': f'{module}ForCausalLM',
     },
     num_mtp_layers=cfg.heads.n - 1,
-    tie_last_hidden_states=False,  # trained on states before the final norm
-  ),
-}
+    tie_last_hidden_states=cfg.heads.trunk_state == 'post_norm',
+  )
+  if dialects.DIALECTS[kind].types:
+    name = (
+      'sliding_attention' if types[heads_lib.types_of_heads(cfg)[-1]].window else 'full_attention'
+    )
+    found['mtp_layer_types'] = [name] * (cfg.heads.n - 1)
+  return found
+
 
 # MiMo is Qwen 2 with a module that transformers does not run.
 MIMO = '''"""MiMo's configuration and next-token model (trust_remote_code)."""
@@ -153,7 +133,7 @@ class LlamaMtpModel(_Ignores, LlamaModel):
 class LlamaMtpForCausalLM(_Ignores, LlamaForCausalLM):
   pass
 '''
-CODE = {'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('llama_mtp.py', LLAMA_MTP)}
+CODE = {'mimo': ('mimo.py', MIMO), 'transformers_mtp': ('{kind}_mtp.py', LLAMA_MTP)}
 
 
 def _medusa(cfg: schema.CommandConfig, dtype: str) -> dict:
@@ -185,8 +165,8 @@ def _card(cfg: schema.CommandConfig, about: str) -> str:
     '',
     f'# {about}',
     '',
-    f'A Llama with {mapping.layers_in_all(cfg)} layers, the trunk and next-token'
-    ' head of a model that was trained to predict'
+    f'A {config_json.prefix(cfg)} with {mapping.layers_in_all(cfg)} layers, the trunk and'
+    ' next-token head of a model that was trained to predict'
     f' {cfg.heads.n} tokens at once ({cfg.heads.family} heads; Gloeckle et al.'
     ' 2024, https://arxiv.org/abs/2404.19737). Written by mtp_jax; mtp_jax.json'
     ' has the configuration of the whole model.',
@@ -203,13 +183,7 @@ def _card(cfg: schema.CommandConfig, about: str) -> str:
 
 
 USE = {
-  'mimo': [
-    'The layout is that of MiMo: `--trust-remote-code` for its configuration.'
-    ' Serving engines pass the hidden state after the final norm to the first'
-    ' module, which was trained on the state before the norm, so that they accept'
-    ' fewer drafts than mtp_jax.',
-    '',
-  ],
+  'mimo': ['The layout is that of MiMo: `--trust-remote-code` for its configuration.', ''],
   'medusa': [
     'As the draft model of a serving engine: the folder medusa/, with'
     ' num_speculative_tokens the number of its heads.',
@@ -221,12 +195,22 @@ USE = {
 # Import.
 
 SIZE = range(1, 2**31)
-ROPE = {
-  **dict.fromkeys(('rope_theta?', 'factor?', 'low_freq_factor?', 'high_freq_factor?'), float),
+NUMBER = (float, None)
+_ROPE_OF_TYPE = {
+  **dict.fromkeys(
+    (
+      *('rope_theta?', 'factor?', 'low_freq_factor?', 'high_freq_factor?', 'beta_fast?'),
+      *('beta_slow?', 'attention_factor?', 'mscale?', 'mscale_all_dim?'),
+      'partial_rotary_factor?',
+    ),
+    NUMBER,
+  ),
   **dict.fromkeys(('rope_type?', 'type?'), str),
-  'original_max_position_embeddings?': SIZE,
+  'truncate?': bool,
+  'original_max_position_embeddings?': (SIZE, None),
   ...: object,
 }
+ROPE = {**dict.fromkeys(('full_attention?', 'sliding_attention?'), _ROPE_OF_TYPE), **_ROPE_OF_TYPE}
 # The fields of a config.json that are used.
 ABOUT = {
   **dict.fromkeys(
@@ -240,29 +224,45 @@ ABOUT = {
       'max_position_embeddings?',
       'prediction_heads?',
       'num_mtp_layers?',
+      'num_nextn_predict_layers?',
+      'sliding_window?',
+      'sliding_window_pattern?',
+      '_sliding_window_pattern?',
+      'no_rope_layer_interval?',
     ),
     (SIZE, None),
   ),
+  'max_window_layers?': (range(2**31), None),
   **dict.fromkeys(('rope_parameters?', 'rope_scaling?'), (ROPE, None)),
-  **dict.fromkeys(('dtype?', 'torch_dtype?'), (str, None)),
-  'rms_norm_eps?': (float, None),
-  'rope_theta?': (float, None),
-  'tie_word_embeddings?': (bool, None),
+  **dict.fromkeys(('dtype?', 'torch_dtype?', 'hidden_act?', 'hidden_activation?'), (str, None)),
+  **dict.fromkeys(
+    (
+      *('rms_norm_eps?', 'rope_theta?', 'rope_local_base_freq?', 'partial_rotary_factor?'),
+      *('query_pre_attn_scalar?', 'attn_logit_softcapping?', 'final_logit_softcapping?'),
+    ),
+    NUMBER,
+  ),
+  **dict.fromkeys(
+    (
+      *('tie_word_embeddings?', 'attention_bias?', 'mlp_bias?', 'use_sliding_window?'),
+      *('use_bidirectional_attention?', 'tie_last_hidden_states?'),
+    ),
+    (bool, None),
+  ),
+  **dict.fromkeys(('layer_types?', 'mtp_layer_types?'), ([str], None)),
+  'no_rope_layers?': ([range(2)], None),
   ...: object,
 }
-# By model_type: the format, and whether its further heads are layers.
-READ = {
-  'llama': ('hf', True),
-  'mtp_llama': ('mtp_llama', True),
-  'llama_mtp': ('transformers_mtp', False),
+# Kinds of config.json that are not a family of dialects.py: the format, and its family.
+OF_FORMS = {
+  'mtp_llama': ('mtp_llama', 'llama'),
+  'mimo': ('mimo', 'qwen2'),
+  **{f'{kind}_mtp': ('transformers_mtp', kind) for kind in dialects.DIALECTS},
 }
-# Fields of a config.json that must have this value, if present.
-FIXED = {
-  'hidden_act': 'silu',
-  'attention_bias': False,
-  'mlp_bias': False,
-  'quantization_config': None,
-  'partial_rotary_factor': 1.0,
+# Fields of these formats.
+OF_MODULES = {
+  *('prediction_heads', 'num_mtp_layers', 'num_nextn_predict_layers'),
+  *('tie_last_hidden_states', 'mtp_layer_types'),
 }
 
 
@@ -272,75 +272,65 @@ def _error(folder: str, problem: str) -> fields.ConfigError:
 
 def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
   """Converts a third-party config.json to a Config."""
-  kind = about.get('model_type', 'llama')
-  if kind not in READ:
-    raise _error(folder, f'model_type={kind!r} in config.json; only {", ".join(map(repr, READ))}')
-  form, block_first = READ[kind]
-  if kind == 'llama_mtp' and about.get('tie_last_hidden_states', True):
-    raise _error(
-      folder,
-      'tie_last_hidden_states is not false in config.json: its modules'
-      ' read states after the final norm, not before it',
-    )
-  for field, expected in FIXED.items():
-    if about.get(field, expected) != expected:
-      raise _error(folder, f'{field}={about[field]!r} in config.json; only {expected!r}')
+  model_type = about.get('model_type', 'llama')
+  form, kind = OF_FORMS.get(model_type, ('hf', model_type))
+  if kind not in dialects.DIALECTS:
+    known = ', '.join(map(repr, (*dialects.DIALECTS, *OF_FORMS)))
+    raise _error(folder, f'model_type={model_type!r} in config.json; only {known}')
   try:
     jsonl.check(about, ABOUT)
   except ValueError as error:
     raise _error(folder, f'config.json: {error}') from error
-  about = {name: value for name, value in about.items() if value is not None}
+  of_modules = {name: about[name] for name in OF_MODULES & about.keys() if form != 'hf'}
+  about = {name: x for name, x in about.items() if name not in of_modules}
+  try:
+    values = config_json.read(kind, about)
+  except rope.Unsupported as error:
+    raise _error(folder, str(error)) from error
   n = {
     'hf': 1,
-    'mtp_llama': about.get('prediction_heads', 1),
-    'transformers_mtp': about.get('num_mtp_layers', 0) + 1,
+    'mtp_llama': of_modules.get('prediction_heads') or 1,
+    'transformers_mtp': (of_modules.get('num_mtp_layers') or 0) + 1,
+    'mimo': (of_modules.get('num_nextn_predict_layers') or 0) + 1,
   }[form]
-  heads, d_model = about['num_attention_heads'], about['hidden_size']
-  head_dim = about.get('head_dim') or d_model // heads
-  values = {
-    'model.d_model': d_model,
+  block_first, d = form in ('hf', 'mtp_llama'), dialects.DIALECTS[kind]
+  tied = about.get('tie_word_embeddings')
+  context = about.get('max_position_embeddings') or 2048
+  values |= {
     'model.n_layers': about['num_hidden_layers'] + block_first * (n - 1),
-    'model.n_attn_heads': heads,
-    'model.n_kv_heads': about.get('num_key_value_heads') or heads,
-    'model.d_head': 0 if head_dim * heads == d_model else head_dim,
-    'model.d_ff': about['intermediate_size'],
-    'model.vocab_size': about['vocab_size'],
-    'model.norm_eps': about.get('rms_norm_eps', 1e-6),
+    'model.max_position_embeddings': context,
     'heads.n': n,
     'heads.family': 'parallel' if block_first else 'sequential',
-    'heads.unembedding': ('tied' if about.get('tie_word_embeddings', False) else 'shared'),
-    'model.max_position_embeddings': about.get('max_position_embeddings', 2048),
-    'data.seq_len': about.get('max_position_embeddings', 2048),
-    # The dtype of the weights, unless a flag sets another.
-    'model.compute_dtype': ('float32' if _dtype(about) == 'float32' else 'bfloat16'),
+    'heads.unembedding': 'tied' if (d.tied if tied is None else tied) else 'shared',
+    'data.seq_len': context,
+    # The dtypes of the weights, unless a flag sets others.
+    'model.param_dtype': 'bfloat16' if _dtype(about) == 'bfloat16' else 'float32',
+    'model.compute_dtype': 'float32' if _dtype(about) == 'float32' else 'bfloat16',
     'export.format': form,
-    **_rope(folder, about),
+    **_of_modules(folder, of_modules, form),
     **given,
   }
   return validate.validate(schema.replace(schema.CommandConfig(), **values))
 
 
+def _of_modules(folder: str, found: dict, form: str) -> dict:
+  """Returns the fields of a Config of modules after the Transformers MTP standard."""
+  if form != 'transformers_mtp':
+    return {}
+  tied = found.get('tie_last_hidden_states')
+  # A single module's own state is not read.
+  raw = 'pre_norm' if (found.get('num_mtp_layers') or 0) < 2 else 'pre_norm_first'
+  values = {'heads.trunk_state': raw if tied is False else 'post_norm'}
+  types = set(found.get('mtp_layer_types') or ())
+  if len(types) > 1:
+    raise _error(folder, 'mtp_layer_types in config.json has several types; only one')
+  if types:
+    (name,) = types
+    if name not in dialects.HF_TYPES:
+      raise _error(folder, f'mtp_layer_types has {name!r} in config.json')
+    values['heads.layer_type'] = dialects.HF_TYPES[name]
+  return values
+
+
 def _dtype(about: dict) -> str:
   return about.get('dtype') or about.get('torch_dtype') or 'float32'
-
-
-def _rope(folder: str, about: dict) -> dict:
-  """Reads rope_parameters, or the older rope_theta and rope_scaling."""
-  rope = about.get('rope_parameters') or about.get('rope_scaling') or {}
-  theta = rope.get('rope_theta', about.get('rope_theta', 10_000.0))
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  values = {'model.rope_theta': float(theta)}
-  if kind == 'default':
-    return values
-  if kind != 'llama3':
-    raise _error(folder, f'rope_type={kind!r} in config.json; only default and llama3')
-  expected = 'factor', 'low_freq_factor', 'high_freq_factor'
-  for field in (*expected, 'original_max_position_embeddings'):
-    if field not in rope:
-      raise _error(folder, f'config.json: RoPE of type llama3 has no {field}')
-  return values | {
-    'model.rope_factor': float(rope['factor']),
-    'model.rope_low_freq': float(rope['low_freq_factor']),
-    'model.rope_high_freq': float(rope['high_freq_factor']),
-    'model.original_max_position_embeddings': int(rope['original_max_position_embeddings']),
-  }

@@ -11,14 +11,18 @@ import numpy as np
 
 from mtp_jax.config import fields, parse, schema, validate
 from mtp_jax.interop import (
+  config_json,
+  dialects,
   engines,
   files,
+  fused,
   hf,
   llama_cpp,
   llama_cpp_vocabulary,
   mapping,
   meta,
   tokens,
+  transforms,
 )
 from mtp_jax.io import jsonl, paths
 from mtp_jax.model import lm, params
@@ -76,7 +80,7 @@ def export(
         file.write(data)
   where = mapping.FORMS[form].file if extra else ''
   lines = [
-    f'{out}: {len(expected) - extra} tensors of a Llama with'
+    f'{out}: {len(expected) - extra} tensors of a {config_json.prefix(cfg)} with'
     f' {mapping.layers_in_all(cfg)} layers in {dtype}, {extra} of further heads'
     f'{f" in {where}" if where else ""}; all verified by reading them back'
   ]
@@ -117,7 +121,7 @@ def _write_tensors(model, cfg, tokenizer, folder, *, dtype, about) -> dict[str, 
   extra: dict[str, np.ndarray] = {}
 
   def dtype_of(shape):
-    if form in llama_cpp.ARCHITECTURES:
+    if form in llama_cpp.FORMS:
       return llama_cpp.dtype_of(shape, dtype)
     return np.dtype(dtype)
 
@@ -139,7 +143,7 @@ def _write_tensors(model, cfg, tokenizer, folder, *, dtype, about) -> dict[str, 
   beside = os.path.dirname(extra_file)
   if form == 'meta':
     files.write_torch(os.path.join(folder, meta.TENSORS), dict(arrays()))
-  elif form in llama_cpp.ARCHITECTURES:
+  elif form in llama_cpp.FORMS:
     shapes = {
       name: place.form.shape(leaves[place.path].shape[place.index is not None :])
       for name, place in places.items()
@@ -154,7 +158,8 @@ def _write_tensors(model, cfg, tokenizer, folder, *, dtype, about) -> dict[str, 
       arrays=arrays(),
     )
   else:
-    shards = _write_shards(folder, arrays(), cfg.export.max_shard_gib * 2**30)
+    in_file = fused.joined(arrays(), dialects.DIALECTS[config_json.of(cfg)])
+    shards = _write_shards(folder, in_file, cfg.export.max_shard_gib * 2**30)
     _name_shards(folder, shards, indexed=bool(extra) and not beside)
   if extra:
     os.makedirs(os.path.join(folder, beside), exist_ok=True)
@@ -226,10 +231,10 @@ def _tensors_of(
   form = mapping.of(cfg)
   if form == 'meta':
     return meta.tensors_of(folder)
-  if form in llama_cpp.ARCHITECTURES:
+  if form in llama_cpp.FORMS:
     found = llama_cpp.read(folder, cfg)
   else:
-    found = files.read_folder(folder)
+    found = fused.split(files.read_folder(folder), dialects.DIALECTS[config_json.of(cfg)])
   file = mapping.FORMS[form].file
   if extra and file:
     beside = os.path.dirname(file)
@@ -293,7 +298,10 @@ def find(folder: str, given: dict) -> tuple[schema.CommandConfig, bool]:
   return cfg, False
 
 
-LAYERS = ('num_hidden_layers', 'prediction_heads', 'n_layers', 'n_future_tokens', 'num_mtp_layers')
+LAYERS = (
+  *('num_hidden_layers', 'prediction_heads', 'n_layers', 'n_future_tokens'),
+  *('num_mtp_layers', 'num_nextn_predict_layers'),
+)
 
 
 def _repeated(folder: str, cfg: schema.CommandConfig) -> bool:
@@ -393,7 +401,7 @@ def _check_copies(folder, cfg, found, expected, names) -> None:
       raise _error(
         folder,
         f'{name} must be 0'
-        if place.form is mapping.NO_BIAS
+        if place.form is transforms.NO_BIAS
         else f'{name} must be equal to {first}',
       )
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from mtp_jax.config import schema
-from mtp_jax.interop import files, llama_cpp_vocabulary, mapping
+from mtp_jax.interop import architectures, config_json, files, llama_cpp_vocabulary, mapping
 from mtp_jax.io import paths
 from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import layers
@@ -66,7 +66,7 @@ def write(
       shape = (whole[name][0][0] + shape[0], *shape[1:])
     whole[name] = shape, dtype
   stretched = _frequencies(cfg)
-  writer = gguf.GGUFWriter(None, ARCHITECTURES[form])
+  writer = gguf.GGUFWriter(None, _architecture(cfg))
   metadata = _sizes(cfg, about) | llama_cpp_vocabulary.vocabulary(tokenizer, cfg)
   for key, value in metadata.items():
     _add(writer, key, value)
@@ -113,19 +113,25 @@ def _joined(form, arrays, stretched):
 
 def _frequencies(cfg: schema.CommandConfig) -> np.ndarray | None:
   """Returns the factor by which --model.rope_factor lengthens each wavelength."""
-  if cfg.model.rope_factor == 1:
-    return None
+  if cfg.model.rope_factor == 1 or cfg.model.rope_scaling == 'linear':
+    return None  # not scaled, or by a field
   plain = schema.replace(cfg, **{'model.rope_factor': 1.0})
   ratio = layers.rope_rates(plain.model) / layers.rope_rates(cfg.model)
   return np.asarray(ratio, np.float32)
 
 
-ARCHITECTURES = {'gguf': 'llama', 'gguf_mtp': 'mimo2'}
+FORMS = ('gguf', 'gguf_mtp')
+
+
+def _architecture(cfg: schema.CommandConfig) -> str:
+  if mapping.of(cfg) == 'gguf_mtp':
+    return 'mimo2'
+  return architectures.ARCHITECTURES[config_json.of(cfg)].name
 
 
 def _sizes(cfg: schema.CommandConfig, about: str) -> dict:
   m, form = cfg.model, mapping.of(cfg)
-  arch, context = ARCHITECTURES[form], m.max_position_embeddings or cfg.data.seq_len
+  arch, context = _architecture(cfg), m.max_position_embeddings or cfg.data.seq_len
   modules = heads_lib.n_modules(cfg.heads, cfg.heads.n) if form == 'gguf_mtp' else 0
   n = mapping.layers_in_all(cfg)
   sizes = {
@@ -138,10 +144,21 @@ def _sizes(cfg: schema.CommandConfig, about: str) -> dict:
     'attention.key_length': m.head_width,
     'attention.value_length': m.head_width,
     'attention.layer_norm_rms_epsilon': m.norm_eps,
-    'rope.dimension_count': m.head_width,
+    'rope.dimension_count': m.rotary_width,
     'rope.freq_base': m.rope_theta,
     'vocab_size': m.vocab_size,
   }
+  if m.window:
+    sizes |= {
+      'attention.sliding_window': m.window,
+      'rope.freq_base_swa': m.sliding_rope_theta or m.rope_theta,
+    }
+  if m.rope_factor > 1 and m.rope_scaling == 'linear':
+    sizes |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': m.rope_factor}
+  if m.attn_softcap:
+    sizes['attn_logit_softcapping'] = m.attn_softcap
+  if m.logits_softcap:
+    sizes['final_logit_softcapping'] = m.logits_softcap
   if modules:
     sizes |= {
       'nextn_predict_layers': modules,

@@ -40,132 +40,117 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from mtp_jax.config import schema
+from mtp_jax.interop import architectures, config_json, dialects, transforms
+from mtp_jax.model import block
 from mtp_jax.model import heads as heads_lib
-
-
-class Form(NamedTuple):
-  """The transform of an array of ours to one of a file, and back. Both get the
-  Config; matrices in files are (out, in)."""
-
-  out: Callable[[np.ndarray, schema.Config], np.ndarray]
-  back: Callable[[np.ndarray, schema.Config], np.ndarray]
-  shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # our shape -> the file's
-
-
-def _heads_out(w_DNH, cfg):
-  D, N, H = w_DNH.shape
-  return w_DNH.transpose(1, 2, 0).reshape(N * H, D)
-
-
-def _heads_back(w_ED, cfg):
-  H = cfg.model.head_width
-  E, D = w_ED.shape
-  return w_ED.reshape(E // H, H, D).transpose(2, 0, 1)
-
-
-def _pairs_out(w_DNH, cfg):
-  """Reorders dimensions for RoPE, which rotates i and i + H/2 of a head together
-  here and in Hugging Face's Llama, 2i and 2i + 1 in Meta's."""
-  D, N, H = w_DNH.shape
-  w_DNHP = w_DNH.reshape(D, N, 2, H // 2).swapaxes(2, 3)
-  return _heads_out(w_DNHP.reshape(D, N, H), cfg)
-
-
-def _pairs_back(w_ED, cfg):
-  w_DNH = _heads_back(w_ED, cfg)
-  D, N, H = w_DNH.shape
-  return w_DNH.reshape(D, N, H // 2, 2).swapaxes(2, 3).reshape(D, N, H)
-
-
-def _swapped(w_ED):
-  """Swaps the two halves of the input dimension."""
-  return np.concatenate(np.split(w_ED, 2)[::-1])
-
-
-SAME = Form(lambda w, _: w, lambda w, _: w, lambda s: s)
-TRANSPOSED = Form(lambda w, _: w.T, lambda w, _: w.T, lambda s: s[::-1])
-HEADS_IN = Form(_heads_out, _heads_back, lambda s: (s[1] * s[2], s[0]))
-HEADS_IN_PAIRS = Form(_pairs_out, _pairs_back, HEADS_IN.shape)
-HEADS_OUT = Form(
-  lambda w_NHD, _: w_NHD.reshape(-1, w_NHD.shape[-1]).T,
-  lambda w_DE, cfg: w_DE.T.reshape(-1, cfg.model.head_width, w_DE.shape[0]),
-  lambda s: (s[2], s[0] * s[1]),
-)
-EMBEDDING_FIRST = Form(lambda w, _: _swapped(w).T, lambda w, _: _swapped(w.T), TRANSPOSED.shape)
-
-
-def _zeros_of(w_DNH, cfg):
-  return np.zeros(w_DNH.shape[1] * w_DNH.shape[2], w_DNH.dtype)
-
-
-# A bias, which our layers do not have: always zero, a copy in the sense of Place.
-NO_BIAS = Form(_zeros_of, SAME.back, lambda s: (s[1] * s[2],))
 
 
 class Row(NamedTuple):
   """A parameter: our name, its transform, and its name per format, by default as
-  in hf; (name, Form) if the transform differs too."""
+  in hf; (name, transforms.Form) if the transform differs too."""
 
   ours: str
-  form: Form
+  form: transforms.Form
   names: dict[str, Any]
+  suffix: str = '.weight'
 
-  def of(self, form: str) -> tuple[str, Form]:
+  def of(self, form: str) -> tuple[str, transforms.Form]:
     forms = (form, LIKE.get(form), 'hf')
     name = next(self.names[x] for x in forms if x in self.names)
     return (name, self.form) if isinstance(name, str) else name
+
+  def in_layer(self, form: str, dialect: dialects.Dialect) -> tuple[str, transforms.Form]:
+    """Returns name and transform in a layer; the forms that have no names of their own
+    have those of the model's family."""
+    name, transform = self.of(form)
+    if name == self.names['hf']:
+      name = dialect.names.get(self.ours, name)
+      if dialect.rope_in_pairs and self.ours in ROTATED:
+        transform = transforms.IN_PAIRS[transform]
+    if form == 'gguf':
+      a = architectures.ARCHITECTURES[dialect.kind]
+      if a.in_pairs and self.ours in ROTATED:
+        transform = transforms.IN_PAIRS[transform]
+      if a.plus_one and self.ours.endswith('norm'):
+        transform = transforms.PLUS_ONE
+    return name + self.suffix, transform
 
 
 LIKE = {'gguf_mtp': 'gguf'}  # formats that share most names with another one
 
 
-def _row(ours: str, form: Form, **names) -> Row:
+ROTATED = ('q', 'k', 'q_bias', 'k_bias')
+
+
+def _row(ours: str, form: transforms.Form, **names) -> Row:
   return Row(ours, form, names)
 
 
+def _bias(ours: str, form: transforms.Form, **names) -> Row:
+  return Row(ours, form, names, suffix='.bias')
+
+
 LAYER = (
-  _row('attn_norm', SAME, hf='input_layernorm', meta='attention_norm', gguf='attn_norm'),
+  _row('attn_norm', transforms.SAME, hf='input_layernorm', meta='attention_norm', gguf='attn_norm'),
   _row(
     'q',
-    HEADS_IN,
+    transforms.HEADS_IN,
     hf='self_attn.q_proj',
-    meta=('attention.wq', HEADS_IN_PAIRS),
-    gguf=('attn_q', HEADS_IN_PAIRS),
-    gguf_mtp='attn_q',
+    meta=('attention.wq', transforms.HEADS_IN_PAIRS),
+    gguf='attn_q',
   ),
   _row(
     'k',
-    HEADS_IN,
+    transforms.HEADS_IN,
     hf='self_attn.k_proj',
-    meta=('attention.wk', HEADS_IN_PAIRS),
-    gguf=('attn_k', HEADS_IN_PAIRS),
-    gguf_mtp='attn_k',
+    meta=('attention.wk', transforms.HEADS_IN_PAIRS),
+    gguf='attn_k',
   ),
-  _row('v', HEADS_IN, hf='self_attn.v_proj', meta='attention.wv', gguf='attn_v'),
-  _row('o', HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo', gguf='attn_output'),
-  _row('mlp_norm', SAME, hf='post_attention_layernorm', meta='ffn_norm', gguf='ffn_norm'),
-  _row('gate', TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1', gguf='ffn_gate'),
-  _row('up', TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3', gguf='ffn_up'),
-  _row('down', TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2', gguf='ffn_down'),
+  _row('v', transforms.HEADS_IN, hf='self_attn.v_proj', meta='attention.wv', gguf='attn_v'),
+  _row('o', transforms.HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo', gguf='attn_output'),
+  _row(
+    'mlp_norm', transforms.SAME, hf='post_attention_layernorm', meta='ffn_norm', gguf='ffn_norm'
+  ),
+  _row('gate', transforms.TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1', gguf='ffn_gate'),
+  _row('up', transforms.TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3', gguf='ffn_up'),
+  _row('down', transforms.TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2', gguf='ffn_down'),
+  # Where the block has them: see dialects.py for the names in other families.
+  _row('attn_out_norm', transforms.SAME, hf='post_attention_layernorm', gguf='post_attention_norm'),
+  _row('mlp_out_norm', transforms.SAME, hf='post_feedforward_layernorm', gguf='post_ffw_norm'),
+  _row('q_norm', transforms.NORM_OF_HEADS, hf='self_attn.q_norm', gguf='attn_q_norm'),
+  _row('k_norm', transforms.NORM_OF_HEADS, hf='self_attn.k_norm', gguf='attn_k_norm'),
+  _bias('q_bias', transforms.FLAT, hf='self_attn.q_proj', gguf='attn_q'),
+  _bias('k_bias', transforms.FLAT, hf='self_attn.k_proj', gguf='attn_k'),
+  _bias('v_bias', transforms.FLAT, hf='self_attn.v_proj', gguf='attn_v'),
+  _bias('o_bias', transforms.SAME, hf='self_attn.o_proj', gguf='attn_output'),
+  _bias('gate_bias', transforms.SAME, hf='mlp.gate_proj', gguf='ffn_gate'),
+  _bias('up_bias', transforms.SAME, hf='mlp.up_proj', gguf='ffn_up'),
+  _bias('down_bias', transforms.SAME, hf='mlp.down_proj', gguf='ffn_down'),
 )
-EMBED = _row('embed', SAME, hf='model.embed_tokens', meta='tok_embeddings', gguf='token_embd')
+EMBED = _row(
+  'embed', transforms.SAME, hf='model.embed_tokens', meta='tok_embeddings', gguf='token_embd'
+)
 NORM = _row(
-  'norm', SAME, hf='model.norm', meta='norm', mtp_llama='model.mtp_norms.0', gguf='output_norm'
+  'norm',
+  transforms.SAME,
+  hf='model.norm',
+  meta='norm',
+  mtp_llama='model.mtp_norms.0',
+  gguf='output_norm',
 )
-UNEMBED = _row('unembed', TRANSPOSED, hf='lm_head', meta='output', gguf='output')
-TIED = _row('embed', SAME, hf='lm_head', meta='output', gguf='output')
-ORDER = _row('order', SAME, hf='mtp_order')
+UNEMBED = _row('unembed', transforms.TRANSPOSED, hf='lm_head', meta='output', gguf='output')
+TIED = _row('embed', transforms.SAME, hf='lm_head', meta='output', gguf='output')
+ORDER = _row('order', transforms.SAME, hf='mtp_order')
 # Parameters of a head's module, in addition to its layer or instead of one.
 MODULE = {
-  'linear': (_row('proj', TRANSPOSED, hf='proj'),),
-  'residual': (_row('proj', TRANSPOSED, hf='proj', medusa='layers.0'),),
+  'linear': (_row('proj', transforms.TRANSPOSED, hf='proj'),),
+  'residual': (_row('proj', transforms.TRANSPOSED, hf='proj', medusa='layers.0'),),
   'sequential': (
     _row(
       'hidden_norm',
-      SAME,
+      transforms.SAME,
       hf='hidden_norm',
       mimo='hidden_layernorm',
       transformers_mtp='hnorm',
@@ -173,7 +158,7 @@ MODULE = {
     ),
     _row(
       'embed_norm',
-      SAME,
+      transforms.SAME,
       hf='embed_norm',
       mimo='token_layernorm',
       transformers_mtp='enorm',
@@ -181,15 +166,15 @@ MODULE = {
     ),
     _row(
       'proj',
-      TRANSPOSED,
+      transforms.TRANSPOSED,
       hf='proj',
       mimo='input_proj',
-      transformers_mtp=('eh_proj', EMBEDDING_FIRST),
-      gguf_mtp=('nextn.eh_proj', EMBEDDING_FIRST),
+      transformers_mtp=('eh_proj', transforms.EMBEDDING_FIRST),
+      gguf_mtp=('nextn.eh_proj', transforms.EMBEDDING_FIRST),
     ),
     _row(
       'final_norm',
-      SAME,
+      transforms.SAME,
       hf='final_norm',
       mimo='final_layernorm',
       transformers_mtp='shared_head.norm',
@@ -205,22 +190,24 @@ class Place(NamedTuple):
 
   path: str  # of the leaf, e.g. trunk.q
   index: int | None  # on the leading axis of stacked leaves
-  form: Form
+  form: transforms.Form
   extra: bool = False  # not part of a next-token Llama
   copy: bool = False  # a copy of another tensor, which must agree
 
 
 def _norm_of_each_head(cfg, found):
   return {
-    f'model.mtp_norms.{j}.weight': Place('norm', None, SAME, True, True)
+    f'model.mtp_norms.{j}.weight': Place('norm', None, transforms.SAME, True, True)
     for j in range(1, cfg.heads.n)
   }
 
 
 def _no_biases(cfg, found):
+  if cfg.model.qkv_bias:
+    return {}
   ends = tuple(f'self_attn.{x}_proj.weight' for x in 'qkv')
   return {
-    name.removesuffix('weight') + 'bias': place._replace(form=NO_BIAS, copy=True)
+    name.removesuffix('weight') + 'bias': place._replace(form=transforms.NO_BIAS, copy=True)
     for name, place in found.items()
     if name.endswith(ends)
   }
@@ -327,6 +314,8 @@ def undrafted(cfg: schema.CommandConfig) -> str:
   h = cfg.heads
   if h.n == 1:
     return 'there are none'
+  if config_json.of(cfg) != 'llama' or cfg.model.qkv_bias or cfg.model.mlp_bias:
+    return 'its architecture with modules holds Llamas without biases'
   if h.family not in FORMS['gguf_mtp'].families:
     return f'it supports sequential and recursive modules; these are {h.family}'
   if h.stride > 1:
@@ -344,10 +333,26 @@ def undrafted(cfg: schema.CommandConfig) -> str:
   return ''
 
 
+# Formats of a few model families; the others are of all.
+DIALECTS_OF = {
+  'meta': ('llama',),
+  'mtp_llama': ('llama',),
+  'mimo': ('llama', 'qwen2'),
+  'medusa': ('llama', 'mistral', 'qwen2', 'qwen3'),
+}
+
+
 def unfit(cfg: schema.CommandConfig, form: str) -> str:
   """Returns why a format cannot represent a model; '' if it can."""
   f, h = FORMS[form], cfg.heads
-  if form in ('hf', 'gguf'):
+  if problem := config_json.unfit(cfg):
+    return problem
+  kind = config_json.of(cfg)
+  if kind not in DIALECTS_OF.get(form, (kind,)):
+    return f'is of {" and ".join(DIALECTS_OF[form])}; this model is of {kind}'
+  if form == 'gguf':
+    return architectures.unfit(cfg, kind)
+  if form == 'hf':
     return ''
   if h.family not in f.families and not (h.n == 1 and 'parallel' in f.families):
     return f'supports {" and ".join(f.families)} heads; these are {h.family}'
@@ -384,18 +389,26 @@ def tensors(cfg: schema.CommandConfig, form: str = 'hf') -> dict[str, Place]:
   unembedding = cfg.heads.unembedding
   found = {}
 
+  dialect = dialects.DIALECTS[config_json.of(cfg) or 'llama']
+  of_block = block.specs(cfg.model)
+
   def put(row, prefix='', path='', index=None, extra=False):
     name, transform = row.of((extra and layout.heads_like) or form)
     found[f'{prefix}{name}.weight'] = Place(path + row.ours, index, transform, extra)
 
   def put_layer(prefix, path, index, extra=False):
     for row in LAYER:
-      put(row, prefix, path, index, extra)
+      if getattr(of_block, row.ours) is not None:
+        name, transform = row.in_layer((extra and layout.heads_like) or form, dialect)
+        found[prefix + name] = Place(path + row.ours, index, transform, extra)
 
   put(EMBED)
   for i, (path, index) in enumerate(heads_lib.next_token_layers(cfg)):
     put_layer(layout.layer.format(i=i), path, index)
   put(NORM)
+  if form == 'gguf' and architectures.ARCHITECTURES[dialect.kind].plus_one:
+    name = f'{NORM.names["gguf"]}.weight'
+    found[name] = found[name]._replace(form=transforms.PLUS_ONE)
   if unembedding == 'tied' and form == 'meta':
     found['output.weight'] = _unembedding(cfg)._replace(copy=True)
   elif unembedding != 'tied':

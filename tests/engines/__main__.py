@@ -331,6 +331,8 @@ def _drafts(folder, form, hand_over, steps, found, mine, work) -> dict:
   held_out = np.fromfile(work / 'store/valid/tokens-00000.bin', np.uint16)
   held_out = held_out[:HELD_OUT].astype(np.int64)
 
+  trunk_state = json.loads((folder / 'mtp_jax.json').read_text())['heads']['trunk_state']
+
   def accepted(how):
     return handover.accepted(model, held_out, how, steps).round(4).tolist()
 
@@ -339,7 +341,7 @@ def _drafts(folder, form, hand_over, steps, found, mine, work) -> dict:
     passes_by_hand=expected,
     passes_ours=mine['passes'],
     accepted=accepted(hand_over),
-    accepted_ours=accepted('ours'),
+    accepted_ours=accepted(trunk_state),
   )
 
 

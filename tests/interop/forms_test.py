@@ -362,35 +362,37 @@ def _shifted(emb, j):
 
 
 def _run_mimo(w, ids, about):
-  z, unembed = _trunk(w, ids, about), w['lm_head.weight'].T
+  state, unembed = _norm(_trunk(w, ids, about), w['model.norm.weight']), w['lm_head.weight'].T
   emb = w['model.embed_tokens.weight'][ids]
-  out = [_norm(z, w['model.norm.weight']) @ unembed]
+  out = [state @ unembed]
   for j in range(N - 1):  # one module, applied repeatedly
     p = 'model.mtp_layers.0.'
     pair = torch.cat(
       [
-        _norm(z, w[p + 'hidden_layernorm.weight']),
+        _norm(state, w[p + 'hidden_layernorm.weight']),
         _norm(_shifted(emb, j), w[p + 'token_layernorm.weight']),
       ],
       -1,
     )
-    z = _layer(w, p, pair @ w[p + 'input_proj.weight'].T)
-    out.append(_norm(z, w[p + 'final_layernorm.weight']) @ unembed)
+    y = _layer(w, p, pair @ w[p + 'input_proj.weight'].T)
+    state = _norm(y, w[p + 'final_layernorm.weight'])
+    out.append(state @ unembed)
   return torch.stack(out)
 
 
 def _run_transformers_mtp(w, ids, about):
-  z = _trunk(w, ids, about)
-  out = [_norm(z, w['model.norm.weight']) @ w['lm_head.weight'].T]
+  state = _norm(_trunk(w, ids, about), w['model.norm.weight'])
+  assert about['tie_last_hidden_states']
+  out = [state @ w['lm_head.weight'].T]
   emb = w['model.embed_tokens.weight'][ids]
   for j in range(about['num_mtp_layers']):
     p = f'model.layers.{about["num_hidden_layers"] + j}.'
     pair = torch.cat(
-      [_norm(_shifted(emb, j), w[p + 'enorm.weight']), _norm(z, w[p + 'hnorm.weight'])], -1
+      [_norm(_shifted(emb, j), w[p + 'enorm.weight']), _norm(state, w[p + 'hnorm.weight'])], -1
     )
-    z = _layer(w, p, pair @ w[p + 'eh_proj.weight'].T)
-    h = _norm(z, w[p + 'shared_head.norm.weight'])
-    out.append(h @ w['lm_head.weight'].T)
+    y = _layer(w, p, pair @ w[p + 'eh_proj.weight'].T)
+    state = _norm(y, w[p + 'shared_head.norm.weight'])
+    out.append(state @ w['lm_head.weight'].T)
   return torch.stack(out)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax.checkpoint import restore, saver
+from mtp_jax.checkpoint import metadata, restore, saver
 from mtp_jax.cli import main
 from mtp_jax.config import schema
 from mtp_jax.data import tokenizers
@@ -227,15 +227,22 @@ def test_imported_llama_uses_its_last_layer_as_head_1(tmp_path):
 @pytest.mark.parametrize(
   'changes, problem',
   [
-    (dict(model_type='mamba'), "model_type='mamba' in config.json; only 'llama', 'mtp_llama'"),
-    (dict(hidden_act='gelu'), "hidden_act='gelu'"),
-    (dict(quantization_config={'bits': 4}), 'quantization_config={'),
+    (dict(model_type='mamba'), "model_type='mamba' in config.json; only 'llama', 'mistral', "),
+    (dict(hidden_act='relu'), "hidden_act='relu'; only 'silu', "),
+    (dict(quantization_config={'bits': 4}), "quantization_config={'bits': 4} in config.json: not"),
+    (dict(rotary_dim=8), 'rotary_dim=8 in config.json: not known, and it may change the model'),
     (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
     (dict(hidden_size='x'), 'hidden_size="x": must be an integer from 1'),
-    (dict(attention_bias=True), 'attention_bias=True'),
+    (dict(attention_bias=True), 'self_attn.k_proj.bias is missing'),
+    (dict(attention_bias=3), 'attention_bias=3: must be true or false'),
     (
-      dict(rope_parameters=dict(rope_type='yarn', factor=2)),
-      "rope_type='yarn' in config.json; only default and llama3",
+      dict(rope_parameters=dict(rope_type='dynamic', factor=2)),
+      "rope_type='dynamic' in config.json; only default, linear, llama3, yarn",
+    ),
+    (dict(rope_parameters=dict(rope_type='yarn')), 'RoPE of type yarn has no factor'),
+    (
+      dict(rope_parameters=dict(rope_type='yarn', factor=2, ramp=3)),
+      'ramp=3 of RoPE of type yarn in config.json: not known',
     ),
     (dict(intermediate_size=48), 'has shape (24, 16), the model (48, 16)'),
     (dict(num_hidden_layers=4), 'model.layers.3.input_layernorm.weight is'),
@@ -598,7 +605,7 @@ def test_import_and_export_without_tokenizer(tmp_path, capsys):
   assert _command('export', run, out) == 0
   assert not [x for x in os.listdir(out) if 'tokenizer' in x]
   about = json.loads((out / 'config.json').read_text())
-  assert 'bos_token_id' not in about
+  assert about['bos_token_id'] is None
   capsys.readouterr()
   assert main.main(['generate', f'{run}', '--prompt=a', '--mesh.fsdp=-1', NO_CACHE]) == 2
   assert 'imported without a tokenizer; give --prompt_ids' in (capsys.readouterr().err)
@@ -677,3 +684,47 @@ def test_export_during_training(store, tmp_path):
   process.communicate(timeout=60)
   assert process.returncode == 75
   assert len(files.read_folder(str(out))) > 20
+
+
+@pytest.fixture
+def offline_hub(tmp_path, monkeypatch):
+  """A cache of the hub with the model someone/tiny, and no network."""
+  from huggingface_hub import constants
+
+  cache = tmp_path / 'hub'
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(cache))
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  revision = '0123456789abcdef0123456789abcdef01234567'
+  of_model = cache / 'models--someone--tiny'
+  _, model = _llama(of_model / 'snapshots' / revision)
+  (of_model / 'refs').mkdir()
+  for name in ('main', 'v1'):
+    (of_model / 'refs' / name).write_text(revision)
+  return model
+
+
+@pytest.mark.parametrize('name', ['hf:someone/tiny', 'hf:someone/tiny@v1'])
+def test_import_from_the_cache_of_the_hub(name, offline_hub, tmp_path, capsys):
+  run = tmp_path / 'run'
+  command = ['import', f'--import.path={name}', f'--train.workdir={run}', NO_CACHE]
+  assert main.main([*command, '--mesh.fsdp=-1']) == 0, capsys.readouterr().err
+  cfg = metadata.read(str(run), 0).cfg
+  _same(restore.restore_model(str(run), 0, cfg, tiny.mesh(tiny.cfg())), offline_hub)
+
+
+@pytest.mark.parametrize(
+  'name, problem',
+  [
+    ('hf:someone/other', 'is not in the cache of the hub, and the hub cannot be reached'),
+    ('hf:someone/tiny@v2', 'is not in the cache of the hub, and the hub cannot be reached'),
+    ('hf:tiny', 'must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION'),
+    ('hf:../x/y', 'must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION'),
+  ],
+)
+def test_missing_models_of_the_hub_are_one_line_errors(
+  name, problem, offline_hub, tmp_path, capsys
+):
+  run = tmp_path / 'run'
+  assert main.main(['import', f'--import.path={name}', f'--train.workdir={run}', NO_CACHE]) == 2
+  error = capsys.readouterr().err
+  assert error == f'mtp: {name}: {problem}\n' and not run.exists()

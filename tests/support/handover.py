@@ -5,11 +5,14 @@ reads a folder as an engine does, and computes the tokens that each module would
 draft at each place of a text, where engines differ in what they hand to a
 module:
 
-  ours          module j reads at each place what module j - 1 gave there,
+  pre_norm      ours: module j reads at each place what module j - 1 gave there,
                 before its norm; the first the trunk's state before the final
                 norm. The first place reads no embedding
-  transformers  the same, but what module j - 1 gave after its norm, and the
-                first place reads its embedding (MtpModel, transformers 5.24)
+  post_norm     ours: the same with states after the norms
+  pre_norm_first  ours: the trunk's state before its norm, later ones after
+  transformers  as post_norm, or where config.json has tie_last_hidden_states =
+                false as pre_norm_first; and the first place reads its embedding
+                (MtpModel, transformers 5.24)
   llama_cpp     what the module before gave before its norm, and that only in
                 places drafted since the last verified one: in places before it
                 every module reads the trunk's state, and so attends to. The
@@ -93,6 +96,7 @@ class Model(NamedTuple):
   modules: list[Module]
   medusa: list[tuple[np.ndarray, np.ndarray]]  # (proj, unembedding) each
   sizes: Sizes
+  tied: bool = True  # tie_last_hidden_states
 
 
 # Reading.
@@ -188,7 +192,8 @@ def of_folder(folder: str) -> Model:
       medusa.append((m[f'blocks.{j}.layers.0.weight'], own))
   layers = [_layer(w, f'model.layers.{i}.', LLAMA) for i in range(n)]
   norm = w['model.norm.weight']
-  return Model(embed, layers, norm, unembed, modules, medusa, sizes)
+  tied = about.get('tie_last_hidden_states', True)
+  return Model(embed, layers, norm, unembed, modules, medusa, sizes, tied)
 
 
 def of_gguf(path: str) -> Model:
@@ -313,7 +318,7 @@ def drafts(m: Model, ids_T, hand_over: str, steps: int) -> np.ndarray:
   Args:
     m: with modules, or with Medusa's heads.
     ids_T: a text.
-    hand_over: ours, transformers, llama_cpp or vllm.
+    hand_over: as listed above.
     steps: drafts per forward pass.
 
   Returns:
@@ -333,16 +338,17 @@ def drafts(m: Model, ids_T, hand_over: str, steps: int) -> np.ndarray:
     return out
   chosen = [m.modules[j % len(m.modules)] for j in range(steps)]
   emb, place = m.embed[ids_T], np.arange(T)
-  if hand_over in ('ours', 'transformers'):
-    state = z
+  if hand_over in ('pre_norm', 'post_norm', 'pre_norm_first', 'transformers'):
+    raw = hand_over[:3] == 'pre' or (hand_over == 'transformers' and not m.tied)
+    state = z if raw else _norm(z, m.norm, m.sizes)
     for j, x in enumerate(chosen):
       n = T - 1 - j
       read = emb[1 + j :].copy()
-      if hand_over == 'ours':
+      if hand_over != 'transformers':
         read[0] = 0
       state, _ = _module(x, m, read, state[:n], place[1 + j :])
       out[j, :n] = _best(x, m, state)
-      if hand_over == 'transformers':
+      if hand_over != 'pre_norm':
         state = _norm(state, x.final_norm, m.sizes)
     return out
   normed = hand_over == 'vllm'

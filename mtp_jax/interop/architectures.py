@@ -1,0 +1,49 @@
+"""llama.cpp's architectures: which plain model families it runs, and what it fixes.
+
+Read in https://github.com/ggml-org/llama.cpp, src/llama-model.cpp, October 2026.
+"""
+
+from typing import NamedTuple
+
+from mtp_jax.config import schema
+
+
+class Architecture(NamedTuple):
+  """An architecture of llama.cpp that holds a model family."""
+
+  name: str
+  in_pairs: bool = False  # RoPE rotates 2i and 2i + 1
+  pattern: tuple[str, ...] = ('full',)  # of layer types, which the file cannot state
+  scalings: tuple[str, ...] = ()  # of --model.rope_scaling
+  plus_one: bool = False  # norms are 1 + w in the file
+
+
+ARCHITECTURES = {
+  'llama': Architecture('llama', in_pairs=True, scalings=('llama3', 'linear')),
+  'qwen2': Architecture('qwen2', scalings=('linear',)),
+  'qwen3': Architecture('qwen3', scalings=('linear',)),
+  'olmo2': Architecture('olmo2', scalings=('linear',)),
+  'gemma2': Architecture('gemma2', pattern=('sliding', 'full'), plus_one=True),
+  'gemma3_text': Architecture(
+    'gemma3', pattern=(*['sliding'] * 5, 'full'), scalings=('linear',), plus_one=True
+  ),
+  'smollm3': Architecture('smollm3', in_pairs=True, pattern=(*['full'] * 3, 'nope')),
+}
+
+
+def unfit(cfg: schema.Config, kind: str) -> str:
+  """Returns why llama.cpp does not run a model of a family; '' if it does."""
+  if kind not in ARCHITECTURES:
+    return f'holds {", ".join(ARCHITECTURES)}; this model is of {kind}'
+  m, a = cfg.model, ARCHITECTURES[kind]
+  if m.pattern != a.pattern:
+    return f'llama.cpp has layers {",".join(a.pattern)} in {a.name}, not {",".join(m.pattern)}'
+  if m.rope_factor > 1 and m.rope_scaling not in a.scalings:
+    return f'--model.rope_scaling={m.rope_scaling} is not supported in {a.name}'
+  if m.score_scale != m.head_width**-0.5:
+    return f'llama.cpp has no field for --model.attn_scale={m.attn_scale}'
+  if m.activation != ('gelu_tanh' if a.plus_one else 'silu'):
+    return f'llama.cpp has another activation in {a.name} than {m.activation}'
+  if m.qk_norm_eps not in (0, m.norm_eps):
+    return f'llama.cpp has no field for --model.qk_norm_eps={m.qk_norm_eps}'
+  return ''
