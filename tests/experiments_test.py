@@ -12,6 +12,7 @@ import pytest
 
 from mtp_jax.cli import flags
 from mtp_jax.config import schema
+from mtp_jax.interop import config_json
 from mtp_jax.model import heads, lm, params
 from mtp_jax.parallel import sharding
 from mtp_jax.train import state as state_lib
@@ -51,7 +52,7 @@ def _comment_fields(name) -> dict[str, str]:
 PARTS = [name for name in FILES if 'included by run files' in _head(name)]
 RUNS = [name for name in FILES if name not in PARTS]
 # At the sizes of a publication, of the paper's own but for star_graph/.
-LARGE = [n for n in RUNS if n != 'smoke.flags' and not n.startswith('small/')]
+LARGE = [n for n in RUNS if n != 'smoke.flags' and not n.startswith(('small/', 'add_heads/'))]
 PAPER = [name for name in LARGE if not name.startswith('star_graph/')]
 
 
@@ -67,9 +68,31 @@ def _included(name):
 def test_flag_file_is_a_run_or_included():
   assert all(name.endswith('.flags') for name in FILES)
   used = set.union(*map(_included, RUNS))
-  assert used == {FOLDER / name for name in FILES}
+  # Shapes of other models than the paper's are for a reader's own runs.
+  shapes = {FOLDER / f'size/{name}.flags' for name in PUBLISHED}
+  assert used | shapes == {FOLDER / name for name in FILES}
   for name in PARTS:
     assert not _comment_fields(name), f'{name}: a part has no command of its own'
+
+
+PUBLISHED = {  # parameters of a next-token model, tied unembeddings counted once
+  'qwen3_0.6b': 596_049_920,
+  'qwen3_1.7b': 1_720_574_976,
+  'qwen3_4b': 4_022_468_096,
+  'qwen3_8b': 8_190_735_360,
+  'gemma3_1b': 999_885_952,
+  'gemma3_4b': 3_880_263_168,
+  'olmo2_1b': 1_484_916_736,
+  'olmo2_7b': 7_298_617_344,
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_sizes_are_exact(name):
+  cfg = _config(f'size/{name}.flags', '--heads.n=1')
+  assert params.count(lm.specs(cfg)) == PUBLISHED[name]
+  assert f'{PUBLISHED[name]:,} parameters with one head' in _head(f'size/{name}.flags')
+  assert config_json.of(cfg) == {'q': 'qwen3', 'g': 'gemma3_text', 'o': 'olmo2'}[name[0]]
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -89,7 +112,9 @@ def test_head_comment_is_complete_and_its_command_runs_the_file(name):
     assert command[1:3] == ['train', itself]
     given = flags.parse(command[2:])
     assert {'data.store', 'train.workdir'} <= given.given.keys()
-    assert schema.changed(_config(name), given.config()) == []
+    changed = schema.changed(_config(name), given.config())
+    # The model that heads are added to is given like the store.
+    assert [x for x in changed if x[0] != 'train.init_from'] == []
   else:
     (script,) = command
     assert itself in pathlib.Path(runs.ROOT, script).read_text()
@@ -235,6 +260,7 @@ def test_small_siblings_keep_the_defining_flags():
         'model.d_model',
         'model.n_layers',
         'model.n_attn_heads',
+        'model.n_kv_heads',
         'model.d_ff',
         'model.vocab_size',
         'data.tokenizer',
