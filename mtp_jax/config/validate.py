@@ -129,6 +129,8 @@ def _check_model(cfg):
       m.rope_beta_fast,
       f'must be above --model.rope_beta_slow={m.rope_beta_slow}',
     )
+  if m.rope_factor > 1 and m.rope_scaling == 'yarn' and m.rope_theta <= 1:
+    raise fields.ConfigError('model.rope_theta', m.rope_theta, 'yarn needs a base above 1')
   _check_layer_types(cfg)
   if m.n_attn_heads % m.kv_heads:
     raise fields.ConfigError(

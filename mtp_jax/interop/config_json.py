@@ -23,8 +23,8 @@ def read(kind: str, about: dict) -> dict[str, Any]:
     about: config.json.
 
   Raises:
-    rope.Unsupported: a field that changes the function has a value that is not supported, or
-      is not known.
+    rope.Unsupported: a field that changes the function has an unsupported value, or is
+      not known.
   """
   d = dialects.DIALECTS[kind]
   check_known(
@@ -47,12 +47,12 @@ def read(kind: str, about: dict) -> dict[str, Any]:
     'd_head': 0 if d_head * heads == d_model else d_head,
     'd_ff': about['intermediate_size'],
     'vocab_size': about['vocab_size'],
-    'norm_eps': about.get('rms_norm_eps', d.eps),
+    'norm_eps': about.get('rms_norm_eps') or d.eps,
     **d.options,
   }
   for field in d.fields:
     try:
-      values[field.ours] = field.read(about.get(field.name, field.default))
+      values[field.ours] = field.of(about)
     except rope.Unsupported as error:
       raise rope.Unsupported(f'{field.name}={error}') from None
   if d.scaled_embeddings:
@@ -68,8 +68,11 @@ def read(kind: str, about: dict) -> dict[str, Any]:
 
 
 def check_known(about: dict, known: set[str]) -> None:
+  """Raises rope.Unsupported for a field that is neither read nor without effect, unless
+  it is null."""
+  known = known | dialects.COMMON | dialects.IGNORED
   for name, value in about.items():
-    if name not in known | dialects.COMMON | dialects.IGNORED:
+    if name not in known and value is not None:
       shown = jsonl.one_line(value, 60)
       raise rope.Unsupported(
         f'{name}={shown} in config.json: not known, and it may change the model'

@@ -19,9 +19,15 @@ class Field(NamedTuple):
 
   name: str
   ours: str
-  default: Any  # of config.json, where it is absent
+  default: Any  # of config.json, where it is absent, or null unless that is a value
   read: Callable[[Any], Any] = lambda x: x
   write: Callable[[Any], Any] = lambda x: x
+  nullable: bool = False
+
+  def of(self, about: dict):
+    """Returns the value of ours that a config.json has."""
+    x = about.get(self.name, self.default)
+    return self.read(self.default if x is None and not self.nullable else x)
 
 
 def _zero_if_none(x):
@@ -37,7 +43,7 @@ def _bool(name: str, *ours: str, default: bool = False) -> tuple[Field, ...]:
 
 
 def _cap(name: str, ours: str, default: float | None) -> Field:
-  return Field(name, ours, default, _zero_if_none, _none_if_zero)
+  return Field(name, ours, default, _zero_if_none, _none_if_zero, nullable=True)
 
 
 def _caps(attn: float | None, logits: float | None) -> tuple[Field, ...]:
@@ -64,13 +70,19 @@ def _act(name: str, default: str) -> Field:
   return Field(name, 'activation', default, _activation, _activation_name)
 
 
+def _root(x):
+  if x <= 0:
+    raise rope.Unsupported(f'{x}; must be above 0')
+  return float(x) ** -0.5
+
+
 _BIASES = _bool('attention_bias', 'qkv_bias', 'o_bias')
 SCALE = Field(
   # An integer there: another scale is not held.
   'query_pre_attn_scalar',
   'attn_scale',
   256,
-  lambda x: float(x) ** -0.5,
+  _root,
   lambda x: round(x**-2),
 )
 
@@ -121,7 +133,8 @@ def _qwen_types(about: dict, n: int) -> Sequence[str]:
   """The upper layers, where use_sliding_window is set."""
   if not about.get('use_sliding_window') or about.get('sliding_window', 4096) is None:
     return ['full'] * n
-  first = about.get('max_window_layers', 28)
+  first = about.get('max_window_layers')
+  first = 28 if first is None else first
   return _named(about) or ['sliding' if i >= first else 'full' for i in range(n)]
 
 
@@ -148,7 +161,7 @@ def _smollm3_types(about: dict, n: int) -> Sequence[str]:
     raise rope.Unsupported('use_sliding_window=True; only False')
   with_rope = about.get('no_rope_layers')
   if with_rope is None:
-    return _every(n, about.get('no_rope_layer_interval', 4), 'full', 'nope')
+    return _every(n, about.get('no_rope_layer_interval') or 4, 'full', 'nope')
   return ['full' if x else 'nope' for x in with_rope]
 
 

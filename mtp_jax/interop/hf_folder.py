@@ -286,6 +286,8 @@ def find(folder: str, given: dict) -> tuple[schema.CommandConfig, bool]:
       raise fields.ConfigError('heads.family', family, f'{OURS} has {ours.heads.family}')
     _check_layers(folder, OURS, 'n_layers', ours.model.n_layers)
     _check_layers(folder, OURS, 'heads.n', ours.heads.n)
+    if unfit := mapping.unfit(ours, ours.export.format):
+      raise _error(folder, f'{OURS}: {ours.export.format} {unfit}')
     return ours, True
   for field in LAYERS:
     _check_layers(folder, DESCRIPTIONS[expected], field, about.get(field))

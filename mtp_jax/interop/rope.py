@@ -43,18 +43,16 @@ def read(about: dict, sliding: bool, dialect) -> dict[str, Any]:
   by_type = given if any(name in given for name in BY_TYPE) else {}
   full = by_type.get('full_attention', {}) if by_type else given
   local = by_type.get('sliding_attention', {})
-  theta = float(full.get('rope_theta', about.get('rope_theta', dialect.theta)))
+  theta = float(_first(full.get('rope_theta'), about.get('rope_theta'), dialect.theta))
   values: dict[str, Any] = {'rope_theta': theta}
-  if sliding and dialect.sliding_theta is not None:
-    default = about.get('rope_local_base_freq', dialect.sliding_theta)
-    local_theta = float(local.get('rope_theta', default))
-    values['sliding_rope_theta'] = 0.0 if local_theta == theta else local_theta
-  elif sliding and float(local.get('rope_theta', theta)) != theta:
-    values['sliding_rope_theta'] = float(local['rope_theta'])
+  if sliding:
+    of_family = theta if dialect.sliding_theta is None else dialect.sliding_theta
+    found = _first(local.get('rope_theta'), about.get('rope_local_base_freq'), of_family)
+    values['sliding_rope_theta'] = 0.0 if found == theta else float(found)
   if _kind(local) != 'default':
     raise Unsupported(f'rope_type={_kind(local)!r} of sliding layers; only default')
   fraction = float(
-    full.get('partial_rotary_factor', about.get('partial_rotary_factor', dialect.rotary))
+    _first(full.get('partial_rotary_factor'), about.get('partial_rotary_factor'), dialect.rotary)
   )
   if fraction != 1 and dialect.rotary == 1:
     raise Unsupported(f'partial_rotary_factor={fraction} in config.json; only 1.0')
@@ -66,6 +64,10 @@ def read(about: dict, sliding: bool, dialect) -> dict[str, Any]:
       f'rope_type={_kind(full)!r} with sliding layers, which are scaled as well; only default'
     )
   return values | scaled
+
+
+def _first(*values):
+  return next(x for x in values if x is not None)
 
 
 def _kind(parameters: dict) -> str:

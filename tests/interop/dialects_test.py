@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax.config import schema
+from mtp_jax.config import fields, schema
 from mtp_jax.decode import decoder
 from mtp_jax.interop import config_json, dialects, files, hf, hf_folder
 from mtp_jax.model import lm, params
@@ -211,3 +211,24 @@ def test_options_that_no_family_has_are_refused_by_name():
   odd = tiny.cfg(model__norm_placement='after', model__qk_norm='head')
   assert config_json.unfit(odd).startswith('no model family of transformers has these options')
   assert config_json.unfit(tiny.cfg()) == ''
+
+
+@pytest.mark.parametrize('scale, problem', [(0, 'must be above 0'), (-4, 'must be above 0')])
+def test_scale_of_queries_must_be_positive(scale, problem):
+  config = PUBLISHED['gemma2']['config'] | dict(query_pre_attn_scalar=scale)
+  with pytest.raises(fields.ConfigError, match=f'query_pre_attn_scalar={scale}; {problem}'):
+    hf.read('folder', config, {})
+
+
+@pytest.mark.parametrize('kind', PUBLISHED)
+def test_null_is_absent(kind):
+  """Of every field of config.json but those that may be null, and the required ones."""
+  config = PUBLISHED[kind]['config']
+  for name in (*config, 'rope_local_base_freq', 'max_window_layers', 'no_rope_layer_interval'):
+    needed = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size')
+    meant = ('sliding_window', 'num_key_value_heads', 'model_type', 'no_rope_layers')
+    if name in (*needed, *meant, 'vocab_size') or 'softcapping' in name:
+      continue
+    without = {key: value for key, value in config.items() if key != name}
+    null, absent = (hf.read('folder', c, {}) for c in (without | {name: None}, without))
+    assert null == absent, name

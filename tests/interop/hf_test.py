@@ -234,6 +234,7 @@ def test_imported_llama_uses_its_last_layer_as_head_1(tmp_path):
     (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5'),
     (dict(hidden_size='x'), 'hidden_size="x": must be an integer from 1'),
     (dict(attention_bias=True), 'self_attn.k_proj.bias is missing'),
+    (dict(rope_theta=None, attention_bias=None, vocab_size=200), 'has 258 tokens'),  # = absent
     (dict(attention_bias=3), 'attention_bias=3: must be true or false'),
     (
       dict(rope_parameters=dict(rope_type='dynamic', factor=2)),
