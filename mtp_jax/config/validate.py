@@ -158,18 +158,20 @@ def _check_model(cfg):
     )
 
 
-LAYER_TYPE = re.compile(rf'({"|".join(schema.LAYER_TYPES)})(\*[1-9][0-9]{{0,3}})?')
+MOST_LAYERS = 10_000
+LAYER_TYPE = re.compile(rf'({"|".join(schema.LAYER_TYPES)})(\*[1-9][0-9]{{0,4}})?')
 
 
 def _check_layer_types(cfg):
   m, h = cfg.model, cfg.heads
   names = m.layer_types.split(',') if m.layer_types else []
-  if not all(map(LAYER_TYPE.fullmatch, names)):
+  found = [LAYER_TYPE.fullmatch(name) for name in names]
+  if not all(found) or sum(int((x and x[2] or '*1')[1:]) for x in found) > MOST_LAYERS:
     raise fields.ConfigError(
       'model.layer_types',
       m.layer_types,
-      f'{", ".join(schema.LAYER_TYPES)}, with commas, each NAME or NAME*TIMES, TIMES from 1 to'
-      ' 9999',
+      f'{", ".join(schema.LAYER_TYPES)}, with commas, each NAME or NAME*TIMES, at most'
+      f' {MOST_LAYERS:,} layers',
     )
   sliding = 'sliding' in m.pattern
   if sliding and not m.window:

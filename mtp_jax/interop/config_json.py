@@ -37,6 +37,10 @@ def read(kind: str, about: dict) -> dict[str, Any]:
     about[name] for name in ('num_attention_heads', 'hidden_size', 'num_hidden_layers')
   )
   d_head = about.get('head_dim') or d.d_head or d_model // heads
+  if not d_head:
+    raise rope.Unsupported(
+      f'num_attention_heads={heads} in config.json; at most hidden_size={d_model}'
+    )
   kv_heads = about.get('num_key_value_heads') or (heads if d.kv_heads is None else d.kv_heads)
   if 'num_key_value_heads' in about and about['num_key_value_heads'] is None:
     kv_heads = heads

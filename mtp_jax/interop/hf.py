@@ -272,13 +272,16 @@ def _error(folder: str, problem: str) -> fields.ConfigError:
 
 def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
   """Converts a third-party config.json to a Config."""
-  model_type = about.get('model_type', 'llama')
-  form, kind = OF_FORMS.get(model_type, ('hf', model_type))
-  if kind not in dialects.DIALECTS:
-    known = ', '.join(map(repr, (*dialects.DIALECTS, *OF_FORMS)))
-    raise _error(folder, f'model_type={model_type!r} in config.json; only {known}')
   try:
+    jsonl.check(about.get('model_type', ''), str, 'model_type')
+    model_type = about.get('model_type', 'llama')
+    form, kind = OF_FORMS.get(model_type, ('hf', model_type))
+    if kind not in dialects.DIALECTS:
+      known = ', '.join(map(repr, (*dialects.DIALECTS, *OF_FORMS)))
+      raise _error(folder, f'model_type={model_type!r} in config.json; only {known}')
     jsonl.check(about, ABOUT)
+  except fields.ConfigError:
+    raise
   except ValueError as error:
     raise _error(folder, f'config.json: {error}') from error
   of_modules = {name: about[name] for name in OF_MODULES & about.keys() if form != 'hf'}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -217,6 +218,22 @@ def test_options_that_no_family_has_are_refused_by_name():
 def test_scale_of_queries_must_be_positive(scale, problem):
   config = PUBLISHED['gemma2']['config'] | dict(query_pre_attn_scalar=scale)
   with pytest.raises(fields.ConfigError, match=f'query_pre_attn_scalar={scale}; {problem}'):
+    hf.read('folder', config, {})
+
+
+@pytest.mark.parametrize(
+  'changes, problem',
+  [
+    (dict(model_type=['llama']), 'config.json: model_type=["llama"]: must be text'),
+    (dict(model_type=None), 'config.json: model_type=null: must be text'),
+    (dict(num_attention_heads=2**20, head_dim=None), 'num_attention_heads=1048576 in config.json'),
+    (dict(layer_types=['full_attention'] * 3), 'layer_types has 3 entries; num_hidden_layers=32'),
+    (dict(layer_types=['chunked_attention'] * 32), "layer_types has 'chunked_attention'"),
+  ],
+)
+def test_wrong_fields_of_config_json_are_named(changes, problem):
+  config = PUBLISHED['olmo3']['config'] | changes
+  with pytest.raises(fields.ConfigError, match=re.escape(problem)):
     hf.read('folder', config, {})
 
 

@@ -223,6 +223,7 @@ def test_head_1_keeps_its_layers_type():
 REFUSED = [
   (dict(model__layer_types='full,other'), 'model.layer_types'),
   (dict(model__layer_types='full*0'), 'model.layer_types'),
+  (dict(model__layer_types='full*9999,nope*2'), 'model.layer_types'),
   (dict(model__layer_types='sliding'), 'model.window'),
   (dict(model__layer_types='full', model__window=4), 'model.window'),
   (dict(model__sliding_rope_theta=5), 'model.sliding_rope_theta'),
