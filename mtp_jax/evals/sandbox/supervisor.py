@@ -1,9 +1,9 @@
 """The supervisor of a sandbox, a standalone script. Linux, standard library only.
 
 Reads a JSON object from stdin and writes one to stdout. Its first process
-unshares namespaces; the second, process 1 of the new ones, mounts a root that
-contains only Python, drops privileges, starts the third, the program, and
-watches it. When process 1 ends, the kernel kills all others.
+unshares namespaces; the second, process 1 of the new ones, mounts a root that contains
+only Python, drops privileges, starts the third, the program, and watches it, until it
+ends: the kernel then kills all others.
 """
 
 import _socket
@@ -41,8 +41,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 def _call(name: str, *args) -> None:
   args = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in args]
   if getattr(libc, name)(*args) == -1:
-    number = ctypes.get_errno()
-    raise OSError(number, f'{name}: {os.strerror(number)}')
+    raise OSError(n := ctypes.get_errno(), f'{name}: {os.strerror(n)}')
 
 
 def _prctl(option: int, a: object = 0, b: object = 0) -> None:
@@ -302,8 +301,7 @@ def _watched(spec: dict, full: bool, started) -> dict:
       else:
         selector.unregister(key.fd)
     status, seconds = _reaped(child), time.monotonic() - begun
-    if status is not None and not verdict:
-      verdict = channel.hear()  # what it said between select and its end
+    verdict = verdict or ('' if status is None else channel.hear())  # what it said last
     if status is not None or verdict:  # all its output is in the pipes
       for key in selector.get_map().values():
         while key.data is not None and len(key.data) <= most:
