@@ -42,6 +42,11 @@ class Outcome(NamedTuple):
     """1 is a failed test, or time; another is a broken run, e.g. no test."""
     return self.status in (1, None)
 
+  @property
+  def skipped(self) -> bool:
+    """Whether no test ran, e.g. as PyTorch is missing: neither detected nor survived."""
+    return not self.killed and ' skipped' in self.output and ' passed' not in self.output
+
 
 def run_tests(tree: pathlib.Path, tests: tuple[str, ...]) -> Outcome:
   """Runs pytest in a tree up to the first failure."""
@@ -137,7 +142,9 @@ def _cells(fault: mutations.Fault, outcome: Outcome) -> list[str]:
     fault.name,
     mutations.MISTAKES[fault.mistake],
     fault.file.removeprefix('mtp_jax/'),
-    killer.get(outcome.status, f'BROKEN, pytest ended with {outcome.status}'),
+    'NOT RUN: its tests are skipped here'
+    if outcome.skipped
+    else killer.get(outcome.status, f'BROKEN, pytest ended with {outcome.status}'),
     f'{outcome.seconds:.0f}',
   ]
 
@@ -146,10 +153,12 @@ def report(before: str, outcomes: dict[mutations.Fault, Outcome]) -> str:
   """Returns the report with these outcomes; rows of other faults are unchanged."""
   rows = {row.split(' | ')[0]: row for row in before.splitlines()}
   for fault, outcome in outcomes.items():
+    if outcome.skipped and f'| {fault.name}' in rows:
+      continue
     rows[f'| {fault.name}'] = f'| {" | ".join(_cells(fault, outcome))} |'
   names = [f'| {fault.name}' for fault in mutations.FAULTS]
   rows = [rows[name] for name in names if name in rows]
-  left = sum('SURVIVED' in row or 'BROKEN' in row for row in rows)
+  left = sum(any(word in row for word in ('SURVIVED', 'BROKEN', 'NOT RUN')) for row in rows)
   lines = [
     '# Mutants',
     '',
@@ -189,8 +198,11 @@ def main(args: list[str]) -> int:
       print(f'{seconds:>4} s  {"  ".join(cells)}', flush=True)
   before = REPORT.read_text() if REPORT.exists() else ''
   REPORT.write_text(report(before, outcomes))
-  left = [f.name for f, outcome in outcomes.items() if not outcome.killed]
-  print(f'{len(outcomes) - len(left)} of {len(outcomes)} detected')
+  not_run = [f.name for f, outcome in outcomes.items() if outcome.skipped]
+  left = [f.name for f, o in outcomes.items() if not (o.killed or o.skipped)]
+  print(f'{len(outcomes) - len(left) - len(not_run)} of {len(outcomes)} detected')
+  if not_run:
+    print(f'not run, since their tests are skipped here: {", ".join(not_run)}')
   if left:
     print('not detected: ' + ', '.join(left), file=sys.stderr)
   return 1 if left else 0

@@ -79,3 +79,24 @@ def test_fault_is_applied_to_a_copy_and_detected(monkeypatch, tmp_path, capsys, 
   )
   killer = 'it_test.py::test_it' if noticed else 'SURVIVED'
   assert row[:4] == ['| a', 'another', code.name, killer]
+
+
+def test_fault_whose_tests_are_skipped_is_not_run(monkeypatch, tmp_path, capsys):
+  """Neither detected nor survived; a row of before stays."""
+  code = tmp_path / 'code_under_test.py'
+  code.write_text('NUMBER = 1\n')
+  (tmp_path / 'it_test.py').write_text(
+    'import pytest\n@pytest.mark.skip(reason="no library")\ndef test_it():\n  pass\n'
+  )
+  fault = mutations.Fault('a', 0, code.name, '= 1', '= 2', ('it_test.py',))
+  report = tmp_path / 'mutants.md'
+  monkeypatch.setattr(mutations, 'FAULTS', (fault,))
+  monkeypatch.setattr(mutants, 'ROOT', tmp_path)
+  monkeypatch.setattr(mutants, 'REPORT', report)
+  monkeypatch.setattr(mutants, 'COPIED', (code.name, 'it_test.py'))
+  assert mutants.main([]) == 0
+  assert 'not run, since their tests are skipped here: a' in capsys.readouterr().out
+  assert '0 of 1 were detected' in report.read_text()
+  report.write_text(report.read_text().replace('NOT RUN: its tests are skipped here', 'it_test'))
+  assert mutants.main([]) == 0
+  assert '1 of 1 were detected' in report.read_text()
