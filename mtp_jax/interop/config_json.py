@@ -180,7 +180,8 @@ def differing(kind: str, cfg: schema.Config) -> list[str]:
   except rope.Unsupported:
     return ['layer_types']
   again = schema.replace(cfg, **{f'model.{n}': x for n, x in DEFAULTS.items()} | values).model
-  return [name for name in DEFAULTS if _effect(name, again) != _effect(name, cfg.model)]
+  n = len(heads_lib.next_token_layers(cfg))
+  return [name for name in DEFAULTS if _effect(name, again, n) != _effect(name, cfg.model, n)]
 
 
 DEFAULTS = {
@@ -190,9 +191,10 @@ DEFAULTS = {
 }
 
 
-def _effect(name: str, m: schema.ModelConfig):
-  """Returns a value that is equal where the effect is."""
-  sliding = 'sliding' in m.pattern
+def _effect(name: str, m: schema.ModelConfig, n: int):
+  """Returns a value that is equal where the effect is, on n layers of the next token."""
+  types = [m.pattern[i % len(m.pattern)] for i in range(n)]
+  sliding = 'sliding' in types
   yarn = m.rope_factor > 1 and m.rope_scaling == 'yarn'
   llama3 = m.rope_factor > 1 and m.rope_scaling == 'llama3'
   if name in ('rope_beta_fast', 'rope_beta_slow', 'rope_truncate'):
@@ -221,11 +223,11 @@ def _effect(name: str, m: schema.ModelConfig):
     case 'sliding_rope_theta':
       return (m.sliding_rope_theta or m.rope_theta) if sliding else None
     case 'rope_theta':
-      return m.rope_theta if set(m.pattern) != {'sliding'} else None
+      return m.rope_theta if set(types) != {'sliding'} else None
     case 'window':
       return m.window if sliding else 0
     case 'layer_types':
-      return m.pattern if len(set(m.pattern)) > 1 else m.pattern[:1]
+      return types
   return getattr(m, name)
 
 

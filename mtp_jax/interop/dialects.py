@@ -92,6 +92,7 @@ class Dialect(NamedTuple):
 
   kind: str  # model_type
   prefix: str  # of its classes: PREFIXForCausalLM
+  text: str = ''  # between prefix and Config, Model
   options: dict[str, Any] = {}
   fields: tuple[Field, ...] = (*_BIASES, *_bool('mlp_bias', 'mlp_bias'), _act('hidden_act', 'silu'))
   types: Callable[[dict, int], Sequence[str]] | None = None  # layers -> of schema.LAYER_TYPES
@@ -234,6 +235,7 @@ DIALECTS = {
   'gemma3_text': Dialect(
     'gemma3_text',
     'Gemma3',
+    text='Text',
     options=_GEMMA | dict(qk_norm='head'),
     fields=(*_BIASES, _act('hidden_activation', 'gelu_pytorch_tanh'), SCALE, *_caps(None, None)),
     types=_gemma3_types,

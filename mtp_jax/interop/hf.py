@@ -24,13 +24,23 @@ def describe(cfg: schema.CommandConfig, tokenizer, dtype, about) -> dict[str, st
   }
   if form in CODE:
     name, code = CODE[form]
-    prefix = config_json.prefix(cfg)
-    texts[name.format(kind=prefix.lower())] = code.replace('Llama', prefix).replace(
-      'llama', prefix.lower()
-    )
+    texts[name.format(kind=config_json.prefix(cfg).lower())] = _code_of(code, cfg)
   if form == 'medusa':
     texts['medusa/config.json'] = json.dumps(_medusa(cfg, dtype), indent=2)
   return texts
+
+
+def _code_of(code: str, cfg: schema.CommandConfig) -> str:
+  """Returns the code of a Llama as that of the model's family."""
+  d = dialects.DIALECTS[config_json.of(cfg)]
+  for of_llama, name in (
+    ('LlamaConfig', f'{d.prefix}{d.text}Config'),
+    ('LlamaModel', f'{d.prefix}{d.text}Model'),
+    ("'llama_mtp'", f"'{d.kind}_mtp'"),
+    ('Llama', d.prefix),
+  ):
+    code = code.replace(of_llama, name)
+  return code
 
 
 def _ends(tokenizer) -> dict:

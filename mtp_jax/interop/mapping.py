@@ -362,6 +362,9 @@ def unfit(cfg: schema.CommandConfig, form: str) -> str:
     return 'has one unembedding; here each head has its own'
   if form in ('transformers_mtp', 'mimo') and h.n == 1:
     return 'requires further modules; this model has one head'
+  of_modules = heads_lib.types_of_heads(cfg)[-1]
+  if form == 'transformers_mtp' and of_modules not in heads_lib.types_of_trunk(cfg):
+    return f'requires modules of a layer type of the trunk, not {h.layer_type}'
   if form == 'mimo' and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:
     return f'supports one module, this model has {several}; transformers_mtp and gguf support all'
   if cfg.loss.token_order_weight:

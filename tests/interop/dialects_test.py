@@ -40,7 +40,7 @@ def _theirs(kind: str, folder, **changes):
   import transformers
 
   name = dialects.DIALECTS[kind].prefix
-  suffix = 'TextConfig' if kind == 'gemma3_text' else 'Config'
+  suffix = f'{dialects.DIALECTS[kind].text}Config'
   values = families.SHAPE | families.FAMILIES[kind] | changes
   if 'layer_types' in values:
     n = values['num_hidden_layers']

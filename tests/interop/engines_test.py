@@ -325,8 +325,50 @@ def test_llama_cpp_runs_model_families(name, tmp_path, pieces):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), again, model)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize('name', ['qwen3', 'olmo2', 'gemma3'])
+def test_transformers_drafts_in_other_families(name, tmp_path, pieces, monkeypatch):
+  """The same tokens as here, in fewer forward passes than tokens; not in as many as here,
+  since Transformers reads the first position's embedding and we do not."""
+  monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c'))
+  out = tmp_path / 'out'
+  changes = {k: v for k, v in OF_FAMILIES[name].items() if k != 'model__n_layers'}
+  c, model = _export('transformers_mtp', 'sequential', out, pieces, **changes)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    out, dtype=torch.float32, trust_remote_code=True
+  )
+  forwards = []
+  theirs.register_forward_pre_hook(lambda *_: forwards.append(1))
+  limited = schema.replace(c, **{'decode.max_new_tokens': 24})
+  decode = decoder.Decoder(model, limited, tiny.mesh(c), N)
+  for text in PROMPTS[:2]:
+    prompt = [pieces.bos, *pieces.encode(text).tolist()]
+    forwards.clear()
+    found = theirs.generate(
+      torch.tensor([prompt]),
+      use_mtp=True,
+      max_new_tokens=24,
+      do_sample=False,
+      attention_mask=torch.ones(1, len(prompt), dtype=int),
+      eos_token_id=None,
+      pad_token_id=0,
+    )[0].tolist()
+    decoded = decode([np.array(prompt)])
+    assert found == [*prompt, *decoded.tokens[0].tolist()]
+    assert len(forwards) < 23 and decoded.forwards[0] < 23
+
+
 def _flags(changes):
   return {name.replace('__', '.'): value for name, value in changes.items()}
+
+
+def test_modules_of_a_type_that_no_layer_has_are_refused():
+  """Transformers makes RoPE tables of the trunk's types only."""
+  changes = {k: v for k, v in OF_FAMILIES['gemma3'].items() if k != 'model__n_layers'}
+  c = _cfg('transformers_mtp', 'sequential', heads__layer_type='full', **changes)
+  assert 'requires modules of a layer type of the trunk, not full' in mapping.unfit(
+    c, 'transformers_mtp'
+  )
 
 
 @pytest.mark.parametrize(

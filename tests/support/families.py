@@ -93,7 +93,7 @@ def main() -> None:
   found = {}
   for kind, changes in FAMILIES.items():
     prefix = dialects.DIALECTS[kind].prefix
-    suffix = 'TextConfig' if kind == 'gemma3_text' else 'Config'
+    suffix = f'{dialects.DIALECTS[kind].text}Config'
     values = SHAPE | changes | SIZES | dict(head_dim=8)
     config = getattr(transformers, prefix + suffix)(**values)
     config._attn_implementation = 'eager'
