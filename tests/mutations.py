@@ -1740,7 +1740,7 @@ FAULTS = (
     'last-word-not-heard',
     0,
     'mtp_jax/evals/sandbox/supervisor.py',
-    "verdict = verdict or ('' if status is None else channel.hear())  # what it said last",
+    "verdict = verdict or ('' if status is None else channel.hear())  # its last message",
     'pass',
     _in('evals/sandbox', 'test_token_sent_right_before_the_exit_is_heard'),
   ),

@@ -26,9 +26,13 @@ def named(m: schema.ModelConfig, name: str, window: int = 0) -> LayerType:
   return LayerType(0, 0.0 if name == 'nope' else m.rope_theta, name == 'full')
 
 
+def name_of_layer(m: schema.ModelConfig, i: int) -> str:
+  """Returns the name of the type of layer i of the next token (trunk, then head 1), from 0."""
+  return m.pattern[i % len(m.pattern)]
+
+
 def of_layer(m: schema.ModelConfig, i: int) -> LayerType:
-  """Returns the type of layer i of the next token (trunk, then head 1), from 0."""
-  return named(m, m.pattern[i % len(m.pattern)])
+  return named(m, name_of_layer(m, i))
 
 
 def of_heads(cfg: schema.Config) -> LayerType | None:

@@ -43,8 +43,7 @@ def draft(
       )
     )
 
-  if f.is_chained and not cfg.heads.block_first:
-    carry_BTD = window_lib.first_carry(w, carry_BTD, cfg)
+  carry_BTD = window_lib.first_carry(w, carry_BTD, cfg)
 
   def propose(state, logits_BKV, first):
     return sharding.by_rows(

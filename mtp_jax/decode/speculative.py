@@ -51,7 +51,7 @@ def prefill(
   states, caches = window_lib.stem(w, read(0), caches, here, s)
   z_BCD = window_lib.trunk_state(states, s)
   carry_BCD, written = states[-1], []
-  if caches.heads and f.is_chained and not cfg.heads.block_first:
+  if caches.heads:
     carry_BCD = window_lib.first_carry(w, carry_BCD, cfg)
   for k, kv in enumerate(caches.heads, 2):
     carry_BCD, _, kv = window_lib.head(

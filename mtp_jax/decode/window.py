@@ -107,7 +107,10 @@ def trunk_state(states, s: setup_lib.Setup):
 
 
 def first_carry(w: weights_lib.Weights, z_BTD, cfg: schema.Config):
-  """Returns what head 1 of an identity-first chain hands on."""
+  """Returns what head 2 of a chain reads, of the last layer's output: what head 1 hands
+  on, where it is the identity."""
+  if cfg.heads.block_first or not heads.family(cfg.heads).is_chained:
+    return z_BTD
   x = heads.Inputs(norm_D=w.norm, z_BTD=z_BTD, carry_BTD=z_BTD)
   return heads.step(None, 1, x, None, cfg)[0]
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_jax.config import schema
+from mtp_jax.config import layer_types, schema
 from mtp_jax.interop import dialects, rope
 from mtp_jax.io import jsonl
 from mtp_jax.model import heads as heads_lib
@@ -131,7 +131,7 @@ def write(kind: str, cfg: schema.Config) -> dict[str, Any]:
     if field is dialects.SCALE:
       value = m.score_scale
     values[field.name] = field.write(value)
-  types = [m.pattern[i % len(m.pattern)] for i in range(n)]
+  types = [layer_types.name_of_layer(m, i) for i in range(n)]
   if d.types:
     values |= _types_of(kind, types, m)
   values |= rope.write(m, types, d)
@@ -193,7 +193,7 @@ DEFAULTS = {
 
 def _effect(name: str, m: schema.ModelConfig, n: int):
   """Returns a value that is equal where the effect is, on n layers of the next token."""
-  types = [m.pattern[i % len(m.pattern)] for i in range(n)]
+  types = [layer_types.name_of_layer(m, i) for i in range(n)]
   sliding = 'sliding' in types
   yarn = m.rope_factor > 1 and m.rope_scaling == 'yarn'
   llama3 = m.rope_factor > 1 and m.rope_scaling == 'llama3'

@@ -174,6 +174,19 @@ def _greedy(m, prompt, new):
   return ids
 
 
+def _generate(model, prompt: list[int]) -> list[int]:
+  """Returns the prompt and 24 greedy tokens that transformers drafts with the modules."""
+  return model.generate(
+    torch.tensor([prompt]),
+    use_mtp=True,
+    max_new_tokens=24,
+    do_sample=False,
+    attention_mask=torch.ones(1, len(prompt), dtype=int),
+    eos_token_id=None,
+    pad_token_id=0,
+  )[0].tolist()
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
   'family, changes',
@@ -198,15 +211,7 @@ def test_transformers_drafts_with_every_module(family, changes, tmp_path, pieces
     prompt = [pieces.bos, *pieces.encode(text).tolist()]
     assert tokenizer(text).input_ids == prompt
     forwards.clear()
-    found = model.generate(
-      torch.tensor([prompt]),
-      use_mtp=True,
-      max_new_tokens=24,
-      do_sample=False,
-      attention_mask=torch.ones(1, len(prompt), dtype=int),
-      eos_token_id=None,
-      pad_token_id=0,
-    )[0].tolist()
+    found = _generate(model, prompt)
     assert found == _greedy(m, prompt, 24)
     expected = handover.passes(m, found, len(prompt), 'transformers', N - 1)
     assert len(forwards) == expected
@@ -344,15 +349,7 @@ def test_transformers_drafts_in_other_families(name, tmp_path, pieces, monkeypat
   for text in PROMPTS[:2]:
     prompt = [pieces.bos, *pieces.encode(text).tolist()]
     forwards.clear()
-    found = theirs.generate(
-      torch.tensor([prompt]),
-      use_mtp=True,
-      max_new_tokens=24,
-      do_sample=False,
-      attention_mask=torch.ones(1, len(prompt), dtype=int),
-      eos_token_id=None,
-      pad_token_id=0,
-    )[0].tolist()
+    found = _generate(theirs, prompt)
     decoded = decode([np.array(prompt)])
     assert found == [*prompt, *decoded.tokens[0].tolist()]
     assert len(forwards) < 23 and decoded.forwards[0] < 23

@@ -301,7 +301,7 @@ def _watched(spec: dict, full: bool, started) -> dict:
       else:
         selector.unregister(key.fd)
     status, seconds = _reaped(child), time.monotonic() - begun
-    verdict = verdict or ('' if status is None else channel.hear())  # what it said last
+    verdict = verdict or ('' if status is None else channel.hear())  # its last message
     if status is not None or verdict:  # all its output is in the pipes
       for key in selector.get_map().values():
         while key.data is not None and len(key.data) <= most:
