@@ -89,12 +89,13 @@ def _summed(micro_batch, batch, cfg):
   if cfg.train.grad_accum_steps == 1:
     # For a scan of length 1 XLA:TPU compiles the whole forward pass twice.
     return micro_batch(first)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(
-      x.shape, jnp.promote_types(x.dtype, cfg.loss.grad_dtype), out_sharding=x.sharding.spec
-    ),
-    jax.eval_shape(micro_batch, first),
-  )
+
+  def zeros_like(x):
+    dtype = jnp.promote_types(x.dtype, cfg.loss.grad_dtype)
+    # A sum over an array of one element may have no sharding.
+    return jnp.zeros(x.shape, dtype, out_sharding=x.sharding and x.sharding.spec)
+
+  zeros = jax.tree.map(zeros_like, jax.eval_shape(micro_batch, first))
 
   def add(summed, rows):
     out = micro_batch(rows)

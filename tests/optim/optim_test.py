@@ -73,6 +73,7 @@ def _steps(c, n_steps, n_active=None):
 
 BY_HAND = dict(
   heads__n=2,
+  loss__token_order_weight=0.5,
   optim__lr=1e-2,
   optim__warmup_steps=0,
   optim__clip_norm=0.5,
@@ -125,7 +126,14 @@ def test_step_does_not_depend_on_micro_batches_or_mesh(changes):
   for name in rows:  # the same windows, split into micro-batches
     np.testing.assert_array_equal(rows[name].reshape(cut[name].shape), cut[name])
   got, got_values = _steps(c, 2)[-1]
-  for name in ('total', 'loss_sum_K', 'grad_norm', 'head_grad_norm_K', 'count_K'):
+  for name in (
+    'total',
+    'loss_sum_K',
+    'token_order_loss_sum',
+    'grad_norm',
+    'head_grad_norm_K',
+    'count_K',
+  ):
     np.testing.assert_allclose(got_values[name], want_values[name], rtol=1e-4)
   np.testing.assert_allclose(got_values['accepted_K'], want_values['accepted_K'])
   jax.tree.map(
