@@ -47,7 +47,7 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
       state.params, jnp.zeros(cfg.heads.n), rows
     )
 
-  (total, sums), (grads, norm2_K) = _summed(micro_batch, batch, cfg)
+  (total, sums), (grads, norm2_K) = sum_micro_batches(micro_batch, batch, cfg)
 
   with jax.named_scope('update'):
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -82,7 +82,7 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
   ), metrics
 
 
-def _summed(micro_batch, batch, cfg):
+def sum_micro_batches(micro_batch, batch, cfg):
   """Sums micro_batch over the A micro-batches, in grad_dtype even where parameters
   and gradients are bfloat16, whose precision is lost after eight terms."""
   first = jax.tree.map(lambda x: x[0], batch)

@@ -13,6 +13,7 @@ from mtp_jax.config import schema, validate
 from mtp_jax.losses import multi_token, targets
 from mtp_jax.model import block, heads, layers, lm, params
 from mtp_jax.parallel import sharding
+from mtp_jax.train import step
 from tests.support import oracle
 
 BASE = {
@@ -143,10 +144,7 @@ def _value_and_grad(w, rows, *, c, n_active):
       cfg=c,
     )
 
-  if rows['tokens'].shape[0] == 1:
-    return micro_batch(jax.tree.map(lambda x: x[0], rows))
-  out = jax.lax.map(micro_batch, rows)  # compiled once
-  return jax.tree.map(lambda x: jnp.sum(x, axis=0), out)
+  return step.sum_micro_batches(micro_batch, rows, c)
 
 
 def means(sums: dict, count_K) -> dict:
