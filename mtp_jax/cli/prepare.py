@@ -23,7 +23,7 @@ def run(parsed: flags.Parsed) -> int:
   store.check_target(path, cfg.data.overwrite)
   skipped = collections.Counter()
 
-  def found(report):
+  def found(report, tokenizer=None):
     skipped.clear()
     return readers.read(
       cfg.data.documents,
@@ -31,6 +31,7 @@ def run(parsed: flags.Parsed) -> int:
       report=report,
       whole=False,
       max_bytes=cfg.data.max_document_mib * 2**20,
+      tokenizer=tokenizer,
     )
 
   def report(line):
@@ -45,7 +46,7 @@ def run(parsed: flags.Parsed) -> int:
   with progress.status() as show:
     manifest = store.write(
       path,
-      found(report),
+      found(report, tokenizer),
       tokenizer,
       valid_fraction=cfg.data.valid_fraction,
       shard_tokens=shard_bytes // store.token_bytes(tokenizer),

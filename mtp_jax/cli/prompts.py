@@ -1,5 +1,6 @@
 """Prompts of `mtp generate`, read from flags or a file and checked. Imports jax."""
 
+import functools
 import io
 from typing import NamedTuple
 
@@ -7,19 +8,21 @@ import numpy as np
 
 from mtp_jax.cli import flags
 from mtp_jax.config import fields, parse
+from mtp_jax.data import chat
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import load as load_lib
 from mtp_jax.io import jsonl, paths
 
 
 class Prompt(NamedTuple):
-  """A prompt: token ids; its text, unless ids were given; its line in a file and the
-  other fields of that record."""
+  """A prompt: token ids; its text, unless ids or messages were given; its line in a file
+  and the other fields of that record; the messages of a conversation to continue."""
 
   ids: np.ndarray
   text: str | None
   line: int = 0
   fields: dict | None = None
+  messages: list[dict] | None = None
 
 
 def read_prompts(parsed: flags.Parsed, found: load_lib.CheckpointInfo) -> list[Prompt]:
@@ -82,7 +85,8 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
     raise wrong('is not text') from error
   except OSError as error:
     raise wrong(f'cannot be read: {error.strerror or error}') from error
-  read = _of_record if path.endswith('.jsonl') else _encoded
+  template = functools.cache(lambda: chat.template_of(tokenizer))
+  read = functools.partial(_of_record, template) if path.endswith('.jsonl') else _encoded
   prompts = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -99,19 +103,27 @@ def _read_file(path: str, tokenizer) -> list[Prompt]:
   return prompts
 
 
-FORM = 'must be an object with prompt, a text, or prompt_ids, a list of token ids'
+FORM = (
+  'must be an object with prompt, a text, or prompt_ids, a list of token ids, or messages,'
+  ' a conversation'
+)
 
 
-def _of_record(line: str, tokenizer) -> Prompt:
+def _of_record(template, line: str, tokenizer) -> Prompt:
   """Parses a line of .jsonl; raises ValueError if it is invalid."""
   record = jsonl.loads(line)
   if not isinstance(record, dict):
     raise ValueError(FORM)
-  known = ('prompt', 'prompt_ids')
+  known = ('prompt', 'prompt_ids', 'messages')
   fields = {k: v for k, v in record.items() if k not in known}
-  text, ids = (record.get(name) for name in known)
-  if text is not None and ids is not None:
-    raise ValueError('has both prompt and prompt_ids')
+  text, ids, messages = (record.get(name) for name in known)
+  given = [name for name in known if record.get(name) is not None]
+  if len(given) > 1:
+    raise ValueError(f'has both {given[0]} and {given[1]}')
+  if messages is not None:
+    rendered = chat.prompt(template(), record)
+    ids, _ = chat.encode(rendered, (), tokenizer)
+    return Prompt(ids.astype(np.int64), None, fields=fields, messages=messages)
   if isinstance(text, str):
     return _encoded(text, tokenizer)._replace(fields=fields)
   if isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids):

@@ -100,12 +100,15 @@ def row(prompt: prompts_lib.Prompt, tokens, forwards, opened, stop_ids) -> dict:
   record = dict(prompt.fields or {})
   if prompt.line:
     record['line'] = prompt.line
-  if prompt.text is None:
+  text = None if opened.tokenizer is None else _text(prompt, tokens, opened.tokenizer)
+  if prompt.messages is not None:  # what jsonl:PATH#messages trains on
+    record['messages'] = [*prompt.messages, dict(role='assistant', content=text)]
+  elif prompt.text is None:
     record['prompt_ids'] = prompt.ids.tolist()
   else:
     record['prompt'] = prompt.text
-  if opened.tokenizer is not None:
-    record['text'] = _text(prompt, tokens, opened.tokenizer)
+  if text is not None:
+    record['text'] = text
   finish = 'length' if len(tokens) == opened.cfg.decode.max_new_tokens else 'cache'
   if len(tokens) and int(tokens[-1]) in stop_ids:
     finish = 'stop'

@@ -343,7 +343,8 @@ class DataConfig:
     'python:stdlib',
     'documents that prepare reads, separated by commas: python:stdlib, python:PACKAGE, '
     'dir:PATH, text:PATH, jsonl:PATH#field, parquet:PATH#field, task:NAME; with '
-    'jsonl:PATH#prompt+completion only the completion is trained on',
+    'jsonl:PATH#prompt+completion only the completion is trained on, with #messages '
+    "only the assistant's turns of a conversation",
     result=False,
   )
   tokenizer: str = fields_lib.field(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mtp_jax.config import fields as fields_lib
+from mtp_jax.data import tokenizers
 
 
 class Document(NamedTuple):
@@ -18,6 +19,9 @@ class Document(NamedTuple):
   loss_spans: characters at which the loss mask switches on and off in turn,
   starting off; each piece between two is encoded separately. () = the loss
   covers the whole text.
+
+  rendered: written by a chat template (chat.py): encoded whole, with the special tokens in it
+  and no others; a token is in the loss if one of its characters is.
 
   drawn: sampled from a distribution, in which the frequency of a text matters:
   repeated texts are not dropped as duplicates.
@@ -30,6 +34,7 @@ class Document(NamedTuple):
   loss_spans: tuple[int, ...] = ()
   drawn: bool = False
   read: Callable[[], Iterator[str]] | None = None
+  rendered: bool = False
 
   def blocks(self) -> Iterator[str]:
     """Yields the text, part by part."""
@@ -54,6 +59,7 @@ class ReadOptions(NamedTuple):
   max_bytes: int | None  # per document; None = no limit
   whole: bool  # whether every text is held in memory
   report: Callable[[str], None]  # receives one line per document over the limit
+  tokenizer: tokenizers.Tokenizer | None  # whose chat template renders conversations
 
   def fits(self, name: str, n_bytes: int) -> bool:
     if self.max_bytes is None or n_bytes <= self.max_bytes:

@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from mtp_jax.config import fields
-from mtp_jax.data import documents, splitting, tokenizers, unigram
+from mtp_jax.data import chat, documents, splitting, tokenizers, unigram
 
 BATCH_BYTES = 2**18  # of text per batch sent to a worker
 UNIGRAM_WHOLE = 2**19  # characters that a unigram model encodes at once; its parts
@@ -44,7 +44,8 @@ class Part(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """The tokens of some documents, concatenated: each BOS, its tokens, EOS."""
+  """The tokens of some documents, concatenated: each BOS, its tokens, EOS; a rendered one as
+  it is."""
 
   tokens_P: np.ndarray
   length_M: np.ndarray
@@ -83,6 +84,9 @@ def encode(
 
 
 def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
+  if document.rendered:
+    ids_T, loss_spans = chat.encode(document.text, document.loss_spans, tokenizer)
+    return _checked(document.name, ids_T, tokenizer, 0, 0), loss_spans
   if not document.loss_spans:  # most are short, and many
     ids_T = np.asarray(tokenizer.encode(document.text))
     return _checked(document.name, ids_T, tokenizer, 1, 1), ()
@@ -183,7 +187,7 @@ def _batches(found, tokenizer) -> Iterator[list[documents.Document] | list[Part]
   encoder = functools.cache(lambda: unigram.of(tokenizer))
   batch, size = [], 0
   for document in found:
-    if document.read or len(document.text) > PART:
+    if document.read or (len(document.text) > PART and not document.rendered):
       if safe := is_safe():
         if batch:
           yield batch

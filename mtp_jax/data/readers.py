@@ -18,7 +18,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 
 from mtp_jax.config import fields as fields_lib
-from mtp_jax.data import documents, tasks
+from mtp_jax.data import documents, tasks, tokenizers
 from mtp_jax.data import records as records_lib
 
 NOT_STDLIB = frozenset('site-packages dist-packages test tests idle_test __pycache__'.split())
@@ -31,6 +31,7 @@ def read(
   max_bytes: int | None = None,
   whole: bool = True,
   report: Callable[[str], None] = lambda line: None,
+  tokenizer: tokenizers.Tokenizer | None = None,
 ) -> documents.Documents:
   """Streams the documents of `KIND:ARG,KIND:ARG…`.
 
@@ -38,7 +39,8 @@ def read(
   parquet:PATH#FIELD; the last three take globs; text and jsonl read .gz and
   .zst. A path must not contain a comma. jsonl:PATH#PROMPT+COMPLETION joins two
   fields into one document with a loss mask over the second; task:NAME/KEY=VALUE/…
-  does the same with `items` training items of tasks.py.
+  does the same with `items` training items of tasks.py. jsonl:PATH#messages and
+  parquet:PATH#messages are conversations, rendered by the chat template of `tokenizer`.
 
   Args:
     sources: what to read, in this order.
@@ -47,6 +49,7 @@ def read(
     max_bytes: limit on the size of a document (for jsonl, of its line).
     whole: False = large files are not held in memory: see Document.read.
     report: called with one line for each document over max_bytes.
+    tokenizer: its chat template renders conversations.
 
   Raises:
     ConfigError: on the call for what is known before reading (an unknown kind,
@@ -54,7 +57,7 @@ def read(
       spent on the first; from the iterator for the contents of files.
   """
   skipped = collections.Counter() if skipped is None else skipped
-  options = documents.ReadOptions(skipped, max_bytes, whole, report)
+  options = documents.ReadOptions(skipped, max_bytes, whole, report, tokenizer)
   opened = [_open(source.strip(), options) for source in sources.split(',')]
   return itertools.chain.from_iterable(opened)
 

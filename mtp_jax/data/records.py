@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mtp_jax.data import documents
+from mtp_jax.data import chat, documents
 
 
 class Text(NamedTuple):
@@ -79,14 +79,40 @@ def jsonl(arg: str, fail: documents.Fail, options: documents.ReadOptions) -> doc
   if len(fields) > 2 or not all(fields):
     raise fail('one FIELD, or PROMPT+COMPLETION')
   files = documents.match(path, fail)
+  template = chat.template_of(options.tokenizer) if field == CONVERSATION else None
 
   def stream():
     for name, path in files:
+      if template:
+        for number, line in _lines(path, fail, options, name):
+          record = _record(line, f'{path}:{number}', fail)
+          found = _conversation(record, template, options.skipped, f'{path}:{number}', fail)
+          if found:
+            yield documents.Document(f'{name}:{number}', *found, rendered=True)
+        continue
       for number, texts in _records(path, fields, fail, options, name):
         yield _of_texts(f'{name}:{number}', texts)
         del texts  # or two large lines would be live
 
   return stream()
+
+
+CONVERSATION = 'messages'  # the field of a conversation, not of a text
+
+
+def _conversation(record: dict, template, skipped, place: str, fail: documents.Fail):
+  """Returns (text, loss spans), or None if the conversation is skipped."""
+  if chat.has_special(template, record):
+    skipped['conversations with the text of a special token in a message'] += 1
+    return None
+  try:
+    text, loss_spans = chat.conversation(template, record)
+  except ValueError as error:
+    raise fail(f'{place}: {error}') from error
+  if not loss_spans:
+    skipped["conversations without an assistant's turn"] += 1
+    return None
+  return SURROGATE.sub('\ufffd', text), loss_spans
 
 
 def _of_texts(name: str, texts: list) -> documents.Document:
@@ -115,7 +141,20 @@ def of_file(path: str, fields: list[str], fail: documents.Fail) -> Iterator[tupl
 
 
 def _records(path, fields, fail, options, name) -> Iterator[tuple[int, list]]:
-  """Like `records`; texts of a large line are of class Text unless options.whole."""
+  """Like `of_file`; texts of a large line are of class Text unless options.whole."""
+  for number, line in _lines(path, fail, options, name):
+    texts = None
+    if options is not None and not options.whole and len(line) > documents.HELD:
+      texts = _large_fields(line, fields)
+    if texts is None:
+      texts = _fields(line, fields, f'{path}:{number}', fail)
+    del line  # it may be large, and so may be the result of its text
+    yield number, texts
+    del texts
+
+
+def _lines(path, fail, options, name) -> Iterator[tuple[int, bytes]]:
+  """Yields (number, line) of the lines that are not blank."""
   most = None if options is None else options.max_bytes
   limit = -1 if most is None else most + 1  # including the newline
   number = 0
@@ -135,14 +174,9 @@ def _records(path, fields, fail, options, name) -> Iterator[tuple[int, list]]:
           continue
         if len(line) < documents.ROWS:  # a copy, so that errors give a column of this line
           line = line.rstrip()
-        texts = None
-        if options is not None and not options.whole and len(line) > documents.HELD:
-          texts = _large_fields(line, fields)
-        if texts is None:
-          texts = _fields(line, fields, f'{path}:{number}', fail)
-        line = b''  # it may be large, and so may be the result of its text
-        yield number, texts
-        del texts
+        lines = [line]
+        del line  # a large one is held by whoever takes it
+        yield number, lines.pop()
   except documents.BROKEN as error:
     raise documents.unreadable(path, error, fail) from error
 
@@ -154,6 +188,7 @@ def parquet(arg: str, fail: documents.Fail, options: documents.ReadOptions) -> d
     raise fail(str(error)) from error
   path, field = documents.path_and_field(arg)
   files = documents.match(path, fail)
+  template = chat.template_of(options.tokenizer) if field == CONVERSATION else None
 
   def stream():
     for name, path in files:
@@ -178,15 +213,14 @@ def parquet(arg: str, fail: documents.Fail, options: documents.ReadOptions) -> d
     if field not in columns:
       has = ', '.join(columns) or 'none'
       raise fail(f'{path}: no field {field!r}, its fields are: {has}')
+    if template:
+      yield from _conversations(table, [x for x in columns if x in chat.FIELDS], name, path)
+      return
     kind = table.schema_arrow.field(field).type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
       raise fail(f'{path}: field {field!r} is {kind}, not a string')
-    # As many rows as fit into a block, by the mean row size of the file.
-    groups = table.metadata
-    n_bytes = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
-    rows = max(1, documents.ROWS * groups.num_rows // max(n_bytes, 1))
     number = 0
-    for batch in table.iter_batches(min(rows, 2**16), columns=[field]):
+    for batch in table.iter_batches(_batch_rows(table), columns=[field]):
       for text in _column(batch.column(0), not options.whole):
         number += 1  # a missing value is an empty document
         if options.fits(f'{name}:{number}', _n_bytes(text, options)):
@@ -194,7 +228,23 @@ def parquet(arg: str, fail: documents.Fail, options: documents.ReadOptions) -> d
         del text  # free a large text before reading the next
       del batch
 
+  def _conversations(table, columns, name, path):
+    number = 0
+    for batch in table.iter_batches(_batch_rows(table), columns=columns):
+      for record in batch.to_pylist():
+        number += 1
+        found = _conversation(record, template, options.skipped, f'{path}:{number}', fail)
+        if found and options.fits(f'{name}:{number}', _n_bytes(found[0], options)):
+          yield documents.Document(f'{name}:{number}', *found, rendered=True)
+
   return stream()
+
+
+def _batch_rows(table) -> int:
+  """Returns as many rows as fit into a block, by the mean row size of the file."""
+  groups = table.metadata
+  n_bytes = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
+  return min(max(1, documents.ROWS * groups.num_rows // max(n_bytes, 1)), 2**16)
 
 
 def _column(array, in_blocks: bool) -> Iterator[str | Text]:
@@ -225,7 +275,7 @@ def _n_bytes(text: str | Text, options: documents.ReadOptions) -> int:
   return len(text.encode())
 
 
-def _fields(line: bytes, fields: list, place: str, fail: documents.Fail) -> list[str]:
+def _record(line: bytes, place: str, fail: documents.Fail) -> dict:
   text = documents.decode(line)
   if text is None:
     raise fail(f'{place}: not UTF-8 text')
@@ -240,6 +290,11 @@ def _fields(line: bytes, fields: list, place: str, fail: documents.Fail) -> list
     raise fail(f'{place}: bad JSON: nested too deeply') from error
   if not isinstance(record, dict):
     raise fail(f'{place}: {type(record).__name__} where an object should be')
+  return record
+
+
+def _fields(line: bytes, fields: list, place: str, fail: documents.Fail) -> list[str]:
+  record = _record(line, place, fail)
   for field in fields:
     if field not in record:
       has = ', '.join(sorted(record)) or 'none'

@@ -50,6 +50,8 @@ def _digest(document: documents.Document) -> tuple[bytes, int]:
     sha256, n_bytes = hashlib.sha256(data), len(data)
   if document.loss_spans:  # after a byte that is not in UTF-8
     sha256.update(b'\xff' + repr(document.loss_spans).encode())
+  if document.rendered:
+    sha256.update(b'\xfe')
   found = sha256.digest()
   if document.drawn:
     named = hashlib.sha256(found + document.name.encode()).digest()

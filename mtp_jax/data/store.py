@@ -9,10 +9,11 @@ Standard library and NumPy. A store is a directory:
                                    only if some tokens are masked out
   tokenizer/*                      the files of the tokenizer
 
-A document is BOS, its tokens, EOS, within one shard, little endian. The sha256
-of its text (and its loss mask) determines everything else: duplicates, its
-split, its place in the split. So the order is a shuffle, and the same documents
-in any order give the same bytes. Letter: M documents.
+A document is BOS, its tokens, EOS (a conversation: what its chat template writes),
+within one shard, little endian. The sha256 of its text (and its loss mask)
+determines everything else: duplicates, its split, its place in the split. So the
+order is a shuffle, and the same documents in any order give the same bytes.
+Letter: M documents.
 """
 
 import contextlib
