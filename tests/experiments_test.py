@@ -1,6 +1,8 @@
 """Every experiment parses, has the stated size and length, and trains."""
 
+import dataclasses
 import functools
+import json
 import pathlib
 import re
 import shlex
@@ -12,7 +14,7 @@ import pytest
 
 from mtp_jax.cli import flags
 from mtp_jax.config import schema
-from mtp_jax.interop import config_json
+from mtp_jax.interop import config_json, hf
 from mtp_jax.model import heads, lm, params
 from mtp_jax.parallel import sharding
 from mtp_jax.train import state as state_lib
@@ -75,30 +77,59 @@ def test_flag_file_is_a_run_or_included():
     assert not _comment_fields(name), f'{name}: a part has no command of its own'
 
 
-PUBLISHED = {  # parameters of a next-token model, tied unembeddings counted once
-  'qwen3_0.6b': 596_049_920,
-  'qwen3_1.7b': 1_720_574_976,
-  'qwen3_4b': 4_022_468_096,
-  'qwen3_8b': 8_190_735_360,
-  'gemma3_1b': 999_885_952,
-  'gemma3_4b': 3_880_263_168,
-  'olmo2_1b': 1_484_916_736,
-  'olmo2_7b': 7_298_617_344,
+PUBLISHED = {  # model_type, parameters of a next-token model, tied unembeddings counted once
+  'qwen3_0.6b': ('qwen3', 596_049_920),
+  'qwen3_1.7b': ('qwen3', 1_720_574_976),
+  'qwen3_4b': ('qwen3', 4_022_468_096),
+  'qwen3_8b': ('qwen3', 8_190_735_360),
+  'gemma3_1b': ('gemma3_text', 999_885_952),
+  'gemma3_4b': ('gemma3_text', 3_880_263_168),
+  'olmo2_1b': ('olmo2', 1_484_916_736),
+  'olmo2_7b': ('olmo2', 7_298_617_344),
+  'llama3.2_1b': ('llama', 1_235_814_400),
+  'mistral_7b': ('mistral', 7_241_732_096),
+  'qwen2.5_0.5b': ('qwen2', 494_032_768),
+  'olmo3_7b': ('olmo3', 7_298_011_136),
+  'gemma2_2b': ('gemma2', 2_614_341_888),
+  'smollm3_3b': ('smollm3', 3_075_098_624),
+  'glm4_9b': ('glm4', 9_400_279_040),
+  'mimo_7b': ('qwen2', 7_622_619_136),  # without its module
 }
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_published_sizes_are_exact(name):
+  kind, count = PUBLISHED[name]
   cfg = _config(f'size/{name}.flags', '--heads.n=1')
-  assert params.count(lm.specs(cfg)) == PUBLISHED[name]
-  assert f'{PUBLISHED[name]:,} parameters with one head' in _head(f'size/{name}.flags')
-  assert config_json.of(cfg) == {'q': 'qwen3', 'g': 'gemma3_text', 'o': 'olmo2'}[name[0]]
+  assert params.count(lm.specs(cfg)) == count
+  assert f'{count:,} parameters with one head' in _head(f'size/{name}.flags')
+  assert config_json.of(cfg) == kind
+
+
+ADDED = sorted(p.stem for p in (FOLDER / 'add_heads').glob('*_*b.flags'))
+CONFIGS = json.loads((FOLDER.parent / 'tests/interop/published.json').read_text())
+
+
+def test_every_family_has_a_recipe_and_its_shape_is_the_published_one():
+  left = dict(CONFIGS)
+  for name in ADDED:
+    kind = 'mimo' if name.startswith('mimo') else PUBLISHED[name][0]
+    published = hf.read('x', left.pop(kind)['config'], {}).model
+    ours = _config(f'add_heads/{name}.flags').model
+    # What a run may choose for itself.
+    own = ('max_position_embeddings', 'param_dtype', 'compute_dtype')
+    kept = {field: getattr(published, field) for field in own}
+    kept['n_kv_heads'] = published.n_kv_heads  # 0 = as many as heads
+    assert (ours.n_kv_heads or ours.n_attn_heads) == published.n_kv_heads
+    assert dataclasses.replace(ours, **kept) == published, name
+  assert not left
 
 
 @pytest.mark.parametrize('name', FILES)
 def test_experiment_is_a_valid_config(name):
   # The smallest sizes have no room for the default n.
-  cfg = _config(name, *(['--heads.n=1'] if name in PARTS else []))
+  alone = name in PARTS and '--heads.n=' not in _text(name)
+  cfg = _config(name, *(['--heads.n=1'] if alone else []))
   assert cfg.train.workdir == cfg.data.store == ''
 
 
