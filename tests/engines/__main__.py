@@ -88,6 +88,24 @@ MODELS = {
     '--model.rope_theta=500000',
   ),
   'own d_head': ('--model.d_head=64',),
+  'pre_norm': ('--heads.trunk_state=pre_norm',),
+  'Qwen3': ('--model.qk_norm=head', '--model.n_kv_heads=1', '--model.norm_eps=1e-6'),
+  # llama.cpp knows one pattern of layers. A window shorter than the prompts' continuations.
+  'Gemma 3': (
+    '--model.n_layers=6',
+    '--model.window=24',
+    '--model.layer_types=sliding*5,full',
+    '--model.rope_theta=1000000',
+    '--model.sliding_rope_theta=10000',
+    '--model.norm_placement=both',
+    '--model.norm_offset=true',
+    '--model.qk_norm=head',
+    '--model.activation=gelu_tanh',
+    '--model.embedding_scale=8',
+    '--model.norm_eps=1e-6',
+    '--heads.unembedding=tied',
+  ),
+  'MiMo': ('--model.qkv_bias=true', '--heads.n=2'),
 }
 
 

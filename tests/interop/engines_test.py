@@ -122,13 +122,36 @@ def _of(out, form):
   return handover.of_folder(str(out))
 
 
-@pytest.mark.parametrize('form, family', ROWS)
-def test_exported_modules_draft_like_the_model(form, family, tmp_path, pieces):
+QWEN3 = dict(model__qk_norm='head', model__norm_eps=1e-6)
+GEMMA3 = dict(
+  model__layer_types='sliding*5,full',
+  heads__layer_type='sliding',
+  model__window=9,
+  model__rope_theta=1e6,
+  model__sliding_rope_theta=1e4,
+  model__norm_placement='both',
+  model__norm_offset=True,
+  model__qk_norm='head',
+  model__activation='gelu_tanh',
+  model__embedding_scale=32**0.5,
+  model__norm_eps=1e-6,
+  heads__unembedding='tied',
+)
+MIMO = dict(model__qkv_bias=True)
+BLOCKS = [
+  ('transformers_mtp', 'sequential', QWEN3),
+  ('transformers_mtp', 'recursive', GEMMA3),
+  ('mimo', 'recursive', MIMO),
+]
+
+
+@pytest.mark.parametrize('form, family, changes', [*((*row, {}) for row in ROWS), *BLOCKS])
+def test_exported_modules_draft_like_the_model(form, family, changes, tmp_path, pieces):
   """Acceptance on 256 tokens: with our hand-over of states it equals the training
   estimate; with an engine's it may differ slightly."""
   # As the engine hands states over, and as llama.cpp does.
   state = 'pre_norm' if form == 'gguf' else 'post_norm'
-  c, model = _export(form, family, tmp_path / 'out', pieces, heads__trunk_state=state)
+  c, model = _export(form, family, tmp_path / 'out', pieces, heads__trunk_state=state, **changes)
   ids = pieces.encode(CODE[1000:])[:256]
   found = handover.accepted(_of(tmp_path / 'out', form), ids, state, N - 1)
   window = np.pad(ids, (0, c.span))[None]
@@ -194,6 +217,8 @@ def _generate(model, prompt: list[int]) -> list[int]:
     ('sequential', dict(model__rope_factor=8.0, model__original_max_position_embeddings=32)),
     ('sequential', dict(heads__unembedding='tied', model__d_head=24)),
     ('recursive', {}),
+    ('sequential', QWEN3),
+    ('recursive', GEMMA3),
   ],
 )
 def test_transformers_drafts_with_every_module(family, changes, tmp_path, pieces, monkeypatch):

@@ -70,6 +70,16 @@ BLOCK = dict(
 )
 
 
+# What a layer has in some families only: biases, norms of queries and keys, norms after.
+MORE = {
+  'q_bias': 'self_attn.q_proj.bias',
+  'k_bias': 'self_attn.k_proj.bias',
+  'v_bias': 'self_attn.v_proj.bias',
+  'q_norm': 'self_attn.q_norm.weight',
+  'k_norm': 'self_attn.k_norm.weight',
+}
+
+
 class Sizes(NamedTuple):
   n_heads: int
   n_kv_heads: int
@@ -77,6 +87,7 @@ class Sizes(NamedTuple):
   eps: float
   rates: np.ndarray  # radians per position, of each pair
   pairs: bool  # 2i and 2i + 1 turn together, not i and i + H/2
+  gelu: bool = False  # the gate is tanh-approximated GELU, not SiLU
 
 
 class Module(NamedTuple):
@@ -97,6 +108,7 @@ class Model(NamedTuple):
   medusa: list[tuple[np.ndarray, np.ndarray]]  # (proj, unembedding) each
   sizes: Sizes
   tied: bool = True  # tie_last_hidden_states
+  embed_scale: float = 1.0
 
 
 # Reading.
@@ -145,10 +157,36 @@ def _layer(w: dict, prefix: str, names: dict) -> dict:
   return {ours: w[f'{prefix}{name}.weight'] for ours, name in names.items()}
 
 
+def _folder_layer(w: dict, prefix: str, about: dict, kind: str) -> dict:
+  """A layer with what only some families have, and its window and RoPE rates where they
+  are not those of all layers. kind: as in layer_types of config.json."""
+  found = _layer(w, prefix, LLAMA)
+  found |= {ours: w[prefix + name] for ours, name in MORE.items() if prefix + name in w}
+  if 'gemma' in about['model_type']:  # post_attention_layernorm is after there
+    found['attn_after'] = found['mlp_norm']
+    found['mlp_norm'] = w[f'{prefix}pre_feedforward_layernorm.weight']
+    found['mlp_after'] = w[f'{prefix}post_feedforward_layernorm.weight']
+  if kind == 'sliding_attention':
+    found['window'] = about['sliding_window']
+    if local := about.get('rope_local_base_freq'):
+      found['rates'] = _rates(local, about['head_dim'])
+  return found
+
+
+MOST_MODULES = 8
+
+
 def of_folder(folder: str) -> Model:
   """Of hf, transformers_mtp, mimo and medusa."""
   w, about = _folder(folder)
   width, n = about['head_dim'], about['num_hidden_layers']
+  gemma = 'gemma' in about['model_type']
+  if gemma:  # its norms multiply by 1 + w
+    w |= {name: 1 + x for name, x in w.items() if 'norm' in name}
+  kinds = [
+    *about.get('layer_types', ['full_attention'] * n),
+    *about.get('mtp_layer_types', ['full_attention'] * MOST_MODULES),
+  ]
   sizes = Sizes(
     about['num_attention_heads'],
     about['num_key_value_heads'],
@@ -156,6 +194,7 @@ def of_folder(folder: str) -> Model:
     about['rms_norm_eps'],
     _rates(about['rope_theta'], width, about.get('rope_scaling')),
     False,
+    gemma,
   )
   embed = w['model.embed_tokens.weight']
   unembed = embed if about['tie_word_embeddings'] else w['lm_head.weight']
@@ -167,7 +206,7 @@ def of_folder(folder: str) -> Model:
         w[f'{p}hnorm.weight'],
         w[f'{p}enorm.weight'],
         np.roll(w[f'{p}eh_proj.weight'], embed.shape[1], 1),
-        _layer(w, p, LLAMA),
+        _folder_layer(w, p, about, kinds[n + j]),
         w[f'{p}shared_head.norm.weight'],
         unembed,
       )
@@ -179,7 +218,7 @@ def of_folder(folder: str) -> Model:
         w[f'{p}hidden_layernorm.weight'],
         w[f'{p}token_layernorm.weight'],
         w[f'{p}input_proj.weight'],
-        _layer(w, p, LLAMA),
+        _folder_layer(w, p, about, kinds[n + j]),
         w[f'{p}final_layernorm.weight'],
         unembed,
       )
@@ -190,10 +229,11 @@ def of_folder(folder: str) -> Model:
     for j in range(more['num_heads']):
       own = m.get(f'lm_heads.{j}.weight', m.get('lm_head.weight'))
       medusa.append((m[f'blocks.{j}.layers.0.weight'], own))
-  layers = [_layer(w, f'model.layers.{i}.', LLAMA) for i in range(n)]
+  layers = [_folder_layer(w, f'model.layers.{i}.', about, kinds[i]) for i in range(n)]
   norm = w['model.norm.weight']
   tied = about.get('tie_last_hidden_states', True)
-  return Model(embed, layers, norm, unembed, modules, medusa, sizes, tied)
+  scale = embed.shape[1] ** 0.5 if gemma else 1.0
+  return Model(embed, layers, norm, unembed, modules, medusa, sizes, tied, scale)
 
 
 def of_gguf(path: str) -> Model:
@@ -245,8 +285,8 @@ def _norm(x, w, s: Sizes):
   return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + s.eps) * w
 
 
-def _turn(x_TNH, position_T, s: Sizes):
-  angle = position_T[:, None, None] * s.rates
+def _turn(x_TNH, position_T, s: Sizes, rates):
+  angle = position_T[:, None, None] * rates
   cos, sin = np.cos(angle), np.sin(angle)
   if s.pairs:
     a, b = x_TNH[..., 0::2], x_TNH[..., 1::2]
@@ -263,10 +303,12 @@ def _run(w: dict, x_TD, position_T, s: Sizes, before=None):
   T = len(x_TD)
 
   def split(name, n):
-    return (y @ w[name].T).reshape(T, n, s.head_width)
+    x = (y @ w[name].T + w.get(f'{name}_bias', 0)).reshape(T, n, s.head_width)
+    return _norm(x, w[f'{name}_norm'], s) if f'{name}_norm' in w else x
 
-  q = _turn(split('q', s.n_heads), position_T, s)
-  k = _turn(split('k', s.n_kv_heads), position_T, s)
+  rates = w.get('rates', s.rates)
+  q = _turn(split('q', s.n_heads), position_T, s, rates)
+  k = _turn(split('k', s.n_kv_heads), position_T, s, rates)
   v = split('v', s.n_kv_heads)
   ks, vs = k, v
   if before is not None:
@@ -275,20 +317,27 @@ def _run(w: dict, x_TD, position_T, s: Sizes, before=None):
   score = np.einsum('tnh,snh->nts', q, np.repeat(ks, group, 1))
   score /= np.sqrt(s.head_width)
   hidden = np.triu(np.ones((T, len(ks)), bool), 1 + len(ks) - T)
+  if window := w.get('window'):
+    hidden |= np.tril(np.ones((T, len(ks)), bool), len(ks) - T - window)
   score = np.where(hidden, -np.inf, score)
   share = np.exp(score - score.max(-1, keepdims=True))
   share /= share.sum(-1, keepdims=True)
   a = np.einsum('nts,snh->tnh', share, np.repeat(vs, group, 1))
-  x = x_TD + a.reshape(T, -1) @ w['o'].T
+  attn = a.reshape(T, -1) @ w['o'].T
+  x = x_TD + (_norm(attn, w['attn_after'], s) if 'attn_after' in w else attn)
   y = _norm(x, w['mlp_norm'], s)
   gate = y @ w['gate'].T
-  mlp = (gate / (1 + np.exp(-gate)) * (y @ w['up'].T)) @ w['down'].T
-  return x + mlp, (k, v)
+  if s.gelu:
+    gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+  else:
+    gate = gate / (1 + np.exp(-gate))
+  mlp = (gate * (y @ w['up'].T)) @ w['down'].T
+  return x + (_norm(mlp, w['mlp_after'], s) if 'mlp_after' in w else mlp), (k, v)
 
 
 def trunk(m: Model, ids_T) -> np.ndarray:
   """Hidden states (T, D) before the final norm."""
-  x = m.embed[ids_T]
+  x = m.embed[ids_T] * m.embed_scale
   for layer in m.layers:
     x, _ = _run(layer, x, np.arange(len(ids_T)), m.sizes)
   return x
@@ -337,7 +386,7 @@ def drafts(m: Model, ids_T, hand_over: str, steps: int) -> np.ndarray:
       out[j] = best
     return out
   chosen = [m.modules[j % len(m.modules)] for j in range(steps)]
-  emb, place = m.embed[ids_T], np.arange(T)
+  emb, place = m.embed[ids_T] * m.embed_scale, np.arange(T)
   if hand_over in ('pre_norm', 'post_norm', 'pre_norm_first', 'transformers'):
     raw = hand_over[:3] == 'pre' or (hand_over == 'transformers' and not m.tied)
     state = z if raw else _norm(z, m.norm, m.sizes)

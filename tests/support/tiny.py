@@ -204,7 +204,8 @@ def reductions(jaxpr) -> list:
 
 def dense_logits(w: lm.LM, tokens_BU, position_BU, c: schema.Config):
   """Computes all heads' logits (K, B, T, V), layers and heads unrolled."""
-  return logits_of_embeddings(w, layers.embed(w.embed, tokens_BU), position_BU, c)
+  emb_BUD = layers.embed(w.embed, tokens_BU) * (c.model.embedding_scale or 1.0)
+  return logits_of_embeddings(w, emb_BUD, position_BU, c)
 
 
 def logits_of_embeddings(w: lm.LM, emb_BUD, position_BU, c: schema.Config):
