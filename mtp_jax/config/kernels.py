@@ -13,14 +13,8 @@ def problem(
     return fields.ConfigError(
       name, kernel, f'needs a multiple of {schema.TILE} as --data.seq_len, not {T}'
     )
-  if kernel in schema.KERNELS and m.attn_sink:
+  if kernel == 'splash' and m.attn_sink:
     return fields.ConfigError(name, kernel, 'does not support --model.attn_sink')
-  if kernel == 'flash' and m.attn_softcap:
-    return fields.ConfigError(
-      name, kernel, f'does not support --model.attn_softcap={m.attn_softcap:g}'
-    )
-  if kernel == 'flash' and window:
-    return fields.ConfigError(name, kernel, f'does not support a sliding window ({window})')
   # Triton's products need at least 16; above 256 shared memory is exhausted.
   if kernel == 'flash' and not 16 <= width <= 256:
     return fields.ConfigError(

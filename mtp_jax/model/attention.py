@@ -4,7 +4,6 @@
 Kernels never materialize the T x T scores; the reference does.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import kernels, layer_types, schema
+from mtp_jax.model import flash as flash_lib
 from mtp_jax.model import layers
-from mtp_jax.parallel import sharding, versions
+from mtp_jax.parallel import sharding
 
 SPLASH_BLOCK = 512  # maximum block size of the TPU kernel, in positions
-FLASH_BLOCK = 128  # maximum block size of the Triton kernel
-FLASH_TILE_BYTES = 32 * 1024  # five of them fit an A100's shared memory
 
 
 class Operands(NamedTuple):
@@ -64,10 +62,11 @@ def _attend(x: Operands, window: int, m: schema.ModelConfig):
     return reference(x, window, m)
   q_spec = sharding.pspec('batch', None, 'attn_heads', None)
   kv_spec = sharding.pspec('batch', None, 'kv_heads', None)
+  sink_spec = None if x.sink_N is None else sharding.pspec('attn_heads')
   # Each device runs the kernel on its own rows and heads.
   sharded = jax.shard_map(
     kernel,
-    in_specs=(Operands(q_spec, kv_spec, kv_spec, sharding.pspec('batch', None)),),
+    in_specs=(Operands(q_spec, kv_spec, kv_spec, sharding.pspec('batch', None), sink_spec),),
     out_specs=q_spec,
     check_vma=False,
   )
@@ -165,46 +164,14 @@ def splash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = Fa
 
 
 def flash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = False):
-  """Computes attention on NVIDIA GPUs: cuDNN if every row of the device is a single
-  document, else JAX's Pallas Triton kernel, which supports segment ids. The branch
-  is taken at run time, per batch. cuDNN supports neither float32 nor every width,
-  and has no interpreter."""
-  assert not window  # kernels.problem
-  packed = functools.partial(_triton, scale=m.score_scale, interpret=interpret)
-  single = functools.partial(_cudnn, scale=m.score_scale)
-  H = x.q_BTNH.shape[-1]
-  if interpret or x.q_BTNH.dtype != jnp.bfloat16 or H % 8 or H > 128:
-    return packed(x)
-  return jax.lax.cond(jnp.all(x.segment_BT == x.segment_BT[:, :1]), single, packed, x)
-
-
-def _cudnn(x: Operands, scale: float):
-  return jax.nn.dot_product_attention(
-    x.q_BTNH, x.k_BSGH, x.v_BSGH, scale=scale, is_causal=True, implementation='cudnn'
-  )
-
-
-def _triton(x: Operands, scale: float, interpret: bool):
-  from jax.experimental import pallas as pl
-
-  with versions.pallas_triton():
-    from jax.experimental.pallas.ops.gpu import attention as lib
-
-  _, _, N, H = x.q_BTNH.shape
-  repeats = N // x.k_BSGH.shape[2]  # this kernel needs one key head per query head
-  row_bytes = pl.next_power_of_2(H) * x.q_BTNH.dtype.itemsize
-  block = min(FLASH_BLOCK, FLASH_TILE_BYTES // row_bytes)
-  sizes = lib.BlockSizes.get_default()  # the backward blocks are small enough
-  return lib.mha(
-    x.q_BTNH,
-    jnp.repeat(x.k_BSGH, repeats, axis=2),
-    jnp.repeat(x.v_BSGH, repeats, axis=2),
-    x.segment_BT,
-    sm_scale=scale,
-    causal=True,
-    block_sizes=dataclasses.replace(sizes, block_q=block, block_k=block),
-    interpret=interpret,
-  )
+  """Computes attention with the kernel of flash.py. A sink is a part of the denominator."""
+  options = flash_lib.Options(m.score_scale, m.attn_softcap, interpret)
+  begin_BT = flash_lib.begins(x.segment_BT, window)
+  out_BTNH, lse_BNT = flash_lib.attend(x.q_BTNH, x.k_BSGH, x.v_BSGH, begin_BT, options)
+  if x.sink_N is None:
+    return out_BTNH
+  share_BTN = jax.nn.sigmoid(lse_BNT.swapaxes(1, 2) - x.sink_N.astype(jnp.float32)[None, None])
+  return out_BTNH * share_BTN[..., None].astype(out_BTNH.dtype)
 
 
 KERNELS: dict[str, Callable] = {'reference': reference, 'splash': splash, 'flash': flash}

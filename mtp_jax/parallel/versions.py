@@ -7,7 +7,6 @@ An entry is deleted with the support of the version that needs it.
 
 import contextlib
 import importlib.metadata
-import warnings
 from collections.abc import Iterator
 
 
@@ -28,20 +27,6 @@ FAST_COMPILE_FLAGS = (
     else ()
   ),
 )
-
-
-@contextlib.contextmanager
-def pallas_triton() -> Iterator[None]:
-  """Silences the deprecation of JAX's Pallas Triton attention (jax >= 0.11).
-
-  Its successor tokamax is not part of CUDA images and does not support segment ids
-  on every GPU; the deprecated kernel works unchanged.
-  """
-  with warnings.catch_warnings():
-    warnings.filterwarnings(
-      'ignore', '.*pallas.ops.gpu.attention is deprecated', DeprecationWarning
-    )
-    yield
 
 
 @contextlib.contextmanager

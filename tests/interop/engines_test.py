@@ -139,13 +139,14 @@ GEMMA3 = dict(
 )
 MIMO = dict(model__qkv_bias=True)
 BLOCKS = [
-  ('transformers_mtp', 'sequential', QWEN3),
-  ('transformers_mtp', 'recursive', GEMMA3),
-  ('mimo', 'recursive', MIMO),
+  *(pytest.param(*row, {}, id='-'.join(row)) for row in ROWS),
+  pytest.param('transformers_mtp', 'sequential', QWEN3, id='transformers_mtp-qwen3'),
+  pytest.param('transformers_mtp', 'recursive', GEMMA3, id='transformers_mtp-gemma3'),
+  pytest.param('mimo', 'recursive', MIMO, id='mimo-qwen2'),
 ]
 
 
-@pytest.mark.parametrize('form, family, changes', [*((*row, {}) for row in ROWS), *BLOCKS])
+@pytest.mark.parametrize('form, family, changes', BLOCKS)
 def test_exported_modules_draft_like_the_model(form, family, changes, tmp_path, pieces):
   """Acceptance on 256 tokens: with our hand-over of states it equals the training
   estimate; with an engine's it may differ slightly."""
