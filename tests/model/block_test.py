@@ -7,8 +7,9 @@ import pytest
 
 from mtp_jax.config import fields
 from mtp_jax.decode import setup, speculative, state, weights, window
-from mtp_jax.model import block, heads, layers, lm
+from mtp_jax.model import block, heads, layers, lm, params
 from mtp_jax.parallel import sharding
+from mtp_jax.train import step as step_lib
 from tests.support import blocks, decoding, oracle, tiny
 
 # Backward strategy, remat, mesh, chunk of the loss.
@@ -220,6 +221,23 @@ def test_head_1_keeps_its_layers_type():
   last = tiny.cfg(heads__n=3, heads__family='sequential', model__layer_types='full*5,nope')
   assert heads.types_of_heads(last) == (1, 1, 1)
 
+
+def test_programs_do_not_grow_with_depth():
+  """Layers of two kinds are scanned: as many equations for two patterns as for six."""
+
+  def equations(n_layers):
+    c = tiny.cfg(heads__n=2, model__n_layers=n_layers, **PATTERN, heads__family='sequential')
+    m = tiny.mesh(c)
+    with jax.set_mesh(m):
+      traced = step_lib.trace(c, m, 2)
+      program = params.count(lm.specs(c)), len(list(tiny.equations(traced.jaxpr.jaxpr)))
+    return program
+
+  (small, few), (large, many) = equations(6), equations(18)
+  assert few == many and large > 2 * small
+
+
+PATTERN = dict(model__window=5, model__layer_types='sliding*2,full', model__sliding_rope_theta=50)
 
 REFUSED = [
   (dict(model__layer_types='full,other'), 'model.layer_types'),

@@ -24,6 +24,7 @@ HIDDEN = dict(
   up=(16, 24),
   down=(24, 16),
   proj=(32, 16),
+  attn_gate=(16, 16),
 )
 LR, DECAY, CLIP, MOMENTUM = 0.1, 0.2, 0.5, 0.8
 BASE = dict(
@@ -43,10 +44,22 @@ BASE = dict(
 )
 
 
+# Its gate is hidden; biases, norms of all queries and sinks are not.
+OPTIONS = dict(
+  model__attn_gate=True,
+  model__attn_sink=True,
+  model__qk_norm='full',
+  model__qkv_bias=True,
+  model__o_bias=True,
+  model__mlp_bias=True,
+  model__norm_placement='both',
+)
+
+
 @pytest.fixture(scope='module')
-def run():
+def run(request):
   """Two updates on one device: start, gradients, states after each."""
-  c = tiny.cfg(**BASE)
+  c = tiny.cfg(**BASE, **getattr(request, 'param', {}))
   start = updates.start(c)
   gradients = [updates.gradients(c, seed) for seed in (1, 2)]
   states = updates.updated(c, start, gradients)
@@ -68,6 +81,7 @@ def _newton_schulz(x):
   return x
 
 
+@pytest.mark.parametrize('run', [{}, OPTIONS], indirect=True, ids=['plain', 'options'])
 def test_two_updates_are_muon_by_hand(run):
   w = tiny.flat(run.start[0])
   mu = {name: np.zeros_like(x) for name, x in w.items()}
@@ -89,7 +103,7 @@ def test_two_updates_are_muon_by_hand(run):
         direction = (
           0.2 * np.sqrt(max(m.shape[1:])) * np.reshape([_newton_schulz(one) for one in m], x.shape)
         )
-      decay = 0.0 if 'norm' in name else DECAY
+      decay = 0.0 if name.endswith(('norm', 'bias', 'sink')) else DECAY
       rate = LR * (2.0 if name.split('.')[0] in ('heads', 'unembed') else 0.5)
       w[name] = w[name] - rate * (direction + decay * w[name])
     for name, x in tiny.flat(after[0]).items():
