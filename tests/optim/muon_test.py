@@ -163,7 +163,7 @@ def test_singular_values_of_an_update_are_near_one(run):
     rms = np.sqrt((moved**2).mean())
     assert 0.15 < rms < 0.25, (name, rms)
     seen.add(name.split('.')[-1])
-  assert seen == set(HIDDEN)
+  assert seen == set(HIDDEN) - {'attn_gate'}
 
 
 def test_sharded_muon_equals_unsharded_with_inactive_head(run):
