@@ -16,6 +16,7 @@ class Architecture(NamedTuple):
   pattern: tuple[str, ...] = ('full',)  # of layer types, which the file cannot state
   scalings: tuple[str, ...] = ()  # of --model.rope_scaling
   plus_one: bool = False  # norms are 1 + w in the file
+  fused: dict[str, tuple[str, ...]] = {}  # tensors that hold several, joined in this order
 
 
 ARCHITECTURES = {
@@ -23,6 +24,9 @@ ARCHITECTURES = {
   'qwen2': Architecture('qwen2', scalings=('linear',)),
   'qwen3': Architecture('qwen3', scalings=('linear',)),
   'olmo2': Architecture('olmo2', scalings=('linear',)),
+  # Its sliding layers have no scaled RoPE, as here.
+  'olmo3': Architecture('olmo2', pattern=(*['sliding'] * 3, 'full'), scalings=('yarn',)),
+  'glm4': Architecture('glm4', in_pairs=True, fused={'ffn_up': ('ffn_gate', 'ffn_up')}),
   'gemma2': Architecture('gemma2', pattern=('sliding', 'full'), plus_one=True),
   'gemma3_text': Architecture(
     'gemma3', pattern=(*['sliding'] * 5, 'full'), scalings=('linear',), plus_one=True
@@ -40,6 +44,10 @@ def unfit(cfg: schema.Config, kind: str) -> str:
     return f'llama.cpp has layers {",".join(a.pattern)} in {a.name}, not {",".join(m.pattern)}'
   if m.rope_factor > 1 and m.rope_scaling not in a.scalings:
     return f'--model.rope_scaling={m.rope_scaling} is not supported in {a.name}'
+  if a.name == 'olmo2' and m.n_attn_heads * m.head_width != m.d_model:
+    return f'llama.cpp has no field for --model.d_head={m.d_head} in {a.name}'
+  if m.rope_scaling == 'yarn' and not m.rope_truncate:
+    return 'llama.cpp has no field for --model.rope_truncate=false'
   if m.score_scale != m.head_width**-0.5:
     return f'llama.cpp has no field for --model.attn_scale={m.attn_scale}'
   if m.activation != ('gelu_tanh' if a.plus_one else 'silu'):

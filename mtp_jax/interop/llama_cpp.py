@@ -15,18 +15,19 @@ from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import layers
 
 TENSORS = 'model.gguf'
-# Queries, keys and values are one tensor in files with modules.
-APART, FUSED = ('attn_q', 'attn_k', 'attn_v'), 'attn_qkv'
+# The architecture of files with modules.
+MIMO2 = architectures.Architecture('mimo2', fused={'attn_qkv': ('attn_q', 'attn_k', 'attn_v')})
 # Scaling of RoPE frequencies: not a parameter, computed from the flags.
 FREQUENCIES = 'rope_freqs.weight'
 
 
-def _fused(form: str, name: str) -> tuple[str, bool]:
-  """Returns (the tensor that contains a name, whether it contains others too)."""
+def _fused(arch: architectures.Architecture, name: str) -> tuple[str, int]:
+  """Returns (the tensor that contains a name, how many it contains)."""
   layer, _, last = name.removesuffix('.weight').rpartition('.')
-  if form != 'gguf_mtp' or last not in APART:
-    return name, False
-  return f'{layer}.{FUSED}.weight', True
+  for whole, parts in arch.fused.items():
+    if last in parts:
+      return f'{layer}.{whole}.weight', len(parts)
+  return name, 1
 
 
 def dtype_of(shape: tuple[int, ...], dtype: str) -> np.dtype:
@@ -58,15 +59,15 @@ def write(
   """
   import gguf
 
-  form = mapping.of(cfg)
+  arch = _architecture(cfg)
   whole: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
   for name, (shape, dtype) in shapes.items():
-    name, several = _fused(form, name)
-    if several and name in whole:
+    name, several = _fused(arch, name)
+    if several > 1 and name in whole:
       shape = (whole[name][0][0] + shape[0], *shape[1:])
     whole[name] = shape, dtype
   stretched = _frequencies(cfg)
-  writer = gguf.GGUFWriter(None, _architecture(cfg))
+  writer = gguf.GGUFWriter(None, arch.name)
   metadata = _sizes(cfg, about) | llama_cpp_vocabulary.vocabulary(tokenizer, cfg)
   for key, value in metadata.items():
     _add(writer, key, value)
@@ -90,21 +91,22 @@ def write(
   try:
     with open(path, 'ab') as file:
       file.write(bytes(-file.tell() % pad))
-      for array in _joined(form, arrays, stretched):
+      for array in _joined(arch, arrays, stretched):
         file.write(np.ascontiguousarray(array).view(np.uint8).data)
         file.write(bytes(-array.nbytes % pad))
   except OSError as error:
     raise OSError(error.errno, error.strerror, path) from error
 
 
-def _joined(form, arrays, stretched):
+def _joined(arch, arrays, stretched):
   held: list[np.ndarray] = []
   for name, array in arrays:
-    if not _fused(form, name)[1]:
+    several = _fused(arch, name)[1]
+    if several == 1:
       yield array
       continue
-    held.append(array)  # q, k and v are consecutive
-    if len(held) == len(APART):
+    held.append(array)  # the parts are consecutive
+    if len(held) == several:
       yield np.concatenate(held)
       held = []
   if stretched is not None:
@@ -113,7 +115,7 @@ def _joined(form, arrays, stretched):
 
 def _frequencies(cfg: schema.CommandConfig) -> np.ndarray | None:
   """Returns the factor by which --model.rope_factor lengthens each wavelength."""
-  if cfg.model.rope_factor == 1 or cfg.model.rope_scaling == 'linear':
+  if cfg.model.rope_factor == 1 or cfg.model.rope_scaling != 'llama3':
     return None  # not scaled, or by a field
   plain = schema.replace(cfg, **{'model.rope_factor': 1.0})
   ratio = layers.rope_rates(plain.model) / layers.rope_rates(cfg.model)
@@ -123,15 +125,15 @@ def _frequencies(cfg: schema.CommandConfig) -> np.ndarray | None:
 FORMS = ('gguf', 'gguf_mtp')
 
 
-def _architecture(cfg: schema.CommandConfig) -> str:
+def _architecture(cfg: schema.CommandConfig) -> architectures.Architecture:
   if mapping.of(cfg) == 'gguf_mtp':
-    return 'mimo2'
-  return architectures.ARCHITECTURES[config_json.of(cfg)].name
+    return MIMO2
+  return architectures.ARCHITECTURES[config_json.of(cfg)]
 
 
 def _sizes(cfg: schema.CommandConfig, about: str) -> dict:
   m, form = cfg.model, mapping.of(cfg)
-  arch, context = _architecture(cfg), m.max_position_embeddings or cfg.data.seq_len
+  arch, context = _architecture(cfg).name, m.max_position_embeddings or cfg.data.seq_len
   modules = heads_lib.n_modules(cfg.heads, cfg.heads.n) if form == 'gguf_mtp' else 0
   n = mapping.layers_in_all(cfg)
   sizes = {
@@ -155,6 +157,16 @@ def _sizes(cfg: schema.CommandConfig, about: str) -> dict:
     }
   if m.rope_factor > 1 and m.rope_scaling == 'linear':
     sizes |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': m.rope_factor}
+  if m.rope_factor > 1 and m.rope_scaling == 'yarn':
+    sizes |= {
+      'rope.scaling.type': 'yarn',
+      'rope.scaling.factor': m.rope_factor,
+      'rope.scaling.original_context_length': m.original_max_position_embeddings,
+      'rope.scaling.yarn_beta_fast': m.rope_beta_fast,
+      'rope.scaling.yarn_beta_slow': m.rope_beta_slow,
+      # Beside the factor that llama.cpp computes of rope.scaling.factor.
+      'rope.scaling.attn_factor': layers.rope_temperature(m) / (0.1 * math.log(m.rope_factor) + 1),
+    }
   if m.attn_softcap:
     sizes['attn_logit_softcapping'] = m.attn_softcap
   if m.logits_softcap:
@@ -270,7 +282,7 @@ def read(folder: str, cfg: schema.CommandConfig) -> dict[str, files.Tensor]:
   Raises:
     ConfigError: it is missing, corrupt, or has unsupported types.
   """
-  path, form = os.path.join(folder, TENSORS), mapping.of(cfg)
+  path, arch = os.path.join(folder, TENSORS), _architecture(cfg)
   try:
     whole = _tensors(path)
   except OSError as error:
@@ -280,21 +292,26 @@ def read(folder: str, cfg: schema.CommandConfig) -> dict[str, files.Tensor]:
   whole.pop(FREQUENCIES, None)
   found = {}
   for name, tensor in whole.items():
-    last = name.rpartition('.')[0].rpartition('.')[2]
-    fused = form == 'gguf_mtp' and last == FUSED
-    found |= _apart(cfg, tensor) if fused else {name: tensor}
+    last = name.removesuffix('.weight').rpartition('.')[2]
+    found |= _apart(cfg, arch.fused[last], tensor) if last in arch.fused else {name: tensor}
   return found
 
 
-def _apart(cfg, whole: files.Tensor) -> dict[str, files.Tensor]:
-  """Splits a tensor into queries, keys and values, if it has their shape."""
+def _apart(cfg, parts: tuple[str, ...], whole: files.Tensor) -> dict[str, files.Tensor]:
+  """Splits a tensor into those that it holds, if it has their shape."""
   m, at, found = cfg.model, whole.offset, {}
-  heads = m.n_attn_heads, m.kv_heads, m.kv_heads
-  if whole.shape != (sum(heads) * m.head_width, m.d_model):
+  rows = {
+    'attn_q': m.n_attn_heads * m.head_width,
+    'attn_k': m.kv_heads * m.head_width,
+    'attn_v': m.kv_heads * m.head_width,
+    'ffn_gate': m.ff_width,
+    'ffn_up': m.ff_width,
+  }
+  if whole.shape != (sum(rows[part] for part in parts), m.d_model):
     return {whole.name: whole}
-  for name, n in zip(APART, heads, strict=True):
-    name = whole.name.replace(FUSED, name)
-    shape = (n * m.head_width, m.d_model)
+  layer = whole.name.removesuffix('.weight').rpartition('.')[0]
+  for part in parts:
+    name, shape = f'{layer}.{part}.weight', (rows[part], m.d_model)
     found[name] = whole._replace(name=name, shape=shape, offset=at)
     at += math.prod(shape) * whole.dtype.itemsize
   return found

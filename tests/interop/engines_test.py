@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -323,18 +324,67 @@ OF_FAMILIES = {
     heads__unembedding='tied',
   ),
   'smollm3': dict(model__layer_types='full*3,nope', model__n_layers=5),
+  'olmo3': dict(
+    model__qk_norm='full',
+    model__norm_placement='after',
+    model__window=8,
+    model__layer_types='sliding*3,full',
+    model__rope_factor=4.0,
+    model__rope_scaling='yarn',
+    model__rope_attention_factor=1.3,
+    model__original_max_position_embeddings=32,
+    model__n_layers=5,
+  ),
+  'glm4': dict(
+    model__norm_placement='both', model__qkv_bias=True, model__rope_fraction=0.5, model__n_layers=3
+  ),
 }
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize('name', OF_FAMILIES)
-def test_llama_cpp_runs_model_families(name, tmp_path, pieces):
+def _gguf_of_family(name, out, pieces):
+  """Returns (Config, mesh, model), after its export."""
   c = schema.replace(
     _cfg('gguf', 'linear'), **{'heads.n': 1, 'loss.weights': '0:1'} | _flags(OF_FAMILIES[name])
   )
   mesh = tiny.mesh(c)
   model = tiny.model(c, mesh)
-  hf_folder.export(model, c, pieces, str(tmp_path / 'out'), dtype='float32', about='a test')
+  hf_folder.export(model, c, pieces, str(out), dtype='float32', about='a test')
+  return c, mesh, model
+
+
+@pytest.mark.parametrize('name', OF_FAMILIES)
+def test_gguf_of_model_families_is_imported_as_the_same_model(name, tmp_path, pieces):
+  c, mesh, model = _gguf_of_family(name, tmp_path / 'out', pieces)
+  cfg, _ = hf_folder.find(str(tmp_path / 'out'), {})
+  again = hf_folder.read(str(tmp_path / 'out'), cfg, mesh)
+  atol = 2e-7 if c.model.norm_offset else 0  # 1 + w is rounded
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), again, model)
+
+
+def test_gguf_of_olmo_3_and_glm_4_as_llama_cpp_reads_them(tmp_path, pieces):
+  _gguf_of_family('olmo3', tmp_path / 'olmo3', pieces)
+  reader = gguf.GGUFReader(tmp_path / 'olmo3/model.gguf')
+  says = {name.partition('.')[2]: field.contents() for name, field in reader.fields.items()}
+  assert says['architecture'] == 'olmo2' and says['attention.sliding_window'] == 8
+  scaling = {x.removeprefix('rope.scaling.'): says[x] for x in says if 'rope.scaling' in x}
+  # 1.3 in all, of which llama.cpp computes 0.1 ln 4 + 1 = 1.1386.
+  assert scaling.pop('attn_factor') == pytest.approx(1.3 / 1.138629, rel=1e-5)
+  assert scaling == dict(
+    type='yarn', factor=4, original_context_length=32, yarn_beta_fast=32, yarn_beta_slow=1
+  )
+  c, _, model = _gguf_of_family('glm4', tmp_path / 'glm4', pieces)
+  reader = gguf.GGUFReader(tmp_path / 'glm4/model.gguf')
+  (fused,) = (x for x in reader.tensors if x.name == 'blk.0.ffn_up.weight')
+  assert not any('ffn_gate' in x.name for x in reader.tensors)
+  layer = jax.tree.map(lambda x: np.asarray(x[0]), model.trunk)
+  np.testing.assert_array_equal(fused.data, np.concatenate([layer.gate.T, layer.up.T]))
+  assert reader.fields['glm4.rope.dimension_count'].contents() == c.model.head_width // 2
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('name', OF_FAMILIES)
+def test_llama_cpp_runs_model_families(name, tmp_path, pieces):
+  c, mesh, model = _gguf_of_family(name, tmp_path / 'out', pieces)
   prompts = [[pieces.bos, *pieces.encode(text).tolist()] for text in PROMPTS[:2]]
   found = _llama_cpp(tmp_path, tmp_path / 'out', prompts, 24, 0, PROMPTS[:2])
   limited = schema.replace(c, **{'decode.max_new_tokens': 24})
@@ -350,10 +400,6 @@ def test_llama_cpp_runs_model_families(name, tmp_path, pieces):
       logits_V = decode.next_logits(np.array([*prompt, *theirs[:same]]))
       assert logits_V[mine[same]] - logits_V[theirs[same]] < tie
   assert compared > 20
-  cfg, _ = hf_folder.find(str(tmp_path / 'out'), {})
-  again = hf_folder.read(str(tmp_path / 'out'), cfg, mesh)
-  atol = 2e-7 if c.model.norm_offset else 0  # 1 + w is rounded
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), again, model)
 
 
 @pytest.mark.parity
@@ -398,6 +444,11 @@ def test_modules_of_a_type_that_no_layer_has_are_refused():
   'changes, problem',
   [
     (dict(model__window=16), 'holds llama, qwen2, '),
+    (
+      OF_FAMILIES['olmo3'] | dict(model__rope_truncate=False),
+      'no field for --model.rope_truncate=false',
+    ),
+    (OF_FAMILIES['olmo2'] | dict(model__d_head=24), 'no field for --model.d_head=24 in olmo2'),
     (
       dict(model__qkv_bias=True, model__window=16),
       'llama.cpp has layers full in qwen2, not sliding',
