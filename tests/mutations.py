@@ -891,8 +891,8 @@ FAULTS = (
     'queries-after-keys',
     0,
     LLAMA_CPP,
-    "APART, FUSED = ('attn_q', 'attn_k', 'attn_v'), 'attn_qkv'",
-    "APART, FUSED = ('attn_k', 'attn_q', 'attn_v'), 'attn_qkv'",
+    "fused={'attn_qkv': ('attn_q', 'attn_k', 'attn_v')}",
+    "fused={'attn_qkv': ('attn_k', 'attn_q', 'attn_v')}",
     _in('interop/forms', 'test_export_import_round_trip[float32-gguf-sequential-shared]'),
   ),
   Fault(
@@ -2083,5 +2083,21 @@ FAULTS = (
       'optim/optim',
       "test_step_does_not_depend_on_micro_batches_or_mesh[{'train__grad_accum_steps': 2}]",
     ),
+  ),
+  Fault(
+    'yarn-factor-twice-in-a-gguf',
+    0,
+    LLAMA_CPP,
+    '      / (0.1 * math.log(m.rope_factor) + 1),',
+    '      / 1,',
+    _in('interop/engines', 'test_gguf_of_olmo_3_and_glm_4_as_llama_cpp_reads_them'),
+  ),
+  Fault(
+    'gate-after-up-in-a-gguf',
+    0,
+    'mtp_jax/interop/architectures.py',
+    "fused={'ffn_up': ('ffn_gate', 'ffn_up')}",
+    "fused={'ffn_up': ('ffn_up', 'ffn_gate')}",
+    _in('interop/engines', 'test_gguf_of_model_families_is_imported_as_the_same_model[glm4]'),
   ),
 )
