@@ -1,9 +1,9 @@
-"""Writes docs/plans.md: the smallest slice that holds each size of the paper.
+"""Writes docs/plans.md: the smallest slice that holds each size of experiments/size.
 
   python tools/plans.py            all sizes; what is compiled already is kept
   python tools/plans.py 7b 13b     these sizes only
 
-For each size, n = 1 and 4, and each generation of TPU: the smallest slice whose chips
+For each size, n = 1 and 4 (a published model: n = 1, its shape), and each generation of TPU: the smallest slice whose chips
 hold the whole train step with one sequence of 4096 tokens per chip, trunk remat=block
 and parameters sharded over all chips. The formula of mtp_jax/planning/analytic.py gives
 the first candidate; the answer, and the next smaller slice, are compiled. Each compile
@@ -29,6 +29,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'plans.jsonl'
 REPORT = ROOT / 'docs' / 'plans.md'
 SIZES = ('1m', '3m', '10m', '30m', '100m', '300m', '1b', '0.3b', '0.6b', '1.3b', '3b', '7b', '13b')
+PUBLISHED = (
+  *('qwen3_0.6b', 'qwen3_1.7b', 'qwen3_4b', 'qwen3_8b'),
+  *('gemma3_1b', 'gemma3_4b', 'olmo2_1b', 'olmo2_7b'),
+)
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 SLICES = {'v5e': FLAT, 'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'), 'v6e': FLAT}
 HEADS = (1, 4)
@@ -119,7 +123,7 @@ def table(compiled, sizes) -> list[str]:
     '|---|---|---|---|---|---|---|---|---|',
   ]
   for size in sizes:
-    for n in HEADS:
+    for n in HEADS if size in SIZES else HEADS[:1]:
       for generation in SLICES:
         try:
           row, below = smallest(compiled, size, n, generation)
@@ -165,7 +169,7 @@ def main(sizes) -> None:
   jax.config.update('jax_platforms', 'cpu')
   compiled = Compiled()
   lines = table(compiled, sizes)
-  if list(sizes) == list(SIZES):
+  if list(sizes) == list(SIZES + PUBLISHED):
     seconds = [r['compile_s'] for r in compiled.rows.values()]
     by = ', '.join(sorted({r['by'] for r in compiled.rows.values()}))
     tail = (
@@ -176,4 +180,4 @@ def main(sizes) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:] or SIZES)
+  main(sys.argv[1:] or SIZES + PUBLISHED)
