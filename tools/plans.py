@@ -5,9 +5,9 @@
 
 For each size, n = 1 and 4 (a published model: n = 1), and each generation of TPU: the
 smallest slice whose chips hold the whole train step with one sequence of 4096 tokens per
-chip, trunk remat=block and parameters sharded over all chips. The formula of mtp_jax/planning/analytic.py gives
-the first candidate; the answer, and the next smaller slice, are compiled. Each compile
-is a line of docs/plans.jsonl, written at once.
+chip, trunk remat=block and parameters sharded over all chips. The formula of
+mtp_jax/planning/analytic.py gives the first candidate; the answer, and the next smaller
+slice, are compiled. Each compile is a line of docs/plans.jsonl, written at once.
 """
 
 import json

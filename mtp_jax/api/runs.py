@@ -81,7 +81,7 @@ class Model:
     """
     if self.tokenizer is None:
       raise ValueError('the model has no tokenizer: decode token ids with Model.decode')
-    ids = [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+    ids = [*self.tokenizer.start, *self.tokenizer.encode(prompt)]
     found = self.decode([ids], stop_ids=self.tokenizer.stop_ids, **decode)
     tokens = found.tokens[0]
     return Generated(self.tokenizer.decode([*ids, *tokens]), tokens, int(found.forwards[0]))

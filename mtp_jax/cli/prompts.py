@@ -69,7 +69,7 @@ def _encoded(text: str, tokenizer) -> Prompt:
     text.encode()
   except UnicodeEncodeError:
     raise fields.ConfigError('prompt', repr(text), 'is not text') from None
-  ids = [tokenizer.bos, *tokenizer.encode(text)]
+  ids = [*tokenizer.start, *tokenizer.encode(text)]
   return Prompt(np.array(ids, np.int64), text)
 
 

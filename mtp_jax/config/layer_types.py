@@ -47,3 +47,8 @@ def distinct(cfg: schema.Config) -> tuple[LayerType, ...]:
   found = [named(cfg.model, name) for name in cfg.model.pattern]
   own = of_heads(cfg)
   return tuple(dict.fromkeys([*found, own] if own else found))
+
+
+def all_full(cfg: schema.Config) -> bool:
+  """Whether every layer and head sees all of its document, with RoPE."""
+  return all(t.theta and not t.window for t in distinct(cfg))

@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import uuid
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,8 +147,15 @@ def prompt(template: Template, record: dict) -> str:
 
 def has_special(template: Template, record: dict) -> bool:
   """Whether a message contains the text of a special token, which would become one."""
-  given = [record.get('messages'), record.get('tools')]
-  return bool(template.special.search(json.dumps(given, ensure_ascii=False)))
+  return any(map(template.special.search, _strings([record.get(name) for name in FIELDS])))
+
+
+def _strings(value) -> Iterator[str]:
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, list | dict):
+    for part in [*value, *value.values()] if isinstance(value, dict) else value:
+      yield from _strings(part)
 
 
 def conversation(template: Template, record: dict) -> tuple[str, tuple[int, ...]]:

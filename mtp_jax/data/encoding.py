@@ -86,17 +86,17 @@ def encode(
 def _frame(document, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
   if document.rendered:
     ids_T, loss_spans = chat.encode(document.text, document.loss_spans, tokenizer)
-    return _checked(document.name, ids_T, tokenizer, 0, 0), loss_spans
+    return _checked(document.name, ids_T, tokenizer, False, False), loss_spans
   if not document.loss_spans:  # most are short, and many
     ids_T = np.asarray(tokenizer.encode(document.text))
-    return _checked(document.name, ids_T, tokenizer, 1, 1), ()
+    return _checked(document.name, ids_T, tokenizer, True, True), ()
   bounds = [0, *document.loss_spans, len(document.text)]
   parts = []
   for first, last in itertools.pairwise(bounds):
     text = document.text[first:last]
     parts.append(np.asarray((_encode_continuation if first else _encode)(text, tokenizer)))
-  loss_spans = 1 + np.cumsum([ids_T.size for ids_T in parts])[:-1]
-  tokens_T = _checked(document.name, np.concatenate(parts), tokenizer, 1, 1)
+  loss_spans = len(tokenizer.start) + np.cumsum([ids_T.size for ids_T in parts])[:-1]
+  tokens_T = _checked(document.name, np.concatenate(parts), tokenizer, True, True)
   return tokens_T, tuple(loss_spans.tolist())
 
 
@@ -112,7 +112,8 @@ def _frame_part(part, tokenizer) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _checked(name, ids_T, tokenizer, begins, ends) -> np.ndarray:
-  """Returns the ids as they are stored, with BOS and EOS where a document starts or ends."""
+  """Returns the ids as they are stored, with BOS and EOS where a document starts or ends (no
+  BOS if the tokenizer states that it has none)."""
   if ids_T.size and not 0 <= ids_T.min() <= ids_T.max() < tokenizer.vocab_size:
     raise fields.ConfigError(  # the cast would wrap around silently
       'data.tokenizer',
@@ -120,12 +121,10 @@ def _checked(name, ids_T, tokenizer, begins, ends) -> np.ndarray:
       f'returned ids from {ids_T.min()} to {ids_T.max()} in {name}, its'
       f' vocab_size is {tokenizer.vocab_size}',
     )
-  tokens_T = np.empty(begins + ids_T.size + ends, dtype(tokenizer.vocab_size))
-  tokens_T[begins : begins + ids_T.size] = ids_T
-  if begins:
-    tokens_T[0] = tokenizer.bos
-  if ends:
-    tokens_T[-1] = tokenizer.eos
+  of_store = dtype(tokenizer.vocab_size)
+  start = np.array(tokenizer.start if begins else (), of_store)
+  end = np.array((tokenizer.eos,) if ends else (), of_store)
+  tokens_T = np.concatenate([start, ids_T.astype(of_store), end])
   return tokens_T
 
 

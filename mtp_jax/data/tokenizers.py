@@ -33,6 +33,7 @@ class Tokenizer(NamedTuple):
   fingerprint: str  # sha256 of what defines the ids
   files: dict[str, bytes]  # the argument of `of_files` that rebuilds it
   more_eos: tuple[int, ...] = ()  # further stop tokens of decoding
+  start: tuple[int, ...] = ()  # bos, which a text starts with; none where it is stated as null
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -99,6 +100,7 @@ def _make_bytes(name: str, files: Files) -> Tokenizer:
     decode=_decode_bytes,
     piece=_byte_piece,
     token_bytes_V=(np.arange(BYTES_VOCAB) < BYTES_BOS).astype(np.int64),
+    start=(BYTES_BOS,),
     fingerprint=hashlib.sha256(definition).hexdigest(),
     files=files,
   )
@@ -191,6 +193,7 @@ def _make_sentencepiece(name: str, files: Files) -> Tokenizer:
     fingerprint=hashlib.sha256(model).hexdigest(),
     files=files,
     more_eos=_more_eos(name, files, pieces.eos_id()),
+    start=(pieces.bos_id(),),
   )
 
 
@@ -333,7 +336,7 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     ids = np.asarray(ids, np.int64).reshape(-1).tolist()
     return fast.decode([i for i in ids if 0 <= i < size], True)
 
-  bos, eos = _hugging_face_ends(name, files, fast)
+  bos, eos, start = _hugging_face_ends(name, files, fast)
   return Tokenizer(
     name=name,
     vocab_size=size,
@@ -346,10 +349,11 @@ def _make_hugging_face(name: str, files: Files) -> Tokenizer:
     fingerprint=hashlib.sha256(model + b'%d %d' % (bos, eos)).hexdigest(),
     files=files,
     more_eos=_more_eos(name, files, eos),
+    start=start,
   )
 
 
-def _hugging_face_ends(name, files, fast) -> tuple[int, int]:
+def _hugging_face_ends(name, files, fast) -> tuple[int, int, tuple[int, ...]]:
   about = _object(name, ENDS, files.get(ENDS, b'{}'), ENDS_FORM)
 
   def find(kind, usual):
@@ -361,7 +365,8 @@ def _hugging_face_ends(name, files, fast) -> tuple[int, int]:
     found = [i for i in ids if i is not None]
     return _special(name, kind.upper(), found[0] if found else None)
 
-  return find('bos', BOS_NAMES), find('eos', EOS_NAMES)
+  bos, eos = find('bos', BOS_NAMES), find('eos', EOS_NAMES)
+  return bos, eos, () if about.get('bos_token', '') is None else (bos,)
 
 
 def _printable(piece: str) -> str:
@@ -441,6 +446,5 @@ def matches(tokenizer: Tokenizer, recorded: str) -> bool:
 
 def recorded_name(tokenizer: Tokenizer) -> str:
   """Returns KIND#FINGERPRINT, independent of paths; 'bytes' for bytes."""
-  if not tokenizer.files:
-    return tokenizer.name
-  return f'{kind_of_files(tokenizer.files)}#{tokenizer.fingerprint[:12]}'
+  kind = kind_of_files(tokenizer.files)
+  return f'{kind}#{tokenizer.fingerprint[:12]}' if tokenizer.files else tokenizer.name

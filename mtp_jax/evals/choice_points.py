@@ -30,7 +30,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   n = cfg.eval.limit or DOCUMENTS
   documents = list(itertools.islice(induction.texts(cfg, tokenizer), n))
   rows = [
-    np.array([tokenizer.bos, *tokenizer.encode(d.text)])[: cfg.data.seq_len] for d in documents
+    np.array([*tokenizer.start, *tokenizer.encode(d.text)])[: cfg.data.seq_len] for d in documents
   ]
   if not any(len(row) > 1 for row in rows):
     raise induction.data_error(cfg, 'contains no text')

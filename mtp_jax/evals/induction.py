@@ -156,7 +156,10 @@ def texts(cfg: schema.CommandConfig, tokenizer) -> Iterator[documents.Document]:
     yield from _named(cfg)
     return
   path = parse.parse_stores(cfg.data.store)[0].path
-  split = store_lib.open_store(path, verify=False).split(cfg.eval.split)
+  opened = store_lib.open_store(path, verify=False)
+  if '#messages' in opened.manifest['sources']:  # the text of special tokens is lost
+    raise data_error(cfg, 'holds conversations; --eval.data names other texts')
+  split = opened.split(cfg.eval.split)
   for m, tokens in enumerate(split.documents()):
     yield documents.Document(f'{cfg.eval.split} {m}', tokenizer.decode(tokens))
 
@@ -213,7 +216,7 @@ def _item(document, passage, names, pool, *, tokenizer, seq_len, rng):
     return None
   name, pair = _name(pool, tokenizer, rng)
   text = re.sub(rf'\b{old}\b', name, passage)
-  ids = np.array([tokenizer.bos, *tokenizer.encode(text)])[: seq_len + 1]
+  ids = np.array([*tokenizer.start, *tokenizer.encode(text)])[: seq_len + 1]
   # Occurrences with other tokens, as after a quotation mark, are not scored.
   at = [int(p) for p in np.flatnonzero((ids[:-1] == pair[0]) & (ids[1:] == pair[1]))]
   if len(at) < OCCURRENCES or passage.count(name):

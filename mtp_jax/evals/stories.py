@@ -92,7 +92,7 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   task = check(arg, cfg)
   firsts, seconds = syllables(tokenizer, task.params)
   texts = [item.answer for item in tasks.tests(task, cfg.eval.limit or tasks.N_TESTS)]
-  whole = [np.array([tokenizer.bos, *tokenizer.encode(text)]) for text in texts]
+  whole = [np.array([*tokenizer.start, *tokenizer.encode(text)]) for text in texts]
   rows = [ids[: cfg.data.seq_len + 1] for ids in whole]
   found = scores.of_rows(
     subject.model,

@@ -91,7 +91,7 @@ def continuations(
   """
   cfg, tokenizer = subject.cfg, subject.tokenizer
   ids = [
-    np.array([tokenizer.bos, *tokenizer.encode(p)], np.int64) if isinstance(p, str) else p
+    np.array([*tokenizer.start, *tokenizer.encode(p)], np.int64) if isinstance(p, str) else p
     for p in prompts
   ]
   jobs = [(i, j) for i in range(len(ids)) for j in range(generation.samples)]

@@ -35,8 +35,13 @@ ARCHITECTURES = {
 }
 
 
-def unfit(cfg: schema.Config, kind: str) -> str:
-  """Returns why llama.cpp does not run a model of a family; '' if it does."""
+# Layers of the model whose scores llama.cpp scales by (d_model / n_attn_heads)^-1/2.
+LARGEST = {'gemma2': 46, 'gemma3': 62}
+
+
+def unfit(cfg: schema.Config, kind: str, n_layers: int) -> str:
+  """Returns why llama.cpp does not run a model of a family, with this number of layers in
+  the file; '' if it does."""
   if kind not in ARCHITECTURES:
     return f'holds {", ".join(ARCHITECTURES)}; this model is of {kind}'
   m, a = cfg.model, ARCHITECTURES[kind]
@@ -44,11 +49,17 @@ def unfit(cfg: schema.Config, kind: str) -> str:
     return f'llama.cpp has layers {",".join(a.pattern)} in {a.name}, not {",".join(m.pattern)}'
   if m.rope_factor > 1 and m.rope_scaling not in a.scalings:
     return f'--model.rope_scaling={m.rope_scaling} is not supported in {a.name}'
+  caps = m.attn_softcap, m.logits_softcap
+  if a.name == 'gemma2' and not all(caps):  # without a field it caps at 50 and 30
+    return 'llama.cpp caps scores and logits of gemma2; this model does not cap both'
+  if a.name == 'gemma3' and m.attn_softcap:
+    return f'llama.cpp does not cap scores in gemma3 (--model.attn_softcap={m.attn_softcap:g})'
   if a.name == 'olmo2' and m.n_attn_heads * m.head_width != m.d_model:
     return f'llama.cpp has no field for --model.d_head={m.d_head} in {a.name}'
-  if m.rope_scaling == 'yarn' and not m.rope_truncate:
-    return 'llama.cpp has no field for --model.rope_truncate=false'
-  if m.score_scale != m.head_width**-0.5:
+  width = m.head_width
+  if LARGEST.get(a.name) == n_layers:
+    width = m.d_model // m.n_attn_heads
+  if abs(m.score_scale - width**-0.5) > 1e-9:
     return f'llama.cpp has no field for --model.attn_scale={m.attn_scale}'
   if m.activation != ('gelu_tanh' if a.plus_one else 'silu'):
     return f'llama.cpp has another activation in {a.name} than {m.activation}'

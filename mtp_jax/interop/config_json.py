@@ -250,3 +250,27 @@ def unfit(cfg: schema.Config) -> str:
 def prefix(cfg: schema.Config) -> str:
   """Returns the prefix of the classes of the model's family, e.g. Llama."""
   return dialects.DIALECTS[of(cfg)].prefix
+
+
+def unfit_types(cfg: schema.CommandConfig, form: str) -> str:
+  """Returns why a format cannot state the types of a model's layers; '' if it can."""
+  m = cfg.model
+  if form in ('meta', 'mtp_llama', 'mimo') and not layer_types.all_full(cfg):
+    return 'has full attention with RoPE in every layer; this model has layers of other types'
+  if form == 'mimo' and (m.o_bias or m.mlp_bias):
+    return 'has no tensor for --model.o_bias or --model.mlp_bias'
+  if form == 'meta' and m.activation != 'silu':
+    return f'has no field for --model.activation={m.activation}'
+  if form == 'meta' and (m.qkv_bias or m.o_bias or m.mlp_bias):
+    return 'has no tensors for biases'
+  if form != 'transformers_mtp':
+    return ''
+  of_modules = heads_lib.types_of_heads(cfg)[-1]
+  of_module = layer_types.distinct(cfg)[of_modules]
+  if not of_module.theta:
+    return 'requires modules with RoPE: --heads.layer_type=full'
+  if of(cfg) == 'mistral':
+    return 'requires modules without a window: --heads.layer_type=full' if of_module.window else ''
+  if of_modules not in heads_lib.types_of_trunk(cfg):
+    return f'requires modules of a layer type of the trunk, not {cfg.heads.layer_type}'
+  return ''

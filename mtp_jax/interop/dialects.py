@@ -237,7 +237,8 @@ DIALECTS = {
     'Gemma3',
     text='Text',
     options=_GEMMA | dict(qk_norm='head'),
-    fields=(*_BIASES, _act('hidden_activation', 'gelu_pytorch_tanh'), SCALE, *_caps(None, None)),
+    # Transformers does not pass a cap of scores on.
+    fields=(*_BIASES, _act('hidden_activation', 'gelu_pytorch_tanh'), SCALE, _caps(None, None)[1]),
     types=_gemma3_types,
     theta=1_000_000.0,
     sliding_theta=10_000.0,
@@ -246,7 +247,7 @@ DIALECTS = {
     tied=True,
     scaled_embeddings=True,
     names=_GEMMA_NAMES,
-    fixed=_GEMMA_FIXED,
+    fixed=_GEMMA_FIXED | {'attn_logit_softcapping': (None,)},
   ),
   'smollm3': Dialect(
     'smollm3', 'SmolLM3', types=_smollm3_types, theta=2_000_000.0, kv_heads=4, tied=True

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtp_jax.config import schema
+from mtp_jax.config import layer_types, schema
 from mtp_jax.interop import architectures, config_json, dialects, transforms
 from mtp_jax.model import block
 from mtp_jax.model import heads as heads_lib
@@ -320,6 +320,8 @@ def undrafted(cfg: schema.CommandConfig) -> str:
     return f'it supports sequential and recursive modules; these are {h.family}'
   if h.stride > 1:
     return f'it does not support strided heads (--heads.stride={h.stride})'
+  if not layer_types.all_full(cfg):
+    return f'its modules have full attention, not --heads.layer_type={h.layer_type}'
   modules = heads_lib.n_modules(cfg.heads, h.n)
   if h.unembedding == 'replicated' and modules < h.n - 1:
     return 'a module has one unembedding there; this one has one per step'
@@ -351,7 +353,7 @@ def unfit(cfg: schema.CommandConfig, form: str) -> str:
   if kind not in DIALECTS_OF.get(form, (kind,)):
     return f'is of {" and ".join(DIALECTS_OF[form])}; this model is of {kind}'
   if form == 'gguf':
-    return architectures.unfit(cfg, kind)
+    return architectures.unfit(cfg, kind, layers_in_all(cfg))
   if form == 'hf':
     return ''
   if h.family not in f.families and not (h.n == 1 and 'parallel' in f.families):
@@ -362,9 +364,8 @@ def unfit(cfg: schema.CommandConfig, form: str) -> str:
     return 'has one unembedding; here each head has its own'
   if form in ('transformers_mtp', 'mimo') and h.n == 1:
     return 'requires further modules; this model has one head'
-  of_modules = heads_lib.types_of_heads(cfg)[-1]
-  if form == 'transformers_mtp' and of_modules not in heads_lib.types_of_trunk(cfg):
-    return f'requires modules of a layer type of the trunk, not {h.layer_type}'
+  if problem := config_json.unfit_types(cfg, form):
+    return problem
   if form == 'mimo' and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:
     return f'supports one module, this model has {several}; transformers_mtp and gguf support all'
   if cfg.loss.token_order_weight:

@@ -28,6 +28,7 @@ KINDS = {
   },
 }
 BY_TYPE = ('full_attention', 'sliding_attention')
+NESTED = 'Gemma3', 'Olmo3'  # prefixes of families with RoPE of each type of layer
 
 
 class Unsupported(ValueError):
@@ -57,7 +58,7 @@ def read(about: dict, sliding: bool, dialect) -> dict[str, Any]:
   if fraction != 1 and dialect.rotary == 1:
     raise Unsupported(f'partial_rotary_factor={fraction} in config.json; only 1.0')
   values['rope_fraction'] = fraction
-  scaled = _scaling(full, about)
+  scaled = _scaling(full, about, dialect)
   one_for_all = dialect.sliding_theta is None and dialect.prefix != 'Olmo3'
   if scaled and sliding and one_for_all:
     raise Unsupported(
@@ -74,7 +75,7 @@ def _kind(parameters: dict) -> str:
   return parameters.get('rope_type', parameters.get('type', 'default'))
 
 
-def _scaling(given: dict, about: dict) -> dict[str, Any]:
+def _scaling(given: dict, about: dict, dialect) -> dict[str, Any]:
   kind = _kind(given)
   if kind not in KINDS:
     raise Unsupported(f'rope_type={kind!r} in config.json; only {", ".join(KINDS)}')
@@ -101,7 +102,8 @@ def _scaling(given: dict, about: dict) -> dict[str, Any]:
     values |= dict(
       rope_beta_fast=float(given.get('beta_fast') or 32),
       rope_beta_slow=float(given.get('beta_slow') or 1),
-      rope_truncate=given.get('truncate', True),
+      # Transformers does not find it in the parameters of one type of layer.
+      rope_truncate=dialect.prefix in NESTED or given.get('truncate', True),
       original_max_position_embeddings=context,
       rope_attention_factor=_attention_factor(given),
     )
@@ -142,7 +144,7 @@ def write(m: schema.ModelConfig, types: list[str], dialect) -> dict[str, Any]:
   before: dict[str, Any] = dict(rope_theta=m.rope_theta, **partial)
   if m.rope_factor > 1:
     before['rope_scaling'] = full
-  if dialect.prefix in ('Gemma3', 'Olmo3'):
+  if dialect.prefix in NESTED:
     local = dict(rope_type='default', rope_theta=sliding_theta)
     if dialect.sliding_theta is not None:
       before['rope_local_base_freq'] = sliding_theta

@@ -61,11 +61,18 @@ def _mean_keys(T: int, window: int) -> float:
   return w - w * w / (2 * T)
 
 
-def window_shares(cfg: schema.Config) -> tuple[float, ...]:
-  """Returns the share of trunk layers of each window, ascending, as `of_program` takes."""
+def window_shares(cfg: schema.Config) -> dict[str, tuple[float, ...]]:
+  """Returns the share of layers of each window, ascending, in trunk and heads, as
+  `of_program` takes."""
   windows = [t.window for t in layer_types.distinct(cfg)]
-  of_trunk = [windows[i] for i in heads_lib.types_of_trunk(cfg)]
-  return tuple(of_trunk.count(w) / max(len(of_trunk), 1) for w in sorted(set(windows)))
+  shares = {}
+  for part, types in (
+    ('trunk', heads_lib.types_of_trunk(cfg)),
+    ('heads', heads_lib.types_of_heads(cfg)),
+  ):
+    here = [windows[i] for i in types]
+    shares[part] = tuple(here.count(w) / max(len(here), 1) for w in sorted(set(windows)))
+  return shares
 
 
 def _matrices(specs) -> int:
@@ -78,15 +85,13 @@ KERNELS = {
   'splash_mha_fwd': 2,
   'splash_mha_dq': 3,
   'splash_mha_dkv': 4,
-  'mha_forward': 2,
-  'mha_backward': 7,
-  'mha_preprocess': 0,
-  'dot_product_attention_fwd': 2,
-  'dot_product_attention_bwd': 5,
+  'flash_forward': 2,
+  'flash_dq': 3,
+  'flash_dkv': 4,
 }
 
 
-def of_program(jaxpr, seq_len: int, shares: tuple[float, ...] = ()) -> float:
+def of_program(jaxpr, seq_len: int, shares: dict[str, tuple[float, ...]] | None = None) -> float:
   """Returns the FLOPs of the matrix products of a traced program, per device.
 
   Executed FLOPs, including recomputation and work repeated on several devices:
@@ -97,14 +102,15 @@ def of_program(jaxpr, seq_len: int, shares: tuple[float, ...] = ()) -> float:
 
   shares: `window_shares` of the model.
   """
-  return _of_jaxpr(jaxpr, _Within(seq_len, shares))
+  return _of_jaxpr(jaxpr, _Within(seq_len, shares or {}))
 
 
 class _Within(NamedTuple):
   """What encloses a part of a program."""
 
   seq_len: int
-  shares: tuple[float, ...]
+  shares: dict[str, tuple[float, ...]]
+  part: str = 'trunk'  # or heads
   trips: int = 1  # of the loop
   window: int = 0  # of the attention
 
@@ -113,8 +119,10 @@ def _of_jaxpr(jaxpr, here: _Within) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    found = WINDOW.search(str(eqn.source_info.name_stack))
-    within = here._replace(window=int(found[1])) if found else here
+    scope = str(eqn.source_info.name_stack)
+    found, parts = WINDOW.search(scope), PART.findall(scope)
+    within = here._replace(part=parts[-1]) if parts else here
+    within = within._replace(window=int(found[1])) if found else within
     if name == 'dot_general':
       total += _dot(eqn)
     elif name == 'pallas_call' or name.startswith('dot_product_attention'):
@@ -122,8 +130,9 @@ def _of_jaxpr(jaxpr, here: _Within) -> float:
     elif name == 'cond':
       branches = [branch.jaxpr for branch in eqn.params['branches']]
       choices = [_of_jaxpr(branch, within) for branch in branches]
-      if len(here.shares) == len(choices) and all(map(_has_window, branches)):
-        total += sum(share * of for share, of in zip(here.shares, choices, strict=True))
+      shares = here.shares.get(within.part, ())
+      if len(shares) == len(choices) and all(map(_has_window, branches)):
+        total += sum(share * of for share, of in zip(shares, choices, strict=True))
       else:
         total += max(choices) / (1 if min(choices) else here.trips)
     else:
@@ -136,6 +145,7 @@ def _of_jaxpr(jaxpr, here: _Within) -> float:
 
 
 WINDOW = re.compile(r'attend_window_(\d+)')  # a name scope of attention.py
+PART = re.compile(r'\b(trunk|heads)\b')  # name scopes of lm.py and the losses
 
 
 def _has_window(jaxpr) -> bool:

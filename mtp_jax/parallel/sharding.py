@@ -157,6 +157,8 @@ def by_rows(f, *rowwise, same=()):
   other dimension; those of `same` are replicated.
   """
   rows = pspec('batch')
+  # Of a single row JAX may not have inferred the sharding.
+  rowwise = jax.tree.map(lambda x: jax.reshard(x, rows), rowwise)
   return jax.shard_map(
     f, in_specs=(rows,) * len(rowwise) + (P(),) * len(same), out_specs=rows, check_vma=False
   )(*rowwise, *same)

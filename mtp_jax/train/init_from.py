@@ -92,6 +92,8 @@ def described(was: schema.Config, cfg: schema.Config) -> str:
   """Describes for the log which heads are copied, new and dropped."""
   n, first = cfg.heads.n, kept(was, cfg)
   parts = [f'{_numbers(1, first)} unchanged']
+  if first > 1 and was.heads.unembedding == 'replicated' != cfg.heads.unembedding:
+    parts = [f"head 1 unchanged; {_numbers(2, first)} with head 1's unembedding"]
   if n > first:
     new = 'copied from head 1' if cfg.train.head_init == 'copy' else 'randomly initialized'
     new = 'from layers of the trunk' if heads.family(cfg.heads).reverse else new

@@ -156,6 +156,24 @@ def test_bos_and_eos_are_read_from_tokenizer_config(tmp_path):
     tokenizers.get(f'hf:{path}')
 
 
+def test_a_tokenizer_that_states_no_bos_has_none(tmp_path):
+  """Qwen's: texts are as in Transformers, alone and in a store."""
+  path = tmp_path / 'tokenizer.json'
+  _llama_like(path)
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(dict(bos_token=None)))
+  tokenizer = tokenizers.get(f'hf:{path}')
+  assert tokenizer.start == () and tokenizer.eos == 2
+  found = [documents.Document('a', 'text 1'), documents.Document('b', 'text 12', (4,))]
+  store.write(tmp_path / 's', found, tokenizer, valid_fraction=0)
+  split = store.open_store(tmp_path / 's').split('train')
+  want = [[*tokenizer.encode(d.text), tokenizer.eos] for d in found]
+  assert sorted(x.tolist() for x in split.documents()) == sorted(map(list, want))
+  masks = split.loss_mask[0][:].tolist()
+  assert masks.count(True) == len(want[0]) + len(tokenizer.encode(' 12')) + 1
+  (tmp_path / 'tokenizer_config.json').unlink()
+  assert tokenizers.get(f'hf:{path}').start == (1,)
+
+
 @pytest.mark.parametrize('kind', ['sentencepiece', 'hf'])
 def test_invalid_tokenizer_files_raise(tmp_path, kind):
   with pytest.raises(fields.ConfigError, match='No such file') as error:

@@ -60,6 +60,7 @@ def _wide(vocab_size: int) -> tokenizers.Tokenizer:
     vocab_size=vocab_size,
     fingerprint='0' * 64,
     bos=vocab_size - 2,
+    start=(vocab_size - 2,),
     eos=vocab_size - 1,
   )
 

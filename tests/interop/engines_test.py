@@ -402,14 +402,21 @@ def test_llama_cpp_runs_model_families(name, tmp_path, pieces):
   assert compared > 20
 
 
+# Whose modules Transformers computes with full attention and RoPE.
+MODULES = {
+  'smollm3': OF_FAMILIES['smollm3'] | dict(heads__layer_type='full'),
+  'mistral': dict(model__window=16, heads__layer_type='full'),
+}
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize('name', ['qwen3', 'olmo2', 'gemma3'])
+@pytest.mark.parametrize('name', ['qwen3', 'olmo2', 'gemma3', 'smollm3', 'mistral'])
 def test_transformers_drafts_in_other_families(name, tmp_path, pieces, monkeypatch):
   """The same tokens as here, in fewer forward passes than tokens; not in as many as here,
   since Transformers reads the first position's embedding and we do not."""
   monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c'))
   out = tmp_path / 'out'
-  changes = {k: v for k, v in OF_FAMILIES[name].items() if k != 'model__n_layers'}
+  changes = {k: v for k, v in (OF_FAMILIES | MODULES)[name].items() if k != 'model__n_layers'}
   c, model = _export('transformers_mtp', 'sequential', out, pieces, **changes)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     out, dtype=torch.float32, trust_remote_code=True
@@ -446,9 +453,15 @@ def test_modules_of_a_type_that_no_layer_has_are_refused():
     (dict(model__window=16), 'holds llama, qwen2, '),
     (
       OF_FAMILIES['olmo3'] | dict(model__rope_truncate=False),
-      'no field for --model.rope_truncate=false',
+      'no model family of transformers has these options',
     ),
     (OF_FAMILIES['olmo2'] | dict(model__d_head=24), 'no field for --model.d_head=24 in olmo2'),
+    (OF_FAMILIES['gemma2'] | dict(model__attn_softcap=0.0), 'caps scores and logits of gemma2'),
+    (OF_FAMILIES['gemma2'] | dict(model__logits_softcap=0.0), 'caps scores and logits of gemma2'),
+    (
+      OF_FAMILIES['gemma2'] | dict(model__n_layers=46, model__d_head=24),
+      'has no field for --model.attn_scale',
+    ),
     (
       dict(model__qkv_bias=True, model__window=16),
       'llama.cpp has layers full in qwen2, not sliding',
@@ -463,6 +476,49 @@ def test_modules_of_a_type_that_no_layer_has_are_refused():
 def test_what_llama_cpp_does_not_run_is_refused(changes, problem):
   c = schema.replace(_cfg('gguf', 'linear'), **{'heads.n': 1} | _flags(changes))
   assert problem in mapping.unfit(c, 'gguf')
+
+
+@pytest.mark.parametrize(
+  'form, changes, problem',
+  [
+    (
+      'transformers_mtp',
+      OF_FAMILIES['smollm3'] | dict(heads__layer_type='nope'),
+      'requires modules with RoPE: --heads.layer',
+    ),
+    ('transformers_mtp', dict(model__window=16), 'requires modules without a window: --heads'),
+    ('transformers_mtp', MODULES['mistral'], ''),
+    ('transformers_mtp', MODULES['smollm3'], ''),
+    ('mimo', dict(model__qkv_bias=True, model__o_bias=True), 'no tensor for --model.o_bias'),
+    ('mimo', dict(model__mlp_bias=True), 'no tensor for --model.o_bias or --model.mlp_bias'),
+    ('mimo', dict(model__qkv_bias=True, model__window=16), 'has full attention with RoPE in every'),
+    ('mimo', dict(heads__layer_type='nope'), 'has full attention with RoPE in every layer'),
+  ],
+)
+def test_what_modules_cannot_state_is_refused(form, changes, problem):
+  """The numbers that an engine would compute instead are wrong without an error."""
+  changes = {k: v for k, v in changes.items() if k != 'model__n_layers'}
+  family = 'recursive' if form == 'mimo' else 'sequential'
+  found = mapping.unfit(_cfg(form, family, **changes), form)
+  assert problem in found and bool(problem) == bool(found)
+
+
+@pytest.mark.parametrize(
+  'changes, problem',
+  [
+    (dict(model__activation='gelu'), 'has no field for --model.activation=gelu'),
+    (dict(model__mlp_bias=True), 'has no tensors for biases'),
+    (dict(heads__layer_type='nope'), 'has full attention with RoPE in every layer'),
+  ],
+)
+def test_what_metas_format_cannot_state_is_refused(changes, problem):
+  assert problem in mapping.unfit(_cfg('meta', 'parallel', **changes), 'meta')
+
+
+def test_llama_cpp_drafts_with_full_modules_only():
+  c = _cfg('gguf', 'sequential', heads__layer_type='sliding', heads__window=8)
+  assert 'its modules have full attention, not --heads.layer_type' in mapping.undrafted(c)
+  assert mapping.of(c) == 'gguf' and mapping.of(_cfg('gguf', 'sequential')) == 'gguf_mtp'
 
 
 def test_export_with_too_large_tokenizer_raises(tmp_path, pieces, capsys):

@@ -142,6 +142,17 @@ def test_trees_over_sliding_layers_do_not_change_greedy_text(name):
   assert decoding.lists(decoding.with_rows(c, rows=4)()) == want
 
 
+@pytest.mark.parametrize('name', ['gemma3', 'gpt-oss'])
+def test_a_single_prompt_over_sliding_layers(name):
+  row, new = blocks.ROWS[name], 8
+  c = decoding.cfg(row.family, 3, decode__max_new_tokens=new, **row.flags)
+  params = tiny.flat(tiny.model(c, tiny.mesh(c)))
+  prompt = decoding.PROMPTS[1]
+  decode = decoding.make(c)
+  got = decode([np.array(prompt)]).tokens[0].tolist()
+  assert got == oracle.greedy(params, prompt, new, row.shape(3))
+
+
 def test_cache_of_a_sliding_layer_keeps_its_window():
   """And what may be rolled back: the three positions of a pass, and of sequential modules
   one that is read again."""

@@ -167,7 +167,7 @@ def test_flops_of_sliding_layers():
   less = 2 * (2 * (8 - 3.5) * 16)
   trunk, head, *_ = flops.forward(cfg, 1)
   assert trunk == 4 * LAYER - 3 * less and head == LAYER - less
-  assert flops.window_shares(cfg) == (0.25, 0.75)
+  assert flops.window_shares(cfg) == dict(trunk=(0.25, 0.75), heads=(0, 1))
   own = tiny.cfg(heads__n=3, heads__layer_type='sliding', heads__window=4)
   assert flops.forward(own, 3)[1] == 3 * LAYER - 2 * less
 
