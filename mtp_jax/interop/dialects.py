@@ -133,7 +133,10 @@ def _named(about: dict) -> list[str] | None:
 def _qwen_types(about: dict, n: int) -> Sequence[str]:
   """The upper layers, where use_sliding_window is set."""
   if not about.get('use_sliding_window') or about.get('sliding_window', 4096) is None:
-    return ['full'] * n
+    named = _named(about) or ['full'] * n
+    if 'sliding' in named:
+      raise rope.Unsupported('layer_types has sliding_attention, and use_sliding_window is not set')
+    return named
   first = about.get('max_window_layers')
   first = 28 if first is None else first
   return _named(about) or ['sliding' if i >= first else 'full' for i in range(n)]

@@ -289,6 +289,8 @@ def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
     if kind not in dialects.DIALECTS:
       known = ', '.join(map(repr, (*dialects.DIALECTS, *OF_FORMS)))
       raise _error(folder, f'model_type={model_type!r} in config.json; only {known}')
+    if 'heads' in about and 'model' in about:
+      raise _error(folder, 'is a run of mtp_jax already; mtp train --train.init_from starts of it')
     jsonl.check(about, ABOUT)
   except fields.ConfigError:
     raise
@@ -299,7 +301,10 @@ def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
   try:
     values = config_json.read(kind, about)
   except rope.Unsupported as error:
-    raise _error(folder, str(error)) from error
+    missing = '' if 'model_type' in about else '; it has no model_type, and is read as a Llama'
+    raise _error(folder, f'{error}{missing}') from error
+  if _dtype(about) not in DTYPES:
+    raise _error(folder, f'dtype={_dtype(about)!r} in config.json; only {", ".join(DTYPES)}')
   n = {
     'hf': 1,
     'mtp_llama': of_modules.get('prediction_heads') or 1,
@@ -343,6 +348,9 @@ def _of_modules(folder: str, found: dict, form: str) -> dict:
       raise _error(folder, f'mtp_layer_types has {name!r} in config.json')
     values['heads.layer_type'] = dialects.HF_TYPES[name]
   return values
+
+
+DTYPES = 'float32', 'bfloat16', 'float16'
 
 
 def _dtype(about: dict) -> str:

@@ -237,6 +237,21 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(named):
     chat.conversation(template, dict(messages=chats.CONVERSATIONS[0]))
 
 
+def test_special_tokens_are_found_in_raw_strings(named):
+  """One with a quote too, which JSON escapes; in every field that a template may write."""
+  template = chat.template_of(named('marked'))
+  quoted = template._replace(special=re.compile(re.escape('<|"|>')))
+  clean = dict(messages=[turn('user', 'a "b" <|'), turn('assistant', 'c')], tools=None)
+  assert not chat.has_special(quoted, clean)
+  for record in (
+    clean | dict(messages=[turn('user', '<|"|>')]),
+    clean | dict(tools=[dict(name=['x', {'<|"|>': 1}])]),
+    clean | dict(documents=[dict(text='<|"|>')]),
+    clean | dict(chat_template_kwargs=dict(style='<|"|>')),
+  ):
+    assert chat.has_special(quoted, record)
+
+
 @pytest.mark.parametrize(
   'tokenizer, problem',
   [

@@ -237,6 +237,28 @@ def test_wrong_fields_of_config_json_are_named(changes, problem):
     hf.read('folder', config, {})
 
 
+@pytest.mark.parametrize(
+  'changes, problem',
+  [
+    (dict(layer_types=['full_attention'] * 2), 'layer_types has 2 entries; num_hidden_layers=28'),
+    (dict(layer_types=['linear_attention'] * 28), "layer_types has 'linear_attention'"),
+    (dict(layer_types=['sliding_attention'] * 28), 'layer_types has sliding_attention, and use_s'),
+    (dict(torch_dtype='float8'), "dtype='float8' in config.json; only float32, bfloat16"),
+    (dict(heads={}, model={}), 'is a run of mtp_jax already'),
+  ],
+)
+def test_wrong_fields_of_a_qwen_are_named(changes, problem):
+  config = PUBLISHED['qwen3']['config'] | changes
+  with pytest.raises(fields.ConfigError, match=re.escape(problem)):
+    hf.read('folder', config, {})
+
+
+def test_a_config_without_a_model_type_says_so():
+  config = {k: v for k, v in PUBLISHED['olmo3']['config'].items() if k != 'model_type'}
+  with pytest.raises(fields.ConfigError, match='it has no model_type, and is read as a Llama'):
+    hf.read('folder', config, {})
+
+
 @pytest.mark.parametrize('kind', PUBLISHED)
 def test_null_is_absent(kind):
   """Of every field of config.json but those that may be null, and the required ones."""
