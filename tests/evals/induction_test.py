@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.cli import main
-from mtp_jax.config import schema
+from mtp_jax.config import fields, schema
 from mtp_jax.data import documents, store, tokenizers
 from mtp_jax.evals import induction, scores, subject
 from mtp_jax.train import metrics
@@ -65,6 +65,21 @@ def test_induction_texts_covers_the_held_out_split(tmp_path):
   assert len(found) == opened.manifest['splits']['valid']['documents'] > 3
   whole = np.concatenate([file[:] for file in opened.split('valid').tokens])
   assert ''.join(d.text for d in found) == BYTES.decode(whole)
+
+
+def test_held_out_conversations_are_refused(tmp_path):
+  """Their special tokens would be lost, and the user's turns scored."""
+  found = [documents.Document(str(i), f'text {i}') for i in range(9)]
+  store.write(
+    tmp_path / 's',
+    found,
+    tokenizers.get('bytes'),
+    valid_fraction=0.5,
+    sources='jsonl:a.jsonl#messages',
+  )
+  c = schema.replace(schema.CommandConfig(), **{'data.store': str(tmp_path / 's')})
+  with pytest.raises(fields.ConfigError, match='holds conversations; --eval.data names other'):
+    list(induction.texts(c, tokenizers.get('bytes')))
 
 
 def test_occurrences_with_other_tokens_count_as_seen():

@@ -140,7 +140,8 @@ def test_interleaved_chain_recomputes_blocks_only():
   assert executed == 3 * (trunk + unembeddings) + 4 * heads
 
 
-def test_kernel_flops_by_products():
+@pytest.mark.parametrize('kernel', ['splash', 'flash'])
+def test_kernel_flops_by_products(kernel):
   """Forward two products of T x T x H per query head, backward seven (scores and
   dP twice); half of each is above the diagonal."""
   q = jnp.zeros((2, 256, 4, 16))
@@ -149,7 +150,7 @@ def test_kernel_flops_by_products():
   one = 2 * 2 * 4 * 256 * 256 * 16 / 2
 
   def attend(q):
-    return jnp.sum(attention.splash(attention.Operands(q, k, v, segment), 0, m))
+    return jnp.sum(attention.KERNELS[kernel](attention.Operands(q, k, v, segment), 0, m))
 
   forward = jax.make_jaxpr(attend)(q)
   both = jax.make_jaxpr(jax.grad(attend))(q)
@@ -195,6 +196,48 @@ def test_executed_flops_of_sliding_kernels(monkeypatch):
   # Kernels make 9 products rather than 6, forward and backward.
   want = 3 * (trunk + head + unembedding) + attention_flops * (9 / 2 - 3)
   np.testing.assert_allclose(found, want, rtol=1e-2)
+
+
+def test_executed_flops_of_heads_of_another_type():
+  """Sliding layers in the trunk, full heads: each by its own share of the windows."""
+  found = []
+  for own in ('full', 'sliding'):
+    c = tiny.cfg(
+      heads__n=3,
+      heads__layer_type=own,
+      model__n_layers=7,
+      model__window=4,
+      model__layer_types='sliding*3,full',
+      loss__backward='interleaved',
+    )
+    shares = flops.window_shares(c)
+    assert shares['heads'] == ((2 / 3, 1 / 3) if own == 'full' else (0, 1))
+    assert shares['trunk'] == (0.25, 0.75)
+    # A scan over heads selects the kernel of each window: 10 and 1 products there.
+    found.append(_of_scan('heads', (10, 1), shares))
+  assert found == pytest.approx([2 * 512 * (20 + 1) / 3, 2 * 512 * 1])
+
+
+def _of_scan(part, products, shares) -> float:
+  """FLOPs of a scan in a part of a step whose body selects one of several windows."""
+
+  def of(n, window):
+    def branch(x):
+      with jax.named_scope(f'attend_window_{window}'):
+        for _ in range(n):
+          x = x @ x
+      return x
+
+    return branch
+
+  def f(x, i):
+    with jax.named_scope(part):
+      return jax.lax.switch(i, [of(n, window) for window, n in enumerate(products)], x)
+
+  m = tiny.mesh(tiny.cfg())
+  with jax.set_mesh(m):
+    jaxpr = jax.make_jaxpr(f)(jnp.zeros((8, 8)), 0)
+    return flops.of_program(jaxpr.jaxpr, 8, shares=shares)
 
 
 def test_flops_of_branches_and_loops():

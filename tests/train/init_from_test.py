@@ -191,6 +191,9 @@ def test_description_of_a_warm_start():
 
   p = 'parallel'
   assert expected(_cfg(p, 4), _cfg(p, 1)) == ('head 1 unchanged; heads 2 to 4 dropped')
+  own = _cfg(p, 2, unembedding='replicated')
+  assert expected(own, _cfg(p, 2)) == "head 1 unchanged; head 2 with head 1's unembedding"
+  assert expected(_cfg(p, 2), own) == 'heads 1 to 2 unchanged'
   assert expected(_cfg(p, 1), _cfg(p, 4)) == (
     'head 1 unchanged; heads 2 to 4 new, copied from head 1'
   )
