@@ -328,10 +328,7 @@ def undrafted(cfg: schema.CommandConfig) -> str:
   if cfg.loss.token_order_weight:
     return 'it has no tensor for the unembedding of --loss.token_order_weight'
   if cfg.model.rope_factor > 1:
-    return (
-      'its architecture with modules does not scale RoPE'
-      f' (--model.rope_factor={cfg.model.rope_factor:g})'
-    )
+    return f'its modules have no scaled RoPE (--model.rope_factor={cfg.model.rope_factor:g})'
   return ''
 
 

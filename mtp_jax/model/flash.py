@@ -88,31 +88,30 @@ def attend(q_BTNH, k_BTGH, v_BTGH, begin_BT, options: Options):
   per_query = pl.BlockSpec((None, None, tile.q), lambda i, b, n: (b, n, i))
   return _call(
     functools.partial(_forward, tile=tile, H=H, options=options),
-    (T // tile.q, B, N),
-    [queries, keys, keys, pl.BlockSpec((None, tile.q), lambda i, b, n: (b, i))],
-    [queries, per_query],
-    [q_BTNH, jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-    tile,
-    options,
+    grid=(T // tile.q, B, N),
+    in_specs=[queries, keys, keys, pl.BlockSpec((None, tile.q), lambda i, b, n: (b, i))],
+    out_specs=[queries, per_query],
+    out=[q_BTNH, jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
   )(q_BTNH, k_BTGH, v_BTGH, begin_BT)
 
 
-def _call(kernel, grid, in_specs, out_specs, shapes, tile: Tile, options: Options):
+def _call(kernel, out, **specs):
+  """Returns the call of a kernel, a partial of a function here, with results like `out`."""
+  tile: Tile = kernel.keywords['tile']
   return pl.pallas_call(
     kernel,
-    grid=grid,
-    in_specs=in_specs,
-    out_specs=out_specs,
-    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out],
     compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-    interpret=options.interpret,
+    interpret=kernel.keywords['options'].interpret,
     name=f'flash{kernel.func.__name__}',
+    **specs,
   )
 
 
-def _blocks(first, last, full_first, full_last, body, carry):
-  """Runs body(is_masked, block, carry) over the blocks first .. last - 1, of which those
-  of full_first .. full_last - 1 need no mask."""
+def _blocks(seen, whole, body, carry):
+  """Runs body(is_masked, block, carry) over the blocks of the interval `seen`, of which
+  those of the interval `whole` need no mask."""
+  (first, last), (full_first, full_last) = seen, whole
   full_first = jnp.clip(full_first, first, last)
   full_last = jnp.clip(full_last, full_first, last)
   for begin, end, is_masked in (
@@ -128,14 +127,9 @@ def _blocks_of_keys(begin_ref, tile: Tile, body, carry):
   """`_blocks` of the keys that a block of queries sees."""
   at = pl.program_id(0) * tile.q
   earliest, latest = begin_ref[0], begin_ref[tile.q - 1]
-  return _blocks(
-    lax.div(earliest, tile.k),
-    lax.div(at + tile.q + tile.k - 1, tile.k),
-    lax.div(latest + tile.k - 1, tile.k),
-    lax.div(at + 1, tile.k),
-    body,
-    carry,
-  )
+  seen = lax.div(earliest, tile.k), lax.div(at + tile.q + tile.k - 1, tile.k)
+  whole = lax.div(latest + tile.k - 1, tile.k), lax.div(at + 1, tile.k)
+  return _blocks(seen, whole, body, carry)
 
 
 def _rows(ref, at, n: int, H: int, head=None):
@@ -166,7 +160,8 @@ def _seen(begin_Q, at_q, at_k, tile: Tile):
   return (begin_Q[:, None] <= k_S[None, :]) & (k_S[None, :] <= q_Q[:, None])
 
 
-def _forward(q_ref, k_ref, v_ref, begin_ref, out_ref, lse_ref, *, tile, H, options):
+def _forward(*refs, tile, H, options):
+  q_ref, k_ref, v_ref, begin_ref, out_ref, lse_ref = refs
   at = pl.program_id(0) * tile.q
   q_QH, begin_Q = _rows(q_ref, 0, tile.q, H), begin_ref[...]
 
@@ -215,12 +210,10 @@ def _attend_bwd(options: Options, saved, grads):
   begin = pl.BlockSpec((None, tile.q), lambda i, b, n: (b, i))
   (dq_BTNH,) = _call(
     functools.partial(_dq, tile=tile, H=H, options=options),
-    (T // tile.q, B, N),
-    [queries, keys, keys, begin, queries, per_query, per_query],
-    [queries],
-    [q_BTNH],
-    tile,
-    options,
+    grid=(T // tile.q, B, N),
+    in_specs=[queries, keys, keys, begin, queries, per_query, per_query],
+    out_specs=[queries],
+    out=[q_BTNH],
   )(q_BTNH, k_BTGH, v_BTGH, begin_BT, dout_BTNH, lse_BNT, shift_BNT)
 
   queries = pl.BlockSpec((None, T, R, width), lambda j, b, g: (b, 0, g, 0))
@@ -229,12 +222,10 @@ def _attend_bwd(options: Options, saved, grads):
   end = pl.BlockSpec((None, tile_kv.k), lambda j, b, g: (b, j))
   dk_BTGH, dv_BTGH = _call(
     functools.partial(_dkv, tile=tile_kv, H=H, R=R, options=options),
-    (T // tile_kv.k, B, G),
-    [queries, keys, keys, end, queries, per_query, per_query],
-    [keys, keys],
-    [k_BTGH, v_BTGH],
-    tile_kv,
-    options,
+    grid=(T // tile_kv.k, B, G),
+    in_specs=[queries, keys, keys, end, queries, per_query, per_query],
+    out_specs=[keys, keys],
+    out=[k_BTGH, v_BTGH],
   )(q_BTNH, k_BTGH, v_BTGH, _ends(begin_BT), dout_BTNH, lse_BNT, shift_BNT)
   return dq_BTNH, dk_BTGH, dv_BTGH, None
 
@@ -242,7 +233,8 @@ def _attend_bwd(options: Options, saved, grads):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _dq(q_ref, k_ref, v_ref, begin_ref, dout_ref, lse_ref, shift_ref, dq_ref, *, tile, H, options):
+def _dq(*refs, tile, H, options):
+  q_ref, k_ref, v_ref, begin_ref, dout_ref, lse_ref, shift_ref, dq_ref = refs
   at = pl.program_id(0) * tile.q
   q_QH, dout_QH = (_rows(ref, 0, tile.q, H) for ref in (q_ref, dout_ref))
   begin_Q, lse_Q, shift_Q = begin_ref[...], lse_ref[...] * LOG2E, shift_ref[...]
@@ -261,9 +253,8 @@ def _dq(q_ref, k_ref, v_ref, begin_ref, dout_ref, lse_ref, shift_ref, dq_ref, *,
   _write(dq_ref, dq_QH * options.scale, H)
 
 
-def _dkv(
-  q_ref, k_ref, v_ref, end_ref, dout_ref, lse_ref, shift_ref, dk_ref, dv_ref, *, tile, H, R, options
-):
+def _dkv(*refs, tile, H, R, options):
+  q_ref, k_ref, v_ref, end_ref, dout_ref, lse_ref, shift_ref, dk_ref, dv_ref = refs
   at = pl.program_id(0) * tile.k
   k_SH, v_SH = (_rows(ref, 0, tile.k, H) for ref in (k_ref, v_ref))
   end_S, at_S = end_ref[...], at + jnp.arange(tile.k)
@@ -285,14 +276,9 @@ def _dkv(
       d_SQ = _through_cap(d_SQ, scores_SQ, options)
       return dk_SH + triton.dot(d_SQ.astype(q_QH.dtype), q_QH), dv_SH
 
-    return _blocks(
-      lax.div(at, tile.q),
-      lax.div(latest + tile.q, tile.q),
-      lax.div(at + tile.k + tile.q - 2, tile.q),
-      lax.div(earliest + 1, tile.q),
-      body,
-      carry,
-    )
+    seen = lax.div(at, tile.q), lax.div(latest + tile.q, tile.q)
+    whole = lax.div(at + tile.k + tile.q - 2, tile.q), lax.div(earliest + 1, tile.q)
+    return _blocks(seen, whole, body, carry)
 
   zeros = jnp.zeros(k_SH.shape, jnp.float32)
   dk_SH, dv_SH = lax.fori_loop(0, R, of_head, (zeros, zeros))
