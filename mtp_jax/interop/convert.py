@@ -6,7 +6,7 @@ from mtp_jax.checkpoint import restore, saver
 from mtp_jax.config import fields, schema, validate
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import load
-from mtp_jax.interop import files, hand_over, hf_folder, hub, mapping, tokens
+from mtp_jax.interop import config_json, files, hand_over, hf_folder, hub, mapping, tokens
 from mtp_jax.io import paths
 from mtp_jax.model import lm, params
 from mtp_jax.parallel import sharding
@@ -67,6 +67,8 @@ def export(path: str, given: dict[str, object]) -> list[str]:
   )
   if handed := hand_over.warning(model, cfg, tokenizer, mesh):
     lines.insert(1, handed)
+  if cut := tokens.warning(config_json.of(cfg), mapping.of(cfg), tokenizer):
+    lines.insert(1, cut)
   trained = init_from.trained_heads(cfg, step)
   if trained < cfg.heads.n:
     lines.append(

@@ -59,6 +59,19 @@ def files_of(tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
   return files
 
 
+def warning(kind: str, form: str, tokenizer: tokenizers.Tokenizer | None) -> str:
+  """Returns a line where AutoTokenizer of transformers ignores the class that the files
+  state; '' elsewhere. kind: model_type."""
+  if (
+    kind != 'qwen2' or form not in ('hf', 'medusa') or tokenizer is None or JSON in tokenizer.files
+  ):
+    return ''
+  return (
+    "transformers' AutoTokenizer reads any tokenizer of a qwen2 as Qwen's own; this one needs"
+    ' PreTrainedTokenizerFast.from_pretrained'
+  )
+
+
 def _of_bytes():
   """Builds a tokenizer of 256 bytes without merges, and BOS and EOS."""
   import tokenizers as library

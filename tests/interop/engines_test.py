@@ -515,6 +515,13 @@ def test_what_metas_format_cannot_state_is_refused(changes, problem):
   assert problem in mapping.unfit(_cfg('meta', 'parallel', **changes), 'meta')
 
 
+def test_a_tokenizer_that_transformers_takes_for_qwens_is_named(pieces):
+  assert 'PreTrainedTokenizerFast' in tokens.warning('qwen2', 'hf', pieces)
+  own = pieces._replace(files={tokens.JSON: b'{}'})  # imported with the model
+  assert not tokens.warning('qwen2', 'hf', own) and not tokens.warning('qwen3', 'hf', pieces)
+  assert not tokens.warning('qwen2', 'mimo', pieces) and not tokens.warning('qwen2', 'hf', None)
+
+
 def test_llama_cpp_drafts_with_full_modules_only():
   c = _cfg('gguf', 'sequential', heads__layer_type='sliding', heads__window=8)
   assert 'its modules have full attention, not --heads.layer_type' in mapping.undrafted(c)
