@@ -167,7 +167,8 @@ def flash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = Fal
   """Computes attention with the kernel of flash.py. A sink is a part of the denominator."""
   options = flash_lib.Options(m.score_scale, m.attn_softcap, interpret)
   begin_BT = flash_lib.begins(x.segment_BT, window)
-  out_BTNH, lse_BNT = flash_lib.attend(x.q_BTNH, x.k_BSGH, x.v_BSGH, begin_BT, options)
+  found: Any = flash_lib.attend(x.q_BTNH, x.k_BSGH, x.v_BSGH, begin_BT, options)
+  out_BTNH, lse_BNT = found
   if x.sink_N is None:
     return out_BTNH
   share_BTN = jax.nn.sigmoid(lse_BNT.swapaxes(1, 2) - x.sink_N.astype(jnp.float32)[None, None])

@@ -10,7 +10,7 @@ Letters: R query heads per key head; blocks of Q queries and S keys.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -189,8 +189,9 @@ def _write(ref, rows, H: int):
 
 
 def _attend_fwd(q_BTNH, k_BTGH, v_BTGH, begin_BT, options: Options):
-  out_BTNH, lse_BNT = attend(q_BTNH, k_BTGH, v_BTGH, begin_BT, options)
-  return (out_BTNH, lse_BNT), (q_BTNH, k_BTGH, v_BTGH, begin_BT, out_BTNH, lse_BNT)
+  found: Any = attend(q_BTNH, k_BTGH, v_BTGH, begin_BT, options)
+  out_BTNH, lse_BNT = found
+  return found, (q_BTNH, k_BTGH, v_BTGH, begin_BT, out_BTNH, lse_BNT)
 
 
 def _attend_bwd(options: Options, saved, grads):
