@@ -99,6 +99,7 @@ def test_occurrences_with_other_tokens_count_as_seen():
   pieces = BYTES._replace(
     vocab_size=len(vocabulary),
     bos=0,
+    start=(0,),
     encode=encode,
     decode=lambda ids: ''.join(vocabulary[i] for i in ids if i),
   )

@@ -404,7 +404,7 @@ def test_outside_files_are_inaccessible(tmp_path):
     '/etc/shadow',
     '/etc/passwd',
     os.path.expanduser('~'),
-    os.getcwd(),
+    os.path.join(os.getcwd(), 'setup.cfg'),  # also of a clone in /tmp, where files may be made
     launch.SUPERVISOR,
     sys.prefix,
     '/proc/1/root',
