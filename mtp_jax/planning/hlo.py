@@ -138,9 +138,33 @@ class Collective(NamedTuple):
     return factor * self.bytes * self.times
 
 
+class Operation(NamedTuple):
+  """An instruction that does work, and how often a step runs it; the rest is of one
+  execution."""
+
+  name: str
+  op_name: str  # jax's name stack of its origin
+  times: int
+  memory_bytes: float  # read and written
+  flops: float = 0.0  # of matrix products
+  cycles: int = 0  # the TPU compiler's estimate; 0 = none, as of a kernel
+
+
 class Ledger(NamedTuple):
+  """What a device does in a step."""
+
   collectives: tuple[Collective, ...]
-  memory_bytes: float  # read and written, per device and step
+  operations: tuple[Operation, ...]
+
+  @property
+  def memory_bytes(self) -> float:
+    """Bytes read and written per step."""
+    return sum(o.times * o.memory_bytes for o in self.operations)
+
+  @property
+  def cycles(self) -> int:
+    """The compiler's estimate of a step, without kernels (custom calls)."""
+    return sum(o.times * o.cycles for o in self.operations)
 
   @property
   def cost(self) -> float:
@@ -243,21 +267,22 @@ def ledger(text: str) -> Ledger:
     return [walk(dearest, times, trips, loops, fused)]
 
   def walk(name, times, trips, loops, fused) -> Ledger:
-    found, memory = {}, 0.0
+    found, operations = {}, []
     here = {i.name: i for i in computations.get(name, ())}
     for i in here.values():
       parts = inside(i, times, trips, loops, fused)
       collective = _collective(i, here, name, times, loops)
       if collective:
-        parts.append(Ledger((collective,), 0.0))
+        parts.append(Ledger((collective,), ()))
       if not fused:
-        parts.append(Ledger((), times * _traffic(i, here, computations)))
+        operation = _operation(i, times, here, computations)
+        parts.append(Ledger((), (operation,) if operation else ()))
       for part in parts:
-        memory += part.memory_bytes
+        operations += part.operations
         for c in part.collectives:
           # Of a chain, which spans several fusions, count the first only.
           found.setdefault((c.chain, c.loops) if c.chain else len(found), c)
-    return Ledger(tuple(found.values()), memory)
+    return Ledger(tuple(found.values()), tuple(operations))
 
   return walk(entry, 1, 1, (), False)
 
@@ -340,6 +365,61 @@ def _group_size(i: Instruction) -> int:
   if not listed and 'replica_groups=' in i.rest:  # {} means all devices
     raise ValueError(f'unknown replica groups of {i.name}: {i.rest[:200]}')
   return len(listed.split(',')) if listed else 0
+
+
+def _operation(i: Instruction, times: int, here, computations) -> Operation | None:
+  """Returns what an instruction outside of fusions does; None if that is nothing."""
+  traffic = _traffic(i, here, computations)
+  cycles = int(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+  flops = _flops(i, here, computations)
+  if not (traffic or cycles or flops):
+    return None
+  origin = i.attribute(r'op_name="([^"]*)"') or ''
+  return Operation(i.name, origin, times, traffic, flops, cycles)
+
+
+def _flops(i: Instruction, here, computations) -> float:
+  """Returns the FLOPs of the matrix products in an instruction, those of a fusion too."""
+  if i.opcode == 'fusion':
+    total = 0.0
+    for name in _called(i):
+      body = {x.name: x for x in computations.get(name, ())}
+      total += sum(_flops(x, body, computations) for x in body.values())
+    return total
+  if i.opcode not in ('dot', 'convolution'):
+    return 0.0
+  lhs, rhs = (here[o].arrays[0].dims for o in i.operands[:2])
+  results = math.prod(i.arrays[0].dims)
+  if i.opcode == 'dot':
+    contracted = i.attribute(r'lhs_contracting_dims=\{([\d,]*)\}') or ''
+    return 2.0 * results * math.prod(lhs[int(d)] for d in contracted.split(',') if d)
+  labels = i.attribute(r'dim_labels=(\S+?)(?:,|$)') or ''
+  of_lhs, of_rhs, of_out = re.split('_|->', labels)
+  spatial = [label for label in of_out if label.isdigit()]
+  pairs = results / math.prod(i.arrays[0].dims[of_out.index(label)] for label in spatial)
+  for d, label in enumerate(spatial):
+    sizes = (x[of.index(label)] for x, of in ((lhs, of_lhs), (rhs, of_rhs)))
+    pairs *= _pairs(i, d, *sizes, i.arrays[0].dims[of_out.index(label)])
+  return 2.0 * pairs * rhs[of_rhs.index('i')]
+
+
+def _pairs(i: Instruction, d: int, n_in: int, n_kernel: int, n_out: int) -> int:
+  """Returns the products along one spatial dimension of a convolution. TPU programs have
+  products with batch dimensions as convolutions in which most places are empty."""
+  window = i.attribute(r'window=\{([^}]*)\}') or ''
+  given = dict(part.split('=') for part in window.split())
+
+  def of(name, default):
+    return given[name].split('x')[d] if name in given else default
+
+  low = int(of('pad', '0_0').split('_')[0])
+  stride, hole, step = (int(of(name, 1)) for name in ('stride', 'lhs_dilate', 'rhs_dilate'))
+  n = 0
+  for out in range(n_out):
+    for k in range(n_kernel):
+      at = out * stride + k * step - low
+      n += at % hole == 0 and 0 <= at // hole < n_in
+  return n
 
 
 def _traffic(i: Instruction, here, computations) -> float:

@@ -161,7 +161,7 @@ def test_roofline_uses_peak_rates():
     1,
     1.0,
     executed_flops=197e12,
-    ledger=hlo.Ledger((moved,), 819e9 / 2),
+    ledger=hlo.Ledger((moved,), (hlo.Operation('x', '', 2, 819e9 / 4),)),
   )
   assert plan.roofline() == dict(
     compute=1.0, memory=0.5, links=2 * 4000 * 3 / 4 / 200e9, network=0.0
