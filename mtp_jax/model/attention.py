@@ -79,9 +79,8 @@ def chosen(m: schema.ModelConfig, T: int, window: int = 0) -> str:
   current mesh."""
   if m.attention != 'auto':
     return m.attention
-  device = jax.sharding.get_abstract_mesh().abstract_device
   for kernel, platform in schema.KERNELS.items():
-    if device and device.platform == platform:
+    if sharding.platform() == platform:
       return 'reference' if kernels.problem(m, T, kernel, window) else kernel
   return 'reference'
 

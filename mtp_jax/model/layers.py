@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.config import schema
 from mtp_jax.parallel import sharding
@@ -93,6 +94,8 @@ def rope(x_BTNH, sin, cos):
   """Rotates the pairs (i, i + R/2) of the first R dimensions of each head, R/2 the width
   of the tables (Su et al. 2021, https://arxiv.org/abs/2104.09864), in the rotate-half
   layout."""
+  if sharding.platform() == 'tpu':
+    return _rope_by_product(x_BTNH, sin, cos)
   half = sin.shape[-1]
   x32_BTNH = x_BTNH.astype(jnp.float32)
   a, b, rest = jnp.split(x32_BTNH, (half, 2 * half), axis=-1)
@@ -100,6 +103,46 @@ def rope(x_BTNH, sin, cos):
   parts = [a * cos - b * sin, b * cos + a * sin]
   rotated = jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1)
   return rotated.astype(x_BTNH.dtype)
+
+
+@jax.custom_vjp
+def _rope_by_product(x_BTNH, sin, cos):
+  """Computes `rope` as x cos + swap(x) sin, where swap is a product with zeros and ones.
+
+  The same bits: each sum of the product has one term. Half of a head is less than the 128
+  lanes of a TPU's registers, which it would be padded to, while the product of the whole
+  head is the matrix unit's.
+  """
+  H, half = x_BTNH.shape[-1], sin.shape[-1]
+  rest = H - 2 * half
+  swap_HH = np.eye(H, dtype=np.float32)
+  swap_HH[: 2 * half] = np.roll(swap_HH[: 2 * half], half, axis=1)
+  swap_HH[:, 2 * half :] = 0
+  # Of float32, which would be rounded to bfloat16 by default.
+  swapped_BTNH = jnp.einsum(
+    'BTNH,HI->BTNI',
+    x_BTNH,
+    jnp.asarray(swap_HH, x_BTNH.dtype),
+    precision=None if x_BTNH.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+  )
+  edge = [(0, 0)] * (sin.ndim - 1) + [(0, rest)]
+  sin_BTH = jnp.pad(jnp.concatenate([-sin, sin], axis=-1), edge)
+  cos_BTH = jnp.pad(jnp.concatenate([cos, cos], axis=-1), edge, constant_values=1)
+  x32_BTNH, swapped_BTNH = (x.astype(jnp.float32) for x in (x_BTNH, swapped_BTNH))
+  turned_BTNH = x32_BTNH * cos_BTH[:, :, None] + swapped_BTNH * sin_BTH[:, :, None]
+  return turned_BTNH.astype(x_BTNH.dtype)
+
+
+def _rope_by_product_fwd(x_BTNH, sin, cos):
+  return _rope_by_product(x_BTNH, sin, cos), (sin, cos)
+
+
+def _rope_by_product_bwd(saved, dy_BTNH):
+  sin, cos = saved  # of positions: no gradient
+  return _rope_by_product(dy_BTNH, -sin, cos), None, None
+
+
+_rope_by_product.defvjp(_rope_by_product_fwd, _rope_by_product_bwd)
 
 
 def at(indices: tuple[int, ...], i):

@@ -262,3 +262,9 @@ def put_batch(mesh: Mesh, batch: dict) -> dict:
 
   with jax.transfer_guard('allow'):  # an intended copy
     return {name: place(x) for name, x in batch.items()}
+
+
+def platform() -> str:
+  """Returns the platform of the current mesh's devices, as tpu; '' without a mesh."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else ''
