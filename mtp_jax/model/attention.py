@@ -145,6 +145,10 @@ def splash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = Fa
       block_kv_dkv_compute=block,
       block_q_dq=block,
       block_kv_dq=block,
+      # Positions along the lanes: no transposition, and no padding of narrow heads.
+      q_layout=lib.QKVLayout.SEQ_MINOR,
+      k_layout=lib.QKVLayout.SEQ_MINOR,
+      v_layout=lib.QKVLayout.SEQ_MINOR,
     ),
     attn_logits_soft_cap=m.attn_softcap or None,
     head_shards=1,

@@ -95,7 +95,7 @@ def rope(x_BTNH, sin, cos):
   of the tables (Su et al. 2021, https://arxiv.org/abs/2104.09864), in the rotate-half
   layout."""
   if sharding.platform() == 'tpu':
-    return _rope_by_product(x_BTNH, sin, cos)
+    return rope_by_product(x_BTNH, sin, cos)
   half = sin.shape[-1]
   x32_BTNH = x_BTNH.astype(jnp.float32)
   a, b, rest = jnp.split(x32_BTNH, (half, 2 * half), axis=-1)
@@ -106,7 +106,7 @@ def rope(x_BTNH, sin, cos):
 
 
 @jax.custom_vjp
-def _rope_by_product(x_BTNH, sin, cos):
+def rope_by_product(x_BTNH, sin, cos):
   """Computes `rope` as x cos + swap(x) sin, where swap is a product with zeros and ones.
 
   The same bits: each sum of the product has one term. Half of a head is less than the 128
@@ -115,9 +115,9 @@ def _rope_by_product(x_BTNH, sin, cos):
   """
   H, half = x_BTNH.shape[-1], sin.shape[-1]
   rest = H - 2 * half
-  swap_HH = np.eye(H, dtype=np.float32)
-  swap_HH[: 2 * half] = np.roll(swap_HH[: 2 * half], half, axis=1)
-  swap_HH[:, 2 * half :] = 0
+  # Zeros for dimensions that are not rotated.
+  swap_HH = np.zeros((H, H), np.float32)
+  swap_HH[: 2 * half, : 2 * half] = np.roll(np.eye(2 * half), half, axis=1)
   # Of float32, which would be rounded to bfloat16 by default.
   swapped_BTNH = jnp.einsum(
     'BTNH,HI->BTNI',
@@ -134,15 +134,15 @@ def _rope_by_product(x_BTNH, sin, cos):
 
 
 def _rope_by_product_fwd(x_BTNH, sin, cos):
-  return _rope_by_product(x_BTNH, sin, cos), (sin, cos)
+  return rope_by_product(x_BTNH, sin, cos), (sin, cos)
 
 
 def _rope_by_product_bwd(saved, dy_BTNH):
   sin, cos = saved  # of positions: no gradient
-  return _rope_by_product(dy_BTNH, -sin, cos), None, None
+  return rope_by_product(dy_BTNH, -sin, cos), None, None
 
 
-_rope_by_product.defvjp(_rope_by_product_fwd, _rope_by_product_bwd)
+rope_by_product.defvjp(_rope_by_product_fwd, _rope_by_product_bwd)
 
 
 def at(indices: tuple[int, ...], i):

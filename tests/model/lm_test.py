@@ -128,6 +128,30 @@ def test_packed_document_equals_unpacked(family):
   assert np.abs(packed[:, :, 7:16] - merged[:, :, 7:16]).max() > 1e-3
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('fraction', [1.0, 0.5])
+def test_rope_of_tpus_has_the_same_bits(dtype, fraction):
+  """As a product with zeros and ones: value and gradient, also of dimensions that are not
+  rotated, whatever the mesh's platform."""
+  m = schema.ModelConfig(d_model=48, n_attn_heads=3, rope_fraction=fraction)
+  sin, cos = layers.rope_tables(jnp.arange(20)[None] * 7, m)
+  rng = np.random.default_rng(0)
+  x_BTNH, dy_BTNH = (jnp.array(rng.normal(size=(2, 20, 3, 16)), dtype) for _ in range(2))
+
+  def outputs(rope):
+    @jax.jit
+    def f(x_BTNH, dy_BTNH):
+      y_BTNH, vjp = jax.vjp(lambda x: rope(x, sin, cos), x_BTNH)
+      return y_BTNH, *vjp(dy_BTNH)
+
+    return f(x_BTNH, dy_BTNH)
+
+  for got, want in zip(outputs(layers.rope_by_product), outputs(layers.rope), strict=True):
+    # The compiler may contract a product and a sum of float32.
+    atol = 3e-7 if dtype == 'float32' else 0
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), rtol=0, atol=atol)
+
+
 def test_rope_scores_depend_on_distance_only():
   q_BTNH, k_BTNH = jax.random.normal(jax.random.key(0), (2, 1, 8, 1, 6))
   scores = []
