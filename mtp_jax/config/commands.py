@@ -154,6 +154,9 @@ class PlanConfig:
     'number of such slices, connected by the data-center network along mesh.data',
     **fields.limits(2**16),
   )
+  profile: bool = fields.field(
+    False, "print the scopes with the most cycles, by the TPU compiler's estimate"
+  )
   sweep: tuple = fields.field(
     (), 'FLAG=VALUE,VALUE,…: a row per value; given twice, a grid of both'
   )

@@ -91,7 +91,13 @@ KERNELS = {
 }
 
 
-def of_program(jaxpr, seq_len: int, shares: dict[str, tuple[float, ...]] | None = None) -> float:
+def of_program(
+  jaxpr,
+  seq_len: int,
+  shares: dict[str, tuple[float, ...]] | None = None,
+  *,
+  kernels_only: bool = False,
+) -> float:
   """Returns the FLOPs of the matrix products of a traced program, per device.
 
   Executed FLOPs, including recomputation and work repeated on several devices:
@@ -100,9 +106,9 @@ def of_program(jaxpr, seq_len: int, shares: dict[str, tuple[float, ...]] | None 
   head 1 alone), and by `shares` where it selects a window; attention kernels by their
   products per query head. Elementwise work is excluded.
 
-  shares: `window_shares` of the model.
+  shares: `window_shares` of the model. kernels_only: without products outside of kernels.
   """
-  return _of_jaxpr(jaxpr, _Within(seq_len, shares or {}))
+  return _of_jaxpr(jaxpr, _Within(seq_len, shares or {}, kernels_only))
 
 
 class _Within(NamedTuple):
@@ -110,6 +116,7 @@ class _Within(NamedTuple):
 
   seq_len: int
   shares: dict[str, tuple[float, ...]]
+  kernels_only: bool = False
   part: str = 'trunk'  # or heads
   trips: int = 1  # of the loop
   window: int = 0  # of the attention
@@ -124,7 +131,7 @@ def _of_jaxpr(jaxpr, here: _Within) -> float:
     within = here._replace(part=parts[-1]) if parts else here
     within = within._replace(window=int(found[1])) if found else within
     if name == 'dot_general':
-      total += _dot(eqn)
+      total += 0 if here.kernels_only else _dot(eqn)
     elif name == 'pallas_call' or name.startswith('dot_product_attention'):
       total += _kernel(eqn, _mean_keys(within.seq_len, within.window))
     elif name == 'cond':

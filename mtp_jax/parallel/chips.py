@@ -40,6 +40,11 @@ CHIPS = {  # by the start of jax's device_kind
 }
 
 
+# Hz, by jax's device_kind, of chips whose compiler's estimates are calibrated by them
+# (planning/profile.py): peak FLOP/s over the FLOPs per cycle of the matrix units.
+CLOCKS = {'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9, 'TPU v4': 1.05e9}
+
+
 def chip(device_kind: str) -> Chip | None:
   """Returns the Chip of a jax device_kind; None if unknown, e.g. a CPU."""
   known = [kind for kind in CHIPS if device_kind.startswith(kind)]

@@ -1,5 +1,6 @@
 """Compiles the real train step ahead of time, for devices that need not be present."""
 
+import functools
 import importlib.util
 import re
 import time
@@ -11,7 +12,7 @@ from mtp_jax.config import fields, schema
 from mtp_jax.losses import cross_entropy
 from mtp_jax.model import flops, params
 from mtp_jax.parallel import chips, sharding
-from mtp_jax.planning import hlo
+from mtp_jax.planning import hlo, profile
 from mtp_jax.train import state, step
 
 NO_LIBTPU = (
@@ -44,6 +45,8 @@ class Plan(NamedTuple):
   compile_s: float | None = None
   executed_flops: float | None = None  # per device and step
   ledger: hlo.Ledger | None = None
+  kernel_flops: float = 0.0  # of executed_flops: those of attention kernels
+  clock: float | None = None  # Hz, where the compiler's estimate is calibrated
 
   @property
   def chip(self) -> chips.Chip | None:
@@ -84,6 +87,15 @@ class Plan(NamedTuple):
   def model_flops(self) -> float:
     """Model FLOPs per step, over all devices, with causal attention."""
     return self.tokens * flops.flops_per_token(self.cfg, self.cfg.heads.n)
+
+  @property
+  def estimated_s(self) -> float | None:
+    """Seconds per step by the compiler's cycles, and attention kernels at a stated share
+    of the peak; None without a calibrated clock."""
+    if self.ledger is None or self.chip is None or self.clock is None:
+      return None
+    kernels_s = self.kernel_flops / (profile.KERNEL_EFFICIENCY * self.chip.flops_per_s)
+    return self.ledger.cycles / self.clock + kernels_s
 
   def roofline(self) -> dict[str, float]:
     """Seconds per step that each resource would take at its peak."""
@@ -152,10 +164,12 @@ def plan(cfg: schema.CommandConfig) -> Plan:
   with jax.set_mesh(mesh):
     traced = step.trace(cfg, mesh, cfg.heads.n)
     rows = cfg.data.batch_size // cfg.train.grad_accum_steps
+    of_program = functools.partial(
+      flops.of_program, traced.jaxpr, cfg.data.seq_len, flops.window_shares(cfg)
+    )
     found = found._replace(
-      executed_flops=flops.of_program(
-        traced.jaxpr, cfg.data.seq_len, shares=flops.window_shares(cfg)
-      ),
+      executed_flops=of_program(),
+      kernel_flops=of_program(kernels_only=True),
       chunk=cross_entropy.chunk_size(rows, cfg.data.seq_len, cfg),
     )
     try:
@@ -178,6 +192,7 @@ def plan(cfg: schema.CommandConfig) -> Plan:
     - memory.alias_size_in_bytes,
     compile_s=compile_s,
     ledger=_ledger(compiled),
+    clock=profile.clock(on) if cfg.plan.topology else None,
   )
 
 

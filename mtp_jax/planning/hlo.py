@@ -398,8 +398,9 @@ def _flops(i: Instruction, here, computations) -> float:
   spatial = [label for label in of_out if label.isdigit()]
   pairs = results / math.prod(i.arrays[0].dims[of_out.index(label)] for label in spatial)
   for d, label in enumerate(spatial):
-    sizes = (x[of.index(label)] for x, of in ((lhs, of_lhs), (rhs, of_rhs)))
-    pairs *= _pairs(i, d, *sizes, i.arrays[0].dims[of_out.index(label)])
+    n_in, n_kernel = lhs[of_lhs.index(label)], rhs[of_rhs.index(label)]
+    n_out = i.arrays[0].dims[of_out.index(label)]
+    pairs *= _pairs(i, d, n_in, n_kernel, n_out)
   return 2.0 * pairs * rhs[of_rhs.index('i')]
 
 

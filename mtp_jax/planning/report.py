@@ -14,7 +14,7 @@ import jax
 from mtp_jax.config import fields, kernels, schema, validate
 from mtp_jax.model import heads, lm, params
 from mtp_jax.parallel import chips
-from mtp_jax.planning import ahead, analytic, hlo
+from mtp_jax.planning import ahead, analytic, hlo, profile
 
 FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
 COMPILES = 4  # fitting candidates that a search compiles
@@ -86,6 +86,11 @@ def values_of(plan: ahead.Plan) -> dict:
     collectives=ledger.by_kind() if ledger else None,
     largest_collectives=_largest(ledger) if ledger else None,
     memory_bytes_per_step=ledger.memory_bytes if ledger else None,
+    estimated_cycles=(ledger.cycles or None) if ledger else None,
+    estimated_s=plan.estimated_s,
+    operations=[row._asdict() for row in profile.by_scope(ledger)]
+    if ledger and cfg.plan.profile
+    else None,
     roofline_s=roofline or None,
     roofline_by_formula=by_formula,
     step_s=step_s,
@@ -111,6 +116,39 @@ def _largest(ledger: hlo.Ledger) -> list[dict]:
       name=c.op_name,
     )
     for c in found
+  ]
+
+
+SHOWN = 25  # scopes of a profile
+
+
+def _profile_lines(plan: ahead.Plan) -> list[str]:
+  """Returns the scopes with most cycles, and what part of them the peaks would take."""
+  assert plan.ledger and plan.chip
+  rows, whole = profile.by_scope(plan.ledger), plan.ledger.cycles
+  lines = ['', '  M cycles  share  of the floor  scope']
+  for row in rows[:SHOWN]:
+    floor = ''
+    if plan.clock and row.cycles:
+      floor = f'{row.floor_s(plan.chip) * plan.clock / row.cycles:.0%}'
+    lines += [f'{row.cycles / 1e6:10.2f} {row.cycles / whole:6.1%} {floor:>13}  {row.scope}']
+  return lines
+
+
+def _estimate_lines(plan: ahead.Plan) -> list[str]:
+  """Returns the compiler's estimate of a step."""
+  if not (plan.ledger and plan.ledger.cycles):
+    return []
+  line = f"compiler's estimate: {plan.ledger.cycles / 1e6:,.1f} M cycles per step and device"
+  if plan.estimated_s is None:
+    return ['', f'{line}, without kernels; no time, as the clock is not calibrated']
+  assert plan.chip
+  mfu = plan.model_flops / plan.devices / plan.chip.flops_per_s / plan.estimated_s
+  return [
+    '',
+    f'{line}; with attention kernels at {profile.KERNEL_EFFICIENCY:.0%} of the peak'
+    f' {plan.estimated_s:.3g} s per step, {plan.tokens / plan.estimated_s:,.0f} tokens/s,'
+    f' MFU {mfu:.1%}',
   ]
 
 
@@ -177,7 +215,9 @@ def lines_of(plan: ahead.Plan) -> list[str]:
       '',
       'this jaxlib cannot parse the compiled program: no ledger, and the roofline is by formula',
     ]
-  lines += _time_lines(v)
+  lines += _time_lines(v) + _estimate_lines(plan)
+  if cfg.plan.profile and plan.ledger and plan.ledger.cycles:
+    lines += _profile_lines(plan)
   if plan.compile_s is not None:
     lines += [f'compiled in {plan.compile_s:.0f} s']
   return lines

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.parallel import sharding
-from mtp_jax.planning import hlo
+from mtp_jax.planning import hlo, profile
 from mtp_jax.train import step
 from tests.support import ahead, runs, tiny
 
@@ -244,7 +244,7 @@ def test_gradients_are_reduce_scattered_over_fsdp_then_all_reduced_over_data():
 
 SENT = """
 import json, sys
-from mtp_jax.planning import hlo
+from mtp_jax.planning import hlo, profile
 from tests.support import ahead, tiny
 text = ahead.tpu_step(tiny.cfg(
   heads__n=2, model__d_model=1024, model__vocab_size=2048, model__n_layers=3,
@@ -328,3 +328,55 @@ def test_logits_are_never_gathered_over_a_sharded_vocabulary():
     for array in c.arrays:
       logits = V in array.dims and cfg.data.seq_len in array.dims
       assert not logits, (c.kind, array)
+
+
+TPU_PRODUCTS = """\
+HloModule step, is_scheduled=true
+
+%fused (p0: bf16[64,32], p1: bf16[32,128]) -> bf16[64,128] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,128]{1,0} parameter(1)
+  ROOT %c = bf16[64,128]{1,0} convolution(%p0, %p1), dim_labels=bf_io->bf
+}
+
+%body (t: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %t = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = bf16[64,32]{1,0} get-tuple-element(%t), index=1
+  %w = bf16[32,128]{1,0} constant({...})
+  %f = bf16[64,128]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused,
+      metadata={op_name="jit(step)/transpose(jvp(trunk))/while/body/rematted_computation/mlp/dot_general"},
+      backend_config={"window_config":{"estimated_cycles":"700"}}
+  ROOT %r = (s32[], bf16[64,32]{1,0}) tuple(%i, %x)
+}
+
+%cond (t: (s32[], bf16[64,32])) -> pred[] {
+  %t = (s32[], bf16[64,32]{1,0}) parameter(0)
+  ROOT %p = pred[] constant(true)
+}
+
+ENTRY %main (a: bf16[4,8,16], b: bf16[4,16,8], z: (s32[], bf16[64,32])) -> bf16[4,8,8] {
+  %a = bf16[4,8,16]{2,1,0} parameter(0)
+  %b = bf16[4,16,8]{2,1,0} parameter(1)
+  %z = (s32[], bf16[64,32]{1,0}) parameter(2)
+  %loop = (s32[], bf16[64,32]{1,0}) while(%z), condition=%cond, body=%body,
+      backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %c2 = bf16[4,8,8]{2,1,0} convolution(%a, %b), window={size=4 pad=3_3},
+      dim_labels=0bf_0io->0bf, metadata={op_name="jit(step)/jvp(heads)/ce/dot_general"},
+      backend_config={"estimated_cycles":"50"}
+}
+"""
+
+
+def test_cycles_and_flops_of_a_tpu_program_by_hand():
+  found = hlo.ledger(TPU_PRODUCTS)
+  assert found.cycles == 3 * 700 + 50
+  of = {o.name: o for o in found.operations}
+  assert of['f'].times == 3 and of['f'].flops == 2 * 64 * 128 * 32
+  # A window of 4 over 4 places, 3 of padding at each end: four places see 4, 3, 2, 1 and so
+  # on, ten pairs of the sixteen.
+  assert of['c2'].flops == 2 * (8 * 8) * 16 * 10
+  recomputed, forward = profile.by_scope(found)
+  assert recomputed.scope == 'recomputed trunk/mlp/dot_general' and recomputed.cycles == 2100
+  assert recomputed.flops == 3 * of['f'].flops
+  assert forward.scope == 'forward heads/ce/dot_general' and forward.cycles == 50

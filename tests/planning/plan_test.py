@@ -173,6 +173,32 @@ def test_roofline_uses_peak_rates():
   assert values['mfu'] == pytest.approx(plan.model_flops / 4 / 197e12)
 
 
+def test_estimated_time_is_of_a_calibrated_clock():
+  operation = hlo.Operation('x', 'jit(step)/jvp(trunk)/qkv/dot_general', 2, 0.0, 1e12, 3 * 10**8)
+  plan = ahead.Plan(
+    tiny.cfg(plan__profile=True),
+    dict(data=1, fsdp=1, tensor=1),
+    'TPU v5 lite',
+    1,
+    1,
+    1.0,
+    executed_flops=3e12,
+    kernel_flops=197e12,
+    ledger=hlo.Ledger((), (operation,)),
+  )
+  assert report.values_of(plan)['estimated_s'] is None
+  assert any('the clock is not calibrated' in line for line in report.lines_of(plan))
+  timed = plan._replace(clock=1.5e9)
+  values = report.values_of(timed)
+  # 6e8 cycles, and a second of the peak at half of it.
+  assert values['estimated_s'] == pytest.approx(0.4 + 2)
+  assert values['estimated_cycles'] == 6 * 10**8
+  (row,) = values['operations']
+  assert row['scope'] == 'forward trunk/qkv/dot_general' and row['flops'] == 2e12
+  floor = 2e12 / 197e12 * 1.5e9 / 6e8
+  assert f'100.0% {floor:13.0%}  forward trunk/qkv' in '\n'.join(report.lines_of(timed))
+
+
 def test_unparsable_program_has_roofline_by_formula():
   class Compiled:
     def as_text(self):
