@@ -18,27 +18,16 @@ import math
 import re
 from typing import NamedTuple
 
+from mtp_jax.planning import products
+
 BYTES = {
-  'pred': 1,
-  's4': 0.5,
-  'u4': 0.5,
-  's8': 1,
-  'u8': 1,
-  's16': 2,
-  'u16': 2,
-  'bf16': 2,
-  'f16': 2,
-  's32': 4,
-  'u32': 4,
-  'f32': 4,
-  's64': 8,
-  'u64': 8,
-  'f64': 8,
-  'c64': 8,
-  'c128': 16,
-  'f8e4m3fn': 1,
-  'f8e5m2': 1,
-  'token': 0,
+  **dict.fromkeys('pred s8 u8 f8e4m3fn f8e5m2'.split(), 1),
+  **dict.fromkeys('s4 u4'.split(), 0.5),
+  **dict.fromkeys('s16 u16 bf16 f16'.split(), 2),
+  **dict.fromkeys('s32 u32 f32'.split(), 4),
+  **dict.fromkeys('s64 u64 f64 c64'.split(), 8),
+  **dict.fromkeys('c128'.split(), 16),
+  **dict.fromkeys('token'.split(), 0),
 }
 COLLECTIVES = (
   'all-gather',
@@ -49,29 +38,12 @@ COLLECTIVES = (
   'send',
 )
 # Without work or traffic of their own.
-FREE = (
-  'parameter',
-  'constant',
-  'tuple',
-  'get-tuple-element',
-  'bitcast',
-  'while',
-  'conditional',
-  'call',
-  'after-all',
-  'partition-id',
-  'replica-id',
-  'send',
-  'send-done',
-  'recv',
-  'recv-done',
-  'opt-barrier',
-  'async-start',
-  'async-update',
-  'async-done',
-  'copy-done',
-  'slice-done',
-  'add-dependency',
+FREE = frozenset(
+  """
+  parameter constant tuple get-tuple-element bitcast while conditional call after-all
+  partition-id replica-id send send-done recv recv-done opt-barrier async-start async-
+  update async-done copy-done slice-done add-dependency
+  """.split()
 )
 NOTHING = 0.05  # relative cost below which a branch counts as empty
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
@@ -386,41 +358,7 @@ def _flops(i: Instruction, here, computations) -> float:
       body = {x.name: x for x in computations.get(name, ())}
       total += sum(_flops(x, body, computations) for x in body.values())
     return total
-  if i.opcode not in ('dot', 'convolution'):
-    return 0.0
-  lhs, rhs = (here[o].arrays[0].dims for o in i.operands[:2])
-  results = math.prod(i.arrays[0].dims)
-  if i.opcode == 'dot':
-    contracted = i.attribute(r'lhs_contracting_dims=\{([\d,]*)\}') or ''
-    return 2.0 * results * math.prod(lhs[int(d)] for d in contracted.split(',') if d)
-  labels = i.attribute(r'dim_labels=(\S+?)(?:,|$)') or ''
-  of_lhs, of_rhs, of_out = re.split('_|->', labels)
-  spatial = [label for label in of_out if label.isdigit()]
-  pairs = results / math.prod(i.arrays[0].dims[of_out.index(label)] for label in spatial)
-  for d, label in enumerate(spatial):
-    n_in, n_kernel = lhs[of_lhs.index(label)], rhs[of_rhs.index(label)]
-    n_out = i.arrays[0].dims[of_out.index(label)]
-    pairs *= _pairs(i, d, n_in, n_kernel, n_out)
-  return 2.0 * pairs * rhs[of_rhs.index('i')]
-
-
-def _pairs(i: Instruction, d: int, n_in: int, n_kernel: int, n_out: int) -> int:
-  """Returns the products along one spatial dimension of a convolution. TPU programs have
-  products with batch dimensions as convolutions in which most places are empty."""
-  window = i.attribute(r'window=\{([^}]*)\}') or ''
-  given = dict(part.split('=') for part in window.split())
-
-  def of(name, default):
-    return given[name].split('x')[d] if name in given else default
-
-  low = int(of('pad', '0_0').split('_')[0])
-  stride, hole, step = (int(of(name, 1)) for name in ('stride', 'lhs_dilate', 'rhs_dilate'))
-  n = 0
-  for out in range(n_out):
-    for k in range(n_kernel):
-      at = out * stride + k * step - low
-      n += at % hole == 0 and 0 <= at // hole < n_in
-  return n
+  return products.flops(i, here)
 
 
 def _traffic(i: Instruction, here, computations) -> float:
