@@ -47,8 +47,7 @@ class Template(NamedTuple):
         tools=record.get('tools'),
         documents=record.get('documents'),
         add_generation_prompt=prompt,
-        **self.variables,
-        **(record.get('chat_template_kwargs') or {}),
+        **self.variables | (record.get('chat_template_kwargs') or {}),
       )
     except Exception as error:  # a template may fail like any program
       line = str(error).partition('\n')[0] or type(error).__name__
@@ -64,9 +63,13 @@ def template_of(tokenizer: tokenizers.Tokenizer | None) -> Template:
     return fields.ConfigError('data.tokenizer', name, problem)
 
   about = jsonl.loads(files.get(tokenizers.ENDS, b'{}'), tokenizers.ANY)
-  source = files[TEMPLATE].decode() if TEMPLATE in files else about.get('chat_template')
+  try:
+    source = files[TEMPLATE].decode() if TEMPLATE in files else about.get('chat_template')
+  except UnicodeDecodeError as error:
+    raise fail(f'{TEMPLATE} beside it is not UTF-8 text') from error
   if isinstance(source, list):  # several, by name
-    source = {x.get('name'): x.get('template') for x in source}.get('default')
+    several = [x for x in source if isinstance(x, dict)]
+    source = {x.get('name'): x.get('template') for x in several}.get('default')
   if not isinstance(source, str) or 'tokenizer.json' not in files:
     raise fail(
       'has no chat template, which messages need: hf:FOLDER/tokenizer.json'
@@ -82,7 +85,8 @@ def template_of(tokenizer: tokenizers.Tokenizer | None) -> Template:
     raise fail(f'its chat template, line {error.lineno}: {error.message}') from error
   added = jsonl.loads(files['tokenizer.json'])['added_tokens']
   special = [re.escape(token['content']) for token in added if token.get('special')]
-  stated = about | (about.get('extra_special_tokens') or {})
+  more = about.get('extra_special_tokens')  # of older versions a list, without names
+  stated = about | (more if isinstance(more, dict) else {})
   named = {name: _content(token) for name, token in stated.items() if name.endswith('_token')}
   return Template(
     program,

@@ -121,10 +121,12 @@ def _checked(name, ids_T, tokenizer, begins, ends) -> np.ndarray:
       f'returned ids from {ids_T.min()} to {ids_T.max()} in {name}, its'
       f' vocab_size is {tokenizer.vocab_size}',
     )
-  of_store = dtype(tokenizer.vocab_size)
-  start = np.array(tokenizer.start if begins else (), of_store)
-  end = np.array((tokenizer.eos,) if ends else (), of_store)
-  tokens_T = np.concatenate([start, ids_T.astype(of_store), end])
+  n = len(tokenizer.start) if begins else 0
+  tokens_T = np.empty(n + ids_T.size + ends, dtype(tokenizer.vocab_size))
+  tokens_T[:n] = tokenizer.start[:n]
+  tokens_T[n : n + ids_T.size] = ids_T
+  if ends:
+    tokens_T[-1] = tokenizer.eos
   return tokens_T
 
 

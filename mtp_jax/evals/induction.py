@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax.config import fields, parse, schema
-from mtp_jax.data import documents, readers, tokenizers
+from mtp_jax.data import documents, readers, records, tokenizers
 from mtp_jax.data import store as store_lib
 from mtp_jax.evals import intervals, scores, suites
 from mtp_jax.evals import subject as subject_lib
@@ -157,7 +157,9 @@ def texts(cfg: schema.CommandConfig, tokenizer) -> Iterator[documents.Document]:
     return
   path = parse.parse_stores(cfg.data.store)[0].path
   opened = store_lib.open_store(path, verify=False)
-  if '#messages' in opened.manifest['sources']:  # the text of special tokens is lost
+  sources = opened.manifest['sources'].split(',')
+  if any(x.strip().endswith(f'#{records.CONVERSATION}') for x in sources):
+    # The text of special tokens is lost.
     raise data_error(cfg, 'holds conversations; --eval.data names other texts')
   split = opened.split(cfg.eval.split)
   for m, tokens in enumerate(split.documents()):

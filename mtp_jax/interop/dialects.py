@@ -46,11 +46,10 @@ def _cap(name: str, ours: str, default: float | None) -> Field:
   return Field(name, ours, default, _zero_if_none, _none_if_zero, nullable=True)
 
 
-def _caps(attn: float | None, logits: float | None) -> tuple[Field, ...]:
-  return (
-    _cap('attn_logit_softcapping', 'attn_softcap', attn),
-    _cap('final_logit_softcapping', 'logits_softcap', logits),
-  )
+_CAPS = (
+  _cap('attn_logit_softcapping', 'attn_softcap', 50.0),
+  _cap('final_logit_softcapping', 'logits_softcap', 30.0),
+)
 
 
 ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
@@ -226,7 +225,7 @@ DIALECTS = {
     'gemma2',
     'Gemma2',
     options=_GEMMA,
-    fields=(*_BIASES, _act('hidden_activation', 'gelu_pytorch_tanh'), SCALE, *_caps(50.0, 30.0)),
+    fields=(*_BIASES, _act('hidden_activation', 'gelu_pytorch_tanh'), SCALE, *_CAPS),
     types=_gemma2_types,
     d_head=256,
     kv_heads=4,
@@ -241,7 +240,12 @@ DIALECTS = {
     text='Text',
     options=_GEMMA | dict(qk_norm='head'),
     # Transformers does not pass a cap of scores on.
-    fields=(*_BIASES, _act('hidden_activation', 'gelu_pytorch_tanh'), SCALE, _caps(None, None)[1]),
+    fields=(
+      *_BIASES,
+      _act('hidden_activation', 'gelu_pytorch_tanh'),
+      SCALE,
+      _cap('final_logit_softcapping', 'logits_softcap', None),
+    ),
     types=_gemma3_types,
     theta=1_000_000.0,
     sliding_theta=10_000.0,

@@ -290,7 +290,9 @@ def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
       known = ', '.join(map(repr, (*dialects.DIALECTS, *OF_FORMS)))
       raise _error(folder, f'model_type={model_type!r} in config.json; only {known}')
     if 'heads' in about and 'model' in about:
-      raise _error(folder, 'is a run of mtp_jax already; mtp train --train.init_from starts of it')
+      raise _error(
+        folder, 'is a run of mtp_jax already; mtp train --train.init_from starts from it'
+      )
     jsonl.check(about, ABOUT)
   except fields.ConfigError:
     raise

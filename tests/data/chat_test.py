@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.cli import main
+from mtp_jax.config import fields
 from mtp_jax.data import chat, documents, encoding, readers, spool, store, tokenizers
 from tests.support import chats, runs
 
@@ -111,6 +112,22 @@ def test_a_template_is_found_where_it_is_published(tmp_path):
   several = [dict(name='tool_use', template='tools'), dict(name='default', template='plain')]
   assert text(None, chat_template=several) == 'plain'
   assert text('file', chat_template='config') == 'file'
+
+
+def test_what_beside_a_tokenizer_is_no_template(tmp_path):
+  def refused(**about):
+    tokenizer = tokenizers.get(chats.write(tmp_path, None, **about))
+    with pytest.raises(fields.ConfigError, match='has no chat template'):
+      chat.template_of(tokenizer)
+
+  refused(chat_template=['a', dict(name='tool_use', template='b')])
+  refused(chat_template=3)
+  # Special tokens without names, as of older versions.
+  tokenizer = tokenizers.get(chats.write(tmp_path, 'a', extra_special_tokens=['<x>']))
+  assert chat.template_of(tokenizer).variables == dict(bos_token='<bos>', eos_token='<|im_end|>')
+  bad = tokenizer._replace(files=tokenizer.files | {chat.TEMPLATE: b'\xff'})
+  with pytest.raises(fields.ConfigError, match='chat_template.jinja beside it is not UTF-8 text'):
+    chat.template_of(bad)
 
 
 def test_a_prompt_is_the_beginning_of_the_turn(named):

@@ -80,6 +80,11 @@ def test_held_out_conversations_are_refused(tmp_path):
   c = schema.replace(schema.CommandConfig(), **{'data.store': str(tmp_path / 's')})
   with pytest.raises(fields.ConfigError, match='holds conversations; --eval.data names other'):
     list(induction.texts(c, tokenizers.get('bytes')))
+  # A field that is only called like it holds texts.
+  of_texts = 'jsonl:a.jsonl#messages_as_text'
+  store.write(tmp_path / 't', found, tokenizers.get('bytes'), valid_fraction=0.5, sources=of_texts)
+  c = schema.replace(c, **{'data.store': str(tmp_path / 't')})
+  assert list(induction.texts(c, tokenizers.get('bytes')))
 
 
 def test_occurrences_with_other_tokens_count_as_seen():
