@@ -2044,7 +2044,7 @@ FAULTS = (
   Fault(
     'special-tokens-of-a-rendering-as-text',
     0,
-    CHAT,
+    'mtp_jax/data/special_tokens.py',
     '  fast.no_truncation()\n  return fast\n',
     '  fast.no_truncation()\n  fast.encode_special_tokens = True\n  return fast\n',
     _in('data/chat', 'test_special_tokens_of_a_rendering_are_tokens'),

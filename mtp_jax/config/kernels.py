@@ -3,11 +3,9 @@
 from mtp_jax.config import fields, layer_types, schema
 
 
-def problem(
-  m: schema.ModelConfig, T: int, kernel: str, window: int = 0
-) -> fields.ConfigError | None:
-  """Returns the error of an attention kernel that does not support a model's heads,
-  rows of T positions, or layers of a window."""
+def problem(m: schema.ModelConfig, T: int, kernel: str) -> fields.ConfigError | None:
+  """Returns the error of an attention kernel that does not support a model's heads, or
+  rows of T positions."""
   name, width = 'model.attention', m.head_width
   if kernel in schema.KERNELS and T % schema.TILE:
     return fields.ConfigError(
@@ -28,8 +26,8 @@ def fallbacks(cfg: schema.Config, platform: str) -> list[str]:
   computes all pairs of scores on an accelerator, as its kernel does not support them."""
   lines = []
   for kernel in schema.KERNELS if cfg.model.attention == 'auto' else ():
+    found = problem(cfg.model, cfg.data.seq_len, kernel)
     for window in sorted({t.window for t in layer_types.distinct(cfg)}):
-      found = problem(cfg.model, cfg.data.seq_len, kernel, window)
       if found and schema.KERNELS[kernel] == platform:
         layers = f'layers with a window of {window}' if window else 'layers without a window'
         lines.append(

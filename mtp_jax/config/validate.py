@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import re
 
-from mtp_jax.config import fields, kernels, layer_types, schema
+from mtp_jax.config import fields, kernels, schema
 from mtp_jax.config import parse as parse_lib
 from mtp_jax.config import schedule as schedule_lib
 
@@ -143,10 +143,8 @@ def _check_model(cfg):
       f'each head is one of --model.n_layers={m.n_layers} layers and the trunk'
       f' needs at least one; at most {m.n_layers - 1}',
     )
-  for window in sorted({t.window for t in layer_types.distinct(cfg)}):
-    unfit = kernels.problem(m, cfg.data.seq_len, m.attention, window)
-    if unfit:
-      raise unfit
+  if unfit := kernels.problem(m, cfg.data.seq_len, m.attention):
+    raise unfit
   # Targets of a query, and with strided heads drafts from positions before it.
   reach = cfg.heads.offsets[-1] + cfg.heads.stride - 1
   if reach >= cfg.data.seq_len:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtp_jax.config import fields
-from mtp_jax.data import tokenizers
+from mtp_jax.data import special_tokens, tokenizers
 from mtp_jax.io import jsonl
 
 FIELDS = 'messages', 'tools', 'documents', 'chat_template_kwargs'  # of a conversation
@@ -83,7 +83,7 @@ def template_of(tokenizer: tokenizers.Tokenizer | None) -> Template:
     raise fail('needs jinja2: pip install "mtp_jax[data]"') from error
   except jinja2.TemplateSyntaxError as error:
     raise fail(f'its chat template, line {error.lineno}: {error.message}') from error
-  added = jsonl.loads(files['tokenizer.json'])['added_tokens']
+  added = jsonl.loads(files['tokenizer.json']).get('added_tokens') or ()
   special = [re.escape(token['content']) for token in added if token.get('special')]
   more = about.get('extra_special_tokens')  # of older versions a list, without names
   stated = about | (more if isinstance(more, dict) else {})
@@ -235,7 +235,8 @@ def encode(
   Returns:
     (ids_T, loss spans in tokens): a token is in the loss if one of its characters is.
   """
-  found = _fast(tokenizer.files['tokenizer.json']).encode(text, add_special_tokens=False)
+  fast = special_tokens.with_special_tokens(tokenizer.files['tokenizer.json'])
+  found = fast.encode(text, add_special_tokens=False)
   start_T, end_T = np.array(found.offsets, np.int64).reshape(-1, 2).T
   inside_T = np.zeros(len(start_T), bool)
   for first, last in zip(loss_spans[::2], loss_spans[1::2], strict=True):
@@ -243,13 +244,3 @@ def encode(
   switches = np.flatnonzero(np.diff(inside_T, prepend=False))
   # No switch at all would mean that the loss covers everything.
   return np.array(found.ids, np.int32), tuple(switches.tolist()) or (0, 0)
-
-
-@functools.lru_cache(2)
-def _fast(model: bytes):
-  import tokenizers as library
-
-  fast = library.Tokenizer.from_buffer(model)
-  fast.no_padding()
-  fast.no_truncation()
-  return fast

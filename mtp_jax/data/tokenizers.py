@@ -419,26 +419,6 @@ def load(folder: str) -> Tokenizer:
   return of_files(kind_of_files(files), files)
 
 
-def begins(tokenizer: Tokenizer) -> bool:
-  """Whether other tools, given its files, prepend BOS to a text: stated in a
-  tokenizer.json, always for other kinds (interop/tokens.py)."""
-  if 'tokenizer.json' not in tokenizer.files:
-    return True
-  letter, whole = of_a_letter(tokenizer)
-  return whole[: 1 + len(letter)] == [tokenizer.bos, *letter]
-
-
-def of_a_letter(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-  """Returns (ids of a letter, the same with the special tokens of tokenizer.json).
-  For an empty text, a token after it would look like one before it."""
-  import tokenizers
-
-  fast = tokenizers.Tokenizer.from_buffer(tokenizer.files['tokenizer.json'])
-  fast.no_padding()
-  fast.no_truncation()
-  return fast.encode('x', add_special_tokens=False).ids, fast.encode('x').ids
-
-
 def matches(tokenizer: Tokenizer, recorded: str) -> bool:
   """Whether a run has recorded this tokenizer as its own."""
   return recorded in (tokenizer.name, recorded_name(tokenizer))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.config import fields, schema
-from mtp_jax.data import tokenizers
+from mtp_jax.data import special_tokens
 from mtp_jax.evals import intervals, scores, suites
 from mtp_jax.evals import subject as subject_lib
 
@@ -113,7 +113,7 @@ def _model(subject: subject_lib.Subject, fail: Fail):
   from lm_eval.api.model import TemplateLM
 
   tokenizer, context = subject.tokenizer, subject_lib.context(subject.cfg)
-  begin = [tokenizer.bos] if tokenizers.begins(tokenizer) else []
+  begin = [tokenizer.bos] if special_tokens.begins(tokenizer) else []
 
   class Model(TemplateLM):
     was_called = False

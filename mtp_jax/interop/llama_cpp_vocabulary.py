@@ -5,7 +5,7 @@ tables.
 import json
 
 from mtp_jax.config import schema
-from mtp_jax.data import ranks, tokenizers
+from mtp_jax.data import ranks, special_tokens, tokenizers
 from mtp_jax.interop import tokens
 
 # The vocabulary.
@@ -109,7 +109,7 @@ def _unfit_json(tokenizer) -> str:
   overlap = _overlap([token['content'] for token in added])
   if overlap:
     return f'its tokens {" and ".join(overlap)} may overlap in a text'
-  letter, whole = tokenizers.of_a_letter(tokenizer)
+  letter, whole = special_tokens.of_a_letter(tokenizer)
   if whole not in (letter, [tokenizer.bos, *letter]):
     return f'it encodes x as {whole}, not as {letter} or BOS and {letter}'
   return ''
@@ -189,7 +189,7 @@ def vocabulary(tokenizer, cfg: schema.CommandConfig) -> dict:
   return {f'tokenizer.ggml.{key}': value for key, value in found.items()} | {
     'tokenizer.ggml.bos_token_id': tokenizer.bos,
     'tokenizer.ggml.eos_token_id': tokenizer.eos,
-    'tokenizer.ggml.add_bos_token': tokenizers.begins(tokenizer),
+    'tokenizer.ggml.add_bos_token': special_tokens.begins(tokenizer),
     'tokenizer.ggml.add_eos_token': False,
     **{
       f'tokenizer.ggml.{key}_token_id': token

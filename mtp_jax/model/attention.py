@@ -56,7 +56,7 @@ def attend(x: Operands, layer_type, cfg: schema.Config):
 
 
 def _attend(x: Operands, window: int, m: schema.ModelConfig):
-  kernel = KERNELS[chosen(m, x.q_BTNH.shape[1], window)]
+  kernel = KERNELS[chosen(m, x.q_BTNH.shape[1])]
   kernel = functools.partial(kernel, window=window, m=m)
   if kernel.func is reference:
     return reference(x, window, m)
@@ -74,14 +74,14 @@ def _attend(x: Operands, window: int, m: schema.ModelConfig):
     return sharded(x)
 
 
-def chosen(m: schema.ModelConfig, T: int, window: int = 0) -> str:
+def chosen(m: schema.ModelConfig, T: int) -> str:
   """Returns the kernel of --model.attention for T positions on the devices of the
   current mesh."""
   if m.attention != 'auto':
     return m.attention
   for kernel, platform in schema.KERNELS.items():
     if sharding.platform() == platform:
-      return 'reference' if kernels.problem(m, T, kernel, window) else kernel
+      return 'reference' if kernels.problem(m, T, kernel) else kernel
   return 'reference'
 
 

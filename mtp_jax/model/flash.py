@@ -81,18 +81,28 @@ def attend(q_BTNH, k_BTGH, v_BTGH, begin_BT, options: Options):
     (output (B, T, N, H), logarithms (B, N, T) of the softmax's denominators).
   """
   B, T, N, H = q_BTNH.shape
-  R, width = N // k_BTGH.shape[2], pl.next_power_of_2(H)
   tile, _, _ = _tiles(H, q_BTNH.dtype)
-  queries = pl.BlockSpec((None, tile.q, None, width), lambda i, b, n: (b, i, n, 0))
-  keys = pl.BlockSpec((None, T, None, width), lambda i, b, n: (b, 0, n // R, 0))
-  per_query = pl.BlockSpec((None, None, tile.q), lambda i, b, n: (b, n, i))
+  queries, keys, begin, per_query = _by_queries(tile, k_BTGH, N // k_BTGH.shape[2])
   return _call(
     functools.partial(_forward, tile=tile, H=H, options=options),
     grid=(T // tile.q, B, N),
-    in_specs=[queries, keys, keys, pl.BlockSpec((None, tile.q), lambda i, b, n: (b, i))],
+    in_specs=[queries, keys, keys, begin],
     out_specs=[queries, per_query],
     out=[q_BTNH, jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
   )(q_BTNH, k_BTGH, v_BTGH, begin_BT)
+
+
+def _by_queries(tile: Tile, k_BTGH, R: int):
+  """Returns the blocks of queries, keys, begins and logarithms that a program of a grid of
+  (blocks of queries, B, N) reads."""
+  _, T, _, H = k_BTGH.shape
+  width = pl.next_power_of_2(H)
+  return (
+    pl.BlockSpec((None, tile.q, None, width), lambda i, b, n: (b, i, n, 0)),
+    pl.BlockSpec((None, T, None, width), lambda i, b, n: (b, 0, n // R, 0)),
+    pl.BlockSpec((None, tile.q), lambda i, b, n: (b, i)),
+    pl.BlockSpec((None, None, tile.q), lambda i, b, n: (b, n, i)),
+  )
 
 
 def _call(kernel, out, **specs):
@@ -205,10 +215,7 @@ def _attend_bwd(options: Options, saved, grads):
   shift_BNT = dot_BNT - dlse_BNT
   _, tile, tile_kv = _tiles(H, q_BTNH.dtype)
 
-  queries = pl.BlockSpec((None, tile.q, None, width), lambda i, b, n: (b, i, n, 0))
-  keys = pl.BlockSpec((None, T, None, width), lambda i, b, n: (b, 0, n // R, 0))
-  per_query = pl.BlockSpec((None, None, tile.q), lambda i, b, n: (b, n, i))
-  begin = pl.BlockSpec((None, tile.q), lambda i, b, n: (b, i))
+  queries, keys, begin, per_query = _by_queries(tile, k_BTGH, R)
   (dq_BTNH,) = _call(
     functools.partial(_dq, tile=tile, H=H, options=options),
     grid=(T // tile.q, B, N),

@@ -92,7 +92,7 @@ def sum_micro_batches(micro_batch, batch, cfg):
 
   def zeros_like(x):
     dtype = jnp.promote_types(x.dtype, cfg.loss.grad_dtype)
-    # A sum over an array of one element may have no sharding.
+    # A scalar may have no sharding, as the sum of token order prediction.
     return jnp.zeros(x.shape, dtype, out_sharding=x.sharding and x.sharding.spec)
 
   zeros = jax.tree.map(zeros_like, jax.eval_shape(micro_batch, first))

@@ -9,7 +9,16 @@ import pytest
 
 from mtp_jax.cli import main
 from mtp_jax.config import fields
-from mtp_jax.data import chat, documents, encoding, readers, spool, store, tokenizers
+from mtp_jax.data import (
+  chat,
+  documents,
+  encoding,
+  readers,
+  special_tokens,
+  spool,
+  store,
+  tokenizers,
+)
 from tests.support import chats, runs
 
 turn = chats.turn
@@ -71,14 +80,14 @@ def test_rendering_and_turns_written_out(named, name, text, turns):
       joined[-1].append(token)
     elif joined[-1]:
       joined.append([])
-  fast = chat._fast(tokenizer.files['tokenizer.json'])
+  fast = special_tokens.with_special_tokens(tokenizer.files['tokenizer.json'])
   assert [fast.decode(part, False) for part in joined if part] == turns
   assert fast.decode(ids.tolist(), False) == text
 
 
 def test_special_tokens_of_a_rendering_are_tokens(named):
   tokenizer = named('turns')
-  fast = chat._fast(tokenizer.files['tokenizer.json'])
+  fast = special_tokens.with_special_tokens(tokenizer.files['tokenizer.json'])
   ids, switches = chat.encode('<bos>one<end_of_turn>', (8, 21), tokenizer)
   assert [fast.id_to_token(i) for i in ids] == ['<bos>', 'one', '<end_of_turn>']
   assert switches == (2,)

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers as hf
 
 from mtp_jax.config import fields
-from mtp_jax.data import documents, ranks, readers, store, tokenizers
+from mtp_jax.data import documents, ranks, readers, special_tokens, store, tokenizers
 
 CODE = open(argparse.__file__, encoding='utf-8').read()[:20_000]
 TEXTS = ('def f(x):\n  return "é😀"\n', CODE[:3000])
@@ -312,7 +312,7 @@ def test_tiktoken_ranks_encode_like_tiktoken(tmp_path):
   assert tokenizer.vocab_size == n + 256
   assert (tokenizer.bos, tokenizer.stop_ids) == (n, (n + 1, n + 9))
   assert tokenizer.piece(n + 255) == '<|reserved_special_token_250|>'
-  assert tokenizers.begins(tokenizer)
+  assert special_tokens.begins(tokenizer)
   for text in ('the tooth heats', ' the  eta\n\n12345 x!', 'é日 <|eot_id|>'):
     words = tokenizer.encode(text)
     assert tokenizer.decode(words) == text

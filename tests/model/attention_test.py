@@ -196,7 +196,7 @@ def test_unsupported_shapes_are_refused_and_auto_falls_back(monkeypatch, kernel,
   with jax.set_mesh(tiny.mesh(tiny.cfg())):
     assert attention.chosen(tiny.cfg(**fits).model, fits['data__seq_len']) == kernel
     other = tiny.cfg(**fits | changes)
-    assert attention.chosen(other.model, other.data.seq_len, other.model.window) == 'reference'
+    assert attention.chosen(other.model, other.data.seq_len) == 'reference'
   with pytest.raises(fields.ConfigError, match=f'^--model.attention={kernel}:'):
     tiny.cfg(**fits | changes, model__attention=kernel)
   assert tiny.cfg(**fits, model__attention=kernel)
