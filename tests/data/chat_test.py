@@ -101,11 +101,11 @@ def test_special_tokens_of_a_rendering_are_tokens(named):
 
 def test_tools_variables_and_reasoning_reach_the_template(named):
   template = chat.template_of(named('marked'))
-  asked = [turn('user', 'add'), turn('assistant', 'two', thinking='1 + 1')]
-  text, _ = chat.conversation(template, dict(messages=asked, tools=[dict(name='<add>')]))
+  questions = [turn('user', 'add'), turn('assistant', 'two', thinking='1 + 1')]
+  text, _ = chat.conversation(template, dict(messages=questions, tools=[dict(name='<add>')]))
   assert text.startswith('<|im_start|>system\n{"name": "<add>"}\n<|im_end|>\n')
-  assert _turns(template, asked) == ['<think>1 + 1</think>two<|im_end|>']
-  stop = [*asked, turn('stop', ''), turn('user', 'more')]  # break, of jinja2's loopcontrols
+  assert _turns(template, questions) == ['<think>1 + 1</think>two<|im_end|>']
+  stop = [*questions, turn('stop', ''), turn('user', 'more')]  # break, of jinja2's loopcontrols
   assert 'more' not in chat.conversation(template, dict(messages=stop))[0]
   given = chat.template_of(named('{{ messages[0].content }}{{ eos_token }}{{ style }}'))
   record = dict(messages=[turn('assistant', 'a')], chat_template_kwargs=dict(style='!'))
@@ -142,9 +142,9 @@ def test_what_beside_a_tokenizer_is_no_template(tmp_path):
 def test_a_prompt_is_the_beginning_of_the_turn(named):
   for name in ('chatml', 'marked', 'turns', 'forgets'):
     template = chat.template_of(named(name))
-    asked, answered = chats.CONVERSATIONS[0][:1], chats.CONVERSATIONS[0]
+    questions, answered = chats.CONVERSATIONS[0][:1], chats.CONVERSATIONS[0]
     text, spans = chat.conversation(template, dict(messages=answered))
-    assert text[: spans[0]] == chat.prompt(template, dict(messages=asked))
+    assert text[: spans[0]] == chat.prompt(template, dict(messages=questions))
 
 
 def _prepared(folder, name, records, tmp_path, *args) -> int:
@@ -306,14 +306,14 @@ def test_the_sandbox_refuses_what_reaches_outside(named):
 def test_a_model_answers_messages_and_trains_on_its_answers(tmp_path, capsys):
   name = chats.write(tmp_path / 'model', chats.CHATML)
   assert _prepared('a', name, [dict(messages=x) for x in chats.CONVERSATIONS] * 2, tmp_path) == 0
-  run, asked = tmp_path / 'run', tmp_path / 'asked.jsonl'
+  run, questions = tmp_path / 'run', tmp_path / 'questions.jsonl'
   changes = dict(model__vocab_size=384, eval__batches=0)
   assert runs.train(str(tmp_path / 'a'), run, **changes) == 0
   messages = chats.CONVERSATIONS[1][:3]
   rows = [dict(messages=messages, id=7), dict(prompt='one')]
-  asked.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  questions.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   out = tmp_path / 'answers.jsonl'
-  command = ['generate', str(run), f'--decode.prompts={asked}', f'--out={out}', NO_CACHE]
+  command = ['generate', str(run), f'--decode.prompts={questions}', f'--out={out}', NO_CACHE]
   assert main.main([*command, '--decode.max_new_tokens=5', '--decode.stop_token_ids=none']) == 0
   first, second = [json.loads(line) for line in out.read_text().splitlines()]
   assert first['messages'] == [*messages, turn('assistant', first['text'])]
@@ -322,7 +322,7 @@ def test_a_model_answers_messages_and_trains_on_its_answers(tmp_path, capsys):
   tokenizer = tokenizers.get(name)
   rendered = chat.prompt(chat.template_of(tokenizer), dict(messages=messages))
   ids = chat.encode(rendered, (), tokenizer)[0].tolist()
-  asked.write_text(json.dumps(dict(prompt_ids=ids)) + '\n')
+  questions.write_text(json.dumps(dict(prompt_ids=ids)) + '\n')
   assert main.main([*command, '--decode.max_new_tokens=5', '--decode.stop_token_ids=none']) == 0
   assert json.loads(out.read_text())['ids'] == first['ids']
   assert _prepared('b', name, [first], tmp_path) == 0
@@ -331,10 +331,10 @@ def test_a_model_answers_messages_and_trains_on_its_answers(tmp_path, capsys):
     (dict(messages=messages, prompt='a'), 'has both prompt and messages'),
     (dict(messages=3), 'messages must be a list'),
   ):
-    asked.write_text(json.dumps(bad) + '\n')
+    questions.write_text(json.dumps(bad) + '\n')
     capsys.readouterr()
     assert main.main(command) == 2
-    assert f'{asked}: line 1 {problem}' in capsys.readouterr().err
+    assert f'{questions}: line 1 {problem}' in capsys.readouterr().err
 
 
 @pytest.mark.parity

@@ -125,24 +125,24 @@ def _of(out, form):
 
 QWEN3 = dict(model__qk_norm='head', model__norm_eps=1e-6)
 GEMMA3 = dict(
-  model__layer_types='sliding*5,full',
-  heads__layer_type='sliding',
-  model__window=9,
-  model__rope_theta=1e6,
-  model__sliding_rope_theta=1e4,
   model__norm_placement='both',
   model__norm_offset=True,
   model__qk_norm='head',
-  model__activation='gelu_tanh',
   model__embedding_scale=32**0.5,
-  model__norm_eps=1e-6,
+  model__activation='gelu_tanh',
+  model__window=9,
+  model__layer_types='sliding*5,full',
+  model__rope_theta=1e6,
+  model__sliding_rope_theta=1e4,
   heads__unembedding='tied',
 )
+# Modules with a window too.
+GEMMA3_SLIDING = GEMMA3 | dict(heads__layer_type='sliding', model__norm_eps=1e-6)
 MIMO = dict(model__qkv_bias=True)
 BLOCKS = [
   *(pytest.param(*row, {}, id='-'.join(row)) for row in ROWS),
   pytest.param('transformers_mtp', 'sequential', QWEN3, id='transformers_mtp-qwen3'),
-  pytest.param('transformers_mtp', 'recursive', GEMMA3, id='transformers_mtp-gemma3'),
+  pytest.param('transformers_mtp', 'recursive', GEMMA3_SLIDING, id='transformers_mtp-gemma3'),
   pytest.param('mimo', 'recursive', MIMO, id='mimo-qwen2'),
 ]
 
@@ -220,7 +220,7 @@ def _generate(model, prompt: list[int]) -> list[int]:
     ('sequential', dict(heads__unembedding='tied', model__d_head=24)),
     ('recursive', {}),
     ('sequential', QWEN3),
-    ('recursive', GEMMA3),
+    ('recursive', GEMMA3_SLIDING),
   ],
 )
 def test_transformers_drafts_with_every_module(family, changes, tmp_path, pieces, monkeypatch):
@@ -293,7 +293,7 @@ def test_llama_cpp_drafts_with_every_module(family, changes, tmp_path, pieces):
 
 OF_FAMILIES = {
   'mistral as llama': dict(model__n_layers=3),
-  'qwen2': dict(model__qkv_bias=True, model__n_layers=3),
+  'qwen2': MIMO | dict(model__n_layers=3),
   'qwen3': dict(model__qk_norm='head', model__d_head=24, model__n_layers=3),
   'olmo2': dict(model__qk_norm='full', model__norm_placement='after', model__n_layers=3),
   'gemma2': dict(
@@ -308,21 +308,8 @@ OF_FAMILIES = {
     model__n_layers=4,
     heads__unembedding='tied',
   ),
-  'gemma3': dict(
-    model__norm_placement='both',
-    model__norm_offset=True,
-    model__qk_norm='head',
-    model__embedding_scale=32**0.5,
-    model__activation='gelu_tanh',
-    model__window=8,
-    model__layer_types='sliding*5,full',
-    model__rope_theta=1e6,
-    model__sliding_rope_theta=1e4,
-    model__rope_factor=4.0,
-    model__rope_scaling='linear',
-    model__n_layers=7,
-    heads__unembedding='tied',
-  ),
+  'gemma3': GEMMA3
+  | dict(model__window=8, model__rope_factor=4.0, model__rope_scaling='linear', model__n_layers=7),
   'smollm3': dict(model__layer_types='full*3,nope', model__n_layers=5),
   'olmo3': dict(
     model__qk_norm='full',
@@ -416,7 +403,7 @@ def test_transformers_drafts_in_other_families(name, tmp_path, pieces, monkeypat
   since Transformers reads the first position's embedding and we do not."""
   monkeypatch.setattr(transformers.dynamic_module_utils, 'HF_MODULES_CACHE', str(tmp_path / 'c'))
   out = tmp_path / 'out'
-  changes = {k: v for k, v in (OF_FAMILIES | MODULES)[name].items() if k != 'model__n_layers'}
+  changes = _without_depth((OF_FAMILIES | MODULES)[name])
   c, model = _export('transformers_mtp', 'sequential', out, pieces, **changes)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     out, dtype=torch.float32, trust_remote_code=True
@@ -434,13 +421,18 @@ def test_transformers_drafts_in_other_families(name, tmp_path, pieces, monkeypat
     assert len(forwards) < 23 and decoded.forwards[0] < 23
 
 
+def _without_depth(changes):
+  """The options of a family, for a `_cfg`, which has its own number of layers."""
+  return {name: value for name, value in changes.items() if name != 'model__n_layers'}
+
+
 def _flags(changes):
   return {name.replace('__', '.'): value for name, value in changes.items()}
 
 
 def test_modules_of_a_type_that_no_layer_has_are_refused():
   """Transformers makes RoPE tables of the trunk's types only."""
-  changes = {k: v for k, v in OF_FAMILIES['gemma3'].items() if k != 'model__n_layers'}
+  changes = _without_depth(OF_FAMILIES['gemma3'])
   c = _cfg('transformers_mtp', 'sequential', heads__layer_type='full', **changes)
   assert 'requires modules of a layer type of the trunk, not full' in mapping.unfit(
     c, 'transformers_mtp'
@@ -497,7 +489,7 @@ def test_what_llama_cpp_does_not_run_is_refused(changes, problem):
 )
 def test_what_modules_cannot_state_is_refused(form, changes, problem):
   """The numbers that an engine would compute instead are wrong without an error."""
-  changes = {k: v for k, v in changes.items() if k != 'model__n_layers'}
+  changes = _without_depth(changes)
   family = 'recursive' if form == 'mimo' else 'sequential'
   found = mapping.unfit(_cfg(form, family, **changes), form)
   assert problem in found and bool(problem) == bool(found)
