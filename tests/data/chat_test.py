@@ -338,6 +338,18 @@ def test_a_model_answers_messages_and_trains_on_its_answers(tmp_path, capsys):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize('bos', ['<bos>', None])
+def test_a_text_starts_as_in_transformers(named, tmp_path, bos):
+  """Of a tokenizer.json that adds no begin token, one is added only where it is stated."""
+  transformers = pytest.importorskip('transformers')
+  tokenizer = named(None, bos_token=bos)
+  theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / 'model'))
+  ids = [*tokenizer.start, *tokenizer.encode('one and two')]
+  assert theirs.bos_token == bos
+  assert ids == [*([theirs.bos_token_id] if bos else []), *theirs('one and two').input_ids]
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize('name', chats.TEMPLATES)
 def test_ids_and_mask_are_those_of_transformers(named, tmp_path, name):
   transformers = pytest.importorskip('transformers')
