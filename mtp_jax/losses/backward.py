@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
-from mtp_jax.losses import head_loss
+from mtp_jax.losses import cross_entropy, head_loss
 from mtp_jax.model import heads, lm
 from mtp_jax.parallel import sharding
 
@@ -100,7 +100,7 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
   w = w._replace(norm_D=shared.norm_D)
   loss, ctx = head_loss.of(inputs.window, cfg, detail), inputs.window.ctx
 
-  @jax.checkpoint
+  @functools.partial(jax.checkpoint, policy=cross_entropy.KEEP_LSE)
   def visit(carry_BTD, module, head):
     carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, ctx=ctx, cfg=cfg)
     value, stats = loss.value(h_BTD, shared, head, heads.is_head_1(module, head.k, cfg.heads))

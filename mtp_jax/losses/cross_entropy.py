@@ -1,17 +1,23 @@
 """Cross-entropy of one head, a chunk of positions at a time: logits, B x C x V, are
 in memory for one chunk only, forward and backward."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import schema
 from mtp_jax.model import layers
 from mtp_jax.parallel import sharding
 
-LOGITS_BYTES = 2**29  # per device, unless --loss.chunk_size is given
+# Per device and chunk, unless --loss.chunk_size is given. Each chunk adds to the gradient
+# of the unembedding, which is slow for few tokens.
+LOGITS_BYTES, TOKENS = 2**28, 2048
+LSE = 'lse'  # kept for the backward pass, which recomputes the logits only
+KEEP_LSE = jax.checkpoint_policies.save_only_these_names(LSE)
 
 
 class Stats(NamedTuple):
@@ -34,6 +40,20 @@ class Logits(NamedTuple):
   argmax_BC: Any  # the first one on ties
 
 
+@jax.custom_jvp
+def _lse(logits_BCV, lse_BC):
+  """Returns lse_BC, known to be the log-sum-exp of the logits, with its gradient."""
+  del logits_BCV
+  return lse_BC
+
+
+@_lse.defjvp
+def _lse_jvp(primals, tangents):
+  logits_BCV, lse_BC = primals
+  softmax_BCV = jnp.exp(logits_BCV - lse_BC[:, :, None])
+  return lse_BC, jnp.sum(softmax_BCV * tangents[0], axis=-1)
+
+
 def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
   """Computes the Logits of a chunk. The label's logit is a masked sum, not a lookup:
   the vocabulary may be sharded and is never gathered."""
@@ -41,13 +61,18 @@ def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
     'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
   )
   logits_BCV = layers.shaped(logits_BCV, m)
-  lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-  ids_11V = jnp.arange(logits_BCV.shape[-1])[None, None, :]
+  found_BCV = jax.lax.stop_gradient(logits_BCV)
+  top_BC = jnp.max(found_BCV, axis=-1)
+  # Three sums over the vocabulary of one type: XLA reads the logits once for all. Ids are
+  # exact in float32, and their minimum takes half the time of jnp.argmax on a CPU.
+  V = logits_BCV.shape[-1]
+  ids_11V = jnp.arange(V)[None, None, :]
+  sum_BC = jnp.sum(jnp.exp(found_BCV - top_BC[:, :, None]), axis=-1)
   label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
-  # Equals jnp.argmax, in half the time on a CPU.
-  top_BC = jnp.max(jax.lax.stop_gradient(logits_BCV), axis=-1)
-  is_top_BCV = logits_BCV == top_BC[:, :, None]
-  argmax_BC = jnp.min(jnp.where(is_top_BCV, ids_11V, logits_BCV.shape[-1] - 1), axis=-1)
+  ids_of_top_BCV = jnp.where(found_BCV == top_BC[:, :, None], ids_11V.astype(jnp.float32), V - 1)
+  argmax_BC = jnp.min(ids_of_top_BCV, axis=-1).astype(jnp.int32)
+  lse_BC = checkpoint_name(top_BC + jnp.log(sum_BC), LSE)
+  lse_BC = _lse(logits_BCV, lse_BC)
   return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
 
 
@@ -66,15 +91,17 @@ def chunk_size(B: int, T: int, cfg: schema.Config) -> int:
   """Returns C, the number of positions per chunk.
 
   --loss.chunk_size, or else the largest divisor of T whose B x C x V logits per
-  device fit LOGITS_BYTES, at least 128: smaller products underuse matrix units.
+  device fit LOGITS_BYTES or have at most TOKENS positions, at least 128 per row: smaller
+  products underuse matrix units.
   """
   if cfg.loss.chunk_size:
     return cfg.loss.chunk_size
   size = dict(jax.sharding.get_abstract_mesh().shape)
   batch = math.prod(size.get(axis, 1) for axis in sharding.BATCH)
-  of_position = 4 * B * cfg.model.vocab_size / batch / size.get('tensor', 1)
+  rows = B / batch
+  of_position = 4 * rows * cfg.model.vocab_size / size.get('tensor', 1)
   divisors = [c for c in range(1, T + 1) if T % c == 0 and c >= min(T, 128)]
-  fit = [c for c in divisors if c * of_position <= LOGITS_BYTES]
+  fit = [c for c in divisors if c * of_position <= LOGITS_BYTES or c * rows <= TOKENS]
   return max(fit, default=divisors[0])
 
 
@@ -100,7 +127,7 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
   f(h_BCD, unembed, *of_tokens in chunks, cfg) -> (loss, rest).
   """
 
-  @jax.checkpoint
+  @functools.partial(jax.checkpoint, policy=KEEP_LSE)
   def one(_, xs):
     h_BCD, *of_chunk = xs
     return None, f(h_BCD, unembed, *of_chunk, cfg)

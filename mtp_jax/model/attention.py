@@ -132,7 +132,9 @@ def splash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = Fa
   diagonal or outside the window are skipped, pairs across documents masked."""
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
-  _, T, N, _ = x.q_BTNH.shape
+  _, T, N, H = x.q_BTNH.shape
+  # Positions along the lanes: no transposition, and no padding of heads narrower than 128.
+  layout = lib.QKVLayout.SEQ_MINOR if H % schema.TILE else lib.QKVLayout.HEAD_DIM_MINOR
   block = next(b for b in (SPLASH_BLOCK, 256, schema.TILE) if T % b == 0)
   mask = lib.LocalMask((T, T), (window - 1, 0), 0) if window else lib.CausalMask((T, T))
   kernel = lib.make_splash_mha(
@@ -145,10 +147,9 @@ def splash(x: Operands, window: int, m: schema.ModelConfig, interpret: bool = Fa
       block_kv_dkv_compute=block,
       block_q_dq=block,
       block_kv_dq=block,
-      # Positions along the lanes: no transposition, and no padding of narrow heads.
-      q_layout=lib.QKVLayout.SEQ_MINOR,
-      k_layout=lib.QKVLayout.SEQ_MINOR,
-      v_layout=lib.QKVLayout.SEQ_MINOR,
+      q_layout=layout,
+      k_layout=layout,
+      v_layout=layout,
     ),
     attn_logits_soft_cap=m.attn_softcap or None,
     head_shards=1,

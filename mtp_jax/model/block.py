@@ -15,6 +15,10 @@ from mtp_jax.config import layer_types, schema
 from mtp_jax.model import attention, layers, params
 from mtp_jax.parallel import sharding
 
+# From this width, a TPU's products of the MLP are faster if elementwise functions are not
+# computed within them (docs/performance.md, "Cycles by the compiler").
+WIDE = 4096
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +210,14 @@ def add_attended(w: Block[jax.Array], x_BTD, y_BTD, a_BTNH, m: schema.ModelConfi
 def add_mlp(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
   with jax.named_scope('mlp'):
     y_BTD = x_BTD if w.mlp_norm is None else layers.rms_norm(x_BTD, w.mlp_norm, m)
+    apart = m.d_model >= WIDE and sharding.platform() == 'tpu'
+    y_BTD = layers.gradient_in_memory(y_BTD) if apart else y_BTD
     gate_BTF = _biased(jnp.einsum('BTD,DF->BTF', y_BTD, w.gate), w.gate_bias)
     up_BTF = _biased(jnp.einsum('BTD,DF->BTF', y_BTD, w.up), w.up_bias)
+    if apart:
+      gate_BTF, up_BTF = layers.gradient_in_memory((gate_BTF, up_BTF))
     active_BTF = layers.ACTIVATIONS[m.activation](gate_BTF) * up_BTF
+    active_BTF = layers.in_memory(active_BTF) if apart else active_BTF
     o_BTD = jnp.einsum('BTF,FD->BTD', active_BTF, w.down, out_sharding=_RESIDUAL)
     return x_BTD + _added(_biased(o_BTD, w.down_bias), w.mlp_out_norm, m)
 

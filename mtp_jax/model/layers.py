@@ -6,9 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import schema
 from mtp_jax.parallel import sharding
+
+MEAN_SQUARE = 'mean_square'  # of a norm: a number per position, which remat keeps
 
 
 def rms_norm(x, w, m: schema.ModelConfig, eps: float = 0.0):
@@ -18,6 +21,7 @@ def rms_norm(x, w, m: schema.ModelConfig, eps: float = 0.0):
   if m.norm_offset:
     w32 += 1
   mean_square = jnp.mean(x32**2, axis=tuple(range(-w.ndim, 0)), keepdims=True)
+  mean_square = checkpoint_name(mean_square, MEAN_SQUARE)
   w32 = jnp.expand_dims(w32, tuple(range(x.ndim - w.ndim)))
   return (x32 * jax.lax.rsqrt(mean_square + (eps or m.norm_eps)) * w32).astype(x.dtype)
 
@@ -143,6 +147,24 @@ def _rope_by_product_bwd(saved, dy_BTNH):
 
 
 rope_by_product.defvjp(_rope_by_product_fwd, _rope_by_product_bwd)
+
+
+@jax.custom_vjp
+def in_memory(x):
+  """Identity, computed once: XLA would compute it anew within each product that reads it."""
+  return jax.lax.optimization_barrier(x)
+
+
+in_memory.defvjp(lambda x: (jax.lax.optimization_barrier(x), None), lambda _, dx: (dx,))
+
+
+@jax.custom_vjp
+def gradient_in_memory(x):
+  """Identity, whose gradient is computed once, as of `in_memory`."""
+  return x
+
+
+gradient_in_memory.defvjp(lambda x: (x, None), lambda _, dx: (jax.lax.optimization_barrier(dx),))
 
 
 def at(indices: tuple[int, ...], i):

@@ -203,11 +203,20 @@ def gather(w, axes, compute_dtype, grad_dtype):
     # The plain transpose would cast to compute_dtype first, then reduce. Where XLA
     # all-reduces and slices, the barrier makes it slice at once: fused into the
     # optimizer, the slice would keep the unsharded gradient in memory until then.
-    dw = _reduced(dw.astype(grad_dtype), at_rest).astype(param_dtype)
+    dw = _embed_last(dw.astype(grad_dtype))
+    dw = _reduced(dw, at_rest).astype(param_dtype)
     return (jax.lax.optimization_barrier(dw),)
 
   use.defvjp(lambda w: (use(w), None), use_bwd)
   return use(w)
+
+
+def _embed_last(dw):
+  """Returns dw, (D, heads, width), computed on a TPU with D along the lanes: a narrow head
+  would leave a part of the matrix unit empty."""
+  if dw.ndim != 3 or dw.shape[-1] >= schema.TILE or platform() != 'tpu':
+    return dw
+  return jnp.moveaxis(jax.lax.optimization_barrier(jnp.moveaxis(dw, 0, -1)), -1, 0)
 
 
 def _reduced(dw, at_rest: P):

@@ -110,7 +110,8 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
   if cfg.loss.chunk_size:
     logits *= cfg.loss.chunk_size / cfg.data.seq_len
   else:
-    logits = min(logits, cross_entropy.LOGITS_BYTES)
+    of_tokens = 4 * cross_entropy.TOKENS * m.vocab_size / s.tensor
+    logits = min(logits, max(cross_entropy.LOGITS_BYTES, of_tokens))
   unembed = s.unembed * (w + 4) / s.tensor
   gradients = params_bytes * (2 if s.micro_batches > 1 else 1)
   kept_of_head = w * tokens * m.d_model * heads.family(cfg.heads).is_chained
