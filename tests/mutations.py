@@ -1550,7 +1550,7 @@ FAULTS = (
   Fault(
     'axes-in-parts',
     0,
-    'mtp_jax/planning/hlo.py',
+    'mtp_jax/planning/groups.py',
     'int(part or sizes[axis])',
     'int(sizes[axis])',
     _in('planning/hlo', 'test_replica_groups_are_parsed_in_all_notations'),
