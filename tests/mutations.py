@@ -1551,8 +1551,8 @@ FAULTS = (
     'axes-in-parts',
     0,
     'mtp_jax/planning/groups.py',
-    'int(part or sizes[axis])',
-    'int(sizes[axis])',
+    'int(part or sizes[axis]) for',
+    'int(sizes[axis]) for',
     _in('planning/hlo', 'test_replica_groups_are_parsed_in_all_notations'),
   ),
   # Input checks and the sandbox.
