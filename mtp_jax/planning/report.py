@@ -262,7 +262,8 @@ def _collective_lines(plan: ahead.Plan) -> list[str]:
     cells = ' '.join(f'{n / 2**20:{17 if whole else 9},.1f}' for n in sent)
     lines += [f'  {kind:36} {row["count"]:7,} {cells}']
   if plan.per_node:
-    lines += [f'conditionals that wait for the host, per step: {plan.ledger.host_syncs:,}']
+    waits = 'waits for the host per step (conditionals, loops of unknown length)'
+    lines += [f'{waits}: {plan.ledger.host_syncs:,}']
   return lines
 
 

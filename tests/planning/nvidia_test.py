@@ -296,7 +296,9 @@ def test_report_has_what_stays_within_a_node_and_what_leaves_it():
   title = next(i for i, line in enumerate(lines) if line.startswith('collectives per step'))
   assert 'MiB within a node   MiB between nodes' in lines[title]
   assert lines[title + 2].split() == ['all-reduce', '3', '0.0', '0.2']
-  assert lines[title + 4] == 'conditionals that wait for the host, per step: 0'
+  assert (
+    lines[title + 4] == 'waits for the host per step (conditionals, loops of unknown length): 0'
+  )
 
 
 def test_formula_has_what_leaves_a_node():
