@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from mtp_jax.planning import nvidia
 from tests.support import ahead, runs
 
 LAUNCH = pathlib.Path(runs.ROOT) / 'launch'
@@ -98,6 +99,30 @@ def test_user_environment_is_kept(platform):
   longer = f'{name}_of_another_name=1'
   found = _flags(platform, **{VARIABLES[platform]: longer})[platform]
   assert found == [*ours, longer]
+
+
+def _fractions(platform, **variables):
+  """The variables of JAX's share of a GPU's memory after xla_flags.sh."""
+  names = ' '.join(nvidia.FRACTION_VARIABLES)
+  command = f'source launch/xla_flags.sh {platform}; for v in {names}; do echo "${{!v:-}}"; done'
+  done = _bash(command, **variables)
+  assert (done.returncode, done.stderr) == (0, '')
+  return dict(zip(nvidia.FRACTION_VARIABLES, done.stdout.split('\n'), strict=False))
+
+
+def test_memory_fraction_is_that_of_plans_and_kept_if_given():
+  ours, other = nvidia.FRACTION_VARIABLES
+  share = str(nvidia.MEMORY_FRACTION)
+  assert _fractions('gpu') == {ours: share, other: ''}
+  assert _fractions('gpu', **{ours: '.5'}) == {ours: '.5', other: ''}
+  assert _fractions('gpu', **{other: '.5'}) == {ours: '', other: '.5'}  # JAX refuses both
+  assert _fractions('tpu') == _fractions('cpu') == {ours: '', other: ''}
+  image = (LAUNCH / 'Dockerfile.cuda').read_text()
+  assert f'\nENV {ours}={share}\n' in image
+
+
+def test_gpu_flags_are_those_of_plans():
+  assert _flags('gpu')['gpu'] == [f'--{name}=true' for name in nvidia.LAUNCH_FLAGS]
 
 
 def test_unknown_platform_is_refused():

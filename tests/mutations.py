@@ -1550,9 +1550,9 @@ FAULTS = (
   Fault(
     'axes-in-parts',
     0,
-    'mtp_jax/planning/hlo.py',
-    'int(part or sizes[axis])',
-    'int(sizes[axis])',
+    'mtp_jax/planning/groups.py',
+    'int(part or sizes[axis]) for',
+    'int(sizes[axis]) for',
     _in('planning/hlo', 'test_replica_groups_are_parsed_in_all_notations'),
   ),
   # Input checks and the sandbox.

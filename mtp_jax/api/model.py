@@ -22,7 +22,7 @@ from mtp_jax.parallel import chips, sharding
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
 
-chips.silence_libtpu()
+chips.silence_compilers()
 
 
 def mesh(cfg: schema.Config, devices=None):

@@ -16,7 +16,7 @@ from mtp_jax.model import lm
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import ahead
 
-chips.silence_libtpu()
+chips.silence_compilers()
 
 
 class Generated(NamedTuple):

@@ -42,7 +42,7 @@ def print_report(lines: list[str], values: dict, out: str, writes: bool = True) 
 
 
 def start_jax(cfg: schema.CommandConfig) -> None:
-  chips.silence_libtpu()
+  chips.silence_compilers()
   import jax
 
   if cfg.train.compilation_cache:

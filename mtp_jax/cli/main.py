@@ -72,8 +72,8 @@ COMMANDS = {
     module='import_',
   ),
   'plan': command_lib.Command(
-    help='compile the train step for a TPU slice, or the devices here: memory, FLOPs, traffic,'
-    ' time; exit status 0 fits, 3 does not fit, 4 unknown',
+    help='compile the train step for TPUs or NVIDIA GPUs, or the devices here: memory, FLOPs,'
+    ' traffic, time; exit status 0 fits, 3 does not fit, 4 unknown',
     sections=('plan', 'model', 'heads', 'loss', 'data', 'optim', 'mesh', 'train', 'out'),
     common='plan.topology plan.slices plan.sweep plan.search_mesh plan.search_timeout_s mesh.data'
     ' mesh.fsdp mesh.tensor data.batch_size train.grad_accum_steps model.remat loss.backward',

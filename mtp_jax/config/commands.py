@@ -146,12 +146,13 @@ class PlanConfig:
 
   topology: str = fields.field(
     '',
-    'TPU slice to compile for ahead of time, e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16; empty '
-    '= the devices here',
+    'devices to compile for ahead of time: a TPU slice, e.g. v5e:4x4 or v5p:4x4x4; NVIDIA '
+    'GPUs of one node or of several, e.g. h100:8 or h100:2x8 (a100-40g, a100, h100, h200, '
+    'b200); empty = the devices here',
   )
   slices: int = fields.field(
     1,
-    'number of such slices, connected by the data-center network along mesh.data',
+    'number of such TPU slices, connected by the data-center network along mesh.data',
     **fields.limits(2**16),
   )
   profile: bool = fields.field(

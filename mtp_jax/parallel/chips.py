@@ -70,7 +70,16 @@ def answer_libtpu() -> None:
     os.environ.setdefault(name, value)
 
 
-def silence_libtpu() -> None:
-  """Calls `answer_libtpu` unless this machine has a TPU, which answers itself."""
+def has_gpu() -> bool:
+  """Whether this machine has an NVIDIA GPU, by the devices that jax looks for."""
+  return any(map(os.path.exists, ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')))
+
+
+def silence_compilers() -> None:
+  """Sets the environment in which jax ignores compilers of devices that this machine lacks:
+  libtpu, and the wheels of CUDA that `mtp plan` uses, which lack the libraries that jax
+  otherwise looks for. Where the devices are, it is unchanged."""
   if not has_tpu():
     answer_libtpu()
+  if not has_gpu():
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')

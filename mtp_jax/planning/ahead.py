@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import re
 import time
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from mtp_jax.config import fields, schema
 from mtp_jax.losses import cross_entropy
 from mtp_jax.model import flops, params
 from mtp_jax.parallel import chips, sharding
-from mtp_jax.planning import hlo, profile
+from mtp_jax.planning import hlo, nvidia, profile
 from mtp_jax.train import state, step
 
 NO_LIBTPU = (
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
   ledger: hlo.Ledger | None = None
   kernel_flops: float = 0.0  # of executed_flops: those of attention kernels
   clock: float | None = None  # Hz, where the compiler's estimate is calibrated
+  per_node: int = 0  # GPUs of a node; 0 = on a TPU
 
   @property
   def chip(self) -> chips.Chip | None:
@@ -68,15 +70,35 @@ class Plan(NamedTuple):
     return held + self.temp_bytes + self.code_bytes
 
   @property
+  def nodes(self) -> int:
+    """Nodes of GPUs; 1 on a TPU."""
+    return self.devices // self.per_node if self.per_node else 1
+
+  @property
+  def reserves(self) -> dict[str, float]:
+    """Bytes that a process needs beside its program, by purpose, on a GPU."""
+    if not nvidia.is_gpu(self.device_kind):
+      return {}
+    if self.ledger:
+      communicators = len({c.members for c in self.ledger.collectives})
+    else:  # of each axis that communicates, and of all devices
+      communicators = sum(size > 1 for size in self.mesh.values())
+      communicators += communicators > 1
+    return nvidia.reserves(self.device_kind, self.per_node, communicators)
+
+  @property
   def fits(self) -> bool | None:
     """None: unknown, without a compiler or the memory size of the chip."""
+    usable = usable_bytes(self.device_kind)
     if self.refused:
       return False
-    if self.chip is None:
+    if self.chip is None or usable is None:
       return None
+    if sum(self.reserves.values()) > self.chip.hbm_bytes - usable and self.reserves:
+      return False
     if self.total_bytes is None:
-      return False if self.state_bytes > self.chip.hbm_bytes else None
-    return self.total_bytes <= self.chip.hbm_bytes
+      return False if self.state_bytes > usable else None
+    return self.total_bytes <= usable
 
   @property
   def tokens(self) -> int:
@@ -106,17 +128,31 @@ class Plan(NamedTuple):
       compute=self.executed_flops / self.chip.flops_per_s,
       memory=self.ledger.memory_bytes / self.chip.hbm_bytes_per_s,
       links=self.ledger.sent_bytes(network=False) / self.chip.link_bytes_per_s,
-      # All-reduce between slices: each sends its summand once.
-      network=2
-      * (1 - 1 / self.cfg.plan.slices)
+      network=self._reductions
       * self.ledger.sent_bytes(network=True)
       / self.chip.network_bytes_per_s,
     )
 
+  @property
+  def _reductions(self) -> float:
+    """How often the bytes that the ledger has for the network cross it: in an all-reduce
+    between slices each sends its summand once."""
+    slices = self.cfg.plan.slices
+    return 2 * (1 - 1 / slices) if slices > 1 else 1.0
+
+
+def usable_bytes(device_kind: str) -> float | None:
+  """Returns the memory of a device that programs may have: all of a TPU's, what JAX
+  allocates of a GPU's. None if it is unknown."""
+  chip = chips.chip(device_kind)
+  if chip is None or not nvidia.is_gpu(device_kind):
+    return chip and chip.hbm_bytes
+  return chip.hbm_bytes * nvidia.memory_fraction()
+
 
 def devices(cfg: schema.CommandConfig) -> list:
-  """Returns the devices of --plan.topology, which needs libtpu but no TPU, or the
-  local devices.
+  """Returns the devices of --plan.topology, which needs its compiler but no TPU or GPU, or
+  the local devices.
 
   Raises:
     ConfigError: an unknown topology.
@@ -124,6 +160,8 @@ def devices(cfg: schema.CommandConfig) -> list:
   p = cfg.plan
   if not p.topology:
     return jax.devices()
+  if at := gpus(cfg):
+    return nvidia.devices(at)
   chips.answer_libtpu()
   from jax.experimental import topologies
 
@@ -134,7 +172,7 @@ def devices(cfg: schema.CommandConfig) -> list:
     raise fields.ConfigError(
       'plan.topology',
       p.topology,
-      'e.g. v5e:4x4, v5p:4x4x4 or v6e:16x16; the TPU compiler reports:'
+      'e.g. v5e:4x4, v5p:4x4x4, h100:8 or h100:2x8; the TPU compiler reports:'
       f' {str(error).splitlines()[0][:120]}',
     ) from error
 
@@ -142,10 +180,34 @@ def devices(cfg: schema.CommandConfig) -> list:
 def check_mesh(cfg: schema.CommandConfig) -> None:
   """Raises ConfigError if the mesh does not divide the devices or the model, without
   compiling."""
-  if cfg.plan.topology and not has_libtpu():
+  if not has_compiler(cfg):
     of_shardings(cfg)
   else:
     sharding.check_batch(cfg, sharding.make_mesh(cfg, devices(cfg)).shape)
+
+
+def gpus(cfg: schema.CommandConfig) -> nvidia.Topology | None:
+  """Returns the GPUs of --plan.topology; None of another topology, or none.
+
+  Raises:
+    ConfigError: a topology of GPUs that is invalid, or with --plan.slices.
+  """
+  at = nvidia.topology(cfg.plan.topology)
+  if at and cfg.plan.slices > 1:
+    raise fields.ConfigError(
+      'plan.slices',
+      cfg.plan.slices,
+      f'only TPUs have slices; --plan.topology={cfg.plan.topology} takes nodes, as in h100:2x8',
+    )
+  return at
+
+
+def has_compiler(cfg: schema.CommandConfig) -> bool:
+  """Whether the step of cfg can be compiled here: for --plan.topology by libtpu or the
+  wheels of CUDA."""
+  if not cfg.plan.topology:
+    return True
+  return nvidia.has_compiler() if gpus(cfg) else has_libtpu()
 
 
 def has_libtpu() -> bool:
@@ -154,12 +216,14 @@ def has_libtpu() -> bool:
 
 def plan(cfg: schema.CommandConfig) -> Plan:
   """Compiles the step of cfg and reads its memory and cost."""
-  if cfg.plan.topology and not has_libtpu():
+  if not has_compiler(cfg):
     return of_shardings(cfg)
-  on = devices(cfg)
+  at, on = gpus(cfg), devices(cfg)
   mesh = sharding.make_mesh(cfg, on)
   sharding.check_batch(cfg, mesh.shape)
   found = _of_state(cfg, mesh, on[0].device_kind)
+  if nvidia.is_gpu(found.device_kind):
+    found = found._replace(per_node=at.per_node if at else jax.local_device_count())
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     traced = step.trace(cfg, mesh, cfg.heads.n)
@@ -173,7 +237,7 @@ def plan(cfg: schema.CommandConfig) -> Plan:
       chunk=cross_entropy.chunk_size(rows, cfg.data.seq_len, cfg),
     )
     try:
-      compiled = traced.lower().compile()
+      compiled = traced.lower().compile(compiler_options=nvidia.compiler_options() if at else None)
     except jax.errors.JaxRuntimeError as error:
       needed = _needed(str(error))
       if needed is None:
@@ -191,35 +255,39 @@ def plan(cfg: schema.CommandConfig) -> Plan:
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes,
     compile_s=compile_s,
-    ledger=_ledger(compiled),
-    clock=profile.clock(on) if cfg.plan.topology else None,
+    ledger=_ledger(compiled, found.per_node),
+    clock=profile.clock(on) if cfg.plan.topology and not at else None,
   )
 
 
-def _ledger(compiled) -> hlo.Ledger | None:
+def _ledger(compiled, per_node: int = 0) -> hlo.Ledger | None:
   """Returns the ledger of a program. None if jaxlib cannot parse the output of a newer
   libtpu (it is stricter about operands of an async-update, which programs for v5p
   have), or a trip count is unknown: the rest of the plan remains valid."""
   try:
-    return hlo.ledger(compiled.as_text())
+    return hlo.ledger(compiled.as_text(), per_node)
   except (jax.errors.JaxRuntimeError, ValueError):
     return None
 
 
 def of_shardings(cfg: schema.CommandConfig) -> Plan:
   """Returns the sharding-only estimate: the bytes of the state."""
+  at = gpus(cfg)
+  n, kind = (at.devices, at.gpu.device_kind) if at else _slice(cfg)
+  mesh = sharding.abstract_mesh(cfg, n)
+  sharding.check_batch(cfg, mesh.shape)
+  return _of_state(cfg, mesh, kind)._replace(per_node=at.per_node if at else 0)
+
+
+def _slice(cfg) -> tuple[int, str]:
+  """Returns the TPUs of --plan.topology and --plan.slices, and their device_kind."""
   generation, _, shape = cfg.plan.topology.partition(':')
   sizes = re.findall(r'\d+', shape)
   if generation not in GENERATIONS or not sizes:
-    raise fields.ConfigError(
-      'plan.topology', cfg.plan.topology, f'{" or ".join(GENERATIONS)}, a colon, and e.g. 4x4'
-    )
-  n = cfg.plan.slices
-  for size in sizes:
-    n *= int(size)
-  mesh = sharding.abstract_mesh(cfg, n)
-  sharding.check_batch(cfg, mesh.shape)
-  return _of_state(cfg, mesh, GENERATIONS[generation])
+    allowed = f'{" or ".join(GENERATIONS)}, a colon, and e.g. 4x4'
+    gpus = f'{" or ".join(nvidia.GPUS)}, a colon, and e.g. 8 or 2x8'
+    raise fields.ConfigError('plan.topology', cfg.plan.topology, f'{allowed}; or {gpus}')
+  return cfg.plan.slices * math.prod(map(int, sizes)), GENERATIONS[generation]
 
 
 def _of_state(cfg, mesh, device_kind) -> Plan:

@@ -100,8 +100,8 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
     'dots': tokens * w * (3 * m.d_model + (attn + 2 * m.ff_width) / s.tensor),
     'none': inside,
   }[m.remat]
-  kernel = cfg.model.attention
-  if kernel == 'reference' or (kernel == 'auto' and kernels.problem(m, cfg.data.seq_len, 'splash')):
+  kernel, auto = cfg.model.attention, 'flash' if ahead.gpus(cfg) else 'splash'
+  if kernel == 'reference' or (kernel == 'auto' and kernels.problem(m, cfg.data.seq_len, auto)):
     scores = 6 * s.rows * m.n_attn_heads * cfg.data.seq_len**2 / s.tensor
     inside += scores
     kept += scores if m.remat == 'none' else 0
@@ -155,12 +155,24 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   inside, shard = mesh['data'] // slices, 2 * 4 * weights / f
   of_data = shard * (inside - 1) / inside
   of_tensor = blocks * (4 + 2 * again_trunk) * tokens * w * m.d_model * 2 * (t - 1) / t
+  sent = (of_tensor, t, 1), (of_fsdp, f, t), (of_data, inside, t * f)
+  between = [n_bytes * _network_share(cfg, size, stride) for n_bytes, size, stride in sent]
+  links = of_fsdp + of_tensor + of_data - sum(between)
+  network = shard * (slices - 1) / slices + sum(between)
   return dict(
     compute=A * tokens * executed / t / chip.flops_per_s,
     memory=memory / chip.hbm_bytes_per_s,
-    links=A * (of_fsdp + of_tensor + of_data) / chip.link_bytes_per_s,
-    network=A * shard * (slices - 1) / slices / chip.network_bytes_per_s,
+    links=A * links / chip.link_bytes_per_s,
+    network=A * network / chip.network_bytes_per_s,
   )
+
+
+def _network_share(cfg, size: int, stride: int) -> float:
+  """Returns the part of what a mesh axis sends that leaves its node: of a ring over `size`
+  GPUs, `stride` apart, one hop per node."""
+  at = ahead.gpus(cfg)
+  within = min(size, max(at.per_node // stride, 1)) if at else size
+  return 1 / within if within < size else 0.0
 
 
 def candidates(cfg: schema.CommandConfig, n_devices: int) -> Iterator[schema.CommandConfig]:
@@ -204,11 +216,10 @@ def ranked(cfg: schema.CommandConfig, n_devices: int, device_kind: str):
       True,
       f'needs a chip with known peaks, not {device_kind}; set --plan.topology',
     )
+  usable = ahead.usable_bytes(device_kind) or 0.0
   found = [estimate(one, dataclasses.asdict(one.mesh), chip) for one in candidates(cfg, n_devices)]
   # Ties of rooflines are broken by the time without any overlap.
-  return sorted(
-    found, key=lambda e: (e.total_bytes > chip.hbm_bytes, e.step_s, sum(e.seconds.values()))
-  )
+  return sorted(found, key=lambda e: (e.total_bytes > usable, e.step_s, sum(e.seconds.values())))
 
 
 def check(plan: ahead.Plan) -> Estimate:

@@ -10,15 +10,15 @@ entry, multiplies by the trip count of each loop, and sums
 Three peculiarities of TPU programs are handled: an async collective is spread
 over several fusions, which share a chain id; a reduce-scatter is an all-reduce
 inside a computation of that name; arrays in memory space S(1), the on-chip VMEM,
-cause no memory traffic.
+cause no memory traffic. And three of GPU programs: async fusions; products as calls of
+cuBLAS; collectives between nodes, known by their replica groups alone.
 """
 
 import functools
-import math
 import re
 from typing import NamedTuple
 
-from mtp_jax.planning import products
+from mtp_jax.planning import groups, products
 
 BYTES = {
   **dict.fromkeys('pred s8 u8 f8e4m3fn f8e5m2'.split(), 1),
@@ -49,11 +49,6 @@ NOTHING = 0.05  # relative cost below which a branch counts as empty
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (.*)')
-# Axes of a mesh; the order of devices may differ from 0, 1, 2, …
-MESH_GROUPS = re.compile(
-  r'replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(.*?\)\s*(?=\{))?'
-  r'\s*\{([^}]*)\}'
-)
 OPERAND = re.compile(r'%([\w.\-]+)')
 
 
@@ -96,6 +91,8 @@ class Collective(NamedTuple):
   op_name: str  # jax's name stack of its origin
   loops: tuple[str, ...]  # enclosing loops, as op names
   chain: str | None = None  # id shared by the fusions of an async collective
+  network: float = 0.0  # share of its bytes that leave a slice or node
+  members: tuple[tuple[int, ...], ...] = ()  # devices of each group, where nodes are known
 
   @property
   def bytes(self) -> float:
@@ -127,6 +124,9 @@ class Ledger(NamedTuple):
 
   collectives: tuple[Collective, ...]
   operations: tuple[Operation, ...]
+  # Conditionals and loops without a known trip count, per step: a GPU's host waits for the
+  # predicate of each.
+  host_syncs: int = 0
 
   @property
   def memory_bytes(self) -> float:
@@ -152,10 +152,15 @@ class Ledger(NamedTuple):
       row['sent_bytes'] += c.sent_bytes
     return dict(sorted(kinds.items()))
 
-  def sent_bytes(self, *, network: bool) -> float:
-    """Returns the bytes sent over links within a slice, or over the network between
-    slices, for which XLA uses send and receive only."""
-    return sum(c.sent_bytes for c in self.collectives if (c.kind == 'send') == network)
+  def sent_bytes(self, *, network: bool, kind: str = '') -> float:
+    """Returns the bytes sent over links within a slice or node, or over the network
+    between them, by collectives of a kind or of all kinds. Between slices XLA uses send
+    and receive only."""
+    return sum(
+      c.sent_bytes * (c.network if network else 1 - c.network)
+      for c in self.collectives
+      if not kind or c.kind == kind
+    )
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -213,8 +218,11 @@ def _arrays(text: str) -> tuple[Array, ...]:
   )
 
 
-def ledger(text: str) -> Ledger:
+def ledger(text: str, per_node: int = 0) -> Ledger:
   """Returns the ledger of the text of a compiled program.
+
+  per_node: devices per node, which are numbered in order; 0 = on a TPU, where only sends
+    leave a slice.
 
   Of a conditional it takes the most expensive branch, but only once per loop if
   another branch costs next to nothing (as for work of head 1 only).
@@ -239,24 +247,46 @@ def ledger(text: str) -> Ledger:
     return [walk(dearest, times, trips, loops, fused)]
 
   def walk(name, times, trips, loops, fused) -> Ledger:
-    found, operations = {}, []
+    found, operations, syncs = {}, [], 0
     here = {i.name: i for i in computations.get(name, ())}
     for i in here.values():
+      i = _started_fusion(i, here)
+      syncs += times * _waits(i, computations)
       parts = inside(i, times, trips, loops, fused)
       collective = _collective(i, here, name, times, loops)
       if collective:
+        if per_node:
+          collective = collective._replace(
+            network=groups.network_share(i.rest, per_node), members=groups.members(i.rest)
+          )
         parts.append(Ledger((collective,), ()))
       if not fused:
         operation = _operation(i, times, here, computations)
         parts.append(Ledger((), (operation,) if operation else ()))
       for part in parts:
         operations += part.operations
+        syncs += part.host_syncs
         for c in part.collectives:
           # Of a chain, which spans several fusions, count the first only.
           found.setdefault((c.chain, c.loops) if c.chain else len(found), c)
-    return Ledger(tuple(found.values()), tuple(operations))
+    return Ledger(tuple(found.values()), tuple(operations), syncs)
 
   return walk(entry, 1, 1, (), False)
+
+
+def _started_fusion(i: Instruction, here) -> Instruction:
+  """Returns an async fusion, whose results are its operands and then its own, as a fusion."""
+  if i.opcode != 'fusion-start':
+    return i
+  given = sum(len(here[o].arrays) for o in i.operands)
+  return i._replace(opcode='fusion', arrays=i.arrays[given:])
+
+
+def _waits(i: Instruction, computations) -> int:
+  """Returns how often a GPU's host waits for the predicate of an instruction."""
+  if i.opcode == 'while' and 'known_trip_count' not in i.rest:
+    return trip_count(i, computations)
+  return int(i.opcode == 'conditional')
 
 
 def trip_count(loop: Instruction, computations) -> int:
@@ -300,7 +330,7 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
   kind = i.opcode.removesuffix('-start')
   if kind not in COLLECTIVES or i.opcode == 'send-done':
     return None
-  arrays, group = i.arrays, _group_size(i)
+  arrays, group = i.arrays, groups.size(i.rest, i.name)
   given = tuple(a for name in i.operands for a in here[name].arrays)
   if kind in ('send', 'reduce-scatter'):  # the full array is the input
     arrays = given
@@ -318,25 +348,8 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
     i.attribute(r'op_name="([^"]*)"') or '',
     loops,
     i.attribute(r'chain_id="(\d+)"'),
+    float(kind == 'send'),
   )
-
-
-def _group_size(i: Instruction) -> int:
-  """Returns the devices per replica group, in any of the three notations; 0 if an
-  instruction has none. Raises ValueError for unknown notations."""
-  mesh = MESH_GROUPS.search(i.rest)
-  if mesh:
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    # A full axis, or a part of one: 'a':(2)4.
-    named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in named)
-  iota = i.attribute(r'replica_groups=\[(\d+(?:,\d+)*)\]<=')
-  if iota:
-    return int(iota.split(',')[-1])
-  listed = i.attribute(r'replica_groups=\{\{([\d,]*)\}')
-  if not listed and 'replica_groups=' in i.rest:  # {} means all devices
-    raise ValueError(f'unknown replica groups of {i.name}: {i.rest[:200]}')
-  return len(listed.split(',')) if listed else 0
 
 
 def _operation(i: Instruction, times: int, here, computations) -> Operation | None:
@@ -370,7 +383,7 @@ def _traffic(i: Instruction, here, computations) -> float:
     ends = [moved, *(a for o in i.operands for a in here[o].arrays)]
     return moved.bytes * sum(not a.on_chip for a in ends)
   read = [_off_chip(here[o].arrays) for o in i.operands if o in here]
-  written = _off_chip(i.arrays)
+  written = _off_chip(a for a in i.arrays if not products.is_workspace(a, i))
   if i.opcode.endswith('-start'):  # its result includes its input
     written -= sum(read)
   if i.opcode == 'dynamic-slice' or i.opcode == 'gather':

@@ -1,7 +1,16 @@
-"""FLOPs of the matrix products in HLO text."""
+"""Matrix products in HLO text: their FLOPs."""
 
 import math
 import re
+
+CUBLAS = 'custom_call_target="__cublas$'  # a product of a GPU program
+
+
+def is_workspace(array, i) -> bool:
+  """Whether a result of an hlo.Instruction is the workspace of a cuBLAS call, whose
+  traffic is unknown."""
+  is_cublas = i.opcode == 'custom-call' and CUBLAS in i.rest
+  return is_cublas and array.dtype == 's8' and len(array.dims) == 1
 
 
 def flops(i, here) -> float:
@@ -9,10 +18,14 @@ def flops(i, here) -> float:
 
   here: the instructions of its computation, by name.
   """
-  if i.opcode not in ('dot', 'convolution'):
+  is_cublas = i.opcode == 'custom-call' and CUBLAS in i.rest
+  if i.opcode not in ('dot', 'convolution') and not is_cublas:
     return 0.0
   lhs, rhs = (here[o].arrays[0].dims for o in i.operands[:2])
   results = math.prod(i.arrays[0].dims)
+  if is_cublas:
+    contracted = i.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ''
+    return 2.0 * results * math.prod(lhs[int(d)] for d in re.findall(r'\d+', contracted))
   if i.opcode == 'dot':
     contracted = i.attribute(r'lhs_contracting_dims=\{([\d,]*)\}') or ''
     return 2.0 * results * math.prod(lhs[int(d)] for d in contracted.split(',') if d)

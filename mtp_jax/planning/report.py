@@ -13,8 +13,7 @@ import jax
 
 from mtp_jax.config import fields, kernels, schema, validate
 from mtp_jax.model import heads, lm, params
-from mtp_jax.parallel import chips
-from mtp_jax.planning import ahead, analytic, hlo, profile
+from mtp_jax.planning import ahead, analytic, hlo, nvidia, profile
 
 FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
 COMPILES = 4  # fitting candidates that a search compiles
@@ -60,6 +59,7 @@ def values_of(plan: ahead.Plan) -> dict:
   return dict(
     topology=cfg.plan.topology or None,
     slices=cfg.plan.slices,
+    nodes=plan.nodes,
     device_kind=plan.device_kind,
     devices=plan.devices,
     mesh=plan.mesh,
@@ -79,11 +79,15 @@ def values_of(plan: ahead.Plan) -> dict:
     held_bytes=plan.held_bytes,
     total_bytes=plan.total_bytes,
     hbm_bytes=chip.hbm_bytes if chip else None,
+    usable_bytes=ahead.usable_bytes(plan.device_kind),
+    reserves=plan.reserves or None,
     fits=plan.fits,
     model_flops_per_token=plan.model_flops / plan.tokens,
     model_flops_per_step_all=plan.model_flops,
     executed_flops_per_step=plan.executed_flops,
     collectives=ledger.by_kind() if ledger else None,
+    collectives_network_bytes=_network_bytes(ledger) if ledger else None,
+    host_syncs=ledger.host_syncs if ledger and plan.per_node else None,
     largest_collectives=_largest(ledger) if ledger else None,
     memory_bytes_per_step=ledger.memory_bytes if ledger else None,
     estimated_cycles=(ledger.cycles or None) if ledger else None,
@@ -101,6 +105,11 @@ def values_of(plan: ahead.Plan) -> dict:
     days=step_s * cfg.train.steps / 86400 if step_s else None,
     compile_s=plan.compile_s,
   )
+
+
+def _network_bytes(ledger: hlo.Ledger) -> dict[str, float]:
+  """Returns the bytes per device and step that cross the network, by kind."""
+  return {kind: ledger.sent_bytes(network=True, kind=kind) for kind in ledger.by_kind()}
 
 
 def _largest(ledger: hlo.Ledger) -> list[dict]:
@@ -154,7 +163,7 @@ def _estimate_lines(plan: ahead.Plan) -> list[str]:
 
 def unread(plan: ahead.Plan) -> bool:
   """Whether the program was compiled, but its text could not be parsed."""
-  return plan.code_bytes > 0 and plan.ledger is None
+  return (plan.code_bytes > 0 or plan.held_bytes is not None) and plan.ledger is None
 
 
 def lines_of(plan: ahead.Plan) -> list[str]:
@@ -174,9 +183,11 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     f' {cfg.data.seq_len} in {cfg.train.grad_accum_steps} micro-batches',
     '',
   ]
+  is_gpu = nvidia.is_gpu(plan.device_kind)
   if plan.temp_bytes is None:
-    lines += [ahead.NO_LIBTPU, '']
+    lines += [nvidia.NO_COMPILER if is_gpu else ahead.NO_LIBTPU, '']
   platform = 'tpu' if plan.device_kind.startswith('TPU') else jax.devices()[0].platform
+  platform = 'gpu' if is_gpu else platform
   if fallbacks := kernels.fallbacks(cfg, platform):
     lines += [*fallbacks, '']
   rows = [
@@ -186,12 +197,14 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     ('activations, gradients, temporaries', plan.temp_bytes),
     ('program', plan.code_bytes or None),
     ('total', plan.total_bytes),
-    ('memory per chip', v['hbm_bytes']),
+    *_memory_rows(plan),
   ]
   lines += ['per device' + ' ' * 33 + 'GiB']
   lines += [f'  {name:36} {_gib(n):>7}' for name, n in rows if n is not None]
   fits = {True: 'fits', False: 'DOES NOT FIT', None: 'unknown whether it fits'}
   lines += [f'  {fits[plan.fits]}', '']
+  if plan.chip and sum(plan.reserves.values()) > plan.chip.hbm_bytes - v['usable_bytes']:
+    lines[-1:] = [f'  lower {nvidia.FRACTION_VARIABLES[0]}: the reserves need more', '']
   lines += [
     f'model FLOPs: {v["model_flops_per_token"] / 1e9:.3f} GFLOP per token,'
     f' {plan.model_flops / 1e12:,.4g} TFLOP per step over all devices'
@@ -204,11 +217,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
       f' TFLOP per step and device, {share:.2f} times the model FLOPs'
     ]
   if plan.ledger:
-    lines += ['', 'collectives per step and device' + ' ' * 10 + 'count       MiB']
-    lines += [
-      f'  {kind:36} {row["count"]:7,} {row["sent_bytes"] / 2**20:9,.1f}'
-      for kind, row in plan.ledger.by_kind().items()
-    ]
+    lines += ['', *_collective_lines(plan)]
     lines += [f'memory traffic per step and device: {plan.ledger.memory_bytes / 2**30:,.1f} GiB']
   if unread(plan):
     lines += [
@@ -216,10 +225,45 @@ def lines_of(plan: ahead.Plan) -> list[str]:
       'this jaxlib cannot parse the compiled program: no ledger, and the roofline is by formula',
     ]
   lines += _time_lines(v) + _estimate_lines(plan)
+  if cfg.plan.profile and is_gpu:
+    lines += ['no profile: the compiler for NVIDIA GPUs estimates no cycles']
   if cfg.plan.profile and plan.ledger and plan.ledger.cycles:
     lines += _profile_lines(plan)
   if plan.compile_s is not None:
     lines += [f'compiled in {plan.compile_s:.0f} s']
+  return lines
+
+
+def _memory_rows(plan: ahead.Plan) -> list[tuple[str, float | None]]:
+  """Returns the rows of a device's memory: what programs may have of it, and what a process
+  needs beside that."""
+  if not (plan.chip and nvidia.is_gpu(plan.device_kind)):
+    return [('memory per chip', plan.chip and plan.chip.hbm_bytes)]
+  usable = ahead.usable_bytes(plan.device_kind)
+  return [
+    (f'JAX allocates {nvidia.memory_fraction():g} of {_gib(plan.chip.hbm_bytes)}', usable),
+    *((f'reserve beside it: {name}', n) for name, n in plan.reserves.items()),
+  ]
+
+
+def _collective_lines(plan: ahead.Plan) -> list[str]:
+  """Returns the collectives by kind; with nodes or slices, what stays within one and what
+  is sent between them."""
+  assert plan.ledger
+  whole = 'slice' if plan.cfg.plan.slices > 1 else 'node' if plan.nodes > 1 else ''
+  title = f'collectives per step and device{"count":>15}'
+  columns = f'MiB within a {whole}   MiB between {whole}s' if whole else '      MiB'
+  lines = [f'{title} {columns}']
+  for kind, row in plan.ledger.by_kind().items():
+    sent = [row['sent_bytes']]
+    if whole:
+      network = plan.ledger.sent_bytes(network=True, kind=kind)
+      sent = [row['sent_bytes'] - network, network]
+    cells = ' '.join(f'{n / 2**20:{17 if whole else 9},.1f}' for n in sent)
+    lines += [f'  {kind:36} {row["count"]:7,} {cells}']
+  if plan.per_node:
+    waits = 'waits for the host per step (conditionals, loops of unknown length)'
+    lines += [f'{waits}: {plan.ledger.host_syncs:,}']
   return lines
 
 
@@ -339,7 +383,7 @@ def _row(plan: ahead.Plan) -> list[str]:
 
 def search(cfg: schema.CommandConfig, report) -> tuple[dict, int]:
   """Ranks meshes, micro-batches and remat by formula, and compiles the best."""
-  if cfg.plan.topology and not ahead.has_libtpu():
+  if not ahead.has_compiler(cfg):
     one = ahead.of_shardings(cfg)
     n, kind = one.devices, one.device_kind
   else:
@@ -352,10 +396,9 @@ def search(cfg: schema.CommandConfig, report) -> tuple[dict, int]:
       True,
       f'no mesh of {n} devices divides --data.batch_size={cfg.data.batch_size} and the model',
     )
-  chip = chips.chip(kind)
-  assert chip  # or `ranked` has raised
-  hbm = chip.hbm_bytes
-  fitting = sum(e.total_bytes <= hbm for e in found)
+  usable = ahead.usable_bytes(kind)
+  assert usable  # or `ranked` has raised
+  fitting = sum(e.total_bytes <= usable for e in found)
   report(f'{n} x {kind}: {len(found)} candidates, {fitting} fit by formula; the best, compiled:')
   columns = ('by formula', 'step s', *COLUMNS)
   report(
