@@ -80,6 +80,8 @@ class Compiled(NamedTuple):
 def run(work: session.Session, options: Options) -> None:
   """Measures each number of heads, and then all of them in interleaved rounds."""
   size = options.size or largest(work)
+  if work.is_tiny and options.size:
+    size = f'tiny for {size}'
   steps: dict[int, Compiled] = {}
   expected_s = 75.0
   most = 2 if options.has_bars else 1
@@ -137,6 +139,9 @@ def compile_step(work: session.Session, cfg: schema.CommandConfig, documents: in
     )
     executed, of_kernels = of_program(), of_program(kernels_only=True)
   abstract, memory = state_lib.abstract(cfg, mesh), compiled.memory_analysis()
+  held = memory and (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  )
   plan = ahead.Plan(
     cfg,
     dict(mesh.shape),
@@ -145,6 +150,7 @@ def compile_step(work: session.Session, cfg: schema.CommandConfig, documents: in
     opt_state_bytes=params.bytes_per_device(abstract.opt_state),
     temp_bytes=memory and memory.temp_size_in_bytes,
     code_bytes=memory.generated_code_size_in_bytes if memory else 0,
+    held_bytes=held,
     chunk=chunk,
     compile_s=time.perf_counter() - begin,
     executed_flops=executed,
