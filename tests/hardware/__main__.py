@@ -24,14 +24,12 @@ import time
 import traceback
 from collections.abc import Callable
 
-from mtp_jax.parallel import chips
-
 # Before jax is imported: 1.3B with its optimizer state needs more than the default share.
 os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '.92')
-chips.silence_libtpu()
 
 import jax  # noqa: E402
 
+# With mtp_jax.api, which silences the compilers of devices that are not here.
 from tests.hardware import machine, parts, session  # noqa: E402
 from tests.hardware import report as report_lib  # noqa: E402
 
