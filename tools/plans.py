@@ -1,19 +1,20 @@
-"""Writes docs/plans.md: the smallest slice that holds each size of experiments/size.
+"""Writes docs/plans.md: the fewest chips that hold each size of experiments/size.
 
-  python tools/plans.py            all sizes; what is compiled already is kept
-  python tools/plans.py 7b 13b     these sizes only
+  python tools/plans.py                      all sizes; what is compiled already is kept
+  python tools/plans.py 7b 13b               these sizes only
+  python tools/plans.py --chips=h100,b200    these chips only
 
-For each size, n = 1 and 4 (a published model: n = 1), and each generation of TPU: the
-smallest slice whose chips hold the whole train step with one sequence of 4096 tokens per
-chip, trunk remat=block and parameters sharded over all chips. The formula of
+For each size, n = 1 and 4 (a published model: n = 1), and each generation of TPU and NVIDIA
+GPU: the smallest slice, or the fewest GPUs, that hold the whole train step with one sequence
+of 4096 tokens per chip, trunk remat=block and parameters sharded over all chips. The formula of
 mtp_jax/planning/analytic.py gives the first candidate; the answer, and the next smaller
 slice, are compiled. Each compile is a line of docs/plans.jsonl, written at once.
 """
 
+import argparse
 import json
 import os
 import pathlib
-import sys
 from importlib import metadata
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # see ahead._ledger
@@ -23,7 +24,7 @@ import jax  # noqa: E402
 from mtp_jax.cli import flags  # noqa: E402
 from mtp_jax.config import fields  # noqa: E402
 from mtp_jax.parallel import chips  # noqa: E402
-from mtp_jax.planning import ahead, analytic, report  # noqa: E402
+from mtp_jax.planning import ahead, analytic, nvidia, report  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'plans.jsonl'
@@ -34,7 +35,9 @@ PUBLISHED = (
   *('gemma3_1b', 'gemma3_4b', 'olmo2_1b', 'olmo2_7b'),
 )
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-SLICES = {'v5e': FLAT, 'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'), 'v6e': FLAT}
+TPUS = {'v5e': FLAT, 'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'), 'v6e': FLAT}
+NODES = ('1', '2', '4', '8', '2x8', '4x8', '8x8')
+SLICES = TPUS | {name: NODES for name in nvidia.GPUS}
 HEADS = (1, 4)
 
 
@@ -63,16 +66,18 @@ def chips_of(shape: str) -> int:
 def fits_by_formula(size, n, generation, shape) -> bool:
   devices = chips_of(shape)
   cfg = configured(size, n, f'{generation}:{shape}', devices)
-  chip = chips.chip(ahead.GENERATIONS[generation])
+  kind = ahead.GENERATIONS.get(generation) or nvidia.GPUS[generation].device_kind
+  chip = chips.chip(kind)
   try:
     estimate = analytic.estimate(cfg, dict(data=1, fsdp=devices, tensor=1), chip)
   except fields.ConfigError:  # more chips than the width divides
     return False
-  return estimate.total_bytes <= chip.hbm_bytes
+  return estimate.total_bytes <= ahead.usable_bytes(kind)
 
 
-def compilers() -> str:
-  return ' and '.join(f'{name} {metadata.version(name)}' for name in ('jaxlib', 'libtpu'))
+def compilers(generation: str) -> str:
+  compiler = 'libtpu' if generation in TPUS else 'jax-cuda13-plugin'
+  return ' and '.join(f'{name} {metadata.version(name)}' for name in ('jaxlib', compiler))
 
 
 class Compiled:
@@ -87,7 +92,7 @@ class Compiled:
     key = (size, n, topology)
     if key not in self.rows:
       cfg = configured(size, n, topology, chips_of(shape))
-      row = dict(key=key, by=compilers()) | report.values_of(ahead.plan(cfg))
+      row = dict(key=key, by=compilers(generation)) | report.values_of(ahead.plan(cfg))
       with open(ROWS, 'a') as f:
         f.write(json.dumps(row) + '\n')
       print(*key, 'fits' if row['fits'] else 'too large', flush=True)
@@ -113,18 +118,23 @@ def smallest(compiled, size: str, n: int, generation: str):
   return here, below if at else None
 
 
+def _usable(row) -> str:
+  """Returns what a program may have of a chip's memory, in GiB."""
+  return gib(row, 'usable_bytes' if row.get('usable_bytes') else 'hbm_bytes')
+
+
 def gib(row, name: str) -> str:
   return f'{row[name] / 2**30:.2f}'
 
 
-def table(compiled, sizes) -> list[str]:
+def table(compiled, sizes, generations) -> list[str]:
   lines = [
-    '| size | n | slice | state | temp | total | next smaller slice | roofline | MFU at most |',
+    '| size | n | chips | state | temp | total | next fewer chips | roofline | MFU at most |',
     '|---|---|---|---|---|---|---|---|---|',
   ]
   for size in sizes:
     for n in HEADS if size in SIZES else HEADS[:1]:
-      for generation in SLICES:
+      for generation in generations:
         try:
           row, below = smallest(compiled, size, n, generation)
         except fields.ConfigError as error:
@@ -135,14 +145,14 @@ def table(compiled, sizes) -> list[str]:
           continue
         state = (row['params_bytes'] + row['opt_state_bytes']) / 2**30
         smaller = (
-          f'{gib(below, "total_bytes")} of {gib(below, "hbm_bytes")} on {below["topology"]}'
+          f'{gib(below, "total_bytes")} of {_usable(below)} on {below["topology"]}'
           if below
           else 'none'
         )
         lines.append(
           f'| {size} | {n} | {row["topology"]} | {state:.2f}'
           f' | {gib(row, "temp_bytes")} | {gib(row, "total_bytes")}'
-          f' of {gib(row, "hbm_bytes")} | {smaller}'
+          f' of {_usable(row)} | {smaller}'
           f' | {row["step_s"]:.3f} s{"*" if row["roofline_by_formula"] else ""}'
           f' | {row["mfu"]:.0%} |'
         )
@@ -153,31 +163,43 @@ HEAD = """\
 # Plans
 
 Written by `python tools/plans.py`, which compiles the whole train step (model, loss,
-AdamW, donation, shardings) ahead of time with libtpu.
+AdamW, donation, shardings) ahead of time, with libtpu and with the CUDA wheels of `[plan]`.
 
-For each size, the table gives the smallest slice that holds it with one sequence of 4096
-tokens per chip, `--model.remat=block`, `--loss.backward=remat`, float32 parameters and
-moments, bfloat16 compute, and all chips along `--mesh.fsdp`. Memory is in GiB per chip.
-The roofline is the step time of the busiest resource at its peak; more sequences per
-chip raise the MFU (`mtp plan --plan.search_mesh`). `*`: by formula, where jaxlib cannot
-read back what libtpu compiled. No step of this table has run on a chip
-([Hardware](hardware.md)).
+For each size, the tables give the smallest slice, or the fewest GPUs, that hold it with one
+sequence of 4096 tokens per chip, `--model.remat=block`, `--loss.backward=remat`, float32
+parameters and moments, bfloat16 compute, and all chips along `--mesh.fsdp`. Memory is in GiB
+per chip. The roofline is the step time of the busiest resource at its peak; more sequences per
+chip raise the MFU (`mtp plan --plan.search_mesh`). `*`: by formula, where jaxlib cannot read
+back what libtpu compiled. Of a GPU's memory, a program may have the share that JAX allocates,
+.92; the rest is for CUDA and NCCL ([Plan a run](guides/plan.md)). No step of these tables has
+run on a chip ([Hardware](hardware.md)).
 """
 
 
-def main(sizes) -> None:
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument('sizes', nargs='*', default=[*SIZES, *PUBLISHED])
+  parser.add_argument('--chips', default='', help='comma-separated; empty = all')
+  args = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
+  nvidia.set_launch_flags()
   compiled = Compiled()
-  lines = table(compiled, sizes)
-  if list(sizes) == list(SIZES + PUBLISHED):
-    seconds = [r['compile_s'] for r in compiled.rows.values()]
-    by = ', '.join(sorted({r['by'] for r in compiled.rows.values()}))
-    tail = (
-      f'\n{len(seconds)} programs; a compile took {min(seconds):.0f} to'
-      f' {max(seconds):.0f} s, with other work on the two cores; by {by}.\n'
-    )
-    REPORT.write_text('\n'.join([HEAD, *lines]) + '\n' + tail)
+  wanted = args.chips.split(',') if args.chips else [*SLICES]
+  parts = {
+    name: table(compiled, args.sizes, [g for g in of if g in wanted])
+    for name, of in (('TPUs', TPUS), ('GPUs', nvidia.GPUS))
+  }
+  if args.sizes != [*SIZES, *PUBLISHED] or wanted != [*SLICES]:
+    return
+  seconds = [r['compile_s'] for r in compiled.rows.values()]
+  by = ', '.join(sorted({r['by'] for r in compiled.rows.values()}))
+  tail = (
+    f'\n{len(seconds)} programs; a compile took {min(seconds):.0f} to'
+    f' {max(seconds):.0f} s, with other work on the two cores; by {by}.\n'
+  )
+  lines = [line for name, rows in parts.items() for line in ('', f'## {name}', '', *rows)]
+  REPORT.write_text('\n'.join([HEAD, *lines[1:]]) + '\n' + tail)
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:] or SIZES + PUBLISHED)
+  main()

@@ -44,34 +44,38 @@ def attend(x: Operands, layer_type, cfg: schema.Config):
   Returns:
     (B, T, N, H).
   """
-  windows = [t.window for t in layer_types.distinct(cfg)]
+  windows = tuple(t.window for t in layer_types.distinct(cfg))
   by_window = sorted(set(windows))
-  attends = [functools.partial(_attend, window=w, m=cfg.model) for w in by_window]
-  if len(by_window) == 1:
-    return attends[0](x)
-  index = tuple(map(by_window.index, windows))
-  if isinstance(layer_type, int):
-    return attends[index[layer_type]](x)
-  return jax.lax.switch(layers.at(index, layer_type), attends, x)
+  if len(by_window) == 1 or isinstance(layer_type, int):
+    return _attend(x, layers.at(windows, layer_type), by_window, cfg.model)
+  if chosen(cfg.model, x.q_BTNH.shape[1]) == 'flash':
+    # An array to it; a conditional would make the host wait for the GPU.
+    return _attend(x, layers.at(windows, layer_type), by_window, cfg.model)
+  attends = [functools.partial(_attend, window=w, by_window=[w], m=cfg.model) for w in by_window]
+  index = layers.at(tuple(map(by_window.index, windows)), layer_type)
+  return jax.lax.switch(index, attends, x)
 
 
-def _attend(x: Operands, window: int, m: schema.ModelConfig):
+def _attend(x: Operands, window, by_window: list[int], m: schema.ModelConfig):
+  """Computes attention of a window: one of by_window, which may be traced."""
   kernel = KERNELS[chosen(m, x.q_BTNH.shape[1])]
-  kernel = functools.partial(kernel, window=window, m=m)
-  if kernel.func is reference:
+  if kernel is reference:
     return reference(x, window, m)
   q_spec = sharding.pspec('batch', None, 'attn_heads', None)
   kv_spec = sharding.pspec('batch', None, 'kv_heads', None)
   sink_spec = None if x.sink_N is None else sharding.pspec('attn_heads')
+  specs = Operands(q_spec, kv_spec, kv_spec, sharding.pspec('batch', None), sink_spec)
+  traced = () if isinstance(window, int) else (window,)
   # Each device runs the kernel on its own rows and heads.
   sharded = jax.shard_map(
-    kernel,
-    in_specs=(Operands(q_spec, kv_spec, kv_spec, sharding.pspec('batch', None), sink_spec),),
+    lambda x, *traced: kernel(x, window=traced[0] if traced else window, m=m),
+    in_specs=(specs, *(sharding.pspec() for _ in traced)),
     out_specs=q_spec,
     check_vma=False,
   )
-  with jax.named_scope(f'attend_window_{window}'):  # read by flops.of_program
-    return sharded(x)
+  named = by_window if traced else (window,)
+  with jax.named_scope('attend_window_' + '_'.join(map(str, named))):  # read by flops.of_program
+    return sharded(x, *traced)
 
 
 def chosen(m: schema.ModelConfig, T: int) -> str:

@@ -217,9 +217,21 @@ def add_mlp(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
     if apart:
       gate_BTF, up_BTF = layers.gradient_in_memory((gate_BTF, up_BTF))
     active_BTF = layers.ACTIVATIONS[m.activation](gate_BTF) * up_BTF
-    active_BTF = layers.in_memory(active_BTF) if apart else active_BTF
-    o_BTD = jnp.einsum('BTF,FD->BTD', active_BTF, w.down, out_sharding=_RESIDUAL)
+    o_BTD = (_down_apart if apart else _down)(active_BTF, w.down)
     return x_BTD + _added(_biased(o_BTD, w.down_bias), w.mlp_out_norm, m)
+
+
+def _down(active_BTF, w_FD):
+  return jnp.einsum('BTF,FD->BTD', active_BTF, w_FD, out_sharding=_RESIDUAL)
+
+
+def _down_apart_bwd(saved, do_BTD):
+  active_BTF, w_FD = saved
+  return jax.vjp(_down, jax.lax.optimization_barrier(active_BTF), w_FD)[1](do_BTD)
+
+
+_down_apart: Any = jax.custom_vjp(_down)
+_down_apart.defvjp(lambda active, w: (_down(active, w), (active, w)), _down_apart_bwd)
 
 
 def _added(o_BTD, norm_D, m: schema.ModelConfig):

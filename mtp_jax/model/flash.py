@@ -53,12 +53,15 @@ def _tiles(H: int, dtype) -> tuple[Tile, Tile, Tile]:
   return Tile(32, 32, warps, 1), Tile(16, 16, warps, 1), Tile(16, 16, warps, 1)
 
 
-def begins(segment_BT, window: int):
-  """Returns the first key (B, T) that each query sees; window: 0 = all of its document."""
+def begins(segment_BT, window):
+  """Returns the first key (B, T) that each query sees; window: 0 = all of its document; may
+  be traced."""
   at_1T = jnp.arange(segment_BT.shape[1], dtype=jnp.int32)[None]
   is_new_BT = segment_BT != jnp.roll(segment_BT, 1, axis=1)
   begin_BT = lax.cummax(jnp.where(is_new_BT, at_1T, 0), axis=1)
-  return jnp.maximum(begin_BT, at_1T - window + 1) if window else begin_BT
+  if isinstance(window, int) and not window:
+    return begin_BT
+  return jnp.where(window > 0, jnp.maximum(begin_BT, at_1T - window + 1), begin_BT)
 
 
 def _ends(begin_BT):

@@ -104,7 +104,8 @@ def of_program(
   shapes are those of shards. A loop counts once per trip; a conditional as its most
   expensive branch, but once per loop where another branch has no product (work of
   head 1 alone), and by `shares` where it selects a window; attention kernels by their
-  products per query head. Elementwise work is excluded.
+  products per query head, where an array selects the window by `shares` too. Elementwise
+  work is excluded.
 
   shares: `window_shares` of the model. kernels_only: without products outside of kernels.
   """
@@ -119,7 +120,14 @@ class _Within(NamedTuple):
   kernels_only: bool = False
   part: str = 'trunk'  # or heads
   trips: int = 1  # of the loop
-  window: int = 0  # of the attention
+  windows: tuple[int, ...] = (0,)  # of the attention; several if selected by an array
+
+  @property
+  def mean_keys(self) -> float:
+    """Keys of a query, on average over positions, and by `shares` over windows."""
+    keys = [_mean_keys(self.seq_len, window) for window in self.windows]
+    shares = self.shares.get(self.part, ()) if len(keys) > 1 else (1.0,)
+    return sum(share * n for share, n in zip(shares, keys, strict=True))
 
 
 def _of_jaxpr(jaxpr, here: _Within) -> float:
@@ -129,11 +137,11 @@ def _of_jaxpr(jaxpr, here: _Within) -> float:
     scope = str(eqn.source_info.name_stack)
     found, parts = WINDOW.search(scope), PART.findall(scope)
     within = here._replace(part=parts[-1]) if parts else here
-    within = within._replace(window=int(found[1])) if found else within
+    within = within._replace(windows=tuple(map(int, found[1].split('_')))) if found else within
     if name == 'dot_general':
       total += 0 if here.kernels_only else _dot(eqn)
     elif name == 'pallas_call' or name.startswith('dot_product_attention'):
-      total += _kernel(eqn, _mean_keys(within.seq_len, within.window))
+      total += _kernel(eqn, within.mean_keys)
     elif name == 'cond':
       branches = [branch.jaxpr for branch in eqn.params['branches']]
       choices = [_of_jaxpr(branch, within) for branch in branches]
@@ -151,7 +159,7 @@ def _of_jaxpr(jaxpr, here: _Within) -> float:
   return total
 
 
-WINDOW = re.compile(r'attend_window_(\d+)')  # a name scope of attention.py
+WINDOW = re.compile(r'attend_window_(\d+(?:_\d+)*)')  # a name scope of attention.py
 PART = re.compile(r'\b(trunk|heads)\b')  # name scopes of lm.py and the losses
 
 

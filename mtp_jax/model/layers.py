@@ -150,17 +150,9 @@ rope_by_product.defvjp(_rope_by_product_fwd, _rope_by_product_bwd)
 
 
 @jax.custom_vjp
-def in_memory(x):
-  """Identity, computed once: XLA would compute it anew within each product that reads it."""
-  return jax.lax.optimization_barrier(x)
-
-
-in_memory.defvjp(lambda x: (jax.lax.optimization_barrier(x), None), lambda _, dx: (dx,))
-
-
-@jax.custom_vjp
 def gradient_in_memory(x):
-  """Identity, whose gradient is computed once, as of `in_memory`."""
+  """Identity, whose gradient is computed once: XLA would compute it anew within each product
+  that reads it."""
   return x
 
 

@@ -203,7 +203,9 @@ def gather(w, axes, compute_dtype, grad_dtype):
     # The plain transpose would cast to compute_dtype first, then reduce. Where XLA
     # all-reduces and slices, the barrier makes it slice at once: fused into the
     # optimizer, the slice would keep the unsharded gradient in memory until then.
-    dw = _embed_last(dw.astype(grad_dtype))
+    dw = dw.astype(grad_dtype)
+    if axes[0] == 'embed' and dw.ndim == 3 and dw.shape[-1] < schema.TILE:
+      dw = _embed_last(dw)
     dw = _reduced(dw, at_rest).astype(param_dtype)
     return (jax.lax.optimization_barrier(dw),)
 
@@ -212,9 +214,10 @@ def gather(w, axes, compute_dtype, grad_dtype):
 
 
 def _embed_last(dw):
-  """Returns dw, (D, heads, width), computed on a TPU with D along the lanes: a narrow head
-  would leave a part of the matrix unit empty."""
-  if dw.ndim != 3 or dw.shape[-1] >= schema.TILE or platform() != 'tpu':
+  """Returns dw (D, heads, width), of q, k or v with narrow heads. On a TPU it is computed with
+  D along the lanes, or half of the matrix unit would be empty: XLA keeps the order of
+  dimensions at a barrier."""
+  if platform() != 'tpu':
     return dw
   return jnp.moveaxis(jax.lax.optimization_barrier(jnp.moveaxis(dw, 0, -1)), -1, 0)
 

@@ -248,16 +248,26 @@ def plan(cfg: schema.CommandConfig) -> Plan:
   compile_s = time.perf_counter() - begin
   memory = compiled.memory_analysis()
   assert memory is not None
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return found._replace(
-    temp_bytes=memory.temp_size_in_bytes,
+    temp_bytes=_temp_bytes(memory, held, on[0].platform),
     code_bytes=memory.generated_code_size_in_bytes,
-    held_bytes=memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes,
+    held_bytes=held,
     compile_s=compile_s,
     ledger=_ledger(compiled, found.per_node),
     clock=profile.clock(on) if cfg.plan.topology and not at else None,
   )
+
+
+def _temp_bytes(memory, held: int, platform: str) -> int:
+  """Returns the bytes of a program's temporaries.
+
+  libtpu's temp_size_in_bytes is up to a third above what it allocates in HBM, which its
+  dump of the buffer assignment has, and newer jaxlibs as total_allocation_bytes, arguments
+  included.
+  """
+  allocated = getattr(memory, 'total_allocation_bytes', 0) if platform == 'tpu' else 0
+  return allocated - held if allocated > held else memory.temp_size_in_bytes
 
 
 def _ledger(compiled, per_node: int = 0) -> hlo.Ledger | None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from mtp_jax.config import fields, schema
 from mtp_jax.config import kernels as kernels_config
-from mtp_jax.model import attention
+from mtp_jax.model import attention, flash
 from mtp_jax.parallel import sharding
 from tests.support import ahead, kernels, runs, tiny
 
@@ -229,6 +230,24 @@ def test_step_for_nvidia_has_no_t_by_t_array(kernel, T, calls):
   text = ahead.cuda_step(kernels.step_cfg(kernel, T), m)
   assert {name for name in ('triton', 'fmha') if name in text} == calls
   assert bool(ahead.squares(text, T)) == (kernel == 'reference')
+
+
+def test_layers_of_several_windows_select_no_branch_on_nvidia():
+  """A conditional would make the host wait for the GPU, in every layer."""
+  m = tiny.mesh(tiny.cfg(mesh__fsdp=2, mesh__tensor=2))
+  c = kernels.step_cfg('flash', 512)
+  c = schema.replace(c, **{'model.window': 128, 'model.layer_types': 'sliding,full'})
+  text = ahead.cuda_step(c, m)
+  assert 'triton' in text and not re.search('stablehlo.(case|if)', text)
+
+
+@pytest.mark.parametrize('window', [0, 1, 9, 64])
+def test_begin_of_a_traced_window_is_that_of_the_window(window):
+  segment_BT = jnp.cumsum(jnp.arange(64)[None] % 23 == 0, axis=1)
+  begin_BT = np.array(flash.begins(segment_BT, window))
+  by_hand = [max(t - t % 23, t - window + 1 if window else 0) for t in range(64)]
+  assert begin_BT.tolist() == [by_hand]
+  np.testing.assert_array_equal(jax.jit(flash.begins)(segment_BT, window), begin_BT)
 
 
 TPU = """

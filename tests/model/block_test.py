@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import fields
+from mtp_jax.config import fields, schema
 from mtp_jax.decode import setup, speculative, state, weights, window
 from mtp_jax.model import block, heads, layers, lm, params
 from mtp_jax.parallel import sharding
@@ -19,6 +19,39 @@ HOW = [
   ('remat', 'dots', (2, 1, 2), 4),
   ('interleaved', 'none', (1, 1, 1), 0),
 ]
+
+
+@pytest.mark.parametrize('how', HOW[:3], ids=str)
+@pytest.mark.parametrize('family', ['parallel', 'sequential'])
+def test_step_of_tpus_equals_that_of_others(monkeypatch, family, how):
+  """What a TPU computes in another order: RoPE, the MLP's gradients from WIDE on, gradients of
+  narrow heads."""
+  backward, remat, (data, fsdp, tensor), chunk = how
+  shape = dict(data=data, fsdp=fsdp, tensor=tensor)
+  c = tiny.cfg(
+    heads__n=2,
+    heads__family=family,
+    loss__backward=backward,
+    loss__chunk_size=chunk,
+    model__remat=remat,
+    model__attention='reference',
+    **{f'mesh__{axis}': n for axis, n in shape.items()},
+  )
+  rows = tiny.batch(c)
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
+  traced = []
+  monkeypatch.setattr(sharding, 'platform', lambda: traced.append(1) or 'tpu')
+  monkeypatch.setattr(block, 'WIDE', 0)
+  other = schema.replace(c, **{'optim.lr': 0.125})  # traced anew
+  (got, got_sums), (got_grads, _) = tiny.value_and_grad(other, rows)
+  assert traced
+  np.testing.assert_allclose(got, total, rtol=1e-6)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got_sums, sums)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(y).max()),
+    got_grads,
+    grads,
+  )
 
 
 @pytest.mark.parametrize('name, how', zip(blocks.ROWS, 3 * HOW, strict=False), ids=blocks.ROWS)
