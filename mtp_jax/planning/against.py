@@ -5,7 +5,7 @@ Both are values as `mtp plan --plan.profile --out=FILE.json` writes them.
 
 from mtp_jax.config import fields, schema
 from mtp_jax.io import paths
-from mtp_jax.planning import nvidia, saved
+from mtp_jax.planning import nvidia, profile, saved
 
 FLAG = 'plan.against'
 SHOWN = 25  # scopes
@@ -146,7 +146,7 @@ def _scope_lines(rows: list[dict]) -> list[str]:
     before = 'new' if row['before'] is None else f'{row["before"] / 1e6:.2f}'
     now = 'gone' if row['now'] is None else f'{row["now"] / 1e6:.2f}'
     difference = f'{row["difference"] / 1e6:+.2f}'
-    out += [f'{before:>18} {now:>10} {difference:>11}  {row["scope"]}']
+    out += [f'{before:>18} {now:>10} {difference:>11}  {profile.shown(row["scope"])}']
   if more := rows[SHOWN:]:
     rest = sum(row['difference'] for row in more) / 1e6
     out += [f'{"":29} {rest:+11.2f}  {len(more)} others']

@@ -75,7 +75,7 @@ def lines(peak: Peak, compiler_bytes: float | None) -> list[str]:
   out = ['', f'temporaries at the peak, estimated from the program: {_mib(peak.bytes)} MiB{beside}']
   out += ['       MiB  array                         scope']
   for row in peak.largest():
-    out += [f'{_mib(row["bytes"]):>10}  {row["shape"]:28}  {row["scope"]}']
+    out += [f'{_mib(row["bytes"]):>10}  {row["shape"]:28}  {profile.shown(row["scope"])}']
   if more := peak.buffers[SHOWN:]:
     out += [f'{_mib(sum(b.bytes for b in more)):>10}  {len(more)} others']
   return out

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.io import jsonl
 from mtp_jax.parallel import chips
 from mtp_jax.planning import hlo
 
@@ -60,8 +61,13 @@ def lines(ledger: hlo.Ledger, chip: chips.Chip, clock: float | None) -> list[str
   for row in by_scope(ledger)[:SHOWN]:
     floor = f'{row.floor_s(chip) * clock / row.cycles:.0%}' if clock and row.cycles else ''
     share = row.cycles / ledger.cycles
-    out += [f'{row.cycles / 1e6:10.2f} {share:6.1%} {floor:>13}  {row.scope}']
+    out += [f'{row.cycles / 1e6:10.2f} {share:6.1%} {floor:>13}  {shown(row.scope)}']
   return out
+
+
+def shown(scope: str) -> str:
+  """Returns a scope for a line of text; one of merged collectives has all of their names."""
+  return jsonl.one_line(scope, 120)
 
 
 def scope_of(op_name: str) -> str:

@@ -81,7 +81,7 @@ def _scopes(run: history.Run, rows: list[dict]) -> content.Table:
     floor = row.floor_s(chip) * clock / row.cycles if chip and clock else None
     cells += [
       [
-        row.scope,
+        profile.shown(row.scope),
         f'{row.cycles / 1e6:,.2f}',
         f'{row.cycles / whole:.1%}',
         f'{row.flops / 1e9:,.1f}',
@@ -101,5 +101,8 @@ def _buffers(run: history.Run) -> content.Table:
   return content.Table(
     f'Largest temporaries at the peak, {run.name}, estimated from the program',
     ['', 'array', 'MiB'],
-    [[b['scope'], b['shape'], f'{b["bytes"] / 2**20:,.1f}'] for b in run.plan['peak_buffers']],
+    [
+      [profile.shown(b['scope']), b['shape'], f'{b["bytes"] / 2**20:,.1f}']
+      for b in run.plan['peak_buffers']
+    ],
   )
