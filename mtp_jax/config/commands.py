@@ -156,7 +156,14 @@ class PlanConfig:
     **fields.limits(2**16),
   )
   profile: bool = fields.field(
-    False, "print the scopes with the most cycles, by the TPU compiler's estimate"
+    False,
+    "print the scopes with the most cycles, by the TPU compiler's estimate, and the largest "
+    'temporaries at the peak',
+  )
+  against: str = fields.field(
+    '',
+    'file of an earlier mtp plan --plan.profile --out: print what differs, scope by scope; '
+    'implies plan.profile',
   )
   sweep: tuple = fields.field(
     (), 'FLAG=VALUE,VALUE,…: a row per value; given twice, a grid of both'

@@ -1,7 +1,8 @@
 """`mtp plan`: memory and time of a run before it starts.
 
-Reading order: hlo (parses a compiled program; groups and products are parts of it) -> nvidia
-(GPUs, and what a process needs on them) -> ahead (compiles the real step for devices that need
-not be present) -> analytic (bytes and time by formula) -> report (prints one plan, a sweep or
-a search).
+Reading order: hlo (parses a compiled program; groups and products are parts of it) -> profile
+(cycles by scope) -> peak (temporaries at the peak) -> nvidia (GPUs, and what a process needs on
+them) -> ahead (compiles the real step for devices that need not be present) -> analytic (bytes
+and time by formula) -> saved (reads a plan's file) -> against (compares two plans) -> report
+(prints one plan, a sweep or a search).
 """

@@ -14,6 +14,7 @@ from mtp_jax.losses import cross_entropy
 from mtp_jax.model import flops, params
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import hlo, nvidia, profile
+from mtp_jax.planning import peak as peak_lib
 from mtp_jax.train import state, step
 
 NO_LIBTPU = (
@@ -49,6 +50,8 @@ class Plan(NamedTuple):
   kernel_flops: float = 0.0  # of executed_flops: those of attention kernels
   clock: float | None = None  # Hz, where the compiler's estimate is calibrated
   per_node: int = 0  # GPUs of a node; 0 = on a TPU
+  peak: peak_lib.Peak | None = None  # temporaries, with --plan.profile
+  heap_bytes: float | None = None  # where the compiler has placed these, with the holes
 
   @property
   def chip(self) -> chips.Chip | None:
@@ -255,6 +258,8 @@ def plan(cfg: schema.CommandConfig) -> Plan:
     held_bytes=held,
     compile_s=compile_s,
     ledger=_ledger(compiled, found.per_node),
+    peak=_peak(compiled) if cfg.plan.profile else None,
+    heap_bytes=_heap_bytes(memory),
     clock=profile.clock(on) if cfg.plan.topology and not at else None,
   )
 
@@ -276,6 +281,24 @@ def _ledger(compiled, per_node: int = 0) -> hlo.Ledger | None:
   have), or a trip count is unknown: the rest of the plan remains valid."""
   try:
     return hlo.ledger(compiled.as_text(), per_node)
+  except (jax.errors.JaxRuntimeError, ValueError):
+    return None
+
+
+def _heap_bytes(memory) -> float | None:
+  """Returns the bytes of device memory that a program has for temporaries; None of a version
+  of jax that does not tell them from what a TPU has in its on-chip memory."""
+  whole = getattr(memory, 'total_allocation_bytes', None)
+  if not whole:
+    return None
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return max(whole - memory.argument_size_in_bytes - results, 0)
+
+
+def _peak(compiled) -> peak_lib.Peak | None:
+  """Returns the temporaries at the peak of a program; None as `_ledger`."""
+  try:
+    return peak_lib.of_program(compiled.as_text())
   except (jax.errors.JaxRuntimeError, ValueError):
     return None
 

@@ -56,6 +56,7 @@ class Array(NamedTuple):
   dtype: str
   dims: tuple[int, ...]
   on_chip: bool
+  layout: str = ''  # {…} of the text: order, tiles, memory space
 
   @property
   def bytes(self) -> float:
@@ -213,7 +214,7 @@ def _closing(text: str, start: int) -> int:
 
 def _arrays(text: str) -> tuple[Array, ...]:
   return tuple(
-    Array(dtype, tuple(map(int, filter(None, dims.split(',')))), 'S(1)' in at)
+    Array(dtype, tuple(map(int, filter(None, dims.split(',')))), 'S(1)' in at, at)
     for dtype, dims, at in ARRAY.findall(text)
   )
 
@@ -237,11 +238,11 @@ def ledger(text: str, per_node: int = 0) -> Ledger:
       body = i.attribute(r'body=%?([\w.\-]+)')
       return [walk(body, times * n, n, loops, False)]
     fused |= i.opcode == 'fusion'
-    parts = [walk(c, times, trips, loops, fused) for c in _called(i)]
+    parts = [walk(c, times, trips, loops, fused) for c in called(i)]
     if i.opcode != 'conditional':
       return parts
     cost = [part.cost for part in parts]
-    dearest = _called(i)[cost.index(max(cost))]
+    dearest = called(i)[cost.index(max(cost))]
     if min(cost) < NOTHING * max(cost):
       times //= trips
     return [walk(dearest, times, trips, loops, fused)]
@@ -307,13 +308,13 @@ def trip_count(loop: Instruction, computations) -> int:
       if i.opcode == 'constant' and i.arrays[0].dtype in ('s32', 'u32', 's64'):
         constants += [int(i.operands[0])]
       compared |= i.opcode == 'compare' and 'direction=LT' in i.rest
-      waiting += _called(i)
+      waiting += called(i)
   if not compared or len(constants) != 1:
     raise ValueError(f'loop {loop.name}: its condition counts to no constant')
   return constants[0]
 
 
-def _called(i: Instruction) -> list[str]:
+def called(i: Instruction) -> list[str]:
   """Returns the computations that an instruction runs once."""
   if i.opcode in ('fusion', 'call', 'async-start', 'custom-call'):
     found = re.findall(r'(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)', i.rest)
@@ -367,7 +368,7 @@ def _flops(i: Instruction, here, computations) -> float:
   """Returns the FLOPs of the matrix products in an instruction, those of a fusion too."""
   if i.opcode == 'fusion':
     total = 0.0
-    for name in _called(i):
+    for name in called(i):
       body = {x.name: x for x in computations.get(name, ())}
       total += sum(_flops(x, body, computations) for x in body.values())
     return total
@@ -391,8 +392,7 @@ def _traffic(i: Instruction, here, computations) -> float:
   if i.opcode == 'dynamic-update-slice':
     return 2 * read[1]
   if i.opcode == 'fusion':
-    called = _called(i)
-    return _fusion_traffic(i, here, computations.get(called[0], ()))
+    return _fusion_traffic(i, here, computations.get(called(i)[0], ()))
   return sum(read) + written
 
 

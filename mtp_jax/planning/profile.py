@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.io import jsonl
 from mtp_jax.parallel import chips
 from mtp_jax.planning import hlo
 
@@ -20,6 +21,7 @@ NEAR = 0.9, 1.25  # seconds of that product relative to those at the published p
 # What transformations and loops add to a name stack.
 WRAPPERS = re.compile(r'jit\([^)]*\)|while|body|cond|closed_call|checkpoint|eval_jaxpr|\d+')
 REMAT = 'rematted_computation'
+SHOWN = 25  # scopes
 
 
 class Row(NamedTuple):
@@ -50,10 +52,30 @@ def by_scope(ledger: hlo.Ledger) -> list[Row]:
   return sorted(rows.values(), key=lambda r: -r.cycles)
 
 
+def lines(ledger: hlo.Ledger, chip: chips.Chip, clock: float | None) -> list[str]:
+  """Returns the scopes with most cycles as text, and what part of them the peaks would take.
+
+  clock: Hz, if it is known.
+  """
+  out = ['', '  M cycles  share  of the floor  scope']
+  for row in by_scope(ledger)[:SHOWN]:
+    floor = f'{row.floor_s(chip) * clock / row.cycles:.0%}' if clock and row.cycles else ''
+    share = row.cycles / ledger.cycles
+    out += [f'{row.cycles / 1e6:10.2f} {share:6.1%} {floor:>13}  {shown(row.scope)}']
+  return out
+
+
+def shown(scope: str) -> str:
+  """Returns a scope for a line of text; one of merged collectives has all of their names."""
+  return jsonl.one_line(scope, 120)
+
+
 def scope_of(op_name: str) -> str:
   """Returns the name scopes and the primitive of a name stack, with the pass in front."""
   backward, again = 'transpose(' in op_name, REMAT in op_name
   parts = [re.sub(r'\w+\(|\)', '', part) for part in op_name.split('/') if part != REMAT]
+  # Without the compiler's numbers, as in broadcast.215, which differ between programs.
+  parts = [re.sub(r'^([\w-]+)\.\d+$', r'\1', part) for part in parts]
   kept = [p for p in parts if p and not WRAPPERS.fullmatch(p)]
   name = '/'.join(p for p in kept if p != 'step')
   return f'{"recomputed" if again else "backward" if backward else "forward"} {name or "other"}'

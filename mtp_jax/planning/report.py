@@ -13,7 +13,7 @@ import jax
 
 from mtp_jax.config import fields, kernels, schema, validate
 from mtp_jax.model import heads, lm, params
-from mtp_jax.planning import ahead, analytic, hlo, nvidia, profile
+from mtp_jax.planning import against, ahead, analytic, hlo, nvidia, peak, profile
 
 FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
 COMPILES = 4  # fitting candidates that a search compiles
@@ -37,14 +37,22 @@ def run(cfg: schema.CommandConfig, report: Callable[[str], None]) -> tuple[dict,
     raise fields.ConfigError(
       'plan.sweep', cfg.plan.sweep[0], 'not supported together with --plan.search_mesh'
     )
+  before = against.read(cfg)
   if cfg.plan.search_mesh:
     return search(cfg, report)
   if cfg.plan.sweep:
     return sweep(cfg, report)
+  if before:
+    cfg = schema.replace(cfg, **{'plan.profile': True})
   plan = ahead.plan(cfg)
+  values = values_of(plan)
   for line in lines_of(plan):
     report(line)
-  return values_of(plan), status([plan])
+  if before:
+    values['against'] = against.compared(before, values, cfg.plan.against)
+    for line in against.lines(values['against']):
+      report(line)
+  return values, status([plan])
 
 
 def values_of(plan: ahead.Plan) -> dict:
@@ -92,9 +100,13 @@ def values_of(plan: ahead.Plan) -> dict:
     memory_bytes_per_step=ledger.memory_bytes if ledger else None,
     estimated_cycles=(ledger.cycles or None) if ledger else None,
     estimated_s=plan.estimated_s,
+    clock_hz=plan.clock,
     operations=[row._asdict() for row in profile.by_scope(ledger)]
     if ledger and cfg.plan.profile
     else None,
+    heap_bytes=plan.heap_bytes,
+    peak_estimate_bytes=plan.peak.bytes if plan.peak else None,
+    peak_buffers=plan.peak.largest() if plan.peak else None,
     roofline_s=roofline or None,
     roofline_by_formula=by_formula,
     step_s=step_s,
@@ -126,22 +138,6 @@ def _largest(ledger: hlo.Ledger) -> list[dict]:
     )
     for c in found
   ]
-
-
-SHOWN = 25  # scopes of a profile
-
-
-def _profile_lines(plan: ahead.Plan) -> list[str]:
-  """Returns the scopes with most cycles, and what part of them the peaks would take."""
-  assert plan.ledger and plan.chip
-  rows, whole = profile.by_scope(plan.ledger), plan.ledger.cycles
-  lines = ['', '  M cycles  share  of the floor  scope']
-  for row in rows[:SHOWN]:
-    floor = ''
-    if plan.clock and row.cycles:
-      floor = f'{row.floor_s(plan.chip) * plan.clock / row.cycles:.0%}'
-    lines += [f'{row.cycles / 1e6:10.2f} {row.cycles / whole:6.1%} {floor:>13}  {row.scope}']
-  return lines
 
 
 def _estimate_lines(plan: ahead.Plan) -> list[str]:
@@ -227,8 +223,10 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   lines += _time_lines(v) + _estimate_lines(plan)
   if cfg.plan.profile and is_gpu:
     lines += ['no profile: the compiler for NVIDIA GPUs estimates no cycles']
-  if cfg.plan.profile and plan.ledger and plan.ledger.cycles:
-    lines += _profile_lines(plan)
+  if cfg.plan.profile and plan.ledger and plan.ledger.cycles and plan.chip:
+    lines += profile.lines(plan.ledger, plan.chip, plan.clock)
+  if plan.peak:
+    lines += peak.lines(plan.peak, plan.heap_bytes)
   if plan.compile_s is not None:
     lines += [f'compiled in {plan.compile_s:.0f} s']
   return lines

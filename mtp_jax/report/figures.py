@@ -24,6 +24,11 @@ COLORS = (
 MARKERS = 'osv^D*P<>'
 WIDTH_IN, HEIGHT_IN = 4.4, 3.3
 LABEL = 34  # characters
+ICICLE_IN = 5.6  # height
+COLUMNS = (0.23, 0.17, 0.24, 0.36)  # of an icicle, shares of its width
+SMALLEST = 0.002  # share of the whole below which a part is not drawn
+CHARACTER = 0.075  # width at the font size of an icicle, in inches
+LINE = 0.15  # height
 
 
 def plain(value: float) -> str:
@@ -76,7 +81,40 @@ class Bars(NamedTuple):
     return f'{self.title}, in {self.x}. ' + '; '.join(rows)
 
 
-Plot = Lines | Bars
+class Node(NamedTuple):
+  """A part of a whole, and its own parts."""
+
+  name: str  # '' = what the parts of a node do not cover
+  value: float  # of a part without parts; `summed` sets the others
+  parts: dict[str, 'Node']
+
+  def summed(self) -> 'Node':
+    """Returns the node with the sums of its parts, the largest first."""
+    parts = sorted((p.summed() for p in self.parts.values()), key=lambda p: -p.value)
+    value = self.value + sum(p.value for p in parts)
+    return Node(self.name, value, {p.name: p for p in parts})
+
+
+class Icicle(NamedTuple):
+  """Nested parts of a whole: a column per level, heights in proportion to values."""
+
+  name: str
+  title: str
+  y: str
+  parts: dict[str, Node]  # of the first level
+  note: str = ''
+
+  def description(self) -> str:
+    def part_of(node: Node) -> str:
+      largest = [f'{p.name} {plain(p.value)}' for p in node.parts.values() if p.name][:3]
+      return f'{node.name} {plain(node.value)}' + (
+        f', of which {", ".join(largest)}' * bool(largest)
+      )
+
+    return f'{self.title}, in {self.y}. ' + '; '.join(map(part_of, self.parts.values()))
+
+
+Plot = Lines | Bars | Icicle
 
 STYLE: dict[Any, Any] = {
   'font.size': 10.5,
@@ -99,11 +137,12 @@ def draw(plot: Plot) -> tuple[str, bytes]:
   from matplotlib import figure
 
   with matplotlib.rc_context(STYLE):
-    is_bars = isinstance(plot, Bars)
-    height = 1.1 + 0.6 * len(plot.rows) if is_bars else HEIGHT_IN
+    height = 1.1 + 0.6 * len(plot.rows) if isinstance(plot, Bars) else HEIGHT_IN
+    height = ICICLE_IN if isinstance(plot, Icicle) else height
     drawn = figure.Figure((WIDTH_IN, height), layout='constrained')
     axes = drawn.subplots()
-    key = _bars(axes, plot) if is_bars else _lines(axes, plot)
+    kinds: dict[type, Any] = {Bars: _bars, Lines: _lines, Icicle: _icicle}
+    key = kinds[type(plot)](axes, plot)
     if key:
       longest = max(map(len, key))
       legend = drawn.legend(
@@ -189,6 +228,39 @@ def _bars(axes, plot: Bars) -> dict:
   axes.spines['left'].set_visible(False)
   axes.xaxis.grid(True)
   return key
+
+
+def _icicle(axes, plot: Icicle) -> dict:
+  """Draws nested parts from left to right; returns no legend. A label is drawn where it fits,
+  shortened to the width of its column."""
+  whole = sum(p.value for p in plot.parts.values())
+  inch = whole / (ICICLE_IN - 0.4)  # values per inch
+
+  def column(parts: dict[str, Node], top: float, level: int, color: str) -> None:
+    if level == len(COLUMNS):
+      return
+    left, width = sum(COLUMNS[:level]), COLUMNS[level]
+    fits = int((width * (WIDTH_IN - 0.7) - 0.06) / CHARACTER)
+    for k, part in enumerate(parts.values()):
+      color = color if level else COLORS[k % len(COLORS)]
+      if part.name and part.value >= SMALLEST * whole:
+        style = dict(align='edge', color=color, linewidth=0)
+        # A pale fill, so that text has contrast on it; gaps between siblings.
+        gap = min(0.02 * inch, part.value / 4)
+        axes.barh(top, width - 0.006, part.value - gap, left, alpha=0.42 - 0.08 * (k % 2), **style)
+        if part.value >= LINE * inch and fits > 2:
+          text = part.name if len(part.name) <= fits else f'{part.name[: fits - 1]}…'
+          axes.text(
+            left + 0.012, top + (part.value - gap) / 2, short(text), va='center', fontsize=9
+          )
+        column(part.parts, top, level + 1, color)
+      top += part.value
+
+  column(plot.parts, 0.0, 0, '')
+  axes.set(xlim=(0, 1), xticks=[], ylabel=plot.y)
+  axes.set_ylim(whole, 0)
+  axes.spines['bottom'].set_visible(False)
+  return {}
 
 
 def _svg(drawn, plot: Plot) -> str:

@@ -5,7 +5,7 @@ import os
 
 from mtp_jax.io import paths
 from mtp_jax.losses import metrics
-from mtp_jax.report import content, cost, curves, figures, history, page
+from mtp_jax.report import compiled, content, cost, curves, figures, history, page
 from mtp_jax.train import goodput
 
 SECTIONS = (
@@ -15,6 +15,7 @@ SECTIONS = (
   curves.suites,
   cost.speed,
   cost.memory,
+  compiled.where_time_goes,
   cost.where_time_went,
   cost.spikes,
   cost.flags,
@@ -102,5 +103,7 @@ def _summary(runs, html: str, drawn: list[str]) -> tuple[list[str], dict]:
   for run in runs:
     spent[run.path] = goodput.summary(run.sessions)
     lines += [f'{run.path}: {line}' for line in goodput.lines(spent[run.path])]
+    if run.plan_problem:
+      lines.append(run.plan_problem)
   values = dict(report=html, figures=drawn, last=last, goodput=spent)
   return [*lines, f'report: {html}'], values

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeGuard
 from mtp_jax.config import parse, schema, validate
 from mtp_jax.io import paths
 from mtp_jax.model import lm, params
+from mtp_jax.planning import saved
 from mtp_jax.train import goodput, metrics
 
 Points = list[tuple[float, float]]
@@ -23,6 +24,8 @@ class Run(NamedTuple):
   cfg: schema.Config | None  # None if written by another version
   records: list[dict]  # lines of metrics.jsonl
   sessions: list[dict]  # lines of goodput.jsonl
+  plan: dict | None = None  # plan.json, of mtp plan --plan.profile
+  plan_problem: str = ''  # why a plan.json is skipped
 
   def of(self, kind: str) -> list[dict]:
     return [r for r in self.records if r['kind'] == kind]
@@ -37,8 +40,26 @@ def read(workdirs: list[str]) -> list[Run]:
     records = metrics.read(path)
     if not records:
       raise ValueError(f'{metrics.jsonl_path(path)}: has no record; report takes workdirs')
-    runs.append(Run(path, name, _config(path), records, goodput.read(path)))
+    plan, problem = _plan(path)
+    runs.append(Run(path, name, _config(path), records, goodput.read(path), plan, problem))
   return runs
+
+
+def _plan(path: str) -> tuple[dict | None, str]:
+  """Returns (the plan beside a run, ''), or (None, why it is skipped): unlike the records, it
+  is no part of the run."""
+  file = paths.as_path(path) / 'plan.json'
+  try:
+    plan = saved.parse(file.read_bytes())
+  except FileNotFoundError:
+    return None, ''
+  except OSError as error:
+    return None, f'{file} is skipped: {error.strerror or paths.first_line(error)}'
+  except ValueError as error:
+    return None, f'{file} is skipped: {error}'
+  if not (plan.get('operations') or plan.get('peak_buffers')):
+    return None, f'{file} is skipped: has no operations; mtp plan --plan.profile writes them'
+  return plan, ''
 
 
 def _config(path: str) -> schema.Config | None:
