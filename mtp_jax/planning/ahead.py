@@ -51,7 +51,6 @@ class Plan(NamedTuple):
   clock: float | None = None  # Hz, where the compiler's estimate is calibrated
   per_node: int = 0  # GPUs of a node; 0 = on a TPU
   peak: peak_lib.Peak | None = None  # temporaries, with --plan.profile
-  heap_bytes: float | None = None  # where the compiler has placed these, with the holes
 
   @property
   def chip(self) -> chips.Chip | None:
@@ -251,20 +250,24 @@ def plan(cfg: schema.CommandConfig) -> Plan:
   compile_s = time.perf_counter() - begin
   memory = compiled.memory_analysis()
   assert memory is not None
-  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   return found._replace(
-    temp_bytes=_temp_bytes(memory, held, on[0].platform),
+    temp_bytes=_temp_bytes(memory, on[0].platform),
     code_bytes=memory.generated_code_size_in_bytes,
-    held_bytes=held,
+    held_bytes=_held_bytes(memory),
     compile_s=compile_s,
     ledger=_ledger(compiled, found.per_node),
     peak=_peak(compiled) if cfg.plan.profile else None,
-    heap_bytes=_heap_bytes(memory),
     clock=profile.clock(on) if cfg.plan.topology and not at else None,
   )
 
 
-def _temp_bytes(memory, held: int, platform: str) -> int:
+def _held_bytes(memory) -> int:
+  """Returns the bytes of a program's arguments and results."""
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.argument_size_in_bytes + results
+
+
+def _temp_bytes(memory, platform: str) -> int:
   """Returns the bytes of a program's temporaries.
 
   libtpu's temp_size_in_bytes is up to a third above what it allocates in HBM, which its
@@ -272,7 +275,7 @@ def _temp_bytes(memory, held: int, platform: str) -> int:
   included.
   """
   allocated = getattr(memory, 'total_allocation_bytes', 0) if platform == 'tpu' else 0
-  return allocated - held if allocated > held else memory.temp_size_in_bytes
+  return allocated - _held_bytes(memory) if allocated else memory.temp_size_in_bytes
 
 
 def _ledger(compiled, per_node: int = 0) -> hlo.Ledger | None:
@@ -283,16 +286,6 @@ def _ledger(compiled, per_node: int = 0) -> hlo.Ledger | None:
     return hlo.ledger(compiled.as_text(), per_node)
   except (jax.errors.JaxRuntimeError, ValueError):
     return None
-
-
-def _heap_bytes(memory) -> float | None:
-  """Returns the bytes of device memory that a program has for temporaries; None of a version
-  of jax that does not tell them from what a TPU has in its on-chip memory."""
-  whole = getattr(memory, 'total_allocation_bytes', None)
-  if not whole:
-    return None
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return max(whole - memory.argument_size_in_bytes - results, 0)
 
 
 def _peak(compiled) -> peak_lib.Peak | None:

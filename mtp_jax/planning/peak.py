@@ -69,9 +69,9 @@ def of_program(text: str) -> Peak:
   return _Program(computations, ':T(' in text).peak(entry)
 
 
-def lines(peak: Peak, compiler_bytes: float | None) -> list[str]:
+def lines(peak: Peak, temp_bytes: float | None) -> list[str]:
   """Returns the largest buffers as text, and their sum beside what the compiler allocates."""
-  beside = '' if compiler_bytes is None else f'; the compiler allocates {_mib(compiler_bytes)} MiB'
+  beside = '' if temp_bytes is None else f'; the compiler states {_mib(temp_bytes)} MiB'
   out = ['', f'temporaries at the peak, estimated from the program: {_mib(peak.bytes)} MiB{beside}']
   out += ['       MiB  array                         scope']
   for row in peak.largest():

@@ -104,7 +104,6 @@ def values_of(plan: ahead.Plan) -> dict:
     operations=[row._asdict() for row in profile.by_scope(ledger)]
     if ledger and cfg.plan.profile
     else None,
-    heap_bytes=plan.heap_bytes,
     peak_estimate_bytes=plan.peak.bytes if plan.peak else None,
     peak_buffers=plan.peak.largest() if plan.peak else None,
     roofline_s=roofline or None,
@@ -226,7 +225,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   if cfg.plan.profile and plan.ledger and plan.ledger.cycles and plan.chip:
     lines += profile.lines(plan.ledger, plan.chip, plan.clock)
   if plan.peak:
-    lines += peak.lines(plan.peak, plan.heap_bytes)
+    lines += peak.lines(plan.peak, plan.temp_bytes)
   if plan.compile_s is not None:
     lines += [f'compiled in {plan.compile_s:.0f} s']
   return lines

@@ -168,14 +168,14 @@ def test_sweeps_and_searches_are_refused(other, tmp_path, capsys, monkeypatch):
 
 
 def test_profile_is_written_and_printed_with_peak_buffers(capsys):
-  plan = _plan(qkv=10**6)._replace(heap_bytes=2.0**21)
+  plan = _plan(qkv=10**6)._replace(temp_bytes=2.0**21)
   values = report.values_of(plan)
   (row,) = values['peak_buffers']
   assert row == dict(shape='f32[4,8]', bytes=2**20, scope='forward trunk/qkv/dot_general')
-  assert values['peak_estimate_bytes'] == 2**20 and values['heap_bytes'] == 2**21
+  assert values['peak_estimate_bytes'] == 2**20 and values['temp_bytes'] == 2**21
   lines = report.lines_of(plan)
   title = next(i for i, line in enumerate(lines) if line.startswith('temporaries at the peak'))
-  assert lines[title].endswith('1.00 MiB; the compiler allocates 2.00 MiB')
+  assert lines[title].endswith('1.00 MiB; the compiler states 2.00 MiB')
   assert lines[title + 2].split() == ['1.00', 'f32[4,8]', *row['scope'].split()]
 
 

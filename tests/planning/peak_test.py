@@ -68,7 +68,7 @@ def test_buffer_is_live_from_its_definition_to_its_last_use():
   # An operand names what has no name of its own.
   assert found.buffers[2].scope == 'forward trunk/qkv/f'
   lines = peak.lines(found, 2**20)
-  assert lines[1].endswith(' 0.00 MiB; the compiler allocates 1.00 MiB')
+  assert lines[1].endswith(' 0.00 MiB; the compiler states 1.00 MiB')
   assert len(lines) == 3 + 3
 
 
@@ -260,7 +260,7 @@ chips.answer_libtpu()
 described = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
 compiled = peak_test._compiled(jax.sharding.SingleDeviceSharding(described.devices[0]))
 found = peak.of_program(compiled.as_text())
-print(json.dumps([found.bytes, ahead._heap_bytes(compiled.memory_analysis())]))
+print(json.dumps([found.bytes, ahead._temp_bytes(compiled.memory_analysis(), 'tpu')]))
 """
 
 
