@@ -168,6 +168,14 @@ def test_single_row_and_single_kv_head_on_one_device(schedule, chunk):
   np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
 
 
+def test_argmax_is_the_first_of_equals():
+  unembed_DV = jnp.array([[0.0, 2, 1, 2, 2, -1]])
+  h_BCD, target_BC = jnp.array([[[1.0], [0.0], [-1.0]]]), jnp.zeros((1, 3), int)
+  found = cross_entropy.logits(h_BCD, unembed_DV, target_BC, tiny.cfg().model)
+  assert found.argmax_BC.tolist() == [[1, 0, 5]]
+  np.testing.assert_allclose(found.lse_BC[0, 1], np.log(6), rtol=1e-6)
+
+
 def test_default_chunk_size_bounds_logits_per_device():
   c = tiny.cfg(data__seq_len=2048, model__vocab_size=32_000)
   chunk_size = cross_entropy.chunk_size
