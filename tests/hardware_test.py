@@ -135,6 +135,7 @@ def test_what_does_not_fit_the_time_is_named_with_its_command(tmp_path):
   path = tmp_path / 'short.json'
   status, out, error = _run(BARE, path, '--minutes=0.001')
   assert status == 0, error
+  assert json.loads(path.read_text())['status'].startswith('incomplete')
   values = _read(path)
   machine, *others = values['parts']
   assert machine['status'] == 'done' and [p['name'] for p in others] == NAMES[1:]

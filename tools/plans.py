@@ -72,7 +72,7 @@ def fits_by_formula(size, n, generation, shape) -> bool:
     estimate = analytic.estimate(cfg, dict(data=1, fsdp=devices, tensor=1), chip)
   except fields.ConfigError:  # more chips than the width divides
     return False
-  return estimate.total_bytes <= ahead.usable_bytes(kind)
+  return estimate.total_bytes <= ahead.usable_bytes(kind, cfg)
 
 
 def compilers(generation: str) -> str:

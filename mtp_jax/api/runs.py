@@ -128,7 +128,9 @@ def plan(cfg: schema.Config, topology: str = '') -> ahead.Plan:
 
   Args:
     cfg: the Config.
-    topology: a TPU slice such as v5e:4x4; '' = the devices here.
+    topology: a TPU slice such as v5e:4x4, or GPUs such as h100:8, which needs
+      JAX_PLATFORMS=cpu; '' = the devices here. The launch scripts' XLA flags are added to
+      XLA_FLAGS, which jax reads once, when it is first used.
   """
   given: dict[str, object] = {'plan.topology': topology} if topology else {}
   return ahead.plan(validate.configured(given, schema.command_config(cfg)))

@@ -1,8 +1,8 @@
 """Two backward strategies of the multi-head loss, with equal values and gradients.
 
   remat        one `lax.scan` over heads of a checkpointed body: the backward pass
-               recomputes each head's block and its logits. In memory between the
-               two scans: z, and in a chain what each head hands on.
+               recomputes each head's logits and, of several heads, its block. In memory
+               between the two scans: z, and in a chain what each head hands on.
   interleaved  each head runs forward and backward at once, in the forward pass of a
                custom_vjp, and adds into dL/dz, so that nothing is computed twice but
                the blocks of a chain. In memory until the trunk's backward pass: dL/dz

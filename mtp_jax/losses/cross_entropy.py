@@ -50,7 +50,8 @@ def _lse(logits_BCV, lse_BC):
 @_lse.defjvp
 def _lse_jvp(primals, tangents):
   logits_BCV, lse_BC = primals
-  softmax_BCV = jnp.exp(logits_BCV - lse_BC[:, :, None])
+  # Of `_lse`, for second derivatives.
+  softmax_BCV = jnp.exp(logits_BCV - _lse(logits_BCV, lse_BC)[:, :, None])
   return lse_BC, jnp.sum(softmax_BCV * tangents[0], axis=-1)
 
 
@@ -67,11 +68,12 @@ def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
   # exact in float32, and their minimum takes half the time of jnp.argmax on a CPU.
   V = logits_BCV.shape[-1]
   ids_11V = jnp.arange(V)[None, None, :]
-  sum_BC = jnp.sum(jnp.exp(found_BCV - top_BC[:, :, None]), axis=-1)
+  shift_BC = jnp.where(jnp.isfinite(top_BC), top_BC, 0)  # inf - inf is no number
+  sum_BC = jnp.sum(jnp.exp(found_BCV - shift_BC[:, :, None]), axis=-1)
   label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
   ids_of_top_BCV = jnp.where(found_BCV == top_BC[:, :, None], ids_11V.astype(jnp.float32), V - 1)
   argmax_BC = jnp.min(ids_of_top_BCV, axis=-1).astype(jnp.int32)
-  lse_BC = checkpoint_name(top_BC + jnp.log(sum_BC), LSE)
+  lse_BC = checkpoint_name(shift_BC + jnp.log(sum_BC), LSE)
   lse_BC = _lse(logits_BCV, lse_BC)
   return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
 

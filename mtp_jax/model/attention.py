@@ -1,7 +1,7 @@
 """Causal attention within documents: a reference implementation and kernels.
 
 `attend` dispatches by --model.attention or, with auto, by the platform of the mesh.
-Kernels never materialize the T x T scores; the reference does.
+Kernels never materialize scores; the reference does, of a block of queries at a time.
 """
 
 import functools
@@ -17,6 +17,7 @@ from mtp_jax.model import layers
 from mtp_jax.parallel import sharding
 
 SPLASH_BLOCK = 512  # maximum block size of the TPU kernel, in positions
+QUERIES, BLOCKS = 64, 8  # of the reference: positions of a block, at least; blocks, at most
 
 
 class Operands(NamedTuple):
@@ -90,8 +91,17 @@ def chosen(m: schema.ModelConfig, T: int) -> str:
 
 
 def reference(x: Operands, window: int, m: schema.ModelConfig):
-  """Computes attention from the scores of all T x S pairs, in float32."""
-  q_BTNH, k_BSGH, v_BSGH, segment_BT, sink_N = x
+  """Computes attention from the scores, in float32, of all pairs of a block of queries and the
+  keys from its first window to its end."""
+  T = x.q_BTNH.shape[1]
+  size = max(QUERIES, -(-T // BLOCKS))
+  blocks = [_reference(x, slice(t, min(t + size, T)), window, m) for t in range(0, T, size)]
+  return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+
+
+def _reference(x: Operands, queries: slice, window: int, m: schema.ModelConfig):
+  keys = slice(max(queries.start - window + 1, 0) if window else 0, queries.stop)
+  q_BTNH, k_BSGH, v_BSGH = x.q_BTNH[:, queries], x.k_BSGH[:, keys], x.v_BSGH[:, keys]
   B, T, N, H = q_BTNH.shape
   G = k_BSGH.shape[2]
   heads = B, T, G, N // G, H
@@ -99,14 +109,14 @@ def reference(x: Operands, window: int, m: schema.ModelConfig):
   scores_BGRTS = jnp.einsum(
     'BTGRH,BSGH->BGRTS', q_BTGRH, k_BSGH, preferred_element_type=jnp.float32
   )
-  t = jnp.arange(T)
-  seen_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
-  seen_BTS &= (t[:, None] >= t[None, :])[None]
+  t, s = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
+  seen_BTS = x.segment_BT[:, queries, None] == x.segment_BT[:, None, keys]
+  seen_BTS &= (t[:, None] >= s[None, :])[None]
   if window:
-    seen_BTS &= (t[:, None] - t[None, :] < window)[None]
+    seen_BTS &= (t[:, None] - s[None, :] < window)[None]
   sink_11GR11 = None
-  if sink_N is not None:
-    sink_GR = sharding.reshape(sink_N, (G, N // G), 'kv_heads')
+  if x.sink_N is not None:
+    sink_GR = sharding.reshape(x.sink_N, (G, N // G), 'kv_heads')
     sink_11GR11 = sink_GR[None, :, :, None, None]
   weights_BGRTS = softmax(scores_BGRTS, seen_BTS[:, None, None], sink_11GR11, m)
   out_BTGRH = jnp.einsum('BGRTS,BSGH->BTGRH', weights_BGRTS.astype(v_BSGH.dtype), v_BSGH)

@@ -126,7 +126,9 @@ class _Within(NamedTuple):
   def mean_keys(self) -> float:
     """Keys of a query, on average over positions, and by `shares` over windows."""
     keys = [_mean_keys(self.seq_len, window) for window in self.windows]
-    shares = self.shares.get(self.part, ()) if len(keys) > 1 else (1.0,)
+    shares = self.shares.get(self.part, ())
+    if len(shares) != len(keys):
+      return max(keys)
     return sum(share * n for share, n in zip(shares, keys, strict=True))
 
 

@@ -91,7 +91,7 @@ class Plan(NamedTuple):
   @property
   def fits(self) -> bool | None:
     """None: unknown, without a compiler or the memory size of the chip."""
-    usable = usable_bytes(self.device_kind)
+    usable = usable_bytes(self.device_kind, self.cfg)
     if self.refused:
       return False
     if self.chip is None or usable is None:
@@ -143,13 +143,13 @@ class Plan(NamedTuple):
     return 2 * (1 - 1 / slices) if slices > 1 else 1.0
 
 
-def usable_bytes(device_kind: str) -> float | None:
+def usable_bytes(device_kind: str, cfg: schema.CommandConfig) -> float | None:
   """Returns the memory of a device that programs may have: all of a TPU's, what JAX
-  allocates of a GPU's. None if it is unknown."""
+  allocates of a GPU's, of one here by the environment of this process. None if it is unknown."""
   chip = chips.chip(device_kind)
   if chip is None or not nvidia.is_gpu(device_kind):
     return chip and chip.hbm_bytes
-  return chip.hbm_bytes * nvidia.memory_fraction()
+  return chip.hbm_bytes * nvidia.memory_fraction(bool(cfg.plan.topology))
 
 
 def devices(cfg: schema.CommandConfig) -> list:
@@ -218,6 +218,8 @@ def has_libtpu() -> bool:
 
 def plan(cfg: schema.CommandConfig) -> Plan:
   """Compiles the step of cfg and reads its memory and cost."""
+  if gpus(cfg):
+    nvidia.set_launch_flags()
   if not has_compiler(cfg):
     return of_shardings(cfg)
   at, on = gpus(cfg), devices(cfg)
@@ -251,7 +253,7 @@ def plan(cfg: schema.CommandConfig) -> Plan:
   memory = compiled.memory_analysis()
   assert memory is not None
   return found._replace(
-    temp_bytes=_temp_bytes(memory, on[0].platform),
+    temp_bytes=temp_bytes(memory, on[0].platform),
     code_bytes=memory.generated_code_size_in_bytes,
     held_bytes=_held_bytes(memory),
     compile_s=compile_s,
@@ -267,7 +269,7 @@ def _held_bytes(memory) -> int:
   return memory.argument_size_in_bytes + results
 
 
-def _temp_bytes(memory, platform: str) -> int:
+def temp_bytes(memory, platform: str) -> int:
   """Returns the bytes of a program's temporaries.
 
   libtpu's temp_size_in_bytes is up to a third above what it allocates in HBM, which its

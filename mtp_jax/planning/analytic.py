@@ -110,8 +110,8 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
   if cfg.loss.chunk_size:
     logits *= cfg.loss.chunk_size / cfg.data.seq_len
   else:
-    of_tokens = 4 * cross_entropy.TOKENS * m.vocab_size / s.tensor
-    logits = min(logits, max(cross_entropy.LOGITS_BYTES, of_tokens))
+    least = 4 * max(cross_entropy.TOKENS, 128 * s.rows) * m.vocab_size / s.tensor
+    logits = min(logits, max(cross_entropy.LOGITS_BYTES, least))
   unembed = s.unembed * (w + 4) / s.tensor
   gradients = params_bytes * (2 if s.micro_batches > 1 else 1)
   kept_of_head = w * tokens * m.d_model * heads.family(cfg.heads).is_chained
@@ -138,7 +138,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   eager = cfg.loss.backward == 'interleaved'
   executed = (
     (3 + again_trunk) * trunk
-    + (3 if eager and not dependent else 4) * modules
+    + (3 if n == 1 or eager and not dependent else 4) * modules
     + (3 if eager else 4) * (unembeddings + order)
   )
   blocks = s.layers + s.blocks
@@ -216,7 +216,7 @@ def ranked(cfg: schema.CommandConfig, n_devices: int, device_kind: str):
       True,
       f'needs a chip with known peaks, not {device_kind}; set --plan.topology',
     )
-  usable = ahead.usable_bytes(device_kind) or 0.0
+  usable = ahead.usable_bytes(device_kind, cfg) or 0.0
   found = [estimate(one, dataclasses.asdict(one.mesh), chip) for one in candidates(cfg, n_devices)]
   # Ties of rooflines are broken by the time without any overlap.
   return sorted(found, key=lambda e: (e.total_bytes > usable, e.step_s, sum(e.seconds.values())))

@@ -17,7 +17,8 @@ from mtp_jax.parallel import chips
 MIB = 2**20
 GPUS_PER_NODE = 8  # at most
 NODES = 4096  # at most
-# What launch/xla_flags.sh and launch/Dockerfile.cuda set, where JAX has 0.75. The rest holds
+JAX_FRACTION = 0.75
+# What launch/xla_flags.sh and launch/Dockerfile.cuda set in its place. The rest holds
 # the reserves of three communicators (fsdp, data, all devices) on each of GPUS with a
 # quarter to spare.
 MEMORY_FRACTION = 0.92
@@ -194,9 +195,9 @@ def _is_given(name: str) -> bool:
   return f'--{name}' in (flag.partition('=')[0] for flag in flags)
 
 
-def memory_fraction() -> float:
-  """Returns the share of a GPU's memory that JAX allocates: of the environment, or else
-  what the launch scripts set.
+def memory_fraction(is_launched: bool) -> float:
+  """Returns the share of a GPU's memory that JAX allocates: of the environment, or else what
+  the launch scripts set, or JAX's own of a process that they have not started.
 
   Raises:
     InputError: the variable is no share.
@@ -212,7 +213,7 @@ def memory_fraction() -> float:
     if not 0 < share <= 1:
       raise paths.InputError(f'{name}={text}', 'must be a number above 0 and at most 1')
     return share
-  return MEMORY_FRACTION
+  return MEMORY_FRACTION if is_launched else JAX_FRACTION
 
 
 def reserves(device_kind: str, per_node: int, communicators: int) -> dict[str, float]:

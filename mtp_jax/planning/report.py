@@ -87,7 +87,7 @@ def values_of(plan: ahead.Plan) -> dict:
     held_bytes=plan.held_bytes,
     total_bytes=plan.total_bytes,
     hbm_bytes=chip.hbm_bytes if chip else None,
-    usable_bytes=ahead.usable_bytes(plan.device_kind),
+    usable_bytes=ahead.usable_bytes(plan.device_kind, plan.cfg),
     reserves=plan.reserves or None,
     fits=plan.fits,
     model_flops_per_token=plan.model_flops / plan.tokens,
@@ -236,9 +236,9 @@ def _memory_rows(plan: ahead.Plan) -> list[tuple[str, float | None]]:
   needs beside that."""
   if not (plan.chip and nvidia.is_gpu(plan.device_kind)):
     return [('memory per chip', plan.chip and plan.chip.hbm_bytes)]
-  usable = ahead.usable_bytes(plan.device_kind)
+  usable = ahead.usable_bytes(plan.device_kind, plan.cfg) or 0.0
   return [
-    (f'JAX allocates {nvidia.memory_fraction():g} of {_gib(plan.chip.hbm_bytes)}', usable),
+    (f'JAX allocates {usable / plan.chip.hbm_bytes:.3g} of {_gib(plan.chip.hbm_bytes)}', usable),
     *((f'reserve beside it: {name}', n) for name, n in plan.reserves.items()),
   ]
 
@@ -393,7 +393,7 @@ def search(cfg: schema.CommandConfig, report) -> tuple[dict, int]:
       True,
       f'no mesh of {n} devices divides --data.batch_size={cfg.data.batch_size} and the model',
     )
-  usable = ahead.usable_bytes(kind)
+  usable = ahead.usable_bytes(kind, cfg)
   assert usable  # or `ranked` has raised
   fitting = sum(e.total_bytes <= usable for e in found)
   report(f'{n} x {kind}: {len(found)} candidates, {fitting} fit by formula; the best, compiled:')

@@ -25,7 +25,8 @@ import traceback
 from collections.abc import Callable
 
 # Before jax is imported: 1.3B with its optimizer state needs more than the default share.
-os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '.92')
+if 'XLA_CLIENT_MEM_FRACTION' not in os.environ:  # jax refuses both
+  os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '.92')
 
 import jax  # noqa: E402
 
@@ -160,7 +161,8 @@ def main(args: list[str]) -> int:
   except KeyboardInterrupt:
     interrupt('SIGINT')
     return INTERRUPTED
-  report.set(status='complete', seconds=round(time.monotonic() - begin_s, 1))
+  status = 'complete' if report.is_complete else 'incomplete: not everything had time'
+  report.set(status=status, seconds=round(time.monotonic() - begin_s, 1))
   print('\n'.join(['', *report.markdown(), '', f'{found.out}, {report.markdown_out}']), flush=True)
   return 0 if report.is_met else 1
 

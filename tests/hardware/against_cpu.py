@@ -28,10 +28,13 @@ def run(work: session.Session) -> None:
   except RuntimeError as error:  # JAX_PLATFORMS names the accelerator alone
     reason = f'jax has no CPU backend here: {session.one_line(error)}; unset JAX_PLATFORMS'
     raise RuntimeError(reason) from error
-  pairs = list(itertools.product(TOLERANCES, FAMILIES))
-  for dtype, family in pairs[-1:] if work.is_tiny else pairs:
-    what = f'{family} heads, {dtype}'
-    compare = functools.partial(_compare, work, cpu, what, config(work, family, dtype))
+  rows = list(itertools.product(TOLERANCES, FAMILIES, ['interleaved']))
+  # The log-sum-exp of the forward pass meets logits that are computed again.
+  rows += [('bfloat16', 'parallel', 'remat')]
+  for dtype, family, backward in rows[-1:] if work.is_tiny else rows:
+    what = f'{family} heads, {backward}, {dtype}'
+    cfg = schema.replace(config(work, family, dtype), **{'loss.backward': backward})
+    compare = functools.partial(_compare, work, cpu, what, cfg)
     work.attempt(f'{what}: loss and gradients against the CPU', 25, compare)
 
 

@@ -114,6 +114,13 @@ class Report:
       paths.write(self.markdown_out, ('\n'.join(self.markdown()) + '\n').encode())
 
   @property
+  def is_complete(self) -> bool:
+    """Whether every part had the time it needs."""
+    verdicts = [f['verdict'] for part in self._parts for f in part['figures']]
+    statuses = [part['status'] for part in self._parts]
+    return not any(v.startswith(OUT_OF_TIME) for v in [*verdicts, *statuses])
+
+  @property
   def is_met(self) -> bool:
     """Whether no bar was missed and nothing failed."""
     verdicts = {f['verdict'] for part in self._parts for f in part['figures']}
@@ -159,7 +166,9 @@ def figure(name: str, measured, unit: str, **more) -> dict:
   """
   bar, predicted = more.get('bar'), more.get('predicted')
   verdict = ''
-  if bar and measured is not None:
+  if bar and measured is None:
+    verdict = NOT_JUDGED
+  elif bar:
     is_judged = more.get('is_judged', True) or bar.is_equality
     verdict = (MET if bar.is_met(measured) else MISSED) if is_judged else NOT_JUDGED
   show = UNITS[unit]

@@ -148,7 +148,7 @@ def compile_step(work: session.Session, cfg: schema.CommandConfig, documents: in
     work.device.device_kind,
     params_bytes=params.bytes_per_device(abstract.params),
     opt_state_bytes=params.bytes_per_device(abstract.opt_state),
-    temp_bytes=memory and memory.temp_size_in_bytes,
+    temp_bytes=memory and ahead.temp_bytes(memory, work.device.platform),
     code_bytes=memory.generated_code_size_in_bytes if memory else 0,
     held_bytes=held,
     chunk=chunk,

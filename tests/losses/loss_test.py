@@ -168,6 +168,22 @@ def test_single_row_and_single_kv_head_on_one_device(schedule, chunk):
   np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
 
 
+def test_log_sum_exp_is_differentiable_twice_and_infinite_where_logits_are():
+  m = tiny.cfg().model
+
+  def lse(h_BCD):
+    return cross_entropy.logits(h_BCD, jnp.eye(4), jnp.zeros((1, 1), int), m).lse_BC[0, 0]
+
+  logits = jnp.array([[[0.3, -0.2, 1, 0]]])
+  p = np.exp(logits[0, 0]) / np.exp(logits[0, 0]).sum()
+  np.testing.assert_allclose(jax.grad(lse)(logits)[0, 0], p, rtol=1e-6)
+  found = jax.hessian(lse)(logits)[0, 0, :, 0, 0]
+  np.testing.assert_allclose(found, np.diag(p) - np.outer(p, p), atol=1e-6)
+  h_BCD, unembed_DV = jnp.ones((1, 1, 1)), jnp.array([[0, jnp.inf]])
+  of = functools.partial(cross_entropy.logits, h_BCD, target_BC=jnp.zeros((1, 1), int), m=m)
+  assert of(unembed_DV).lse_BC == jnp.inf and of(jnp.full((1, 2), -jnp.inf)).lse_BC == -jnp.inf
+
+
 def test_argmax_is_the_first_of_equals():
   unembed_DV = jnp.array([[0.0, 2, 1, 2, 2, -1]])
   h_BCD, target_BC = jnp.array([[[1.0], [0.0], [-1.0]]]), jnp.zeros((1, 3), int)

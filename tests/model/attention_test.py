@@ -229,7 +229,8 @@ def test_step_for_nvidia_has_no_t_by_t_array(kernel, T, calls):
   m = tiny.mesh(tiny.cfg(mesh__fsdp=2, mesh__tensor=2))
   text = ahead.cuda_step(kernels.step_cfg(kernel, T), m)
   assert {name for name in ('triton', 'fmha') if name in text} == calls
-  assert bool(ahead.squares(text, T)) == (kernel == 'reference')
+  assert not ahead.squares(text, T)
+  assert bool(ahead.squares(text, T // attention.BLOCKS)) == (kernel == 'reference')
 
 
 def test_layers_of_several_windows_select_no_branch_on_nvidia():
@@ -252,10 +253,12 @@ def test_begin_of_a_traced_window_is_that_of_the_window(window):
 
 TPU = """
 import sys
+from mtp_jax.model import attention
 from tests.support import ahead, kernels
 kernel, T = sys.argv[1], int(sys.argv[2])
 text = ahead.tpu_step(kernels.step_cfg(kernel, T))
-print('tpu_custom_call' in text, len(ahead.squares(text, T)))
+found = [len(ahead.squares(text, n)) for n in (T, T // attention.BLOCKS)]
+print('tpu_custom_call' in text, *found)
 """
 
 
@@ -272,11 +275,21 @@ def test_step_for_tpu_has_no_t_by_t_array(kernel, T):
   process = runs.process(['-c', TPU, kernel, str(T)], variables=ahead.VARIABLES)
   out, error = process.communicate()
   assert process.returncode == 0, error
-  called, squares = out.split()
+  called, squares, of_blocks = out.split()
+  assert (called, squares) == (str(kernel != 'reference'), '0')
   if kernel == 'reference':
-    assert called == 'False' and int(squares) > 0
-  else:
-    assert (called, squares) == ('True', '0')
+    assert int(of_blocks) > 0
+
+
+@pytest.mark.parametrize('T, window', [(256, 0), (200, 70), (129, 1), (65, 0)])
+def test_reference_in_blocks_equals_that_of_one_block(monkeypatch, T, window):
+  """Value and gradients; packed rows, blocks that do not divide the row."""
+  qkv, segment_BT, weight_BTNH = _arrays(T=T, R=2)
+  found = _outputs(_of(attention.reference, window=window), qkv, segment_BT, weight_BTNH)
+  monkeypatch.setattr(attention, 'QUERIES', T)
+  wanted = _outputs(_of(attention.reference, window=window), qkv, segment_BT, weight_BTNH)
+  for got, want in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
 def test_t_by_t_arrays_are_detected_in_hlo_and_stablehlo():

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mtp_jax.cli import main
-from mtp_jax.config import fields
+from mtp_jax.config import fields, schema
 from mtp_jax.io import paths
 from mtp_jax.parallel import chips
 from mtp_jax.planning import ahead, analytic, groups, hlo, nvidia, report
@@ -92,21 +92,23 @@ def test_reserves(name, cublas, nccl):
 
 @pytest.mark.parametrize('gpu', nvidia.GPUS.values(), ids=nvidia.GPUS)
 def test_reserves_of_three_communicators_fit_beside_what_jax_allocates(gpu):
-  beside = chips.chip(gpu.device_kind).hbm_bytes - ahead.usable_bytes(gpu.device_kind)
+  cfg = schema.replace(schema.CommandConfig(), **{'plan.topology': 'h100:8'})
+  beside = chips.chip(gpu.device_kind).hbm_bytes - ahead.usable_bytes(gpu.device_kind, cfg)
   assert 1.25 * sum(nvidia.reserves(gpu.device_kind, 8, 3).values()) < beside
 
 
 @pytest.mark.parametrize('name', nvidia.FRACTION_VARIABLES)
 def test_fraction_of_the_environment(name, monkeypatch):
-  assert nvidia.memory_fraction() == nvidia.MEMORY_FRACTION
+  assert nvidia.memory_fraction(True) == nvidia.MEMORY_FRACTION
+  assert nvidia.memory_fraction(False) == 0.75  # of this process, without launch scripts
   monkeypatch.setenv(name, '.5')
-  assert nvidia.memory_fraction() == 0.5
-  assert ahead.usable_bytes('NVIDIA H100 80GB HBM3') == 79 / 2 * 2**30
-  assert ahead.usable_bytes('TPU v5 lite') == 15.75 * 2**30
+  assert nvidia.memory_fraction(True) == nvidia.memory_fraction(False) == 0.5
+  assert ahead.usable_bytes('NVIDIA H100 80GB HBM3', schema.CommandConfig()) == 79 / 2 * 2**30
+  assert ahead.usable_bytes('TPU v5 lite', schema.CommandConfig()) == 15.75 * 2**30
   for wrong in ('x', '0', '1.5', 'nan'):
     monkeypatch.setenv(name, wrong)
     with pytest.raises(paths.InputError, match=f'{name}={wrong}: must be a number'):
-      nvidia.memory_fraction()
+      nvidia.memory_fraction(True)
 
 
 def test_compiler_options_and_flags_yield_to_xla_flags(monkeypatch):

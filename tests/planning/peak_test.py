@@ -260,7 +260,7 @@ chips.answer_libtpu()
 described = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
 compiled = peak_test._compiled(jax.sharding.SingleDeviceSharding(described.devices[0]))
 found = peak.of_program(compiled.as_text())
-print(json.dumps([found.bytes, ahead._temp_bytes(compiled.memory_analysis(), 'tpu')]))
+print(json.dumps([found.bytes, ahead.temp_bytes(compiled.memory_analysis(), 'tpu')]))
 """
 
 
