@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from mtp_jax.parallel import sharding
+
 LOG2E = math.log2(math.e)  # scores are kept in base 2, for exp2
 NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: differences of it are
 
@@ -45,7 +47,9 @@ def _tiles(H: int, dtype) -> tuple[Tile, Tile, Tile]:
   row = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize  # bytes
   warps = 4 if row <= 128 else 8
   if row <= 128:
-    return Tile(128, 64, warps, 3), Tile(128, 32, warps, 3), Tile(32, 64, warps, 3)
+    # Products of an A100 have their operands in registers: of 64 keys some would be spilled.
+    keys = 32 if 'A100' in sharding.device_kind() else 64
+    return Tile(128, keys, warps, 3), Tile(128, 32, warps, 3), Tile(32, 64, warps, 3)
   if row <= 256:
     return Tile(128, 64, warps, 2), Tile(64, 32, warps, 2), Tile(32, 64, warps, 2)
   if row <= 512:

@@ -280,3 +280,9 @@ def platform() -> str:
   """Returns the platform of the current mesh's devices, as tpu; '' without a mesh."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else ''
+
+
+def device_kind() -> str:
+  """Returns the kind of the current mesh's devices, as NVIDIA H200; '' without a mesh."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device else ''

@@ -122,6 +122,19 @@ def test_flash_reads_no_key_that_its_query_does_not_see():
     np.testing.assert_array_equal(got[:, 256:], want[:, 256:])
 
 
+def test_flash_with_the_tiles_of_an_a100_equals_reference(monkeypatch):
+  qkv, segment_BT, weight_BTNH = _arrays(B=1, T=256, N=2, H=64)
+  wanted = _outputs(REFERENCE, qkv, segment_BT, weight_BTNH)
+  tiles = flash._tiles(64, jnp.bfloat16)
+  monkeypatch.setattr(sharding, 'device_kind', lambda: 'NVIDIA A100-SXM4-80GB')
+  assert flash._tiles(64, jnp.bfloat16) != tiles
+  # Of bfloat16's tiles, with values of float32.
+  monkeypatch.setattr(flash, '_tiles', lambda H, _, of=flash._tiles: of(H, jnp.bfloat16))
+  found = _outputs(_of(INTERPRETED['flash']), qkv, segment_BT, weight_BTNH)
+  for got, want in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize('window', [0, 20])
 def test_flash_with_sinks_equals_reference(window):
   qkv, segment_BT, weight_BTNH = _arrays(B=1, T=128, N=4, R=2, H=16)
