@@ -8,7 +8,7 @@ for what libraries allocate by themselves; `reserves` states it.
 import importlib.util
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mtp_jax.config import fields
 from mtp_jax.io import paths
@@ -179,7 +179,7 @@ def target_config(gpu: Gpu) -> str:
   )
 
 
-def compiler_options() -> dict[str, int | bool]:
+def compiler_options() -> dict[str, Any]:
   """Returns COMPILER_OPTIONS except those that XLA_FLAGS has."""
   return {name: value for name, value in COMPILER_OPTIONS.items() if not _is_given(name)}
 
