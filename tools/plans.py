@@ -182,7 +182,6 @@ def main() -> None:
   parser.add_argument('--chips', default='', help='comma-separated; empty = all')
   args = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
-  nvidia.set_launch_flags()
   compiled = Compiled()
   wanted = args.chips.split(',') if args.chips else [*SLICES]
   parts = {

@@ -12,10 +12,6 @@ def run(parsed: flags.Parsed) -> int:
   if cfg.plan.topology:
     # jaxlib's warnings about what it cannot read back are part of the report.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    from mtp_jax.planning import nvidia
-
-    if nvidia.topology(cfg.plan.topology):
-      nvidia.set_launch_flags()
     import jax
 
     jax.config.update('jax_platforms', 'cpu')  # compiles only, runs nothing

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import schema
 from mtp_jax.losses import cross_entropy, head_loss
-from mtp_jax.model import heads, lm
+from mtp_jax.model import heads, layers, lm
 from mtp_jax.parallel import sharding
 
 
@@ -220,21 +220,9 @@ _interleaved.defvjp(_interleaved_fwd, _interleaved_bwd)
 STRATEGIES = {'remat': remat, 'interleaved': _interleaved}
 
 
-@jax.custom_vjp
-def _head_grads_first(weights: DiffInputs) -> DiffInputs:
-  """Identity; in the backward pass, computes all head gradients before the trunk's."""
-  return weights
-
-
-def _head_grads_first_bwd(_, grads: DiffInputs):
-  # Otherwise XLA runs the trunk's backward pass first and reduces the unembedding's
-  # gradient after it: until then unsharded on each device, half a GiB at 7B.
-  return (jax.lax.optimization_barrier(grads),)
-
-
-_head_grads_first.defvjp(lambda weights: (weights, None), _head_grads_first_bwd)
-
-
 def run(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
   """Computes (total, HeadStats stacked over heads) by --loss.backward."""
-  return STRATEGIES[cfg.loss.backward](_head_grads_first(w), inputs, cfg)
+  # All head gradients before the trunk's. Otherwise XLA runs the trunk's backward pass first and
+  # reduces the unembedding's gradient after it: until then unsharded on each device, half a GiB
+  # at 7B.
+  return STRATEGIES[cfg.loss.backward](layers.gradient_in_memory(w), inputs, cfg)

@@ -63,8 +63,6 @@ def begins(segment_BT, window):
   at_1T = jnp.arange(segment_BT.shape[1], dtype=jnp.int32)[None]
   is_new_BT = segment_BT != jnp.roll(segment_BT, 1, axis=1)
   begin_BT = lax.cummax(jnp.where(is_new_BT, at_1T, 0), axis=1)
-  if isinstance(window, int) and not window:
-    return begin_BT
   return jnp.where(window > 0, jnp.maximum(begin_BT, at_1T - window + 1), begin_BT)
 
 

@@ -151,8 +151,8 @@ rope_by_product.defvjp(_rope_by_product_fwd, _rope_by_product_bwd)
 
 @jax.custom_vjp
 def gradient_in_memory(x):
-  """Identity, whose gradient is computed once: XLA would compute it anew within each product
-  that reads it."""
+  """Identity on arrays, whose gradients are computed once and together, before what reads them:
+  XLA may compute one anew within each product, or another one late."""
   return x
 
 

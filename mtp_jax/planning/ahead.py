@@ -218,8 +218,6 @@ def has_libtpu() -> bool:
 
 def plan(cfg: schema.CommandConfig) -> Plan:
   """Compiles the step of cfg and reads its memory and cost."""
-  if gpus(cfg):
-    nvidia.set_launch_flags()
   if not has_compiler(cfg):
     return of_shardings(cfg)
   at, on = gpus(cfg), devices(cfg)
@@ -255,7 +253,7 @@ def plan(cfg: schema.CommandConfig) -> Plan:
   return found._replace(
     temp_bytes=temp_bytes(memory, on[0].platform),
     code_bytes=memory.generated_code_size_in_bytes,
-    held_bytes=_held_bytes(memory),
+    held_bytes=held_bytes(memory),
     compile_s=compile_s,
     ledger=_ledger(compiled, found.per_node),
     peak=_peak(compiled) if cfg.plan.profile else None,
@@ -263,7 +261,7 @@ def plan(cfg: schema.CommandConfig) -> Plan:
   )
 
 
-def _held_bytes(memory) -> int:
+def held_bytes(memory) -> int:
   """Returns the bytes of a program's arguments and results."""
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return memory.argument_size_in_bytes + results
@@ -277,7 +275,7 @@ def temp_bytes(memory, platform: str) -> int:
   included.
   """
   allocated = getattr(memory, 'total_allocation_bytes', 0) if platform == 'tpu' else 0
-  return allocated - _held_bytes(memory) if allocated else memory.temp_size_in_bytes
+  return allocated - held_bytes(memory) if allocated else memory.temp_size_in_bytes
 
 
 def _ledger(compiled, per_node: int = 0) -> hlo.Ledger | None:

@@ -28,7 +28,7 @@ FRACTION_VARIABLES = ('XLA_PYTHON_CLIENT_MEM_FRACTION', 'XLA_CLIENT_MEM_FRACTION
 # Without a GPU no algorithm can be measured, and Triton's products would have their default
 # tiles. XLA_FLAGS may have them otherwise.
 COMPILER_OPTIONS = dict(xla_gpu_autotune_level=0, xla_gpu_enable_triton_gemm=False)
-# Of launch/xla_flags.sh: a pipelined step needs more memory. As options of a compilation jax
+# Of launch/xla_flags.sh: a pipelined step needs other memory. As options of a compilation jax
 # 0.12 takes not all of them.
 LAUNCH_FLAGS = (
   'xla_gpu_enable_latency_hiding_scheduler',
@@ -125,8 +125,9 @@ def has_compiler() -> bool:
 
 
 def devices(at: Topology) -> list:
-  """Returns the devices of a topology, to compile for. Needs `has_compiler`, and jax's
-  platform to be the CPU."""
+  """Returns the devices of a topology, to compile for with LAUNCH_FLAGS. Needs `has_compiler`,
+  and jax's platform to be the CPU."""
+  set_launch_flags()
   from jax.experimental import topologies
 
   # The first axis is for slices, which jax does not tell apart by process.

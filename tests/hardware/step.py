@@ -139,9 +139,6 @@ def compile_step(work: session.Session, cfg: schema.CommandConfig, documents: in
     )
     executed, of_kernels = of_program(), of_program(kernels_only=True)
   abstract, memory = state_lib.abstract(cfg, mesh), compiled.memory_analysis()
-  held = memory and (
-    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  )
   plan = ahead.Plan(
     cfg,
     dict(mesh.shape),
@@ -150,7 +147,7 @@ def compile_step(work: session.Session, cfg: schema.CommandConfig, documents: in
     opt_state_bytes=params.bytes_per_device(abstract.opt_state),
     temp_bytes=memory and ahead.temp_bytes(memory, work.device.platform),
     code_bytes=memory.generated_code_size_in_bytes if memory else 0,
-    held_bytes=held,
+    held_bytes=memory and ahead.held_bytes(memory),
     chunk=chunk,
     compile_s=time.perf_counter() - begin,
     executed_flops=executed,
