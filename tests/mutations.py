@@ -37,6 +37,7 @@ class Fault(NamedTuple):
 
 
 SCORES = 'mtp_jax/evals/scores.py'
+ACCEPTANCE = 'mtp_jax/losses/acceptance.py'
 STEP, LOOP = 'mtp_jax/train/step.py', 'mtp_jax/train/loop.py'
 HEADS, ATTENTION = 'mtp_jax/model/heads.py', 'mtp_jax/model/attention.py'
 LOADER, WINDOWS = 'mtp_jax/data/loader.py', 'mtp_jax/data/windows.py'
@@ -55,6 +56,10 @@ def _in(file: str, *names: str) -> tuple[str, ...]:
 
 def _oracle(row):
   return _in('losses/loss', f'test_equals_oracle[{row}]')
+
+
+def _compared(row):
+  return _in('losses/acceptance', f'test_equals_oracle[{row}]')
 
 
 def _flash(name: str) -> tuple[str, ...]:
@@ -194,8 +199,8 @@ FAULTS = (
     'count-of-a-micro-batch',
     4,
     'mtp_jax/losses/multi_token.py',
-    'over_K = 1 / jnp.maximum(count_K, 1)[:n_active]',
-    'over_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)[:n_active]',
+    'over_K = 1 / jnp.maximum(counts.target_K, 1)',
+    'over_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)',
     _in('losses/loss', 'test_micro_batches_with_unequal_counts_sum_exactly'),
   ),
   Fault(
@@ -210,40 +215,40 @@ FAULTS = (
     'chunks-overwrite',
     4,
     'mtp_jax/losses/cross_entropy.py',
-    'return dunembed + d, (',
-    'return d, (',
+    'return dunembed + d[0] if d',
+    'return d[0] if d',
     CHUNKS,
   ),
   Fault(
     'count-of-head-1',
     5,
     'mtp_jax/losses/multi_token.py',
-    'over_K = 1 / jnp.maximum(count_K, 1)[:n_active]',
-    'over_K = jnp.ones(n_active) / jnp.maximum(count_K, 1)[0]',
+    'over_K = 1 / jnp.maximum(counts.target_K, 1)',
+    'over_K = jnp.ones(n_active) / jnp.maximum(counts.target_K, 1)[0]',
     _in('losses/loss', 'test_loss_of_a_head_is_normalized_by_its_own_count'),
   ),
   Fault(
     'count-of-all-positions',
     5,
     'mtp_jax/losses/targets.py',
-    'count_K = jnp.sum(valid_AKBT, axis=(0, 2, 3))',
-    'count_K = jnp.sum(valid_AKBT | True, axis=(0, 2, 3))',
+    'for x_KBT in (valid_KBT, drafts(valid_KBT, cfg))',
+    'for x_KBT in (valid_KBT | True, drafts(valid_KBT, cfg))',
     _in('losses/loss', 'test_target_counts_and_bytes'),
   ),
   Fault(
     'zero-by-zero',
     6,
     'mtp_jax/losses/multi_token.py',
-    'over_K = 1 / jnp.maximum(count_K, 1)[:n_active]',
-    'over_K = 1 / count_K[:n_active]',
+    'over_K = 1 / jnp.maximum(counts.target_K, 1)',
+    'over_K = 1 / counts.target_K',
     _in('losses/loss', 'test_batch_without_targets_has_zero_loss_and_finite_gradients'),
   ),
   Fault(
     'evaluation-unweighted',
     7,
     'mtp_jax/evals/heldout.py',
-    "np.sum(weight_K * total['loss_sum_K'] * over_K)",
-    "np.sum(total['loss_sum_K'] * over_K)",
+    'loss = np.sum(weight_K * loss_K)',
+    'loss = np.sum(loss_K)',
     _in('evals/heldout', 'test_heldout_loss_equals_training_loss_for_any_batching'),
   ),
   Fault(
@@ -267,8 +272,8 @@ FAULTS = (
     'heads-at-once',
     8,
     'mtp_jax/losses/backward.py',
-    '_, ((value_K, stats), _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg.heads)\n  return',
-    '(value_K, stats), _ = jax.vmap(lambda module, head: visit(z_BTD, module, head)[1])(w.modules, per_head)\n  return',
+    '_, ((value_K, stats), _) = heads.scan_heads(\n    visit, z_BTD, w.modules, per_head, cfg.heads, apart=apart\n  )',
+    '(value_K, stats), _ = jax.vmap(lambda module, head: visit(z_BTD, module, head, None)[1])(w.modules, per_head)',
     _in('losses/loss', 'test_memory_is_constant_in_the_number_of_heads[remat]'),
   ),
   Fault(
@@ -315,16 +320,16 @@ FAULTS = (
     'low-log-sum-exp',
     12,
     'mtp_jax/losses/cross_entropy.py',
-    'lse_BC = checkpoint_name(shift_BC + jnp.log(sum_BC), LSE)',
-    'lse_BC = checkpoint_name((shift_BC + jnp.log(sum_BC)).astype(h_BCD.dtype).astype(jnp.float32), LSE)',
+    'lse_BC = log_sum_exp(logits_BCV, top_BC)',
+    'lse_BC = log_sum_exp(logits_BCV, top_BC).astype(h_BCD.dtype).astype(jnp.float32)',
     _in('losses/loss', 'test_log_sum_exp_of_one_token_is_computed_in_float32'),
   ),
   Fault(
     'gathers-once-a-head',
     13,
     'mtp_jax/losses/backward.py',
-    'loss.value(h_BTD, shared, head,',
-    'loss.value(h_BTD, shared._replace(unembed_DV=_gather(w._replace(norm_D=None, order_VD=None), cfg).unembed_DV), head,',
+    'value, stats = loss.value(h_BTD, shared, head,',
+    'value, stats = loss.value(h_BTD, shared._replace(unembed_DV=_gather(w._replace(norm_D=None, order_VD=None), cfg).unembed_DV), head,',
     _in('losses/loss', 'test_unembedding_is_gathered_once[remat-parallel]'),
   ),
   Fault(
@@ -1415,8 +1420,8 @@ FAULTS = (
     'no-target-is-a-good-step',
     0,
     STEP,
-    'jnp.any(count_K[:n_active] > 0),',
-    'jnp.any(count_K[:n_active] >= 0),',
+    'jnp.any(count_K > 0),',
+    'jnp.any(count_K >= 0),',
     _in('train/loop', 'test_step_without_targets_keeps_the_nonfinite_counter'),
   ),
   Fault(
@@ -1845,8 +1850,8 @@ FAULTS = (
     'capped-logits-in-the-loss-raw',
     0,
     'mtp_jax/losses/cross_entropy.py',
-    'logits_BCV = layers.shaped(logits_BCV, m)',
-    'pass',
+    'return layers.shaped(logits_BCV, m)',
+    'return logits_BCV',
     _gradients('gemma2'),
   ),
   Fault(
@@ -2155,5 +2160,229 @@ FAULTS = (
     '[-(-d // t) for d, t in zip(dims[n:], sizes, strict=True)] + sizes',
     '[d / t for d, t in zip(dims[n:], sizes, strict=True)] + sizes',
     _in('planning/peak', 'test_bytes_have_layout_padding'),
+  ),
+  # Losses of acceptance and isolated heads.
+  Fault(
+    'teacher-unshifted',
+    0,
+    ACCEPTANCE,
+    'jax.lax.dynamic_slice_in_dim(padded_BUD, shift,',
+    'jax.lax.dynamic_slice_in_dim(padded_BUD, 0 * shift,',
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-interleaved-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'teacher-learns',
+    0,
+    ACCEPTANCE,
+    '_tempered(jax.lax.stop_gradient(teacher_BCV), None, l)',
+    '_tempered(teacher_BCV, None, l)',
+    _compared('parallel-lk-0.3-False-shared-all-False-0.0-remat-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'teacher-gathered',
+    0,
+    ACCEPTANCE,
+    '_tempered(jax.lax.stop_gradient(teacher_BCV), None, l)',
+    "_tempered(jax.lax.stop_gradient(jax.reshard(teacher_BCV, jax.P('data', None, None))), None, l)",
+    _in(
+      'losses/acceptance', 'test_logits_of_a_sharded_vocabulary_are_never_gathered[interleaved-kl]'
+    ),
+  ),
+  Fault(
+    'divergence-reversed',
+    0,
+    ACCEPTANCE,
+    'p.p_BCV * (log_p_BCV - q.log_BCV)',
+    'q.p_BCV * (q.log_BCV - log_p_BCV)',
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-interleaved-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'hybrid-share-learns',
+    0,
+    ACCEPTANCE,
+    'jnp.exp(-l.lk_eta * jax.lax.stop_gradient(alpha_BC))',
+    'jnp.exp(-l.lk_eta * alpha_BC)',
+    _compared('causal-lk_hybrid-0.3-False-shared-all-False-0.0-remat-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'hybrid-backwards',
+    0,
+    ACCEPTANCE,
+    'share_BC * kl_BC() + (1 - share_BC) * (1 - alpha_BC)',
+    '(1 - share_BC) * kl_BC() + share_BC * (1 - alpha_BC)',
+    _compared('causal-lk_hybrid-0.3-False-shared-all-False-0.0-remat-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'rows-unnormalised',
+    0,
+    ACCEPTANCE,
+    'axis=(1, 2)) / n_drafts',
+    'axis=(1, 2))',
+    _compared('recursive-e2e_tv-0.3-False-tied-some-False-0.0-remat-0-1-(1,1,1)'),
+  ),
+  Fault(
+    'drafts-alone',
+    0,
+    'mtp_jax/losses/backward.py',
+    'slope_BT=jax.grad(in_a_row)(alpha_KBT)',
+    'slope_BT=-drafts.scale[:, None, None] * drafts.valid_BT / 2',
+    _compared('parallel-e2e_tv-0.0-False-replicated-all-True-0.7-interleaved-0-1-(2,2,2)'),
+  ),
+  Fault(
+    'temperature-inverted',
+    0,
+    ACCEPTANCE,
+    'logits_BCV /= l.temperature',
+    'logits_BCV *= l.temperature',
+    _compared('linear-lk_hybrid-0.3-False-replicated-some-False-0.7-interleaved-0-1-(1,1,1)'),
+  ),
+  Fault(
+    'one-more-than-top-k',
+    0,
+    ACCEPTANCE,
+    'axis=-1) < l.top_k',
+    'axis=-1) <= l.top_k',
+    _in('losses/acceptance', "test_filters_are_those_of_the_decoder[{'top_k': 3}]"),
+  ),
+  Fault(
+    'nucleus-too-small',
+    0,
+    ACCEPTANCE,
+    'return jnp.sum(above_BCV, axis=-1) < enough_BC',
+    'return jnp.sum(above_BCV, axis=-1) < enough_BC / 2',
+    _in('losses/acceptance', "test_filters_are_those_of_the_decoder[{'top_p': 0.6}]"),
+  ),
+  Fault(
+    'drafts-beyond-the-window',
+    0,
+    'mtp_jax/losses/targets.py',
+    'offset_K[:, None] <= T',
+    'offset_K[:, None] <= T + 1',
+    _in('losses/acceptance', 'test_drafts_are_verified_in_the_window_and_the_document'),
+  ),
+  Fault(
+    'drafts-across-documents',
+    0,
+    'mtp_jax/losses/targets.py',
+    'drafted_KBT = valid_KBT & within_KT[:, None]',
+    'drafted_KBT = (valid_KBT | True) & within_KT[:, None]',
+    _in('losses/acceptance', 'test_drafts_are_verified_in_the_window_and_the_document'),
+  ),
+  Fault(
+    'drafts-incomplete',
+    0,
+    'mtp_jax/losses/targets.py',
+    'jnp.all(drafted_KBT[1:], axis=0)[None]',
+    'jnp.any(drafted_KBT[1:], axis=0)[None]',
+    _in('losses/acceptance', 'test_drafts_are_verified_in_the_window_and_the_document'),
+  ),
+  Fault(
+    'drafts-counted-as-targets',
+    0,
+    'mtp_jax/losses/multi_token.py',
+    'jnp.maximum(counts.draft_K, 1)',
+    'jnp.maximum(counts.target_K, 1)',
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-interleaved-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'z-loss-has-a-share',
+    0,
+    'mtp_jax/losses/head_loss.py',
+    'head.scale * (share * (stats.loss - stats.z_loss) + stats.z_loss)',
+    'head.scale * share * stats.loss',
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-interleaved-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'unembedding-leaks',
+    0,
+    'mtp_jax/losses/head_loss.py',
+    'elif _is_isolated(is_head_1, cfg):',
+    'elif False:',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[residual-shared-tv-interleaved-none]',
+    ),
+  ),
+  Fault(
+    'unembedding-leaks-in-remat',
+    0,
+    'mtp_jax/losses/head_loss.py',
+    'if own_DV is None and _is_isolated(is_head_1, cfg):',
+    'if False:',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[parallel-shared-ce-remat-none]',
+    ),
+  ),
+  Fault(
+    'norm-leaks',
+    0,
+    'mtp_jax/losses/backward.py',
+    'z_BTD, emb_BUD, norm_D = jax.lax.stop_gradient((z_BTD, emb_BUD, norm_D))',
+    'z_BTD, emb_BUD = jax.lax.stop_gradient((z_BTD, emb_BUD))',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[parallel-shared-ce-remat-none]',
+    ),
+  ),
+  Fault(
+    'embedding-leaks',
+    0,
+    'mtp_jax/losses/backward.py',
+    'z_BTD, emb_BUD, norm_D = jax.lax.stop_gradient((z_BTD, emb_BUD, norm_D))',
+    'z_BTD, norm_D = jax.lax.stop_gradient((z_BTD, norm_D))',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[sequential-tied-e2e_tv-remat-none]',
+    ),
+  ),
+  Fault(
+    'trunk-leaks-through-a-chain',
+    0,
+    'mtp_jax/losses/backward.py',
+    'if cfg.heads.isolated and is_head_1:',
+    'if False:',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[causal-tied-tv-interleaved-none]',
+    ),
+  ),
+  Fault(
+    'clipped-together',
+    0,
+    'mtp_jax/optim/update.py',
+    '_clip_apart(cfg) if cfg.heads.isolated else',
+    '_clip_apart(cfg) if False else',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[sequential-tied-e2e_tv-remat-none]',
+    ),
+  ),
+  Fault(
+    'head-1-clipped-with-the-others',
+    0,
+    'mtp_jax/optim/update.py',
+    '(jnp.arange(x.shape[0]) > 0).astype(x.dtype)',
+    '(jnp.arange(x.shape[0]) >= 0).astype(x.dtype)',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[parallel-shared-ce-remat-none]',
+    ),
+  ),
+  Fault(
+    'weights-do-not-move',
+    0,
+    'mtp_jax/losses/targets.py',
+    'moved_K = from_PK[at] + share *',
+    'moved_K = from_PK[at] + 0 * share *',
+    _in('losses/acceptance', 'test_weights_move_linearly'),
+  ),
+  Fault(
+    'length-without-head-1',
+    0,
+    'mtp_jax/losses/metrics.py',
+    'mean(n_queries + sum(in_a_row), n_queries)',
+    'mean(sum(in_a_row), n_queries)',
+    _in('losses/acceptance', 'test_scalars_of_drafts'),
   ),
 )

@@ -149,18 +149,17 @@ def loss(params: lm.LM, batch: dict, cfg: schema.Config, step: int = 0):
   """
   batch = _with_positions(batch)
   n_active = schedule.active_heads(cfg, step)
-  _, valid_KBT = targets.targets(batch, cfg)
-  count_K = jnp.sum(valid_KBT, axis=(1, 2)).astype(jnp.float32)
+  counts = targets.counts(jax.tree.map(lambda x: x[None], batch), cfg, n_active)
   total, sums = multi_token.mtp_loss(
     params,
     jnp.zeros(cfg.heads.n),
     batch,
-    count_K=count_K,
+    counts=counts,
     weight_K=targets.weights(jnp.asarray(step), cfg),
     n_active=n_active,
     cfg=cfg,
   )
-  return total, sums | dict(count_K=count_K[:n_active])
+  return total, sums | dict(count_K=counts.target_K)
 
 
 def init_state(cfg: schema.Config, key=None) -> state_lib.State:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mtp_jax.bench import timing
 from mtp_jax.config import schema, validate
-from mtp_jax.losses import backward, head_loss, targets, token_order
+from mtp_jax.losses import backward, multi_token, targets
 from mtp_jax.model import attention, block, flops, heads, lm, params
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.train import state as state_lib
@@ -131,21 +131,11 @@ def loss_program(cfg: schema.CommandConfig, mesh):
 
   def value(w: backward.DiffInputs, batch):
     batch = jax.tree.map(lambda x: x[0], batch)
-    targets_KBT, valid_KBT = targets.targets(batch, cfg)
-    scale_K = 1 / jnp.maximum(jnp.sum(valid_KBT, axis=(1, 2)), 1)
-    ordered = w.order_VD is not None
-    inputs = backward.NondiffInputs(
-      k_K=jnp.arange(1, cfg.heads.n + 1),
-      targets_KBT=targets_KBT,
-      valid_KBT=valid_KBT,
-      scale_K=scale_K,
-      window=head_loss.Window(
-        ctx=block.context(batch['position'][:, :T], cfg),
-        tokens_BU=batch['tokens'],
-        order_WBT=token_order.token_order_targets(batch, cfg) if ordered else None,
-        order_scale=cfg.loss.token_order_weight * scale_K[0],
-      ),
-    )
+    ctx = block.context(batch['position'][:, :T], cfg)
+    compare = cfg.loss.head_loss != 'ce'
+    counts = targets.counts(jax.tree.map(lambda x: x[None], batch), cfg, cfg.heads.n)
+    weight_K = jnp.ones(cfg.heads.n)
+    inputs = multi_token.nondiff_inputs(batch, ctx, counts, weight_K, compare=compare, cfg=cfg)
     return backward.STRATEGIES[cfg.loss.backward](w, inputs, cfg)
 
   key = jax.random.key(cfg.train.seed)

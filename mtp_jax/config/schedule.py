@@ -1,10 +1,21 @@
 """Values that change with the step: head weights and active heads."""
 
+import re
+from typing import NamedTuple
+
 from mtp_jax.config import fields, schema
 
 
+class Phase(NamedTuple):
+  """Weights of all heads from a step on."""
+
+  start: int
+  weights: tuple[float, ...]
+  is_linear: bool  # they move to those of the next phase, by the same amount per step
+
+
 def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:
-  """Parses '0:1,.3;50000:1,.1' to ((0, (1.0, 0.3)), (50000, (1.0, 0.1)))."""
+  """Parses '0:1;1000:2' to ((0, (1.0,)), (1000, (2.0,)))."""
   phases = []
   for phase in text.split(';'):
     step, values = phase.split(':')
@@ -15,12 +26,46 @@ def parse_steps(text: str) -> tuple[tuple[int, tuple[float, ...]], ...]:
   return tuple(phases)
 
 
-def head_weights(cfg: schema.Config) -> tuple[tuple[int, tuple[float, ...]], ...]:
-  """Returns --loss.weights by phase, one weight per head."""
+def parse_weights(text: str, n: int) -> tuple[Phase, ...]:
+  """Parses '0:1,.3~2000:1,0;5000:beta=.6' to Phases of n heads.
+
+  After ~ instead of ; weights have moved linearly to the next ones. The last weight
+  is that of all further heads; beta=B are B^(k-1) of head k, divided by their sum (Cai et
+  al. 2025, FastMTP, https://arxiv.org/abs/2509.18362).
+
+  Raises:
+    ValueError: of another form, or steps do not start at 0 and rise.
+  """
+  parts = re.split('([;~])', text)
+
+  def listed(values: str) -> str:
+    if not values.startswith('beta='):
+      return values
+    beta = float(values.removeprefix('beta='))
+    if not 0 < beta <= 1:
+      raise ValueError('beta must be above 0, at most 1')
+    powers = [beta**k for k in range(n)]
+    return ','.join(repr(power / sum(powers)) for power in powers)
+
+  phases = [phase.split(':') for phase in parts[::2]]
+  steps = parse_steps(';'.join(f'{step}:{listed(values)}' for step, values in phases))
+  moves = [mark == '~' for mark in parts[1::2]] + [False]
   return tuple(
-    (start, values + values[-1:] * (cfg.heads.n - len(values)))
-    for start, values in parse_steps(cfg.loss.weights)
+    Phase(start, values + values[-1:] * (n - len(values)), is_linear)
+    for (start, values), is_linear in zip(steps, moves, strict=True)
   )
+
+
+def head_weights(cfg: schema.Config, step: int) -> tuple[float, ...]:
+  """Returns the weight of each head at a step, from --loss.weights."""
+  phases = parse_weights(cfg.loss.weights, cfg.heads.n)
+  at = sum(phase.start <= step for phase in phases) - 1
+  here = phases[at]
+  if not here.is_linear:
+    return here.weights
+  after = phases[at + 1]
+  share = (step - here.start) / (after.start - here.start)
+  return tuple(a + share * (b - a) for a, b in zip(here.weights, after.weights, strict=True))
 
 
 def in_force(phases, step: int):

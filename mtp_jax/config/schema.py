@@ -269,6 +269,11 @@ class HeadsConfig:
     "it and a module's after its own (Transformers with tie_last_hidden_states=false)",
     choices=('post_norm', 'pre_norm', 'pre_norm_first'),
   )
+  isolated: bool = fields_lib.field(
+    False,
+    'stop the gradients of heads >= 2 at what they share with head 1: trunk, embedding, '
+    'final norm and a shared or tied unembedding; gradients are clipped apart',
+  )
 
   @property
   def offsets(self) -> tuple[int, ...]:
@@ -291,6 +296,43 @@ class LossConfig:
     'runs forward and backward at once, and nothing is computed twice',
     choices=('remat', 'interleaved'),
   )
+  head_loss: str = fields_lib.field(
+    'ce',
+    'loss of heads >= 2; ce: cross-entropy with the text; the others compare a head with '
+    'head 1 as it verifies the same token (p, without a gradient): kl, the divergence from p; '
+    'tv: 1 - acceptance rate, sum min(p, q), of rejection sampling; lk: -log of that rate; '
+    'lk_hybrid: kl, moving to tv as the rate rises (arXiv 2602.23881); e2e_tv: 1 - the mean '
+    'probability that drafts 2 to k are all accepted (arXiv 2606.12370)',
+    choices=('ce', 'kl', 'tv', 'lk', 'lk_hybrid', 'e2e_tv'),
+  )
+  head_ce_weight: float = fields_lib.field(
+    0.0,
+    'share of cross-entropy in the loss of heads >= 2 with another --loss.head_loss, which '
+    'has the rest',
+    min=0,
+    max=1,
+  )
+  lk_eta: float = fields_lib.field(
+    3.0, 'kl has the share exp(-lk_eta x acceptance rate) in lk_hybrid, tv the rest', min=0, max=1e3
+  )
+  temperature: float = fields_lib.field(
+    1.0,
+    'temperature of p and q in acceptance rates and in losses other than ce: the '
+    '--decode.temperature that heads are trained for',
+    min=1e-2,
+    max=1e2,
+  )
+  top_k: int = fields_lib.field(
+    0,
+    'the --decode.top_k that heads are trained for, in acceptance rates and losses; 0 = off',
+    **fields_lib.UNSIGNED,
+  )
+  top_p: float = fields_lib.field(
+    1.0, 'the --decode.top_p that heads are trained for; 1 = off', above=0, max=1
+  )
+  min_p: float = fields_lib.field(
+    0.0, 'the --decode.min_p that heads are trained for; 0 = off', min=0, below=1
+  )
   chunk_size: int = fields_lib.field(
     0,
     'positions whose logits are in memory at the same time; 0 = the most whose logits fit '
@@ -300,7 +342,8 @@ class LossConfig:
   weights: str = fields_lib.field(
     '0:1',
     'weight of each head by step, e.g. 0:1,.3;50000:1,.1; the last weight is that of all '
-    'further heads',
+    'further heads. ~ in place of ; moves linearly to the next, 0:1,.5~2000:1,0; '
+    '0:beta=.6 is .6^(k-1) for head k, divided by their sum',
   )
   curriculum: str = fields_lib.field(
     '', 'number of active heads by step, e.g. 0:1;1000:2; empty = all'
@@ -327,6 +370,16 @@ class LossConfig:
     'dtype in which gradients are accumulated over heads and micro-batches',
     choices=fields_lib.DTYPES,
   )
+
+  @property
+  def head_ce_share(self) -> float:
+    """The share of cross-entropy in the loss of heads >= 2."""
+    return 1.0 if self.head_loss == 'ce' else self.head_ce_weight
+
+  @property
+  def filters(self) -> bool:
+    """Whether top_k, top_p or min_p drops a token."""
+    return bool(self.top_k or self.top_p < 1 or self.min_p)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -189,40 +189,64 @@ def _check_layer_types(cfg):
 
 
 def _check_loss(cfg):
-  n, seq_len, chunk = cfg.heads.n, cfg.data.seq_len, cfg.loss.chunk_size
-  if chunk and seq_len % chunk:
-    raise fields.ConfigError('loss.chunk_size', chunk, f'must divide --data.seq_len={seq_len}')
-  for name, ok, allowed in (
-    (
-      'weights',
-      lambda v: len(v) <= n and all(0 <= w <= 1e6 for w in v),
-      f'STEP:W,W,…;STEP:… with at most --heads.n={n} weights >= 0, at most 1e6,'
-      ' and steps that start at 0 and rise',
+  h, l, seq_len = cfg.heads, cfg.loss, cfg.data.seq_len
+  n = h.n
+
+  def need(ok, flag, allowed):
+    if not ok:
+      raise fields.ConfigError(f'loss.{flag}', getattr(l, flag), allowed)
+
+  need(
+    not l.chunk_size or seq_len % l.chunk_size == 0,
+    'chunk_size',
+    f'must divide --data.seq_len={seq_len}',
+  )
+  try:
+    phases = schedule_lib.parse_weights(l.weights, n)
+  except (ValueError, OverflowError):
+    phases = ()
+  need(
+    phases and all(len(p.weights) == n and all(0 <= w <= 1e6 for w in p.weights) for p in phases),
+    'weights',
+    f'STEP:W,W,…;STEP:… with at most --heads.n={n} weights >= 0, at most 1e6, or'
+    ' STEP:beta=B with B above 0, at most 1, ~ for ; to move linearly, and steps that'
+    ' start at 0 and rise',
+  )
+  try:
+    active = schedule_lib.parse_steps(l.curriculum or f'0:{n}')
+  except (ValueError, OverflowError):
+    active = ((0, ()),)
+  need(
+    all(len(v) == 1 and v[0] == int(v[0]) and 1 <= v[0] <= n for _, v in active),
+    'curriculum',
+    f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start at 0 and rise',
+  )
+  # Of weights that move from 0, those of the second step are above it.
+  steps = {p.start + p.is_linear for p in phases} | {start for start, _ in active}
+  need(
+    l.token_order_weight
+    or any(
+      any(schedule_lib.head_weights(cfg, step)[: schedule_lib.active_heads(cfg, step)])
+      for step in steps
+      if step < cfg.train.steps
     ),
-    (
-      'curriculum',
-      lambda v: len(v) == 1 and v[0] == int(v[0]) and 1 <= v[0] <= n,
-      f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start at 0 and rise',
-    ),
-  ):
-    text = getattr(cfg.loss, name)
-    if name == 'curriculum' and not text:
-      continue
-    try:
-      good = all(ok(values) for _, values in schedule_lib.parse_steps(text))
-    except (ValueError, OverflowError):
-      good = False
-    if not good:
-      raise fields.ConfigError(f'loss.{name}', text, allowed)
-  weights = schedule_lib.head_weights(cfg)
-  phases = [*weights, *schedule_lib.parse_steps(cfg.loss.curriculum or '0:1')]
-  if not cfg.loss.token_order_weight and not any(
-    any(schedule_lib.in_force(weights, step)[: schedule_lib.active_heads(cfg, step)])
-    for step, _ in phases
-    if step < cfg.train.steps
-  ):
+    'weights',
+    'no head that is active at any step has a weight above 0',
+  )
+  need(
+    l.head_loss != 'e2e_tv' or h.stride == 1,
+    'head_loss',
+    f'strided heads (--heads.stride={h.stride}) leave gaps between drafts, and e2e_tv is a loss'
+    ' of drafts in a row; one of kl, tv, lk, lk_hybrid',
+  )
+  need(
+    l.head_loss != 'ce' or not l.head_ce_weight,
+    'head_ce_weight',
+    'needs another --loss.head_loss than ce',
+  )
+  if h.isolated and h.family == 'anticausal':
     raise fields.ConfigError(
-      'loss.weights', cfg.loss.weights, 'no head that is active at any step has a weight above 0'
+      'heads.isolated', True, 'head 1 of --heads.family=anticausal is computed from the others'
     )
 
 

@@ -29,13 +29,13 @@ def evaluator(cfg: schema.Config, mesh, bytes_V, calibrated: bool = False) -> Ca
 
   @functools.partial(jax.jit, static_argnames='n_active')
   def sums(params, batch, bytes_V, *, n_active):
-    count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
+    counts = targets.counts(batch, cfg, n_active)
     rows = jax.tree.map(lambda x: x[0], batch)
     detail = scores.of_target if calibrated else None
     sums, found, valid_KBT = multi_token.evaluate(
       params, rows, n_active=n_active, cfg=cfg, detail=detail
     )
-    sums |= dict(count_K=count_K[:n_active], bytes=n_bytes)
+    sums |= dict(count_K=counts.target_K, bytes=targets.target_bytes(batch, cfg, bytes_V))
     if calibrated:
       of_targets = scores.Scores(*found, valid=valid_KBT[:n_active])
       sums['calibration'] = calibration.sums(of_targets)
@@ -50,16 +50,22 @@ def evaluator(cfg: schema.Config, mesh, bytes_V, calibrated: bool = False) -> Ca
         new = jax.device_get(sums(params, batch, bytes_V, n_active=n_active))
         new = jax.tree.map(np.float64, new)
         total = jax.tree.map(np.add, total, new) if total else new
-    weight_K = schedule.in_force(schedule.head_weights(cfg), last)[:n_active]
+    weight_K = schedule.head_weights(cfg, last)[:n_active]
     assert total is not None  # there is a batch
-    return _finish(total, np.array(weight_K), cfg.loss.token_order_weight)
+    return _finish(total, np.array(weight_K), cfg.loss)
 
   return run
 
 
-def _finish(total: dict, weight_K, order_weight: float) -> dict:
+def _finish(total: dict, weight_K, l: schema.LossConfig) -> dict:
   """Adds the total loss to the sums, over heads that have a target."""
   over_K = 1 / np.maximum(total['count_K'], 1)
-  loss = np.sum(weight_K * total['loss_sum_K'] * over_K)
-  loss += order_weight * total.get('token_order_loss_sum', 0) * over_K[0]
+  loss_K = total['loss_sum_K'] * over_K
+  if l.head_loss != 'ce' and len(loss_K) > 1:
+    z_loss_K = total['z_loss_sum_K'] * over_K
+    draft_K = total['draft_loss_sum_K'] / np.maximum(total['draft_count_K'], 1)
+    share = l.head_ce_share
+    loss_K[1:] = (share * (loss_K - z_loss_K) + z_loss_K + (1 - share) * draft_K)[1:]
+  loss = np.sum(weight_K * loss_K)
+  loss += l.token_order_weight * total.get('token_order_loss_sum', 0) * over_K[0]
   return total | dict(total=loss)

@@ -9,7 +9,10 @@
                (B x T x D) and the gradients of heads and unembedding, which are needed
                anyway; while a chain runs, 2 K B T D numbers of the compute dtype.
 
-Neither ever holds the logits of two heads.
+Neither ever holds the logits of two heads. Losses that compare drafts with head 1
+(acceptance.py) need its hidden state first: there both strategies compute the hidden
+states of all heads (B x T x D each in memory), then each head's loss, interleaved
+forward and backward at once; blocks are recomputed in the backward pass.
 """
 
 import functools
@@ -19,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
-from mtp_jax.losses import cross_entropy, head_loss
+from mtp_jax.losses import acceptance, cross_entropy, head_loss
 from mtp_jax.model import heads, layers, lm
 from mtp_jax.parallel import sharding
 
@@ -44,6 +47,7 @@ class NondiffInputs(NamedTuple):
   valid_KBT: Any
   scale_K: Any  # weight_k / count_k
   window: head_loss.Window
+  drafts_K: acceptance.Drafts | None = None  # where heads are compared with head 1
 
 
 def _gather(w: DiffInputs, cfg) -> head_loss.SharedWeights:
@@ -59,6 +63,7 @@ def _per_head(w: DiffInputs, inputs: NondiffInputs, cfg) -> head_loss.HeadBatch:
     scale=inputs.scale_K,
     probe=w.probe_K,
     unembed_DV=w.unembed if cfg.heads.unembedding == 'replicated' else None,
+    drafts=inputs.drafts_K,
   )
 
 
@@ -77,41 +82,115 @@ def _probe_grad_norm_bwd(_, dz_BTD):
 _probe_grad_norm.defvjp(lambda z_BTD, probe: (z_BTD, None), _probe_grad_norm_bwd)
 
 
-def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, ctx, cfg):
+def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, is_head_1, ctx, cfg):
   """Computes one head's (carry_BTD, h_BTD); its probe measures the gradient that
-  flows back to its input. w.norm_D is gathered."""
+  flows back to its input. w.norm_D is gathered; is_head_1 as of `heads.scan_heads`."""
   dtype = cfg.model.compute_dtype
   z_BTD = w.z_BTD.astype(dtype)
   if heads.family(cfg.heads).is_chained:
     carry_BTD = _probe_grad_norm(carry_BTD, head.probe)
   else:
     z_BTD = _probe_grad_norm(z_BTD, head.probe)
+  emb_BUD, norm_D = w.emb_BUD, w.norm_D
+  if cfg.heads.isolated and not is_head_1:
+    z_BTD, emb_BUD, norm_D = jax.lax.stop_gradient((z_BTD, emb_BUD, norm_D))
 
   def feed(k):
-    return lm.next_embeddings(w.emb_BUD, k, z_BTD.shape[1], cfg.heads.stride).astype(dtype)
+    return lm.next_embeddings(emb_BUD, k, z_BTD.shape[1], cfg.heads.stride).astype(dtype)
 
-  x = heads.Inputs(norm_D=w.norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
-  return lm.head_step(module, head.k, x, ctx, cfg, feed=feed)
+  x = heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
+  carry_BTD, h_BTD = lm.head_step(module, head.k, x, ctx, cfg, feed=feed)
+  if cfg.heads.isolated and is_head_1:  # what a chain hands on to head 2
+    carry_BTD = jax.lax.stop_gradient(carry_BTD)
+  return carry_BTD, h_BTD
 
 
 def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None):
   """Computes (total, HeadStats stacked over heads); `detail` as of `head_loss.of`."""
   shared = _gather(w, cfg)
   w = w._replace(norm_D=shared.norm_D)
+  if inputs.drafts_K is not None:
+    return _remat_compared(w, shared, inputs, inputs.drafts_K, cfg=cfg, detail=detail)
   loss, ctx = head_loss.of(inputs.window, cfg, detail), inputs.window.ctx
 
-  def visit(carry_BTD, module, head):
-    carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, ctx=ctx, cfg=cfg)
-    value, stats = loss.value(h_BTD, shared, head, heads.is_head_1(module, head.k, cfg.heads))
+  def visit(carry_BTD, module, head, is_head_1):
+    carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, is_head_1=is_head_1, ctx=ctx, cfg=cfg)
+    value, stats = loss.value(h_BTD, shared, head, is_head_1)
     return carry_BTD, ((value, stats), None)
 
   # The activations of a single head are in memory during its loss in any case.
   if inputs.k_K.shape[0] > 1:
-    visit = jax.checkpoint(visit, policy=cross_entropy.KEEP_LSE)
+    visit = jax.checkpoint(visit, policy=cross_entropy.KEEP, static_argnums=(3,))
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
   per_head = _per_head(w, inputs, cfg)
-  _, ((value_K, stats), _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg.heads)
+  apart = head_loss.needs_head_1_apart(cfg)
+  _, ((value_K, stats), _) = heads.scan_heads(
+    visit, z_BTD, w.modules, per_head, cfg.heads, apart=apart
+  )
   return jnp.sum(value_K), stats
+
+
+def _hidden_states(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
+  """Computes h_KBTD of all heads; the backward pass recomputes their blocks."""
+
+  def visit(carry_BTD, module, head, is_head_1):
+    carry_BTD, h_BTD = hidden(
+      module, head, carry_BTD, w, is_head_1=is_head_1, ctx=inputs.window.ctx, cfg=cfg
+    )
+    return carry_BTD, (h_BTD, None)
+
+  per_head = head_loss.HeadBatch(
+    k=inputs.k_K, target_BT=None, valid_BT=None, scale=None, probe=w.probe_K
+  )
+  _, (h_KBTD, _) = heads.scan_heads(
+    jax.checkpoint(visit, static_argnums=(3,)),
+    w.z_BTD.astype(cfg.model.compute_dtype),
+    w.modules,
+    per_head,
+    cfg.heads,
+    apart=head_loss.needs_head_1_apart(cfg),
+  )
+  return h_KBTD
+
+
+def _scan_losses(visit, carry, per_head: head_loss.HeadBatch, h_KBTD):
+  """Scans over heads, head 1 apart: visit(carry, head, h_BTD, is_head_1) -> (carry, out)."""
+  xs = per_head, h_KBTD
+  carry, first = visit(carry, *jax.tree.map(lambda x: x[0], xs), True)
+  carry, rest = jax.lax.scan(
+    lambda carry, xs: visit(carry, *xs, False), carry, jax.tree.map(lambda x: x[1:], xs)
+  )
+  return carry, jax.tree.map(heads.prepend, first, rest)
+
+
+def _teacher(w: DiffInputs, shared: head_loss.SharedWeights, h_KBTD, cfg):
+  unembed_DV = shared.unembed_DV
+  if unembed_DV is None:  # each head has its own
+    unembed_DV = head_loss.gather_own(w.unembed[0], cfg)
+  return acceptance.Teacher(h_KBTD[0], unembed_DV)
+
+
+def _with_drafts_in_a_row(total, stats: head_loss.HeadStats, drafts: acceptance.Drafts):
+  """Adds e2e_tv, a loss of all drafts of a query."""
+  assert stats.drafts is not None
+  loss_K = acceptance.in_a_row(stats.drafts.alpha_BT, drafts.valid_BT)
+  stats = stats._replace(drafts=stats.drafts._replace(loss=loss_K))
+  return total + jnp.sum(drafts.scale * loss_K), stats
+
+
+def _remat_compared(w: DiffInputs, shared, inputs: NondiffInputs, drafts_K, *, cfg, detail):
+  """`remat` of heads that are compared with head 1."""
+  h_KBTD = _hidden_states(w, inputs, cfg)
+  loss = head_loss.of(inputs.window, cfg, detail, _teacher(w, shared, h_KBTD, cfg))
+
+  def visit(_, head, h_BTD, is_head_1):
+    return None, loss.value(h_BTD, shared, head, is_head_1)
+
+  _, (value_K, stats) = _scan_losses(visit, None, _per_head(w, inputs, cfg), h_KBTD)
+  total = jnp.sum(value_K)
+  if cfg.loss.head_loss == 'e2e_tv':
+    return _with_drafts_in_a_row(total, stats, drafts_K)
+  return total, stats
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -128,6 +207,8 @@ def _interleaved_fwd(w: DiffInputs, inputs: NondiffInputs, cfg):
     w.order_VD,
   )
   both_ways = _chained if heads.family(cfg.heads).is_chained else _independent
+  if inputs.drafts_K is not None:
+    both_ways = _compared
   grads, dshared, own, out = both_ways(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
   dnorm_D, dunembed, dorder_VD = gather_vjp(dshared)
   if cfg.heads.unembedding == 'replicated':
@@ -140,15 +221,15 @@ def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   """Runs forward and backward of each head within one scan."""
   loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
 
-  def visit(carry, module, head):
+  def visit(carry, module, head, is_head_1):
     dread, dshared = carry  # gradients of the activations that heads read
 
     def head_hidden(module, z_BTD, emb_BUD, norm_D, probe):
       here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D)
-      return hidden(module, head._replace(probe=probe), z_BTD, here, ctx=ctx, cfg=cfg)[1]
+      head_here = head._replace(probe=probe)
+      return hidden(module, head_here, z_BTD, here, is_head_1=is_head_1, ctx=ctx, cfg=cfg)[1]
 
     h_BTD, pull = jax.vjp(head_hidden, module, w.z_BTD, w.emb_BUD, shared.norm_D, head.probe)
-    is_head_1 = heads.is_head_1(module, head.k, cfg.heads)
     dshared, grads, value, stats = loss.value_and_grad(h_BTD, shared, dshared, head, is_head_1)
     dmodule, *d, dnorm_D, dprobe = pull(grads.h_BTD)
     dshared = dshared._replace(norm_D=dshared.norm_D + dnorm_D)
@@ -157,7 +238,12 @@ def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
 
   zeros = jax.tree.map(sharding.zeros_cotangent, ((w.z_BTD, w.emb_BUD), shared))
   ((dz_BTD, demb_BUD), dshared), (outs, dmodules) = heads.scan_heads(
-    visit, zeros, w.modules, _per_head(w, inputs, cfg), cfg.heads
+    visit,
+    zeros,
+    w.modules,
+    _per_head(w, inputs, cfg),
+    cfg.heads,
+    apart=head_loss.needs_head_1_apart(cfg),
   )
   value_K, stats, dprobe_K, own = outs
   if heads.family(cfg.heads).shared_module and inputs.k_K.shape[0] > 1:
@@ -174,18 +260,16 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
 
   def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
     here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D, probe_K=probe_K)
-    checkpointed = jax.checkpoint(functools.partial(hidden, ctx=ctx, cfg=cfg))
 
-    def visit(carry, module, head):
+    def visit(carry, module, head, is_head_1):
       carry_BTD, dshared = carry
       number = head._replace(target_BT=None, valid_BT=None, scale=None, unembed_DV=None)
+      checkpointed = jax.checkpoint(
+        functools.partial(hidden, is_head_1=is_head_1, ctx=ctx, cfg=cfg)
+      )
       carry_BTD, h_BTD = checkpointed(module, number, carry_BTD, here)
       dshared, grads, value, stats = loss.value_and_grad(
-        jax.lax.stop_gradient(h_BTD),
-        shared,
-        dshared,
-        head,
-        heads.is_head_1(module, head.k, cfg.heads),
+        jax.lax.stop_gradient(h_BTD), shared, dshared, head, is_head_1
       )
       # A surrogate loss whose gradient by h is dL/dh.
       surrogate = jnp.sum(h_BTD * grads.h_BTD, dtype=jnp.float32)
@@ -194,7 +278,12 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
     carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
     zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
     (_, dshared), ((surrogate_K, value_K, stats, own), _) = heads.scan_heads(
-      visit, (carry_BTD, zeros), modules, _per_head(here, inputs, cfg), cfg.heads
+      visit,
+      (carry_BTD, zeros),
+      modules,
+      _per_head(here, inputs, cfg),
+      cfg.heads,
+      apart=head_loss.needs_head_1_apart(cfg),
     )
     return jnp.sum(surrogate_K), (dshared, value_K, stats, own)
 
@@ -204,6 +293,49 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(jnp.ones_like(surrogate))
   grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
   return grads, dshared._replace(norm_D=dnorm_D), own, (jnp.sum(value_K), stats)
+
+
+def _compared(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
+  """Computes all hidden states, then each head's loss forward and backward, then the
+  heads' backward pass, recomputing their blocks only. For e2e_tv acceptance rates come
+  first, as the gradient by one draft depends on the others."""
+
+  def states(modules, z_BTD, emb_BUD, norm_D, probe_K):
+    here = DiffInputs(modules, z_BTD, emb_BUD, norm_D, w.unembed, None, probe_K)
+    return _hidden_states(here, inputs, cfg)
+
+  h_KBTD, pull = jax.vjp(states, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K)
+  loss = head_loss.of(inputs.window, cfg, teacher=_teacher(w, shared, h_KBTD, cfg))
+  per_head, drafts = _per_head(w, inputs, cfg), inputs.drafts_K
+  assert drafts is not None
+  if cfg.loss.head_loss == 'e2e_tv':
+
+    def acceptance_rates(_, head, h_BTD, is_head_1):
+      if is_head_1:
+        return None, acceptance.no_drafts(h_BTD).alpha_BT
+      _, stats = loss.value(h_BTD, shared, head, is_head_1)
+      assert stats.drafts is not None
+      return None, stats.drafts.alpha_BT
+
+    _, alpha_KBT = _scan_losses(acceptance_rates, None, per_head, h_KBTD)
+
+    def in_a_row(alpha_KBT):
+      return jnp.sum(drafts.scale * acceptance.in_a_row(alpha_KBT, drafts.valid_BT))
+
+    per_head = per_head._replace(drafts=drafts._replace(slope_BT=jax.grad(in_a_row)(alpha_KBT)))
+
+  def visit(dshared, head, h_BTD, is_head_1):
+    dshared, grads, value, stats = loss.value_and_grad(h_BTD, shared, dshared, head, is_head_1)
+    return dshared, (grads, value, stats)
+
+  zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
+  dshared, (grads_K, value_K, stats) = _scan_losses(visit, zeros, per_head, h_KBTD)
+  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(grads_K.h_BTD)
+  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
+  out = jnp.sum(value_K), stats
+  if cfg.loss.head_loss == 'e2e_tv':
+    out = _with_drafts_in_a_row(*out, drafts)
+  return grads, dshared._replace(norm_D=dnorm_D), grads_K.unembed_DV, out
 
 
 def _interleaved_bwd(cfg, grads: DiffInputs, cotangents):

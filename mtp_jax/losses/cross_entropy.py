@@ -16,8 +16,10 @@ from mtp_jax.parallel import sharding
 # Per device and chunk, unless --loss.chunk_size is given. Each chunk adds to the gradient
 # of the unembedding, which is slow for few tokens.
 LOGITS_BYTES, TOKENS = 2**28, 2048
-LSE = 'lse'  # kept for the backward pass, which recomputes the logits only
-KEEP_LSE = jax.checkpoint_policies.save_only_these_names(LSE)
+# Values of each position, as the log-sum-exp, which the backward pass does not recompute
+# along with the logits.
+OF_POSITION = 'of_position'
+KEEP = jax.checkpoint_policies.save_only_these_names(OF_POSITION)
 
 
 class Stats(NamedTuple):
@@ -55,38 +57,52 @@ def _lse_jvp(primals, tangents):
   return lse_BC, jnp.sum(softmax_BCV * tangents[0], axis=-1)
 
 
-def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
-  """Computes the Logits of a chunk. The label's logit is a masked sum, not a lookup:
-  the vocabulary may be sharded and is never gathered."""
+def scores(h_BCD, unembed_DV, m: schema.ModelConfig):
+  """Computes the logits of a chunk in float32."""
   logits_BCV = jnp.einsum(
     'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
   )
-  logits_BCV = layers.shaped(logits_BCV, m)
+  return layers.shaped(logits_BCV, m)
+
+
+def log_sum_exp(logits_BCV, top_BC):
+  """Computes the log-sum-exp of logits, of which top_BC is the maximum; it is kept for
+  the backward pass."""
+  found_BCV = jax.lax.stop_gradient(logits_BCV)
+  shift_BC = jnp.where(jnp.isfinite(top_BC), top_BC, 0)  # inf - inf is no number
+  sum_BC = jnp.sum(jnp.exp(found_BCV - shift_BC[:, :, None]), axis=-1)
+  return _lse(logits_BCV, checkpoint_name(shift_BC + jnp.log(sum_BC), OF_POSITION))
+
+
+def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
+  """Computes the Logits of a chunk. The label's logit is a masked sum, not a lookup:
+  the vocabulary may be sharded and is never gathered."""
+  logits_BCV = scores(h_BCD, unembed_DV, m)
   found_BCV = jax.lax.stop_gradient(logits_BCV)
   top_BC = jnp.max(found_BCV, axis=-1)
   # Three sums over the vocabulary of one type: XLA reads the logits once for all. Ids are
   # exact in float32, and their minimum takes half the time of jnp.argmax on a CPU.
   V = logits_BCV.shape[-1]
   ids_11V = jnp.arange(V)[None, None, :]
-  shift_BC = jnp.where(jnp.isfinite(top_BC), top_BC, 0)  # inf - inf is no number
-  sum_BC = jnp.sum(jnp.exp(found_BCV - shift_BC[:, :, None]), axis=-1)
+  lse_BC = log_sum_exp(logits_BCV, top_BC)
   label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
   ids_of_top_BCV = jnp.where(found_BCV == top_BC[:, :, None], ids_11V.astype(jnp.float32), V - 1)
   argmax_BC = jnp.min(ids_of_top_BCV, axis=-1).astype(jnp.int32)
-  lse_BC = checkpoint_name(shift_BC + jnp.log(sum_BC), LSE)
-  lse_BC = _lse(logits_BCV, lse_BC)
   return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
 
 
-def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg, *, detail=None):
-  """Returns (sum of the losses of valid positions, (Stats, detail(Logits, target_BC)
-  or None))."""
-  of = logits(h_BCD, unembed_DV, target_BC, cfg.model)
+def stats(of: Logits, target_BC, valid_BC, cfg: schema.Config) -> Stats:
+  """Returns the Stats of a chunk's Logits."""
   z_loss = cfg.loss.z_loss * jnp.sum(valid_BC * of.lse_BC**2)
   loss = jnp.sum(valid_BC * (of.lse_BC - of.label_BC)) + z_loss
   correct = jnp.sum(valid_BC * (of.argmax_BC == target_BC), dtype=jnp.float32)
-  stats = Stats(loss, z_loss, correct, of.argmax_BC)
-  return loss, (stats, detail(of, target_BC) if detail else None)
+  return Stats(loss, z_loss, correct, of.argmax_BC)
+
+
+def softmax_xent(h_BCD, unembed_DV, target_BC, valid_BC, cfg):
+  """Returns (sum of the losses of valid positions, Stats)."""
+  found = stats(logits(h_BCD, unembed_DV, target_BC, cfg.model), target_BC, valid_BC, cfg)
+  return found.loss, found
 
 
 def chunk_size(B: int, T: int, cfg: schema.Config) -> int:
@@ -129,7 +145,7 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
   f(h_BCD, unembed, *of_tokens in chunks, cfg) -> (loss, rest).
   """
 
-  @functools.partial(jax.checkpoint, policy=KEEP_LSE)
+  @functools.partial(jax.checkpoint, policy=KEEP)
   def one(_, xs):
     h_BCD, *of_chunk = xs
     return None, f(h_BCD, unembed, *of_chunk, cfg)
@@ -143,7 +159,7 @@ def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
 
   Args:
     f, h_BTD, of_tokens, cfg: as of `sum_chunks`.
-    weights: (unembed, its accumulated gradient).
+    weights: (unembed, its accumulated gradient); None for the latter = no gradient.
     scale: factor of the loss that is differentiated.
 
   Returns:
@@ -158,8 +174,9 @@ def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
       loss, rest = f(h_BCD, unembed, *of_chunk, cfg)
       return scale * loss, (loss, rest)
 
-    (_, out), (dh_BCD, d) = jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(h_BCD, unembed)
-    return dunembed + d, (*out, dh_BCD)
+    by = (0,) if dunembed is None else (0, 1)
+    (_, out), (dh_BCD, *d) = jax.value_and_grad(scaled, argnums=by, has_aux=True)(h_BCD, unembed)
+    return dunembed + d[0] if d else None, (*out, dh_BCD)
 
   dunembed, (loss_X, rest, dh_XBCD) = jax.lax.scan(
     one, dunembed, _in_chunks(cfg, h_BTD, *of_tokens)
@@ -167,8 +184,7 @@ def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
   return dunembed, out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
 
 
-def total_over_chunks(of_chunks: tuple[Stats, Any]) -> tuple[Stats, Any]:
-  """Returns (Stats, detail (B, T)) of what `softmax_xent` returned for each chunk."""
-  (loss, z_loss, correct, argmax_XBC), detail = of_chunks
-  stats = Stats(jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC))
-  return stats, jax.tree.map(out_of_chunks, detail)
+def total(of_chunks: Stats) -> Stats:
+  """Returns the Stats of all chunks."""
+  loss, z_loss, correct, argmax_XBC = of_chunks
+  return Stats(jnp.sum(loss), jnp.sum(z_loss), jnp.sum(correct), out_of_chunks(argmax_XBC))

@@ -46,11 +46,28 @@ def scalars(metrics: dict) -> dict[str, Any]:
   rates, length = acceptance(metrics['accepted_K'])
   out |= {f'acceptance_{k}': rate for k, rate in enumerate(rates, 2)}
   out['mean_acceptance_length'] = length
+  if 'draft_count_K' in metrics:
+    out |= _drafts(metrics)
   nats = metrics['loss_sum_K'][0] - metrics['z_loss_sum_K'][0]
   out['bits_per_byte'] = mean(nats / math.log(2), metrics['bytes'])
   for name in ('lr', 'grad_norm', 'skipped', 'consecutive_nonfinite'):
     if name in metrics:
       out[name] = float(metrics[name])
+  return out
+
+
+def _drafts(metrics: dict) -> dict[str, float | None]:
+  """Returns what drafts that are sampled at --loss.temperature are accepted by: alpha of
+  each head, the mean acceptance length, and each head's --loss.head_loss but for ce."""
+  of_draft = metrics['draft_count_K'][1:]
+  out = {}
+  for name, total in dict(alpha='alpha_sum_K', draft_loss='draft_loss_sum_K').items():
+    sum_K = metrics[total][1:]
+    if name == 'alpha' or np.any(sum_K):
+      out |= {f'{name}_{k}': mean(*of) for k, of in enumerate(zip(sum_K, of_draft, strict=True), 2)}
+  if 'alpha_in_a_row_K' in metrics:
+    n_queries, *in_a_row = metrics['alpha_in_a_row_K']
+    out['mean_acceptance_length_sampled'] = mean(n_queries + sum(in_a_row), n_queries)
   return out
 
 
@@ -61,7 +78,8 @@ def shown(value: float | None, form: str) -> str:
 
 def table(values: dict[str, float | None]) -> list[str]:
   """Formats held-out results per head as text lines."""
-  lines = ['head    loss  accuracy  acceptance']
+  sampled = 'alpha_2' in values
+  lines = ['head    loss  accuracy  acceptance' + sampled * '   alpha']
   n = sum(name.startswith('accuracy_') for name in values)
   rates = {
     int(name.split('_')[1]): rate for name, rate in values.items() if name.startswith('acceptance_')
@@ -72,6 +90,7 @@ def table(values: dict[str, float | None]) -> list[str]:
     lines.append(
       f'{k:4d}  {shown(values[f"loss_{k}"], ".4f"):>6}'
       f'  {shown(values[f"accuracy_{k}"], ".2%"):>8}  {rate:>10}'
+      + (f'  {shown(values[f"alpha_{k}"], ".2%"):>6}' if sampled and k > 1 else '')
     )
   if strided:
     drafts = (f't+{j} {shown(rate, ".2%")}' for j, rate in rates.items())
@@ -79,6 +98,9 @@ def table(values: dict[str, float | None]) -> list[str]:
   if 'token_order_loss' in values:
     loss = shown(values['token_order_loss'], '.4f')
     lines.append(f'token order loss {loss}')
+  if values.get('mean_acceptance_length_sampled'):
+    length = shown(values['mean_acceptance_length_sampled'], '.3f')
+    lines.append(f'mean acceptance length of sampled drafts {length} tokens')
   return [
     *lines,
     f'bits per byte {shown(values["bits_per_byte"], ".4f")}, mean acceptance'

@@ -5,7 +5,8 @@ section 2: head k predicts token t + k from the shared trunk's output z_t, and
           + token_order_weight  sum_t valid_1t order_t / count_1 ,
 
 targets, counts and weights as in targets.py; z-loss and token order prediction (on head
-1's hidden state) are off by default.
+1's hidden state) are off by default. With --loss.head_loss heads >= 2 are trained to be
+accepted instead of to predict the text, see acceptance.py.
 
 See targets.py (targets and counts), backward.py (the scan over heads, and its memory),
 head_loss.py and cross_entropy.py (the loss of one head). Logits, B x T x V per head,
@@ -17,12 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
-from mtp_jax.losses import backward, head_loss, targets, token_order
+from mtp_jax.losses import acceptance, backward, head_loss, targets, token_order
 from mtp_jax.model import heads, lm
 
 
 def mtp_loss(
-  model: lm.LM, probe_K, batch: dict, *, count_K, weight_K, n_active: int, cfg: schema.Config
+  model: lm.LM,
+  probe_K,
+  batch: dict,
+  *,
+  counts: targets.Counts,
+  weight_K,
+  n_active: int,
+  cfg: schema.Config,
 ):
   """Computes the multi-head loss of one micro-batch.
 
@@ -33,8 +41,8 @@ def mtp_loss(
       and in a chain of the losses of the heads after it too.
     batch: tokens_BU and position_BU, int32, U = T + span; loss_mask_BU, bool,
       where there is a mask.
-    count_K: each head's valid targets in the whole step, over all micro-batches
-      and devices.
+    counts: each head's valid targets and drafts in the whole step, over all
+      micro-batches and devices.
     weight_K: the heads' weights.
     n_active: heads 1..n_active are computed.
     cfg: --loss.backward and --loss.chunk_size change memory and time, not the value.
@@ -43,20 +51,21 @@ def mtp_loss(
     (total, sums). Totals and sums of micro-batches add up to those of the step;
     sums carry no gradient: loss_sum_K (nats with z-loss, unweighted),
     z_loss_sum_K and correct_K over each head's valid targets,
-    token_order_loss_sum over head 1's, and accepted_K, see `targets.acceptance`.
+    token_order_loss_sum over head 1's, and accepted_K, see `targets.acceptance`; where
+    drafts are compared with head 1, also those of `_draft_sums`.
     A head without a valid target adds 0 to the total; means are computed on the
     host, where a mean over nothing is None rather than 0.
   """
-  weights, inputs = _heads_input(
-    model, probe_K, batch, count_K=count_K, weight_K=weight_K, n_active=n_active, cfg=cfg
-  )
+  weights, ctx = _heads_input(model, probe_K, batch, n_active, cfg)
+  inputs = nondiff_inputs(batch, ctx, counts, weight_K, compare=cfg.loss.head_loss != 'ce', cfg=cfg)
   with jax.named_scope('heads'):
     total, stats = backward.run(weights, inputs, cfg)
   return total, jax.lax.stop_gradient(_sums(stats, batch, cfg))
 
 
 def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, detail=None):
-  """Computes the sums of `mtp_loss` without a backward pass.
+  """Computes the sums of `mtp_loss` without a backward pass, drafts compared with head 1
+  for every --loss.head_loss.
 
   Args:
     model, batch, n_active, cfg: as of `mtp_loss`.
@@ -67,33 +76,58 @@ def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, de
     (sums, detail_KBT of the active heads, a pytree or None; valid_KBT of all n heads).
   """
   one_K = jnp.ones(cfg.heads.n)  # means are formed on the host
-  weights, inputs = _heads_input(
-    model, jnp.zeros_like(one_K), batch, count_K=one_K, weight_K=one_K, n_active=n_active, cfg=cfg
-  )
+  weights, ctx = _heads_input(model, jnp.zeros_like(one_K), batch, n_active, cfg)
+  counts = targets.Counts(one_K[:n_active], one_K[:n_active])
+  inputs = nondiff_inputs(batch, ctx, counts, one_K, compare=True, cfg=cfg)
   with jax.named_scope('heads'):
     _, stats = backward.remat(weights, inputs, cfg, detail)
   return _sums(stats, batch, cfg), stats.detail, targets.targets(batch, cfg)[1]
 
 
-def _heads_input(model: lm.LM, probe_K, batch, *, count_K, weight_K, n_active: int, cfg):
-  """Runs the trunk; returns the (backward.DiffInputs, NondiffInputs) of heads 1..n_active."""
-  model = _wide_where_shared(model, cfg)
-  targets_KBT, valid_KBT = targets.targets(batch, cfg)
-  z_BTD, emb_BUD, ctx = _trunk(model, batch, n_active, cfg)
-  over_K = 1 / jnp.maximum(count_K, 1)[:n_active]
-  ordered = model.order is not None
-  inputs = backward.NondiffInputs(
+def nondiff_inputs(
+  batch: dict, ctx, counts: targets.Counts, weight_K, *, compare: bool, cfg: schema.Config
+) -> backward.NondiffInputs:
+  """Returns the targets, drafts and scales of heads 1..n_active, of a micro-batch.
+
+  Args:
+    batch: as of `mtp_loss`.
+    ctx: block.Context of the window.
+    counts: of the active heads.
+    weight_K: weights of all heads.
+    compare: whether drafts are compared with head 1.
+    cfg: the Config.
+  """
+  n_active = counts.target_K.shape[0]
+  targets_KBT, valid_KBT = (x_KBT[:n_active] for x_KBT in targets.targets(batch, cfg))
+  weight_K = weight_K[:n_active]
+  over_K = 1 / jnp.maximum(counts.target_K, 1)
+  drafts_K = None
+  if compare and n_active > 1:
+    drafts_K = acceptance.Drafts(
+      shift=jnp.array(cfg.heads.offsets[:n_active]) - 1,
+      valid_BT=targets.drafts(valid_KBT, cfg),
+      scale=weight_K * (1 - cfg.loss.head_ce_share) / jnp.maximum(counts.draft_K, 1),
+    )
+  ordered = bool(cfg.loss.token_order_weight)
+  return backward.NondiffInputs(
     k_K=jnp.arange(1, n_active + 1),
-    targets_KBT=targets_KBT[:n_active],
-    valid_KBT=valid_KBT[:n_active],
-    scale_K=weight_K[:n_active] * over_K,
+    targets_KBT=targets_KBT,
+    valid_KBT=valid_KBT,
+    scale_K=weight_K * over_K,
     window=head_loss.Window(
       ctx=ctx,
       tokens_BU=batch['tokens'],
       order_WBT=token_order.token_order_targets(batch, cfg) if ordered else None,
       order_scale=cfg.loss.token_order_weight * over_K[0],
     ),
+    drafts_K=drafts_K,
   )
+
+
+def _heads_input(model: lm.LM, probe_K, batch, n_active: int, cfg):
+  """Runs the trunk; returns (backward.DiffInputs of heads 1..n_active, ctx)."""
+  model = _wide_where_shared(model, cfg)
+  z_BTD, emb_BUD, ctx = _trunk(model, batch, n_active, cfg)
   unembed = model.embed if model.unembed is None else model.unembed
   weights = backward.DiffInputs(
     modules=heads.active_modules(model.heads, n_active, cfg.heads),
@@ -104,7 +138,7 @@ def _heads_input(model: lm.LM, probe_K, batch, *, count_K, weight_K, n_active: i
     order_VD=model.order,
     probe_K=probe_K[:n_active],
   )
-  return weights, inputs
+  return weights, ctx
 
 
 def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config) -> dict:
@@ -120,6 +154,26 @@ def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config) -> dict:
   )
   if cfg.loss.token_order_weight:
     sums['token_order_loss_sum'] = jnp.sum(stats.order_loss)
+  if stats.drafts is not None:
+    sums |= _draft_sums(stats.drafts, valid_KBT[: stats.order_loss.shape[0]], cfg)
+  return sums
+
+
+def _draft_sums(found: acceptance.Found, valid_KBT, cfg: schema.Config) -> dict:
+  """Returns sums over drafts of the active heads: their number draft_count_K, alpha_sum_K
+  (acceptance rates), draft_loss_sum_K and, but for strided heads, alpha_in_a_row_K, over
+  queries with a draft of each head: their number, then sums of alpha_2, alpha_2 alpha_3, …"""
+  drafted_KBT = targets.drafts(valid_KBT, cfg)
+  alpha_KBT = found.alpha_BT
+  sums = dict(
+    draft_count_K=jnp.sum(drafted_KBT, axis=(1, 2), dtype=jnp.float32),
+    draft_loss_sum_K=found.loss,
+    alpha_sum_K=jnp.sum(drafted_KBT * alpha_KBT, axis=(1, 2)),
+  )
+  if cfg.heads.stride == 1:
+    complete_BT = jnp.all(drafted_KBT[1:], axis=0)
+    products_KBT = complete_BT[None] * acceptance.products(alpha_KBT)
+    sums['alpha_in_a_row_K'] = jnp.sum(products_KBT, axis=(1, 2))
   return sums
 
 

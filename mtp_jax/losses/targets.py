@@ -1,6 +1,6 @@
 """Targets, their validity and counts, head weights, and teacher-forced acceptance."""
 
-import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,27 @@ from mtp_jax.config import schedule, schema
 from mtp_jax.parallel import sharding
 
 
+class Counts(NamedTuple):
+  """Divisors of the loss of a whole step, over all micro-batches and devices; float32."""
+
+  target_K: Any  # valid targets of each head
+  draft_K: Any  # drafts that are compared with head 1; see `drafts`
+
+
 def weights(step, cfg: schema.Config):
   """Returns the weight of each head, (K,), at a (traced) step, from --loss.weights."""
-  starts, table = zip(*schedule.head_weights(cfg), strict=True)
-  starts_P, table_PK = jnp.array(starts), jnp.array(table)
-  return table_PK[jnp.sum(step >= starts_P) - 1]
+  phases = schedule.parse_weights(cfg.loss.weights, cfg.heads.n)
+  # Each Phase is constant, or the line from its weights to the next one's.
+  after = [*phases[1:], phases[-1]]
+  starts_P = jnp.array([p.start for p in phases])
+  length_P = jnp.array([max(b.start - a.start, 1) for a, b in zip(phases, after, strict=True)])
+  from_PK = jnp.array([p.weights for p in phases])
+  to_PK = jnp.array([(b if a.is_linear else a).weights for a, b in zip(phases, after, strict=True)])
+  at = jnp.sum(step >= starts_P) - 1
+  share = (step - starts_P[at]) / length_P[at]
+  moved_K = from_PK[at] + share * (to_PK[at] - from_PK[at])
+  is_linear_P = jnp.array([p.is_linear for p in phases])
+  return jnp.where(is_linear_P[at], moved_K, from_PK[at])
 
 
 def targets(rows: dict, cfg: schema.Config):
@@ -40,23 +56,42 @@ def ahead(rows, offset: int, T: int):
   return rows['tokens'][:, there], valid_BT
 
 
-def counts(batch: dict, cfg: schema.Config, bytes_V):
-  """Counts the targets of a whole step, before its first micro-batch.
+def drafts(valid_KBT, cfg: schema.Config):
+  """Returns whether head k's draft at t is compared with head 1 as it verifies it, (K, B, T).
 
-  Args:
-    batch: arrays (A, B, U).
-    cfg: the Config.
-    bytes_V: UTF-8 bytes of each token.
-
-  Returns:
-    (count_K, bytes): valid targets of each head, and the bytes of head 1's; float32.
+  Head 1 does so at query t + o_k - 1, which must lie in the window (before T) and have a
+  target of its own in the same document: after a document's last token, where head 1 is
+  not trained, nothing is drafted. With --loss.head_loss=e2e_tv the drafts of all heads at t
+  must be. Head 1 has none.
   """
-  of_micro_batch = jax.vmap(functools.partial(targets, cfg=cfg))
-  targets_AKBT, valid_AKBT = of_micro_batch(batch)
-  count_K = jnp.sum(valid_AKBT, axis=(0, 2, 3))
-  bytes_ABT = bytes_V.at[targets_AKBT[:, 0]].get(out_sharding=sharding.pspec(None, 'batch', None))
-  n_bytes = jnp.sum(bytes_ABT * valid_AKBT[:, 0])
-  return count_K.astype(jnp.float32), n_bytes.astype(jnp.float32)
+  K, _, T = valid_KBT.shape
+  offset_K = jnp.array(cfg.heads.offsets[:K])
+  within_KT = jnp.arange(T)[None] + offset_K[:, None] <= T
+  drafted_KBT = valid_KBT & within_KT[:, None]
+  if cfg.loss.head_loss == 'e2e_tv':
+    drafted_KBT &= jnp.all(drafted_KBT[1:], axis=0)[None]
+  return drafted_KBT & (offset_K > 1)[:, None, None]
+
+
+def counts(batch: dict, cfg: schema.Config, n_active: int) -> Counts:
+  """Counts the targets and drafts of heads 1..n_active in a whole step, before its first
+  micro-batch; batch: arrays (A, B, U)."""
+
+  def of_micro_batch(rows):
+    valid_KBT = targets(rows, cfg)[1][:n_active]
+    return Counts(*(jnp.sum(x_KBT, axis=(1, 2)) for x_KBT in (valid_KBT, drafts(valid_KBT, cfg))))
+
+  summed = jax.tree.map(lambda of_A: jnp.sum(of_A, axis=0), jax.vmap(of_micro_batch)(batch))
+  return jax.tree.map(lambda n: n.astype(jnp.float32), summed)
+
+
+def target_bytes(batch: dict, cfg: schema.Config, bytes_V):
+  """Returns the UTF-8 bytes of head 1's valid targets in a whole step; bytes_V: those of
+  each token."""
+  T = batch['tokens'].shape[-1] - cfg.span
+  next_ABT, valid_ABT = jax.vmap(lambda rows: ahead(rows, 1, T))(batch)
+  bytes_ABT = bytes_V.at[next_ABT].get(out_sharding=sharding.pspec(None, 'batch', None))
+  return jnp.sum(bytes_ABT * valid_ABT).astype(jnp.float32)
 
 
 def acceptance(argmax_KBT, valid_BT, stride: int = 1):

@@ -23,23 +23,35 @@ def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> f
   the cost of a program that masks scores instead of skipping them. Frozen weights have
   no gradient, and a frozen trunk has no backward pass. Recomputation is excluded.
   """
-  trunk, heads, unembeddings, order = forward(cfg, n_active, causal)
-  own = cfg.heads.unembedding == 'replicated'
+  of = forward(cfg, n_active, causal)
+  h = cfg.heads
+  own = h.unembedding == 'replicated'
   trunk_moves = cfg.train.freeze != 'trunk'
   heads_move = cfg.train.freeze != 'heads'
+  unembed_1 = heads_move if own else trunk_moves
+  unembed_others = heads_move if own else trunk_moves and not h.isolated
   return (
-    (3 if trunk_moves else 1) * trunk
-    + (2 + heads_move) * heads
-    + (2 + (heads_move if own else trunk_moves)) * unembeddings
-    + (2 + heads_move) * order
+    (3 if trunk_moves else 1) * of.trunk
+    + (2 + heads_move) * of.heads
+    + (2 + unembed_1) * of.unembedding
+    + (2 + unembed_others) * (n_active - 1) * of.unembedding
+    + (2 + heads_move) * of.order
+    + of.teacher
   )
 
 
-def forward(
-  cfg: schema.Config, n_active: int, causal: bool = True
-) -> tuple[float, float, float, float]:
-  """Returns the forward FLOPs per token of (the trunk, head modules, their
-  unembeddings, the unembedding of token order prediction)."""
+class Forward(NamedTuple):
+  """FLOPs per token of a forward pass."""
+
+  trunk: float
+  heads: float  # their modules
+  unembedding: float  # of one head
+  order: float  # the unembedding of token order prediction
+  teacher: float  # head 1's logits once more per head that is compared with it
+
+
+def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
+  """Returns the FLOPs per token of a forward pass with heads 1..n_active."""
   m, T = cfg.model, cfg.data.seq_len
   types = layer_types.distinct(cfg)
   family = heads_lib.family(cfg.heads)
@@ -52,7 +64,32 @@ def forward(
   modules = 2 * len(of_heads) * _matrices(family.specs(m))
   modules += sum(attention[i] for i in of_heads) * family.has_block
   unembedding = 2 * m.d_model * m.vocab_size
-  return (trunk, modules, n_active * unembedding, (cfg.loss.token_order_weight > 0) * unembedding)
+  return Forward(
+    trunk,
+    modules,
+    unembedding,
+    (cfg.loss.token_order_weight > 0) * unembedding,
+    (cfg.loss.head_loss != 'ce') * (n_active - 1) * unembedding,
+  )
+
+
+def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
+  """Returns the FLOPs per training token with recomputation: of the trunk's layers by
+  --model.remat=block, and of heads by --loss.backward; nothing frozen."""
+  of = forward(cfg, n_active, causal)
+  is_remat = cfg.loss.backward == 'remat'
+  compares = cfg.loss.head_loss != 'ce' and n_active > 1
+  again = is_remat or compares or heads_lib.family(cfg.heads).is_chained
+  # e2e_tv: acceptance rates first.
+  logits = 4 if is_remat or (compares and cfg.loss.head_loss == 'e2e_tv') else 3
+  moves = not cfg.heads.isolated or cfg.heads.unembedding == 'replicated'
+  return (
+    (3 + (cfg.model.remat == 'block')) * of.trunk
+    + (3 + again) * of.heads
+    + (3 + is_remat) * (of.unembedding + of.order)
+    + (logits - (not moves)) * (n_active - 1) * of.unembedding
+    + (logits - 2) * of.teacher
+  )
 
 
 def _mean_keys(T: int, window: int) -> float:

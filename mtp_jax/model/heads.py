@@ -265,12 +265,6 @@ def active_modules(modules, n: int, h: schema.HeadsConfig):
   return jax.tree.map(lambda w: w[in_use], modules)
 
 
-def is_head_1(module, k, h: schema.HeadsConfig):
-  """Whether a visit of `scan_heads` is head 1's: static (a bool) where head 1 has
-  no module, else traced."""
-  return k == 1 if h.block_first else module is None
-
-
 def n_modules(h: schema.HeadsConfig, n: int) -> int:
   """Returns the number of modules that heads 1..n use."""
   if h.block_first:
@@ -326,41 +320,60 @@ def next_token_layers(cfg: schema.Config) -> list[tuple[str, int]]:
   return layers
 
 
-def scan_heads(body, carry, modules, per_head, h: schema.HeadsConfig):
-  """Scans over heads 1..m in the family's order (lax.scan; an identity head is
-  visited outside of it).
+def scan_heads(body, carry, modules, per_head, h: schema.HeadsConfig, *, apart: bool = False):
+  """Scans over heads 1..m in the family's order, by lax.scan.
 
   Args:
-    body: (carry, module, of_head) -> (carry, (out, of_module)); module is None
-      for an identity head.
+    body: (carry, module, of_head, is_head_1) -> (carry, (out, of_module)); module is
+      None for an identity head.
     carry: initial carry.
     modules: stacked over the heads that have one; a single one if all share it.
     per_head: pytree with leading axis m.
     h: its family determines modules and order.
+    apart: whether head 1 is visited outside of the scan, as an identity head is in any
+      case; else a block-first family is a single scan, and is_head_1 is None.
 
   Returns:
     (carry, (outs with leading axis m, of_modules stacked like modules)).
   """
   f = family(h)
-  if h.block_first:
+  if h.block_first and not apart:
     return jax.lax.scan(
-      lambda carry, xs: body(carry, *xs), carry, (modules, per_head), reverse=f.reverse
+      lambda carry, xs: body(carry, *xs, None), carry, (modules, per_head), reverse=f.reverse
     )
-  first = jax.tree.map(lambda x: x[0], per_head)
-  rest = jax.tree.map(lambda x: x[1:], per_head)
-  carry, (out, _) = body(carry, None, first)
-  outs = jax.tree.map(lambda x: x[None], out)
-  if not jax.tree.leaves(rest)[0].shape[0]:
+  module_1 = jax.tree.map(lambda w: w[0], modules) if h.block_first else None
+  others = jax.tree.map(lambda w: w[1:], modules) if h.block_first else modules
+  scanned = None if f.shared_module else others
+
+  def visit_1(carry):
+    return body(carry, module_1, jax.tree.map(lambda x: x[0], per_head), True)
+
+  def visit_others(carry):
+    def visit(carry, xs):
+      module, of_head = xs
+      return body(carry, others if f.shared_module else module, of_head, False)
+
+    rest = jax.tree.map(lambda x: x[1:], per_head)
+    return jax.lax.scan(visit, carry, (scanned, rest), reverse=f.reverse)
+
+  if jax.tree.leaves(per_head)[0].shape[0] == 1:
+    carry, (out, of_module_1) = visit_1(carry)
+    outs = jax.tree.map(lambda x: x[None], out)
+    if h.block_first:
+      return carry, (outs, jax.tree.map(lambda x: x[None], of_module_1))
     return carry, (outs, jax.tree.map(jnp.zeros_like, modules))
+  if f.reverse:
+    carry, (more, of_others) = visit_others(carry)
+    carry, (out, of_module_1) = visit_1(carry)
+  else:
+    carry, (out, of_module_1) = visit_1(carry)
+    carry, (more, of_others) = visit_others(carry)
+  outs = jax.tree.map(prepend, out, more)
+  if h.block_first:
+    return carry, (outs, jax.tree.map(prepend, of_module_1, of_others))
+  return carry, (outs, of_others)
 
-  def visit(carry, xs):
-    module, of_head = xs
-    return body(carry, modules if f.shared_module else module, of_head)
 
-  scanned = None if f.shared_module else modules
-  carry, (more, of_modules) = jax.lax.scan(visit, carry, (scanned, rest))
-  return carry, (jax.tree.map(_prepend, outs, more), of_modules)
-
-
-def _prepend(first, more):
-  return jnp.concatenate([first, more])
+def prepend(first, more):
+  """Returns head 1's value and, stacked, those of the others as one stack."""
+  return jnp.concatenate([first[None], more])

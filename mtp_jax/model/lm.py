@@ -124,7 +124,8 @@ def forward(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   emb_BUD = jnp.pad(emb_BTD, ((0, 0), (0, cfg.heads.offsets[-1]), (0, 0)))
   norm_D = params.gather(model.norm, specs(cfg).norm, cfg)
 
-  def head(carry_BTD, module, k):
+  def head(carry_BTD, module, k, is_head_1):
+    del is_head_1
     x = heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
     carry_BTD, h_BTD = head_step(
       module, k, x, ctx, cfg, feed=lambda k: next_embeddings(emb_BUD, k, T, cfg.heads.stride)

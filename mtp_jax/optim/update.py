@@ -53,11 +53,44 @@ def transform(cfg: schema.Config) -> optax.GradientTransformation:
     )
   elif not all(jax.tree.leaves(trains)):
     rule = optax.masked(rule, trains)  # no moments of frozen parameters
+  clip = _clip_apart(cfg) if cfg.heads.isolated else optax.clip_by_global_norm(o.clip_norm)
   return optax.chain(
-    optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+    clip if o.clip_norm else optax.identity(),
     rule,
     optax.add_decayed_weights(o.weight_decay, mask=jax.tree.map(lambda spec: spec.decay, specs)),
   )
+
+
+def _clip_apart(cfg: schema.Config) -> optax.GradientTransformation:
+  """Returns clipping by two global norms, of the parameters of heads >= 2 and of all
+  others, so that a gradient of the former does not scale one of the latter."""
+
+  h = cfg.heads
+
+  def of_further_heads(path, x):
+    """1 where an entry of a leaf is of heads >= 2, else 0."""
+    field = path[0].name
+    if not (field == 'heads' or (field == 'unembed' and h.unembedding == 'replicated')):
+      return 0.0
+    if field == 'heads' and not h.block_first:  # head 1 has no module
+      return 1.0
+    return (jnp.arange(x.shape[0]) > 0).astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+  def update(updates, state, params=None):
+    del params
+    further = jax.tree_util.tree_map_with_path(of_further_heads, updates)
+
+    def factor(share):
+      norm = optax.tree.norm(jax.tree.map(lambda x, of: x * share(of), updates, further))
+      return cfg.optim.clip_norm / jnp.maximum(norm, cfg.optim.clip_norm)
+
+    of_heads, of_others = factor(lambda of: of), factor(lambda of: 1 - of)
+    clipped = jax.tree.map(
+      lambda x, of: x * (of * of_heads + (1 - of) * of_others), updates, further
+    )
+    return clipped, state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def init(cfg: schema.Config, params):

@@ -117,6 +117,9 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
   kept_of_head = w * tokens * m.d_model * heads.family(cfg.heads).is_chained
   if cfg.loss.backward == 'interleaved':  # its cotangent in addition to its input
     kept_of_head *= 2
+  if cfg.loss.head_loss != 'ce' and cfg.heads.n > 1:
+    logits *= 2  # and the teacher's
+    kept_of_head += 2 * w * tokens * m.d_model  # hidden states and their cotangents
   return (
     s.layers * kept
     + gradients
@@ -132,22 +135,17 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   m, n, w = cfg.model, cfg.heads.n, _width(cfg)
   tokens = s.rows * cfg.data.seq_len
   A, t = s.micro_batches, s.tensor
-  trunk, modules, unembeddings, order = flops.forward(cfg, n)
+  executed = flops.executed(cfg, n)
   again_trunk = m.remat == 'block'
-  dependent = heads.family(cfg.heads).is_chained
   eager = cfg.loss.backward == 'interleaved'
-  executed = (
-    (3 + again_trunk) * trunk
-    + (3 if n == 1 or eager and not dependent else 4) * modules
-    + (3 if eager else 4) * (unembeddings + order)
-  )
+  compares = (cfg.loss.head_loss != 'ce') * (n - 1)  # heads whose teacher's logits are computed
   blocks = s.layers + s.blocks
   weights = (s.layer * blocks + 2 * s.unembed) / t
   stream = blocks * tokens * w * (20 * m.d_model + 8 * m.ff_width / t)
   memory = A * (
     weights * (5 * w + 3 * 4)
     + stream * (3 + again_trunk)
-    + n * 4 * tokens * m.vocab_size / t * (4 if eager else 6)
+    + (n + compares) * 4 * tokens * m.vocab_size / t * (4 if eager else 6)
   ) + 2 * sum(held)
   f = mesh['fsdp']
   of_fsdp = weights * (2 * w + 2 * 4) * (f - 1) / f

@@ -28,7 +28,8 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
     their counts; `losses.metrics.scalars` computes the means. A step with a
     non-finite loss or gradient changes no parameter.
   """
-  count_K, n_bytes = targets.counts(batch, cfg, bytes_V)
+  counts = targets.counts(batch, cfg, n_active)
+  count_K = counts.target_K
   weight_K = targets.weights(state.step, cfg)
 
   def mtp_loss(params, probe_K, rows):
@@ -36,7 +37,7 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
       update.freeze(params, cfg),
       probe_K,
       rows,
-      count_K=count_K,
+      counts=counts,
       weight_K=weight_K,
       n_active=n_active,
       cfg=cfg,
@@ -66,12 +67,12 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
     lr=update.learning_rate(cfg)(state.step),
     grad_norm=grad_norm,
     weight_K=weight_K[:n_active],
-    count_K=count_K[:n_active],
-    bytes=n_bytes,
+    count_K=count_K,
+    bytes=targets.target_bytes(batch, cfg, bytes_V),
     skipped=state.skipped + bad,
     # Steps without a target neither extend nor reset the count.
     consecutive_nonfinite=jnp.where(
-      jnp.any(count_K[:n_active] > 0), (state.skipped_in_a_row + bad) * bad, state.skipped_in_a_row
+      jnp.any(count_K > 0), (state.skipped_in_a_row + bad) * bad, state.skipped_in_a_row
     ),
   )
   return state_lib.State(

@@ -31,8 +31,10 @@ def keeps_all_logits(w: backward.DiffInputs, rows: backward.NondiffInputs, cfg):
     keeps = jax.checkpoint_policies.nothing_saveable
 
   @functools.partial(jax.checkpoint, policy=keeps)
-  def visit(carry_BTD, module, head):
-    carry_BTD, h_BTD = backward.hidden(module, head, carry_BTD, w, ctx=rows.window.ctx, cfg=cfg)
+  def visit(carry_BTD, module, head, is_head_1):
+    carry_BTD, h_BTD = backward.hidden(
+      module, head, carry_BTD, w, is_head_1=is_head_1, ctx=rows.window.ctx, cfg=cfg
+    )
     return carry_BTD, (h_BTD, None)
 
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)

@@ -257,13 +257,39 @@ def test_parse_steps_refuses(text):
 @pytest.mark.parametrize(
   'text, weights',
   [
-    ('0:1', ((0, (1, 1, 1, 1)),)),
-    ('0:1,.3', ((0, (1, 0.3, 0.3, 0.3)),)),
-    ('0:1;7:4,3,2,1', ((0, (1, 1, 1, 1)), (7, (4, 3, 2, 1)))),
+    ('0:1', {0: (1, 1, 1, 1)}),
+    ('0:1,.3', {9: (1, 0.3, 0.3, 0.3)}),
+    ('0:1;7:4,3,2,1', {6: (1, 1, 1, 1), 7: (4, 3, 2, 1)}),
+    ('0:0~4:4', {1: (1, 1, 1, 1), 9: (4, 4, 4, 4)}),
+    ('0:beta=1', {0: (0.25,) * 4}),
   ],
 )
 def test_head_weights(text, weights):
-  assert schedule.head_weights(_cfg(heads__n=4, loss__weights=text)) == weights
+  cfg = _cfg(heads__n=4, loss__weights=text)
+  assert {step: schedule.head_weights(cfg, step) for step in weights} == weights
+
+
+@pytest.mark.parametrize(
+  'text', ['0:1~', '0:1~0:2', '~0:1', '0:1~5', '0:beta=0', '0:beta=2', '0:beta=', '0:1,beta=.5']
+)
+def test_head_weights_refuses(text):
+  with pytest.raises(fields.ConfigError, match='loss.weights'):
+    validate.validate(_cfg(heads__n=4, loss__weights=text))
+
+
+@pytest.mark.parametrize(
+  'flag, changes',
+  [
+    ('heads.isolated', dict(heads__isolated=True, heads__family='anticausal')),
+    ('loss.head_loss', dict(loss__head_loss='e2e_tv', heads__stride=2)),
+    ('loss.head_ce_weight', dict(loss__head_ce_weight=0.5)),
+    ('loss.curriculum', dict(loss__curriculum='0:1~5:2')),
+    ('loss.head_loss', dict(loss__head_loss='nll')),
+  ],
+)
+def test_losses_refused(flag, changes):
+  with pytest.raises(fields.ConfigError, match=flag):
+    validate.validate(_cfg(heads__n=2, **changes))
 
 
 def test_active_heads():

@@ -421,9 +421,9 @@ def test_target_counts_and_bytes():
   bytes_V = np.arange(32, dtype=np.int32)
   m = tiny.mesh(c)
   with jax.set_mesh(m):
-    count_K, n_bytes = jax.jit(targets.counts, static_argnums=1)(
-      sharding.put_batch(m, rows), c, jnp.array(bytes_V)
-    )
+    put = sharding.put_batch(m, rows)
+    count_K = jax.jit(targets.counts, static_argnums=(1, 2))(put, c, 2).target_K
+    n_bytes = jax.jit(targets.target_bytes, static_argnums=1)(put, c, jnp.array(bytes_V))
   want_K, want_bytes = np.zeros(2), 0
   tokens, position = (x.reshape(8, -1) for x in rows.values())
   for b, t, k in itertools.product(range(8), range(16), (1, 2)):
@@ -486,7 +486,7 @@ def test_bfloat16_log_sum_exp_is_computed_in_float32():
 def test_log_sum_exp_of_one_token_is_computed_in_float32():
   """A mean over tokens would hide errors that cancel."""
   # 32 logits of 10: 13.4657, of which bfloat16 would make 13.4375.
-  loss, (stats, _) = cross_entropy.softmax_xent(
+  loss, stats = cross_entropy.softmax_xent(
     jnp.full((1, 1, 4), 2.5, jnp.bfloat16),
     jnp.ones((4, 32), jnp.bfloat16),
     jnp.array([[3]]),
@@ -600,6 +600,7 @@ def test_unembedding_is_gathered_once(schedule, family):
 def test_gradient_scales_with_the_cotangent(family):
   c = tiny.cfg(heads__n=2, loss__backward='interleaved', heads__family=family)
   m, two = tiny.mesh(c), jnp.ones(2)
+  counts = targets.Counts(100 * two, 100 * two)
   with jax.set_mesh(m):
     w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
     rows = jax.tree.map(lambda x: x[0], rows)
@@ -608,7 +609,7 @@ def test_gradient_scales_with_the_cotangent(family):
     def grads(factor):
       def total(w, probe_K):
         value, _ = multi_token.mtp_loss(
-          w, probe_K, rows, count_K=100 * two, weight_K=two, n_active=2, cfg=c
+          w, probe_K, rows, counts=counts, weight_K=two, n_active=2, cfg=c
         )
         return factor * value
 
@@ -656,18 +657,17 @@ def test_norm_weights_are_not_cast_to_bfloat16():
 
   @jax.jit
   def losses(w, rows):
-    bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
-    count_K, _ = targets.counts(rows, c, bytes_V)
+    counts = targets.counts(rows, c, 2)
     _, sums = multi_token.mtp_loss(
       w,
       jnp.zeros(2),
       jax.tree.map(lambda x: x[0], rows),
-      count_K=count_K,
+      counts=counts,
       weight_K=jnp.ones(2),
       n_active=2,
       cfg=c,
     )
-    return sums['loss_sum_K'] / count_K
+    return sums['loss_sum_K'] / counts.target_K
 
   with jax.set_mesh(m):
     rows = sharding.put_batch(m, tiny.batch(c))

@@ -121,23 +121,48 @@ def _executed(**changes):
 
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_executed_flops_equal_the_formula_without_remat(accumulate):
-  executed, parts = _executed(loss__backward='interleaved', train__grad_accum_steps=accumulate)
-  assert executed == 3 * sum(parts)
+  executed, of = _executed(loss__backward='interleaved', train__grad_accum_steps=accumulate)
+  assert executed == 3 * (of.trunk + of.heads + 3 * of.unembedding)
 
 
 @pytest.mark.parametrize('family', ['parallel', 'linear'])
 def test_executed_flops_include_recomputation(family):
-  executed, (trunk, heads, unembeddings, _) = _executed(heads__family=family, model__remat='block')
+  executed, of = _executed(heads__family=family, model__remat='block')
   # Except the last product of a trunk layer, whose result is unused.
   down = 2 * 24 * 16 * (3 if family == 'parallel' else 6)
-  assert executed == 4 * (trunk + heads + unembeddings) - down
+  assert executed == 4 * (of.trunk + of.heads + 3 * of.unembedding) - down
 
 
 def test_interleaved_chain_recomputes_blocks_only():
-  executed, (trunk, heads, unembeddings, _) = _executed(
-    heads__family='causal', loss__backward='interleaved'
+  executed, of = _executed(heads__family='causal', loss__backward='interleaved')
+  assert executed == 3 * (of.trunk + 3 * of.unembedding) + 4 * of.heads
+
+
+@pytest.mark.parametrize('isolated', [False, True])
+@pytest.mark.parametrize('backward', ['remat', 'interleaved'])
+@pytest.mark.parametrize('loss', ['lk', 'e2e_tv'])
+@pytest.mark.parametrize('family', ['parallel', 'sequential'])
+def test_executed_flops_of_losses_that_compare_drafts(family, loss, backward, isolated):
+  """The teacher's logits per head once more: forward, and where logits are recomputed."""
+  changes = dict(
+    heads__family=family,
+    heads__isolated=isolated,
+    loss__head_loss=loss,
+    loss__backward=backward,
+    model__remat='none',
   )
-  assert executed == 3 * (trunk + unembeddings) + 4 * heads
+  executed, of = _executed(**changes)
+  c = tiny.cfg(heads__n=3, **changes)
+  assert executed == pytest.approx(flops.executed(c, 3, causal=False), rel=0.02)
+  twice = backward == 'remat' or loss == 'e2e_tv'
+  one = of.unembedding
+  of_logits = 3 + (backward == 'remat')  # of head 1
+  of_logits += 2 * (3 + twice - isolated)  # of heads 2 and 3
+  of_logits += 2 * (1 + twice)  # of their teacher
+  assert of.teacher == 2 * one
+  assert executed - 3 * of.trunk - 4 * of.heads == pytest.approx(of_logits * one, rel=0.02)
+  plain = flops.flops_per_token(tiny.cfg(heads__n=3, heads__family=family), 3)
+  assert flops.flops_per_token(c, 3) == plain + (2 - 2 * isolated) * one
 
 
 @pytest.mark.parametrize('kernel', ['splash', 'flash'])
@@ -191,7 +216,7 @@ def test_executed_flops_of_sliding_kernels(monkeypatch):
   with jax.set_mesh(m):
     jaxpr = step.trace(c, m, 1).jaxpr
   found = flops.of_program(jaxpr, 512, shares=flops.window_shares(c)) / (8 * 512)
-  trunk, head, unembedding, _ = flops.forward(c, 1)
+  trunk, head, unembedding, *_ = flops.forward(c, 1)
   attention_flops = 4 * 4 * 4 * (256 + 4 * 112)
   # Kernels make 9 products rather than 6, forward and backward.
   want = 3 * (trunk + head + unembedding) + attention_flops * (9 / 2 - 3)
@@ -255,9 +280,9 @@ def test_flops_of_branches_and_loops():
 @pytest.mark.parametrize('schedule, times', [('remat', 4), ('interleaved', 3)])
 def test_token_order_flops_count_for_head_1_only(family, schedule, times):
   changes = dict(heads__family=family, loss__backward=schedule)
-  with_order, (*_, order) = _executed(loss__token_order_weight=0.5, **changes)
+  with_order, of = _executed(loss__token_order_weight=0.5, **changes)
   without, _ = _executed(**changes)
-  assert with_order - without == pytest.approx(times * order)
+  assert with_order - without == pytest.approx(times * of.order)
 
 
 def test_replicated_work_counts_on_each_device():

@@ -348,6 +348,80 @@ def acceptance(logits_KBTV, position_BU, shape):
   return accepted
 
 
+class Comparison(NamedTuple):
+  """How drafts are compared with head 1."""
+
+  loss: str = 'tv'
+  eta: float = 3.0
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+
+
+def compared(logits_KBTV, teacher_BTV, position_BU, shape, how, *, held=None, mask_BU=None):
+  """Mean loss and acceptance rate of each head's drafts, by loops over the vocabulary.
+
+  The teacher's logits are head 1's, of parameters that do not move; `held`: acceptance
+  rates by (k, b, t) in the share of lk_hybrid, which do not move either.
+  """
+  logits_KBTV, teacher_BTV = np.asarray(logits_KBTV), np.asarray(teacher_BTV)
+  K, B, T, V = logits_KBTV.shape
+  alpha, loss_of = {}, {}
+
+  def verified(b, t, k):
+    there = t + shape.offset(k)
+    inside = there - 1 < T and _valid(position_BU[b], t, shape.offset(k))
+    return inside and (mask_BU is None or mask_BU[b][there] == 1)
+
+  filters = how.top_k, how.top_p, how.min_p
+  for k in range(2, K + 1):
+    for b in range(B):
+      for t in range(T):
+        if not verified(b, t, k):
+          continue
+        z_V, y_V = logits_KBTV[k - 1, b, t], teacher_BTV[b, t + shape.offset(k) - 1]
+        q_V, p_V = (kept(x_V, how.temperature, *filters) for x_V in (z_V, y_V))
+        open_V = kept(z_V, how.temperature)
+        rate = sum(min(p_V[v], q_V[v]) for v in range(V))
+        kl = sum(p_V[v] * math.log(p_V[v] / open_V[v]) for v in range(V) if p_V[v] > 0)
+        alpha[k, b, t] = rate
+        share = math.exp(-how.eta * (held or alpha)[k, b, t])
+        loss_of[k, b, t] = {
+          'kl': kl,
+          'tv': 1 - rate,
+          'lk': -math.log(max(rate, 1e-5)),
+          'lk_hybrid': share * kl + (1 - share) * (1 - rate),
+          'e2e_tv': 0.0,
+        }[how.loss]
+  whole = [
+    (b, t)
+    for b in range(B)
+    for t in range(T)
+    if all((k, b, t) in alpha for k in range(2, K + 1)) and K > 1
+  ]
+  in_a_row_K = np.zeros(K)
+  for b, t in whole:
+    product = 1.0
+    in_a_row_K[0] += 1
+    for k in range(2, K + 1):
+      product *= alpha[k, b, t]
+      in_a_row_K[k - 1] += product
+  loss_K, alpha_K, count_K = np.zeros(K), np.zeros(K), np.zeros(K, int)
+  for k in range(2, K + 1):
+    found = [key for key in alpha if key[0] == k]
+    if how.loss == 'e2e_tv':
+      found = [(k, b, t) for b, t in whole]
+    count_K[k - 1] = len(found)
+    alpha_K[k - 1] = sum(alpha[key] for key in found)
+    loss_K[k - 1] = sum(loss_of[key] for key in found) / max(len(found), 1)
+    if how.loss == 'e2e_tv' and whole:
+      loss_K[k - 1] = (1 - in_a_row_K[k - 1] / len(whole)) / (K - 1)
+  return dict(
+    loss_K=loss_K, alpha_sum_K=alpha_K, count_K=count_K, in_a_row_K=in_a_row_K, alpha=alpha
+  )
+
+
 def greedy(params, prompt, n_new, shape):
   """The n_new tokens after the prompt: head 1, a full forward each."""
   params = _float64(params)

@@ -129,8 +129,7 @@ def batch(c: schema.Config, *, packed=True, seed=0) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=('c', 'n_active'))
 def _value_and_grad(w, rows, *, c, n_active):
-  bytes_V = jnp.ones(c.model.vocab_size, jnp.int32)
-  count_K, _ = targets.counts(rows, c, bytes_V)
+  counts = targets.counts(rows, c, n_active)
   grad = jax.value_and_grad(multi_token.mtp_loss, argnums=(0, 1), has_aux=True)
 
   def micro_batch(rows):
@@ -138,7 +137,7 @@ def _value_and_grad(w, rows, *, c, n_active):
       w,
       jnp.zeros(c.heads.n),
       rows,
-      count_K=count_K,
+      counts=counts,
       weight_K=targets.weights(0, c),
       n_active=n_active,
       cfg=c,
