@@ -1,7 +1,7 @@
 """Two backward strategies of the multi-head loss, with equal values and gradients.
 
   remat        one `lax.scan` over heads of a checkpointed body: the backward pass
-               recomputes each head's logits and, of several heads, its block. In memory
+               recomputes each head's logits and its block. In memory
                between the two scans: z, and in a chain what each head hands on.
   interleaved  each head runs forward and backward at once, in the forward pass of a
                custom_vjp, and adds into dL/dz, so that nothing is computed twice but
@@ -100,14 +100,12 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
   w = w._replace(norm_D=shared.norm_D)
   loss, ctx = head_loss.of(inputs.window, cfg, detail), inputs.window.ctx
 
+  @functools.partial(jax.checkpoint, policy=cross_entropy.KEEP_LSE)
   def visit(carry_BTD, module, head):
     carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, ctx=ctx, cfg=cfg)
     value, stats = loss.value(h_BTD, shared, head, heads.is_head_1(module, head.k, cfg.heads))
     return carry_BTD, ((value, stats), None)
 
-  # The activations of a single head are in memory during its loss in any case.
-  if inputs.k_K.shape[0] > 1:
-    visit = jax.checkpoint(visit, policy=cross_entropy.KEEP_LSE)
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
   per_head = _per_head(w, inputs, cfg)
   _, ((value_K, stats), _) = heads.scan_heads(visit, z_BTD, w.modules, per_head, cfg.heads)

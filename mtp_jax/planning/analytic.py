@@ -138,7 +138,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   eager = cfg.loss.backward == 'interleaved'
   executed = (
     (3 + again_trunk) * trunk
-    + (3 if n == 1 or eager and not dependent else 4) * modules
+    + (3 if eager and not dependent else 4) * modules
     + (3 if eager else 4) * (unembeddings + order)
   )
   blocks = s.layers + s.blocks
