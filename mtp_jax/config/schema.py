@@ -335,8 +335,8 @@ class LossConfig:
   )
   chunk_size: int = fields_lib.field(
     0,
-    'positions whose logits are in memory at the same time; 0 = the most whose logits fit '
-    'in half a GiB per device',
+    'positions whose logits are in memory at the same time; 0 = 1,024 per device, or the '
+    'most whose logits fit in 128 MiB',
     **fields_lib.UNSIGNED,
   )
   weights: str = fields_lib.field(

@@ -15,7 +15,7 @@ from mtp_jax.parallel import sharding
 
 # Per device and chunk, unless --loss.chunk_size is given. Each chunk adds to the gradient
 # of the unembedding, which is slow for few tokens.
-LOGITS_BYTES, TOKENS = 2**28, 2048
+LOGITS_BYTES, TOKENS = 2**27, 1024
 # Values of each position, as the log-sum-exp, which the backward pass does not recompute
 # along with the logits.
 OF_POSITION = 'of_position'

@@ -195,8 +195,8 @@ def test_argmax_is_the_first_of_equals():
 def test_default_chunk_size_bounds_logits_per_device():
   c = tiny.cfg(data__seq_len=2048, model__vocab_size=32_000)
   chunk_size = cross_entropy.chunk_size
-  assert chunk_size(1, 2048, c) == 2048  # 250 MiB
-  assert chunk_size(4, 2048, c) == 512  # of 1000 MiB
+  assert chunk_size(1, 2048, c) == 1024  # 125 MiB
+  assert chunk_size(4, 2048, c) == 256  # of 1000 MiB
   assert chunk_size(1000, 2048, c) == 128  # no less
   given = schema.replace(c, **{'loss.chunk_size': 64})
   assert chunk_size(1000, 2048, given) == 64
@@ -210,7 +210,7 @@ def test_default_chunk_size_bounds_logits_per_device():
     data__batch_size=64,
   )
   with jax.set_mesh(tiny.mesh(sharded)):
-    assert chunk_size(32, 2048, sharded) == 512  # 8 rows, half the logits
+    assert chunk_size(32, 2048, sharded) == 256  # 8 rows, half the logits
 
 
 # All of the paper's own family; the others differ in their blocks only, and
