@@ -126,6 +126,7 @@ def loss_program(cfg: schema.CommandConfig, mesh):
       norm_D=model.norm,
       unembed=model.embed if tied else model.unembed,
       order_VD=model.order,
+      markov=model.markov,
       probe_K=jnp.zeros(cfg.heads.n),
     )
 

@@ -168,6 +168,7 @@ def is_of_model(name: str) -> bool:
   return name.startswith(('model.', 'heads.', 'loss.curriculum')) and name not in (
     'model.compute_dtype',
     'model.remat',
+    'heads.isolated',
   )
 
 

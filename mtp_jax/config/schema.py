@@ -269,6 +269,12 @@ class HeadsConfig:
     "it and a module's after its own (Transformers with tie_last_hidden_states=false)",
     choices=('post_norm', 'pre_norm', 'pre_norm_first'),
   )
+  markov_rank: int = fields_lib.field(
+    0,
+    'rank of a Markov head: the logits of heads >= 2 gain a product with the token before, '
+    'drafted or of the text, so that drafts depend on each other (arXiv 2607.05147); 0 = off',
+    **fields_lib.limits(2**16, 0),
+  )
   isolated: bool = fields_lib.field(
     False,
     'stop the gradients of heads >= 2 at what they share with head 1: trunk, embedding, '

@@ -244,6 +244,14 @@ def _check_loss(cfg):
     'head_ce_weight',
     'needs another --loss.head_loss than ce',
   )
+  if h.markov_rank and (h.family in ('sequential', 'recursive') or h.stride > 1):
+    raise fields.ConfigError(
+      'heads.markov_rank',
+      h.markov_rank,
+      f'must be 0: {h.family} heads read the token before'
+      if h.stride == 1
+      else f'must be 0: strided heads (--heads.stride={h.stride}) leave gaps between drafts',
+    )
   if h.isolated and h.family == 'anticausal':
     raise fields.ConfigError(
       'heads.isolated', True, 'head 1 of --heads.family=anticausal is computed from the others'

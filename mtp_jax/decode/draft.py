@@ -71,7 +71,15 @@ def draft(
     if f.uses_next_token:
       state = propose(state, window_lib.logits(w, h_B1D, k, cfg), k)
     hidden.append(h_B1D)
-  if not f.uses_next_token:
+  if w.markov is not None:
+    logits_BKV = window_lib.all_logits(w, hidden, cfg)
+    for k in range(2, W + 1):
+      before_B1 = sharding.by_rows(
+        functools.partial(_next_tokens, offset=k - 1), state.tokens_BS, last_B1
+      )
+      gained_B1V = window_lib.markov_bias(w, before_B1)
+      state = propose(state, logits_BKV[:, k - 2 : k - 1] + gained_B1V, k)
+  elif not f.uses_next_token:
     state = propose(state, window_lib.all_logits(w, hidden, cfg), 2)
   if caches.heads:
     caches = caches._replace(heads=tuple(written))

@@ -18,6 +18,7 @@ class Weights(NamedTuple):
   heads: tuple  # modules of the heads after them
   norm: Any
   unembed: tuple  # of heads 1, 2 …, or one shared by all
+  markov: Any  # of heads >= 2, or None
 
 
 def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
@@ -55,12 +56,17 @@ def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
       'tied': lambda: (),
       'replicated': lambda: tuple(at(k, model.unembed) for k in range(s.window)),
     }[cfg.heads.unembedding](),
+    model.markov if s.window > 1 else None,
   )
 
 
 def in_use(w: Weights, s: setup_lib.Setup) -> Weights:
   """Returns the weights of a Setup with fewer heads, without copies."""
-  return w._replace(heads=w.heads[: s.window - 1], unembed=w.unembed[: s.window])
+  return w._replace(
+    heads=w.heads[: s.window - 1],
+    unembed=w.unembed[: s.window],
+    markov=w.markov if s.window > 1 else None,
+  )
 
 
 def read_bytes(w: Weights, s: setup_lib.Setup) -> int:
@@ -73,4 +79,6 @@ def read_bytes(w: Weights, s: setup_lib.Setup) -> int:
   reads = 1 + (s.window > 1) * (s.window - 1 if f.uses_next_token else 1)
   if unembedding != 'replicated':
     table = table * reads
+  if w.markov is not None:
+    table += (w.markov.unembed,) * (s.window - 1)
   return params.bytes_per_device((w.stem, modules, w.norm, table))

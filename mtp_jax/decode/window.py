@@ -11,7 +11,7 @@ from mtp_jax.decode import cache as cache_lib
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.decode import state as state_lib
 from mtp_jax.decode import weights as weights_lib
-from mtp_jax.model import block, heads, layers, lm, params
+from mtp_jax.model import block, heads, layers, lm, markov, params
 from mtp_jax.parallel import sharding
 
 # Layers over a window.
@@ -177,6 +177,13 @@ def all_logits(w: weights_lib.Weights, hidden: list, cfg):
     of_heads = [logits(w, h_B1D, k, cfg) for k, h_B1D in enumerate(hidden, 2)]
     return jnp.concatenate(of_heads, axis=1)
   return logits(w, jnp.concatenate(hidden, axis=1), 2, cfg)
+
+
+def markov_bias(w: weights_lib.Weights, before_B1):
+  """Computes what a draft's logits gain by the token before it, (B, 1, V)."""
+  with jax.named_scope('markov'):
+    gained_B1V = markov.bias(layers.embed(w.markov.embed, before_B1), w.markov.unembed)
+  return jax.reshard(gained_B1V, sharding.pspec('batch', None, None))
 
 
 def next_logits(w: weights_lib.Weights, tokens_BT, length_B, s: setup_lib.Setup):

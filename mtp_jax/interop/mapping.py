@@ -143,6 +143,10 @@ NORM = _row(
 UNEMBED = _row('unembed', transforms.TRANSPOSED, hf='lm_head', meta='output', gguf='output')
 TIED = _row('embed', transforms.SAME, hf='lm_head', meta='output', gguf='output')
 ORDER = _row('order', transforms.SAME, hf='mtp_order')
+MARKOV = (
+  _row('markov.embed', transforms.SAME, hf='mtp_markov.embed'),
+  _row('markov.unembed', transforms.TRANSPOSED, hf='mtp_markov.unembed'),
+)
 # Parameters of a head's module, in addition to its layer or instead of one.
 MODULE = {
   'linear': (_row('proj', transforms.TRANSPOSED, hf='proj'),),
@@ -327,6 +331,8 @@ def undrafted(cfg: schema.CommandConfig) -> str:
     return 'a module has one unembedding there; this one has one per step'
   if cfg.loss.token_order_weight:
     return 'it has no tensor for the unembedding of --loss.token_order_weight'
+  if h.markov_rank:
+    return f'it has no tensors for a Markov head (--heads.markov_rank={h.markov_rank})'
   if cfg.model.rope_factor > 1:
     return f'its modules have no scaled RoPE (--model.rope_factor={cfg.model.rope_factor:g})'
   return ''
@@ -367,6 +373,8 @@ def unfit(cfg: schema.CommandConfig, form: str) -> str:
     return f'supports one module, this model has {several}; transformers_mtp and gguf support all'
   if cfg.loss.token_order_weight:
     return 'has no tensor for the unembedding of --loss.token_order_weight'
+  if h.markov_rank:
+    return f'has no tensors for a Markov head (--heads.markov_rank={h.markov_rank}); hf has them'
   if h.stride > 1:
     return f'does not support strided heads (--heads.stride={h.stride})'
   m = cfg.model
@@ -432,6 +440,9 @@ def tensors(cfg: schema.CommandConfig, form: str = 'hf') -> dict[str, Place]:
       put_layer(prefix, 'heads.block.', k - 2, extra=True)
   if cfg.loss.token_order_weight:
     put(ORDER, extra=True)
+  if cfg.heads.markov_rank and n > 1:
+    for row in MARKOV:
+      put(row, extra=True)
   return found | layout.more(cfg, found)
 
 

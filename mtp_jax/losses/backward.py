@@ -36,6 +36,7 @@ class DiffInputs(NamedTuple):
   norm_D: Any
   unembed: Any  # at rest: (D, V), tied (V, D), or replicated (K, D, V)
   order_VD: Any  # None without token order prediction
+  markov: Any  # None without a Markov head
   probe_K: Any
 
 
@@ -51,7 +52,7 @@ class NondiffInputs(NamedTuple):
 
 
 def _gather(w: DiffInputs, cfg) -> head_loss.SharedWeights:
-  return head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, cfg)
+  return head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, w.markov, cfg)
 
 
 def _per_head(w: DiffInputs, inputs: NondiffInputs, cfg) -> head_loss.HeadBatch:
@@ -198,20 +199,16 @@ def _interleaved(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
 
 
 def _interleaved_fwd(w: DiffInputs, inputs: NondiffInputs, cfg):
-  shared, gather_vjp = jax.vjp(
-    lambda norm_D, unembed, order_VD: head_loss.gather_shared(norm_D, unembed, order_VD, cfg),
-    w.norm_D,
-    w.unembed,
-    w.order_VD,
-  )
+  gather = functools.partial(head_loss.gather_shared, cfg=cfg)
+  shared, gather_vjp = jax.vjp(gather, w.norm_D, w.unembed, w.order_VD, w.markov)
   both_ways = _chained if heads.family(cfg.heads).is_chained else _independent
   if inputs.drafts_K is not None:
     both_ways = _compared
   grads, dshared, own, out = both_ways(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
-  dnorm_D, dunembed, dorder_VD = gather_vjp(dshared)
+  dnorm_D, dunembed, dorder_VD, dmarkov = gather_vjp(dshared)
   if cfg.heads.unembedding == 'replicated':
     dunembed = own
-  grads = grads._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD)
+  grads = grads._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD, markov=dmarkov)
   return out, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
 
 
@@ -299,7 +296,7 @@ def _compared(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   first, as the gradient by one draft depends on the others."""
 
   def states(modules, z_BTD, emb_BUD, norm_D, probe_K):
-    here = DiffInputs(modules, z_BTD, emb_BUD, norm_D, w.unembed, None, probe_K)
+    here = w._replace(modules=modules, z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D, probe_K=probe_K)
     return _hidden_states(here, inputs, cfg)
 
   h_KBTD, pull = jax.vjp(states, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K)

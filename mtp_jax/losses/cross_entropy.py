@@ -75,9 +75,13 @@ def log_sum_exp(logits_BCV, top_BC):
 
 
 def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
-  """Computes the Logits of a chunk. The label's logit is a masked sum, not a lookup:
-  the vocabulary may be sharded and is never gathered."""
-  logits_BCV = scores(h_BCD, unembed_DV, m)
+  """Computes the Logits of a chunk."""
+  return of_scores(scores(h_BCD, unembed_DV, m), target_BC)
+
+
+def of_scores(logits_BCV, target_BC) -> Logits:
+  """Computes the Logits of a chunk from its scores. The label's logit is a masked sum, not
+  a lookup: the vocabulary may be sharded and is never gathered."""
   found_BCV = jax.lax.stop_gradient(logits_BCV)
   top_BC = jnp.max(found_BCV, axis=-1)
   # Three sums over the vocabulary of one type: XLA reads the logits once for all. Ids are
@@ -123,12 +127,12 @@ def chunk_size(B: int, T: int, cfg: schema.Config) -> int:
   return max(fit, default=divisors[0])
 
 
-def _in_chunks(cfg, *xs_BT):
-  """Reshapes each (B, T, …) to (T/C, B, C, …)."""
-  B, T = xs_BT[0].shape[:2]
+def _in_chunks(cfg, xs):
+  """Reshapes each (B, T, …) of a pytree to (T/C, B, C, …)."""
+  B, T = jax.tree.leaves(xs)[0].shape[:2]
   C = chunk_size(B, T, cfg)
-  return tuple(
-    sharding.reshape(x, (B, T // C, C, *x.shape[2:]), 'batch').swapaxes(0, 1) for x in xs_BT
+  return jax.tree.map(
+    lambda x: sharding.reshape(x, (B, T // C, C, *x.shape[2:]), 'batch').swapaxes(0, 1), xs
   )
 
 
@@ -142,7 +146,8 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
   """Returns (sum of losses, the rest of each chunk); the backward pass recomputes
   logits.
 
-  f(h_BCD, unembed, *of_tokens in chunks, cfg) -> (loss, rest).
+  f(h_BCD, unembed, *of_tokens in chunks, cfg) -> (loss, rest). h_BTD and unembed may be
+  pytrees.
   """
 
   @functools.partial(jax.checkpoint, policy=KEEP)
@@ -150,7 +155,7 @@ def sum_chunks(f, h_BTD, unembed, of_tokens, cfg):
     h_BCD, *of_chunk = xs
     return None, f(h_BCD, unembed, *of_chunk, cfg)
 
-  _, (loss_X, rest) = jax.lax.scan(one, None, _in_chunks(cfg, h_BTD, *of_tokens))
+  _, (loss_X, rest) = jax.lax.scan(one, None, _in_chunks(cfg, (h_BTD, *of_tokens)))
   return jnp.sum(loss_X), rest
 
 
@@ -159,7 +164,7 @@ def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
 
   Args:
     f, h_BTD, of_tokens, cfg: as of `sum_chunks`.
-    weights: (unembed, its accumulated gradient); None for the latter = no gradient.
+    weights: (unembed, its accumulated gradient), pytrees; a leaf that is None has none.
     scale: factor of the loss that is differentiated.
 
   Returns:
@@ -174,14 +179,13 @@ def grad_chunks(f, h_BTD, weights, of_tokens, scale, *, cfg):
       loss, rest = f(h_BCD, unembed, *of_chunk, cfg)
       return scale * loss, (loss, rest)
 
-    by = (0,) if dunembed is None else (0, 1)
-    (_, out), (dh_BCD, *d) = jax.value_and_grad(scaled, argnums=by, has_aux=True)(h_BCD, unembed)
-    return dunembed + d[0] if d else None, (*out, dh_BCD)
+    (_, out), (dh_BCD, d) = jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(h_BCD, unembed)
+    return jax.tree.map(jnp.add, dunembed, d), (*out, dh_BCD)
 
   dunembed, (loss_X, rest, dh_XBCD) = jax.lax.scan(
-    one, dunembed, _in_chunks(cfg, h_BTD, *of_tokens)
+    one, dunembed, _in_chunks(cfg, (h_BTD, *of_tokens))
   )
-  return dunembed, out_of_chunks(dh_XBCD), jnp.sum(loss_X), rest
+  return dunembed, jax.tree.map(out_of_chunks, dh_XBCD), jnp.sum(loss_X), rest
 
 
 def total(of_chunks: Stats) -> Stats:

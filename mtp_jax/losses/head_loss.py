@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import schema
 from mtp_jax.losses import acceptance, cross_entropy, token_order
-from mtp_jax.model import block, lm, params
+from mtp_jax.model import block, lm, markov, params
 from mtp_jax.parallel import sharding
 
 
@@ -25,6 +25,7 @@ class SharedWeights(NamedTuple):
   norm_D: Any
   unembed_DV: Any
   order_VD: Any = None  # None without token order prediction
+  markov: Any = None  # None without a Markov head
 
 
 class HeadBatch(NamedTuple):
@@ -79,7 +80,7 @@ class HeadLoss(NamedTuple):
   value_and_grad: Callable[..., tuple[SharedWeights, HeadGrads, Any, HeadStats]]
 
 
-def gather_shared(norm_D, unembed, order_VD, cfg: schema.Config) -> SharedWeights:
+def gather_shared(norm_D, unembed, order_VD, markov_head, cfg: schema.Config) -> SharedWeights:
   """Gathers the shared weights over the batch axes; at rest `unembed` is (D, V),
   tied (V, D), or replicated (K, D, V)."""
   specs = lm.specs(cfg)
@@ -92,6 +93,7 @@ def gather_shared(norm_D, unembed, order_VD, cfg: schema.Config) -> SharedWeight
     norm_D=params.gather(norm_D, specs.norm, cfg),
     unembed_DV=unembed_DV,
     order_VD=params.gather(order_VD, specs.order, cfg),
+    markov=params.gather(markov_head, specs.markov, cfg) if markov_head is not None else None,
   )
 
 
@@ -103,14 +105,15 @@ def gather_own(unembed_DV, cfg: schema.Config):
 
 def needs_head_1_apart(cfg: schema.Config) -> bool:
   """Whether head 1's loss or gradients differ from those of the other heads."""
-  return cfg.heads.isolated or bool(cfg.loss.token_order_weight)
+  h = cfg.heads
+  return h.isolated or bool(h.markov_rank) or bool(cfg.loss.token_order_weight)
 
 
 def of(window: Window, cfg: schema.Config, detail=None, teacher=None) -> HeadLoss:
   """Returns the loss of every head of a micro-batch; its value's HeadStats have
   detail(Logits, target_BC) of each position. With a Teacher, drafts are compared with
   it."""
-  loss = _chunked(cfg, detail, teacher)
+  loss = _chunked(window, cfg, detail, teacher)
   return loss if window.order_WBT is None else _with_token_order(loss, window, cfg)
 
 
@@ -133,11 +136,22 @@ def _of_tokens(head: HeadBatch, teacher, is_head_1) -> _Chunk:
   return _Chunk(head.target_BT, head.valid_BT, teacher_BTD, d.valid_BT, d.slope_BT)
 
 
-def _of_chunk(h_BCD, unembed_DV, of_tokens: _Chunk, cfg, *, head: HeadBatch, teacher, detail):
+class _Read(NamedTuple):
+  """What logits are computed from: hidden states and rows of the Markov head, of a chunk or
+  of all positions; or what they are multiplied by."""
+
+  h: Any
+  markov: Any  # None without a Markov head, and for head 1
+
+
+def _of_chunk(read: _Read, by: _Read, of_tokens: _Chunk, cfg, *, head: HeadBatch, teacher, detail):
   """Computes (the differentiated loss, (value, Stats, Found or None, detail)) of a chunk;
   the two losses differ by e2e_tv's linear term."""
   x = of_tokens
-  of = cross_entropy.logits(h_BCD, unembed_DV, x.target_BC, cfg.model)
+  logits_BCV = cross_entropy.scores(read.h, by.h, cfg.model)
+  if read.markov is not None:
+    logits_BCV += markov.bias(read.markov, by.markov)
+  of = cross_entropy.of_scores(logits_BCV, x.target_BC)
   stats = cross_entropy.stats(of, x.target_BC, x.valid_BC, cfg)
   found = detail(of, x.target_BC) if detail else None
   if x.teacher_BCD is None or head.drafts is None:
@@ -166,49 +180,71 @@ def _total(of_chunks, h_BTD, teacher):
   return jnp.sum(value_X), HeadStats(stats, jnp.zeros(()), found, drafts)
 
 
-def _chunked(cfg: schema.Config, detail, teacher) -> HeadLoss:
+def _chunked(window: Window, cfg: schema.Config, detail, teacher) -> HeadLoss:
   """Returns the loss by chunks of positions, under the shared unembedding or the head's
-  own."""
+  own, of heads >= 2 with a Markov head."""
 
-  def tokens_and_loss(head, is_head_1):
+  def tokens_and_loss(head, is_head_1, fixed_DV=None):
+    """Returns (what is read of each position, the loss of a chunk); fixed_DV: an
+    unembedding without a gradient."""
     of_tokens, layout = jax.tree.flatten(_of_tokens(head, teacher, is_head_1))
 
-    def loss(h_BCD, unembed_DV, *rest):
+    def loss(read, by, *rest):
       *of_chunk, _ = rest
       chunk = jax.tree.unflatten(layout, of_chunk)
-      return _of_chunk(h_BCD, unembed_DV, chunk, cfg, head=head, teacher=teacher, detail=detail)
+      by = by if fixed_DV is None else by._replace(h=fixed_DV)
+      return _of_chunk(read, by, chunk, cfg, head=head, teacher=teacher, detail=detail)
 
     return of_tokens, loss
+
+  def rows(embed_VR, head, h_BTD):
+    return markov.rows(embed_VR, window.tokens_BU, head.k, h_BTD.shape[1], cfg)
 
   def value(h_BTD, shared: SharedWeights, head: HeadBatch, is_head_1):
     own_DV = head.unembed_DV
     unembed_DV = shared.unembed_DV if own_DV is None else gather_own(own_DV, cfg)
     if own_DV is None and _is_isolated(is_head_1, cfg):
       unembed_DV = jax.lax.stop_gradient(unembed_DV)
+    read, by = _Read(h_BTD, None), _Read(unembed_DV, None)
+    if shared.markov is not None and not is_head_1:
+      read = read._replace(markov=rows(shared.markov.embed, head, h_BTD))
+      by = by._replace(markov=shared.markov.unembed)
     of_tokens, loss = tokens_and_loss(head, is_head_1)
     with jax.named_scope('ce'):
-      _, of_chunks = cross_entropy.sum_chunks(loss, h_BTD, unembed_DV, of_tokens, cfg)
+      _, of_chunks = cross_entropy.sum_chunks(loss, read, by, of_tokens, cfg)
     return _total(of_chunks, h_BTD, teacher)
 
   def value_and_grad(h_BTD, shared: SharedWeights, dshared, head: HeadBatch, is_head_1):
     unembed_DV, dunembed_DV, gather_vjp = shared.unembed_DV, dshared.unembed_DV, None
+    fixed_DV, rows_vjp = None, None
     if head.unembed_DV is not None:
       unembed_DV, gather_vjp = jax.vjp(lambda u: gather_own(u, cfg), head.unembed_DV)
       dunembed_DV = sharding.zeros_cotangent(unembed_DV)
     elif _is_isolated(is_head_1, cfg):
-      dunembed_DV = None
-    of_tokens, loss = tokens_and_loss(head, is_head_1)
+      fixed_DV, unembed_DV, dunembed_DV = unembed_DV, None, None
+    read, by, dby = (_Read(x, None) for x in (h_BTD, unembed_DV, dunembed_DV))
+    if shared.markov is not None and not is_head_1:
+      rows_BTR, rows_vjp = jax.vjp(lambda w: rows(w, head, h_BTD), shared.markov.embed)
+      read = read._replace(markov=rows_BTR)
+      by, dby = (
+        x._replace(markov=m.unembed) for x, m in ((by, shared.markov), (dby, dshared.markov))
+      )
+    of_tokens, loss = tokens_and_loss(head, is_head_1, fixed_DV)
     with jax.named_scope('ce'):
-      dunembed_DV, dh_BTD, _, of_chunks = cross_entropy.grad_chunks(
-        loss, h_BTD, (unembed_DV, dunembed_DV), of_tokens, 1.0, cfg=cfg
+      dby, dread, _, of_chunks = cross_entropy.grad_chunks(
+        loss, read, (by, dby), of_tokens, 1.0, cfg=cfg
       )
     own_DV = None
     if gather_vjp is not None:
-      (own_DV,) = gather_vjp(dunembed_DV)
-    elif dunembed_DV is not None:
-      dshared = dshared._replace(unembed_DV=dunembed_DV)
+      (own_DV,) = gather_vjp(dby.h)
+    elif fixed_DV is None:
+      dshared = dshared._replace(unembed_DV=dby.h)
+    if rows_vjp is not None:
+      (dembed_VR,) = rows_vjp(dread.markov)
+      dmarkov = dshared.markov.replace(embed=dshared.markov.embed + dembed_VR, unembed=dby.markov)
+      dshared = dshared._replace(markov=dmarkov)
     total, stats = _total(of_chunks, h_BTD, teacher)
-    return dshared, HeadGrads(dh_BTD, own_DV), total, stats
+    return dshared, HeadGrads(dread.h, own_DV), total, stats
 
   return HeadLoss(value, value_and_grad)
 

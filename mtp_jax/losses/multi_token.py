@@ -136,6 +136,7 @@ def _heads_input(model: lm.LM, probe_K, batch, n_active: int, cfg):
     norm_D=model.norm,
     unembed=unembed[:n_active] if cfg.heads.unembedding == 'replicated' else unembed,
     order_VD=model.order,
+    markov=model.markov if n_active > 1 else None,
     probe_K=probe_K[:n_active],
   )
   return weights, ctx

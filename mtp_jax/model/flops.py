@@ -35,7 +35,7 @@ def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> f
     + (2 + heads_move) * of.heads
     + (2 + unembed_1) * of.unembedding
     + (2 + unembed_others) * (n_active - 1) * of.unembedding
-    + (2 + heads_move) * of.order
+    + (2 + heads_move) * (of.order + of.markov)
     + of.teacher
   )
 
@@ -46,6 +46,7 @@ class Forward(NamedTuple):
   trunk: float
   heads: float  # their modules
   unembedding: float  # of one head
+  markov: float  # of all heads >= 2
   order: float  # the unembedding of token order prediction
   teacher: float  # head 1's logits once more per head that is compared with it
 
@@ -68,6 +69,7 @@ def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
     trunk,
     modules,
     unembedding,
+    (n_active - 1) * 2 * cfg.heads.markov_rank * m.vocab_size,
     (cfg.loss.token_order_weight > 0) * unembedding,
     (cfg.loss.head_loss != 'ce') * (n_active - 1) * unembedding,
   )
@@ -88,6 +90,7 @@ def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
     + (3 + again) * of.heads
     + (3 + is_remat) * (of.unembedding + of.order)
     + (logits - (not moves)) * (n_active - 1) * of.unembedding
+    + logits * of.markov
     + (logits - 2) * of.teacher
   )
 

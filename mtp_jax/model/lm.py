@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
-from mtp_jax.model import block, heads, layers, params, trunk
+from mtp_jax.model import block, heads, layers, markov, params, trunk
 
 
 class LM(flax.struct.PyTreeNode, Generic[params.Leaf]):
@@ -19,6 +19,7 @@ class LM(flax.struct.PyTreeNode, Generic[params.Leaf]):
   norm: params.Leaf
   unembed: Any  # one, one per head, or None
   order: Any  # second unembedding of head 1, for --loss.token_order_weight
+  markov: Any = None  # markov.Markov of heads >= 2, for --heads.markov_rank
 
 
 class Embedding(Protocol):
@@ -42,6 +43,7 @@ def specs(cfg: schema.Config) -> LM[params.Spec]:
       cfg.heads.unembedding
     ],
     order=table if cfg.loss.token_order_weight else None,
+    markov=markov.specs(cfg),
   )
 
 
@@ -142,7 +144,8 @@ def logits(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   `cfg.heads.offsets[k - 1]` after position t.
 
   All heads' logits are in memory at the same time, which training never needs;
-  see `forward` for the arguments and for the last positions.
+  see `forward` for the arguments and for the last positions, where a Markov head reads
+  token 0.
   """
   h_KBTD = forward(model, tokens_BT, cfg)
   of = {'shared': model.unembed, 'tied': model.embed, 'replicated': model.unembed}
@@ -156,4 +159,13 @@ def logits(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   logits_KBTV = jnp.einsum(
     product, h_KBTD, unembed.astype(h_KBTD.dtype), preferred_element_type=jnp.float32
   )
-  return layers.shaped(logits_KBTV, cfg.model)
+  logits_KBTV = layers.shaped(logits_KBTV, cfg.model)
+  if model.markov is None:
+    return logits_KBTV
+  T, of = tokens_BT.shape[1], params.gather(model.markov, spec.markov, cfg)
+  tokens_BU = jnp.pad(tokens_BT, ((0, 0), (0, cfg.heads.n)))
+  gained = [
+    markov.bias(markov.rows(of.embed, tokens_BU, k, T, cfg), of.unembed)
+    for k in range(2, cfg.heads.n + 1)
+  ]
+  return logits_KBTV + jnp.stack([jnp.zeros_like(gained[0]), *gained])

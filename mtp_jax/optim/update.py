@@ -70,6 +70,8 @@ def _clip_apart(cfg: schema.Config) -> optax.GradientTransformation:
   def of_further_heads(path, x):
     """1 where an entry of a leaf is of heads >= 2, else 0."""
     field = path[0].name
+    if field == 'markov':
+      return 1.0
     if not (field == 'heads' or (field == 'unembed' and h.unembedding == 'replicated')):
       return 0.0
     if field == 'heads' and not h.block_first:  # head 1 has no module
@@ -116,6 +118,7 @@ def learning_rates(cfg: schema.Config) -> lm.LM:
     norm=trunk,
     unembed=head if own else trunk,
     order=head,
+    markov=head,
   )
   return jax.tree.map(
     lambda rate, specs: jax.tree.map(lambda _: rate, specs), groups, lm.specs(cfg)
@@ -177,6 +180,8 @@ def _keep_inactive_heads(new, old, n_active: int, cfg: schema.Config):
 
   def leaf(path, new, old):
     names = {getattr(key, 'name', None) for key in path}
+    if 'markov' in names:  # of heads >= 2
+      return new if n_active > 1 else old
     for name in in_use.keys() & names:
       active_K = jnp.arange(new.shape[0]) < in_use[name]
       return jnp.where(active_K.reshape(-1, *[1] * (new.ndim - 1)), new, old)

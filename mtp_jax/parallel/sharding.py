@@ -121,6 +121,7 @@ def _check_divisible(cfg, sizes):
   m = cfg.model
   for name, size, axis in (
     ('model.d_model', m.d_model, 'fsdp'),
+    ('heads.markov_rank', cfg.heads.markov_rank, 'fsdp'),
     ('model.n_kv_heads', m.kv_heads, 'tensor'),
     ('model.d_ff', m.ff_width, 'tensor'),
     ('model.vocab_size', m.vocab_size, 'tensor'),

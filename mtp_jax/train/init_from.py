@@ -127,7 +127,14 @@ def parameters(fresh: lm.LM, old: lm.LM, was: schema.Config, cfg: schema.Config)
     norm=old.norm,
     unembed=_unembed(fresh, old, was, cfg),
     order=old.order if uses_order and old.order is not None else fresh.order,
+    markov=old.markov if _same_markov(was, cfg) else fresh.markov,
   )
+
+
+def _same_markov(was: schema.Config, cfg: schema.Config) -> bool:
+  """Whether the Markov head of `was` is that of cfg."""
+  ranks = [c.heads.markov_rank * (c.heads.n > 1) for c in (was, cfg)]
+  return ranks[0] == ranks[1] and kept(was, cfg) > 1
 
 
 def _next_token_layers(old: lm.LM, was: schema.Config) -> block.Block:

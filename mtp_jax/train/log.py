@@ -64,7 +64,11 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
       print(f'{source.ref.name} has no {split} split: excluded from evaluation')
   trunk, head, ends = (
     params.count(tree)
-    for tree in (specs.trunk, specs.heads, (specs.embed, specs.unembed, specs.order))
+    for tree in (
+      specs.trunk,
+      (specs.heads, specs.markov),
+      (specs.embed, specs.unembed, specs.order),
+    )
   )
   held = params.bytes_per_device(abstract.params)
   moments = params.bytes_per_device(abstract.opt_state)

@@ -285,6 +285,8 @@ def test_head_weights_refuses(text):
     ('loss.head_ce_weight', dict(loss__head_ce_weight=0.5)),
     ('loss.curriculum', dict(loss__curriculum='0:1~5:2')),
     ('loss.head_loss', dict(loss__head_loss='nll')),
+    ('heads.markov_rank', dict(heads__markov_rank=4, heads__family='sequential')),
+    ('heads.markov_rank', dict(heads__markov_rank=4, heads__stride=2)),
   ],
 )
 def test_losses_refused(flag, changes):

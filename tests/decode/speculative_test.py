@@ -194,6 +194,16 @@ def test_text_and_drafts_with_each_unembedding(family, unembedding):
   drafts_are_what_the_heads_say(c, (1, 1))
 
 
+@pytest.mark.parametrize('family', ['parallel', 'anticausal', 'residual'])
+@pytest.mark.parametrize('temperature', [0.0, 1.3])
+def test_text_and_drafts_with_a_markov_head(family, temperature):
+  """Head 1's text, and drafts that depend on the drafts before them."""
+  c = decoding.cfg(family, 3, heads__markov_rank=4, decode__temperature=temperature)
+  if not temperature:
+    assert decoding.lists(decoding.with_rows(c)()) == decoding.greedy(family, 3)
+  drafts_are_what_the_heads_say(c, (1, 1))
+
+
 @one_of('anticausal', 'causal', 'recursive')
 def test_untrained_heads_do_not_draft(family):
   """Under a curriculum heads 1..m are active; an anticausal chain starts at m, so that

@@ -536,6 +536,7 @@ def test_meta_width_fields_represent_any_d_ff():
       '--loss.token_order_weight',
     ),
     ('medusa', 'residual', dict(heads__stride=2), '--heads.stride=2'),
+    ('medusa', 'residual', dict(heads__markov_rank=4), '--heads.markov_rank=4'),
   ],
 )
 def test_models_unsupported_by_a_form_raise(form, family, changes, problem, tmp_path):

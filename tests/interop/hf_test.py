@@ -16,7 +16,7 @@ from mtp_jax.config import schema
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import files, hf_folder, mapping
 from mtp_jax.io import paths
-from mtp_jax.model import lm, params
+from mtp_jax.model import heads, lm, params
 from tests import faults
 from tests.support import parity, runs, tiny
 from tests.support.decoding import FAMILIES
@@ -56,7 +56,8 @@ def _workdir(c, path):
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('unembedding', ['shared', 'replicated', 'tied'])
 def test_export_import_round_trip(family, unembedding, tmp_path):
-  c = _cfg(family, heads__unembedding=unembedding)
+  rank = 0 if heads.FAMILIES[family].uses_next_token or unembedding == 'tied' else 4
+  c = _cfg(family, heads__unembedding=unembedding, heads__markov_rank=rank)
   model = tiny.model(c, tiny.mesh(c))
   _export(c, model, tmp_path / 'out')
   cfg, ours = hf_folder.find(str(tmp_path / 'out'), {})
@@ -90,7 +91,13 @@ def test_sharded_export_round_trip_with_options(tmp_path):
 def test_every_parameter_has_a_place():
   for family in FAMILIES:
     for unembedding in ('shared', 'replicated', 'tied'):
-      c = _cfg(family, heads__unembedding=unembedding, loss__token_order_weight=1.0)
+      rank = 0 if heads.FAMILIES[family].uses_next_token else 4
+      c = _cfg(
+        family,
+        heads__unembedding=unembedding,
+        heads__markov_rank=rank,
+        loss__token_order_weight=1.0,
+      )
       leaves = mapping.leaves(lm.specs(c))
       of_path = {}
       for place in mapping.tensors(c).values():

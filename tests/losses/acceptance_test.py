@@ -26,6 +26,7 @@ OPTIONS = dict(
   filters=('all', 'some'),
   masked=(False, True),
   order=(0.0, 0.7),
+  markov=(0, 6),
   backward=('remat', 'interleaved'),
   chunk=(4, 0),
   accumulate=(1, 2),
@@ -45,6 +46,10 @@ def _cfg(family='parallel', n=3, mesh=(1, 1, 1), **changes):
     mesh__tensor=tensor,
     **changes,
   )
+
+
+def _reads_next_token(family):
+  return heads.FAMILIES[family].uses_next_token
 
 
 def _masked(rows):
@@ -67,6 +72,7 @@ def test_equals_oracle(row):
     family,
     mesh=row['mesh'],
     heads__isolated=isolated,
+    heads__markov_rank=0 if _reads_next_token(family) else row['markov'],
     heads__unembedding=row['unembedding'],
     loss__head_loss=loss,
     loss__head_ce_weight=share,
@@ -98,7 +104,9 @@ def test_equals_oracle(row):
   def own(path):
     """Of heads >= 2 alone: all, or those that follow head 1's in the stack."""
     replicated = path == 'unembed' and row['unembedding'] == 'replicated'
-    return (path.startswith('heads') or replicated), replicated or c.heads.block_first
+    is_markov = path.startswith('markov')
+    is_own = path.startswith('heads') or replicated or is_markov
+    return is_own, replicated or (c.heads.block_first and not is_markov)
 
   def isolate(w):
     moved = {}

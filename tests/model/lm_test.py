@@ -240,3 +240,17 @@ def test_weight_decay_is_defined_by_the_spec():
   assert decays.embed and decays.unembed and decays.trunk.q
   assert not decays.norm
   assert not decays.trunk.attn_norm and not decays.heads.mlp_norm
+
+
+def test_logits_with_a_markov_head_equal_oracle():
+  c = _cfg('linear', 3, heads__markov_rank=4)
+  rows = _rows(c, packed=False)
+  m = tiny.mesh(c)
+  T, tokens_BU = c.data.seq_len, rows['tokens']
+  with jax.set_mesh(m):
+    w = tiny.model(c, m)
+    tokens_BT = sharding.put_batch(m, dict(tokens=tokens_BU[None, :, :T]))['tokens'][0]
+    found = jax.device_get(jax.jit(lm.logits, static_argnums=2)(w, tokens_BT, c))
+  want = oracle.forward(tiny.flat(w), tokens_BU, rows['position'], oracle.Shape('linear', 3))
+  # The last ones read a token beyond the row.
+  np.testing.assert_allclose(found[:, :, : T - 2], want[:, :, : T - 2], rtol=1e-4, atol=1e-5)

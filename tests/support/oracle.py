@@ -252,7 +252,11 @@ def forward(params, tokens_BU, position_BU, shape):
     unembed = params['unembed'] if 'unembed' in params else params['embed'].T
     unembed_DV = unembed[k - 1] if unembed.ndim == 3 else unembed
     logits_BTV = shape.block.logits_scale * (ready[k] @ unembed_DV)
-    logits.append(_cap(logits_BTV, shape.block.logits_cap))
+    logits_BTV = _cap(logits_BTV, shape.block.logits_cap)
+    if 'markov.embed' in params and k > 1:
+      before_BT = tokens_BU[:, k - 1 : k - 1 + T]
+      logits_BTV = logits_BTV + params['markov.embed'][before_BT] @ params['markov.unembed']
+    logits.append(logits_BTV)
   return np.stack(logits)
 
 
