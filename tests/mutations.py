@@ -215,8 +215,8 @@ FAULTS = (
     'chunks-overwrite',
     4,
     'mtp_jax/losses/cross_entropy.py',
-    'return dunembed + d[0] if d',
-    'return d[0] if d',
+    'return jax.tree.map(jnp.add, dunembed, d), (',
+    'return d, (',
     CHUNKS,
   ),
   Fault(
