@@ -1,16 +1,23 @@
 """`acceptance`: acceptance rates of drafts when continuing held-out text.
 
 Acceptance on training and held-out windows is teacher-forced, an estimate: here
-the model reads its own tokens.
+the model reads its own tokens. Of sampled text the rates are also predicted from the
+distributions of the heads alone.
 """
 
+import functools
+from collections.abc import Sequence
+
+import jax
 import numpy as np
 
-from mtp_jax.config import fields, parse, schema
+from mtp_jax.config import fields, parse, schedule, schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.evals import intervals, suites
 from mtp_jax.evals import subject as subject_lib
 from mtp_jax.io import paths
+from mtp_jax.losses import acceptance, multi_token
+from mtp_jax.parallel import sharding
 
 PIECES = 32  # default of --eval.limit
 
@@ -39,9 +46,86 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
     f'{len(prompts)} prompts of {cfg.bench.prompt_len} tokens, continued by'
     f' {decoded.n_tokens:,}: {decoded.tokens_per_forward:.2f} tokens per forward pass'
   )
-  if rates:
-    line += f'; acceptance rates, given that earlier drafts were accepted: {rates}'
-  return suites.Result([line], scalars)
+  if not rates:
+    return suites.Result([line], scalars)
+  lines = [f'{line}; acceptance rates, given that earlier drafts were accepted: {rates}']
+  if cfg.decode.temperature >= schema.fields()['loss.temperature'].metadata['min']:
+    rate_J = predicted(subject, prompts, decoded.tokens, len(proposed_J))
+    scalars |= {f'predicted_{j}': float(rate) for j, rate in enumerate(rate_J, 2)}
+    shown = ', '.join(f't+{j} {rate:.1%}' for j, rate in enumerate(rate_J, 2))
+    lines.append(f'predicted from the distributions of the heads on this text: {shown}')
+  return suites.Result(lines, scalars)
+
+
+def predicted(
+  subject: subject_lib.Subject,
+  prompts: Sequence[np.ndarray],
+  continuations: Sequence[np.ndarray],
+  J: int,
+) -> np.ndarray:
+  """Returns the rates (J,) at which J drafts in a row are accepted, each given the ones
+  before it, in expectation over the drafts that could have led to these sampled texts.
+
+  A text's token x is an accepted draft of q with probability min(1, q(x) / p(x)), as it has
+  probability p(x) and min(p(x), q(x)) of being both; so queries from which drafts were made,
+  and drafts that were reached, have probabilities. A draft that is reached is accepted
+  with probability alpha = sum min(p, q).
+  """
+  alpha_BTJ, is_draft_BTJ = _rates(subject, prompts, continuations, J)
+  reached_J, accepted_J = np.zeros(J), np.zeros(J)
+  for alpha_TJ, is_draft_TJ, prompt, new in zip(
+    alpha_BTJ, is_draft_BTJ, prompts, continuations, strict=True
+  ):
+    query_T = np.zeros(len(prompt) + len(new) + J + 1)
+    query_T[len(prompt) - 1] = 1
+    for t in range(len(prompt) - 1, len(prompt) + len(new) - 2):
+      here = query_T[t]  # probability that drafts were made here
+      for j in range(min(J, len(prompt) + len(new) - 2 - t)):  # as far as the text goes
+        reached_J[j] += here
+        accepted_J[j] += here * alpha_TJ[t, j]
+        query_T[t + j + 1] += here * (1 - is_draft_TJ[t, j])
+        here *= is_draft_TJ[t, j]
+      query_T[t + J + 1] += here
+  return accepted_J / np.maximum(reached_J, 1e-9)
+
+
+def _rates(subject, prompts, continuations, J: int):
+  """Returns alpha_BTJ, and the probability that a text's token is an accepted draft."""
+  d, n_active = subject.cfg.decode, schedule.trained_heads(subject.cfg, subject.step)
+  texts = [np.concatenate(x) for x in zip(prompts, continuations, strict=True)]
+  T = max(map(len, texts))
+  cfg = schema.replace(
+    subject.cfg,
+    **{'data.seq_len': T, 'loss.chunk_size': 0, 'loss.temperature': d.temperature},
+    **{f'loss.{name}': getattr(d, name) for name in ('top_k', 'top_p', 'min_p')},
+    **{'loss.token_order_weight': 0.0, 'loss.head_loss': 'tv'},
+  )
+  rows = -len(texts) % (subject.mesh.shape['data'] * subject.mesh.shape['fsdp'])
+  shape = len(texts) + rows, T + cfg.span
+  batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'position')}
+  for row, text in enumerate(texts):
+    batch['tokens'][row, : len(text)] = text
+    batch['position'][row, : len(text)] = np.arange(len(text))
+
+  @jax.jit
+  def compared(model, batch):
+    rows = jax.tree.map(lambda x: x[0], batch)
+    detail = functools.partial(acceptance.probability, l=cfg.loss)
+    model = model.replace(order=None)
+    _, stats, _ = multi_token.evaluate(model, rows, n_active=n_active, cfg=cfg, detail=detail)
+    assert stats.drafts is not None  # there are heads >= 2
+    return stats.drafts.alpha_BT, stats.detail
+
+  with jax.set_mesh(subject.mesh):
+    batch = sharding.put_batch(subject.mesh, {name: x[None] for name, x in batch.items()})
+    alpha_KBT, own_KBT = jax.device_get(compared(subject.model, batch))
+  ratio_KBT = np.zeros_like(own_KBT)
+  for k in range(2, J + 2):
+    # Head 1 verifies at t + k - 1 what head k drafted at t.
+    p_BT = own_KBT[0, :, k - 1 :]
+    ratio_KBT[k - 1, :, : T - k + 1] = own_KBT[k - 1, :, : T - k + 1] / np.maximum(p_BT, 1e-30)
+  is_draft_KBT = np.minimum(ratio_KBT, 1)
+  return (np.moveaxis(x[1 : J + 1], 0, 2) for x in (alpha_KBT, is_draft_KBT))
 
 
 def pieces(cfg: schema.CommandConfig, n: int) -> list[np.ndarray]:

@@ -32,12 +32,12 @@ def evaluator(cfg: schema.Config, mesh, bytes_V, calibrated: bool = False) -> Ca
     counts = targets.counts(batch, cfg, n_active)
     rows = jax.tree.map(lambda x: x[0], batch)
     detail = scores.of_target if calibrated else None
-    sums, found, valid_KBT = multi_token.evaluate(
+    sums, stats, valid_KBT = multi_token.evaluate(
       params, rows, n_active=n_active, cfg=cfg, detail=detail
     )
     sums |= dict(count_K=counts.target_K, bytes=targets.target_bytes(batch, cfg, bytes_V))
     if calibrated:
-      of_targets = scores.Scores(*found, valid=valid_KBT[:n_active])
+      of_targets = scores.Scores(*stats.detail, valid=valid_KBT[:n_active])
       sums['calibration'] = calibration.sums(of_targets)
     return sums
 

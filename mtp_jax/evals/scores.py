@@ -29,10 +29,10 @@ class Scores(NamedTuple):
 
 def scores(model: lm.LM, batch: dict, *, n_active: int, cfg) -> Scores:
   """Computes the scores of one batch, under jit; its arrays (B, T + span)."""
-  _, found, valid_KBT = multi_token.evaluate(
+  _, stats, valid_KBT = multi_token.evaluate(
     model, batch, n_active=n_active, cfg=cfg, detail=of_target
   )
-  return Scores(*found, valid=valid_KBT[:n_active])
+  return Scores(*stats.detail, valid=valid_KBT[:n_active])
 
 
 def of_target(of: cross_entropy.Logits, target_BC):

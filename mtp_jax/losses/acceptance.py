@@ -144,6 +144,12 @@ def _tempered(logits_BCV, lse_BC, l: schema.LossConfig):
   return logits_BCV, lse_BC
 
 
+def probability(of: cross_entropy.Logits, target_BC, l: schema.LossConfig):
+  """Returns the probability of the target, after temperature and filters, (B, C)."""
+  p_BCV = _distribution(*_tempered(of.logits_BCV, of.lse_BC, l), l).p_BCV
+  return jnp.sum(jnp.where(of.ids_11V == target_BC[:, :, None], p_BCV, 0), axis=-1)
+
+
 def of_chunk(of: cross_entropy.Logits, teacher_BCV, l: schema.LossConfig):
   """Compares a chunk's Logits with its teacher's.
 

@@ -73,7 +73,7 @@ def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, de
       (B, C), are joined over T and stacked over K.
 
   Returns:
-    (sums, detail_KBT of the active heads, a pytree or None; valid_KBT of all n heads).
+    (sums, head_loss.HeadStats of the active heads with detail_KBT, valid_KBT of all n heads).
   """
   one_K = jnp.ones(cfg.heads.n)  # means are formed on the host
   weights, ctx = _heads_input(model, jnp.zeros_like(one_K), batch, n_active, cfg)
@@ -81,7 +81,7 @@ def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, de
   inputs = nondiff_inputs(batch, ctx, counts, one_K, compare=True, cfg=cfg)
   with jax.named_scope('heads'):
     _, stats = backward.remat(weights, inputs, cfg, detail)
-  return _sums(stats, batch, cfg), stats.detail, targets.targets(batch, cfg)[1]
+  return _sums(stats, batch, cfg), stats, targets.targets(batch, cfg)[1]
 
 
 def nondiff_inputs(

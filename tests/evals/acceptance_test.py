@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,8 +11,9 @@ from mtp_jax.config import schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.decode import decoder
 from mtp_jax.evals import acceptance
+from mtp_jax.evals import subject as subject_lib
 from mtp_jax.io import paths
-from tests.support import runs
+from tests.support import decoding, runs, tiny
 
 
 def test_acceptance_matches_decoding_of_the_same_prompts(undisturbed, tmp_path, monkeypatch):
@@ -81,3 +83,32 @@ def test_acceptance_with_too_few_prompts_raises(undisturbed, capsys):
   line = capsys.readouterr().err
   assert line.startswith('mtp: ')
   assert 'held-out pieces of --bench.prompt_len=150 tokens; 4000 are needed' in line
+
+
+@pytest.mark.parametrize(
+  'family, filters',
+  [
+    ('parallel', dict(decode__top_p=0.9)),
+    ('sequential', {}),
+    ('linear', dict(heads__markov_rank=4, decode__top_k=6)),
+  ],
+)
+def test_predicted_acceptance_is_that_of_the_decoder(family, filters):
+  """On text that it sampled, given the drafts before; 20,000 tokens."""
+  c = decoding.cfg(family, 4, decode__temperature=0.8, decode__max_new_tokens=200, **filters)
+  m = tiny.mesh(c)
+  # Sharper than at the start, so that rates differ between drafts and texts.
+  model = jax.tree.map(lambda x: 2.5 * x, tiny.model(c, m))
+  decode = decoding.make(c, model)
+  prompts = [np.array([row % decoding.VOCAB]) for row in range(100)]
+  decoded = decode(prompts)
+  subject = subject_lib.Subject('', c, model, m, None, 0, decode)
+  found_J = acceptance.predicted(subject, prompts, decoded.tokens, 3)
+  measured_J = decoded.accepted_J / decoded.proposed_J
+  sigma_J = np.sqrt(measured_J * (1 - measured_J) / decoded.proposed_J)
+  assert decoded.n_tokens == 20_000 and np.all(sigma_J < 0.03)
+  assert np.all(np.abs(found_J - measured_J) < 3.5 * sigma_J), (found_J, measured_J, sigma_J)
+  # Rates of all positions, whether drafts were reached there or not, are others.
+  everywhere_J = acceptance._rates(subject, prompts, decoded.tokens, 3)
+  alpha_BTJ, _ = everywhere_J
+  assert np.max(np.abs(alpha_BTJ[:, :190].mean((0, 1)) - found_J)) > 0.01
