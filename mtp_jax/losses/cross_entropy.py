@@ -58,7 +58,7 @@ def _lse_jvp(primals, tangents):
 def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
   """Computes the Logits of a chunk. The label's logit is a masked sum, not a lookup:
   the vocabulary may be sharded and is never gathered."""
-  logits_BCV = jnp.einsum(
+  logits_BCV = layers.product(
     'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
   )
   logits_BCV = layers.shaped(logits_BCV, m)
