@@ -197,7 +197,7 @@ def test_plain_decoding_of_a_row_copies_no_cache():
       s=s,
     )
   shape = ','.join(map(str, caches.stem[0].k_BGSH.shape))
-  assert f'f32[{shape}]' in (text := program.compile().as_text())
+  assert f'f32[{shape}]' in (text := str(program.compile().as_text()))
   assert not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
 
 
