@@ -76,19 +76,18 @@ def write(layer: Layer, k_BTGH, v_BTGH, slot) -> Layer:
   slot: (B, T), those outside the cache are dropped; or a scalar, the slot of the
     first position in all rows.
   """
+  pairs = tuple(zip(layer, (k_BTGH, v_BTGH), strict=True))
   if jnp.ndim(slot):
-    return Layer(
-      *(
-        _sharded(_put, (cache, new, slot))
-        for cache, new in zip(layer, (k_BTGH, v_BTGH), strict=True)
-      )
-    )
+    written = Layer(*(_sharded(_put, (cache, new, slot)) for cache, new in pairs))
+    # Of one position, XLA:CPU would fuse the write into every reader, and copy the whole cache
+    # for each.
+    return jax.lax.optimization_barrier(written) if sharding.platform() == 'cpu' else written
   return Layer(
     *(
       jax.lax.dynamic_update_slice_in_dim(
         cache, new.swapaxes(1, 2).astype(cache.dtype), slot, axis=2
       )
-      for cache, new in zip(layer, (k_BTGH, v_BTGH), strict=True)
+      for cache, new in pairs
     )
   )
 

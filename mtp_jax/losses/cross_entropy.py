@@ -59,7 +59,7 @@ def _lse_jvp(primals, tangents):
 
 def scores(h_BCD, unembed_DV, m: schema.ModelConfig):
   """Computes the logits of a chunk in float32."""
-  logits_BCV = jnp.einsum(
+  logits_BCV = layers.product(
     'BCD,DV->BCV', h_BCD, unembed_DV.astype(h_BCD.dtype), preferred_element_type=jnp.float32
   )
   return layers.shaped(logits_BCV, m)

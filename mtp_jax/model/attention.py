@@ -93,34 +93,44 @@ def chosen(m: schema.ModelConfig, T: int) -> str:
 def reference(x: Operands, window: int, m: schema.ModelConfig):
   """Computes attention from the scores, in float32, of all pairs of a block of queries and the
   keys from its first window to its end."""
-  T = x.q_BTNH.shape[1]
+  B, T, N, H = x.q_BTNH.shape
+  G = x.k_BSGH.shape[2]
   size = max(QUERIES, -(-T // BLOCKS))
-  blocks = [_reference(x, slice(t, min(t + size, T)), window, m) for t in range(0, T, size)]
-  return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+  # Heads before positions, once: a CPU would transpose the scores of each block instead.
+  q_BNTH, k_BGSH, v_BGSH = (a.swapaxes(1, 2) for a in (x.q_BTNH, x.k_BSGH, x.v_BSGH))
+  heads = B, G, N // G, T, H
+  q_BGRTH = m.score_scale * sharding.reshape(q_BNTH, heads, 'batch', 'kv_heads')
+  blocks = [
+    _reference(x, (q_BGRTH, k_BGSH, v_BGSH), slice(t, min(t + size, T)), window, m)
+    for t in range(0, T, size)
+  ]
+  out_BGRTH = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
+  out_BNTH = sharding.reshape(out_BGRTH, (B, N, T, H), 'batch', 'attn_heads')
+  return out_BNTH.swapaxes(1, 2)
 
 
-def _reference(x: Operands, queries: slice, window: int, m: schema.ModelConfig):
+def _reference(x: Operands, by_head, queries: slice, window: int, m: schema.ModelConfig):
+  q_BGRTH, k_BGSH, v_BGSH = by_head
   keys = slice(max(queries.start - window + 1, 0) if window else 0, queries.stop)
-  q_BTNH, k_BSGH, v_BSGH = x.q_BTNH[:, queries], x.k_BSGH[:, keys], x.v_BSGH[:, keys]
-  B, T, N, H = q_BTNH.shape
-  G = k_BSGH.shape[2]
-  heads = B, T, G, N // G, H
-  q_BTGRH = m.score_scale * sharding.reshape(q_BTNH, heads, 'batch', None, 'kv_heads')
-  scores_BGRTS = jnp.einsum(
-    'BTGRH,BSGH->BGRTS', q_BTGRH, k_BSGH, preferred_element_type=jnp.float32
-  )
+  q_BGRTH, k_BGSH, v_BGSH = q_BGRTH[:, :, :, queries], k_BGSH[:, :, keys], v_BGSH[:, :, keys]
+  B, G, R, T, H = q_BGRTH.shape
+  S = k_BGSH.shape[2]
+  q_BGXH = sharding.reshape(q_BGRTH, (B, G, R * T, H), 'batch', 'kv_heads')
+  scores_BGXS = jnp.einsum('BGXH,BGSH->BGXS', q_BGXH, k_BGSH, preferred_element_type=jnp.float32)
+  scores_BGRTS = sharding.reshape(scores_BGXS, (B, G, R, T, S), 'batch', 'kv_heads')
   t, s = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
   seen_BTS = x.segment_BT[:, queries, None] == x.segment_BT[:, None, keys]
   seen_BTS &= (t[:, None] >= s[None, :])[None]
   if window:
     seen_BTS &= (t[:, None] - s[None, :] < window)[None]
-  sink_11GR11 = None
+  sink_1GR11 = None
   if x.sink_N is not None:
-    sink_GR = sharding.reshape(x.sink_N, (G, N // G), 'kv_heads')
-    sink_11GR11 = sink_GR[None, :, :, None, None]
-  weights_BGRTS = softmax(scores_BGRTS, seen_BTS[:, None, None], sink_11GR11, m)
-  out_BTGRH = jnp.einsum('BGRTS,BSGH->BTGRH', weights_BGRTS.astype(v_BSGH.dtype), v_BSGH)
-  return sharding.reshape(out_BTGRH, (B, T, N, H), 'batch', None, 'attn_heads')
+    sink_GR = sharding.reshape(x.sink_N, (G, R), 'kv_heads')
+    sink_1GR11 = sink_GR[None, :, :, None, None]
+  weights_BGRTS = softmax(scores_BGRTS, seen_BTS[:, None, None], sink_1GR11, m)
+  weights_BGXS = sharding.reshape(weights_BGRTS, (B, G, R * T, S), 'batch', 'kv_heads')
+  out_BGXH = jnp.einsum('BGXS,BGSH->BGXH', weights_BGXS.astype(v_BGSH.dtype), v_BGSH)
+  return sharding.reshape(out_BGXH, (B, G, R, T, H), 'batch', 'kv_heads')
 
 
 def softmax(scores, seen, sink, m: schema.ModelConfig):

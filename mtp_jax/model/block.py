@@ -176,13 +176,13 @@ def attention_input(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
 
 def queries(w: Block[jax.Array], y_BTD, ctx: Context, m: schema.ModelConfig):
   """Computes queries of attention's input, rotated by RoPE."""
-  q_BTNH = _biased(jnp.einsum('BTD,DNH->BTNH', y_BTD, w.q), w.q_bias)
+  q_BTNH = _biased(layers.product('BTD,DNH->BTNH', y_BTD, w.q), w.q_bias)
   return layers.rope(_qk_normed(q_BTNH, w.q_norm, m), ctx.sin, ctx.cos)
 
 
 def keys_values(w: Block[jax.Array], y_BTD, ctx: Context, m: schema.ModelConfig):
-  k_BTGH = _biased(jnp.einsum('BTD,DGH->BTGH', y_BTD, w.k), w.k_bias)
-  v_BTGH = _biased(jnp.einsum('BTD,DGH->BTGH', y_BTD, w.v), w.v_bias)
+  k_BTGH = _biased(layers.product('BTD,DGH->BTGH', y_BTD, w.k), w.k_bias)
+  v_BTGH = _biased(layers.product('BTD,DGH->BTGH', y_BTD, w.v), w.v_bias)
   return layers.rope(_qk_normed(k_BTGH, w.k_norm, m), ctx.sin, ctx.cos), v_BTGH
 
 
@@ -202,8 +202,8 @@ def add_attended(w: Block[jax.Array], x_BTD, y_BTD, a_BTNH, m: schema.ModelConfi
   """Adds the projected attention a to the residual stream x; y is attention's input."""
   with jax.named_scope('attend'):
     if w.attn_gate is not None:
-      a_BTNH *= jax.nn.sigmoid(jnp.einsum('BTD,DNH->BTNH', y_BTD, w.attn_gate))
-    o_BTD = jnp.einsum('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
+      a_BTNH *= jax.nn.sigmoid(layers.product('BTD,DNH->BTNH', y_BTD, w.attn_gate))
+    o_BTD = layers.product('BTNH,NHD->BTD', a_BTNH, w.o, out_sharding=_RESIDUAL)
     return x_BTD + _added(_biased(o_BTD, w.o_bias), w.attn_out_norm, m)
 
 
@@ -212,8 +212,8 @@ def add_mlp(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
     y_BTD = x_BTD if w.mlp_norm is None else layers.rms_norm(x_BTD, w.mlp_norm, m)
     apart = m.d_model >= WIDE and sharding.platform() == 'tpu'
     y_BTD = layers.gradient_in_memory(y_BTD) if apart else y_BTD
-    gate_BTF = _biased(jnp.einsum('BTD,DF->BTF', y_BTD, w.gate), w.gate_bias)
-    up_BTF = _biased(jnp.einsum('BTD,DF->BTF', y_BTD, w.up), w.up_bias)
+    gate_BTF = _biased(layers.product('BTD,DF->BTF', y_BTD, w.gate), w.gate_bias)
+    up_BTF = _biased(layers.product('BTD,DF->BTF', y_BTD, w.up), w.up_bias)
     if apart:
       gate_BTF, up_BTF = layers.gradient_in_memory((gate_BTF, up_BTF))
     active_BTF = layers.ACTIVATIONS[m.activation](gate_BTF) * up_BTF
@@ -222,7 +222,7 @@ def add_mlp(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
 
 
 def _down(active_BTF, w_FD):
-  return jnp.einsum('BTF,FD->BTD', active_BTF, w_FD, out_sharding=_RESIDUAL)
+  return layers.product('BTF,FD->BTD', active_BTF, w_FD, out_sharding=_RESIDUAL)
 
 
 def _down_apart_bwd(saved, do_BTD):

@@ -125,7 +125,7 @@ def _linear(module, x: Inputs, ctx, cfg):
   """h_k = W_k z (same paper, appendix B)."""
   del ctx
   proj_DE = _gathered(module, linear_specs(cfg.model), cfg).proj
-  return jnp.einsum('BTD,DE->BTE', x.z_BTD, proj_DE, out_sharding=_RESIDUAL)
+  return layers.product('BTD,DE->BTE', x.z_BTD, proj_DE, out_sharding=_RESIDUAL)
 
 
 def _residual(module, x: Inputs, ctx, cfg):
@@ -134,7 +134,7 @@ def _residual(module, x: Inputs, ctx, cfg):
   del ctx
   proj_DE = _gathered(module, linear_specs(cfg.model), cfg).proj
   y_BTD = layers.rms_norm(x.z_BTD, x.norm_D, cfg.model)
-  w_BTD = jnp.einsum('BTD,DE->BTE', y_BTD, proj_DE, out_sharding=_RESIDUAL)
+  w_BTD = layers.product('BTD,DE->BTE', y_BTD, proj_DE, out_sharding=_RESIDUAL)
   return y_BTD + jax.nn.silu(w_BTD)
 
 
@@ -157,7 +157,7 @@ def _block_input_sequential(module, x: Inputs, ctx, cfg):
   next_BTD = jnp.where(known_BT1, x.next_emb_BTD, 0)
   hidden_BTD = layers.rms_norm(x.carry_BTD, w.hidden_norm, m)
   pair_BTE = jnp.concatenate([hidden_BTD, layers.rms_norm(next_BTD, w.embed_norm, m)], axis=-1)
-  return jnp.einsum('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
+  return layers.product('BTE,ED->BTD', pair_BTE, w.proj, out_sharding=_RESIDUAL)
 
 
 def _block_output_sequential(module, y_BTD, x: Inputs, cfg):

@@ -45,6 +45,6 @@ def rows(embed_VR, tokens_BU, k, T: int, cfg: schema.Config):
 
 def bias(rows_BTR, unembed_RV):
   """Returns W2^T rows in float32, (B, T, V)."""
-  return jnp.einsum(
+  return layers.product(
     'BTR,RV->BTV', rows_BTR, unembed_RV.astype(rows_BTR.dtype), preferred_element_type=jnp.float32
   )

@@ -177,6 +177,22 @@ def reshape(x, shape, *axes):
   return jnp.reshape(x, shape, out_sharding=spec)
 
 
+def spec(x) -> tuple:
+  """Returns the mesh axes of each dimension of x."""
+  return tuple(jax.typeof(x).sharding.spec.partitions)
+
+
+def as_matrix(x, n: int):
+  """Returns x with its first n dimensions as one, and the others as one; None where a dimension
+  that is not the first of these is sharded, so that it would have to move."""
+  axes = spec(x)
+  if any(axes[1:n]) or any(axes[n + 1 :]):
+    return None
+  shape = math.prod(x.shape[:n]), math.prod(x.shape[n:])
+  reduced = jax.typeof(x).sharding.spec.reduced
+  return jnp.reshape(x, shape, out_sharding=P(axes[0], axes[n], reduced=reduced))
+
+
 def gather(w, axes, compute_dtype, grad_dtype):
   """All-gathers a parameter over the batch axes, for compute.
 

@@ -1,5 +1,7 @@
 """Speculative decoding changes the number of forward passes, never the text."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,6 +178,27 @@ def test_products_per_forward_pass(family):
   stem = 2 * layer(W, W)
   wanted = stem + further[family] + 2 * D * V * (W + W - 1)
   assert flops.of_program(traced.jaxpr, 0) == B * wanted
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='its XLA drops barriers before it fuses')
+def test_plain_decoding_of_a_row_copies_no_cache():
+  """XLA:CPU copied the keys and values of every layer four times per token."""
+  made, prompts = decoding.make(decoding.cfg('parallel')), [np.array(PROMPTS[0])]
+  s = setup.setup(made.cfg, 4, ())
+  with jax.set_mesh(made.mesh):
+    state, caches = made._start(prompts, [0], 64, B=1, slots=64, sampling=None, s=s)
+    program = speculative.run.lower(
+      weights.in_use(made._weights, s),
+      state,
+      caches,
+      max_forwards=8,
+      max_accept=0,
+      sampling=None,
+      s=s,
+    )
+  shape = ','.join(map(str, caches.stem[0].k_BGSH.shape))
+  assert f'f32[{shape}]' in (text := str(program.compile().as_text()))
+  assert not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
 
 
 @pytest.mark.parametrize(

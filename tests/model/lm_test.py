@@ -1,5 +1,7 @@
 """The model: causality, documents, n = 1, and the oracle's forward pass."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -254,3 +256,45 @@ def test_logits_with_a_markov_head_equal_oracle():
   want = oracle.forward(tiny.flat(w), tokens_BU, rows['position'], oracle.Shape('linear', 3))
   # The last ones read a token beyond the row.
   np.testing.assert_allclose(found[:, :, : T - 2], want[:, :, : T - 2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'of, x_axes, w_axes',
+  [
+    ('BTD,DNH->BTNH', ('batch', None, None), ('embed', 'attn_heads', None)),
+    ('BTNH,NHD->BTD', ('batch', None, 'attn_heads', None), ('attn_heads', None, 'embed')),
+    ('BTD,DF->BTF', ('batch', None, None), ('embed', 'mlp')),
+  ],
+)
+def test_product_equals_einsum(of, x_axes, w_axes, sizes):
+  """Value and gradients, also of sharded weights; on a CPU no operand is transposed in memory."""
+  size = dict(B=4, T=32, D=64, N=2, H=16, F=96)
+  of_x, of_w = of.split('->')[0].split(',')
+  names = ('mesh__data', 'mesh__fsdp', 'mesh__tensor')
+  c = tiny.cfg(**dict(zip(names, sizes, strict=True)))
+  x, w = (
+    jax.random.normal(jax.random.key(i), [size[letter] for letter in letters])
+    for i, letters in enumerate((of_x, of_w))
+  )
+
+  def value(product, x, w):
+    w = sharding.gather(w, w_axes, 'float32', 'float32')
+    return jnp.sum(jnp.sin(product(of, x, w, out_sharding=out)))
+
+  mesh = tiny.mesh(c)
+  with jax.set_mesh(mesh):
+    out = sharding.pspec('batch', None, None) if of.endswith('D') else None
+    x, w = (
+      jax.device_put(a, jax.NamedSharding(mesh, sharding.pspec(*axes)))
+      for a, axes in ((x, x_axes), (w, w_axes))
+    )
+    got, want = (
+      jax.jit(jax.value_and_grad(value, argnums=(1, 2)), static_argnums=0).lower(f, x, w).compile()
+      for f in (layers.product, jnp.einsum)
+    )
+    values = jax.device_get((got(x, w), want(x, w)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *values)
+  if sizes == (1, 1, 1):
+    assert not re.findall(r'= f32\S* (?:copy|transpose)\(', str(got.as_text()))
+    assert re.findall(r'= f32\S* (?:copy|transpose)\(', str(want.as_text()))
