@@ -109,7 +109,7 @@ class Job(NamedTuple):
 
   @property
   def store(self) -> str:
-    return f'store_{_hash(self.documents)}'
+    return f'store_{hashed(self.documents)}'
 
   @property
   def tokenizer(self) -> str:
@@ -121,18 +121,18 @@ class Job(NamedTuple):
 
   @property
   def folder(self) -> str:
-    return f'run_{_hash(self.documents, *_flags(), *self.trained)}'
+    return f'run_{hashed(self.documents, *_flags(), *self.trained)}'
 
   @property
   def key(self) -> str:
-    return _hash(MEASURED, self.part, self.folder, self.setting.steps)
+    return hashed(MEASURED, self.part, self.folder, self.setting.steps)
 
 
 def _flags() -> list[str]:
   return results.flags_of(ROOT / FLAGS)
 
 
-def _hash(*parts) -> str:
+def hashed(*parts) -> str:
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -162,11 +162,11 @@ def rows() -> dict[str, dict]:
   return {row['key']: row for row in map(json.loads, lines)}
 
 
-def _mtp(core: int, *args: str) -> float:
-  """Runs a command on one core; returns its CPU seconds."""
+def mtp(cores: list[int], *args: str) -> float:
+  """Runs a command on some cores; returns its CPU seconds."""
   command = [sys.executable, '-m', 'mtp_jax', *args]
   process = subprocess.Popen(
-    command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, {core})
+    command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores)
   )
   _, status, used = os.wait4(process.pid, 0)
   process.returncode = os.waitstatus_to_exitcode(status)
@@ -183,8 +183,8 @@ def measure(job: Job, folder: pathlib.Path, data: pathlib.Path | None, core: int
   store, run = folder / job.store, folder / job.folder
   with _preparing:
     if not (store / 'manifest.json').exists():
-      _mtp(
-        core,
+      mtp(
+        [core],
         'prepare',
         f'--data.store={store}',
         f'--data.documents={job.documents}',
@@ -192,8 +192,8 @@ def measure(job: Job, folder: pathlib.Path, data: pathlib.Path | None, core: int
         '--data.valid_fraction=0.01',
         '--data.workers=1',
       )
-  cpu_s = _mtp(
-    core,
+  cpu_s = mtp(
+    [core],
     'train',
     f'--flagfile={FLAGS}',
     *job.trained,
@@ -222,7 +222,7 @@ def measure(job: Job, folder: pathlib.Path, data: pathlib.Path | None, core: int
 
 def _evaluated(core: int, run: pathlib.Path, *flags: str) -> dict:
   out = run / 'eval.json'
-  _mtp(core, 'eval', str(run), f'--out={out}', *flags)
+  mtp([core], 'eval', str(run), f'--out={out}', *flags)
   return json.loads(out.read_text())['suites']
 
 

@@ -1,0 +1,232 @@
+"""Measures losses of acceptance, isolated heads and Markov heads, and writes docs/heads.md.
+
+  python -m tools.heads                      runs what is missing, resumes the rest
+  python -m tools.heads --only frozen        this part only
+  python -m tools.heads --write              runs nothing, writes the page
+
+An interrupted run is resumed, a finished one is not repeated. Runs go to --runs; their
+figures go to docs/heads.jsonl, one line per run, and from there to the page. Its prose is in
+tools/heads.md.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import sys
+from typing import NamedTuple
+
+from mtp_jax.data import store as store_lib
+from mtp_jax.data import tokenizers
+from tools import induction, results
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROWS = ROOT / 'docs' / 'heads.jsonl'
+REPORT = ROOT / 'docs' / 'heads.md'
+PROSE = ROOT / 'tools' / 'heads.md'
+TRUNK, FROZEN = 'experiments/heads/code_trunk.flags', 'experiments/heads/frozen.flags'
+PRETRAINING = 'experiments/small/code.flags'
+MEASURED = 1  # raised by hand where the same flags would give other figures
+SEEDS = (1, 2, 3)
+TEMPERATURES = ('0', '1')
+N_PROMPTS, PROMPT, NEW = 1200, 32, 224  # of the trunk's own text, in bytes
+LOSSES = ('ce', 'kl', 'tv', 'lk', 'lk_hybrid', 'e2e_tv')
+MARKOV = '--heads.markov_rank=16'
+
+
+def _loss(name: str) -> str:
+  return f'--loss.head_loss={name}'
+
+
+VARIANTS = {
+  'frozen': {
+    **{f'sequential, {name}': (_loss(name),) for name in LOSSES},
+    'residual, ce': ('--heads.family=residual', _loss('ce')),
+    'residual, ce, Markov head': ('--heads.family=residual', _loss('ce'), MARKOV),
+    'residual, lk_hybrid, Markov head': ('--heads.family=residual', _loss('lk_hybrid'), MARKOV),
+  },
+  'pretraining': {
+    'parallel': (),
+    'parallel, isolated': ('--heads.isolated',),
+    'parallel, Markov head': (MARKOV,),
+    'parallel, lk_hybrid': (_loss('lk_hybrid'),),
+    'parallel, lk_hybrid, Markov head': (_loss('lk_hybrid'), MARKOV),
+  },
+}
+
+
+class Job(NamedTuple):
+  """One run."""
+
+  part: str
+  variant: str
+  seed: int
+
+  @property
+  def flags(self) -> tuple[str, ...]:
+    return (*VARIANTS[self.part][self.variant], f'--train.seed={self.seed}')
+
+  @property
+  def key(self) -> str:
+    files = {'frozen': (TRUNK, FROZEN), 'pretraining': (PRETRAINING,)}[self.part]
+    of_files = [results.flags_of(ROOT / name) for name in files]
+    return induction.hashed(MEASURED, of_files, N_PROMPTS, PROMPT, NEW, self.flags)
+
+
+def jobs() -> list[Job]:
+  return [
+    Job(part, variant, seed)
+    for part, variants in VARIANTS.items()
+    for seed in SEEDS
+    for variant in variants
+  ]
+
+
+def rows() -> dict[str, dict]:
+  lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+  return {row['key']: row for row in map(json.loads, lines)}
+
+
+def _mtp(*args: object) -> float:
+  return induction.mtp(sorted(os.sched_getaffinity(0)), *map(str, args))
+
+
+def _code(folder: pathlib.Path) -> pathlib.Path:
+  store = folder / 'code'
+  if not (store / 'manifest.json').exists():
+    documents = '--data.documents=python:stdlib'
+    _mtp('prepare', f'--data.store={store}', documents, '--data.valid_fraction=0.05')
+  return store
+
+
+def _trunk(folder: pathlib.Path) -> pathlib.Path:
+  _mtp(
+    'train',
+    f'--flagfile={TRUNK}',
+    f'--data.store={_code(folder)}',
+    f'--train.workdir={folder}/trunk',
+  )
+  return folder / 'trunk'
+
+
+def _own_text(folder: pathlib.Path) -> pathlib.Path:
+  """Returns a store of what the trunk generates after the first bytes of training files."""
+  store, prompts, text = (folder / name for name in ('own', 'prompts.jsonl', 'own.jsonl'))
+  if (store / 'manifest.json').exists():
+    return store
+  trunk, bytes_ = _trunk(folder), tokenizers.get('bytes')
+  found = []
+  for tokens in store_lib.open_store(str(_code(folder)), verify=False).split('train').documents():
+    for start in range(1, len(tokens) - PROMPT, 64 * PROMPT):
+      found.append(bytes_.decode(tokens[start : start + PROMPT].tolist()))
+  random.Random(0).shuffle(found)
+  lines = [json.dumps(dict(prompt=prompt)) for prompt in found[:N_PROMPTS] if prompt.strip()]
+  prompts.write_text('\n'.join(lines) + '\n')
+  _mtp(
+    *('generate', trunk, f'--decode.prompts={prompts}', f'--decode.max_new_tokens={NEW}'),
+    *('--decode.temperature=1', '--decode.batch_size=100', f'--out={text}'),
+  )
+  documents = f'--data.documents=jsonl:{text}#prompt+text'
+  _mtp('prepare', f'--data.store={store}', documents, '--data.valid_fraction=0.1')
+  return store
+
+
+def measure(job: Job, folder: pathlib.Path) -> dict:
+  """Trains and evaluates what is missing; returns the run's row."""
+  run = folder / f'run_{job.key}'
+  if job.part == 'frozen':
+    store, init = _own_text(folder), (f'--train.init_from={_trunk(folder)}',)
+    flag_file = FROZEN
+  else:
+    store, init, flag_file = _code(folder), (), PRETRAINING
+  cpu_s = _mtp(
+    *('train', f'--flagfile={flag_file}', *job.flags, *init),
+    *(f'--data.store={store}', f'--train.workdir={run}'),
+  )
+  row = dict(key=job.key, **job._asdict(), cpu_s=round(cpu_s, 1))
+  for temperature in TEMPERATURES:
+    out = run / f'eval_{temperature}.json'
+    _mtp(
+      *('eval', run, '--eval.tasks=heldout,acceptance', '--eval.limit=64', f'--out={out}'),
+      *(f'--bench.prompt_len={PROMPT}', '--decode.max_new_tokens=192'),
+      *(f'--decode.temperature={temperature}', '--decode.num_draft_tokens=all'),
+    )
+    row[f'T{temperature}'] = json.loads(out.read_text())
+  return row
+
+
+# The page.
+
+
+def _shown(values: list[float], form: str) -> str:
+  if not values:
+    return 'open'
+  mean, low, high = induction.interval(values)
+  text = format(mean, form)
+  return text if len(values) < 2 else f'{text} ({format(low, form)} to {format(high, form)})'
+
+
+def table(part: str, there: dict[str, dict]) -> list[str]:
+  lines = [
+    '| variant | tokens per forward pass, T = 0 | T = 1 | T = 1 over the first'
+    ' | alpha of head 2 | of head 3 | of head 4 | held-out nats of head 1 | seeds |',
+    '|---' * 9 + '|',
+  ]
+  first = next(iter(VARIANTS[part]))
+
+  def of(variant):
+    keys = {seed: Job(part, variant, seed).key for seed in SEEDS}
+    return {seed: there[key] for seed, key in keys.items() if key in there}
+
+  def passes(row, temperature):
+    return row[f'T{temperature}']['suites']['acceptance']['tokens_per_forward']
+
+  base = of(first)
+  for variant in VARIANTS[part]:
+    found = of(variant)
+    ratios = [passes(r, 1) / passes(base[s], 1) for s, r in found.items() if s in base]
+    held = [r['T1']['heldout'] for r in found.values()]
+    cells = [_shown([passes(r, t) for r in found.values()], '.2f') for t in (0, 1)]
+    cells.append('1' if variant == first else _shown(ratios, '.3f'))
+    cells += [_shown([h[f'alpha_{k}'] for h in held], '.1%') for k in (2, 3, 4)]
+    cells.append(_shown([h['loss_1'] for h in held], '.4f'))
+    lines.append(f'| {variant} | ' + ' | '.join(cells) + f' | {len(found)} |')
+  return lines
+
+
+def write() -> None:
+  there, texts = rows(), results.prose(PROSE)
+  done = [job for job in jobs() if job.key in there]
+  hours = sum(there[job.key]['cpu_s'] for job in done) / 3600
+  lines = [texts['head'], '', f'{len(done)} of {len(jobs())} runs, {hours:.1f} CPU-hours.', '']
+  for part in VARIANTS:
+    lines += [texts[f'{part}: question'], '', *table(part, there), '', texts[f'{part}: answer'], '']
+  REPORT.write_text('\n'.join(lines).rstrip() + '\n')
+
+
+def main(args: list[str]) -> None:
+  parser = argparse.ArgumentParser(
+    prog='python -m tools.heads',
+    description='Trains and measures what is missing, and writes docs/heads.md.',
+  )
+  parser.add_argument('--only', choices=[*VARIANTS], help='a part')
+  parser.add_argument('--runs', metavar='DIR', default=str(ROOT / 'runs' / 'heads'))
+  parser.add_argument('--write', action='store_true', help='run nothing, write the page')
+  given = parser.parse_args(args)
+  folder = pathlib.Path(given.runs).resolve()
+  folder.mkdir(parents=True, exist_ok=True)
+  for job in jobs():
+    if given.write or job.key in rows() or given.only not in (None, job.part):
+      continue
+    print(*job, flush=True)
+    row = measure(job, folder)
+    with open(ROWS, 'a') as file:
+      file.write(json.dumps(row) + '\n')
+    found = {t: row[f'T{t}']['suites']['acceptance']['tokens_per_forward'] for t in TEMPERATURES}
+    print(*job, found, f'{row["cpu_s"]:.0f} CPU-seconds', flush=True)
+  write()
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
