@@ -37,6 +37,9 @@ class Times:
     self.forward_s, self.call_s, self.compile_s = dict(forward_s), call_s, compile_s
     self.missed_s: dict[int, float] = {}
 
+  def can_pay(self, most: int) -> bool:
+    return can_pay(self.forward_s, most)
+
   def update(self, num_drafts: int, forwards: int, seconds: float) -> None:
     """Records a call of so many forward passes."""
     if forwards >= SHORTEST or num_drafts not in self.forward_s:
@@ -117,7 +120,7 @@ class Policy:
     self.times, self.most = times, most
     self._current, self._stretch = most, SHORTEST
     self._counts_2BJ = np.zeros((2, rows, most))  # verified, accepted
-    self._trying = can_pay(times.forward_s, most)
+    self._trying = times.can_pay(most)
     self._elapsed_s = self._lost_s = 0.0
     self._tokens: dict[int, int] = {}
     self._row_forwards: dict[int, int] = {}
@@ -133,7 +136,7 @@ class Policy:
         infinite if they cannot.
     """
     times, n_live = self.times, max(int(live_B.sum()), 1)
-    if not can_pay(times.forward_s, self.most):
+    if not times.can_pay(self.most):
       self._current, self._trying = 0, False
       return Plan(0, NO_LIMIT)
     verified_J, accepted_J = self._counts_2BJ[:, live_B].sum(1)

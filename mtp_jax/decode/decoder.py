@@ -159,6 +159,9 @@ class Decoder:
     report = adaptive.Report(most, {}, {}, {}) if is_auto else None
     if is_auto and not self._is_measured((B, slots, s), d.max_new_tokens):
       s, is_auto = batch_lib.with_drafts(s, 0), False
+    shape = (B, slots, C, bool(chunks), sampling is None, is_auto, s)
+    if shape in self._times and not self._times[shape].can_pay(most):
+      s = batch_lib.with_drafts(s, 0)  # no cache of heads
     with jax.set_mesh(self.mesh):
       state, caches = self._start(
         prompts,
@@ -174,12 +177,11 @@ class Decoder:
       batch = batch_lib.Batch(
         self._weights, state, caches, sampling=sampling, max_accept=max_accept, s=s
       )
-      shape = (B, slots, C, bool(chunks), sampling is None, is_auto, s)
       begin = time.perf_counter()
       if is_auto and shape not in self._times:
         self._times[shape] = auto.measure(batch, most)
-      if is_auto and not adaptive.can_pay(self._times[shape].forward_s, most):
-        batch.change(0)
+        if not self._times[shape].can_pay(most):
+          batch.change(0)
       compile_s, run = 0.0, batch
       compiled = self._compiled.setdefault(shape, set())
       if batch.s not in compiled:
