@@ -329,7 +329,7 @@ SMALL = {
   'decode.stop_token_ids': '0123,-none',
   'bench.heads': '0123,',
   'bench.chunk_size': '0148,',
-  'bench.num_draft_tokens': '012,',
+  'bench.num_draft_tokens': '012,auto',
   'bench.batches': '018,',
   'bench.backward': 'remat,interleaved',
   'eval.tasks': 'heldout,:ab',

@@ -42,6 +42,7 @@ STEP, LOOP = 'mtp_jax/train/step.py', 'mtp_jax/train/loop.py'
 HEADS, ATTENTION = 'mtp_jax/model/heads.py', 'mtp_jax/model/attention.py'
 LOADER, WINDOWS = 'mtp_jax/data/loader.py', 'mtp_jax/data/windows.py'
 SPECULATIVE, SAMPLE = 'mtp_jax/decode/speculative.py', 'mtp_jax/decode/sample.py'
+ADAPTIVE = 'mtp_jax/decode/adaptive.py'
 TRANSFORMS, DIALECTS = 'mtp_jax/interop/transforms.py', 'mtp_jax/interop/dialects.py'
 CONFIG_JSON, BLOCK = 'mtp_jax/interop/config_json.py', 'mtp_jax/model/block.py'
 MAPPING, TOKENS = 'mtp_jax/interop/mapping.py', 'mtp_jax/interop/tokens.py'
@@ -765,6 +766,46 @@ FAULTS = (
     _distribution('plain-good'),
   ),
   Fault(
+    'drafts-of-other-random-numbers',
+    0,
+    'mtp_jax/decode/draft.py',
+    'sample.DRAW if q_BJV is None else sample.DRAFT',
+    'sample.DRAFT',
+    _in('decode/auto', 'test_samples_under_changes_keep_the_distribution[good-plain]'),
+  ),
+  Fault(
+    'finished-rows-choose-the-number-of-drafts',
+    0,
+    ADAPTIVE,
+    'self._counts_2BJ[:, live_B].sum(1)',
+    'self._counts_2BJ.sum(1)',
+    _in('decode/adaptive', 'test_only_live_rows_count'),
+  ),
+  Fault(
+    'drafts-are-tried-again-at-any-cost',
+    0,
+    ADAPTIVE,
+    'wait_s = (self._lost_s + cost_s) / BUDGET - self._elapsed_s',
+    'wait_s = 0.0',
+    _in('decode/adaptive', 'test_bad_heads_cost_no_more_than_the_measurement[1]'),
+  ),
+  Fault(
+    'later-drafts-count-without-those-before',
+    0,
+    ADAPTIVE,
+    'np.sum(np.cumprod(',
+    'np.sum(np.ravel(',
+    _in('decode/adaptive', 'test_choice_has_the_least_seconds_per_token'),
+  ),
+  Fault(
+    'heads-do-not-read-what-they-missed',
+    14,
+    'mtp_jax/decode/batch.py',
+    '      self._catch_up()',
+    '      pass',
+    _in('decode/auto', 'test_heads_that_draft_again_have_read_what_they_missed[causal]'),
+  ),
+  Fault(
     'top-p-without-the-last',
     0,
     SAMPLE,
@@ -1017,8 +1058,8 @@ FAULTS = (
     'scores-of-what-is-no-target',
     7,
     SCORES,
-    'Scores(*found, valid=valid_KBT[:n_active])',
-    'Scores(*found, valid=jnp.ones_like(valid_KBT[:n_active]))',
+    'Scores(*stats.detail, valid=valid_KBT[:n_active])',
+    'Scores(*stats.detail, valid=jnp.ones_like(valid_KBT[:n_active]))',
     _in('evals/scores', 'test_score_sums_match_the_loss'),
   ),
   Fault(

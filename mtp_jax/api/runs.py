@@ -57,7 +57,7 @@ class Model:
     Args:
       prompts: token ids of each, at least one.
       **decode: fields of DecodeConfig, e.g. max_new_tokens, num_draft_tokens (an int
-        or 'all'), temperature, seed; stop_ids, the ids that end a text.
+        'all' or 'auto'), temperature, seed; stop_ids, the ids that end a text.
 
     Raises:
       InputError: a prompt or a field is invalid.
@@ -68,7 +68,7 @@ class Model:
     section = commands.DecodeConfig(**decode)
     cfg = dataclasses.replace(schema.command_config(self.cfg), decode=section)
     validate.validate(cfg)
-    widths = decoder_lib.widths(cfg, self._decoder.active)
+    widths = decoder_lib.requested(cfg, self._decoder.active)
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
     of = self._decoder.with_sampling(**dataclasses.asdict(section))
     return of(ids, widths=widths, stop_ids=stop_ids)

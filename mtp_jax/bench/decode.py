@@ -9,6 +9,7 @@ import numpy as np
 
 from mtp_jax.bench import timing
 from mtp_jax.config import fields, parse, schema
+from mtp_jax.decode import adaptive
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import load as load_lib
 from mtp_jax.decode import summary as summary_lib
@@ -24,27 +25,29 @@ SHORT_S = 0.02  # shorter measurements are noise
 def compare(
   opened: load_lib.LoadedModel, ids: list[np.ndarray]
 ) -> tuple[decoder_lib.Decoded, list[str], dict]:
-  """Measures decoding with head 1 only and with all heads in use, alternating.
+  """Measures decoding with head 1 only and with the drafts of --decode.*, alternating.
 
   Args:
     opened: the model.
     ids: token ids of each prompt.
 
   Returns:
-    (the result with all heads, lines of a report, its values).
+    (the result with drafts, lines of a report, its values).
   """
   cfg, decode = opened.cfg, opened.decoder
   stop_ids = summary_lib.stop_ids(cfg, opened)
-  plain, drafted, ratios = _alternating(opened, [(), decode.widths], ids, stop_ids)
+  widths = decoder_lib.requested(cfg, decode.active)
+  plain, drafted, ratios = _alternating(opened, [(), widths], ids, stop_ids)
   speed_up = ratios[1]
   per_forward = drafted.tokens_per_forward / plain.tokens_per_forward
   lines = [
     f'{opened.name}: {len(ids)} prompts, {drafted.n_tokens:,} tokens,'
-    f' {len(decode.widths) + 1} heads compared with head 1 only, rounds:'
+    f' {_heads(widths, decode)} compared with head 1 only, rounds:'
     f' {cfg.bench.rounds}' + summary_lib.sampled(cfg),
     f'speed-up {timing.shown(speed_up)}, tokens per forward pass {per_forward:.2f},'
     f' efficiency {speed_up["median"] / per_forward:.2f}',
     *summary_lib.acceptance_lines(drafted),
+    *summary_lib.auto_lines(drafted),
   ]
   values = dict(
     speed_up=speed_up,
@@ -70,6 +73,11 @@ def compare(
   if not diverged:
     lines.append(f'identical, all {len(ids)} rows')
   return drafted, lines, values | dict(identical=not diverged, divergences=diverged)
+
+
+def _heads(widths, decode) -> str:
+  number = f'{len(decode.widths) + 1} heads'
+  return f'up to {number} (--decode.num_draft_tokens=auto)' if widths == adaptive.AUTO else number
 
 
 def _alternating(opened: load_lib.LoadedModel, variants: list, ids, stop_ids, rows: int = 0):
@@ -135,14 +143,18 @@ def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
   from held-out documents."""
   cfg, decode = opened.cfg, opened.decoder
   b, n = cfg.bench, len(decode.widths) + 1
-  drafts = parse.parse_numbers(b.num_draft_tokens) or tuple(range(n))
-  if max(drafts) >= n:
+  drafts, with_auto = parse.parse_drafts(b.num_draft_tokens)
+  if not b.num_draft_tokens:
+    drafts = tuple(range(n))
+  if max(drafts, default=0) >= n:
     raise fields.ConfigError(
       'bench.num_draft_tokens', b.num_draft_tokens, f'at most {n - 1}: {n} heads are in use'
     )
-  variants = [(1,) * J for J in (0, *(J for J in drafts if J))]
+  variants: list[tuple[int, ...] | str] = [(1,) * J for J in (0, *(J for J in drafts if J))]
   if not all(width == 1 for width in decode.widths):
     variants.append(decode.widths)  # --decode.tree
+  if with_auto:
+    variants.append(adaptive.AUTO)
   bandwidth = _bandwidth(opened.mesh)
   table = []
   for B in parse.parse_numbers(b.batches):
@@ -153,13 +165,16 @@ def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
       each = [decoded.forwards[i : i + B] for i in range(0, len(ids), B)]
       passes = sum(int(forwards.max()) for forwards in each)
       held = sum(len(forwards) * int(forwards.max()) for forwards in each)
-      read = decode.read_bytes(widths)
+      is_auto = isinstance(widths, str)
+      used = (1,) * decoded.auto.num_draft_tokens if isinstance(widths, str) else widths
+      read = decode.read_bytes(used)
       table.append(
         dict(
           batch=B,
           pieces=len(ids),
-          heads=len(widths) + 1,
-          widths=widths,
+          heads=len(used) + 1,
+          widths=used,
+          is_auto=is_auto,
           speed_up=speed_up,
           efficiency=speed_up['median'] * held / decoded.n_tokens,
           bound=decode.read_bytes(()) / read,
@@ -171,7 +186,9 @@ def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
       )
   columns = {
     'batch': lambda r: str(r['batch']),
-    'heads': lambda r: str(r['heads']) + ' tree' * any(width > 1 for width in r['widths']),
+    'heads': lambda r: (
+      str(r['heads']) + ' tree' * any(width > 1 for width in r['widths']) + ' auto' * r['is_auto']
+    ),
     'tokens per forward': lambda r: f'{r["tokens_per_forward"]:.2f}',
     'speed-up': lambda r: timing.shown(r['speed_up']),
     'efficiency': lambda r: f'{r["efficiency"]:.2f}',
@@ -179,12 +196,13 @@ def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
     'ms per forward': lambda r: f'{1e3 * r["pass_s"]:.2f}',
     'over weights / bandwidth': lambda r: f'{r["over_floor"]:.1f}',
     'tokens/s': lambda r: f'{r["tokens_per_s"]:,.0f}',
-    'acceptance': lambda r: ' '.join(f'{a:.2f}' for a in r['acceptance']),
+    'acceptance': lambda r: ' '.join('-' if a is None else f'{a:.2f}' for a in r['acceptance']),
   }
   return [
     f'{opened.name}: at least {b.num_prompts} prompts of {b.prompt_len} tokens, one per'
     f' row, {cfg.decode.max_new_tokens} new tokens' + summary_lib.sampled(cfg),
     *timing.table(table, columns),
+    *(f'batch {r["batch"]}: {r["auto"]["reason"]}' for r in table if r['is_auto']),
     f'memory bandwidth {bandwidth / 1e9:.1f} GB/s (a sum over 512 MiB); bound:'
     ' weight bytes per forward pass with head 1 only over those with all heads;'
     ' efficiency: speed-up over tokens per row and forward pass, until the last row ends',

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from mtp_jax.cli import prompts as prompts_lib
+from mtp_jax.decode import adaptive
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import load as load_lib
 from mtp_jax.decode import summary as summary_lib
@@ -31,6 +32,7 @@ def decode_prompts(
   B = min(cfg.decode.batch_size or len(prompts), len(prompts))
   cache = decoder_lib.cache_length([p.ids for p in prompts], cfg)
   stop_ids = summary_lib.stop_ids(cfg, opened)
+  widths = decoder_lib.requested(cfg, decode.active)
   rows, done = [], []
   _log(_warn_context(cfg, prompts, cache))
   for first in range(0, len(prompts), B):
@@ -38,6 +40,7 @@ def decode_prompts(
     stream = _stream(opened, batch[0], write) if len(prompts) == 1 else None
     decoded = decode(
       [p.ids for p in batch],
+      widths=widths,
       rows=B,
       cache=cache,
       stop_ids=stop_ids,
@@ -65,8 +68,10 @@ def decode_prompts(
       f'{opened.name}: {total.n_tokens:,} tokens in'
       f' {int(total.forwards.sum()):,} forward passes,'
       f' {total.tokens_per_forward:.2f} tokens per forward pass with'
-      f' {len(decode.widths) + 1} of {cfg.heads.n} heads' + summary_lib.sampled(cfg),
+      f' {"up to " * (widths == adaptive.AUTO)}{len(decode.widths) + 1} of {cfg.heads.n} heads'
+      + summary_lib.sampled(cfg),
       *summary_lib.acceptance_lines(total),
+      *summary_lib.auto_lines(total),
       f'prompts {total.prefill_s:.3f} s, decoding {total.decode_s:.3f} s:'
       f' {total.n_tokens / total.decode_s:,.0f} tokens/s'
       f' (compiled in {total.compile_s:.1f} s)',

@@ -67,6 +67,15 @@ def parse_numbers(text: str) -> tuple[int, ...]:
   return tuple(int(number) for number in text.split(',')) if text else ()
 
 
+def parse_drafts(text: str) -> tuple[tuple[int, ...], bool]:
+  """Parses '0,3,auto' to ((0, 3), True), '' to ((), False); auto at most once."""
+  words = text.split(',') if text else []
+  with_auto = 'auto' in words
+  if with_auto:
+    words.remove('auto')
+  return tuple(int(word) for word in words), with_auto
+
+
 def parse_stop_ids(text: str) -> tuple[int, ...] | None:
   """Parses '3,7' to (3, 7), 'none' to (), '' to None (unset)."""
   if not text:

@@ -385,11 +385,12 @@ def _check_decode(cfg):
   for flag, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
     need(sampled or getattr(d, flag) == unused, flag, 'needs --decode.temperature above 0')
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
-  drafts = None if d.num_draft_tokens == 'all' else _natural(d.num_draft_tokens)
+  of_all = d.num_draft_tokens in ('all', 'auto')
+  drafts = None if of_all else _natural(d.num_draft_tokens)
   need(
-    d.num_draft_tokens == 'all' or (drafts is not None and drafts < n),
+    of_all or (drafts is not None and drafts < n),
     'num_draft_tokens',
-    f'all, or an integer from 0 to --heads.n - 1 = {n - 1}',
+    f'auto, all, or an integer from 0 to --heads.n - 1 = {n - 1}',
   )
   need(
     drafts is None or not widths or drafts == len(widths),
@@ -424,9 +425,9 @@ def _check_bench(cfg):
     ('batches', parse_lib.parse_numbers, lambda b: 1 <= b <= 2**20, f'numbers from 1 to {2**20:,}'),
     (
       'num_draft_tokens',
-      parse_lib.parse_numbers,
+      lambda text: parse_lib.parse_drafts(text)[0],
       lambda drafts: 0 <= drafts < cfg.heads.n,
-      f'numbers from 0 to --heads.n - 1 = {cfg.heads.n - 1}',
+      f'auto, and numbers from 0 to --heads.n - 1 = {cfg.heads.n - 1}',
     ),
     (
       'backward',

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import commands, fields, parse, schema
-from mtp_jax.decode import sample, setup, speculative, window
+from mtp_jax.decode import adaptive, auto, sample, setup, window
+from mtp_jax.decode import batch as batch_lib
 from mtp_jax.decode import state as state_lib
 from mtp_jax.decode import weights as weights_lib
 from mtp_jax.io import paths
 from mtp_jax.parallel import sharding
 
 SLOTS = 64  # cache lengths are multiples, so that several lengths share a program
-NO_LIMIT = 2**31 - 1
+NO_LIMIT = adaptive.NO_LIMIT
 
 
 class Decoded(NamedTuple):
@@ -31,6 +32,7 @@ class Decoded(NamedTuple):
   prefill_s: float
   decode_s: float
   compile_s: float
+  auto: adaptive.Report | None = None  # what was chosen; None = a fixed number of drafts
 
   @property
   def n_tokens(self) -> int:
@@ -56,6 +58,7 @@ def joined(parts: Sequence[Decoded]) -> Decoded:
     [tokens for part in parts for tokens in part.tokens],
     np.concatenate([part.forwards for part in parts]),
     **sums,
+    auto=adaptive.merged([part.auto for part in parts]),
   )
 
 
@@ -78,7 +81,10 @@ class Decoder:
     self._widest = setup.setup(cfg, active, widths(cfg, active))
     with jax.set_mesh(mesh):
       self._weights = _weights(model, s=self._widest)
-    self._compiled = set()  # shapes that have run
+    # By the shape of a batch:
+    self._compiled: dict[Any, set] = {}  # Setups whose programs have run
+    self._times: dict[Any, adaptive.Times] = {}
+    self._seen: dict[Any, int] = {}  # new tokens per row so far
 
   def with_sampling(self, **decode) -> 'Decoder':
     """Returns a Decoder of the same weights and programs under other --decode.*
@@ -101,7 +107,7 @@ class Decoder:
     self,
     prompts: Sequence[np.ndarray],
     *,
-    widths: tuple[int, ...] | None = None,
+    widths: tuple[int, ...] | str | None = None,
     rows: int = 0,
     cache: int = 0,
     seeds: Sequence[int] | None = None,
@@ -113,8 +119,9 @@ class Decoder:
 
     Args:
       prompts: token ids, at least one per prompt.
-      widths: candidates of heads 2, 3 …; None = those of --decode.num_draft_tokens and
-        tree.
+      widths: candidates of heads 2, 3 …; 'auto' = a measured number of drafts; None =
+        those of --decode.num_draft_tokens and tree, of all heads where that is auto, so
+        that counters do not depend on a clock.
       rows: batch size to pad to with finished rows, so that a last batch uses the
         same program.
       cache: maximum tokens per row; 0 = longest prompt + max_new_tokens.
@@ -123,13 +130,16 @@ class Decoder:
       max_accept: maximum number of accepted drafts per forward pass; 0 = one token
         per forward pass.
       each: called with the new tokens of all rows every --decode.stream_every forward
-        passes; may return, per row, whether it ends.
+        passes, or more often; may return, per row, whether it ends.
 
     Raises:
       ConfigError: a prompt does not fit the cache, or is empty.
     """
-    d, s = self.cfg.decode, self._widest
-    if widths is not None:
+    d = self.cfg.decode
+    s, is_auto = self._widest, isinstance(widths, str)  # 'auto'
+    if isinstance(widths, str):
+      s = batch_lib.with_drafts(s, len(self.widths))
+    elif widths is not None:
       s = s._replace(tree=setup.tree(widths))
     s = s._replace(stop_ids=tuple(sorted(stop_ids)))
     longest = max(map(len, prompts))
@@ -138,65 +148,86 @@ class Decoder:
     seeds = range(d.seed, d.seed + len(prompts)) if seeds is None else seeds
     C = min(d.prefill_chunk_size, 1 << max(longest - 2, 0).bit_length())
     chunks = range(0, longest - 1, C)
-    slots = max(cache + s.slots - 1, len(chunks) * C)
+    # A chain needs no slots beyond its row's end, except in a ring.
+    spare = s.slots - 1 if not is_auto or batch_lib.has_window(s) else 0
+    slots = max(cache + spare, len(chunks) * C)
     slots = -(-slots // SLOTS) * SLOTS
     B = max(rows, len(prompts))
     B = -(-B // self._batch_shards) * self._batch_shards
     self._check_memory(B, slots, cache, s)
-    sampling = sample.sampling(self.cfg)
-    weights = weights_lib.in_use(self._weights, s)
+    sampling, most = sample.sampling(self.cfg), s.window - 1
+    report = adaptive.Report(most, {}, {}, {}) if is_auto else None
+    if is_auto and not self._is_measured((B, slots, s), d.max_new_tokens):
+      s, is_auto = batch_lib.with_drafts(s, 0), False
+    shape = (B, slots, C, bool(chunks), sampling is None, is_auto, s)
+    if shape in self._times and not self._times[shape].can_pay(most):
+      s = batch_lib.with_drafts(s, 0)  # no cache of heads
     with jax.set_mesh(self.mesh):
-      state, caches = self._start(prompts, seeds, cache, B=B, slots=slots, sampling=sampling, s=s)
-      prefill_s, decode_s, compile_s = 0.0, 0.0, 0.0
+      state, caches = self._start(
+        prompts,
+        seeds,
+        cache,
+        B=B,
+        slots=slots,
+        # Rejection sampling needs the distributions of drafts; its text depends on their
+        # number.
+        sampling=None if is_auto else sampling,
+        s=s,
+      )
+      batch = batch_lib.Batch(
+        self._weights, state, caches, sampling=sampling, max_accept=max_accept, s=s
+      )
       begin = time.perf_counter()
-      shape = (B, slots, C, bool(chunks), sampling is None, s)
-      if shape not in self._compiled:
+      if is_auto and shape not in self._times:
+        self._times[shape] = auto.measure(batch, most)
+        if not self._times[shape].can_pay(most):
+          batch.change(0)
+      compile_s, run = 0.0, batch
+      compiled = self._compiled.setdefault(shape, set())
+      if batch.s not in compiled:
         # Warm-up calls, which the calls below repeat with the same effect.
-        if chunks:
-          state, caches = speculative.prefill(weights, state, caches, 0, C=C, s=s)
-        state, caches = speculative.run(
-          weights, state, caches, max_forwards=0, max_accept=max_accept, sampling=sampling, s=s
-        )
-        jax.block_until_ready(state)
-        self._compiled.add(shape)
+        batch.prefill(chunks[:1], C)
+        batch.forward(0)
+        compiled.add(batch.s)
         compile_s = time.perf_counter() - begin
       begin = time.perf_counter()
-      for first in chunks:
-        state, caches = speculative.prefill(weights, state, caches, first, C=C, s=s)
-      jax.block_until_ready((state, caches))
-      prefill_s = time.perf_counter() - begin
+      batch.prefill(chunks, C)
+      prefill_s, decode_s = time.perf_counter() - begin, 0.0
+      if is_auto:
+        policy = adaptive.Policy(self._times[shape], most, B)
+        read_s = prefill_s / max(len(chunks) * C, 1)
+        run = auto.Auto(batch, policy, read_s=read_s, compiled=compiled)
       done = False
       while not done:
-        begin = time.perf_counter()
-        state, caches = speculative.run(
-          weights,
-          state,
-          caches,
-          max_forwards=d.stream_every if each else NO_LIMIT,
-          max_accept=max_accept,
-          sampling=sampling,
-          s=s,
-        )
-        done = bool(np.all(jax.device_get(state.done_B)))
-        decode_s += time.perf_counter() - begin
+        counts, seconds = run.forward(d.stream_every if each else NO_LIMIT)
+        decode_s += seconds
+        done = bool(np.all(counts.done_B))
         if each:
-          ended = each(_new_tokens(state, prompts))
+          ended = each(_new_tokens(batch.state, prompts))
           if ended is not None:
             ended_B = np.pad(ended, (0, B - len(prompts)), constant_values=True)
-            state = _end(state, self._rows(ended_B))
-            done = bool(np.all(jax.device_get(state.done_B)))
-      forwards_B, proposed_BJ, accepted_BJ = jax.device_get(
-        (state.forwards_B, state.proposed_BJ, state.accepted_BJ)
-      )
-      return Decoded(
-        _new_tokens(state, prompts),
-        forwards_B[: len(prompts)],
-        proposed_BJ.sum(0),
-        accepted_BJ.sum(0),
-        prefill_s,
-        decode_s,
-        compile_s,
-      )
+            batch.end(self._rows(ended_B))
+            done = bool(np.all(batch.counts().done_B))
+    if isinstance(run, auto.Auto):
+      report, compile_s = run.policy.report(), compile_s + run.compile_s
+    proposed_J, accepted_J = counts.proposed_BJ.sum(0), counts.accepted_BJ.sum(0)
+    unused = most - len(proposed_J)
+    return Decoded(
+      _new_tokens(batch.state, prompts),
+      counts.forwards_B[: len(prompts)],
+      np.pad(proposed_J, (0, unused)),
+      np.pad(accepted_J, (0, unused)),
+      prefill_s,
+      decode_s,
+      compile_s,
+      report,
+    )
+
+  def _is_measured(self, shape, new_tokens: int) -> bool:
+    """Returns whether batches of a shape are long enough, or have been by now, to measure
+    what drafts cost."""
+    self._seen[shape] = self._seen.get(shape, 0) + new_tokens
+    return len(self.widths) > 0 and self._seen[shape] >= adaptive.MIN_NEW_TOKENS
 
   def next_logits(self, ids: np.ndarray) -> np.ndarray:
     """Returns head 1's logits after some tokens, by one forward pass over all."""
@@ -254,27 +285,22 @@ class Decoder:
       seed_B[b] = seeds[b] % 2**31
     return _start(
       *self._rows((tokens_BS, length_B, limit_B, seed_B)),
-      sampled=sampling is not None,
+      rejection=sampling is not None,
       slots=slots,
       dtype=self._cache_dtype,
       s=s,
     )
 
 
-def _begin(tokens_BS, length_B, limit_B, seed_B, *, sampled, slots, dtype, s):
+def _begin(tokens_BS, length_B, limit_B, seed_B, *, rejection, slots, dtype, s):
   return (
-    state_lib.start(tokens_BS, length_B, limit_B, seed_B, sampled=sampled, s=s),
+    state_lib.start(tokens_BS, length_B, limit_B, seed_B, rejection=rejection, s=s),
     state_lib.empty(tokens_BS.shape[0], slots, dtype, s),
   )
 
 
 _weights = jax.jit(weights_lib.weights, static_argnames='s')
-_start = jax.jit(_begin, static_argnames=('sampled', 'slots', 'dtype', 's'))
-
-
-@jax.jit
-def _end(state, ended_B):
-  return state._replace(done_B=state.done_B | ended_B)
+_start = jax.jit(_begin, static_argnames=('rejection', 'slots', 'dtype', 's'))
 
 
 _next_logits = jax.jit(window.next_logits, static_argnames='s')
@@ -318,15 +344,23 @@ def check(
       )
 
 
+def requested(cfg: schema.CommandConfig, active: int) -> tuple[int, ...] | str:
+  """Returns what to decode with: as `widths`, or 'auto' if the number of drafts is
+  measured."""
+  of = widths(cfg, active)
+  is_auto = cfg.decode.num_draft_tokens == adaptive.AUTO and not cfg.decode.tree
+  return adaptive.AUTO if is_auto else of
+
+
 def widths(cfg: schema.CommandConfig, active: int) -> tuple[int, ...]:
   """Returns the candidates of heads 2..W that --decode.num_draft_tokens and
-  --decode.tree request.
+  --decode.tree request at most: those of all heads for auto.
 
   Raises:
     ConfigError: more heads than trained.
   """
   d = cfg.decode
-  if d.num_draft_tokens == 'all' and not d.tree:
+  if d.num_draft_tokens in ('all', adaptive.AUTO) and not d.tree:
     # Strided heads leave gaps between their drafts.
     return (1,) * (active - 1) if cfg.heads.stride == 1 else ()
   proposed = parse.parse_numbers(d.tree) or (1,) * int(d.num_draft_tokens)

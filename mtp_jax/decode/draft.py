@@ -104,8 +104,11 @@ def _propose(
   X = candidates_BJX.shape[2]
   if sampling is not None:
     q_BKV = sample.probabilities(logits_BKV, sampling)
-    new_BKX = sample.draw(q_BKV, state.seed_B, at_BK, sample.DRAFT)[:, :, None]
-    q_BJV = q_BJV.at[:, of_heads].set(q_BKV)
+    # Drafts to be accepted where equal use the random numbers of head 1's draw.
+    purpose = sample.DRAW if q_BJV is None else sample.DRAFT
+    new_BKX = sample.draw(q_BKV, state.seed_B, at_BK, purpose)[:, :, None]
+    if q_BJV is not None:
+      q_BJV = q_BJV.at[:, of_heads].set(q_BKV)
   elif X == 1:
     new_BKX = jnp.argmax(logits_BKV, axis=-1, keepdims=True).astype(jnp.int32)
   else:

@@ -7,7 +7,11 @@ Verification is lossless: a greedy draft is accepted if it is head 1's argmax (S
 et al. 2018, https://arxiv.org/abs/1811.03115); a sampled one with probability
 min(1, p / q), p and q of head 1 and of the head that drafted, else the token is
 drawn from max(p - q, 0), normalised, so that each token has head 1's distribution
-(Leviathan et al. 2023, https://arxiv.org/abs/2211.17192).
+(Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). Where the number of drafts is
+measured, a sampled draft is accepted if it equals the token that head 1 draws with the
+same random numbers (Gumbel coupling, Daliri et al. 2024,
+https://arxiv.org/abs/2408.07978): fewer are accepted, and the text is that of plain
+decoding, whatever was drafted.
 """
 
 from typing import Any, NamedTuple
@@ -90,20 +94,27 @@ def draw(p_BTV, seed_B, index_BT, purpose: int):
   return jnp.argmax(jnp.log(p_BTV) + noise_BTV, axis=-1).astype(jnp.int32)
 
 
-def accept_greedy(tokens_BM, logits_BMV, allowed_B, levels):
-  """Accepts the longest path of drafts that equal head 1's argmax.
+def tokens(logits_BTV, seed_B, index_BT, s: Sampling | None):
+  """Returns the token that plain decoding emits at each index, by head 1's logits: their
+  argmax, or a draw."""
+  if s is None:
+    return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+  return draw(probabilities(logits_BTV, s), seed_B, index_BT, DRAW)
+
+
+def accept_equal(tokens_BM, best_BM, allowed_B, levels):
+  """Accepts the longest path of drafts that equal head 1's tokens.
 
   Args:
     tokens_BM: tokens of the window, its root the last known one.
-    logits_BMV: head 1's logits after each of them.
+    best_BM: head 1's token after each of them.
     allowed_B: deepest level that may be accepted.
     levels: (slots, their parents) of each level below the root.
 
   Returns:
     (number of accepted drafts (B,), path_BW: the slot at each level, emitted_BW:
-    head 1's argmax after each of these).
+    head 1's token after each of these).
   """
-  best_BM = jnp.argmax(logits_BMV, axis=-1).astype(jnp.int32)
   B = tokens_BM.shape[0]
   is_accepted = {0: jnp.ones(B, bool)}
   path, n_accepted = [jnp.zeros(B, jnp.int32)], jnp.zeros(B, jnp.int32)

@@ -21,7 +21,7 @@ class State(NamedTuple):
   seed_B: Any
   drafted_B: Any  # whether the row has drafts
   candidates_BJX: Any  # drafts of heads 2..W, best first
-  q_BJV: Any  # the distributions of the drafts; None if greedy
+  q_BJV: Any  # the distributions of the drafts; None if accepted only where equal
   tail_BRD: Any  # z of the R positions before the window; None if R = 0
   forwards_B: Any  # forward passes
   proposed_BJ: Any  # drafts verified, those before them having been accepted
@@ -33,10 +33,11 @@ class Caches(NamedTuple):
   heads: tuple[cache_lib.Layer, ...]
 
 
-def start(tokens_BS, length_B, limit_B, seed_B, *, sampled: bool, s: setup_lib.Setup):
+def start(tokens_BS, length_B, limit_B, seed_B, *, rejection: bool, s: setup_lib.Setup):
   """Returns the initial State; call it under jit.
 
-  tokens_BS must have room for a window beyond the longest limit.
+  tokens_BS must have room for a window beyond the longest limit. rejection: whether
+  drafts are accepted by rejection sampling.
   """
   J, V, R = s.window - 1, s.cfg.model.vocab_size, s.num_reread
   width = max(s.tree.widths, default=1)
@@ -55,7 +56,7 @@ def start(tokens_BS, length_B, limit_B, seed_B, *, sampled: bool, s: setup_lib.S
       seed_B,
       zeros(dtype=bool),
       zeros(J, width),
-      zeros(J, V, dtype=jnp.float32) if sampled else None,
+      zeros(J, V, dtype=jnp.float32) if rejection else None,
       zeros(R, s.cfg.model.d_model, dtype=s.cfg.model.compute_dtype) if R else None,
       zeros(),
       zeros(J),

@@ -18,7 +18,7 @@ def sampled(cfg) -> str:
 
 
 def acceptance_lines(decoded) -> list[str]:
-  if not len(decoded.proposed_J):
+  if not len(decoded.proposed_J) or (decoded.auto and not decoded.proposed_J.any()):
     return []
   rates = ', '.join(
     f't+{j}: {"-" if rate is None else f"{rate:.2f}"}'
@@ -27,7 +27,23 @@ def acceptance_lines(decoded) -> list[str]:
   return [f'conditional acceptance rate of drafts: {rates}']
 
 
+def auto_lines(decoded) -> list[str]:
+  """Returns which number of draft tokens was measured to be the fastest, and why."""
+  return [decoded.auto.line()] if decoded.auto else []
+
+
 def summary(decoded: decoder_lib.Decoded) -> dict:
+  auto = decoded.auto
+  chosen = {}
+  if auto is not None:
+    chosen = dict(
+      auto=dict(
+        num_draft_tokens=auto.num_draft_tokens,
+        forwards={str(j): n for j, n in sorted(auto.forwards.items())},
+        forward_s={str(j): s for j, s in sorted(auto.forward_s.items())},
+        reason=auto.line(),
+      )
+    )
   return dict(
     tokens=decoded.n_tokens,
     forwards=int(decoded.forwards.sum()),
@@ -39,4 +55,5 @@ def summary(decoded: decoder_lib.Decoded) -> dict:
     decode_s=decoded.decode_s,
     compile_s=decoded.compile_s,
     tokens_per_s=decoded.n_tokens / decoded.decode_s,
+    **chosen,
   )

@@ -14,8 +14,9 @@ def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, 
   tokens_BS, length_B, live_B = state.tokens_BS, state.length_B, ~state.done_B
   allowed_B = jnp.where(state.drafted_B & live_B, jnp.minimum(max_accept, J), 0)
   index_1W = jnp.arange(W)[None]
-  if sampling is None:
-    n_B, path_BW, emitted_BW = sample.accept_greedy(tokens_BM, logits_BMV, allowed_B, s.tree.levels)
+  if state.q_BJV is None:
+    wanted_BM = sample.tokens(logits_BMV, state.seed_B, length_B[:, None] + index_1W, sampling)
+    n_B, path_BW, emitted_BW = sample.accept_equal(tokens_BM, wanted_BM, allowed_B, s.tree.levels)
   else:
     n_B, emitted_BW = sample.accept_sampled(
       tokens_BM,

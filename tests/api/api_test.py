@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mtp_jax as mtp
+from mtp_jax.api import runs
 from tests.support import tiny
 
 FAMILIES = ('parallel', 'sequential', 'recursive', 'residual', 'anticausal')
@@ -95,8 +96,21 @@ def test_generate_drafts_what_plain_decoding_writes(family):
   cfg = _cfg(family)
   params = mtp.init(cfg, jax.random.key(1))
   plain = mtp.generate(params, [[1, 2, 3], [7]], cfg, max_new_tokens=6, num_draft_tokens=0)
-  drafted = mtp.generate(params, [[1, 2, 3], [7]], cfg, max_new_tokens=6)
-  np.testing.assert_array_equal(drafted, plain)
+  for drafts in ('all', 'auto'):
+    drafted = mtp.generate(params, [[1, 2, 3], [7]], cfg, max_new_tokens=6, num_draft_tokens=drafts)
+    np.testing.assert_array_equal(drafted, plain)
+
+
+def test_generate_measures_the_number_of_drafts_by_default():
+  cfg = _cfg('parallel')
+  model = runs.Model(mtp.init(cfg, jax.random.key(1)), cfg)
+  prompts = [[1, 2, 3], [7]]
+  plain = model.decode(prompts, max_new_tokens=70, num_draft_tokens=0, temperature=0.8, seed=3)
+  measured = model.decode(prompts, max_new_tokens=70, temperature=0.8, seed=3)
+  assert plain.auto is None and measured.auto.forward_s
+  for row, wanted in zip(measured.tokens, plain.tokens, strict=True):
+    np.testing.assert_array_equal(row, wanted)
+  assert model.decode(prompts, max_new_tokens=6, num_draft_tokens='all').auto is None
 
 
 def test_save_then_load_is_identity_and_refuses_what_exists(tmp_path):

@@ -29,7 +29,8 @@ def _oracle(workdir, prompt, new):
 
 
 def test_generated_text_equals_reference_and_reports_statistics(undisturbed, capsys):
-  assert _generate(undisturbed, '--prompt=ab(', '--decode.max_new_tokens=12') == 0
+  flags = ('--decode.max_new_tokens=12', '--decode.num_draft_tokens=all')
+  assert _generate(undisturbed, '--prompt=ab(', *flags) == 0
   out, err = capsys.readouterr()
   bos, eos = tokenizers.BYTES_BOS, tokenizers.BYTES_EOS
   ids = _oracle(undisturbed, [bos, *b'ab('], 12)
@@ -40,6 +41,31 @@ def test_generated_text_equals_reference_and_reports_statistics(undisturbed, cap
   assert 'with 2 of 2 heads, greedy' in err
   assert re.search(r'conditional acceptance rate of drafts: t\+2: [01]\.\d\d\n', err)
   assert re.search(r'decoding [\d.]+ s: [\d,]+ tokens/s', err)
+
+
+def test_auto_reports_its_choice(undisturbed, tmp_path, capsys, monkeypatch):
+  from mtp_jax.decode import adaptive, auto
+
+  ids = _oracle(undisturbed, [1, 5, 9], 70)
+  line = 'num_draft_tokens=auto: plain decoding, '
+  for times, new, wanted in (
+    ({0: 1.0, 1: 1.0}, 70, r'num_draft_tokens=auto: [01] in \d+ of \d+ forward passes.*; per '),
+    ({0: 1.0, 1: 9.0}, 70, line + r'[\d.e-]+ ms per forward pass; 1 draft tokens take 9e.03 ms'),
+    (None, 12, line + 'fewer than 64 new tokens are not measured'),
+  ):
+    monkeypatch.setattr(auto, 'measure', lambda *args, times=times: adaptive.Times(times))
+    out = tmp_path / 'out.json'
+    flags = (f'--decode.max_new_tokens={new}', f'--out={out}')
+    assert _generate(undisturbed, '--prompt_ids=1,5,9', *flags) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0] == ','.join(map(str, ids[:new]))
+    assert 'with up to 2 of 2 heads, greedy' in shown.err
+    (found,) = (x for x in shown.err.splitlines() if x.startswith('num_draft_tokens'))
+    assert re.match(wanted, found), found
+    values = json.loads(out.read_text())
+    assert values['auto']['reason'] == found
+    assert values['auto']['num_draft_tokens'] in (0, 1)
+    assert sum(values['auto']['forwards'].values()) in (0, values['forwards'])
 
 
 def test_prompt_ids_print_ids(undisturbed, capsys):
@@ -141,6 +167,7 @@ def test_compare_reports_equal_text(undisturbed, tmp_path, capsys):
       undisturbed,
       '--prompt=ab',
       '--decode.compare',
+      '--decode.num_draft_tokens=all',
       '--decode.max_new_tokens=12',
       '--bench.rounds=2',
       f'--out={out}',
@@ -149,13 +176,25 @@ def test_compare_reports_equal_text(undisturbed, tmp_path, capsys):
     == 0
   )
   shown = capsys.readouterr().out
-  assert 'identical, all 1 rows' in shown
+  assert 'identical, all 1 rows' in shown and '2 heads compared with head 1 only' in shown
   assert re.search(r'speed-up [\d.]+ \([\d.]+-[\d.]+\), tokens per forward pass', shown)
   found = json.loads(out.read_text())
   assert found['identical'] and not found['divergences']
   assert found['efficiency'] == pytest.approx(
     found['speed_up']['median'] / found['tokens_per_forward']
   )
+
+
+def test_compare_with_a_measured_number(undisturbed, tmp_path, capsys):
+  out = tmp_path / 'compare.json'
+  flags = ('--decode.max_new_tokens=64', '--bench.rounds=1', '--decode.stop_token_ids=none')
+  assert _generate(undisturbed, '--prompt=ab', '--decode.compare', f'--out={out}', *flags) == 0
+  shown = capsys.readouterr().out
+  assert 'up to 2 heads (--decode.num_draft_tokens=auto) compared with head 1 only' in shown
+  assert 'identical, all 1 rows' in shown and '\nnum_draft_tokens=auto: ' in shown
+  found = json.loads(out.read_text())
+  assert found['identical'] and 'auto' not in found['plain']
+  assert set(found['drafted']['auto']['forward_s']) == {'0', '1'}
 
 
 def test_compare_without_drafts_is_skipped(undisturbed, capsys):
@@ -212,7 +251,10 @@ def test_diverging_rows_are_reported(undisturbed, monkeypatch, capsys):
   assert 'identical' not in out
 
 
-def test_bench_decode(undisturbed, tmp_path, capsys):
+def test_bench_decode(undisturbed, tmp_path, capsys, monkeypatch):
+  from mtp_jax.decode import adaptive
+
+  monkeypatch.setattr(adaptive, 'MIN_NEW_TOKENS', 1000)
   out = tmp_path / 'decode.json'
   assert (
     main.main(
@@ -223,6 +265,7 @@ def test_bench_decode(undisturbed, tmp_path, capsys):
         '--bench.batches=1,2',
         '--bench.num_prompts=3',
         '--bench.prompt_len=8',
+        '--bench.num_draft_tokens=0,1,auto',
         '--decode.max_new_tokens=10',
         '--bench.rounds=1',
         '--mesh.fsdp=-1',
@@ -233,8 +276,12 @@ def test_bench_decode(undisturbed, tmp_path, capsys):
     == 0
   )
   found = json.loads(out.read_text())
-  keys = [(r['batch'], r['heads']) for r in found['rows']]
-  assert keys == [(1, 1), (1, 2), (2, 1), (2, 2)]
+  keys = [(r['batch'], r['heads'], r['is_auto']) for r in found['rows']]
+  of_batch = [(1, False), (2, False), (1, True)]  # ten tokens: plain decoding
+  assert keys == [(batch, *of) for batch in (1, 2) for of in of_batch]
+  for row in found['rows'][2::3]:
+    assert 'fewer than 1000' in row['auto']['reason'] and row['tokens'] == 30
+  found['rows'] = [row for row in found['rows'] if not row['is_auto']]
   for row in found['rows']:
     assert row['tokens'] == 10 * row['pieces'] == 30
     assert 1 <= row['tokens_per_forward'] <= row['heads']
@@ -252,7 +299,8 @@ def test_bench_decode(undisturbed, tmp_path, capsys):
   layer = 4 * 16**2 + 3 * 16 * 32 + 2 * 16
   assert plain['read_bytes'] == 4 * (2 * layer + 16 + 16 * 264)
   assert drafted['read_bytes'] == 4 * (3 * layer + 16 + 2 * 16 * 264)
-  assert 'tokens per forward' in capsys.readouterr().out
+  shown = capsys.readouterr().out
+  assert 'tokens per forward' in shown and 'batch 2: num_draft_tokens=auto: plain' in shown
 
 
 def test_checkpoint_decodes_without_its_store(store, tmp_path, capsys):
@@ -300,7 +348,11 @@ def test_checkpoint_decodes_without_its_store(store, tmp_path, capsys):
   [
     (
       ['--prompt=a', '--decode.num_draft_tokens=2'],
-      '--decode.num_draft_tokens=2: all, or an integer from 0 to',
+      '--decode.num_draft_tokens=2: auto, all, or an integer from 0 to --heads.n - 1 = 1',
+    ),
+    (
+      ['--prompt=a', '--decode.num_draft_tokens=Auto'],
+      '--decode.num_draft_tokens=Auto: auto, all, or an integer',
     ),
     (['--prompt=a', '--decode.tree=2,2'], '--decode.tree=2,2: with --heads.n=2 at most 1 numbers'),
     (
