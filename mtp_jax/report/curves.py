@@ -71,6 +71,9 @@ def _held_out(runs, evals: list[list[dict]], source: str) -> dict[str, list]:
     f'mean acceptance length (tokens){of}': [
       content.shown(r.get('mean_acceptance_length'), '.3f') for r in last
     ],
+    f'mean acceptance length, sampled (tokens){of}': [
+      content.shown(r.get('mean_acceptance_length_sampled'), '.3f') for r in last
+    ],
   }
 
 
@@ -139,7 +142,8 @@ def losses(runs: list[history.Run]) -> content.Section:
 def acceptance(runs: list[history.Run]) -> content.Section:
   text = (
     'How often a draft equals the prediction of head 1, given that the earlier'
-    ' drafts did; teacher-forced, an estimate of acceptance in decoding.'
+    ' drafts did; teacher-forced, an estimate of acceptance in decoding. alpha: the same of'
+    ' sampled drafts, of each head alone.'
   )
   plots = [
     plot._replace(limits=(0, 1.02))
@@ -207,6 +211,7 @@ def _heads_table(run: history.Run) -> list[content.Table]:
   for source, records in history.by_source(run.of('eval')).items():
     r = records[-1]
     rates = history.by_head([r], 'acceptance')
+    sampled = history.by_head([r], 'alpha')
     ks = history.by_head([r], 'loss').keys() | rates.keys()
     header = ['head', 'loss (nats)', 'accuracy']
     rows = [
@@ -215,6 +220,7 @@ def _heads_table(run: history.Run) -> list[content.Table]:
         content.shown(r.get(f'loss_{k}'), '.4f'),
         content.shown(r.get(f'accuracy_{k}'), '.2%'),
         *([content.shown(r.get(f'acceptance_{k}'), '.2%')] if rates else []),
+        *([content.shown(r.get(f'alpha_{k}'), '.2%')] if sampled else []),
       ]
       for k in sorted(ks)
     ]
@@ -222,7 +228,7 @@ def _heads_table(run: history.Run) -> list[content.Table]:
     tables.append(
       content.Table(
         f'{run.name}{of}: held out after step {r["step"]:,}',
-        [*header, *(['accepted'] if rates else [])],
+        [*header, *(['accepted'] if rates else []), *(['alpha'] if sampled else [])],
         rows,
       )
     )
