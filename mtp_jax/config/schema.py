@@ -228,6 +228,9 @@ class ModelConfig:
     return tuple(found)
 
 
+MOST_TOKENS = 64  # of a window that a decoder verifies
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadsConfig:
   """The prediction heads: head k predicts token t + k, unless they are strided."""
@@ -285,6 +288,13 @@ class HeadsConfig:
   def offsets(self) -> tuple[int, ...]:
     """The offset of each head's target from the query, in tokens."""
     return tuple(1 + self.stride * k for k in range(self.n))
+
+  @property
+  def most_drafts(self) -> int:
+    """The number of drafts per forward pass that a decoder can make: n - 1, but for a
+    shared module, which may be applied again."""
+    again = self.family == 'recursive' and self.unembedding != 'replicated' and self.n > 1
+    return MOST_TOKENS - 1 if again else self.n - 1
 
   @property
   def block_first(self) -> bool:

@@ -351,11 +351,9 @@ def _check_stores(cfg):
       names.add(ref.name)
 
 
-TREE = 64  # tokens of a window, at most
-
-
 def _check_decode(cfg):
   d, n, stride = cfg.decode, cfg.heads.n, cfg.heads.stride
+  most, drafts_of_heads = schema.MOST_TOKENS, cfg.heads.most_drafts
 
   def need(ok, flag, allowed):
     if not ok:
@@ -367,18 +365,18 @@ def _check_decode(cfg):
     widths = (0,)
   slots, level = 1, 1
   for width in widths:
-    level = min(level * width, 2 * TREE)  # bounds the size of the integers
-    slots = min(slots + level, 2 * TREE)
+    level = min(level * width, 2 * most)  # bounds the size of the integers
+    slots = min(slots + level, 2 * most)
   need(
-    all(width >= 1 for width in widths) and slots <= TREE,
+    all(width >= 1 for width in widths) and slots <= most,
     'tree',
     'candidates of heads 2, 3 …, above 0, with commas, that make a window of at'
-    f' most {TREE} tokens',
+    f' most {most} tokens',
   )
   need(
-    len(widths) < n and max(widths, default=1) <= cfg.model.vocab_size,
+    len(widths) <= drafts_of_heads and max(widths, default=1) <= cfg.model.vocab_size,
     'tree',
-    f'with --heads.n={n} at most {n - 1} numbers, none above the vocabulary',
+    f'with --heads.n={n} at most {drafts_of_heads} numbers, none above the vocabulary',
   )
   need(not d.temperature or d.temperature >= 1e-6, 'temperature', '0, or at least 1e-6')
   sampled = d.temperature or cfg.eval.samples > 1 or cfg.eval.temperatures
@@ -388,9 +386,10 @@ def _check_decode(cfg):
   of_all = d.num_draft_tokens in ('all', 'auto')
   drafts = None if of_all else _natural(d.num_draft_tokens)
   need(
-    of_all or (drafts is not None and drafts < n),
+    of_all or (drafts is not None and drafts <= drafts_of_heads),
     'num_draft_tokens',
-    f'auto, all, or an integer from 0 to --heads.n - 1 = {n - 1}',
+    'auto, all, or an integer from 0 to '
+    + (f'--heads.n - 1 = {n - 1}' if drafts_of_heads == n - 1 else str(drafts_of_heads)),
   )
   need(
     drafts is None or not widths or drafts == len(widths),

@@ -77,6 +77,7 @@ class Decoder:
     Raises:
       ConfigError: cfg.decode needs more heads than trained.
     """
+    cfg, active = _with_reuse(cfg, active)
     self.cfg, self.mesh, self.active = cfg, mesh, active
     self._widest = setup.setup(cfg, active, widths(cfg, active))
     with jax.set_mesh(mesh):
@@ -352,6 +353,15 @@ def requested(cfg: schema.CommandConfig, active: int) -> tuple[int, ...] | str:
   return adaptive.AUTO if is_auto else of
 
 
+def _with_reuse(cfg: schema.CommandConfig, active: int) -> tuple[schema.CommandConfig, int]:
+  """Returns (cfg, active) with as many heads as --decode.num_draft_tokens or tree request
+  of a shared module, which drafts deeper than it was trained by being applied again."""
+  wanted = 1 + len(widths(cfg, active))
+  if wanted <= active:
+    return cfg, active
+  return schema.replace(cfg, **{'heads.n': wanted}), wanted
+
+
 def widths(cfg: schema.CommandConfig, active: int) -> tuple[int, ...]:
   """Returns the candidates of heads 2..W that --decode.num_draft_tokens and
   --decode.tree request at most: those of all heads for auto.
@@ -364,7 +374,8 @@ def widths(cfg: schema.CommandConfig, active: int) -> tuple[int, ...]:
     # Strided heads leave gaps between their drafts.
     return (1,) * (active - 1) if cfg.heads.stride == 1 else ()
   proposed = parse.parse_numbers(d.tree) or (1,) * int(d.num_draft_tokens)
-  if len(proposed) + 1 > active:
+  reuses = active > 1 and cfg.heads.most_drafts > cfg.heads.n - 1
+  if len(proposed) + 1 > active and not reuses:
     raise fields.ConfigError(
       'decode.tree' if d.tree else 'decode.num_draft_tokens',
       d.tree or d.num_draft_tokens,

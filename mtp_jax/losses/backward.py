@@ -1,8 +1,8 @@
 """Two backward strategies of the multi-head loss, with equal values and gradients.
 
   remat        one `lax.scan` over heads of a checkpointed body: the backward pass
-               recomputes each head's logits and its block. In memory
-               between the two scans: z, and in a chain what each head hands on.
+               recomputes each head's logits and its block (but of a single wide head).
+               In memory between the two scans: z, and in a chain what each head hands on.
   interleaved  each head runs forward and backward at once, in the forward pass of a
                custom_vjp, and adds into dL/dz, so that nothing is computed twice but
                the blocks of a chain. In memory until the trunk's backward pass: dL/dz
@@ -114,12 +114,13 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
     return _remat_compared(w, shared, inputs, inputs.drafts_K, cfg=cfg, detail=detail)
   loss, ctx = head_loss.of(inputs.window, cfg, detail), inputs.window.ctx
 
-  @functools.partial(jax.checkpoint, policy=cross_entropy.KEEP, static_argnums=(3,))
   def visit(carry_BTD, module, head, is_head_1):
     carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, is_head_1=is_head_1, ctx=ctx, cfg=cfg)
     value, stats = loss.value(h_BTD, shared, head, is_head_1)
     return carry_BTD, ((value, stats), None)
 
+  if not heads.is_kept(cfg, inputs.k_K.shape[0]):
+    visit = jax.checkpoint(visit, policy=cross_entropy.KEEP, static_argnums=(3,))
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
   per_head = _per_head(w, inputs, cfg)
   apart = head_loss.needs_head_1_apart(cfg)

@@ -81,7 +81,8 @@ def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
   of = forward(cfg, n_active, causal)
   is_remat = cfg.loss.backward == 'remat'
   compares = cfg.loss.head_loss != 'ce' and n_active > 1
-  again = is_remat or compares or heads_lib.family(cfg.heads).is_chained
+  is_kept = heads_lib.is_kept(cfg, n_active)
+  again = (is_remat and not is_kept) or compares or heads_lib.family(cfg.heads).is_chained
   # e2e_tv: acceptance rates first.
   logits = 4 if is_remat or (compares and cfg.loss.head_loss == 'e2e_tv') else 3
   moves = not cfg.heads.isolated or cfg.heads.unembedding == 'replicated'

@@ -374,6 +374,12 @@ def scan_heads(body, carry, modules, per_head, h: schema.HeadsConfig, *, apart: 
   return carry, (outs, of_others)
 
 
+def is_kept(cfg: schema.Config, n_active: int) -> bool:
+  """Whether --loss.backward=remat keeps the activations of the heads: of a single wide one, whose
+  recomputation would free nothing, since the peak is in the trunk's backward pass."""
+  return n_active == 1 and cfg.model.d_model >= block.WIDE
+
+
 def prepend(first, more):
   """Returns head 1's value and, stacked, those of the others as one stack."""
   return jnp.concatenate([first[None], more])

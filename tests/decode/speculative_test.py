@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax.config import fields
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import sample, setup, speculative, weights
 from mtp_jax.model import flops
@@ -215,6 +216,21 @@ def test_text_and_drafts_with_each_unembedding(family, unembedding):
   wanted = decoding.greedy(family, 3, unembedding=unembedding)
   assert decoding.lists(decoding.with_rows(c)()) == wanted
   drafts_are_what_the_heads_say(c, (1, 1))
+
+
+@pytest.mark.parametrize('unembedding', ['shared', 'tied'])
+def test_shared_module_drafts_deeper_than_it_was_trained(unembedding):
+  """As a model of more heads with the same module, and head 1's text."""
+  of = dict(heads__unembedding=unembedding)
+  shallow = decoding.cfg('recursive', 2, decode__num_draft_tokens='4', **of)
+  model = tiny.model(shallow, tiny.mesh(shallow))
+  deep = decoding.cfg('recursive', 5, **of)
+  found = decoding.with_rows(shallow, model)()
+  assert decoding.lists(found) == decoding.greedy('recursive', 2, unembedding=unembedding)
+  assert len(found.proposed_J) == 4 and found.accepted_J[1:].sum() > 0
+  assert found.accepted_J.tolist() == decoding.with_rows(deep, model)().accepted_J.tolist()
+  with pytest.raises(fields.ConfigError, match='needs 5 heads; 1 trained'):
+    decoding.make(shallow, model, active=1)
 
 
 @pytest.mark.parametrize('family', ['parallel', 'anticausal', 'residual'])
