@@ -34,8 +34,9 @@ class DecodeConfig:
   num_draft_tokens: str = fields.field(
     'auto',
     'draft tokens that each forward pass verifies, one per head, or more of a shared module '
-    '(recursive); 0 = plain decoding; all = those of all trained heads; auto = the fastest number, measured per batch: the text, '
-    'greedy or sampled, is that of 0; mtp eval uses all instead',
+    '(recursive); 0 = plain decoding; all = those of all trained heads; auto = the fastest '
+    'number, measured per batch: the text, greedy or sampled, is that of 0; mtp eval uses all '
+    'instead',
   )
   tree: str = fields.field(
     '',
