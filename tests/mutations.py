@@ -2450,4 +2450,28 @@ FAULTS = (
     'functools.partial(_next_tokens, offset=1)',
     _in('decode/speculative', 'test_text_and_drafts_with_a_markov_head[0.0-parallel]'),
   ),
+  Fault(
+    'mixes-only-the-last-two',
+    0,
+    'mtp_jax/losses/backward.py',
+    '[:, :, None] < 1 / head.k',
+    '[:, :, None] < 1 / 2',
+    _in('losses/loss', 'test_mixed_hidden_states_equal_oracle[sequential-remat-changes0]'),
+  ),
+  Fault(
+    'draws-of-a-row',
+    0,
+    'mtp_jax/losses/mixing.py',
+    'for x in (tokens_BU[:, :T], tokens_BU[:, 1 : T + 1], k, window.step)',
+    'for x in (jnp.arange(tokens_BU.shape[0])[:, None], tokens_BU[:, 1 : T + 1], k, window.step)',
+    _in('losses/loss', 'test_mixed_hidden_states_equal_oracle[sequential-interleaved-changes1]'),
+  ),
+  Fault(
+    'module-applied-once-more-as-another-head',
+    0,
+    'mtp_jax/decode/decoder.py',
+    'wanted = 1 + len(widths(cfg, active))',
+    'wanted = active',
+    _in('decode/speculative', 'test_shared_module_drafts_deeper_than_it_was_trained[shared]'),
+  ),
 )

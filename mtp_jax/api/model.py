@@ -158,6 +158,7 @@ def loss(params: lm.LM, batch: dict, cfg: schema.Config, step: int = 0):
     weight_K=targets.weights(jnp.asarray(step), cfg),
     n_active=n_active,
     cfg=cfg,
+    step=jnp.asarray(step),
   )
   return total, sums | dict(count_K=counts.target_K)
 

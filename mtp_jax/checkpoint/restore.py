@@ -169,6 +169,7 @@ def is_of_model(name: str) -> bool:
     'model.compute_dtype',
     'model.remat',
     'heads.isolated',
+    'heads.mix_hidden_states',
   )
 
 

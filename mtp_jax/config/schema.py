@@ -278,6 +278,12 @@ class HeadsConfig:
     'drafted or of the text, so that drafts depend on each other (arXiv 2607.05147); 0 = off',
     **fields_lib.limits(2**16, 0),
   )
+  mix_hidden_states: bool = fields_lib.field(
+    False,
+    'in training, each token of a sequential or recursive module reads the hidden state of the '
+    'trunk or of any module before, with equal probabilities, and not of the last one alone; '
+    'a module is then less surprised when it is applied deeper than it was trained',
+  )
   isolated: bool = fields_lib.field(
     False,
     'stop the gradients of heads >= 2 at what they share with head 1: trunk, embedding, '

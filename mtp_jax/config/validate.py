@@ -252,6 +252,10 @@ def _check_loss(cfg):
       if h.stride == 1
       else f'must be 0: strided heads (--heads.stride={h.stride}) leave gaps between drafts',
     )
+  if h.mix_hidden_states and h.family not in ('sequential', 'recursive'):
+    raise fields.ConfigError(
+      'heads.mix_hidden_states', True, f'needs sequential or recursive heads; these are {h.family}'
+    )
   if h.isolated and h.family == 'anticausal':
     raise fields.ConfigError(
       'heads.isolated', True, 'head 1 of --heads.family=anticausal is computed from the others'

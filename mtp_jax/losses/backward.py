@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import schema
-from mtp_jax.losses import acceptance, cross_entropy, head_loss
+from mtp_jax.losses import acceptance, cross_entropy, head_loss, mixing
 from mtp_jax.model import heads, layers, lm
 from mtp_jax.parallel import sharding
 
@@ -83,9 +83,10 @@ def _probe_grad_norm_bwd(_, dz_BTD):
 _probe_grad_norm.defvjp(lambda z_BTD, probe: (z_BTD, None), _probe_grad_norm_bwd)
 
 
-def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, is_head_1, ctx, cfg):
+def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, is_head_1, window, cfg):
   """Computes one head's (carry_BTD, h_BTD); its probe measures the gradient that
   flows back to its input. w.norm_D is gathered; is_head_1 as of `heads.scan_heads`."""
+  before_BTD = carry_BTD
   dtype = cfg.model.compute_dtype
   z_BTD = w.z_BTD.astype(dtype)
   if heads.family(cfg.heads).is_chained:
@@ -100,7 +101,11 @@ def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, is_he
     return lm.next_embeddings(emb_BUD, k, z_BTD.shape[1], cfg.heads.stride).astype(dtype)
 
   x = heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
-  carry_BTD, h_BTD = lm.head_step(module, head.k, x, ctx, cfg, feed=feed)
+  carry_BTD, h_BTD = lm.head_step(module, head.k, x, window.ctx, cfg, feed=feed)
+  if window.step is not None and not is_head_1:
+    # Of k states, the trunk's and those of modules 2..k, each is kept with probability 1 / k.
+    takes_BT1 = mixing.draws(window, head.k, z_BTD.shape[1])[:, :, None] < 1 / head.k
+    carry_BTD = jnp.where(takes_BT1, carry_BTD, before_BTD)
   if cfg.heads.isolated and is_head_1:  # what a chain hands on to head 2
     carry_BTD = jax.lax.stop_gradient(carry_BTD)
   return carry_BTD, h_BTD
@@ -112,10 +117,12 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
   w = w._replace(norm_D=shared.norm_D)
   if inputs.drafts_K is not None:
     return _remat_compared(w, shared, inputs, inputs.drafts_K, cfg=cfg, detail=detail)
-  loss, ctx = head_loss.of(inputs.window, cfg, detail), inputs.window.ctx
+  loss = head_loss.of(inputs.window, cfg, detail)
 
   def visit(carry_BTD, module, head, is_head_1):
-    carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, is_head_1=is_head_1, ctx=ctx, cfg=cfg)
+    carry_BTD, h_BTD = hidden(
+      module, head, carry_BTD, w, is_head_1=is_head_1, window=inputs.window, cfg=cfg
+    )
     value, stats = loss.value(h_BTD, shared, head, is_head_1)
     return carry_BTD, ((value, stats), None)
 
@@ -135,7 +142,7 @@ def _hidden_states(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
 
   def visit(carry_BTD, module, head, is_head_1):
     carry_BTD, h_BTD = hidden(
-      module, head, carry_BTD, w, is_head_1=is_head_1, ctx=inputs.window.ctx, cfg=cfg
+      module, head, carry_BTD, w, is_head_1=is_head_1, window=inputs.window, cfg=cfg
     )
     return carry_BTD, (h_BTD, None)
 
@@ -215,7 +222,7 @@ def _interleaved_fwd(w: DiffInputs, inputs: NondiffInputs, cfg):
 
 def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   """Runs forward and backward of each head within one scan."""
-  loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
+  loss = head_loss.of(inputs.window, cfg)
 
   def visit(carry, module, head, is_head_1):
     dread, dshared = carry  # gradients of the activations that heads read
@@ -223,7 +230,9 @@ def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
     def head_hidden(module, z_BTD, emb_BUD, norm_D, probe):
       here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D)
       head_here = head._replace(probe=probe)
-      return hidden(module, head_here, z_BTD, here, is_head_1=is_head_1, ctx=ctx, cfg=cfg)[1]
+      return hidden(
+        module, head_here, z_BTD, here, is_head_1=is_head_1, window=inputs.window, cfg=cfg
+      )[1]
 
     h_BTD, pull = jax.vjp(head_hidden, module, w.z_BTD, w.emb_BUD, shared.norm_D, head.probe)
     dshared, grads, value, stats = loss.value_and_grad(h_BTD, shared, dshared, head, is_head_1)
@@ -252,7 +261,7 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   """Runs the chain forward with each head's loss forward and backward, then the
   chain backward, recomputing its blocks only. In memory between the two: each
   head's input and dL/dh_k."""
-  loss, ctx = head_loss.of(inputs.window, cfg), inputs.window.ctx
+  loss = head_loss.of(inputs.window, cfg)
 
   def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
     here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D, probe_K=probe_K)
@@ -261,7 +270,7 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
       carry_BTD, dshared = carry
       number = head._replace(target_BT=None, valid_BT=None, scale=None, unembed_DV=None)
       checkpointed = jax.checkpoint(
-        functools.partial(hidden, is_head_1=is_head_1, ctx=ctx, cfg=cfg)
+        functools.partial(hidden, is_head_1=is_head_1, window=inputs.window, cfg=cfg)
       )
       carry_BTD, h_BTD = checkpointed(module, number, carry_BTD, here)
       dshared, grads, value, stats = loss.value_and_grad(

@@ -47,6 +47,7 @@ class Window(NamedTuple):
   tokens_BU: Any
   order_WBT: Any = None  # token_order_targets; None without token order prediction
   order_scale: Any = 0.0  # its weight / the count of head 1's targets
+  step: Any = None  # for --heads.mix_hidden_states; None = states are not mixed
 
 
 class HeadStats(NamedTuple):

@@ -31,6 +31,7 @@ def mtp_loss(
   weight_K,
   n_active: int,
   cfg: schema.Config,
+  step=None,
 ):
   """Computes the multi-head loss of one micro-batch.
 
@@ -46,6 +47,7 @@ def mtp_loss(
     weight_K: the heads' weights.
     n_active: heads 1..n_active are computed.
     cfg: --loss.backward and --loss.chunk_size change memory and time, not the value.
+    step: the optimizer step, by which --heads.mix_hidden_states draws; None = no mixing.
 
   Returns:
     (total, sums). Totals and sums of micro-batches add up to those of the step;
@@ -58,6 +60,8 @@ def mtp_loss(
   """
   weights, ctx = _heads_input(model, probe_K, batch, n_active, cfg)
   inputs = nondiff_inputs(batch, ctx, counts, weight_K, compare=cfg.loss.head_loss != 'ce', cfg=cfg)
+  if cfg.heads.mix_hidden_states:
+    inputs = inputs._replace(window=inputs.window._replace(step=step))
   with jax.named_scope('heads'):
     total, stats = backward.run(weights, inputs, cfg)
   return total, jax.lax.stop_gradient(_sums(stats, batch, cfg))

@@ -41,6 +41,7 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
       weight_K=weight_K,
       n_active=n_active,
       cfg=cfg,
+      step=state.step,
     )
 
   def micro_batch(rows):

@@ -33,7 +33,7 @@ def keeps_all_logits(w: backward.DiffInputs, rows: backward.NondiffInputs, cfg):
   @functools.partial(jax.checkpoint, policy=keeps)
   def visit(carry_BTD, module, head, is_head_1):
     carry_BTD, h_BTD = backward.hidden(
-      module, head, carry_BTD, w, is_head_1=is_head_1, ctx=rows.window.ctx, cfg=cfg
+      module, head, carry_BTD, w, is_head_1=is_head_1, window=rows.window, cfg=cfg
     )
     return carry_BTD, (h_BTD, None)
 

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import schema
-from mtp_jax.losses import backward, cross_entropy, multi_token, targets, token_order
-from mtp_jax.model import heads, layers, lm, params
+from mtp_jax.losses import (
+  backward,
+  cross_entropy,
+  head_loss,
+  mixing,
+  multi_token,
+  targets,
+  token_order,
+)
+from mtp_jax.model import block, heads, layers, lm, params
 from mtp_jax.parallel import sharding
 from tests.support import oracle, pairwise, tiny
 
@@ -405,6 +413,55 @@ def test_inactive_heads_have_no_flops_and_no_gradient(family):
   )
   # XLA counts the body of a loop once: a head is 0.2% here, hence 0.1%.
   np.testing.assert_allclose(_flops(c, 1), _flops(one, 1), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  'family, schedule, changes',
+  [
+    ('sequential', 'remat', dict(mesh__fsdp=2, mesh__tensor=2)),
+    ('sequential', 'interleaved', dict(train__grad_accum_steps=2)),
+    ('recursive', 'interleaved', dict(loss__head_loss='tv', heads__isolated=True)),
+  ],
+)
+def test_mixed_hidden_states_equal_oracle(family, schedule, changes):
+  """Each token of a module reads one of the states before it, drawn by step."""
+  c = tiny.cfg(
+    heads__n=4,
+    heads__family=family,
+    heads__mix_hidden_states=True,
+    model__n_layers=2,
+    loss__backward=schedule,
+    **changes,
+  )
+  rows = tiny.batch(c)
+  flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+  w = tiny.flat(tiny.model(c, tiny.mesh(c)))
+  found = {}
+  for step in (None, 0, 7):
+    (_, sums), _ = tiny.value_and_grad(c, rows, step=step)
+    shape = oracle.Shape(family, 4, mix_step=step)
+    logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
+    want = oracle.losses(logits, flat['tokens'], flat['position'], shape)
+    np.testing.assert_allclose(sums['loss_K'], want['loss_K'], rtol=1e-5)
+    found[step] = sums['loss_K']
+  assert len({float(loss_K[3]) for loss_K in found.values()}) == 3
+  assert len({float(loss_K[1]) for loss_K in found.values()}) == 1  # reads the trunk
+
+
+def test_draws_of_mixing_are_uniform_and_independent():
+  rng = np.random.default_rng(0)
+  tokens_BU = jnp.array(rng.integers(0, 500, (64, 129)))
+  position_BT = jnp.broadcast_to(jnp.arange(128)[None], (64, 128))
+  found = []
+  for step, k in ((0, 2), (1, 2), (0, 3)):
+    ctx = block.Context(position_BT, None, None, None)
+    window = head_loss.Window(ctx=ctx, tokens_BU=tokens_BU, step=jnp.int32(step))
+    found.append(np.asarray(mixing.draws(window, k, 128)).ravel())
+  for u in found:
+    assert u.min() >= 0 and u.max() < 1
+    np.testing.assert_allclose(np.histogram(u, 8, (0, 1))[0] / u.size, 1 / 8, atol=0.015)
+  for a, b in itertools.combinations(found, 2):
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.04
 
 
 def _flops(c, n_active):

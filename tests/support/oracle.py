@@ -51,6 +51,7 @@ class Shape(NamedTuple):
   stride: int = 1
   window: int = 0  # of token order prediction; 0 = without
   trunk_state: str = 'post_norm'  # what a chain of modules hands on
+  mix_step: int | None = None  # of mixed hidden states
   block: Block = Block()
 
   def offset(self, k):
@@ -210,6 +211,22 @@ def _feed(params, module, k, c_BTD, tokens_BU, position_BT, shape):
   return _block(params, 'heads.block', module, x_BTD, position_BT, shape, layer)
 
 
+def _draw(tokens_U, position, t, k, step):
+  """A number in [0, 1) of 32-bit integers, by Python's own."""
+
+  def mixed(x):
+    x ^= x >> 16
+    x = x * 0x85EBCA6B % 2**32
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 % 2**32
+    return x ^ (x >> 16)
+
+  found = mixed(int(position))
+  for x in (int(tokens_U[t]), int(tokens_U[t + 1]), k, step):
+    found = (mixed(found ^ x) + 0x9E3779B9) % 2**32
+  return (mixed(found) >> 8) / 2**24
+
+
 def _ready(params, z_BTD, tokens_BU, position_BT, shape):
   """{k: what the unembedding of head k reads}."""
   n, family, norm_D = shape.n, shape.family, params['norm']
@@ -230,10 +247,16 @@ def _ready(params, z_BTD, tokens_BU, position_BT, shape):
       ready[k] = x_BTD + _silu(x_BTD @ params['heads.proj'][k - 2])
     elif family in ('sequential', 'recursive'):
       i = 0 if family == 'recursive' else k - 2
+      before_BTD = np.array(c_BTD)
       c_BTD = _feed(params, i, k, c_BTD, tokens_BU, position_BT, shape)
       ready[k] = _rms(c_BTD, params['heads.final_norm'][i], shape)
       if shape.trunk_state != 'pre_norm':
-        c_BTD = ready[k]
+        c_BTD = np.array(ready[k])
+      if shape.mix_step is not None:
+        for b in range(len(z_BTD)):
+          for t in range(z_BTD.shape[1]):
+            if _draw(tokens_BU[b], position_BT[b, t], t, k, shape.mix_step) >= np.float32(1 / k):
+              c_BTD[b, t] = before_BTD[b, t]
     else:
       raise ValueError(f'unknown family {family!r}')
   return ready

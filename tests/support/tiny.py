@@ -13,7 +13,7 @@ from mtp_jax.config import schema, validate
 from mtp_jax.losses import multi_token, targets
 from mtp_jax.model import block, heads, layers, lm, params
 from mtp_jax.parallel import sharding
-from mtp_jax.train import step
+from mtp_jax.train import step as step_lib
 from tests.support import oracle
 
 BASE = {
@@ -128,7 +128,7 @@ def batch(c: schema.Config, *, packed=True, seed=0) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=('c', 'n_active'))
-def _value_and_grad(w, rows, *, c, n_active):
+def _value_and_grad(w, rows, step=None, *, c, n_active):
   counts = targets.counts(rows, c, n_active)
   grad = jax.value_and_grad(multi_token.mtp_loss, argnums=(0, 1), has_aux=True)
 
@@ -141,9 +141,10 @@ def _value_and_grad(w, rows, *, c, n_active):
       weight_K=targets.weights(0, c),
       n_active=n_active,
       cfg=c,
+      step=step,
     )
 
-  return step.sum_micro_batches(micro_batch, rows, c)
+  return step_lib.sum_micro_batches(micro_batch, rows, c)
 
 
 def means(sums: dict, count_K) -> dict:
@@ -159,13 +160,14 @@ def means(sums: dict, count_K) -> dict:
   return sums | out
 
 
-def value_and_grad(c: schema.Config, rows, w=None, n_active=None):
+def value_and_grad(c: schema.Config, rows, w=None, n_active=None, step=None):
   """((total, sums and means), (parameter gradients, |dL/dz|^2 by head)), on the
   host."""
   m = mesh(c)
   w = model(c, m) if w is None else w
   with jax.set_mesh(m):
-    out = _value_and_grad(w, sharding.put_batch(m, rows), c=c, n_active=n_active or c.heads.n)
+    step = None if step is None else jnp.int32(step)
+    out = _value_and_grad(w, sharding.put_batch(m, rows), step, c=c, n_active=n_active or c.heads.n)
   (total, sums), grads = jax.device_get(out)
   valid_AKBT = [
     targets.targets(dict(zip(rows, of, strict=True)), c)[1]
