@@ -52,7 +52,10 @@ def run(subject: subject_lib.Subject, arg: str) -> suites.Result:
   if cfg.decode.temperature >= schema.fields()['loss.temperature'].metadata['min']:
     rate_J = predicted(subject, prompts, decoded.tokens, len(proposed_J))
     scalars |= {f'predicted_{j}': float(rate) for j, rate in enumerate(rate_J, 2)}
-    shown = ', '.join(f't+{j} {rate:.1%}' for j, rate in enumerate(rate_J, 2))
+    shown = ', '.join(
+      f't+{j} {"none" if np.isnan(rate) else format(rate, ".1%")}'
+      for j, rate in enumerate(rate_J, 2)
+    )
     lines.append(f'predicted from the distributions of the heads on this text: {shown}')
   return suites.Result(lines, scalars)
 
@@ -64,17 +67,17 @@ def predicted(
   J: int,
 ) -> np.ndarray:
   """Returns the rates (J,) at which J drafts in a row are accepted, each given the ones
-  before it, in expectation over the drafts that could have led to these sampled texts.
+  before it, in expectation over the drafts that could have led to these sampled texts;
+  NaN for a draft that none of them reaches.
 
   A text's token x is an accepted draft of q with probability min(1, q(x) / p(x)), as it has
   probability p(x) and min(p(x), q(x)) of being both; so queries from which drafts were made,
   and drafts that were reached, have probabilities. A draft that is reached is accepted
   with probability alpha = sum min(p, q).
   """
-  alpha_BTJ, is_draft_BTJ = _rates(subject, prompts, continuations, J)
   reached_J, accepted_J = np.zeros(J), np.zeros(J)
-  for alpha_TJ, is_draft_TJ, prompt, new in zip(
-    alpha_BTJ, is_draft_BTJ, prompts, continuations, strict=True
+  for prompt, new, (alpha_TJ, is_draft_TJ) in zip(
+    prompts, continuations, _rates(subject, prompts, continuations, J), strict=True
   ):
     query_T = np.zeros(len(prompt) + len(new) + J + 1)
     query_T[len(prompt) - 1] = 1
@@ -86,26 +89,22 @@ def predicted(
         query_T[t + j + 1] += here * (1 - is_draft_TJ[t, j])
         here *= is_draft_TJ[t, j]
       query_T[t + J + 1] += here
-  return accepted_J / np.maximum(reached_J, 1e-9)
+  return np.divide(accepted_J, reached_J, out=np.full(J, np.nan), where=reached_J > 0)
 
 
 def _rates(subject, prompts, continuations, J: int):
-  """Returns alpha_BTJ, and the probability that a text's token is an accepted draft."""
+  """Yields alpha_TJ of each text, and the probabilities that its tokens are accepted drafts."""
   d, n_active = subject.cfg.decode, schedule.trained_heads(subject.cfg, subject.step)
   texts = [np.concatenate(x) for x in zip(prompts, continuations, strict=True)]
-  T = max(map(len, texts))
+  T = -(-max(map(len, texts)) // schema.TILE) * schema.TILE
   cfg = schema.replace(
     subject.cfg,
     **{'data.seq_len': T, 'loss.chunk_size': 0, 'loss.temperature': d.temperature},
     **{f'loss.{name}': getattr(d, name) for name in ('top_k', 'top_p', 'min_p')},
-    **{'loss.token_order_weight': 0.0, 'loss.head_loss': 'tv'},
+    **{'loss.token_order_weight': 0.0, 'loss.head_loss': 'tv', 'model.attention': 'auto'},
   )
-  rows = -len(texts) % (subject.mesh.shape['data'] * subject.mesh.shape['fsdp'])
-  shape = len(texts) + rows, T + cfg.span
-  batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'position')}
-  for row, text in enumerate(texts):
-    batch['tokens'][row, : len(text)] = text
-    batch['position'][row, : len(text)] = np.arange(len(text))
+  shards = subject.mesh.shape['data'] * subject.mesh.shape['fsdp']
+  B = -(-min(len(texts), PIECES) // shards) * shards
 
   @jax.jit
   def compared(model, batch):
@@ -116,16 +115,22 @@ def _rates(subject, prompts, continuations, J: int):
     assert stats.drafts is not None  # there are heads >= 2
     return stats.drafts.alpha_BT, stats.detail
 
-  with jax.set_mesh(subject.mesh):
-    batch = sharding.put_batch(subject.mesh, {name: x[None] for name, x in batch.items()})
-    alpha_KBT, own_KBT = jax.device_get(compared(subject.model, batch))
-  ratio_KBT = np.zeros_like(own_KBT)
-  for k in range(2, J + 2):
-    # Head 1 verifies at t + k - 1 what head k drafted at t.
-    p_BT = own_KBT[0, :, k - 1 :]
-    ratio_KBT[k - 1, :, : T - k + 1] = own_KBT[k - 1, :, : T - k + 1] / np.maximum(p_BT, 1e-30)
-  is_draft_KBT = np.minimum(ratio_KBT, 1)
-  return (np.moveaxis(x[1 : J + 1], 0, 2) for x in (alpha_KBT, is_draft_KBT))
+  for first in range(0, len(texts), B):
+    here = texts[first : first + B]
+    batch = {name: np.zeros((1, B, T + cfg.span), np.int32) for name in ('tokens', 'position')}
+    for row, text in enumerate(here):
+      batch['tokens'][0, row, : len(text)] = text
+      batch['position'][0, row, : len(text)] = np.arange(len(text))
+    with jax.set_mesh(subject.mesh):
+      placed = sharding.put_batch(subject.mesh, batch)
+      alpha_KBT, own_KBT = jax.device_get(compared(subject.model, placed))
+    is_draft_KBT = np.zeros_like(own_KBT)
+    for k in range(2, J + 2):
+      # Head 1 verifies at t + k - 1 what head k drafted at t.
+      p_BT, q_BT = own_KBT[0, :, k - 1 :], own_KBT[k - 1, :, : T - k + 1]
+      is_draft_KBT[k - 1, :, : T - k + 1] = np.minimum(q_BT / np.maximum(p_BT, 1e-30), 1)
+    for row in range(len(here)):
+      yield tuple(x[1 : J + 1, row].T for x in (alpha_KBT, is_draft_KBT))
 
 
 def pieces(cfg: schema.CommandConfig, n: int) -> list[np.ndarray]:

@@ -88,14 +88,13 @@ def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, is_he
   flows back to its input. w.norm_D is gathered; is_head_1 as of `heads.scan_heads`."""
   before_BTD = carry_BTD
   dtype = cfg.model.compute_dtype
-  z_BTD = w.z_BTD.astype(dtype)
+  z_BTD, emb_BUD, norm_D = w.z_BTD.astype(dtype), w.emb_BUD, w.norm_D
+  if cfg.heads.isolated and not is_head_1:
+    z_BTD, emb_BUD, norm_D = jax.lax.stop_gradient((z_BTD, emb_BUD, norm_D))
   if heads.family(cfg.heads).is_chained:
     carry_BTD = _probe_grad_norm(carry_BTD, head.probe)
   else:
     z_BTD = _probe_grad_norm(z_BTD, head.probe)
-  emb_BUD, norm_D = w.emb_BUD, w.norm_D
-  if cfg.heads.isolated and not is_head_1:
-    z_BTD, emb_BUD, norm_D = jax.lax.stop_gradient((z_BTD, emb_BUD, norm_D))
 
   def feed(k):
     return lm.next_embeddings(emb_BUD, k, z_BTD.shape[1], cfg.heads.stride).astype(dtype)

@@ -59,12 +59,13 @@ def scalars(metrics: dict) -> dict[str, Any]:
 def _drafts(metrics: dict) -> dict[str, float | None]:
   """Returns what drafts that are sampled at --loss.temperature are accepted by: alpha of
   each head, the mean acceptance length, and each head's --loss.head_loss but for ce."""
-  of_draft = metrics['draft_count_K'][1:]
   out = {}
-  for name, total in dict(alpha='alpha_sum_K', draft_loss='draft_loss_sum_K').items():
-    sum_K = metrics[total][1:]
-    if name == 'alpha' or np.any(sum_K):
-      out |= {f'{name}_{k}': mean(*of) for k, of in enumerate(zip(sum_K, of_draft, strict=True), 2)}
+  for name in ('alpha', 'draft_loss'):
+    total = f'{name}_sum_K'
+    count = 'alpha_count_K' if name == 'alpha' else 'draft_count_K'
+    of = zip(metrics[total][1:], metrics[count][1:], strict=True)
+    if name == 'alpha' or np.any(metrics[total]):
+      out |= {f'{name}_{k}': mean(*sums) for k, sums in enumerate(of, 2)}
   if 'alpha_in_a_row_K' in metrics:
     n_queries, *in_a_row = metrics['alpha_in_a_row_K']
     out['mean_acceptance_length_sampled'] = mean(n_queries + sum(in_a_row), n_queries)

@@ -165,18 +165,20 @@ def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config) -> dict:
 
 
 def _draft_sums(found: acceptance.Found, valid_KBT, cfg: schema.Config) -> dict:
-  """Returns sums over drafts of the active heads: their number draft_count_K, alpha_sum_K
-  (acceptance rates), draft_loss_sum_K and, but for strided heads, alpha_in_a_row_K, over
-  queries with a draft of each head: their number, then sums of alpha_2, alpha_2 alpha_3, …"""
-  drafted_KBT = targets.drafts(valid_KBT, cfg)
+  """Returns sums over drafts of the active heads: alpha_sum_K (acceptance rates) and their
+  number alpha_count_K, draft_loss_sum_K and its number draft_count_K and, but for strided
+  heads, alpha_in_a_row_K, over queries with a draft of each head: their number, then sums of
+  alpha_2, alpha_2 alpha_3, …"""
+  compared_KBT = targets.compared(valid_KBT, cfg)
   alpha_KBT = found.alpha_BT
   sums = dict(
-    draft_count_K=jnp.sum(drafted_KBT, axis=(1, 2), dtype=jnp.float32),
+    draft_count_K=jnp.sum(targets.drafts(valid_KBT, cfg), axis=(1, 2), dtype=jnp.float32),
     draft_loss_sum_K=found.loss,
-    alpha_sum_K=jnp.sum(drafted_KBT * alpha_KBT, axis=(1, 2)),
+    alpha_count_K=jnp.sum(compared_KBT, axis=(1, 2), dtype=jnp.float32),
+    alpha_sum_K=jnp.sum(compared_KBT * alpha_KBT, axis=(1, 2)),
   )
   if cfg.heads.stride == 1:
-    complete_BT = jnp.all(drafted_KBT[1:], axis=0)
+    complete_BT = jnp.all(compared_KBT[1:], axis=0)
     products_KBT = complete_BT[None] * acceptance.products(alpha_KBT)
     sums['alpha_in_a_row_K'] = jnp.sum(products_KBT, axis=(1, 2))
   return sums

@@ -56,21 +56,26 @@ def ahead(rows, offset: int, T: int):
   return rows['tokens'][:, there], valid_BT
 
 
-def drafts(valid_KBT, cfg: schema.Config):
+def compared(valid_KBT, cfg: schema.Config):
   """Returns whether head k's draft at t is compared with head 1 as it verifies it, (K, B, T).
 
   Head 1 does so at query t + o_k - 1, which must lie in the window (before T) and have a
   target of its own in the same document: after a document's last token, where head 1 is
-  not trained, nothing is drafted. With --loss.head_loss=e2e_tv the drafts of all heads at t
-  must be. Head 1 has none.
+  not trained, nothing is drafted. Head 1 has no drafts.
   """
   K, _, T = valid_KBT.shape
   offset_K = jnp.array(cfg.heads.offsets[:K])
   within_KT = jnp.arange(T)[None] + offset_K[:, None] <= T
-  drafted_KBT = valid_KBT & within_KT[:, None]
+  return valid_KBT & (within_KT & (offset_K > 1)[:, None])[:, None]
+
+
+def drafts(valid_KBT, cfg: schema.Config):
+  """Returns the drafts that --loss.head_loss is computed from, (K, B, T): those that are
+  `compared`, with e2e_tv those of queries whose drafts all are."""
+  compared_KBT = compared(valid_KBT, cfg)
   if cfg.loss.head_loss == 'e2e_tv':
-    drafted_KBT &= jnp.all(drafted_KBT[1:], axis=0)[None]
-  return drafted_KBT & (offset_K > 1)[:, None, None]
+    compared_KBT &= jnp.all(compared_KBT[1:], axis=0)[None]
+  return compared_KBT
 
 
 def counts(batch: dict, cfg: schema.Config, n_active: int) -> Counts:

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import layer_types, schema
+from mtp_jax.config import fields, layer_types, schema
 from mtp_jax.model import block, layers, params
 from mtp_jax.parallel import sharding
 
@@ -253,6 +253,20 @@ def register(name: str, family: Family, *, block_first: bool) -> None:
     raise ValueError(f'{name!r}: must be an identifier other than {", ".join(FAMILIES)}')
   schema.HEAD_FAMILIES[name] = block_first
   FAMILIES[name] = family
+
+
+def check(cfg: schema.Config) -> None:
+  """Raises ConfigError for options that a family, also a registered one, does not have."""
+  h, f = cfg.heads, family(cfg.heads)
+  for flag, problem in (
+    ('isolated', f.reverse and 'head 1 is computed from the others'),
+    ('markov_rank', f.uses_next_token and 'its heads read the token before'),
+    ('mix_hidden_states', not f.normed_chain and 'its heads are no chain of modules'),
+  ):
+    if getattr(h, flag) and problem:
+      raise fields.ConfigError(
+        f'heads.{flag}', getattr(h, flag), f'--heads.family={h.family}: {problem}'
+      )
 
 
 def family(h: schema.HeadsConfig) -> Family:

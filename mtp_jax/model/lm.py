@@ -30,6 +30,7 @@ class Embedding(Protocol):
 
 
 def specs(cfg: schema.Config) -> LM[params.Spec]:
+  heads.check(cfg)
   D, V = cfg.model.d_model, cfg.model.vocab_size
   S = params.Spec
   table = S((V, D), ('vocab', 'embed'), D**-0.5)

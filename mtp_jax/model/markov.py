@@ -5,7 +5,7 @@
 (DSpark, 2026, https://arxiv.org/abs/2607.05147). Heads that read the trunk alone draft
 their tokens independently of each other; with this bias head k's draft depends on head
 k - 1's, at the cost of a product of rank r. In training x is the text, in decoding the
-draft. All heads share W1 and W2.
+draft. All heads share W1 and W2, which is 0 at first.
 """
 
 from typing import Generic
@@ -32,7 +32,7 @@ def specs(cfg: schema.Config) -> Markov[params.Spec] | None:
     return None
   return Markov(
     embed=params.Spec((V, R), ('vocab', 'embed'), D**-0.5),
-    unembed=params.Spec((R, V), ('embed', 'vocab'), R**-0.5),
+    unembed=params.Spec((R, V), ('embed', 'vocab'), 0.0),  # heads that exist do not change
   )
 
 

@@ -102,6 +102,8 @@ def described(was: schema.Config, cfg: schema.Config) -> str:
     parts.append(f'{_numbers(first + 1, n)} new, {new}')
   if was.heads.n > n:
     parts.append(f'{_numbers(n + 1, was.heads.n)} dropped')
+  if first > 1 and not _same_markov(was, cfg):
+    parts.append(f'Markov head {"new" if cfg.heads.markov_rank else "dropped"}')
   return '; '.join(parts)
 
 

@@ -109,6 +109,6 @@ def test_predicted_acceptance_is_that_of_the_decoder(family, filters):
   assert decoded.n_tokens == 20_000 and np.all(sigma_J < 0.03)
   assert np.all(np.abs(found_J - measured_J) < 3.5 * sigma_J), (found_J, measured_J, sigma_J)
   # Rates of all positions, whether drafts were reached there or not, are others.
-  everywhere_J = acceptance._rates(subject, prompts, decoded.tokens, 3)
-  alpha_BTJ, _ = everywhere_J
+  rates = acceptance._rates(subject, prompts, decoded.tokens, 3)
+  alpha_BTJ = np.stack([alpha_TJ for alpha_TJ, _ in rates])
   assert np.max(np.abs(alpha_BTJ[:, :190].mean((0, 1)) - found_J)) > 0.01

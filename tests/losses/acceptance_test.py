@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import schedule, schema
+from mtp_jax.config import fields, schedule, schema
 from mtp_jax.decode import sample
 from mtp_jax.losses import acceptance, cross_entropy, metrics, targets
-from mtp_jax.model import heads
+from mtp_jax.model import heads, lm
 from mtp_jax.parallel import sharding
 from mtp_jax.train import state as state_lib
 from mtp_jax.train import step as step_lib
@@ -140,6 +140,7 @@ def test_equals_oracle(row):
 
   np.testing.assert_allclose(total, value(base), rtol=1e-5)
   np.testing.assert_array_equal(sums['draft_count_K'], found['count_K'])
+  np.testing.assert_array_equal(sums['alpha_count_K'], found['alpha_count_K'])
   np.testing.assert_allclose(sums['alpha_sum_K'], found['alpha_sum_K'], rtol=1e-5)
   np.testing.assert_allclose(sums['alpha_in_a_row_K'], found['in_a_row_K'], rtol=1e-5)
   means_K = sums['draft_loss_sum_K'] / np.maximum(found['count_K'], 1)
@@ -284,7 +285,7 @@ def test_heads_equal_to_head_1_are_accepted_and_have_no_gradient():
     w = tiny.model(c, m)
     w = w.replace(unembed=jnp.zeros_like(w.unembed))
     (_, sums), (grads, _) = tiny.value_and_grad(c, tiny.batch(c), w)
-    np.testing.assert_allclose(sums['alpha_sum_K'], sums['draft_count_K'], rtol=1e-6)
+    np.testing.assert_allclose(sums['alpha_sum_K'], sums['alpha_count_K'], rtol=1e-6)
     np.testing.assert_allclose(sums['draft_loss_sum_K'], 0, atol=1e-4)
     only_1 = tiny.value_and_grad(c, tiny.batch(c), w, n_active=1)[1][0]
     np.testing.assert_allclose(grads.unembed, only_1.unembed, atol=1e-7)
@@ -394,6 +395,37 @@ def test_drafts_are_verified_in_the_window_and_the_document():
   whole = tiny.cfg(heads__n=3, loss__head_loss='e2e_tv')
   want = [[0] * 8, want[2], want[2]]
   np.testing.assert_array_equal(targets.drafts(valid_KBT, whole)[:, 0], want)
+  np.testing.assert_array_equal(
+    targets.compared(valid_KBT, whole), targets.drafts(valid_KBT, tiny.cfg(heads__n=3))
+  )
+
+
+def test_registered_families_are_refused_by_what_they_do():
+  for name, changes, flag in (
+    ('anticausal', dict(heads__isolated=True), 'heads.isolated'),
+    ('sequential', dict(heads__markov_rank=4), 'heads.markov_rank'),
+  ):
+    family = f'own_{name}'
+    heads.register(family, heads.FAMILIES[name], block_first=schema.HEAD_FAMILIES[name])
+    try:
+      with pytest.raises(fields.ConfigError, match=flag):
+        lm.specs(_cfg(family, **changes))
+    finally:
+      del heads.FAMILIES[family], schema.HEAD_FAMILIES[family]
+
+
+@pytest.mark.parametrize('family', ['residual', 'causal'])
+def test_head_gradient_norms_of_isolated_heads_are_those_at_their_inputs(family):
+  norms = [
+    tiny.value_and_grad(c, tiny.batch(c))[1][1]
+    for backward in ('remat', 'interleaved')
+    for c in [_cfg(family, heads__isolated=True, loss__backward=backward)]
+  ]
+  np.testing.assert_allclose(*norms, rtol=1e-4)
+  assert np.all(norms[0] > 0)
+  if family == 'residual':  # independent heads: as without isolation
+    c = _cfg(family)
+    np.testing.assert_allclose(norms[0], tiny.value_and_grad(c, tiny.batch(c))[1][1], rtol=1e-4)
 
 
 def test_strided_heads_are_compared_where_they_are_verified():
@@ -443,12 +475,13 @@ def test_scalars_of_drafts():
       accepted_K=np.array([2.0, 1, 0]),
       draft_count_K=np.array([0.0, 3, 0]),
       alpha_sum_K=np.array([0.0, 1.5, 0]),
+      alpha_count_K=np.array([0.0, 6, 0]),
       draft_loss_sum_K=np.array([0.0, 6, 0]),
       alpha_in_a_row_K=np.array([4.0, 2, 1]),
       bytes=8.0,
     )
   )
-  assert (values['alpha_2'], values['alpha_3']) == (0.5, None)
+  assert (values['alpha_2'], values['alpha_3']) == (0.25, None)
   assert (values['draft_loss_2'], values['draft_loss_3']) == (2, None)
   assert values['mean_acceptance_length_sampled'] == 1 + 2 / 4 + 1 / 4
-  assert 'alpha' in metrics.table(values)[0] and '50.00%' in metrics.table(values)[2]
+  assert 'alpha' in metrics.table(values)[0] and '25.00%' in metrics.table(values)[2]

@@ -435,18 +435,19 @@ def compared(logits_KBTV, teacher_BTV, position_BU, shape, how, *, held=None, ma
       product *= alpha[k, b, t]
       in_a_row_K[k - 1] += product
   loss_K, alpha_K, count_K = np.zeros(K), np.zeros(K), np.zeros(K, int)
+  compared_K = np.zeros(K, int)
   for k in range(2, K + 1):
     found = [key for key in alpha if key[0] == k]
+    compared_K[k - 1] = len(found)
+    alpha_K[k - 1] = sum(alpha[key] for key in found)
     if how.loss == 'e2e_tv':
       found = [(k, b, t) for b, t in whole]
     count_K[k - 1] = len(found)
-    alpha_K[k - 1] = sum(alpha[key] for key in found)
     loss_K[k - 1] = sum(loss_of[key] for key in found) / max(len(found), 1)
     if how.loss == 'e2e_tv' and whole:
       loss_K[k - 1] = (1 - in_a_row_K[k - 1] / len(whole)) / (K - 1)
-  return dict(
-    loss_K=loss_K, alpha_sum_K=alpha_K, count_K=count_K, in_a_row_K=in_a_row_K, alpha=alpha
-  )
+  sums = dict(alpha_sum_K=alpha_K, alpha_count_K=compared_K, in_a_row_K=in_a_row_K)
+  return sums | dict(loss_K=loss_K, count_K=count_K, alpha=alpha)
 
 
 def greedy(params, prompt, n_new, shape):

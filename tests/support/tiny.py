@@ -93,7 +93,7 @@ def _values(model: schema.ModelConfig, head: schema.HeadsConfig, order_weight: f
     if spec.decay:
       name = jax.tree_util.keystr(path)
       rng = np.random.default_rng(zlib.crc32(name.encode()))
-      w = np.clip(rng.normal(size=size), -2, 2) * spec.std
+      w = np.clip(rng.normal(size=size), -2, 2) * (spec.std or 0.5)
     else:
       w = 1 + 0.3 * np.sin(np.arange(size))
     return w.reshape(spec.shape).astype(jnp.dtype(model.param_dtype))
