@@ -54,7 +54,8 @@ def _comment_fields(name) -> dict[str, str]:
 PARTS = [name for name in FILES if 'included by run files' in _head(name)]
 RUNS = [name for name in FILES if name not in PARTS]
 # At the sizes of a publication, of the paper's own but for star_graph/.
-LARGE = [n for n in RUNS if n != 'smoke.flags' and not n.startswith(('small/', 'add_heads/'))]
+SMALL = 'small/', 'add_heads/', 'heads/'
+LARGE = [n for n in RUNS if n != 'smoke.flags' and not n.startswith(SMALL)]
 PAPER = [name for name in LARGE if not name.startswith('star_graph/')]
 
 

@@ -178,7 +178,8 @@ def restore(workdir: str, step: int, abstract_state: Any) -> Any:
   path = metadata.folder(workdir) / str(step)
   with metadata.reading(path):
     with ocp.StandardCheckpointer() as reader:
-      return reader.restore(path / 'state', abstract_state)
+      saved = reader.restore(path / 'state', lm.without_unused(abstract_state))
+  return lm.with_unused(saved, abstract_state)
 
 
 def restore_model(workdir: str, step: int, cfg: schema.Config, mesh) -> lm.LM:
@@ -190,10 +191,10 @@ def restore_model(workdir: str, step: int, cfg: schema.Config, mesh) -> lm.LM:
 def restore_params(workdir: str, step: int, abstract_params: Any) -> Any:
   """Restores the parameters alone; the optimizer state is not read."""
   path = metadata.folder(workdir) / str(step)
-  target = dict(params=abstract_params)
+  target = dict(params=lm.without_unused(abstract_params))
   with metadata.reading(path):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return reader.restore(
+      saved = reader.restore(
         path / 'state',
         args=ocp.args.PyTreeRestore(
           item=target,
@@ -206,3 +207,4 @@ def restore_params(workdir: str, step: int, abstract_params: Any) -> Any:
           partial_restore=True,
         ),
       )['params']
+  return lm.with_unused(saved, abstract_params)

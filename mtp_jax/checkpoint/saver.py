@@ -17,6 +17,7 @@ from mtp_jax.checkpoint import manifest, metadata
 from mtp_jax.checkpoint import restore as restore_lib
 from mtp_jax.config import fields, parse, schema
 from mtp_jax.io import paths as paths_lib
+from mtp_jax.model import lm
 from mtp_jax.parallel import distributed
 
 
@@ -263,7 +264,8 @@ def save(
     left_out=skipped_batches,
     spikes=spikes or {},
   )
-  args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+  tree = ocp.args.StandardSave(lm.without_unused(state))
+  args = ocp.args.Composite(state=tree, about=ocp.args.JsonSave(about))
   return to.save(step, args)
 
 

@@ -217,7 +217,7 @@ def _check_loss(cfg):
   except (ValueError, OverflowError):
     active = ((0, ()),)
   need(
-    all(len(v) == 1 and v[0] == int(v[0]) and 1 <= v[0] <= n for _, v in active),
+    all(len(v) == 1 and 1 <= v[0] <= n and v[0] == int(v[0]) for _, v in active),
     'curriculum',
     f'STEP:HEADS;STEP:… with 1 to --heads.n={n} heads and steps that start at 0 and rise',
   )

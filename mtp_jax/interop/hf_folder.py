@@ -115,7 +115,7 @@ def _defined(text: str) -> schema.CommandConfig:
 
 def _write_tensors(model, cfg, tokenizer, folder, *, dtype, about) -> dict[str, str]:
   """Writes the tensors; returns the digest of each."""
-  form, leaves, digests = mapping.of(cfg), mapping.leaves(model), {}
+  form, leaves, digests = mapping.of(cfg), params.by_path(model), {}
   extra_file = mapping.FORMS[form].file
   places = mapping.tensors(cfg, form)
   extra: dict[str, np.ndarray] = {}
@@ -351,7 +351,7 @@ def read(folder: str, cfg: schema.CommandConfig, mesh) -> lm.LM:
   extra = any(place.extra for place in expected.values())
   found = _tensors_of(folder, cfg, extra)
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
-  leaves = mapping.leaves(abstract)
+  leaves = params.by_path(abstract)
   head = found.pop(HEAD, None) if cfg.heads.unembedding == 'tied' else None
   found = {
     name: x for name, x in found.items() if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))

@@ -39,8 +39,6 @@ The other formats are those of the programs that read them:
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from mtp_jax.config import layer_types, schema
 from mtp_jax.interop import architectures, config_json, dialects, transforms
 from mtp_jax.model import block
@@ -143,10 +141,8 @@ NORM = _row(
 UNEMBED = _row('unembed', transforms.TRANSPOSED, hf='lm_head', meta='output', gguf='output')
 TIED = _row('embed', transforms.SAME, hf='lm_head', meta='output', gguf='output')
 ORDER = _row('order', transforms.SAME, hf='mtp_order')
-MARKOV = (
-  _row('markov.embed', transforms.SAME, hf='mtp_markov.embed'),
-  _row('markov.unembed', transforms.TRANSPOSED, hf='mtp_markov.unembed'),
-)
+OF_TOKENS = _row('markov.embed', transforms.SAME, hf='mtp_markov.embed')
+OF_DRAFTS = _row('markov.unembed', transforms.TRANSPOSED, hf='mtp_markov.unembed')
 # Parameters of a head's module, in addition to its layer or instead of one.
 MODULE = {
   'linear': (_row('proj', transforms.TRANSPOSED, hf='proj'),),
@@ -313,6 +309,14 @@ def of(cfg: schema.CommandConfig) -> str:
   return 'gguf_mtp' if form == 'gguf' and not undrafted(cfg) else form
 
 
+def _of_ours_alone(cfg: schema.CommandConfig) -> str:
+  """Returns which parameters only hf has names for."""
+  if cfg.loss.token_order_weight:
+    return 'has no tensor for the unembedding of --loss.token_order_weight'
+  rank = cfg.heads.markov_rank
+  return f'has no tensors for a Markov head (--heads.markov_rank={rank})' if rank else ''
+
+
 def undrafted(cfg: schema.CommandConfig) -> str:
   """Returns why llama.cpp cannot draft with a model's further heads; '' if it can."""
   h = cfg.heads
@@ -329,10 +333,8 @@ def undrafted(cfg: schema.CommandConfig) -> str:
   modules = heads_lib.n_modules(cfg.heads, h.n)
   if h.unembedding == 'replicated' and modules < h.n - 1:
     return 'a module has one unembedding there; this one has one per step'
-  if cfg.loss.token_order_weight:
-    return 'it has no tensor for the unembedding of --loss.token_order_weight'
-  if h.markov_rank:
-    return f'it has no tensors for a Markov head (--heads.markov_rank={h.markov_rank})'
+  if problem := _of_ours_alone(cfg):
+    return f'it {problem}'
   if cfg.model.rope_factor > 1:
     return f'its modules have no scaled RoPE (--model.rope_factor={cfg.model.rope_factor:g})'
   return ''
@@ -371,10 +373,8 @@ def unfit(cfg: schema.CommandConfig, form: str) -> str:
     return problem
   if form == 'mimo' and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:
     return f'supports one module, this model has {several}; transformers_mtp and gguf support all'
-  if cfg.loss.token_order_weight:
-    return 'has no tensor for the unembedding of --loss.token_order_weight'
-  if h.markov_rank:
-    return f'has no tensors for a Markov head (--heads.markov_rank={h.markov_rank}); hf has them'
+  if problem := _of_ours_alone(cfg):
+    return problem
   if h.stride > 1:
     return f'does not support strided heads (--heads.stride={h.stride})'
   m = cfg.model
@@ -440,20 +440,11 @@ def tensors(cfg: schema.CommandConfig, form: str = 'hf') -> dict[str, Place]:
       put_layer(prefix, 'heads.block.', k - 2, extra=True)
   if cfg.loss.token_order_weight:
     put(ORDER, extra=True)
-  if cfg.heads.markov_rank and n > 1:
-    for row in MARKOV:
-      put(row, extra=True)
+  for row in (OF_TOKENS, OF_DRAFTS) if cfg.heads.markov_rank and n > 1 else ():
+    put(row, extra=True)
   return found | layout.more(cfg, found)
 
 
 def layers_in_all(cfg: schema.CommandConfig) -> int:
   """Returns the number of layers of the Llama of trunk and head 1."""
   return len(heads_lib.next_token_layers(cfg))
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-  """Returns the leaves by path, as 'trunk.q'."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }

@@ -1,5 +1,6 @@
 """The language model: its parameters, and tokens to hidden states and logits."""
 
+import dataclasses
 from typing import Any, Generic, Protocol
 
 import flax.struct
@@ -20,6 +21,28 @@ class LM(flax.struct.PyTreeNode, Generic[params.Leaf]):
   unembed: Any  # one, one per head, or None
   order: Any  # second unembedding of head 1, for --loss.token_order_weight
   markov: Any = None  # markov.Markov of heads >= 2, for --heads.markov_rank
+
+
+def without_unused(tree):
+  """Returns a pytree with each LM that has no Markov head as a dict without that field, as
+  checkpoints have it: those of before the field can be read."""
+
+  def fields_of(x):
+    if not isinstance(x, LM) or x.markov is not None:
+      return x
+    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.name != 'markov'}
+
+  return jax.tree.map(fields_of, tree, is_leaf=lambda x: isinstance(x, LM))
+
+
+def with_unused(tree, like):
+  """Returns `without_unused` undone; like: a pytree of the result's structure."""
+  return jax.tree.map(
+    lambda of, x: LM(**x) if isinstance(of, LM) and isinstance(x, dict) else x,
+    like,
+    tree,
+    is_leaf=lambda x: isinstance(x, LM),
+  )
 
 
 class Embedding(Protocol):

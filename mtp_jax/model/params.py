@@ -115,3 +115,11 @@ def bytes_per_device(tree) -> int:
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
+
+
+def by_path(tree) -> dict:
+  """Returns the leaves by path, as 'trunk.q'."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }

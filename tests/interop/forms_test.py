@@ -20,6 +20,7 @@ from mtp_jax.config import fields as fields_lib
 from mtp_jax.config import schema
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import hf_folder, mapping, meta
+from mtp_jax.model import params
 from tests.support import parity, tiny
 
 torch = parity.library('torch')
@@ -100,7 +101,7 @@ def test_export_import_round_trip(form, family, unembedding, dtype, tmp_path):
 @pytest.mark.parametrize('form, family, unembedding', FITS)
 def test_every_parameter_has_one_place_per_form(form, family, unembedding):
   c = _cfg(form, family, unembedding)
-  leaves, of_path = mapping.leaves(tiny.model(c, tiny.mesh(c))), {}
+  leaves, of_path = params.by_path(tiny.model(c, tiny.mesh(c))), {}
   for place in mapping.tensors(c, mapping.of(c)).values():
     if not place.copy:
       of_path.setdefault(place.path, []).append(place.index)

@@ -98,7 +98,7 @@ def test_every_parameter_has_a_place():
         heads__markov_rank=rank,
         loss__token_order_weight=1.0,
       )
-      leaves = mapping.leaves(lm.specs(c))
+      leaves = params.by_path(lm.specs(c))
       of_path = {}
       for place in mapping.tensors(c).values():
         of_path.setdefault(place.path, []).append(place.index)

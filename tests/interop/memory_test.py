@@ -6,7 +6,7 @@ import numpy as np
 
 from mtp_jax.config import parse, schema
 from mtp_jax.interop import files, hf_folder, mapping
-from mtp_jax.model import lm
+from mtp_jax.model import lm, params
 from tests.support import runs, tiny
 
 # Anonymous memory only: pages of mapped files can be reclaimed.
@@ -50,7 +50,7 @@ def _folder(path) -> schema.Config:
     model__vocab_size=512,
     heads__family='linear',
   )
-  leaves = mapping.leaves(lm.specs(c))
+  leaves = params.by_path(lm.specs(c))
   arrays = {}
   for name, place in mapping.tensors(c).items():
     shape = leaves[place.path].shape
