@@ -20,6 +20,7 @@ import pytest
 from mtp_jax.checkpoint import manifest, metadata, restore, saver
 from mtp_jax.config import parse, schema, validate
 from mtp_jax.io import paths
+from mtp_jax.model import lm
 from mtp_jax.train import state as state_lib
 from tests.support import runs, tiny
 
@@ -77,6 +78,20 @@ def test_restore_params_only(saved):
   model = restore.restore_params(str(workdir), 7, abstract)
   runs.assert_same(jax.device_get(model), values.params)
   assert model.embed.sharding == abstract.embed.sharding
+
+
+def test_markov_head_is_part_of_the_state(tmp_path):
+  """And without one there is no such field, as in checkpoints of before."""
+  cfg = validate.validate(schema.replace(_cfg('one device'), **{'heads.markov_rank': 4}))
+  values = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), _abstract(cfg))
+  state = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), values, _abstract(cfg))
+  _save(tmp_path, cfg, {3: state})
+  runs.assert_same(jax.device_get(restore.restore(str(tmp_path), 3, _abstract(cfg))), values)
+  model = restore.restore_params(str(tmp_path), 3, _abstract(cfg).params)
+  runs.assert_same(jax.device_get(model), values.params)
+  plain = lm.without_unused(_abstract(_cfg('one device')))
+  assert not any('markov' in str(path) for path, _ in jax.tree_util.tree_leaves_with_path(plain))
+  assert 'markov' not in plain.params and 'embed' in plain.params
 
 
 def test_checkpoint_metadata(saved):
