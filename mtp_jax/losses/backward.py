@@ -1,7 +1,7 @@
 """Two backward strategies of the multi-head loss, with equal values and gradients.
 
   remat        one `lax.scan` over heads of a checkpointed body: the backward pass
-               recomputes each head's logits and its block (but of a single wide head).
+               recomputes each head's logits and its block (but that of a single wide head).
                In memory between the two scans: z, and in a chain what each head hands on.
   interleaved  each head runs forward and backward at once, in the forward pass of a
                custom_vjp, and adds into dL/dz, so that nothing is computed twice but
@@ -118,14 +118,17 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
     return _remat_compared(w, shared, inputs, inputs.drafts_K, cfg=cfg, detail=detail)
   loss = head_loss.of(inputs.window, cfg, detail)
 
+  n_active = inputs.k_K.shape[0]
+
   def visit(carry_BTD, module, head, is_head_1):
-    carry_BTD, h_BTD = hidden(
-      module, head, carry_BTD, w, is_head_1=is_head_1, window=inputs.window, cfg=cfg
-    )
+    state = functools.partial(hidden, is_head_1=is_head_1, window=inputs.window, cfg=cfg)
+    if n_active == 1 and not heads.is_kept(cfg, 1):
+      state = jax.checkpoint(state)  # its loss is not computed again
+    carry_BTD, h_BTD = state(module, head, carry_BTD, w)
     value, stats = loss.value(h_BTD, shared, head, is_head_1)
     return carry_BTD, ((value, stats), None)
 
-  if not heads.is_kept(cfg, inputs.k_K.shape[0]):
+  if n_active > 1:
     visit = jax.checkpoint(visit, policy=cross_entropy.KEEP, static_argnums=(3,))
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
   per_head = _per_head(w, inputs, cfg)
