@@ -273,7 +273,7 @@ FAULTS = (
     'heads-at-once',
     8,
     'mtp_jax/losses/backward.py',
-    '_, ((value_K, stats), _) = heads.scan_heads(\n    visit, z_BTD, w.modules, per_head, cfg.heads, apart=apart\n  )',
+    '_, ((value_K, stats), _) = _scan_heads(visit, z_BTD, w.modules, per_head, cfg)',
     '(value_K, stats), _ = jax.vmap(lambda module, head: visit(z_BTD, module, head, None)[1])(w.modules, per_head)',
     _in('losses/loss', 'test_memory_is_constant_in_the_number_of_heads[remat]'),
   ),

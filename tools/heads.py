@@ -83,11 +83,6 @@ def jobs() -> list[Job]:
   ]
 
 
-def rows() -> dict[str, dict]:
-  lines = ROWS.read_text().splitlines() if ROWS.exists() else []
-  return {row['key']: row for row in map(json.loads, lines)}
-
-
 def _mtp(*args: object) -> float:
   return induction.mtp(sorted(os.sched_getaffinity(0)), *map(str, args))
 
@@ -159,14 +154,6 @@ def measure(job: Job, folder: pathlib.Path) -> dict:
 # The page.
 
 
-def _shown(values: list[float], form: str) -> str:
-  if not values:
-    return 'open'
-  mean, low, high = induction.interval(values)
-  text = format(mean, form)
-  return text if len(values) < 2 else f'{text} ({format(low, form)} to {format(high, form)})'
-
-
 def table(part: str, there: dict[str, dict]) -> list[str]:
   lines = [
     '| variant | tokens per forward pass, T = 0 | T = 1 | T = 1 over the first'
@@ -187,16 +174,16 @@ def table(part: str, there: dict[str, dict]) -> list[str]:
     found = of(variant)
     ratios = [passes(r, 1) / passes(base[s], 1) for s, r in found.items() if s in base]
     held = [r['T1']['heldout'] for r in found.values()]
-    cells = [_shown([passes(r, t) for r in found.values()], '.2f') for t in (0, 1)]
-    cells.append('1' if variant == first else _shown(ratios, '.3f'))
-    cells += [_shown([h[f'alpha_{k}'] for h in held], '.1%') for k in (2, 3, 4)]
-    cells.append(_shown([h['loss_1'] for h in held], '.4f'))
+    cells = [induction.shown([passes(r, t) for r in found.values()], '.2f') for t in (0, 1)]
+    cells.append('1' if variant == first else induction.shown(ratios, '.3f'))
+    cells += [induction.shown([h[f'alpha_{k}'] for h in held], '.1%') for k in (2, 3, 4)]
+    cells.append(induction.shown([h['loss_1'] for h in held], '.4f'))
     lines.append(f'| {variant} | ' + ' | '.join(cells) + f' | {len(found)} |')
   return lines
 
 
 def write() -> None:
-  there, texts = rows(), results.prose(PROSE)
+  there, texts = induction.rows(ROWS), results.prose(PROSE)
   done = [job for job in jobs() if job.key in there]
   hours = sum(there[job.key]['cpu_s'] for job in done) / 3600
   lines = [texts['head'], '', f'{len(done)} of {len(jobs())} runs, {hours:.1f} CPU-hours.', '']
@@ -217,7 +204,7 @@ def main(args: list[str]) -> None:
   folder = pathlib.Path(given.runs).resolve()
   folder.mkdir(parents=True, exist_ok=True)
   for job in jobs():
-    if given.write or job.key in rows() or given.only not in (None, job.part):
+    if given.write or job.key in induction.rows(ROWS) or given.only not in (None, job.part):
       continue
     print(*job, flush=True)
     row = measure(job, folder)

@@ -157,8 +157,9 @@ def jobs(rows: dict[str, dict]) -> list[Job]:
   return found
 
 
-def rows() -> dict[str, dict]:
-  lines = ROWS.read_text().splitlines() if ROWS.exists() else []
+def rows(path: pathlib.Path = ROWS) -> dict[str, dict]:
+  """Returns the rows of a page by key."""
+  lines = path.read_text().splitlines() if path.exists() else []
   return {row['key']: row for row in map(json.loads, lines)}
 
 
@@ -309,7 +310,7 @@ def ratios(a: Group, b: Group, value) -> list[float]:
 # The page.
 
 
-def _shown(values: list[float], form: str) -> str:
+def shown(values: list[float], form: str) -> str:
   if not values:
     return 'open'
   mean, low, high = interval(values)
@@ -341,10 +342,10 @@ def main_table(there: dict) -> list[str]:
   first = group('main', 'n = 1', there)
   for variant in VARIANTS:
     of = group('main', variant, there)
-    cells = [_shown([at(c, m) for c in of.curves.values()], '.1%') for m in AT]
-    cells.append(_shown([at(c, 4, 'nats') for c in of.curves.values()], '.3f'))
+    cells = [shown([at(c, m) for c in of.curves.values()], '.1%') for m in AT]
+    cells.append(shown([at(c, 4, 'nats') for c in of.curves.values()], '.3f'))
     halves = [half / 1e6 for c in of.curves.values() if (half := _half(c))]
-    cells += [_shown(halves, '.2f'), _ratio(of, first, _half)]
+    cells += [shown(halves, '.2f'), _ratio(of, first, _half)]
     rate = rates_of(there).get(variant, 'open')
     lines.append(f'| {variant} | {rate} | ' + ' | '.join(cells) + ' |')
   return lines
@@ -365,8 +366,8 @@ def difference_table(there: dict) -> list[str]:
     cells = []
     for m in AT:
       ahead = [at(two.curves[s], m) - at(one.curves[s], m) for s in seeds]
-      cells.append(_shown(ahead, '+.1%'))
-    cells += [_shown([at(g.curves[s], 4) for s in seeds], '.1%') for g in (one, two)]
+      cells.append(shown(ahead, '+.1%'))
+    cells += [shown([at(g.curves[s], 4) for s in seeds], '.1%') for g in (one, two)]
     lines.append(f'| {setting.title} | ' + ' | '.join(cells) + f' | {len(seeds)} |')
   return lines
 
@@ -376,9 +377,9 @@ def cost_table(there: dict) -> list[str]:
   lines.append('|---|---|---|')
   for variant in VARIANTS:
     of = group('main', variant, there)
-    other = _shown([at(c, 4, 'nats_other') for c in of.curves.values()], '.4f')
+    other = shown([at(c, 4, 'nats_other') for c in of.curves.values()], '.4f')
     passes = [r['tokens_per_forward'] for r in of.rows if r.get('tokens_per_forward')]
-    lines.append(f'| {variant} | {other} | {_shown(passes, ".2f") if passes else "-"} |')
+    lines.append(f'| {variant} | {other} | {shown(passes, ".2f") if passes else "-"} |')
   return lines
 
 

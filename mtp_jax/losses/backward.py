@@ -83,6 +83,12 @@ def _probe_grad_norm_bwd(_, dz_BTD):
 _probe_grad_norm.defvjp(lambda z_BTD, probe: (z_BTD, None), _probe_grad_norm_bwd)
 
 
+def _scan_heads(visit, carry, modules, per_head: head_loss.HeadBatch, cfg):
+  """`heads.scan_heads`, head 1 apart where its loss or gradients differ."""
+  apart = head_loss.needs_head_1_apart(cfg)
+  return heads.scan_heads(visit, carry, modules, per_head, cfg.heads, apart=apart)
+
+
 def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, is_head_1, window, cfg):
   """Computes one head's (carry_BTD, h_BTD); its probe measures the gradient that
   flows back to its input. w.norm_D is gathered; is_head_1 as of `heads.scan_heads`."""
@@ -115,7 +121,7 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
   shared = _gather(w, cfg)
   w = w._replace(norm_D=shared.norm_D)
   if inputs.drafts_K is not None:
-    return _remat_compared(w, shared, inputs, inputs.drafts_K, cfg=cfg, detail=detail)
+    return _remat_compared(w, shared, inputs, cfg, detail)
   loss = head_loss.of(inputs.window, cfg, detail)
 
   n_active = inputs.k_K.shape[0]
@@ -132,10 +138,7 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
     visit = jax.checkpoint(visit, policy=cross_entropy.KEEP, static_argnums=(3,))
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
   per_head = _per_head(w, inputs, cfg)
-  apart = head_loss.needs_head_1_apart(cfg)
-  _, ((value_K, stats), _) = heads.scan_heads(
-    visit, z_BTD, w.modules, per_head, cfg.heads, apart=apart
-  )
+  _, ((value_K, stats), _) = _scan_heads(visit, z_BTD, w.modules, per_head, cfg)
   return jnp.sum(value_K), stats
 
 
@@ -151,15 +154,9 @@ def _hidden_states(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
   per_head = head_loss.HeadBatch(
     k=inputs.k_K, target_BT=None, valid_BT=None, scale=None, probe=w.probe_K
   )
-  _, (h_KBTD, _) = heads.scan_heads(
-    jax.checkpoint(visit, static_argnums=(3,)),
-    w.z_BTD.astype(cfg.model.compute_dtype),
-    w.modules,
-    per_head,
-    cfg.heads,
-    apart=head_loss.needs_head_1_apart(cfg),
-  )
-  return h_KBTD
+  visit = jax.checkpoint(visit, static_argnums=(3,))
+  z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
+  return _scan_heads(visit, z_BTD, w.modules, per_head, cfg)[1][0]
 
 
 def _scan_losses(visit, carry, per_head: head_loss.HeadBatch, h_KBTD):
@@ -187,8 +184,9 @@ def _with_drafts_in_a_row(total, stats: head_loss.HeadStats, drafts: acceptance.
   return total + jnp.sum(drafts.scale * loss_K), stats
 
 
-def _remat_compared(w: DiffInputs, shared, inputs: NondiffInputs, drafts_K, *, cfg, detail):
+def _remat_compared(w: DiffInputs, shared, inputs: NondiffInputs, cfg, detail):
   """`remat` of heads that are compared with head 1."""
+  assert inputs.drafts_K is not None
   h_KBTD = _hidden_states(w, inputs, cfg)
   loss = head_loss.of(inputs.window, cfg, detail, _teacher(w, shared, h_KBTD, cfg))
 
@@ -198,7 +196,7 @@ def _remat_compared(w: DiffInputs, shared, inputs: NondiffInputs, drafts_K, *, c
   _, (value_K, stats) = _scan_losses(visit, None, _per_head(w, inputs, cfg), h_KBTD)
   total = jnp.sum(value_K)
   if cfg.loss.head_loss == 'e2e_tv':
-    return _with_drafts_in_a_row(total, stats, drafts_K)
+    return _with_drafts_in_a_row(total, stats, inputs.drafts_K)
   return total, stats
 
 
@@ -244,13 +242,8 @@ def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
     return (dread, dshared), ((value, stats, dprobe, grads.unembed_DV), dmodule)
 
   zeros = jax.tree.map(sharding.zeros_cotangent, ((w.z_BTD, w.emb_BUD), shared))
-  ((dz_BTD, demb_BUD), dshared), (outs, dmodules) = heads.scan_heads(
-    visit,
-    zeros,
-    w.modules,
-    _per_head(w, inputs, cfg),
-    cfg.heads,
-    apart=head_loss.needs_head_1_apart(cfg),
+  ((dz_BTD, demb_BUD), dshared), (outs, dmodules) = _scan_heads(
+    visit, zeros, w.modules, _per_head(w, inputs, cfg), cfg
   )
   value_K, stats, dprobe_K, own = outs
   if heads.family(cfg.heads).shared_module and inputs.k_K.shape[0] > 1:
@@ -284,13 +277,8 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
 
     carry_BTD = z_BTD.astype(cfg.model.compute_dtype)
     zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
-    (_, dshared), ((surrogate_K, value_K, stats, own), _) = heads.scan_heads(
-      visit,
-      (carry_BTD, zeros),
-      modules,
-      _per_head(here, inputs, cfg),
-      cfg.heads,
-      apart=head_loss.needs_head_1_apart(cfg),
+    (_, dshared), ((surrogate_K, value_K, stats, own), _) = _scan_heads(
+      visit, (carry_BTD, zeros), modules, _per_head(here, inputs, cfg), cfg
     )
     return jnp.sum(surrogate_K), (dshared, value_K, stats, own)
 
