@@ -2209,7 +2209,7 @@ FAULTS = (
     ACCEPTANCE,
     'jax.lax.dynamic_slice_in_dim(padded_BUD, shift,',
     'jax.lax.dynamic_slice_in_dim(padded_BUD, 0 * shift,',
-    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-interleaved-4-1-(1,1,1)'),
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-every-interleaved-4-1-(1,1,1)'),
   ),
   Fault(
     'teacher-learns',
@@ -2217,7 +2217,7 @@ FAULTS = (
     ACCEPTANCE,
     '_tempered(jax.lax.stop_gradient(teacher_BCV), None, l)',
     '_tempered(teacher_BCV, None, l)',
-    _compared('parallel-lk-0.3-False-shared-all-False-0.0-0-remat-4-1-(1,1,1)'),
+    _compared('parallel-lk-0.3-False-shared-all-False-0.0-0-every-remat-4-1-(1,1,1)'),
   ),
   Fault(
     'teacher-gathered',
@@ -2235,7 +2235,7 @@ FAULTS = (
     ACCEPTANCE,
     'p.p_BCV * (log_p_BCV - q.log_BCV)',
     'q.p_BCV * (q.log_BCV - log_p_BCV)',
-    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-interleaved-4-1-(1,1,1)'),
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-every-interleaved-4-1-(1,1,1)'),
   ),
   Fault(
     'hybrid-share-learns',
@@ -2243,7 +2243,7 @@ FAULTS = (
     ACCEPTANCE,
     'jnp.exp(-l.lk_eta * jax.lax.stop_gradient(alpha_BC))',
     'jnp.exp(-l.lk_eta * alpha_BC)',
-    _compared('causal-lk_hybrid-0.3-False-shared-all-False-0.0-0-remat-4-1-(1,1,1)'),
+    _compared('causal-lk_hybrid-0.3-False-shared-all-False-0.0-0-every-remat-4-1-(1,1,1)'),
   ),
   Fault(
     'hybrid-backwards',
@@ -2251,7 +2251,7 @@ FAULTS = (
     ACCEPTANCE,
     'share_BC * kl_BC() + (1 - share_BC) * (1 - alpha_BC)',
     '(1 - share_BC) * kl_BC() + share_BC * (1 - alpha_BC)',
-    _compared('causal-lk_hybrid-0.3-False-shared-all-False-0.0-0-remat-4-1-(1,1,1)'),
+    _compared('causal-lk_hybrid-0.3-False-shared-all-False-0.0-0-every-remat-4-1-(1,1,1)'),
   ),
   Fault(
     'rows-unnormalised',
@@ -2259,7 +2259,7 @@ FAULTS = (
     ACCEPTANCE,
     'axis=(1, 2)) / n_drafts',
     'axis=(1, 2))',
-    _compared('parallel-e2e_tv-0.0-True-replicated-all-True-0.7-0-remat-4-2-(1,1,1)'),
+    _compared('causal-e2e_tv-0.3-False-replicated-all-False-0.0-0-every-remat-4-1-(1,1,1)'),
   ),
   Fault(
     'drafts-alone',
@@ -2267,7 +2267,7 @@ FAULTS = (
     'mtp_jax/losses/backward.py',
     'slope_BT=jax.grad(in_a_row)(alpha_KBT)',
     'slope_BT=-drafts.scale[:, None, None] * drafts.valid_BT / 2',
-    _compared('recursive-e2e_tv-0.3-False-tied-some-False-0.0-6-interleaved-0-1-(2,2,2)'),
+    _compared('anticausal-e2e_tv-0.0-False-shared-some-True-0.7-6-few-interleaved-0-1-(2,2,2)'),
   ),
   Fault(
     'temperature-inverted',
@@ -2275,7 +2275,7 @@ FAULTS = (
     ACCEPTANCE,
     'logits_BCV /= l.temperature',
     'logits_BCV *= l.temperature',
-    _compared('linear-lk_hybrid-0.3-False-replicated-some-False-0.7-0-remat-0-1-(1,1,1)'),
+    _compared('linear-lk_hybrid-0.3-False-replicated-some-False-0.7-0-few-interleaved-0-1-(1,1,1)'),
   ),
   Fault(
     'one-more-than-top-k',
@@ -2323,7 +2323,7 @@ FAULTS = (
     'mtp_jax/losses/multi_token.py',
     'jnp.maximum(counts.draft_K, 1)',
     'jnp.maximum(counts.target_K, 1)',
-    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-interleaved-4-1-(1,1,1)'),
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-every-interleaved-4-1-(1,1,1)'),
   ),
   Fault(
     'z-loss-has-a-share',
@@ -2331,7 +2331,7 @@ FAULTS = (
     'mtp_jax/losses/head_loss.py',
     'head.scale * (share * (stats.loss - stats.z_loss) + stats.z_loss)',
     'head.scale * share * stats.loss',
-    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-interleaved-4-1-(1,1,1)'),
+    _compared('parallel-kl-0.3-False-shared-all-False-0.0-0-every-interleaved-4-1-(1,1,1)'),
   ),
   Fault(
     'unembedding-leaks',
@@ -2432,7 +2432,7 @@ FAULTS = (
     'mtp_jax/model/markov.py',
     'tokens_BU, k - 1, T, axis=1',
     'tokens_BU, k, T, axis=1',
-    _compared('linear-tv-0.3-False-tied-all-False-0.0-6-interleaved-4-2-(1,1,1)'),
+    _compared('linear-kl-0.0-True-tied-all-False-0.0-6-every-remat-4-1-(1,1,1)'),
   ),
   Fault(
     'markov-rows-of-the-last-head-only',
@@ -2440,7 +2440,7 @@ FAULTS = (
     'mtp_jax/losses/head_loss.py',
     'embed=dshared.markov.embed + dembed_VR',
     'embed=dembed_VR',
-    _compared('linear-tv-0.3-False-tied-all-False-0.0-6-interleaved-4-2-(1,1,1)'),
+    _compared('anticausal-e2e_tv-0.0-False-shared-some-True-0.7-6-few-interleaved-0-1-(2,2,2)'),
   ),
   Fault(
     'drafts-after-head-1s-token',
@@ -2449,6 +2449,40 @@ FAULTS = (
     'functools.partial(_next_tokens, offset=k - 1)',
     'functools.partial(_next_tokens, offset=1)',
     _in('decode/speculative', 'test_text_and_drafts_with_a_markov_head[0.0-parallel]'),
+  ),
+  Fault(
+    'counts-targets-without-a-logit',
+    0,
+    'mtp_jax/losses/targets.py',
+    'for x_KBT in (scored_KBT,',
+    'for x_KBT in (valid_KBT,',
+    _compared('recursive-e2e_tv-0.3-False-tied-some-False-0.0-6-few-remat-4-1-(1,1,1)'),
+  ),
+  Fault(
+    'divergence-without-the-mass',
+    0,
+    ACCEPTANCE,
+    'return kl_BC if ids_X is None else',
+    'return kl_BC if True else',
+    _compared('sequential-kl-0.3-True-shared-some-False-0.7-6-few-remat-4-1-(2,2,2)'),
+  ),
+  Fault(
+    'drafts-the-first-tokens',
+    0,
+    'mtp_jax/decode/weights.py',
+    'return of_all_DV.at[:, ids_X]',
+    'return of_all_DV.at[:, : len(ids_X)]',
+    _in(
+      'decode/speculative', 'test_text_and_drafts_with_a_draft_vocabulary[0.0-parallel-shared-4]'
+    ),
+  ),
+  Fault(
+    'most-frequent-by-the-store-not-the-mixture',
+    0,
+    'mtp_jax/data/corpus.py',
+    'share_V += weight * count_V',
+    'share_V += count_V',
+    _in('data/corpus', 'test_draft_vocabulary_is_of_the_most_frequent_tokens'),
   ),
   Fault(
     'mixes-only-the-last-two',

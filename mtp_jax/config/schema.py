@@ -278,6 +278,11 @@ class HeadsConfig:
     'drafted or of the text, so that drafts depend on each other (arXiv 2607.05147); 0 = off',
     **fields_lib.limits(2**16, 0),
   )
+  draft_vocab: str = fields_lib.field(
+    '',
+    'number of tokens that heads >= 2 score and draft, the most frequent of --data.store; head 1 '
+    'verifies with all; empty = all (arXiv 2502.14856)',
+  )
   mix_hidden_states: bool = fields_lib.field(
     False,
     'in training, each token of a sequential or recursive module reads the hidden state of the '

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import re
 
-from mtp_jax.config import fields, kernels, schema
+from mtp_jax.config import draft_vocab, fields, kernels, schema
 from mtp_jax.config import parse as parse_lib
 from mtp_jax.config import schedule as schedule_lib
 
@@ -256,6 +256,7 @@ def _check_loss(cfg):
     raise fields.ConfigError(
       'heads.mix_hidden_states', True, f'needs sequential or recursive heads; these are {h.family}'
     )
+  draft_vocab.check(cfg)
   if h.isolated and h.family == 'anticausal':
     raise fields.ConfigError(
       'heads.isolated', True, 'head 1 of --heads.family=anticausal is computed from the others'
@@ -378,9 +379,10 @@ def _check_decode(cfg):
     f' most {most} tokens',
   )
   need(
-    len(widths) <= drafts_of_heads and max(widths, default=1) <= cfg.model.vocab_size,
+    len(widths) <= drafts_of_heads and max(widths, default=1) <= draft_vocab.size(cfg),
     'tree',
-    f'with --heads.n={n} at most {drafts_of_heads} numbers, none above the vocabulary',
+    f'with --heads.n={n} at most {drafts_of_heads} numbers, none above the number of'
+    ' tokens that they score',
   )
   need(not d.temperature or d.temperature >= 1e-6, 'temperature', '0, or at least 1e-6')
   sampled = d.temperature or cfg.eval.samples > 1 or cfg.eval.temperatures

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mtp_jax.config import fields, schema
+from mtp_jax.config import draft_vocab, fields, schema
 from mtp_jax.data import corpus, loader
 from mtp_jax.parallel import distributed, sharding
 
@@ -21,6 +21,21 @@ def open_tokens(cfg: schema.Config) -> corpus.Corpus:
       f'tokenizer {tokenizer.name} needs at least {tokenizer.vocab_size}',
     )
   return tokens
+
+
+def recorded(tokens: corpus.Corpus, cfg: schema.AnyConfig) -> schema.AnyConfig:
+  """Returns the Config with what a run records of its corpus: the tokenizer and, where only
+  its size is given, the draft vocabulary."""
+  cfg = schema.replace(cfg, **{'data.tokenizer': tokens.recorded})
+  n, _, ids = cfg.heads.draft_vocab.partition(':')
+  if not n or ids:
+    return cfg
+  share_V = tokens.frequency(cfg.model.vocab_size)
+  ids_X = np.argsort(-share_V, stable=True)[: int(n)]
+  if distributed.is_primary():
+    print(f'--heads.draft_vocab={n}: {share_V[ids_X].sum():.2%} of the tokens of --data.store')
+  value = draft_vocab.recorded(ids_X, cfg.model.vocab_size)
+  return schema.replace(cfg, **{draft_vocab.FLAG: value})
 
 
 def check(tokens: corpus.Corpus, cfg: schema.Config) -> None:

@@ -10,10 +10,13 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from mtp_jax.config import fields, parse, schema
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers, windows
 
+COUNTED, BLOCK = 2**28, 2**22  # tokens
 RECORDED = re.compile(r'\w+#([0-9a-f]{12})')
 
 
@@ -51,6 +54,20 @@ class Corpus(NamedTuple):
     """--data.tokenizer as a run records it, KIND#FINGERPRINT, independent of
     paths. A run is resumed, and a checkpoint evaluated, with no other."""
     return tokenizers.recorded_name(self.tokenizer)
+
+  def frequency(self, vocab_size: int) -> np.ndarray:
+    """Returns each token's share of what is trained on, (V,) float64, by the mixture's
+    weights: of the first COUNTED tokens of each store."""
+    share_V = np.zeros(vocab_size)
+    for split, weight in zip(self.train().splits, self._weights(), strict=True):
+      count_V, left = np.zeros(vocab_size, np.int64), COUNTED
+      for tokens in split.tokens:
+        for first in range(0, min(tokens.size, left), BLOCK):
+          block = tokens[first : min(first + BLOCK, left, tokens.size)]
+          count_V += np.bincount(block, minlength=vocab_size)
+        left -= min(tokens.size, left)
+      share_V += weight * count_V / max(count_V.sum(), 1)
+    return share_V / share_V.sum()
 
   def train(self) -> windows.Mixture:
     splits = {source.ref.name: source.store.split('train') for source in self.sources}

@@ -9,7 +9,7 @@ from mtp_jax.decode import sample
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.decode import state as state_lib
 from mtp_jax.decode import window as window_lib
-from mtp_jax.model import heads, layers
+from mtp_jax.model import heads, layers, lm
 from mtp_jax.parallel import sharding
 
 
@@ -45,7 +45,8 @@ def draft(
 
   carry_BTD = window_lib.first_carry(w, carry_BTD, cfg)
 
-  def propose(state, logits_BKV, first):
+  def propose(state, logits_BKX, first):
+    logits_BKV = lm.of_all_tokens(logits_BKX, cfg)
     return sharding.by_rows(
       functools.partial(_propose, first=first, s=s), state, logits_BKV, last_B1, same=(sampling,)
     )

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mtp_jax.config import draft_vocab
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.model import heads, lm, params
 from mtp_jax.parallel import sharding
@@ -18,6 +19,7 @@ class Weights(NamedTuple):
   heads: tuple  # modules of the heads after them
   norm: Any
   unembed: tuple  # of heads 1, 2 …, or one shared by all
+  draft_unembed: Any  # (D, X) of heads >= 2 with a draft vocabulary, or None
   markov: Any  # of heads >= 2, or None
 
 
@@ -56,8 +58,17 @@ def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
       'tied': lambda: (),
       'replicated': lambda: tuple(at(k, model.unembed) for k in range(s.window)),
     }[cfg.heads.unembedding](),
+    _draft_unembed(model, s),
     model.markov if s.window > 1 else None,
   )
+
+
+def _draft_unembed(model: lm.LM, s: setup_lib.Setup):
+  ids_X = draft_vocab.of(s.cfg)
+  if ids_X is None or s.window == 1:
+    return None
+  of_all_DV = model.embed.T if s.cfg.heads.unembedding == 'tied' else model.unembed
+  return of_all_DV.at[:, ids_X].get(out_sharding=sharding.whole('embed', 'vocab'))
 
 
 def in_use(w: Weights, s: setup_lib.Setup) -> Weights:
@@ -65,6 +76,7 @@ def in_use(w: Weights, s: setup_lib.Setup) -> Weights:
   return w._replace(
     heads=w.heads[: s.window - 1],
     unembed=w.unembed[: s.window],
+    draft_unembed=w.draft_unembed if s.window > 1 else None,
     markov=w.markov if s.window > 1 else None,
   )
 
@@ -76,9 +88,11 @@ def read_bytes(w: Weights, s: setup_lib.Setup) -> int:
   f, unembedding = heads.family(s.cfg.heads), s.cfg.heads.unembedding
   modules = w.heads * (s.window - 1) if f.shared_module else w.heads
   table = w.unembed or (w.embed,)
-  reads = 1 + (s.window > 1) * (s.window - 1 if f.uses_next_token else 1)
-  if unembedding != 'replicated':
-    table = table * reads
+  n_drafting = (s.window > 1) * (s.window - 1 if f.uses_next_token else 1)
+  if w.draft_unembed is not None:
+    table += (w.draft_unembed,) * n_drafting
+  elif unembedding != 'replicated':
+    table *= 1 + n_drafting
   if w.markov is not None:
     table += (w.markov.unembed,) * (s.window - 1)
   return params.bytes_per_device((w.stem, modules, w.norm, table))

@@ -160,8 +160,11 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
 
 
 def logits(w: weights_lib.Weights, h_BTD, k: int, cfg):
-  """Computes head k's logits in float32, unsharded over the vocabulary."""
-  if cfg.heads.unembedding == 'tied':
+  """Computes head k's logits in float32, unsharded over the vocabulary; those of heads >= 2
+  are of the draft vocabulary, where there is one."""
+  if k > 1 and w.draft_unembed is not None:
+    unembed, product = w.draft_unembed, 'BTD,DV->BTV'
+  elif cfg.heads.unembedding == 'tied':
     unembed, product = w.embed, 'BTD,VD->BTV'
   else:
     one = k - 1 if cfg.heads.unembedding == 'replicated' else 0

@@ -150,11 +150,19 @@ def probability(of: cross_entropy.Logits, target_BC, l: schema.LossConfig):
   return jnp.sum(jnp.where(of.ids_11V == target_BC[:, :, None], p_BCV, 0), axis=-1)
 
 
-def of_chunk(of: cross_entropy.Logits, teacher_BCV, l: schema.LossConfig):
+def of_chunk(of: cross_entropy.Logits, teacher_BCV, l: schema.LossConfig, ids_X=None):
   """Compares a chunk's Logits with its teacher's.
 
   Filters apply to p in every loss and to q in alpha: without them q has a finite
-  divergence from any p.
+  divergence from any p. With a draft vocabulary q is 0 outside of it, and kl the mass m of p
+  in it times KL(p / m || q): what cross-entropy is in expectation, of a token drawn from p
+  that is a target if it is in it.
+
+  Args:
+    of: the head's Logits.
+    teacher_BCV: head 1's, of all tokens.
+    l: the loss.
+    ids_X: the tokens of the head's logits; None = all.
 
   Returns:
     (alpha_BC, the loss of each position (B, C)); the latter is 0 for ce and for e2e_tv,
@@ -162,23 +170,26 @@ def of_chunk(of: cross_entropy.Logits, teacher_BCV, l: schema.LossConfig):
   """
   of_q = _tempered(of.logits_BCV, of.lse_BC, l)
   of_p = _tempered(jax.lax.stop_gradient(teacher_BCV), None, l)
-  return _compared(*of_q, *of_p, l)
-
-
-@functools.partial(
-  jax.checkpoint, policy=cross_entropy.KEEP, prevent_cse=False, static_argnums=(4,)
-)
-def _compared(logits_BCV, lse_BC, teacher_BCV, teacher_lse_BC, l: schema.LossConfig):
   # Checkpointed: neither p nor q is in memory between the forward and backward pass.
+  compare = functools.partial(_compared, l=l, ids_X=ids_X)
+  return jax.checkpoint(compare, policy=cross_entropy.KEEP, prevent_cse=False)(*of_q, *of_p)
+
+
+def _compared(logits_BCV, lse_BC, teacher_BCV, teacher_lse_BC, *, l: schema.LossConfig, ids_X):
   q = _distribution(logits_BCV, lse_BC, l)
   p = _distribution(teacher_BCV, teacher_lse_BC, l)
+  if ids_X is not None:
+    columns = jax.typeof(q.p_BCV).sharding.spec
+    p = _Distribution(*(x_BCV.at[:, :, ids_X].get(out_sharding=columns) for x_BCV in p))
   # jnp.minimum would halve the gradient where p = q.
   least_BCV = jnp.where(q.p_BCV <= p.p_BCV, q.p_BCV, p.p_BCV)
   alpha_BC = checkpoint_name(jnp.sum(least_BCV, axis=-1), cross_entropy.OF_POSITION)
 
   def kl_BC():
     log_p_BCV = jnp.log(jnp.where(p.p_BCV > 0, p.p_BCV, 1)) if l.filters else p.log_BCV
-    return jnp.sum(jnp.where(p.p_BCV > 0, p.p_BCV * (log_p_BCV - q.log_BCV), 0), axis=-1)
+    kl_BC = jnp.sum(jnp.where(p.p_BCV > 0, p.p_BCV * (log_p_BCV - q.log_BCV), 0), axis=-1)
+    # -m log m, by which the divergence of p / m is larger; without a gradient.
+    return kl_BC if ids_X is None else kl_BC + jax.scipy.special.entr(jnp.sum(p.p_BCV, axis=-1))
 
   def hybrid_BC():
     share_BC = jnp.exp(-l.lk_eta * jax.lax.stop_gradient(alpha_BC))

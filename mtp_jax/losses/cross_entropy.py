@@ -35,7 +35,7 @@ class Logits(NamedTuple):
   """A chunk's logits in float32, and what is computed from them."""
 
   logits_BCV: Any
-  ids_11V: Any
+  ids_11V: Any  # the token of each
   lse_BC: Any  # log-sum-exp
   label_BC: Any  # logit of the target
   top_BC: Any  # maximum, without a gradient
@@ -79,18 +79,22 @@ def logits(h_BCD, unembed_DV, target_BC, m: schema.ModelConfig) -> Logits:
   return of_scores(scores(h_BCD, unembed_DV, m), target_BC)
 
 
-def of_scores(logits_BCV, target_BC) -> Logits:
+def of_scores(logits_BCV, target_BC, ids_V=None) -> Logits:
   """Computes the Logits of a chunk from its scores. The label's logit is a masked sum, not
-  a lookup: the vocabulary may be sharded and is never gathered."""
+  a lookup: the vocabulary may be sharded and is never gathered.
+
+  ids_V: the token of each logit, ascending; None = all tokens.
+  """
   found_BCV = jax.lax.stop_gradient(logits_BCV)
   top_BC = jnp.max(found_BCV, axis=-1)
   # Three sums over the vocabulary of one type: XLA reads the logits once for all. Ids are
   # exact in float32, and their minimum takes half the time of jnp.argmax on a CPU.
   V = logits_BCV.shape[-1]
-  ids_11V = jnp.arange(V)[None, None, :]
+  ids_11V = (jnp.arange(V) if ids_V is None else jnp.array(ids_V))[None, None, :]
+  last = V - 1 if ids_V is None else ids_V[-1]
   lse_BC = log_sum_exp(logits_BCV, top_BC)
   label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
-  ids_of_top_BCV = jnp.where(found_BCV == top_BC[:, :, None], ids_11V.astype(jnp.float32), V - 1)
+  ids_of_top_BCV = jnp.where(found_BCV == top_BC[:, :, None], ids_11V.astype(jnp.float32), last)
   argmax_BC = jnp.min(ids_of_top_BCV, axis=-1).astype(jnp.int32)
   return Logits(logits_BCV, ids_11V, lse_BC, label_BC, top_BC, argmax_BC)
 

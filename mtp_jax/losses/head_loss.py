@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 from mtp_jax.losses import acceptance, cross_entropy, token_order
 from mtp_jax.model import block, lm, markov, params
 from mtp_jax.parallel import sharding
@@ -24,8 +24,15 @@ class SharedWeights(NamedTuple):
 
   norm_D: Any
   unembed_DV: Any
+  # Of heads >= 2, of the tokens of --heads.draft_vocab alone; None = unembed_DV.
+  draft_unembed_DX: Any = None
   order_VD: Any = None  # None without token order prediction
   markov: Any = None  # None without a Markov head
+
+  def of_head(self, is_head_1) -> str:
+    """Returns the name of the unembedding of a head."""
+    is_own = self.draft_unembed_DX is not None and not is_head_1
+    return 'draft_unembed_DX' if is_own else 'unembed_DV'
 
 
 class HeadBatch(NamedTuple):
@@ -93,9 +100,20 @@ def gather_shared(norm_D, unembed, order_VD, markov_head, cfg: schema.Config) ->
   return SharedWeights(
     norm_D=params.gather(norm_D, specs.norm, cfg),
     unembed_DV=unembed_DV,
+    draft_unembed_DX=_draft_unembed(unembed, cfg),
     order_VD=params.gather(order_VD, specs.order, cfg),
     markov=params.gather(markov_head, specs.markov, cfg) if markov_head is not None else None,
   )
+
+
+def _draft_unembed(unembed, cfg: schema.Config):
+  """Gathers the columns of --heads.draft_vocab of an unembedding at rest."""
+  ids_X, axes = draft_vocab.of(cfg), ('embed', 'vocab')
+  if ids_X is None:
+    return None
+  unembed_DV = unembed.T if cfg.heads.unembedding == 'tied' else unembed
+  unembed_DX = unembed_DV.at[:, ids_X].get(out_sharding=sharding.pspec(*axes))
+  return sharding.gather(unembed_DX, axes, cfg.model.compute_dtype, cfg.loss.grad_dtype)
 
 
 def gather_own(unembed_DV, cfg: schema.Config):
@@ -107,7 +125,7 @@ def gather_own(unembed_DV, cfg: schema.Config):
 def needs_head_1_apart(cfg: schema.Config) -> bool:
   """Whether head 1's loss or gradients differ from those of the other heads."""
   h = cfg.heads
-  return h.isolated or bool(h.markov_rank) or bool(cfg.loss.token_order_weight)
+  return bool(h.isolated or h.markov_rank or h.draft_vocab or cfg.loss.token_order_weight)
 
 
 def of(window: Window, cfg: schema.Config, detail=None, teacher=None) -> HeadLoss:
@@ -145,21 +163,23 @@ class _Read(NamedTuple):
   markov: Any  # None without a Markov head, and for head 1
 
 
-def _of_chunk(read: _Read, by: _Read, of_tokens: _Chunk, cfg, *, head: HeadBatch, teacher, detail):
+def _of_chunk(
+  read: _Read, by: _Read, of_tokens: _Chunk, cfg, *, head: HeadBatch, is_head_1, teacher, detail
+):
   """Computes (the differentiated loss, (value, Stats, Found or None, detail)) of a chunk;
   the two losses differ by e2e_tv's linear term."""
-  x = of_tokens
+  x, ids_X = of_tokens, None if is_head_1 else draft_vocab.of(cfg)
   logits_BCV = cross_entropy.scores(read.h, by.h, cfg.model)
   if read.markov is not None:
     logits_BCV += markov.bias(read.markov, by.markov)
-  of = cross_entropy.of_scores(logits_BCV, x.target_BC)
+  of = cross_entropy.of_scores(logits_BCV, x.target_BC, ids_X)
   stats = cross_entropy.stats(of, x.target_BC, x.valid_BC, cfg)
   found = detail(of, x.target_BC) if detail else None
   if x.teacher_BCD is None or head.drafts is None:
     value = head.scale * stats.loss
     return value, (value, stats, None, found)
   teacher_BCV = cross_entropy.scores(x.teacher_BCD, teacher.unembed_DV, cfg.model)
-  alpha_BC, loss_BC = acceptance.of_chunk(of, teacher_BCV, cfg.loss)
+  alpha_BC, loss_BC = acceptance.of_chunk(of, teacher_BCV, cfg.loss, ids_X)
   drafts = acceptance.Found(jnp.sum(x.draft_valid_BC * loss_BC), alpha_BC)
   share = cfg.loss.head_ce_share
   value = head.scale * (share * (stats.loss - stats.z_loss) + stats.z_loss)
@@ -194,7 +214,8 @@ def _chunked(window: Window, cfg: schema.Config, detail, teacher) -> HeadLoss:
       *of_chunk, _ = rest
       chunk = jax.tree.unflatten(layout, of_chunk)
       by = by if fixed_DV is None else by._replace(h=fixed_DV)
-      return _of_chunk(read, by, chunk, cfg, head=head, teacher=teacher, detail=detail)
+      of_head = dict(head=head, is_head_1=is_head_1, teacher=teacher, detail=detail)
+      return _of_chunk(read, by, chunk, cfg, **of_head)
 
     return of_tokens, loss
 
@@ -202,8 +223,8 @@ def _chunked(window: Window, cfg: schema.Config, detail, teacher) -> HeadLoss:
     return markov.rows(embed_VR, window.tokens_BU, head.k, h_BTD.shape[1], cfg)
 
   def value(h_BTD, shared: SharedWeights, head: HeadBatch, is_head_1):
-    own_DV = head.unembed_DV
-    unembed_DV = shared.unembed_DV if own_DV is None else gather_own(own_DV, cfg)
+    own_DV, name = head.unembed_DV, shared.of_head(is_head_1)
+    unembed_DV = getattr(shared, name) if own_DV is None else gather_own(own_DV, cfg)
     if own_DV is None and _is_isolated(is_head_1, cfg):
       unembed_DV = jax.lax.stop_gradient(unembed_DV)
     read, by = _Read(h_BTD, None), _Read(unembed_DV, None)
@@ -216,8 +237,9 @@ def _chunked(window: Window, cfg: schema.Config, detail, teacher) -> HeadLoss:
     return _total(of_chunks, h_BTD, teacher)
 
   def value_and_grad(h_BTD, shared: SharedWeights, dshared, head: HeadBatch, is_head_1):
-    unembed_DV, dunembed_DV, gather_vjp = shared.unembed_DV, dshared.unembed_DV, None
-    fixed_DV, rows_vjp = None, None
+    name = shared.of_head(is_head_1)
+    unembed_DV, dunembed_DV = (getattr(x, name) for x in (shared, dshared))
+    gather_vjp, fixed_DV, rows_vjp = None, None, None
     if head.unembed_DV is not None:
       unembed_DV, gather_vjp = jax.vjp(lambda u: gather_own(u, cfg), head.unembed_DV)
       dunembed_DV = sharding.zeros_cotangent(unembed_DV)
@@ -239,7 +261,7 @@ def _chunked(window: Window, cfg: schema.Config, detail, teacher) -> HeadLoss:
     if gather_vjp is not None:
       (own_DV,) = gather_vjp(dby.h)
     elif fixed_DV is None:
-      dshared = dshared._replace(unembed_DV=dby.h)
+      dshared = dshared._replace(**{name: dby.h})
     if rows_vjp is not None:
       (dembed_VR,) = rows_vjp(dread.markov)
       dmarkov = dshared.markov.replace(embed=dshared.markov.embed + dembed_VR, unembed=dby.markov)

@@ -77,7 +77,8 @@ def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, de
       (B, C), are joined over T and stacked over K.
 
   Returns:
-    (sums, head_loss.HeadStats of the active heads with detail_KBT, valid_KBT of all n heads).
+    (sums, head_loss.HeadStats of the active heads with detail_KBT, `targets.scored` of all n
+    heads).
   """
   one_K = jnp.ones(cfg.heads.n)  # means are formed on the host
   weights, ctx = _heads_input(model, jnp.zeros_like(one_K), batch, n_active, cfg)
@@ -85,7 +86,8 @@ def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, de
   inputs = nondiff_inputs(batch, ctx, counts, one_K, compare=True, cfg=cfg)
   with jax.named_scope('heads'):
     _, stats = backward.remat(weights, inputs, cfg, detail)
-  return _sums(stats, batch, cfg), stats, targets.targets(batch, cfg)[1]
+  targets_KBT, valid_KBT = targets.targets(batch, cfg)
+  return _sums(stats, batch, cfg), stats, targets.scored(targets_KBT, valid_KBT, cfg)
 
 
 def nondiff_inputs(
@@ -116,7 +118,7 @@ def nondiff_inputs(
   return backward.NondiffInputs(
     k_K=jnp.arange(1, n_active + 1),
     targets_KBT=targets_KBT,
-    valid_KBT=valid_KBT,
+    valid_KBT=targets.scored(targets_KBT, valid_KBT, cfg),
     scale_K=weight_K * over_K,
     window=head_loss.Window(
       ctx=ctx,

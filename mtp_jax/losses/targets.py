@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import schedule, schema
+from mtp_jax.config import draft_vocab, schedule, schema
 from mtp_jax.parallel import sharding
 
 
@@ -56,6 +56,20 @@ def ahead(rows, offset: int, T: int):
   return rows['tokens'][:, there], valid_BT
 
 
+def scored(targets_KBT, valid_KBT, cfg: schema.Config):
+  """Returns which valid targets a head has a logit of, (K, B, T): with --heads.draft_vocab
+  tokens outside of it are no targets of heads >= 2."""
+  ids_X = draft_vocab.of(cfg)
+  if ids_X is None:
+    return valid_KBT
+  is_drafted_V = jnp.zeros(cfg.model.vocab_size, bool).at[ids_X].set(True)
+  is_drafted_KBT = is_drafted_V.at[targets_KBT].get(
+    out_sharding=sharding.pspec(None, 'batch', None)
+  )
+  is_head_1_K11 = (jnp.arange(targets_KBT.shape[0]) == 0)[:, None, None]
+  return valid_KBT & (is_head_1_K11 | is_drafted_KBT)
+
+
 def compared(valid_KBT, cfg: schema.Config):
   """Returns whether head k's draft at t is compared with head 1 as it verifies it, (K, B, T).
 
@@ -83,8 +97,9 @@ def counts(batch: dict, cfg: schema.Config, n_active: int) -> Counts:
   micro-batch; batch: arrays (A, B, U)."""
 
   def of_micro_batch(rows):
-    valid_KBT = targets(rows, cfg)[1][:n_active]
-    return Counts(*(jnp.sum(x_KBT, axis=(1, 2)) for x_KBT in (valid_KBT, drafts(valid_KBT, cfg))))
+    targets_KBT, valid_KBT = (x_KBT[:n_active] for x_KBT in targets(rows, cfg))
+    scored_KBT = scored(targets_KBT, valid_KBT, cfg)
+    return Counts(*(jnp.sum(x_KBT, axis=(1, 2)) for x_KBT in (scored_KBT, drafts(valid_KBT, cfg))))
 
   summed = jax.tree.map(lambda of_A: jnp.sum(of_A, axis=0), jax.vmap(of_micro_batch)(batch))
   return jax.tree.map(lambda n: n.astype(jnp.float32), summed)

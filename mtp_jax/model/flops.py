@@ -8,7 +8,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
-from mtp_jax.config import layer_types, schema
+from mtp_jax.config import draft_vocab, layer_types, schema
 from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import lm, params
 
@@ -34,7 +34,7 @@ def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> f
     (3 if trunk_moves else 1) * of.trunk
     + (2 + heads_move) * of.heads
     + (2 + unembed_1) * of.unembedding
-    + (2 + unembed_others) * (n_active - 1) * of.unembedding
+    + (2 + unembed_others) * of.drafts
     + (2 + heads_move) * (of.order + of.markov)
     + of.teacher
   )
@@ -45,7 +45,8 @@ class Forward(NamedTuple):
 
   trunk: float
   heads: float  # their modules
-  unembedding: float  # of one head
+  unembedding: float  # of head 1
+  drafts: float  # the unembeddings of all heads >= 2
   markov: float  # of all heads >= 2
   order: float  # the unembedding of token order prediction
   teacher: float  # head 1's logits once more per head that is compared with it
@@ -69,7 +70,8 @@ def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
     trunk,
     modules,
     unembedding,
-    (n_active - 1) * 2 * cfg.heads.markov_rank * m.vocab_size,
+    (n_active - 1) * 2 * m.d_model * draft_vocab.size(cfg),
+    (n_active - 1) * 2 * cfg.heads.markov_rank * draft_vocab.size(cfg),
     (cfg.loss.token_order_weight > 0) * unembedding,
     (cfg.loss.head_loss != 'ce') * (n_active - 1) * unembedding,
   )
@@ -90,7 +92,7 @@ def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
     (3 + (cfg.model.remat == 'block')) * of.trunk
     + (3 + again) * of.heads
     + (3 + is_remat) * (of.unembedding + of.order)
-    + (logits - (not moves)) * (n_active - 1) * of.unembedding
+    + (logits - (not moves)) * of.drafts
     + logits * of.markov
     + (logits - 2) * of.teacher
   )

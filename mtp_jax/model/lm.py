@@ -6,8 +6,9 @@ from typing import Any, Generic, Protocol
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 from mtp_jax.model import block, heads, layers, markov, params, trunk
 
 
@@ -183,13 +184,30 @@ def logits(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   logits_KBTV = jnp.einsum(
     product, h_KBTD, unembed.astype(h_KBTD.dtype), preferred_element_type=jnp.float32
   )
-  logits_KBTV = layers.shaped(logits_KBTV, cfg.model)
-  if model.markov is None:
+  logits_KBTV, ids_X = layers.shaped(logits_KBTV, cfg.model), draft_vocab.of(cfg)
+  if ids_X is None and model.markov is None:
     return logits_KBTV
-  T, of = tokens_BT.shape[1], params.gather(model.markov, spec.markov, cfg)
-  tokens_BU = jnp.pad(tokens_BT, ((0, 0), (0, cfg.heads.n)))
-  gained = [
-    markov.bias(markov.rows(of.embed, tokens_BU, k, T, cfg), of.unembed)
-    for k in range(2, cfg.heads.n + 1)
-  ]
-  return logits_KBTV + jnp.stack([jnp.zeros_like(gained[0]), *gained])
+  drafted = [logits_KBTV[0]]
+  for k in range(2, cfg.heads.n + 1):
+    logits_BTX = logits_KBTV[k - 1]
+    if ids_X is not None:
+      of_all = jax.typeof(logits_BTX).sharding.spec
+      logits_BTX = logits_BTX.at[:, :, ids_X].get(out_sharding=of_all)
+    if model.markov is not None:
+      T, of = tokens_BT.shape[1], params.gather(model.markov, spec.markov, cfg)
+      tokens_BU = jnp.pad(tokens_BT, ((0, 0), (0, cfg.heads.n)))
+      logits_BTX += markov.bias(markov.rows(of.embed, tokens_BU, k, T, cfg), of.unembed)
+    drafted.append(of_all_tokens(logits_BTX, cfg))
+  return jnp.stack(drafted)
+
+
+def of_all_tokens(logits_BTX, cfg: schema.Config):
+  """Returns a further head's logits of all tokens: -inf outside of --heads.draft_vocab."""
+  ids_X = draft_vocab.of(cfg)
+  if ids_X is None:
+    return logits_BTX
+  index_V = np.full(cfg.model.vocab_size, len(ids_X))
+  index_V[ids_X] = np.arange(len(ids_X))
+  return logits_BTX.at[:, :, index_V].get(
+    mode='fill', fill_value=-jnp.inf, out_sharding=jax.typeof(logits_BTX).sharding.spec
+  )

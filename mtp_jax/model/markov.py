@@ -2,6 +2,8 @@
 
   logits_k(t) += W2^T W1[x_{t+k-1}],  W1: V x r, W2: r x V, for heads >= 2
 
+(V in W2 is the draft vocabulary of --heads.draft_vocab, where there is one)
+
 (DSpark, 2026, https://arxiv.org/abs/2607.05147). Heads that read the trunk alone draft
 their tokens independently of each other; with this bias head k's draft depends on head
 k - 1's, at the cost of a product of rank r. In training x is the text, in decoding the
@@ -14,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 from mtp_jax.model import layers, params
 
 
@@ -28,11 +30,12 @@ class Markov(flax.struct.PyTreeNode, Generic[params.Leaf]):
 def specs(cfg: schema.Config) -> Markov[params.Spec] | None:
   """Returns the specs; None without --heads.markov_rank, or without heads >= 2."""
   V, D, R = cfg.model.vocab_size, cfg.model.d_model, cfg.heads.markov_rank
+  X = draft_vocab.size(cfg)
   if not R or cfg.heads.n == 1:
     return None
   return Markov(
     embed=params.Spec((V, R), ('vocab', 'embed'), D**-0.5),
-    unembed=params.Spec((R, V), ('embed', 'vocab'), 0.0),  # heads that exist do not change
+    unembed=params.Spec((R, X), ('embed', 'vocab'), 0.0),  # heads that exist do not change
   )
 
 

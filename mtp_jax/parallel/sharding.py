@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.config import fields, schema
+from mtp_jax.config import draft_vocab, fields, schema
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # every axis that splits the batch
@@ -125,6 +125,7 @@ def _check_divisible(cfg, sizes):
     ('model.n_kv_heads', m.kv_heads, 'tensor'),
     ('model.d_ff', m.ff_width, 'tensor'),
     ('model.vocab_size', m.vocab_size, 'tensor'),
+    ('heads.draft_vocab', draft_vocab.size(cfg), 'tensor'),
   ):
     if size % sizes[axis]:
       raise fields.ConfigError(name, size, f'must be a multiple of mesh {axis}={sizes[axis]}')

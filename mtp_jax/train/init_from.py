@@ -136,7 +136,8 @@ def parameters(fresh: lm.LM, old: lm.LM, was: schema.Config, cfg: schema.Config)
 def _same_markov(was: schema.Config, cfg: schema.Config) -> bool:
   """Whether the Markov head of `was` is that of cfg."""
   ranks = [c.heads.markov_rank * (c.heads.n > 1) for c in (was, cfg)]
-  return ranks[0] == ranks[1] and kept(was, cfg) > 1
+  same_tokens = was.heads.draft_vocab == cfg.heads.draft_vocab
+  return ranks[0] == ranks[1] and same_tokens and kept(was, cfg) > 1
 
 
 def _next_token_layers(old: lm.LM, was: schema.Config) -> block.Block:

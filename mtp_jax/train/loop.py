@@ -51,7 +51,7 @@ def train(cfg: schema.CommandConfig, progress: run_lib.Progress = run_lib.plain_
     batches_lib.check(tokens, cfg)
     evaluation.check(cfg)
   batches_lib.check_same_store(tokens, cfg)
-  cfg = schema.replace(cfg, **{'data.tokenizer': tokens.recorded})
+  cfg = batches_lib.recorded(tokens, cfg)
   workdir = cfg.train.workdir
   # Checked before anything is written; a resumed run needs no source.
   source = None if resume.newest(workdir) else resume.source(cfg)

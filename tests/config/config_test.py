@@ -4,10 +4,11 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from mtp_jax.cli import flags
-from mtp_jax.config import fields, parse, schedule, schema, validate
+from mtp_jax.config import draft_vocab, fields, parse, schedule, schema, validate
 from tests.support import values
 
 # Every field that may differ when a run is resumed; all others may not.
@@ -287,11 +288,30 @@ def test_head_weights_refuses(text):
     ('loss.head_loss', dict(loss__head_loss='nll')),
     ('heads.markov_rank', dict(heads__markov_rank=4, heads__family='sequential')),
     ('heads.markov_rank', dict(heads__markov_rank=4, heads__stride=2)),
+    ('heads.draft_vocab', dict(heads__draft_vocab='9', heads__unembedding='replicated')),
+    ('heads.draft_vocab', dict(heads__draft_vocab='0')),
+    ('heads.draft_vocab', dict(heads__draft_vocab='33', model__vocab_size=32)),
+    ('heads.draft_vocab', dict(heads__draft_vocab='many')),
+    ('heads.draft_vocab', dict(heads__draft_vocab='9:AAAA')),
+    ('heads.draft_vocab', dict(heads__draft_vocab='9:eJw', model__vocab_size=32)),
   ],
 )
 def test_losses_refused(flag, changes):
   with pytest.raises(fields.ConfigError, match=flag):
     validate.validate(_cfg(heads__n=2, **changes))
+
+
+def test_draft_vocabulary_is_recorded_in_the_flag():
+  ids = [3, 4, 17, 40]
+  value = draft_vocab.recorded(np.array(ids), 41)
+  assert value.startswith('4:')
+  assert draft_vocab.parse(value, 41).tolist() == ids
+  assert draft_vocab.parse('4', 41).tolist() == [0, 1, 2, 3]  # of a plan, before a store
+  assert draft_vocab.parse('', 41) is None
+  with pytest.raises(fields.ConfigError, match='not 5 tokens'):
+    draft_vocab.parse(value.replace('4:', '5:'), 41)
+  with pytest.raises(fields.ConfigError, match='not 4 tokens'):
+    draft_vocab.parse(value, 64)  # of another vocabulary
 
 
 def test_active_heads():

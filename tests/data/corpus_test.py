@@ -1,12 +1,14 @@
 """The corpus of a run: store lists, mixtures, tokenizers."""
 
+import collections
 import os
 import re
 
+import numpy as np
 import pytest
 
-from mtp_jax.config import fields, parse, schema, validate
-from mtp_jax.data import corpus, documents, store, tokenizers, vocabulary
+from mtp_jax.config import draft_vocab, fields, parse, schema, validate
+from mtp_jax.data import batches, corpus, documents, store, tokenizers, vocabulary
 
 TEXTS = [f'text {i} of some, {i * i} ' * 3 for i in range(80)]
 BYTES = tokenizers.get('bytes')
@@ -114,6 +116,22 @@ def test_mixture_weights_are_reduced_to_integers(stores):
     assert mixture.weights == weights
     assert len(mixture.splits) == len(weights)
   assert mixture.masked and not _open(stores, '@a,@whole').train().masked
+
+
+def test_draft_vocabulary_is_of_the_most_frequent_tokens(stores, capsys):
+  cfg = _cfg(stores, '@a:3,@b', heads__draft_vocab='9', model__vocab_size=264)
+  tokens = corpus.open_corpus(cfg)
+  share = np.zeros(264)
+  for split, weight in zip(tokens.train().splits, (3, 1), strict=True):
+    count = collections.Counter(token for x in split.documents() for token in x.tolist())
+    for token, n in count.items():
+      share[token] += weight / 4 * n / count.total()
+  np.testing.assert_allclose(tokens.frequency(264), share, rtol=1e-12)
+  recorded = batches.recorded(tokens, cfg)
+  ids = draft_vocab.of(recorded).tolist()
+  assert ids == sorted(sorted(range(264), key=lambda v: (-share[v], v))[:9]) != list(range(9))
+  assert f'--heads.draft_vocab=9: {share[ids].sum():.2%} of the tokens' in capsys.readouterr().out
+  assert batches.recorded(tokens, recorded) == recorded
 
 
 def test_fingerprint_depends_on_stores_and_weights(stores):

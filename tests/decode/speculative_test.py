@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import fields
+from mtp_jax.config import draft_vocab, fields
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import sample, setup, speculative, weights
-from mtp_jax.model import flops
+from mtp_jax.model import flops, heads
 from mtp_jax.parallel import sharding
 from tests.support import decoding, oracle, tiny
 from tests.support.decoding import FAMILIES, PROMPTS
@@ -99,7 +99,7 @@ def test_sampled_drafts_follow_head_distributions(family):
   drafts_are_what_the_heads_say(c, (1, 1))
 
 
-def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
+def drafts_are_what_the_heads_say(c, widths, model=None, trained=None, drafted=()):
   """Cached = full forward, for all heads: after each forward pass the drafts are those
   of the whole text so far, with what was drafted as the tokens that are fed.
 
@@ -108,7 +108,7 @@ def drafts_are_what_the_heads_say(c, widths, model=None, trained=None):
   model = tiny.model(c, tiny.mesh(c)) if model is None else model
   of, whole = trained or (c, model)
   params = tiny.flat(whole)
-  shape = oracle.Shape(of.heads.family, of.heads.n)
+  shape = oracle.Shape(of.heads.family, of.heads.n, drafted=drafted)
   temperature = c.decode.temperature
   decode = decoding.make(c, model, active=of.heads.n)
   sampling = sample.sampling(c)
@@ -241,6 +241,30 @@ def test_text_and_drafts_with_a_markov_head(family, temperature):
   if not temperature:
     assert decoding.lists(decoding.with_rows(c)()) == decoding.greedy(family, 3)
   drafts_are_what_the_heads_say(c, (1, 1))
+
+
+@pytest.mark.parametrize(
+  'family, unembedding, rank',
+  [('parallel', 'shared', 4), ('recursive', 'tied', 0), ('anticausal', 'shared', 0)],
+)
+@pytest.mark.parametrize('temperature', [0.0, 1.3])
+def test_text_and_drafts_with_a_draft_vocabulary(family, unembedding, rank, temperature):
+  """Head 1's text, all tokens in it, and drafts of some."""
+  drafted = (1, 2, 5, 6)
+  c = decoding.cfg(
+    family,
+    3,
+    heads__unembedding=unembedding,
+    heads__markov_rank=rank,
+    heads__draft_vocab=draft_vocab.recorded(np.array(drafted), 8),
+    decode__temperature=temperature,
+  )
+  if not temperature:
+    texts = decoding.lists(decoding.with_rows(c)())
+    assert texts == decoding.greedy(family, 3, unembedding=unembedding)
+    assert {token for text in texts for token in text} - {*drafted}
+  widths = (1, 1) if temperature or heads.FAMILIES[family].uses_next_token else (2, 1)
+  drafts_are_what_the_heads_say(c, widths, drafted=drafted)
 
 
 @one_of('anticausal', 'causal', 'recursive')

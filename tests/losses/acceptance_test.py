@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import fields, schedule, schema
+from mtp_jax.config import draft_vocab, fields, schedule, schema
 from mtp_jax.decode import sample
 from mtp_jax.losses import acceptance, cross_entropy, metrics, targets
 from mtp_jax.model import heads, lm
@@ -17,6 +17,7 @@ from mtp_jax.train import step as step_lib
 from tests.support import oracle, pairwise, tiny
 
 FILTERS = {'all': {}, 'some': dict(temperature=0.7, top_k=9, top_p=0.8, min_p=0.02)}
+DRAFTED = {'every': (), 'few': (1, 2, 5, 6, 8, 9, 13, 14, 17, 20, 21, 30)}
 OPTIONS = dict(
   family=tuple(heads.FAMILIES),
   loss=('kl', 'tv', 'lk', 'lk_hybrid', 'e2e_tv'),
@@ -27,6 +28,7 @@ OPTIONS = dict(
   masked=(False, True),
   order=(0.0, 0.7),
   markov=(0, 6),
+  drafted=('every', 'few'),
   backward=('remat', 'interleaved'),
   chunk=(4, 0),
   accumulate=(1, 2),
@@ -67,6 +69,7 @@ def test_equals_oracle(row):
   family, loss, share = row['family'], row['loss'], row['share']
   isolated = row['isolated'] and family != 'anticausal'
   filters = FILTERS[row['filters']]
+  drafted = () if row['unembedding'] == 'replicated' else DRAFTED[row['drafted']]
   order_weight = 0.0 if row['masked'] else row['order']  # the oracle's has no mask
   c = _cfg(
     family,
@@ -74,6 +77,7 @@ def test_equals_oracle(row):
     heads__isolated=isolated,
     heads__markov_rank=0 if _reads_next_token(family) else row['markov'],
     heads__unembedding=row['unembedding'],
+    heads__draft_vocab=draft_vocab.recorded(list(drafted), 32) if drafted else '',
     loss__head_loss=loss,
     loss__head_ce_weight=share,
     loss__lk_eta=2.0,
@@ -91,7 +95,7 @@ def test_equals_oracle(row):
   (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
   window = 5 if order_weight else 0
-  shape = oracle.Shape(family, 3, z_loss=1e-2, window=window)
+  shape = oracle.Shape(family, 3, z_loss=1e-2, window=window, drafted=drafted)
   how = oracle.Comparison(loss, 2.0, **filters)
   base = tiny.flat(tiny.model(c, tiny.mesh(c)))
   mask_BU, weight_K = flat.get('loss_mask'), np.array([1, 0.5, 0.3])

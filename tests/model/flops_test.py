@@ -133,6 +133,16 @@ def test_executed_flops_include_recomputation(family):
   assert executed == 4 * (of.trunk + of.heads + 3 * of.unembedding) - down
 
 
+@pytest.mark.parametrize('head_loss', ['ce', 'kl'])
+def test_executed_flops_with_a_draft_vocabulary(head_loss):
+  executed, of = _executed(
+    loss__backward='interleaved', heads__draft_vocab='8', loss__head_loss=head_loss
+  )
+  assert of.drafts == 2 * 2 * 16 * 8
+  again = (head_loss == 'kl') * (of.heads + of.teacher)
+  assert executed == 3 * (of.trunk + of.heads + of.unembedding + of.drafts) + again
+
+
 def test_interleaved_chain_recomputes_blocks_only():
   executed, of = _executed(heads__family='causal', loss__backward='interleaved')
   assert executed == 3 * (of.trunk + 3 * of.unembedding) + 4 * of.heads

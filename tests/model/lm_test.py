@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.cli import flags
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 from mtp_jax.model import attention, layers, lm, params
 from mtp_jax.model import heads as heads_lib
 from mtp_jax.parallel import sharding
@@ -244,8 +244,10 @@ def test_weight_decay_is_defined_by_the_spec():
   assert not decays.trunk.attn_norm and not decays.heads.mlp_norm
 
 
-def test_logits_with_a_markov_head_equal_oracle():
-  c = _cfg('linear', 3, heads__markov_rank=4)
+@pytest.mark.parametrize('drafted', [(), (0, 3, 4, 17)])
+def test_logits_with_a_markov_head_equal_oracle(drafted):
+  tokens = draft_vocab.recorded(np.array(drafted), 32) if drafted else ''
+  c = _cfg('linear', 3, heads__markov_rank=4, heads__draft_vocab=tokens)
   rows = _rows(c, packed=False)
   m = tiny.mesh(c)
   T, tokens_BU = c.data.seq_len, rows['tokens']
@@ -253,7 +255,9 @@ def test_logits_with_a_markov_head_equal_oracle():
     w = tiny.model(c, m)
     tokens_BT = sharding.put_batch(m, dict(tokens=tokens_BU[None, :, :T]))['tokens'][0]
     found = jax.device_get(jax.jit(lm.logits, static_argnums=2)(w, tokens_BT, c))
-  want = oracle.forward(tiny.flat(w), tokens_BU, rows['position'], oracle.Shape('linear', 3))
+  want = oracle.forward(
+    tiny.flat(w), tokens_BU, rows['position'], oracle.Shape('linear', 3, drafted=drafted)
+  )
   # The last ones read a token beyond the row.
   np.testing.assert_allclose(found[:, :, : T - 2], want[:, :, : T - 2], rtol=1e-4, atol=1e-5)
 

@@ -52,6 +52,7 @@ class Shape(NamedTuple):
   window: int = 0  # of token order prediction; 0 = without
   trunk_state: str = 'post_norm'  # what a chain of modules hands on
   mix_step: int | None = None  # of mixed hidden states
+  drafted: tuple[int, ...] = ()  # tokens that heads >= 2 score; () = all
   block: Block = Block()
 
   def offset(self, k):
@@ -278,7 +279,13 @@ def forward(params, tokens_BU, position_BU, shape):
     logits_BTV = _cap(logits_BTV, shape.block.logits_cap)
     if 'markov.embed' in params and k > 1:
       before_BT = tokens_BU[:, k - 1 : k - 1 + T]
-      logits_BTV = logits_BTV + params['markov.embed'][before_BT] @ params['markov.unembed']
+      gained = params['markov.embed'][before_BT] @ params['markov.unembed']
+      logits_BTV = np.array(logits_BTV)
+      logits_BTV[:, :, list(shape.drafted) or slice(None)] += gained
+    if shape.drafted and k > 1:
+      others = [v for v in range(unembed_DV.shape[1]) if v not in shape.drafted]
+      logits_BTV = np.array(logits_BTV)
+      logits_BTV[:, :, others] = -np.inf
     logits.append(logits_BTV)
   return np.stack(logits)
 
@@ -305,6 +312,8 @@ def losses(logits_KBTV, tokens_BU, position_BU, shape, weights_K=None, mask_BU=N
         if mask_BU is not None and mask_BU[b][there] != 1:
           continue
         target, logits_V = tokens_BU[b, there], logits_KBTV[k - 1, b, t]
+        if logits_V[target] == -np.inf:  # not drafted
+          continue
         top = logits_V.max()
         lse = top + np.log(np.sum(np.exp(logits_V - top)))
         loss += lse - logits_V[target] + shape.z_loss * lse**2
@@ -411,7 +420,9 @@ def compared(logits_KBTV, teacher_BTV, position_BU, shape, how, *, held=None, ma
         q_V, p_V = (kept(x_V, how.temperature, *filters) for x_V in (z_V, y_V))
         open_V = kept(z_V, how.temperature)
         rate = sum(min(p_V[v], q_V[v]) for v in range(V))
-        kl = sum(p_V[v] * math.log(p_V[v] / open_V[v]) for v in range(V) if p_V[v] > 0)
+        drafted = [v for v in range(V) if p_V[v] > 0 and z_V[v] > -np.inf]
+        mass = sum(p_V[v] for v in drafted)
+        kl = sum(p_V[v] * math.log(p_V[v] / mass / open_V[v]) for v in drafted)
         alpha[k, b, t] = rate
         share = math.exp(-how.eta * (held or alpha)[k, b, t])
         loss_of[k, b, t] = {

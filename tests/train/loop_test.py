@@ -229,6 +229,7 @@ def test_resume_is_bitwise_with_muon_and_stochastic_rounding(store, tmp_path):
     optim__moment_dtype='bfloat16',
     train__checkpoint_every=3,
     heads__family='linear',
+    heads__draft_vocab='100',
     model__n_layers=1,
   )
   straight, resumed = tmp_path / 'a', tmp_path / 'b'
@@ -239,6 +240,8 @@ def test_resume_is_bitwise_with_muon_and_stochastic_rounding(store, tmp_path):
   states = [runs.restored(run, 6) for run in (straight, resumed)]
   runs.assert_same(*states)
   assert runs.records(straight) == runs.records(resumed)
+  recorded = json.loads((straight / 'config.json').read_text())['heads']['draft_vocab']
+  assert recorded.startswith('100:')
   early = runs.restored(straight, 3).params
   for x, old in zip(*map(jax.tree.leaves, (states[0].params, early)), strict=True):
     assert x.dtype == jnp.bfloat16 and (x != old).any()
