@@ -52,8 +52,11 @@ VARIANTS = {
     'parallel, Markov head': (MARKOV,),
     'parallel, lk_hybrid': (_loss('lk_hybrid'),),
     'parallel, lk_hybrid, Markov head': (_loss('lk_hybrid'), MARKOV),
+    'parallel, Markov head, own text': (MARKOV,),
   },
 }
+# Of the steps of these, the last fifth trains the further heads alone, on the model's own text.
+OWN_TEXT = {'parallel, Markov head, own text': ('--train.freeze=trunk', _loss('kl'))}
 
 
 class Job(NamedTuple):
@@ -71,14 +74,15 @@ class Job(NamedTuple):
   def key(self) -> str:
     files = {'frozen': (TRUNK, FROZEN), 'pretraining': (PRETRAINING,)}[self.part]
     of_files = [results.flags_of(ROOT / name) for name in files]
-    return induction.hashed(MEASURED, of_files, N_PROMPTS, PROMPT, NEW, self.flags)
+    then = [OWN_TEXT[self.variant]] if self.variant in OWN_TEXT else []
+    return induction.hashed(MEASURED, of_files, N_PROMPTS, PROMPT, NEW, self.flags, *then)
 
 
 def jobs() -> list[Job]:
   return [
     Job(part, variant, seed)
-    for part, variants in VARIANTS.items()
     for seed in SEEDS
+    for part, variants in VARIANTS.items()
     for variant in variants
   ]
 
@@ -105,12 +109,12 @@ def _trunk(folder: pathlib.Path) -> pathlib.Path:
   return folder / 'trunk'
 
 
-def _own_text(folder: pathlib.Path) -> pathlib.Path:
-  """Returns a store of what the trunk generates after the first bytes of training files."""
-  store, prompts, text = (folder / name for name in ('own', 'prompts.jsonl', 'own.jsonl'))
+def _own_text(folder: pathlib.Path, run: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
+  """Returns a store in a folder of what a run generates after bytes of training files."""
+  store, prompts, text = (to / name for name in ('own', 'prompts.jsonl', 'own.jsonl'))
   if (store / 'manifest.json').exists():
     return store
-  trunk, bytes_ = _trunk(folder), tokenizers.get('bytes')
+  bytes_ = tokenizers.get('bytes')
   found = []
   for tokens in store_lib.open_store(str(_code(folder)), verify=False).split('train').documents():
     for start in range(1, len(tokens) - PROMPT, 64 * PROMPT):
@@ -119,7 +123,7 @@ def _own_text(folder: pathlib.Path) -> pathlib.Path:
   lines = [json.dumps(dict(prompt=prompt)) for prompt in found[:N_PROMPTS] if prompt.strip()]
   prompts.write_text('\n'.join(lines) + '\n')
   _mtp(
-    *('generate', trunk, f'--decode.prompts={prompts}', f'--decode.max_new_tokens={NEW}'),
+    *('generate', run, f'--decode.prompts={prompts}', f'--decode.max_new_tokens={NEW}'),
     *('--decode.temperature=1', '--decode.batch_size=100', f'--out={text}'),
   )
   documents = f'--data.documents=jsonl:{text}#prompt+text'
@@ -127,28 +131,52 @@ def _own_text(folder: pathlib.Path) -> pathlib.Path:
   return store
 
 
+def _train(flag_file: str, flags: tuple[str, ...], store, run) -> float:
+  of_run = f'--data.store={store}', f'--train.workdir={run}'
+  return _mtp('train', f'--flagfile={flag_file}', *flags, *of_run)
+
+
 def measure(job: Job, folder: pathlib.Path) -> dict:
   """Trains and evaluates what is missing; returns the run's row."""
-  run = folder / f'run_{job.key}'
+  run, prompts = folder / f'run_{job.key}', _code(folder)
   if job.part == 'frozen':
-    store, init = _own_text(folder), (f'--train.init_from={_trunk(folder)}',)
-    flag_file = FROZEN
+    trunk = _trunk(folder)
+    prompts = _own_text(folder, trunk, folder)
+    init = (f'--train.init_from={trunk}',)
+    cpu_s = _train(FROZEN, job.flags + init, prompts, run)
+  elif job.variant in OWN_TEXT:
+    given = [flag.partition('=') for flag in results.flags_of(ROOT / PRETRAINING)]
+    steps = int(dict((name, value) for name, _, value in given)['--train.steps'])
+    first, last = (f'--train.steps={n}' for n in (steps - steps // 5, steps // 5))
+    before = run / 'before'
+    cpu_s = _train(PRETRAINING, (*job.flags, first), prompts, before)
+    then = (*job.flags, *OWN_TEXT[job.variant], last, f'--train.init_from={before}')
+    cpu_s += _train(PRETRAINING, then, _own_text(folder, before, run), run)
   else:
-    store, init, flag_file = _code(folder), (), PRETRAINING
-  cpu_s = _mtp(
-    *('train', f'--flagfile={flag_file}', *job.flags, *init),
-    *(f'--data.store={store}', f'--train.workdir={run}'),
-  )
+    cpu_s = _train(PRETRAINING, job.flags, prompts, run)
   row = dict(key=job.key, **job._asdict(), cpu_s=round(cpu_s, 1))
   for temperature in TEMPERATURES:
     out = run / f'eval_{temperature}.json'
     _mtp(
-      *('eval', run, '--eval.tasks=heldout,acceptance', '--eval.limit=64', f'--out={out}'),
+      *(
+        'eval',
+        run,
+        f'--data.store={prompts}',
+        '--eval.tasks=heldout,acceptance',
+        '--eval.limit=64',
+        f'--out={out}',
+      ),
       *(f'--bench.prompt_len={PROMPT}', '--decode.max_new_tokens=192'),
       *(f'--decode.temperature={temperature}', '--decode.num_draft_tokens=all'),
     )
-    row[f'T{temperature}'] = json.loads(out.read_text())
+    row[f'T{temperature}'] = _of_eval(json.loads(out.read_text()))
   return row
+
+
+def _of_eval(found: dict) -> dict:
+  accepted = {k: x for k, x in found['suites']['acceptance'].items() if isinstance(x, float)}
+  names = ('loss_1', 'alpha_2', 'alpha_3', 'alpha_4', 'mean_acceptance_length_sampled')
+  return accepted | {name: found[name] for name in names}
 
 
 # The page.
@@ -167,13 +195,13 @@ def table(part: str, there: dict[str, dict]) -> list[str]:
     return {seed: there[key] for seed, key in keys.items() if key in there}
 
   def passes(row, temperature):
-    return row[f'T{temperature}']['suites']['acceptance']['tokens_per_forward']
+    return row[f'T{temperature}']['tokens_per_forward']
 
   base = of(first)
   for variant in VARIANTS[part]:
     found = of(variant)
     ratios = [passes(r, 1) / passes(base[s], 1) for s, r in found.items() if s in base]
-    held = [r['T1']['heldout'] for r in found.values()]
+    held = [r['T1'] for r in found.values()]
     cells = [induction.shown([passes(r, t) for r in found.values()], '.2f') for t in (0, 1)]
     cells.append('1' if variant == first else induction.shown(ratios, '.3f'))
     cells += [induction.shown([h[f'alpha_{k}'] for h in held], '.1%') for k in (2, 3, 4)]
@@ -210,7 +238,7 @@ def main(args: list[str]) -> None:
     row = measure(job, folder)
     with open(ROWS, 'a') as file:
       file.write(json.dumps(row) + '\n')
-    found = {t: row[f'T{t}']['suites']['acceptance']['tokens_per_forward'] for t in TEMPERATURES}
+    found = {t: row[f'T{t}']['tokens_per_forward'] for t in TEMPERATURES}
     print(*job, found, f'{row["cpu_s"]:.0f} CPU-seconds', flush=True)
   write()
 
