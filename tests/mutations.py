@@ -2485,6 +2485,25 @@ FAULTS = (
     _in('data/corpus', 'test_draft_vocabulary_is_of_the_most_frequent_tokens'),
   ),
   Fault(
+    'shared-keys-of-the-second-step',
+    0,
+    'mtp_jax/model/lm.py',
+    'next_emb_BTD=feed(2)',
+    'next_emb_BTD=feed(3)',
+    _in('losses/loss', 'test_shared_keys_and_values_equal_oracle[changes0]'),
+  ),
+  Fault(
+    'shared-keys-leak-into-the-trunk',
+    0,
+    'mtp_jax/losses/backward.py',
+    '_read_by_head(w, None, False, cfg)',
+    '_read_by_head(w, None, True, cfg)',
+    _in(
+      'losses/acceptance',
+      'test_isolated_heads_leave_no_bit_in_what_they_share[recursive-replicated-ce-interleaved-none]',
+    ),
+  ),
+  Fault(
     'mixes-only-the-last-two',
     0,
     'mtp_jax/losses/backward.py',

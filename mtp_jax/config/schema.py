@@ -289,6 +289,11 @@ class HeadsConfig:
     'trunk or of any module before, with equal probabilities, and not of the last one alone; '
     'a module is then less surprised when it is applied deeper than it was trained',
   )
+  share_keys_values: bool = fields_lib.field(
+    False,
+    'each step of a recursive module attends to the keys and values of its first step, which '
+    'alone has a cache; a decoder then computes the later steps at one position of a row',
+  )
   isolated: bool = fields_lib.field(
     False,
     'stop the gradients of heads >= 2 at what they share with head 1: trunk, embedding, '

@@ -51,24 +51,29 @@ def draft(
       functools.partial(_propose, first=first, s=s), state, logits_BKV, last_B1, same=(sampling,)
     )
 
-  hidden, written = [], []
+  of_head, hidden, written = window_lib.OfHead(carry_BTD, None), [], []
   for k in range(2, W + 1):
     if f.reverse:
       raw_B1D = window_lib.take_position(states[len(states) - k], at_B)
       h_B1D = layers.rms_norm(raw_B1D, w.norm, cfg.model)
     else:
+      at_query = k > 2 and cfg.heads.share_keys_values
       next_BT = None
       if f.uses_next_token:
         next_BT = sharding.by_rows(
           functools.partial(_next_tokens, offset=heads.next_token_offset(k, cfg.heads.stride)),
           state.tokens_BS,
-          position_BT,
+          last_B1 if at_query else position_BT,
         )
-      kv = caches.heads[k - 2] if f.has_block else None
-      carry_BTD, h_B1D, kv = window_lib.head(
-        w, k, z_BTD, carry_BTD, kv, next_BT=next_BT, here=here, query=query, s=s
-      )
-      written.append(kv)
+      if at_query:
+        of_head = window_lib.later_step(w, k, of_head, next_BT, here=query.window, s=s)
+      else:
+        kv = caches.heads[k - 2] if f.has_block else None
+        of_head = window_lib.head(
+          w, k, z_BTD, of_head.carry_BTD, kv, next_BT=next_BT, here=here, query=query, s=s
+        )
+        written.append(of_head.kv)
+      h_B1D = of_head.h_BTD
     if f.uses_next_token:
       state = propose(state, window_lib.logits(w, h_B1D, k, cfg), k)
     hidden.append(h_B1D)

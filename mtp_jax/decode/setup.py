@@ -64,6 +64,8 @@ class Setup(NamedTuple):
   @property
   def num_reread(self) -> int:
     """R, positions before the window that heads with next-token input read again."""
+    if self.cfg.heads.share_keys_values:
+      return 0  # what head 2 reads is known, and it alone has a cache
     return max(self.window - 2, 0) * heads.family(self.cfg.heads).uses_next_token
 
 

@@ -54,7 +54,7 @@ def prefill(
   if caches.heads:
     carry_BCD = window_lib.first_carry(w, carry_BCD, cfg)
   for k, kv in enumerate(caches.heads, 2):
-    carry_BCD, _, kv = window_lib.head(
+    of_head = window_lib.head(
       w,
       k,
       z_BCD,
@@ -65,7 +65,8 @@ def prefill(
       query=None,
       s=s,
     )
-    written.append(kv)
+    carry_BCD = of_head.carry_BTD
+    written.append(of_head.kv)
   if f.uses_next_token and s.num_reread:
     state = state._replace(
       tail_BRD=sharding.by_rows(_tail, state.tail_BRD, z_BCD, state.length_B, same=(first,))

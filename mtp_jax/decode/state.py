@@ -74,7 +74,8 @@ def cached_layers(s: setup_lib.Setup) -> tuple[tuple[int, ...], tuple[int, ...]]
   if cfg.heads.block_first:
     first = s.active if f.reverse else 1
     stem += of_heads[:first][::-1]
-  return stem, () if f.reverse or not f.has_block else of_heads[1 : s.window]
+  last = min(s.window, 2) if cfg.heads.share_keys_values else s.window
+  return stem, () if f.reverse or not f.has_block else of_heads[1:last]
 
 
 def slots(S: int, s: setup_lib.Setup) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -44,11 +44,18 @@ def take_position(x_BTD, at_B):
   return sharding.by_rows(rows, x_BTD, at_B)
 
 
+class Attended(NamedTuple):
+  """What a query attends to."""
+
+  kv: cache_lib.Layer
+  seen_BTS: Any
+
+
 def _layer(
   layer, x_BTD, kv, here: Window, *, cfg, layer_type: int, query: QueryPosition | None = None
 ):
   """Computes a layer over a window and caches its keys and values; with a query,
-  the rest of it at that position only."""
+  the rest of it at that position only. Returns (its output, the cache, the Attended)."""
   m, whole, sliding = cfg.model, here, layer_types.distinct(cfg)[layer_type].window
   w = params.gather_cast(layer, block.specs(m), cfg)
   y_BTD = block.attention_input(w, x_BTD, m)
@@ -59,13 +66,24 @@ def _layer(
     x_BTD, y_BTD = take_position(x_BTD, query.at_B), take_position(y_BTD, query.at_B)
     here = query.window
   q_BTNH = block.queries(w, y_BTD, block.of_type(here.ctx, layer_type, cfg), m)
+  attended = Attended(kv, here.seen_BTS)
   if sliding:
     seen_BTX, slot_BT = _ring(here, whole, kv.k_BGSH.shape[2], sliding)
-    a_BTNH = cache_lib.attend(q_BTNH, cache_lib.joined(kv, *new), seen_BTX, w.sink, m)
+    attended = Attended(cache_lib.joined(kv, *new), seen_BTX)
     kv = cache_lib.write(kv, *new, slot_BT)
-  else:
-    a_BTNH = cache_lib.attend(q_BTNH, kv, here.seen_BTS, w.sink, m)
-  return block.add_mlp(w, block.add_attended(w, x_BTD, y_BTD, a_BTNH, m), m), kv
+  a_BTNH = cache_lib.attend(q_BTNH, *attended, w.sink, m)
+  y_BTD = block.add_mlp(w, block.add_attended(w, x_BTD, y_BTD, a_BTNH, m), m)
+  return y_BTD, kv, attended
+
+
+def _layer_of_others(layer, x_B1D, attended: Attended, ctx: block.Context, *, cfg, layer_type):
+  """Computes a layer at one position that attends to keys and values of another."""
+  w = params.gather_cast(layer, block.specs(cfg.model), cfg)
+  y_B1D = block.attention_input(w, x_B1D, cfg.model)
+  q_B1NH = block.queries(w, y_B1D, block.of_type(ctx, layer_type, cfg), cfg.model)
+  a_B1NH = cache_lib.attend(q_B1NH, *attended, w.sink, cfg.model)
+  x_B1D = block.add_attended(w, x_B1D, y_B1D, a_B1NH, cfg.model)
+  return block.add_mlp(w, x_B1D, cfg.model)
 
 
 def _ring(query: Window, written: Window, S: int, window: int):
@@ -96,7 +114,7 @@ def stem(
   x_BTD, states, written = lm.embed(w, tokens_BT, s.cfg), [], []
   types, _ = state_lib.cached_layers(s)
   for layer, kv, layer_type in zip(w.stem, caches.stem, types, strict=True):
-    x_BTD, kv = _layer(layer, x_BTD, kv, here, cfg=s.cfg, layer_type=layer_type)
+    x_BTD, kv, _ = _layer(layer, x_BTD, kv, here, cfg=s.cfg, layer_type=layer_type)
     states.append(x_BTD)
     written.append(kv)
   return states, caches._replace(stem=tuple(written))
@@ -115,6 +133,31 @@ def first_carry(w: weights_lib.Weights, z_BTD, cfg: schema.Config):
   return heads.step(None, 1, x, None, cfg)[0]
 
 
+class OfHead(NamedTuple):
+  """What a head computes."""
+
+  carry_BTD: Any  # the input of the head after it
+  h_BTD: Any  # normed for the unembedding
+  kv: Any = None  # its cache; None where it has no block
+  attended: Any = None  # what its query attends to
+
+
+def later_step(w, k: int, before: OfHead, next_B1, *, here: Window, s: setup_lib.Setup) -> OfHead:
+  """Computes a step of a shared module at one position, of the step before it; it attends to
+  what the first step does (--heads.share_keys_values)."""
+
+  def block_of_others(layer, x_B1D, ctx, cfg, layer_type):
+    return _layer_of_others(layer, x_B1D, before.attended, ctx, cfg=cfg, layer_type=layer_type)
+
+  x = heads.Inputs(norm_D=w.norm, z_BTD=before.carry_BTD, carry_BTD=before.carry_BTD)
+  carry_B1D, h_B1D = lm.head_step(
+    *(w.heads[0], k, x, here.ctx, s.cfg),
+    feed=lambda k: lm.embed(w, next_B1, s.cfg),
+    apply_block=block_of_others,
+  )
+  return before._replace(carry_BTD=carry_B1D, h_BTD=h_B1D)
+
+
 def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: setup_lib.Setup):
   """Computes head k >= 2 over a window.
 
@@ -131,23 +174,24 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
     s: the Setup.
 
   Returns:
-    (carry_BTD, h_B1D at the query or h_BTD, its cache).
+    its OfHead, h at the query; with --heads.share_keys_values the carry too.
   """
   cfg, f = s.cfg, heads.family(s.cfg.heads)
   module = w.heads[0 if f.shared_module else k - 2]
   # An output that no later head reads is computed at the query only.
-  at_query = query is not None and (k == s.window or not f.is_chained)
+  at_query = query is not None and (
+    k == s.window or not f.is_chained or cfg.heads.share_keys_values
+  )
   if f.layer is None:
     assert query is not None
     z_BTD = take_position(z_BTD, query.at_B)
-  written = []
+  cached: list[Any] = [None, None]
 
   def cached_block(layer, x_BTD, ctx, cfg, layer_type):
     del ctx
-    y_BTD, new = _layer(
+    y_BTD, *cached[:] = _layer(
       layer, x_BTD, kv, here, cfg=cfg, layer_type=layer_type, query=query if at_query else None
     )
-    written.append(new)
     return y_BTD
 
   x = heads.Inputs(norm_D=w.norm, z_BTD=z_BTD, carry_BTD=carry_BTD)
@@ -156,7 +200,7 @@ def head(w, k: int, z_BTD, carry_BTD, kv, *, next_BT, here: Window, query, s: se
   )
   if query is not None and f.layer is not None and not at_query:
     h_BTD = take_position(h_BTD, query.at_B)
-  return carry_BTD, h_BTD, *(written or [None])
+  return OfHead(carry_BTD, h_BTD, *cached)
 
 
 def logits(w: weights_lib.Weights, h_BTD, k: int, cfg):

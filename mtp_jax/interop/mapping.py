@@ -310,9 +310,11 @@ def of(cfg: schema.CommandConfig) -> str:
 
 
 def _of_ours_alone(cfg: schema.CommandConfig) -> str:
-  """Returns which parameters only hf has names for."""
+  """Returns what only hf can represent."""
   if cfg.loss.token_order_weight:
     return 'has no tensor for the unembedding of --loss.token_order_weight'
+  if cfg.heads.share_keys_values:
+    return 'has keys and values of its own in each step, see --heads.share_keys_values'
   rank = cfg.heads.markov_rank
   return f'has no tensors for a Markov head (--heads.markov_rank={rank})' if rank else ''
 

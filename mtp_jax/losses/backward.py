@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import schema
 from mtp_jax.losses import acceptance, cross_entropy, head_loss, mixing
-from mtp_jax.model import heads, layers, lm
+from mtp_jax.model import block, heads, layers, lm
 from mtp_jax.parallel import sharding
 
 
@@ -89,27 +89,53 @@ def _scan_heads(visit, carry, modules, per_head: head_loss.HeadBatch, cfg):
   return heads.scan_heads(visit, carry, modules, per_head, cfg.heads, apart=apart)
 
 
-def hidden(module, head: head_loss.HeadBatch, carry_BTD, w: DiffInputs, *, is_head_1, window, cfg):
-  """Computes one head's (carry_BTD, h_BTD); its probe measures the gradient that
-  flows back to its input. w.norm_D is gathered; is_head_1 as of `heads.scan_heads`."""
-  before_BTD = carry_BTD
+def _read_by_head(w: DiffInputs, carry_BTD, is_head_1, cfg):
+  """Returns (heads.Inputs, feed as of `lm.head_step`) of a head."""
   dtype = cfg.model.compute_dtype
   z_BTD, emb_BUD, norm_D = w.z_BTD.astype(dtype), w.emb_BUD, w.norm_D
   if cfg.heads.isolated and not is_head_1:
     z_BTD, emb_BUD, norm_D = jax.lax.stop_gradient((z_BTD, emb_BUD, norm_D))
-  if heads.family(cfg.heads).is_chained:
-    carry_BTD = _probe_grad_norm(carry_BTD, head.probe)
-  else:
-    z_BTD = _probe_grad_norm(z_BTD, head.probe)
 
   def feed(k):
     return lm.next_embeddings(emb_BUD, k, z_BTD.shape[1], cfg.heads.stride).astype(dtype)
 
-  x = heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
-  carry_BTD, h_BTD = lm.head_step(module, head.k, x, window.ctx, cfg, feed=feed)
+  return heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD), feed
+
+
+def _block(w: DiffInputs, inputs: NondiffInputs, cfg):
+  """Returns the block of all heads, see `lm.block_of_heads`."""
+  if inputs.k_K.shape[0] == 1:
+    return block.block
+  x, feed = _read_by_head(w, None, False, cfg)
+  x = x._replace(carry_BTD=x.z_BTD)
+  return lm.block_of_heads(w.modules, x, inputs.window.ctx, cfg, feed=feed)
+
+
+def hidden(
+  module,
+  head: head_loss.HeadBatch,
+  carry_BTD,
+  w: DiffInputs,
+  *,
+  is_head_1,
+  window,
+  cfg,
+  apply_block=block.block,
+):
+  """Computes one head's (carry_BTD, h_BTD); its probe measures the gradient that
+  flows back to its input. w.norm_D is gathered; is_head_1 as of `heads.scan_heads`."""
+  before_BTD = carry_BTD
+  x, feed = _read_by_head(w, carry_BTD, is_head_1, cfg)
+  if heads.family(cfg.heads).is_chained:
+    x = x._replace(carry_BTD=_probe_grad_norm(carry_BTD, head.probe))
+  else:
+    x = x._replace(z_BTD=_probe_grad_norm(x.z_BTD, head.probe))
+  carry_BTD, h_BTD = lm.head_step(
+    module, head.k, x, window.ctx, cfg, feed=feed, apply_block=apply_block
+  )
   if window.step is not None and not is_head_1:
     # Of k states, the trunk's and those of modules 2..k, each is kept with probability 1 / k.
-    takes_BT1 = mixing.draws(window, head.k, z_BTD.shape[1])[:, :, None] < 1 / head.k
+    takes_BT1 = mixing.draws(window, head.k, h_BTD.shape[1])[:, :, None] < 1 / head.k
     carry_BTD = jnp.where(takes_BT1, carry_BTD, before_BTD)
   if cfg.heads.isolated and is_head_1:  # what a chain hands on to head 2
     carry_BTD = jax.lax.stop_gradient(carry_BTD)
@@ -124,10 +150,12 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
     return _remat_compared(w, shared, inputs, cfg, detail)
   loss = head_loss.of(inputs.window, cfg, detail)
 
-  n_active = inputs.k_K.shape[0]
+  n_active, apply_block = inputs.k_K.shape[0], _block(w, inputs, cfg)
 
   def visit(carry_BTD, module, head, is_head_1):
-    state = functools.partial(hidden, is_head_1=is_head_1, window=inputs.window, cfg=cfg)
+    state = functools.partial(
+      hidden, is_head_1=is_head_1, window=inputs.window, cfg=cfg, apply_block=apply_block
+    )
     if n_active == 1 and not heads.is_kept(cfg, 1):
       state = jax.checkpoint(state)  # its loss is not computed again
     carry_BTD, h_BTD = state(module, head, carry_BTD, w)
@@ -145,10 +173,10 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
 def _hidden_states(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
   """Computes h_KBTD of all heads; the backward pass recomputes their blocks."""
 
+  of_all = dict(window=inputs.window, cfg=cfg, apply_block=_block(w, inputs, cfg))
+
   def visit(carry_BTD, module, head, is_head_1):
-    carry_BTD, h_BTD = hidden(
-      module, head, carry_BTD, w, is_head_1=is_head_1, window=inputs.window, cfg=cfg
-    )
+    carry_BTD, h_BTD = hidden(module, head, carry_BTD, w, is_head_1=is_head_1, **of_all)
     return carry_BTD, (h_BTD, None)
 
   per_head = head_loss.HeadBatch(
@@ -259,14 +287,13 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   loss = head_loss.of(inputs.window, cfg)
 
   def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
-    here = w._replace(z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D, probe_K=probe_K)
+    here = w._replace(modules=modules, z_BTD=z_BTD, emb_BUD=emb_BUD, norm_D=norm_D, probe_K=probe_K)
+    of_all = dict(window=inputs.window, cfg=cfg, apply_block=_block(here, inputs, cfg))
 
     def visit(carry, module, head, is_head_1):
       carry_BTD, dshared = carry
       number = head._replace(target_BT=None, valid_BT=None, scale=None, unembed_DV=None)
-      checkpointed = jax.checkpoint(
-        functools.partial(hidden, is_head_1=is_head_1, window=inputs.window, cfg=cfg)
-      )
+      checkpointed = jax.checkpoint(functools.partial(hidden, is_head_1=is_head_1, **of_all))
       carry_BTD, h_BTD = checkpointed(module, number, carry_BTD, here)
       dshared, grads, value, stats = loss.value_and_grad(
         jax.lax.stop_gradient(h_BTD), shared, dshared, head, is_head_1

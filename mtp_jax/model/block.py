@@ -136,10 +136,13 @@ def _tables(position_BT, of: layer_types.LayerType, m: schema.ModelConfig):
   return angle, angle + 1
 
 
-def block(layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config, layer_type=0):
+def block(
+  layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config, layer_type=0, *, of_others=None
+):
   """Computes x + attention + gated MLP; gathers the sharded `layer`.
 
   layer_type: index of its type in layer_types.distinct(cfg); may be traced.
+  of_others: (k_BTGH, v_BTGH) to attend to; None = the layer's own.
   """
   m = cfg.model
   with jax.named_scope('gather'):
@@ -148,12 +151,19 @@ def block(layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config, laye
   with jax.named_scope('qkv'):
     y_BTD = attention_input(w, x_BTD, m)
     q_BTNH = queries(w, y_BTD, ctx, m)
-    k_BTGH, v_BTGH = keys_values(w, y_BTD, ctx, m)
+    k_BTGH, v_BTGH = of_others or keys_values(w, y_BTD, ctx, m)
   with jax.named_scope('attend'):
     a_BTNH = attention.attend(
       attention.Operands(q_BTNH, k_BTGH, v_BTGH, ctx.segment_BT, w.sink), layer_type, cfg
     )
   return add_mlp(w, add_attended(w, x_BTD, y_BTD, a_BTNH, m), m)
+
+
+def own_keys_values(layer: Block[jax.Array], x_BTD, ctx: Context, cfg: schema.Config, layer_type):
+  """Computes the keys and values (k_BTGH, v_BTGH) of a block's input."""
+  w, ctx = params.gather_cast(layer, specs(cfg.model), cfg), of_type(ctx, layer_type, cfg)
+  with jax.named_scope('qkv'):
+    return keys_values(w, attention_input(w, x_BTD, cfg.model), ctx, cfg.model)
 
 
 # Parts of a block, of gathered weights: a decoder reads keys and values from a

@@ -65,6 +65,8 @@ def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
   of_heads = heads_lib.types_of_heads(cfg)[not cfg.heads.block_first : n_active]
   modules = 2 * len(of_heads) * _matrices(family.specs(m))
   modules += sum(attention[i] for i in of_heads) * family.has_block
+  if cfg.heads.share_keys_values:
+    modules -= max(len(of_heads) - 1, 0) * _keys_values(m)
   unembedding = 2 * m.d_model * m.vocab_size
   return Forward(
     trunk,
@@ -77,6 +79,10 @@ def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
   )
 
 
+def _keys_values(m: schema.ModelConfig) -> int:
+  return 2 * 2 * m.d_model * m.kv_heads * m.head_width
+
+
 def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
   """Returns the FLOPs per training token with recomputation: of the trunk's layers by
   --model.remat=block, and of heads by --loss.backward; nothing frozen."""
@@ -87,10 +93,13 @@ def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
   again = (is_remat and not is_kept) or compares or heads_lib.family(cfg.heads).is_chained
   # e2e_tv: acceptance rates first.
   logits = 4 if is_remat or (compares and cfg.loss.head_loss == 'e2e_tv') else 3
+  # Keys and values that are shared are computed once, of an input that is computed for them.
+  apart = 3 * 4 * cfg.model.d_model**2 - again * _keys_values(cfg.model)
   moves = not cfg.heads.isolated or cfg.heads.unembedding == 'replicated'
   return (
     (3 + (cfg.model.remat == 'block')) * of.trunk
     + (3 + again) * of.heads
+    + (cfg.heads.share_keys_values and n_active > 1) * apart
     + (3 + is_remat) * (of.unembedding + of.order)
     + (logits - (not moves)) * of.drafts
     + logits * of.markov

@@ -262,11 +262,20 @@ def check(cfg: schema.Config) -> None:
     ('isolated', f.reverse and 'head 1 is computed from the others'),
     ('markov_rank', f.uses_next_token and 'its heads read the token before'),
     ('mix_hidden_states', not f.normed_chain and 'its heads are no chain of modules'),
+    ('share_keys_values', not f.shared_module and 'its heads do not share a module'),
   ):
     if getattr(h, flag) and problem:
       raise fields.ConfigError(
         f'heads.{flag}', getattr(h, flag), f'--heads.family={h.family}: {problem}'
       )
+
+
+def keys_values(module, x: Inputs, ctx, cfg):
+  """Computes the keys and values of the block of head 2, a shared module's first step."""
+  f = family(cfg.heads)
+  assert f.layer is not None
+  x_BTD = f.block_input(module, x, ctx, cfg)
+  return block.own_keys_values(f.layer(module), x_BTD, ctx, cfg, types_of_heads(cfg)[1])
 
 
 def family(h: schema.HeadsConfig) -> Family:

@@ -1,6 +1,7 @@
 """The language model: its parameters, and tokens to hidden states and logits."""
 
 import dataclasses
+import functools
 from typing import Any, Generic, Protocol
 
 import flax.struct
@@ -129,6 +130,22 @@ def head_step(
   return heads.step(module, k, x, ctx, cfg, apply_block=apply_block)
 
 
+def block_of_heads(module, x: heads.Inputs, ctx: block.Context, cfg: schema.Config, *, feed):
+  """Returns the apply_block of `head_step`, the same for all heads; with
+  --heads.share_keys_values it attends to what head 2 does.
+
+  Args:
+    module: of the heads, shared.
+    x: the Inputs of head 1.
+    ctx, cfg, feed: as of `head_step`.
+  """
+  if not cfg.heads.share_keys_values:
+    return block.block
+  carry_BTD, _ = heads.step(None, 1, x, ctx, cfg)
+  x = x._replace(carry_BTD=carry_BTD, next_emb_BTD=feed(2))
+  return functools.partial(block.block, of_others=heads.keys_values(module, x, ctx, cfg))
+
+
 def forward(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   """Computes every head's hidden state.
 
@@ -151,15 +168,21 @@ def forward(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   emb_BUD = jnp.pad(emb_BTD, ((0, 0), (0, cfg.heads.offsets[-1]), (0, 0)))
   norm_D = params.gather(model.norm, specs(cfg).norm, cfg)
 
+  modules, apply_block = heads.active_modules(model.heads, n, cfg.heads), block.block
+  x_1 = heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=z_BTD)
+
+  def feed(k):
+    return next_embeddings(emb_BUD, k, T, cfg.heads.stride)
+
+  if n > 1:
+    apply_block = block_of_heads(modules, x_1, ctx, cfg, feed=feed)
+
   def head(carry_BTD, module, k, is_head_1):
     del is_head_1
-    x = heads.Inputs(norm_D=norm_D, z_BTD=z_BTD, carry_BTD=carry_BTD)
-    carry_BTD, h_BTD = head_step(
-      module, k, x, ctx, cfg, feed=lambda k: next_embeddings(emb_BUD, k, T, cfg.heads.stride)
-    )
+    x = x_1._replace(carry_BTD=carry_BTD)
+    carry_BTD, h_BTD = head_step(module, k, x, ctx, cfg, feed=feed, apply_block=apply_block)
     return carry_BTD, (h_BTD, None)
 
-  modules = heads.active_modules(model.heads, n, cfg.heads)
   _, (h_KBTD, _) = heads.scan_heads(head, z_BTD, modules, jnp.arange(1, n + 1), cfg.heads)
   return h_KBTD
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import draft_vocab, fields
+from mtp_jax.config import draft_vocab, fields, schema
 from mtp_jax.decode import decoder as decoder_lib
 from mtp_jax.decode import sample, setup, speculative, weights
+from mtp_jax.decode import state as state_lib
 from mtp_jax.model import flops, heads
 from mtp_jax.parallel import sharding
 from tests.support import decoding, oracle, tiny
@@ -99,7 +100,7 @@ def test_sampled_drafts_follow_head_distributions(family):
   drafts_are_what_the_heads_say(c, (1, 1))
 
 
-def drafts_are_what_the_heads_say(c, widths, model=None, trained=None, drafted=()):
+def drafts_are_what_the_heads_say(c, widths, model=None, trained=None, **shape):
   """Cached = full forward, for all heads: after each forward pass the drafts are those
   of the whole text so far, with what was drafted as the tokens that are fed.
 
@@ -108,7 +109,7 @@ def drafts_are_what_the_heads_say(c, widths, model=None, trained=None, drafted=(
   model = tiny.model(c, tiny.mesh(c)) if model is None else model
   of, whole = trained or (c, model)
   params = tiny.flat(whole)
-  shape = oracle.Shape(of.heads.family, of.heads.n, drafted=drafted)
+  shape = oracle.Shape(of.heads.family, of.heads.n, **shape)
   temperature = c.decode.temperature
   decode = decoding.make(c, model, active=of.heads.n)
   sampling = sample.sampling(c)
@@ -241,6 +242,32 @@ def test_text_and_drafts_with_a_markov_head(family, temperature):
   if not temperature:
     assert decoding.lists(decoding.with_rows(c)()) == decoding.greedy(family, 3)
   drafts_are_what_the_heads_say(c, (1, 1))
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(),
+    dict(decode__temperature=1.3, heads__trunk_state='pre_norm'),
+    dict(model__layer_types='sliding', model__window=5),
+  ],
+)
+def test_drafts_with_shared_keys_and_values(changes):
+  """Later steps compute one position of a row, and attend to what the first step does."""
+  c = decoding.cfg('recursive', 4, heads__share_keys_values=True, **changes)
+  block = oracle.Block(layers=(oracle.Layer(window=c.model.window),))
+  shape = dict(share_kv=True, trunk_state=c.heads.trunk_state, block=block)
+  drafts_are_what_the_heads_say(c, (1, 1, 1), **shape)
+  if not c.decode.temperature:
+    model = tiny.model(c, tiny.mesh(c))
+    decode = decoding.with_rows(c, model)
+    found, plain = decode(), decode(max_accept=0)
+    assert decoding.lists(found) == decoding.lists(plain) and found.accepted_J.sum() > 0
+    s = setup.setup(c, 4, (1, 1, 1))
+    assert len(state_lib.cached_layers(s)[1]) == 1 and s.num_reread == 0
+    shallow = schema.replace(c, **{'heads.n': 2, 'decode.num_draft_tokens': '3'})
+    deeper = decoding.with_rows(shallow, model)()
+    assert deeper.accepted_J.tolist() == found.accepted_J.tolist()
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def test_isolated_heads_leave_no_bit_in_what_they_share(
     family,
     heads__isolated=True,
     heads__unembedding=unembedding,
+    heads__share_keys_values=family == 'recursive',
     loss__head_loss=loss,
     loss__backward=backward,
     train__freeze=freeze,

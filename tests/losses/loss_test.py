@@ -448,6 +448,43 @@ def test_mixed_hidden_states_equal_oracle(family, schedule, changes):
   assert len({float(loss_K[1]) for loss_K in found.values()}) == 1  # reads the trunk
 
 
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(loss__backward='remat', mesh__fsdp=2, mesh__tensor=2),
+    dict(loss__backward='interleaved', train__grad_accum_steps=2, heads__trunk_state='pre_norm'),
+    dict(loss__backward='interleaved', loss__head_loss='lk', loss__head_ce_weight=1),
+    dict(loss__backward='remat', heads__unembedding='tied', model__remat='block'),
+  ],
+)
+def test_shared_keys_and_values_equal_oracle(changes):
+  """Value, and gradients along a random direction: steps attend to keys of the first one."""
+  c = tiny.cfg(
+    heads__n=4,
+    heads__family='recursive',
+    heads__share_keys_values=True,
+    model__n_layers=2,
+    **changes,
+  )
+  rows = tiny.batch(c)
+  flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
+  base, grads = tiny.flat(tiny.model(c, tiny.mesh(c))), tiny.flat(grads)
+  shape = oracle.Shape('recursive', 4, trunk_state=c.heads.trunk_state, share_kv=True)
+
+  def losses(w, shape=shape):
+    logits = oracle.forward(w, flat['tokens'], flat['position'], shape)
+    return oracle.losses(logits, flat['tokens'], flat['position'], shape)
+
+  np.testing.assert_allclose(sums['loss_K'], losses(base)['loss_K'], rtol=1e-5)
+  own_K = losses(base, shape._replace(share_kv=False))['loss_K']
+  assert (own_K != losses(base)['loss_K']).tolist() == [False, False, True, True]
+  rng = np.random.default_rng(0)
+  along = {path: rng.normal(size=g.shape) / np.linalg.norm(g) for path, g in grads.items()}
+  numeric = oracle.derivative(lambda w: losses(w)['total'], base, along)
+  assert abs(sum(np.sum(grads[path] * along[path]) for path in along) - numeric) < 1e-4
+
+
 def test_draws_of_mixing_are_uniform_and_independent():
   rng = np.random.default_rng(0)
   tokens_BU = jnp.array(rng.integers(0, 500, (64, 129)))

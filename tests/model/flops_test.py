@@ -143,6 +143,16 @@ def test_executed_flops_with_a_draft_vocabulary(head_loss):
   assert executed == 3 * (of.trunk + of.heads + of.unembedding + of.drafts) + again
 
 
+@pytest.mark.parametrize('backward', ['remat', 'interleaved'])
+def test_executed_flops_of_shared_keys_and_values(backward):
+  changes = dict(heads__family='recursive', heads__share_keys_values=True, loss__backward=backward)
+  executed, of = _executed(**changes)
+  c = tiny.cfg(heads__n=3, **changes)
+  assert executed == pytest.approx(flops.executed(c, 3, causal=False), rel=1e-3)
+  own = flops.forward(schema.replace(c, **{'heads.share_keys_values': False}), 3, causal=False)
+  assert own.heads - of.heads == 2 * 2 * 16 * 2 * 4
+
+
 def test_interleaved_chain_recomputes_blocks_only():
   executed, of = _executed(heads__family='causal', loss__backward='interleaved')
   assert executed == 3 * (of.trunk + 3 * of.unembedding) + 4 * of.heads

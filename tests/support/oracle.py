@@ -52,6 +52,7 @@ class Shape(NamedTuple):
   window: int = 0  # of token order prediction; 0 = without
   trunk_state: str = 'post_norm'  # what a chain of modules hands on
   mix_step: int | None = None  # of mixed hidden states
+  share_kv: bool = False  # heads of a shared module attend to what head 2 does
   drafted: tuple[int, ...] = ()  # tokens that heads >= 2 score; () = all
   block: Block = Block()
 
@@ -123,7 +124,7 @@ def _rope(x_BTNH, position_BT, shape, layer):
   return np.concatenate([c_BTNE, d_BTNE, x_BTNH[..., R:]], axis=-1)
 
 
-def _block(params, prefix, index, x_BTD, position_BT, shape, layer):
+def _block(params, prefix, index, x_BTD, position_BT, shape, layer, kv=None):
   """One transformer layer: entry `index` of the stack `prefix`."""
   o = shape.block
   w = {
@@ -140,6 +141,10 @@ def _block(params, prefix, index, x_BTD, position_BT, shape, layer):
     k_BTGH = _rms(k_BTGH, w['k_norm'], shape, o.qk_eps)
   q_BTNH = _rope(q_BTNH, position_BT, shape, layer)
   k_BTGH = _rope(k_BTGH, position_BT, shape, layer)
+  if kv:  # those of the first call
+    k_BTGH, v_BTGH = kv
+  elif kv is not None:
+    kv += [k_BTGH, v_BTGH]
   N, G, H = q_BTNH.shape[2], k_BTGH.shape[2], q_BTNH.shape[3]
   kv_N = [n // (N // G) for n in range(N)]
   k_BSNH, v_BSNH = k_BTGH[:, :, kv_N], v_BTGH[:, :, kv_N]
@@ -196,7 +201,7 @@ def trunk(params, tokens_BT, position_BT, shape):
   return x_BTD
 
 
-def _feed(params, module, k, c_BTD, tokens_BU, position_BT, shape):
+def _feed(params, module, k, c_BTD, tokens_BU, position_BT, shape, kv):
   """c_k from c_{k-1}, for the sequential and the recursive family."""
   e_BTD = np.zeros_like(c_BTD)
   for b in range(position_BT.shape[0]):
@@ -209,7 +214,7 @@ def _feed(params, module, k, c_BTD, tokens_BU, position_BT, shape):
   both_BTC = np.concatenate([hidden_BTD, e_BTD], axis=-1)
   x_BTD = both_BTC @ params['heads.proj'][module]
   layer = _layer_of_head(shape, k, len(params['trunk.q']))
-  return _block(params, 'heads.block', module, x_BTD, position_BT, shape, layer)
+  return _block(params, 'heads.block', module, x_BTD, position_BT, shape, layer, kv)
 
 
 def _draw(tokens_U, position, t, k, step):
@@ -240,7 +245,7 @@ def _ready(params, z_BTD, tokens_BU, position_BT, shape):
     return {k: _rms(h[k], norm_D, shape) for k in range(1, n + 1)}
   x_BTD = _rms(z_BTD, norm_D, shape)
   c_BTD = x_BTD if shape.trunk_state == 'post_norm' else z_BTD
-  ready = {1: x_BTD}
+  ready, kv = {1: x_BTD}, [] if shape.share_kv else None
   for k in range(2, n + 1):
     if family == 'linear':
       ready[k] = _rms(z_BTD @ params['heads.proj'][k - 2], norm_D, shape)
@@ -249,7 +254,7 @@ def _ready(params, z_BTD, tokens_BU, position_BT, shape):
     elif family in ('sequential', 'recursive'):
       i = 0 if family == 'recursive' else k - 2
       before_BTD = np.array(c_BTD)
-      c_BTD = _feed(params, i, k, c_BTD, tokens_BU, position_BT, shape)
+      c_BTD = _feed(params, i, k, c_BTD, tokens_BU, position_BT, shape, kv)
       ready[k] = _rms(c_BTD, params['heads.final_norm'][i], shape)
       if shape.trunk_state != 'pre_norm':
         c_BTD = np.array(ready[k])
