@@ -21,7 +21,7 @@ def run(parsed: flags.Parsed) -> int:
     **{flag: _absolute_stores(cfg, flag) for flag in ('data.store', 'eval.stores')},
     **{
       flag: paths.absolute(path)
-      for flag in ('train.workdir', 'train.init_from')
+      for flag in ('train.workdir', 'train.init_from', 'loss.teacher')
       if (path := schema.get(cfg, flag))
     },
   )

@@ -327,6 +327,12 @@ class LossConfig:
     'probability that drafts 2 to k are all accepted (arXiv 2606.12370)',
     choices=('ce', 'kl', 'tv', 'lk', 'lk_hybrid', 'e2e_tv'),
   )
+  teacher: str = fields_lib.field(
+    '',
+    'teacher of a --loss.head_loss other than ce: a run, or one of its checkpoints/STEP, whose '
+    "next-token distribution takes the place of head 1's; it does not train, and has the same "
+    'tokenizer; empty = head 1 of the model itself',
+  )
   head_ce_weight: float = fields_lib.field(
     0.0,
     'share of cross-entropy in the loss of heads >= 2 with another --loss.head_loss, which '

@@ -244,6 +244,7 @@ def _check_loss(cfg):
     'head_ce_weight',
     'needs another --loss.head_loss than ce',
   )
+  need(l.head_loss != 'ce' or not l.teacher, 'teacher', 'needs another --loss.head_loss than ce')
   if h.markov_rank and (h.family in ('sequential', 'recursive') or h.stride > 1):
     raise fields.ConfigError(
       'heads.markov_rank',

@@ -6,7 +6,9 @@ expectation (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192)
 
   alpha = sum_v min(p_v, q_v) = 1 - |p - q|_1 / 2 .
 
-p has no gradient. By --loss.head_loss, the loss of one position is
+p has no gradient. With --loss.teacher it is the next-token distribution of another, frozen
+model at the same query (teacher.py); alpha is then a measure of the loss, and not what
+head 1 accepts. By --loss.head_loss, the loss of one position is
 
   kl         KL(p || q)
   tv         1 - alpha
@@ -22,6 +24,7 @@ and the teacher's, which are computed from head 1's hidden states, moved by o_k 
 import functools
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -32,11 +35,13 @@ from mtp_jax.losses import cross_entropy
 FLOOR = 1e-5  # of alpha in lk: no gradient below
 
 
-class Teacher(NamedTuple):
-  """What verifies drafts: head 1's hidden states and unembedding."""
+class Teacher(flax.struct.PyTreeNode):
+  """What drafts are compared with: the hidden states and unembedding of head 1, or of the
+  head 1 of another model."""
 
   h_BTD: Any
   unembed_DV: Any
+  model: schema.ModelConfig = flax.struct.field(pytree_node=False)  # whose logits these are
 
 
 class Drafts(NamedTuple):

@@ -158,7 +158,7 @@ def _of_chunk(read: _Read, by: _Read, of_tokens: _Chunk, cfg, *, head: HeadBatch
   if x.teacher_BCD is None or head.drafts is None:
     value = head.scale * stats.loss
     return value, (value, stats, None, found)
-  teacher_BCV = cross_entropy.scores(x.teacher_BCD, teacher.unembed_DV, cfg.model)
+  teacher_BCV = cross_entropy.scores(x.teacher_BCD, teacher.unembed_DV, teacher.model)
   alpha_BC, loss_BC = acceptance.of_chunk(of, teacher_BCV, cfg.loss)
   drafts = acceptance.Found(jnp.sum(x.draft_valid_BC * loss_BC), alpha_BC)
   share = cfg.loss.head_ce_share
