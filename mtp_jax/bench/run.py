@@ -95,7 +95,12 @@ def _batch(cfg: schema.CommandConfig, mesh) -> dict:
   tokens = rng.integers(0, cfg.model.vocab_size, shape, np.int32)
   position_U = np.arange(U, dtype=np.int32) % -(-U // cfg.bench.documents)
   position = np.broadcast_to(position_U, shape)
-  return sharding.put_batch(mesh, dict(tokens=tokens, position=position))
+  batch = dict(tokens=tokens, position=position)
+  if cfg.loss.reads_stored_teacher:  # equal probabilities of the first tokens, and of the rest
+    queries, P = (*shape[:2], cfg.data.seq_len), cfg.data.teacher_top_k
+    batch['teacher_ids'] = np.broadcast_to(np.arange(P, dtype=np.int32), (*queries, P))
+    batch['teacher_logp'] = np.full((*queries, P + 1), -math.log(P + 1), np.float16)
+  return sharding.put_batch(mesh, batch)
 
 
 def _teacher(cfg: schema.CommandConfig, mesh):
@@ -182,7 +187,8 @@ def _step_program(cfg: schema.CommandConfig, mesh, teacher=None) -> timing.Progr
     np.ones(cfg.model.vocab_size, np.int32), jax.NamedSharding(mesh, jax.P())
   )
   batch = _batch(cfg, mesh)
-  traced = step_lib.trace(cfg, mesh, cfg.heads.n, teacher=teacher and teacher.cfg)
+  stored = cfg.data.teacher_top_k if cfg.loss.reads_stored_teacher else None
+  traced = step_lib.trace(cfg, mesh, cfg.heads.n, teacher=teacher.cfg if teacher else stored)
   compiled = traced.lower().compile()
   args = (batch, bytes_V) if teacher is None else (batch, bytes_V, teacher)
   return timing.Program(lambda state: compiled(state, *args), timing.temp_bytes(compiled))

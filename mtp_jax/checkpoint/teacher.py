@@ -31,7 +31,7 @@ class Source(NamedTuple):
 def find(
   cfg: schema.Config, sizes: Mapping[str, int], *, path: str = '', verify: bool = True
 ) -> Source | None:
-  """Finds the checkpoint of --loss.teacher, or of path; None without the flag. Collective: all
+  """Finds the checkpoint of --loss.teacher, or of path; None without one. Collective: all
   processes use what process 0 found.
 
   Args:
@@ -45,8 +45,16 @@ def find(
       the mesh does not divide.
   """
   given = path or cfg.loss.teacher
-  if not given:
+  if not given or cfg.loss.reads_stored_teacher:
     return None
+  source = open_source('loss.teacher', given, cfg, verify=verify)
+  with distributed.fail_together():
+    _check(source, cfg, sizes)
+  return source
+
+
+def open_source(flag: str, given: str, cfg: schema.Config, *, verify: bool = True) -> Source:
+  """Opens the checkpoint that a flag names. Collective; see `find`."""
   found = None
   try:
     with distributed.fail_together():
@@ -57,13 +65,9 @@ def find(
     workdir, step = distributed.broadcast_one_to_all(found)
     with distributed.fail_together():
       saved = metadata.read(workdir, step).cfg
-      source = Source(workdir, step, saved, config(next_token.as_trained(saved, step), cfg))
-      _check(source, cfg, sizes)
-      return source
-  except fields.ConfigError:
-    raise
   except paths.InputError as error:
-    raise fields.ConfigError('loss.teacher', given, str(error)) from error
+    raise fields.ConfigError(flag, given, str(error)) from error
+  return Source(workdir, step, saved, config(next_token.as_trained(saved, step), cfg))
 
 
 def _check(source: Source, cfg: schema.Config, sizes: Mapping[str, int]) -> None:

@@ -22,7 +22,7 @@ def run(parsed: flags.Parsed) -> int:
     **{
       flag: paths.absolute(path)
       for flag in ('train.workdir', 'train.init_from', 'loss.teacher')
-      if (path := schema.get(cfg, flag))
+      if (path := schema.get(cfg, flag)) and (flag, path) != ('loss.teacher', 'store')
     },
   )
   command_lib.start_jax(cfg)

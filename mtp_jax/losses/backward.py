@@ -50,7 +50,7 @@ class NondiffInputs(NamedTuple):
   scale_K: Any  # weight_k / count_k
   window: head_loss.Window
   drafts_K: acceptance.Drafts | None = None  # where heads are compared with a teacher
-  teacher: acceptance.Teacher | None = None  # None: head 1
+  teacher: acceptance.Teacher | acceptance.Stored | None = None  # None: head 1
 
 
 def _gather(w: DiffInputs, cfg) -> head_loss.SharedWeights:

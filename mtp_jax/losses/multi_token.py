@@ -43,7 +43,7 @@ def mtp_loss(
       squared norm, over all tokens, of the gradient at head k's input: of its own loss,
       and in a chain of the losses of the heads after it too.
     batch: tokens_BU and position_BU, int32, U = T + span; loss_mask_BU, bool,
-      where there is a mask.
+      where there is a mask; with a stored teacher teacher_ids_BTP and teacher_logp_BTP1.
     counts: each head's valid targets and drafts in the whole step, over all
       micro-batches and devices.
     weight_K: the heads' weights.
@@ -62,8 +62,10 @@ def mtp_loss(
     A head without a valid target adds 0 to the total; means are computed on the
     host, where a mean over nothing is None rather than 0.
   """
-  if cfg.loss.teacher and teacher is None and n_active > 1:
-    raise fields.ConfigError('loss.teacher', cfg.loss.teacher, 'its parameters are not given')
+  if cfg.loss.teacher and n_active > 1 and teacher is None and 'teacher_ids' not in batch:
+    raise fields.ConfigError(
+      'loss.teacher', cfg.loss.teacher, 'neither its parameters nor its probabilities are given'
+    )
   weights, ctx = _heads_input(model, probe_K, batch, n_active, cfg)
   compare = cfg.loss.head_loss != 'ce'
   inputs = nondiff_inputs(batch, ctx, counts, weight_K, compare=compare, cfg=cfg, teacher=teacher)
@@ -128,7 +130,7 @@ def nondiff_inputs(
     weight_K: weights of all heads.
     compare: whether drafts are compared with a teacher.
     cfg: the Config.
-    teacher: None = head 1.
+    teacher: None = that of the batch, or else head 1.
   """
   n_active = counts.target_K.shape[0]
   targets_KBT, valid_KBT = (x_KBT[:n_active] for x_KBT in targets.targets(batch, cfg))
@@ -138,6 +140,8 @@ def nondiff_inputs(
   if compare and n_active > 1:
     if teacher is not None:
       of_teacher = teacher_lib.read(teacher, batch, targets_KBT.shape[2])
+    elif 'teacher_ids' in batch:
+      of_teacher = acceptance.Stored(batch['teacher_ids'], batch['teacher_logp'])
     drafts_K = acceptance.Drafts(
       shift=jnp.array(cfg.heads.offsets[:n_active]) - 1,
       valid_BT=targets.drafts(valid_KBT, cfg),

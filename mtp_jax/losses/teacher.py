@@ -5,7 +5,8 @@ Its trunk and head 1 read the same window, with the same positions, and give its
 distribution at each query. Its hidden states, B x T x D of the teacher, are kept, and its
 logits computed from them a chunk at a time, as head 1's are. Nothing is differentiated by
 it: it is an argument of the step, but part neither of the training state nor of what a
-checkpoint stores.
+checkpoint stores. Of a teacher whose most probable tokens a store has (data/store.py), the
+batch brings these instead: acceptance.Stored.
 """
 
 from typing import Generic

@@ -81,7 +81,7 @@ def forward(
     unembedding,
     (n_active - 1) * 2 * cfg.heads.markov_rank * m.vocab_size,
     (cfg.loss.token_order_weight > 0) * unembedding,
-    n_compared * 2 * width * m.vocab_size,
+    n_compared * (not cfg.loss.reads_stored_teacher) * 2 * width * m.vocab_size,
     forward(teacher, 1, causal).trunk if teacher and n_compared else 0.0,
   )
 

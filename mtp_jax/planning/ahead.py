@@ -232,7 +232,8 @@ def plan(cfg: schema.CommandConfig) -> Plan:
     found = found._replace(per_node=at.per_node if at else jax.local_device_count())
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
-    traced = step.trace(cfg, mesh, cfg.heads.n, teacher=found.teacher)
+    stored = cfg.data.teacher_top_k if cfg.loss.reads_stored_teacher else None
+    traced = step.trace(cfg, mesh, cfg.heads.n, teacher=found.teacher or stored)
     rows = cfg.data.batch_size // cfg.train.grad_accum_steps
     of_program = functools.partial(
       flops.of_program, traced.jaxpr, cfg.data.seq_len, flops.window_shares(cfg)

@@ -261,14 +261,15 @@ def _compiler(run: run_lib.Run, abstract):
   number of active heads. Its bytes per device are written to goodput.jsonl: they
   may differ between sessions, and metrics.jsonl must not."""
   cfg, steps = run.cfg, {}
-  masked = run.tokens.train().masked
+  train = run.tokens.train()
+  of_teacher = run.teacher.cfg if run.teacher else train.teacher_top_k or None
 
   def step_of(n_active, done, log_line):
     if n_active not in steps:
       run.heartbeat()
       run.clock.at('compile')
       begin = time.perf_counter()
-      traced = step_lib.trace(cfg, run.mesh, n_active, masked, run.teacher and run.teacher.cfg)
+      traced = step_lib.trace(cfg, run.mesh, n_active, train.masked, of_teacher)
       steps[n_active] = traced.lower().compile()
       memory = steps[n_active].memory_analysis()
       log_line(

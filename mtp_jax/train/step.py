@@ -131,13 +131,14 @@ def trace(
   mesh: Mesh,
   n_active: int,
   masked: bool = False,
-  teacher: schema.Config | None = None,
+  teacher: schema.Config | int | None = None,
 ):
   """Returns `compiled` traced for abstract inputs: lowering and compiling it needs
   neither data nor the mesh's devices. Call it under jax.set_mesh.
 
   masked: whether batches have a loss mask. teacher: the Config of the teacher.Model that is
-  the last argument of the step; None = it has none.
+  the last argument of the step; or, of a stored teacher, the number of tokens per position
+  that batches have; None = neither.
   """
   rows_sharding = NamedSharding(mesh, sharding.pspec(None, 'batch', None))
   rows = (
@@ -152,8 +153,15 @@ def trace(
     name: jax.ShapeDtypeStruct(rows, dtype, sharding=rows_sharding)
     for name, dtype in dtypes.items()
   }
+  if isinstance(teacher, int):
+    by_token = NamedSharding(mesh, sharding.pspec(None, 'batch', None, None))
+    queries = (*rows[:2], cfg.data.seq_len)
+    batch |= dict(
+      teacher_ids=jax.ShapeDtypeStruct((*queries, teacher), jnp.int32, sharding=by_token),
+      teacher_logp=jax.ShapeDtypeStruct((*queries, teacher + 1), jnp.float16, sharding=by_token),
+    )
   bytes_V = jax.ShapeDtypeStruct(
     (cfg.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P())
   )
-  more = () if teacher is None else (teacher_lib.abstract(teacher, mesh),)
+  more = (teacher_lib.abstract(teacher, mesh),) if isinstance(teacher, schema.Config) else ()
   return compiled(cfg, n_active).trace(state_lib.abstract(cfg, mesh), batch, bytes_V, *more)

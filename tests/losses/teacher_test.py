@@ -3,12 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mtp_jax.checkpoint import teacher as checkpoint_teacher
 from mtp_jax.config import fields, schema
-from mtp_jax.losses import multi_token, targets
+from mtp_jax.losses import acceptance, cross_entropy, multi_token, targets
 from mtp_jax.losses import teacher as teacher_lib
 from mtp_jax.model import flops, next_token
 from mtp_jax.parallel import sharding
@@ -144,6 +145,135 @@ def test_a_teacher_that_is_the_model_gives_the_loss_without_one(family):
   np.testing.assert_allclose(norms, their_norms, rtol=1e-4)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(same), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def _stored(teacher_BTV, rows, P):
+  """The batch with the teacher's P most probable tokens at each query, as a store has them."""
+  order_BTV = np.argsort(-teacher_BTV, axis=-1)
+  log_BTV = teacher_BTV - np.log(np.sum(np.exp(teacher_BTV), axis=-1, keepdims=True))
+  log_BTV = np.take_along_axis(log_BTV, order_BTV, axis=-1)
+  with np.errstate(divide='ignore'):
+    rest_BT1 = np.log(np.sum(np.exp(log_BTV[..., P:]), axis=-1, keepdims=True))
+  logp_BTP1 = np.concatenate([log_BTV[..., :P], rest_BT1], axis=-1).astype(np.float16)
+  of = dict(teacher_ids=order_BTV[..., :P].astype(np.int32), teacher_logp=logp_BTP1)
+  rows_AB = rows['tokens'].shape[:2]
+  return rows | {name: x.reshape(*rows_AB, *x.shape[1:]) for name, x in of.items()}
+
+
+STORED = [
+  # loss, backward, chunk, micro-batches, mesh, filters
+  ('kl', 'interleaved', 4, 2, (1, 1, 1), {}),
+  ('tv', 'interleaved', 0, 1, (1, 2, 2), {}),
+  ('lk_hybrid', 'remat', 4, 1, (2, 2, 2), {}),
+  ('kl', 'remat', 0, 1, (1, 1, 1), dict(temperature=0.7, top_k=5, top_p=0.9)),
+]
+
+
+@pytest.mark.parametrize('loss, backward, chunk, accumulate, mesh, filters', STORED)
+def test_stored_teacher_equals_oracle(loss, backward, chunk, accumulate, mesh, filters):
+  """Value, and gradients along a random direction, where 6 of 32 tokens are known."""
+  c = _cfg(
+    mesh=mesh,
+    loss__teacher='store',
+    loss__head_loss=loss,
+    loss__backward=backward,
+    loss__chunk_size=chunk,
+    train__grad_accum_steps=accumulate,
+    **{f'loss__{name}': value for name, value in filters.items()},
+  )
+  rows = _masked(tiny.batch(c))
+  flat, shape, m = _flat(rows), oracle.Shape('residual', 3), tiny.mesh(c)
+  rows = _stored(_teacher_logits(_was(), flat, c.data.seq_len), rows, 6)
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
+  base = tiny.flat(tiny.model(c, m))
+  logits = functools.partial(
+    oracle.forward, tokens_BU=flat['tokens'], position_BU=flat['position'], shape=shape
+  )
+  stored = [
+    rows[f'teacher_{name}'].reshape(-1, *rows[f'teacher_{name}'].shape[2:]).astype(float)
+    for name in ('ids', 'logp')
+  ]
+  compared = functools.partial(
+    oracle.compared,
+    teacher_BTV=None,
+    position_BU=flat['position'],
+    shape=shape,
+    how=oracle.Comparison(loss, **filters),
+    mask_BU=flat['loss_mask'],
+    stored=stored,
+  )
+  found = compared(logits(base))
+
+  def value(w):
+    logits_KBTV = logits(w)
+    loss_1 = oracle.losses(
+      logits_KBTV[:1], flat['tokens'], flat['position'], shape, mask_BU=flat['loss_mask']
+    )['loss_K'][0]
+    return float(loss_1 + WEIGHTS[1:] @ compared(logits_KBTV, held=found['alpha'])['loss_K'][1:])
+
+  np.testing.assert_allclose(total, value(base), rtol=1e-5)
+  np.testing.assert_allclose(sums['teacher_alpha_sum_K'], found['alpha_sum_K'], rtol=1e-5)
+  rng = np.random.default_rng(0)
+  grads = tiny.flat(grads)
+  along = {
+    path: rng.normal(size=grad.shape) / max(np.linalg.norm(grad), 1e-9)
+    for path, grad in grads.items()
+  }
+  numeric = oracle.derivative(value, base, along, eps=1e-8)
+  analytic = sum(np.sum(grads[path] * along[path]) for path in along)
+  assert abs(analytic - numeric) < 3e-5
+
+
+def test_all_tokens_of_a_teacher_stored_give_its_loss():
+  """To what float16 rounds; the bucket of the others is empty."""
+  c = _cfg(loss__head_loss='lk_hybrid')
+  of_store = schema.replace(c, **{'loss.teacher': 'store'})
+  rows, m, was = tiny.batch(c), tiny.mesh(c), _was()
+  rows_of_store = _stored(_teacher_logits(was, _flat(rows), c.data.seq_len), rows, 32)
+  (total, sums), (grads, _) = tiny.value_and_grad(of_store, rows_of_store)
+  (want, of_teacher), (same, _) = tiny.value_and_grad(c, rows, teacher=_teacher(was, c, m))
+  np.testing.assert_allclose(total, want, rtol=1e-4)
+  np.testing.assert_allclose(
+    sums['teacher_alpha_sum_K'], of_teacher['teacher_alpha_sum_K'], rtol=1e-3
+  )
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(same), strict=True):
+    np.testing.assert_allclose(a, b, atol=3e-4)
+
+
+def test_kl_of_few_stored_tokens_is_at_most_that_of_all():
+  """A bucket has less information; of q that is all but stored, log(q_rest) is exact."""
+  rng = np.random.default_rng(0)
+  z_BCV, y_BCV = (jnp.array(rng.normal(size=(2, 3, 32)), jnp.float32) for _ in range(2))
+  z_BCV = z_BCV.at[0, 0].add(40 * (y_BCV[0, 0] == jnp.max(y_BCV[0, 0])))
+  l = _cfg(loss__teacher='store').loss
+  eye, zeros = jnp.eye(32), jnp.zeros((2, 3), int)
+  of = cross_entropy.logits(z_BCV, eye, zeros, tiny.cfg().model)
+  whole = acceptance.of_chunk(of, y_BCV, l)[1]
+  kl = {}
+  for P in (1, 4, 31):
+    rows = _stored(np.asarray(y_BCV), dict(tokens=np.zeros((1, 2, 3))), P)
+    stored = acceptance.Stored(rows['teacher_ids'][0], rows['teacher_logp'][0])
+    kl[P] = acceptance.of_stored(of, stored, l)[1]
+  assert np.all(kl[1] <= kl[4] + 0.01) and np.all(kl[4] <= kl[31] + 0.01)
+  np.testing.assert_allclose(kl[31], whole, rtol=5e-3)
+  assert kl[1][0, 0] > 15  # p_rest is large, log(q_rest) about -37
+
+
+def test_stored_probabilities_of_a_sharded_vocabulary_are_never_gathered():
+  c = _cfg(mesh=(1, 2, 2), loss__teacher='store', model__vocab_size=88, loss__chunk_size=4)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    text = step_lib.trace(c, m, 3, teacher=6).lower().compile().as_text()
+  gathers = [line for line in text.splitlines() if ' all-gather(' in line]
+  assert gathers and not any(',4,88]' in line for line in gathers)
+  assert any(',4,44]' in line for line in text.splitlines())  # a shard of a chunk's
+
+
+@pytest.mark.parametrize('flag, value', [('temperature', 0.7), ('top_p', 0.9), ('min_p', 0.1)])
+def test_stored_teacher_refuses_what_it_cannot_give(flag, value):
+  with pytest.raises(fields.ConfigError, match=f'--loss.{flag}={value}: must be [01] with'):
+    _cfg(loss__teacher='store', **{f'loss__{flag}': value})
+  _cfg(loss__teacher='store', loss__top_k=6, **{f'loss__{flag}': value})
 
 
 def test_evaluation_has_rates_of_head_1_and_the_loss_of_the_teacher():
