@@ -17,7 +17,7 @@ Dimension key. An array's name ends in its letters: `z_BTD`, `logits_BTV`.
   D model width    F feed-forward     V vocabulary           L layers
   N attention heads   G key/value heads   R = N / G   H attention-head width
   K prediction heads (future offsets)   C loss chunk   W draft window
-  A micro-batches of a step
+  A micro-batches of a step   P tokens per position of a stored teacher (P1: and the rest)
 Attention heads are N and prediction heads are K: "head" alone is always a
 prediction head.
 

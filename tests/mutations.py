@@ -232,8 +232,8 @@ FAULTS = (
     'count-of-all-positions',
     5,
     'mtp_jax/losses/targets.py',
-    'for x_KBT in (valid_KBT, drafts(valid_KBT, cfg))',
-    'for x_KBT in (valid_KBT | True, drafts(valid_KBT, cfg))',
+    'for x_KBT in (scored_KBT, drafts(valid_KBT, cfg))',
+    'for x_KBT in (scored_KBT | True, drafts(valid_KBT, cfg))',
     _in('losses/loss', 'test_target_counts_and_bytes'),
   ),
   Fault(
@@ -2462,8 +2462,8 @@ FAULTS = (
     'divergence-without-the-mass',
     0,
     ACCEPTANCE,
-    'return kl_BC if ids_X is None else',
-    'return kl_BC if True else',
+    'return known_BC + jax.scipy.special.entr(jnp.sum(p.p_BCV, axis=-1))',
+    'return known_BC',
     _compared('sequential-kl-0.3-True-shared-some-False-0.7-6-few-remat-4-1-(2,2,2)'),
   ),
   Fault(

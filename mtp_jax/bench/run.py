@@ -11,6 +11,7 @@ import jaxlib
 import numpy as np
 
 from mtp_jax.bench import timing
+from mtp_jax.checkpoint import teacher as teacher_lib
 from mtp_jax.config import schema, validate
 from mtp_jax.losses import backward, multi_token, targets
 from mtp_jax.model import attention, block, flops, heads, lm, params
@@ -94,15 +95,27 @@ def _batch(cfg: schema.CommandConfig, mesh) -> dict:
   tokens = rng.integers(0, cfg.model.vocab_size, shape, np.int32)
   position_U = np.arange(U, dtype=np.int32) % -(-U // cfg.bench.documents)
   position = np.broadcast_to(position_U, shape)
-  return sharding.put_batch(mesh, dict(tokens=tokens, position=position))
+  batch = dict(tokens=tokens, position=position)
+  if cfg.loss.reads_stored_teacher:  # equal probabilities of the first tokens, and of the rest
+    queries, P = (*shape[:2], cfg.data.seq_len), cfg.data.teacher_top_k
+    batch['teacher_ids'] = np.broadcast_to(np.arange(P, dtype=np.int32), (*queries, P))
+    batch['teacher_logp'] = np.full((*queries, P + 1), -math.log(P + 1), np.float16)
+  return sharding.put_batch(mesh, batch)
+
+
+def _teacher(cfg: schema.CommandConfig, mesh):
+  """Returns the teacher.Model of --loss.teacher; None without one."""
+  source = teacher_lib.find(cfg, mesh.shape)
+  return teacher_lib.load(source, mesh) if source else None
 
 
 # The loss.
 
 
-def loss_program(cfg: schema.CommandConfig, mesh):
+def loss_program(cfg: schema.CommandConfig, mesh, teacher=None):
   """Returns (args, compiled program) of the heads' loss of one micro-batch and its
-  gradients with respect to all inputs of the heads. Call under jax.set_mesh."""
+  gradients with respect to all inputs of the heads, with the forward pass of a teacher.Model.
+  Call under jax.set_mesh."""
   specs = lm.specs(cfg)
   tied = cfg.heads.unembedding == 'tied'
   specs = specs.replace(trunk=None, embed=specs.embed if tied else None)
@@ -130,25 +143,28 @@ def loss_program(cfg: schema.CommandConfig, mesh):
       probe_K=jnp.zeros(cfg.heads.n),
     )
 
-  def value(w: backward.DiffInputs, batch):
+  def value(w: backward.DiffInputs, batch, teacher):
     batch = jax.tree.map(lambda x: x[0], batch)
     ctx = block.context(batch['position'][:, :T], cfg)
     compare = cfg.loss.head_loss != 'ce'
     counts = targets.counts(jax.tree.map(lambda x: x[None], batch), cfg, cfg.heads.n)
     weight_K = jnp.ones(cfg.heads.n)
-    inputs = multi_token.nondiff_inputs(batch, ctx, counts, weight_K, compare=compare, cfg=cfg)
+    inputs = multi_token.nondiff_inputs(
+      batch, ctx, counts, weight_K, compare=compare, cfg=cfg, teacher=teacher
+    )
     return backward.STRATEGIES[cfg.loss.backward](w, inputs, cfg)
 
   key = jax.random.key(cfg.train.seed)
-  args = jax.jit(weights)(key), batch
+  args = jax.jit(weights)(key), batch, teacher
   compiled = jax.jit(jax.value_and_grad(value, has_aux=True)).lower(*args).compile()
   return args, compiled
 
 
 def _loss(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
   variants, groups, memory = validate.variants(cfg), [], {}
+  teacher = _teacher(cfg, mesh)
   for c in variants:
-    args, compiled = loss_program(c, mesh)
+    args, compiled = loss_program(c, mesh, teacher)
     memory[_key(c)] = timing.temp_bytes(compiled)
 
     def call(args, compiled=compiled):
@@ -166,13 +182,16 @@ def _loss(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
 # The step.
 
 
-def _step_program(cfg: schema.CommandConfig, mesh) -> timing.Program:
+def _step_program(cfg: schema.CommandConfig, mesh, teacher=None) -> timing.Program:
   bytes_V = jax.device_put(
     np.ones(cfg.model.vocab_size, np.int32), jax.NamedSharding(mesh, jax.P())
   )
   batch = _batch(cfg, mesh)
-  compiled = step_lib.trace(cfg, mesh, cfg.heads.n).lower().compile()
-  return timing.Program(lambda state: compiled(state, batch, bytes_V), timing.temp_bytes(compiled))
+  stored = cfg.data.teacher_top_k if cfg.loss.reads_stored_teacher else None
+  traced = step_lib.trace(cfg, mesh, cfg.heads.n, teacher=teacher.cfg if teacher else stored)
+  compiled = traced.lower().compile()
+  args = (batch, bytes_V) if teacher is None else (batch, bytes_V, teacher)
+  return timing.Program(lambda state: compiled(state, *args), timing.temp_bytes(compiled))
 
 
 def _matmul(mesh, cfg: schema.CommandConfig) -> tuple[timing.Group, float]:
@@ -193,8 +212,9 @@ def _matmul(mesh, cfg: schema.CommandConfig) -> tuple[timing.Group, float]:
 
 
 def _step(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
-  variants = validate.variants(cfg)
-  programs = {_key(c): _step_program(c, mesh) for c in variants}
+  variants, teacher = validate.variants(cfg), _teacher(cfg, mesh)
+  programs = {_key(c): _step_program(c, mesh, teacher) for c in variants}
+  of_teacher = teacher and teacher.cfg
   groups = [
     timing.Group(
       lambda c=c: state_lib.init(c, mesh), {k: p for k, p in programs.items() if k[-1] == c.heads.n}
@@ -214,11 +234,11 @@ def _step(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
   for c in variants:
     row = _row(c, variants[0], seconds, memory)
     (schedule, chunk, n), first_n = _key(c), variants[0].heads.n
-    flops_ratio = flops.flops_per_token(c, n, causal) / flops.flops_per_token(
-      variants[0], first_n, causal
+    flops_ratio = flops.flops_per_token(c, n, causal, of_teacher) / flops.flops_per_token(
+      variants[0], first_n, causal, of_teacher
     )
     tokens_per_s = tokens / row['time_s']
-    flops_per_s = tokens_per_s * flops.flops_per_token(c, n)
+    flops_per_s = tokens_per_s * flops.flops_per_token(c, n, teacher=of_teacher)
     over_flops = {
       name: timing.ratio(times[_key(c)], times[schedule, chunk, first_n], flops_ratio)
       for name, times in (('time_over_flops', seconds.wall), ('cpu_over_flops', seconds.cpu))
@@ -278,7 +298,9 @@ def _data(cfg: schema.CommandConfig, mesh) -> tuple[list[str], dict]:
   turns = iter(range(0, 2**62, n_batches * cfg.bench.iters))
   groups = [
     timing.Group(lambda: next(turns), {'loader': timing.Program(read)}),
-    timing.Group(lambda: state_lib.init(cfg, mesh), {'step': _step_program(cfg, mesh)}),
+    timing.Group(
+      lambda: state_lib.init(cfg, mesh), {'step': _step_program(cfg, mesh, _teacher(cfg, mesh))}
+    ),
   ]
   seconds = timing.measure(groups, cfg)
   loader, step = seconds.wall['loader'], seconds.wall['step']

@@ -6,7 +6,8 @@ import sys
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
-from mtp_jax.config import fields, parse
+from mtp_jax.config import fields, parse, schema
+from mtp_jax.io import paths
 
 
 def run(parsed: flags.Parsed) -> int:
@@ -42,6 +43,7 @@ def run(parsed: flags.Parsed) -> int:
       tokenizer = vocabulary.train(name, found(lambda line: None), cfg.data.valid_fraction)
   else:
     tokenizer = tokenizers.get(name)
+  teacher = _teacher(cfg, tokenizer) if cfg.data.teacher else None
   shard_bytes = cfg.data.max_shard_gib * 2**30
   with progress.status() as show:
     manifest = store.write(
@@ -54,6 +56,7 @@ def run(parsed: flags.Parsed) -> int:
       progress=show,
       overwrite=cfg.data.overwrite,
       workers=cfg.data.workers or os.cpu_count() or 1,
+      teacher=teacher,
     )
   n_skipped = {what: n for what, n in sorted(skipped.items()) if n}
   lines = [f'skipped    {n:,} {what}' for what, n in n_skipped.items()]
@@ -61,3 +64,12 @@ def run(parsed: flags.Parsed) -> int:
     manifest['skipped'] = n_skipped
   command_lib.print_report(store.summary(manifest) + lines, manifest, parsed.out)
   return 0
+
+
+def _teacher(cfg: schema.CommandConfig, tokenizer):
+  """Loads the teacher before documents are read, so that a wrong one is refused at once."""
+  cfg = schema.replace(cfg, **{'data.teacher': paths.absolute(cfg.data.teacher)})
+  command_lib.start_jax(cfg)
+  from mtp_jax.train import stored_teacher
+
+  return stored_teacher.of_checkpoint(cfg, tokenizer)

@@ -21,8 +21,8 @@ def run(parsed: flags.Parsed) -> int:
     **{flag: _absolute_stores(cfg, flag) for flag in ('data.store', 'eval.stores')},
     **{
       flag: paths.absolute(path)
-      for flag in ('train.workdir', 'train.init_from')
-      if (path := schema.get(cfg, flag))
+      for flag in ('train.workdir', 'train.init_from', 'loss.teacher')
+      if (path := schema.get(cfg, flag)) and (flag, path) != ('loss.teacher', 'store')
     },
   )
   command_lib.start_jax(cfg)

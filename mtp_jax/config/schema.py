@@ -337,6 +337,13 @@ class LossConfig:
     'probability that drafts 2 to k are all accepted (arXiv 2606.12370)',
     choices=('ce', 'kl', 'tv', 'lk', 'lk_hybrid', 'e2e_tv'),
   )
+  teacher: str = fields_lib.field(
+    '',
+    'teacher of a --loss.head_loss other than ce: a run, or one of its checkpoints/STEP, whose '
+    "next-token distribution takes the place of head 1's; it does not train, and has the same "
+    'tokenizer; store: the probabilities that prepare stored by --data.teacher; empty = head 1 '
+    'of the model itself',
+  )
   head_ce_weight: float = fields_lib.field(
     0.0,
     'share of cross-entropy in the loss of heads >= 2 with another --loss.head_loss, which '
@@ -409,6 +416,10 @@ class LossConfig:
     return 1.0 if self.head_loss == 'ce' else self.head_ce_weight
 
   @property
+  def reads_stored_teacher(self) -> bool:
+    return self.teacher == 'store'
+
+  @property
   def filters(self) -> bool:
     """Whether top_k, top_p or min_p drops a token."""
     return bool(self.top_k or self.top_p < 1 or self.min_p)
@@ -437,6 +448,22 @@ class DataConfig:
     'tokenizer for prepare: bytes (UTF-8 bytes with BOS and EOS, the default), train:SIZE '
     '(SentencePiece, trained on the documents), sentencepiece:FILE.model, hf:FILE.json, '
     'tiktoken:FILE, task:stories; for other commands it must match the store',
+  )
+  teacher: str = fields_lib.field(
+    '',
+    'teacher for prepare: a run, or one of its checkpoints/STEP, whose most probable next tokens '
+    'are stored with each token of the documents, for --loss.teacher=store; empty = none',
+    result=False,
+  )
+  teacher_top_k: int = fields_lib.field(
+    64, 'tokens that are stored per position of a teacher', result=False, **fields_lib.limits(2**16)
+  )
+  teacher_seq_len: int = fields_lib.field(
+    0,
+    'tokens that a teacher reads at once for prepare; longer documents are read in windows '
+    'that overlap by half; 0 = its model.max_position_embeddings, or its data.seq_len',
+    result=False,
+    **fields_lib.limits(2**24, 0),
   )
   workers: int = fields_lib.field(
     0,

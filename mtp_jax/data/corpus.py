@@ -123,17 +123,51 @@ def open_corpus(cfg: schema.Config) -> Corpus:
           f' {source.store.path} with {other["name"]}, which differs',
         )
   _check_given(cfg.data.tokenizer, first)
+  if cfg.loss.reads_stored_teacher:
+    _check_teachers(cfg, [source.store for source in (*sources, *further)])
   return Corpus(sources, further, store_lib.tokenizer_of(first))
 
 
 def _open(cfg: schema.Config, flag: str) -> tuple[Source, ...]:
   try:
     return tuple(
-      Source(ref, store_lib.open_store(ref.path, verify=cfg.data.verify))
+      Source(
+        ref,
+        store_lib.open_store(
+          ref.path, verify=cfg.data.verify, teacher=cfg.loss.reads_stored_teacher
+        ),
+      )
       for ref in parse.parse_stores(schema.get(cfg, flag))
     )
   except fields.ConfigError as error:  # open_store names --data.store in any case
     raise fields.ConfigError(flag, *error.args[1:]) from error
+
+
+def _check_teachers(cfg: schema.Config, stores: list[store_lib.Store]) -> None:
+  """Raises unless the stored teachers have the model's vocabulary, equally many tokens, and no
+  fewer than --loss.top_k keeps."""
+
+  def need(ok, problem):
+    if not ok:
+      raise fields.ConfigError('loss.teacher', 'store', problem)
+
+  first = stores[0].manifest['teacher']['top_k']
+  for store in stores:
+    of = store.manifest['teacher']
+    need(
+      of['vocab_size'] == cfg.model.vocab_size,
+      f'the teacher of {store.path} has --model.vocab_size={of["vocab_size"]}, the run'
+      f' {cfg.model.vocab_size}',
+    )
+    need(
+      of['top_k'] == first,
+      f'{store.path} has {of["top_k"]} tokens per position, {stores[0].path} {first}',
+    )
+    need(
+      cfg.loss.top_k <= of['top_k'],
+      f'{store.path} has {of["top_k"]} tokens per position, fewer than --loss.top_k='
+      f'{cfg.loss.top_k}',
+    )
 
 
 def _check_given(given: str, store: store_lib.Store) -> None:

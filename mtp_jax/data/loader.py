@@ -39,7 +39,8 @@ def train_batches(
 
   A = accumulate micro-batches of b rows, all batch_size / A of a micro-batch or
   those of `rows`, of U = seq_len + span tokens; also 'loss_mask', bool, if a
-  split of the mixture has one. Seeking is free.
+  split of the mixture has one; and, if it was opened with a stored teacher, 'teacher_ids',
+  int32 (A, b, T, P), and 'teacher_logp', float16 (A, b, T, P + 1). Seeking is free.
 
   Args:
     split: what to read, or a mixture.
@@ -145,7 +146,7 @@ def eval_batches(
   rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Yields every window once, in store order, as {'tokens', 'position'} (1, b, U),
-  with 'loss_mask' if the split has one.
+  with 'loss_mask' and a stored teacher if the split has them.
 
   The last batch is padded with rows of token 0 at position 0, which have no
   valid target. At most limit batches, of windows spread evenly over the split,
@@ -185,15 +186,22 @@ def _read(split, rows_AB: np.ndarray, seq_len: int, span: int) -> Batch:
   """Reads the windows; rows past the last window are 0."""
   n_windows = split.n_windows(seq_len, span)
   shape = (*rows_AB.shape, seq_len + span)
-  batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'position')}
+  batch: Batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'position')}
   if split.masked:
     batch['loss_mask'] = np.zeros(shape, bool)
+  if P := split.teacher_top_k:
+    queries = (*rows_AB.shape, seq_len)
+    batch['teacher_ids'] = np.zeros((*queries, P), np.int32)
+    batch['teacher_logp'] = np.zeros((*queries, P + 1), np.float16)
   for place, row in np.ndenumerate(rows_AB):
     if row < n_windows:
       tokens_U, position_U = split.window(row, seq_len, span)
       batch['tokens'][place], batch['position'][place] = tokens_U, position_U
       if split.masked:
         batch['loss_mask'][place] = split.mask(row, seq_len, span)
+      if P:
+        of_teacher = split.teacher(row, seq_len, span)
+        batch['teacher_ids'][place], batch['teacher_logp'][place] = of_teacher
   return batch
 
 

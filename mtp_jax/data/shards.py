@@ -6,11 +6,12 @@ zeros instead, and holds a descriptor per file. Letters: M documents, P tokens o
 the spool.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from mtp_jax.data import windows
 from mtp_jax.io import paths
 
 COPIED = 2**20  # bytes per copy
-OFFSET_DTYPE = '<u8'
+OFFSET_DTYPE, LOGP_DTYPE = '<u8', '<f2'
+# Documents -> (ids_MP, logp_MP1) of consecutive tokens, all of them in order.
+Predict = Callable[[Iterable[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 def write_split(
@@ -107,17 +110,40 @@ def _bounds(length_M, shard_tokens: int) -> Iterator[tuple[int, int]]:
     first = last
 
 
+def write_teacher(folder: pathlib.Path, entry: dict, dtype: str, predict: Predict) -> None:
+  """Writes a teacher's files beside those of a split, and adds them to its entry."""
+  split = open_split(folder.parent, folder.name, entry, dtype, False)
+  for number, shard in enumerate(entry['shards']):
+    one = split._replace(tokens=split.tokens[number:][:1], offsets=split.offsets[number:][:1])
+    parts = (
+      (np.ascontiguousarray(ids_MP, dtype), np.ascontiguousarray(logp_MP1, LOGP_DTYPE))
+      for ids_MP, logp_MP1 in predict(one.documents())
+    )
+    names = [folder / f'teacher_{name}-{number:05d}.bin' for name in ('ids', 'logp')]
+    shard['teacher_ids_file'], shard['teacher_logp_file'] = write_files(names, parts)
+  sync_folder(folder)
+
+
 def write_file(path: pathlib.Path, parts: Iterable) -> dict:
-  sha256 = hashlib.sha256()
-  with open(path, 'wb', buffering=2**20) as file:
+  return write_files([path], ((part,) for part in parts))[0]
+
+
+def write_files(files: list[pathlib.Path], parts: Iterable[tuple]) -> list[dict]:
+  """Writes files side by side, the i-th item of each part to the i-th; returns their records."""
+  hashes = [hashlib.sha256() for _ in files]
+  with contextlib.ExitStack() as stack:
+    out = [stack.enter_context(open(path, 'wb', buffering=2**20)) for path in files]
     for part in parts:
-      sha256.update(part)
-      file.write(part)
-    file.flush()
-    os.fsync(file.fileno())
-    size = file.tell()
-  name = f'{path.parent.name}/{path.name}'
-  return {'file': name, 'size': size, 'sha256': sha256.hexdigest()}
+      for data, file, sha256 in zip(part, out, hashes, strict=True):
+        sha256.update(data)
+        file.write(data)
+    for file in out:
+      file.flush()
+      os.fsync(file.fileno())
+    return [
+      {'file': f'{path.parent.name}/{path.name}', 'size': file.tell(), 'sha256': sha256.hexdigest()}
+      for path, file, sha256 in zip(files, out, hashes, strict=True)
+    ]
 
 
 def sync_folder(path: pathlib.Path):
@@ -202,15 +228,18 @@ def _stamp(stat: os.stat_result) -> tuple[int, int]:
 
 
 def open_split(
-  root: pathlib.Path, name: str, entry: dict, dtype: str, verify: bool
+  root: pathlib.Path, name: str, entry: dict, dtype: str, verify: bool, *, teacher: bool = False
 ) -> windows.Split:
-  """Opens the files of a split, after checking them against its manifest entry."""
+  """Opens the files of a split, after checking them against its manifest entry; those of a
+  stored teacher, which are much larger, only with `teacher`."""
   files = [
     tuple(File(root, shard[key], of_file, verify) for shard in entry['shards'] if key in shard)
     for key, of_file in (
       ('tokens_file', dtype),
       ('offsets_file', OFFSET_DTYPE),
       ('scored_file', '?'),
+      ('teacher_ids_file' if teacher else '', dtype),
+      ('teacher_logp_file' if teacher else '', LOGP_DTYPE),
     )
   ]
   return windows.Split(name, *files)

@@ -7,6 +7,10 @@ Standard library and NumPy. A store is a directory:
   {train,valid}/offsets-00000.bin  uint64, where each document starts
   {train,valid}/scored-00000.bin   the loss mask, one byte per token, 1 = target;
                                    only if some tokens are masked out
+  {train,valid}/teacher_ids-00000.bin   the P most probable next tokens at each token, of
+  {train,valid}/teacher_logp-00000.bin  the tokens' dtype, and float16 log-probabilities of
+                                   these and then of all other tokens together: P + 1
+                                   per token; only with a teacher
   tokenizer/*                      the files of the tokenizer
 
 A document is BOS, its tokens, EOS (a conversation: what its chat template writes),
@@ -26,6 +30,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +45,11 @@ MAX_SHARDS = 512  # this many shards
 
 # Schema of manifest.json; fields of newer versions are ignored.
 RECORD = {'file': str, 'size': jsonl.NATURAL, 'sha256': str}
-SHARD = {'tokens_file': RECORD, 'offsets_file': RECORD, 'scored_file?': RECORD, ...: object}
+SHARD = {
+  **dict.fromkeys(('tokens_file', 'offsets_file'), RECORD),
+  **dict.fromkeys(('scored_file?', 'teacher_ids_file?', 'teacher_logp_file?'), RECORD),
+  ...: object,
+}
 SPLIT = {
   **dict.fromkeys(('documents', 'tokens', 'bytes'), jsonl.NATURAL),
   'scored?': jsonl.NATURAL,
@@ -54,14 +63,27 @@ TOKENIZER = {
   'files': [RECORD],
   ...: object,
 }
+TEACHER = {
+  'checkpoint': str,
+  **dict.fromkeys(('vocab_size', 'top_k', 'seq_len', 'stride'), jsonl.NATURAL),
+  ...: object,
+}
 MANIFEST = {
   'sources': str,
   'dtype': str,
   'tokenizer': TOKENIZER,
   'splits': {...: SPLIT},
+  'teacher?': TEACHER,
   **dict.fromkeys(('duplicates', 'empty'), jsonl.NATURAL),
   ...: object,
 }
+
+
+class Teacher(NamedTuple):
+  """A model whose most probable next tokens are stored beside the documents."""
+
+  about: dict  # of TEACHER
+  predict: shards.Predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +117,7 @@ def write(
   progress: spool_lib.Progress | None = None,
   overwrite: bool = False,
   workers: int = 1,
+  teacher: Teacher | None = None,
 ) -> dict:
   """Writes a store atomically, and returns its manifest.
 
@@ -114,6 +137,7 @@ def write(
     overwrite: replace an existing store.
     workers: number of encoder processes; above one, the main module of the
       program must be importable.
+    teacher: reads all tokens once they are written.
 
   Raises:
     ConfigError: a directory that must not be replaced, a fraction outside
@@ -136,6 +160,10 @@ def write(
     for name, rows_M in _split_rows(spool, valid_fraction, sources).items():
       manifest['splits'][name] = shards.write_split(tmp / name, spool, rows_M, shard_tokens)
     spool.path.unlink()
+    if teacher:
+      manifest['teacher'] = teacher.about
+      for name, entry in manifest['splits'].items():
+        shards.write_teacher(tmp / name, entry, manifest['dtype'], teacher.predict)
     manifest['sha256'] = _manifest_sha256(manifest)
     shards.write_file(tmp / 'manifest.json', [_to_json(manifest).encode()])
     shards.sync_folder(tmp)
@@ -243,16 +271,20 @@ def _to_json(manifest: dict) -> str:
 # Reading.
 
 
-def open_store(path, *, verify: bool = True) -> Store:
+def open_store(path, *, verify: bool = True, teacher: bool = False) -> Store:
   """Opens a store; raises ConfigError with the name of a file that is corrupt.
 
   Checks the checksum of the manifest and the size of every file; with verify,
-  reads every file and compares its sha256.
+  reads every file and compares its sha256. With teacher, its probabilities are opened too.
   """
   root = pathlib.Path(path).expanduser()
   manifest = _read_manifest(path, root)
+  if teacher and 'teacher' not in manifest:
+    raise _error(
+      path, 'has no teacher for --loss.teacher=store; mtp prepare stores one with --data.teacher'
+    )
   splits = {
-    name: shards.open_split(root, name, split, manifest['dtype'], verify)
+    name: shards.open_split(root, name, split, manifest['dtype'], verify, teacher=teacher)
     for name, split in manifest['splits'].items()
   }
   return Store(root, manifest, splits)
@@ -312,6 +344,20 @@ def tokenizer_of(store: Store) -> tokenizers.Tokenizer:
   return tokenizer
 
 
+def _teacher_summary(manifest: dict) -> str:
+  of, records = manifest['teacher'], []
+  for split in manifest['splits'].values():
+    for shard in split['shards']:
+      records += [shard['teacher_ids_file'], shard['teacher_logp_file']]
+  n_bytes = sum(record['size'] for record in records)
+  n_tokens = sum(split['tokens'] for split in manifest['splits'].values())
+  return (
+    f'teacher    {of["checkpoint"]}: {of["top_k"]} tokens per position,'
+    f' {n_bytes // n_tokens} bytes each, {n_bytes / 2**30:.2f} GiB in all; windows of'
+    f' {of["seq_len"]} tokens, {of["stride"]} apart in longer documents'
+  )
+
+
 def summary(manifest: dict) -> list[str]:
   """Returns human-readable lines that describe a store."""
   tokenizer = manifest['tokenizer']
@@ -326,5 +372,7 @@ def summary(manifest: dict) -> list[str]:
       f' {split["bytes"]:,} bytes of text, shards: {len(split["shards"])}'
       + (f', {split["scored"]:,} tokens in the loss mask' if 'scored' in split else '')
     )
+  if 'teacher' in manifest:
+    lines.append(_teacher_summary(manifest))
   duplicates = f'{manifest["duplicates"]:,} duplicates'
   return [*lines, f'skipped    {duplicates}, {manifest["empty"]:,} empty documents']

@@ -20,6 +20,8 @@ class _Shards(NamedTuple):
   tokens: tuple[Any, ...]  # one per shard; anything that slices to an array
   offsets: tuple[Any, ...]
   loss_mask: tuple[Any, ...] = ()  # bool; () = all True
+  teacher_ids: tuple[Any, ...] = ()  # P per token; () = no teacher, or not opened
+  teacher_logp: tuple[Any, ...] = ()  # P + 1 per token
 
 
 class Split(_Shards):
@@ -29,6 +31,11 @@ class Split(_Shards):
   def masked(self) -> bool:
     """Whether the split has a loss mask."""
     return bool(self.loss_mask)
+
+  @property
+  def teacher_top_k(self) -> int:
+    """Returns P, the tokens per position of a stored teacher; 0 without one."""
+    return self.teacher_ids[0].size // self.tokens[0].size if self.teacher_ids else 0
 
   def documents(self) -> Iterator[np.ndarray]:
     """Yields the tokens of each document, in store order."""
@@ -58,6 +65,18 @@ class Split(_Shards):
     if not self.masked:
       return np.ones(seq_len + span, bool)
     return self.loss_mask[s][start : start + seq_len + span]
+
+  def teacher(self, index: int, seq_len: int, span: int):
+    """Returns (ids_TP int32, logp_TP1 float16), a stored teacher's most probable next tokens
+    at each query of this window."""
+    s, start = self._find(index, seq_len, span)
+    P = self.teacher_top_k
+
+    def rows(shard, n):
+      return shard[start * n : (start + seq_len) * n].reshape(seq_len, n)
+
+    ids_TP = rows(self.teacher_ids[s], P).astype(np.int32)
+    return ids_TP, rows(self.teacher_logp[s], P + 1)
 
   def _find(self, index: int, seq_len: int, span: int) -> tuple[int, int]:
     """Returns (shard, first token in it) of a window."""
@@ -137,6 +156,14 @@ class Mixture(NamedTuple):
   def window(self, index: int, seq_len: int, span: int):
     s, own = self.find(index, seq_len, span)
     return self.splits[s].window(own, seq_len, span)
+
+  @property
+  def teacher_top_k(self) -> int:
+    return min(split.teacher_top_k for split in self.splits)
+
+  def teacher(self, index: int, seq_len: int, span: int):
+    s, own = self.find(index, seq_len, span)
+    return self.splits[s].teacher(own, seq_len, span)
 
   def mask(self, index: int, seq_len: int, span: int) -> np.ndarray:
     s, own = self.find(index, seq_len, span)

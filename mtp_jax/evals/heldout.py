@@ -17,23 +17,23 @@ from mtp_jax.parallel import sharding
 
 
 def evaluator(cfg: schema.Config, mesh, bytes_V, calibrated: bool = False) -> Callable:
-  """Returns run(params, batches, step) -> metrics as of a training step.
+  """Returns run(params, batches, step, teacher=None) -> metrics as of a training step.
 
   step: number of optimizer steps of the parameters. Evaluates the heads that
   were active, and the head weights, at the last of them: a head that was never
   trained would be noise, also for its successors in a chain. batches yield
   tokens and position (1, b, U) of this process's rows (`sharding.local_rows`),
-  the same number on every process. With calibrated=True, metrics['calibration'] has
-  the sums of `calibration.sums`.
+  the same number on every process. teacher: the teacher.Model of --loss.teacher. With
+  calibrated=True, metrics['calibration'] has the sums of `calibration.sums`.
   """
 
   @functools.partial(jax.jit, static_argnames='n_active')
-  def sums(params, batch, bytes_V, *, n_active):
+  def sums(params, batch, bytes_V, teacher, *, n_active):
     counts = targets.counts(batch, cfg, n_active)
     rows = jax.tree.map(lambda x: x[0], batch)
     detail = scores.of_target if calibrated else None
     sums, stats, valid_KBT = multi_token.evaluate(
-      params, rows, n_active=n_active, cfg=cfg, detail=detail
+      params, rows, n_active=n_active, cfg=cfg, detail=detail, teacher=teacher
     )
     sums |= dict(count_K=counts.target_K, bytes=targets.target_bytes(batch, cfg, bytes_V))
     if calibrated:
@@ -41,13 +41,13 @@ def evaluator(cfg: schema.Config, mesh, bytes_V, calibrated: bool = False) -> Ca
       sums['calibration'] = calibration.sums(of_targets)
     return sums
 
-  def run(params, batches: Iterable[dict], step: int) -> dict:
+  def run(params, batches: Iterable[dict], step: int, teacher=None) -> dict:
     last, total = max(step - 1, 0), None
     n_active = schedule.active_heads(cfg, last)
     with jax.set_mesh(mesh):
       for batch in batches:
         batch = sharding.put_batch(mesh, batch)
-        new = jax.device_get(sums(params, batch, bytes_V, n_active=n_active))
+        new = jax.device_get(sums(params, batch, bytes_V, teacher, n_active=n_active))
         new = jax.tree.map(np.float64, new)
         total = jax.tree.map(np.add, total, new) if total else new
     weight_K = schedule.head_weights(cfg, last)[:n_active]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mtp_jax.checkpoint import restore
+from mtp_jax.checkpoint import teacher as teacher_lib
 from mtp_jax.config import fields, schema
 from mtp_jax.data import batches as batches_lib
 from mtp_jax.decode import decoder as decoder_lib
@@ -85,6 +86,8 @@ def _held_out(workdir: str, step: int, cfg: schema.CommandConfig):
     tokens, mesh = batches_lib.open_tokens(cfg), sharding.make_mesh(cfg)
     sharding.check_batch(cfg, mesh.shape)
   batches_lib.check_same_store(tokens, cfg)
+  source = teacher_lib.find(cfg, mesh.shape)
+  teacher = teacher_lib.load(source, mesh) if source else None
   model = restore.restore_model(workdir, step, cfg, mesh)
   bytes_V = batches_lib.bytes_of_tokens(tokens, cfg, mesh)
   evaluate_on = heldout.evaluator(cfg, mesh, bytes_V, calibrated=True)
@@ -93,7 +96,7 @@ def _held_out(workdir: str, step: int, cfg: schema.CommandConfig):
     tokens.sources[0].store.split(cfg.eval.split)  # raises with the names of its splits
   lines, by_name, alone = [], {}, tokens.evaluates_itself_only(sets)
   for name, batches in sets.items():
-    raw = evaluate_on(model, batches, step)
+    raw = evaluate_on(model, batches, step, teacher)
     values = metrics.scalars(raw)
     of = cfg.data.store if alone else name
     if name not in {source.ref.name for source in tokens.further}:

@@ -8,9 +8,8 @@ from mtp_jax.data import tokenizers
 from mtp_jax.decode import load
 from mtp_jax.interop import config_json, files, hand_over, hf_folder, hub, mapping, tokens
 from mtp_jax.io import paths
-from mtp_jax.model import lm, params
+from mtp_jax.model import lm, next_token, params
 from mtp_jax.parallel import sharding
-from mtp_jax.train import init_from
 
 
 def _absent(path: str) -> str:
@@ -69,7 +68,7 @@ def export(path: str, given: dict[str, object]) -> list[str]:
     lines.insert(1, handed)
   if cut := tokens.warning(config_json.of(cfg), mapping.of(cfg), tokenizer):
     lines.insert(1, cut)
-  trained = init_from.trained_heads(cfg, step)
+  trained = next_token.trained_heads(cfg, step)
   if trained < cfg.heads.n:
     lines.append(
       f'heads {trained + 1} to {cfg.heads.n} are not trained yet'

@@ -6,7 +6,9 @@ expectation (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192)
 
   alpha = sum_v min(p_v, q_v) = 1 - |p - q|_1 / 2 .
 
-p has no gradient. By --loss.head_loss, the loss of one position is
+p has no gradient. With --loss.teacher it is the next-token distribution of another, frozen
+model at the same query (teacher.py); alpha is then a measure of the loss, and not what
+head 1 accepts. By --loss.head_loss, the loss of one position is
 
   kl         KL(p || q)
   tv         1 - alpha
@@ -22,21 +24,32 @@ and the teacher's, which are computed from head 1's hidden states, moved by o_k 
 import functools
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import schema
 from mtp_jax.losses import cross_entropy
+from mtp_jax.parallel import sharding
 
 FLOOR = 1e-5  # of alpha in lk: no gradient below
 
 
-class Teacher(NamedTuple):
-  """What verifies drafts: head 1's hidden states and unembedding."""
+class Teacher(flax.struct.PyTreeNode):
+  """What drafts are compared with: the hidden states and unembedding of head 1, or of the
+  head 1 of another model."""
 
   h_BTD: Any
   unembed_DV: Any
+  model: schema.ModelConfig = flax.struct.field(pytree_node=False)  # whose logits these are
+
+
+class Stored(NamedTuple):
+  """The most probable next tokens of a teacher at each query, as a store has them."""
+
+  ids_BTP: Any
+  logp_BTP1: Any  # float16: of each, then of all other tokens together
 
 
 class Drafts(NamedTuple):
@@ -62,11 +75,16 @@ def no_drafts(h_BTD) -> Found:
   return Found(jnp.zeros(()), zeros_BT)
 
 
-def shifted(teacher: Teacher, shift):
-  """Returns the teacher's hidden states at t + shift; zeros beyond the window."""
-  T = teacher.h_BTD.shape[1]
-  padded_BUD = jnp.pad(teacher.h_BTD, ((0, 0), (0, T), (0, 0)))
-  return jax.lax.dynamic_slice_in_dim(padded_BUD, shift, T, axis=1)
+def shifted(teacher: Teacher | Stored, shift):
+  """Returns the teacher's hidden states, or the Stored, at t + shift; zeros beyond the
+  window."""
+
+  def of(x_BTD):
+    T = x_BTD.shape[1]
+    padded_BUD = jnp.pad(x_BTD, ((0, 0), (0, T), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(padded_BUD, shift, T, axis=1)
+
+  return Stored(*map(of, teacher)) if isinstance(teacher, Stored) else of(teacher.h_BTD)
 
 
 def _order(logits_BCV):
@@ -170,14 +188,68 @@ def of_chunk(of: cross_entropy.Logits, teacher_BCV, l: schema.LossConfig, ids_X=
   """
   of_q = _tempered(of.logits_BCV, of.lse_BC, l)
   of_p = _tempered(jax.lax.stop_gradient(teacher_BCV), None, l)
+  return _compared(of_q, of_p, l=l, ids_X=ids_X)
+
+
+ABSENT = -1e30  # log-probability of a token that is not stored; finite, as differences are taken
+
+
+def of_stored(of: cross_entropy.Logits, stored: Stored, cfg: schema.Config, ids_X=None):
+  """`of_chunk` of a teacher of which only the P most probable tokens are known.
+
+  All others have p = 0 in min(p, q); in KL they are one bucket, with the probability that
+  p and q have for all of them: KL(p || q) >= sum_P p log(p / q) + p_rest log(p_rest / q_rest).
+  With --loss.top_k <= P nothing is missing. What float16 rounded sums to 1 again. With a draft
+  vocabulary, ids_X, there is no such bucket: most of it may lie outside.
+  """
+  l = cfg.loss
+  logp_BCP1 = stored.logp_BTP1.astype(jnp.float32)
+  logp_BCP1 -= jax.nn.logsumexp(logp_BCP1, axis=-1, keepdims=True)
+  log_BCV = _spread(stored.ids_BTP, logp_BCP1[:, :, :-1], cfg.model.vocab_size)
+  of_q = _tempered(of.logits_BCV, of.lse_BC, l)
+  if l.filters:
+    return _compared(of_q, _tempered(log_BCV, None, l), l=l, ids_X=ids_X)
+  rest_BC = jnp.maximum(logp_BCP1[:, :, -1], ABSENT)
+  of_p = log_BCV, jnp.zeros_like(rest_BC)
+  return _compared(of_q, of_p, None if ids_X is not None else rest_BC, l=l, ids_X=ids_X)
+
+
+def _spread(ids_BCP, logp_BCP, V: int):
+  """Returns log-probabilities by token, (B, C, V), ABSENT where there is none. Each device
+  writes those of its shard of the vocabulary: logits and probabilities are never gathered."""
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def write(ids_BCP, logp_BCP, first=0, width=V):
+    B, C, _ = ids_BCP.shape
+    at_BCP = jnp.where(ids_BCP >= first, ids_BCP - first, width)  # dropped, as all beyond
+    rows, columns = jnp.arange(B)[:, None, None], jnp.arange(C)[None, :, None]
+    empty_BCV = jnp.full((B, C, width), ABSENT, logp_BCP.dtype)
+    return empty_BCV.at[rows, columns, at_BCP].set(logp_BCP, mode='drop')
+
+  if mesh.empty:
+    return write(ids_BCP, logp_BCP)
+  rows, by_token = sharding.pspec('batch', None, None), sharding.pspec('batch', None, 'vocab')
+  width = V // mesh.shape[sharding.RULES['vocab']]
+
+  def on_device(ids_BCP, logp_BCP):
+    first = jax.lax.axis_index(sharding.RULES['vocab']) * width
+    return write(ids_BCP, logp_BCP, first, width)
+
+  on_rows = (jax.reshard(x, rows) for x in (ids_BCP, logp_BCP))
+  return jax.shard_map(on_device, in_specs=(rows, rows), out_specs=by_token, check_vma=False)(
+    *on_rows
+  )
+
+
+def _compared(of_q, of_p, log_rest_BC=None, *, l: schema.LossConfig, ids_X):
   # Checkpointed: neither p nor q is in memory between the forward and backward pass.
-  compare = functools.partial(_compared, l=l, ids_X=ids_X)
-  return jax.checkpoint(compare, policy=cross_entropy.KEEP, prevent_cse=False)(*of_q, *of_p)
+  compare = functools.partial(_of_distributions, l=l, ids_X=ids_X)
+  checkpointed = jax.checkpoint(compare, policy=cross_entropy.KEEP, prevent_cse=False)
+  return checkpointed(of_q, of_p, log_rest_BC)
 
 
-def _compared(logits_BCV, lse_BC, teacher_BCV, teacher_lse_BC, *, l: schema.LossConfig, ids_X):
-  q = _distribution(logits_BCV, lse_BC, l)
-  p = _distribution(teacher_BCV, teacher_lse_BC, l)
+def _of_distributions(of_q, of_p, log_rest_BC, *, l: schema.LossConfig, ids_X):
+  q, p = (_distribution(logits_BCV, lse_BC, l) for logits_BCV, lse_BC in (of_q, of_p))
   if ids_X is not None:
     columns = jax.typeof(q.p_BCV).sharding.spec
     p = _Distribution(*(x_BCV.at[:, :, ids_X].get(out_sharding=columns) for x_BCV in p))
@@ -187,9 +259,16 @@ def _compared(logits_BCV, lse_BC, teacher_BCV, teacher_lse_BC, *, l: schema.Loss
 
   def kl_BC():
     log_p_BCV = jnp.log(jnp.where(p.p_BCV > 0, p.p_BCV, 1)) if l.filters else p.log_BCV
-    kl_BC = jnp.sum(jnp.where(p.p_BCV > 0, p.p_BCV * (log_p_BCV - q.log_BCV), 0), axis=-1)
-    # -m log m, by which the divergence of p / m is larger; without a gradient.
-    return kl_BC if ids_X is None else kl_BC + jax.scipy.special.entr(jnp.sum(p.p_BCV, axis=-1))
+    known_BC = jnp.sum(jnp.where(p.p_BCV > 0, p.p_BCV * (log_p_BCV - q.log_BCV), 0), axis=-1)
+    if ids_X is not None:
+      # -m log m, by which the divergence of p / m is larger; without a gradient.
+      return known_BC + jax.scipy.special.entr(jnp.sum(p.p_BCV, axis=-1))
+    return known_BC if log_rest_BC is None else known_BC + rest_BC()
+
+  def rest_BC():
+    # A sum of what is not stored: 1 - the sum of the others would cancel.
+    q_BC = jnp.sum(jnp.where(of_p[0] > ABSENT / 2, 0, jnp.exp(q.log_BCV)), axis=-1)
+    return jnp.exp(log_rest_BC) * (log_rest_BC - jnp.log(jnp.maximum(q_BC, 1e-30)))
 
   def hybrid_BC():
     share_BC = jnp.exp(-l.lk_eta * jax.lax.stop_gradient(alpha_BC))

@@ -10,9 +10,10 @@
                anyway; while a chain runs, 2 K B T D numbers of the compute dtype.
 
 Neither ever holds the logits of two heads. Losses that compare drafts with head 1
-(acceptance.py) need its hidden state first: there both strategies compute the hidden
-states of all heads (B x T x D each in memory), then each head's loss, interleaved
-forward and backward at once; blocks are recomputed in the backward pass.
+(acceptance.py) need its hidden state first: there, and with an external teacher, both
+strategies compute the hidden states of all heads (B x T x D each in memory), then each
+head's loss, interleaved forward and backward at once; blocks are recomputed in the backward
+pass.
 """
 
 import functools
@@ -48,7 +49,8 @@ class NondiffInputs(NamedTuple):
   valid_KBT: Any
   scale_K: Any  # weight_k / count_k
   window: head_loss.Window
-  drafts_K: acceptance.Drafts | None = None  # where heads are compared with head 1
+  drafts_K: acceptance.Drafts | None = None  # where heads are compared with a teacher
+  teacher: acceptance.Teacher | acceptance.Stored | None = None  # None: head 1
 
 
 def _gather(w: DiffInputs, cfg) -> head_loss.SharedWeights:
@@ -197,11 +199,13 @@ def _scan_losses(visit, carry, per_head: head_loss.HeadBatch, h_KBTD):
   return carry, jax.tree.map(heads.prepend, first, rest)
 
 
-def _teacher(w: DiffInputs, shared: head_loss.SharedWeights, h_KBTD, cfg):
+def _teacher(w: DiffInputs, shared: head_loss.SharedWeights, h_KBTD, inputs, cfg):
+  if inputs.teacher is not None:
+    return inputs.teacher
   unembed_DV = shared.unembed_DV
   if unembed_DV is None:  # each head has its own
     unembed_DV = head_loss.gather_own(w.unembed[0], cfg)
-  return acceptance.Teacher(h_KBTD[0], unembed_DV)
+  return acceptance.Teacher(h_KBTD[0], unembed_DV, cfg.model)
 
 
 def _with_drafts_in_a_row(total, stats: head_loss.HeadStats, drafts: acceptance.Drafts):
@@ -213,10 +217,10 @@ def _with_drafts_in_a_row(total, stats: head_loss.HeadStats, drafts: acceptance.
 
 
 def _remat_compared(w: DiffInputs, shared, inputs: NondiffInputs, cfg, detail):
-  """`remat` of heads that are compared with head 1."""
+  """`remat` of heads that are compared with a teacher."""
   assert inputs.drafts_K is not None
   h_KBTD = _hidden_states(w, inputs, cfg)
-  loss = head_loss.of(inputs.window, cfg, detail, _teacher(w, shared, h_KBTD, cfg))
+  loss = head_loss.of(inputs.window, cfg, detail, _teacher(w, shared, h_KBTD, inputs, cfg))
 
   def visit(_, head, h_BTD, is_head_1):
     return None, loss.value(h_BTD, shared, head, is_head_1)
@@ -327,7 +331,7 @@ def _compared(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
     return _hidden_states(here, inputs, cfg)
 
   h_KBTD, pull = jax.vjp(states, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K)
-  loss = head_loss.of(inputs.window, cfg, teacher=_teacher(w, shared, h_KBTD, cfg))
+  loss = head_loss.of(inputs.window, cfg, teacher=_teacher(w, shared, h_KBTD, inputs, cfg))
   per_head, drafts = _per_head(w, inputs, cfg), inputs.drafts_K
   assert drafts is not None
   if cfg.loss.head_loss == 'e2e_tv':

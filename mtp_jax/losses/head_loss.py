@@ -141,7 +141,7 @@ class _Chunk(NamedTuple):
 
   target_BC: Any
   valid_BC: Any
-  teacher_BCD: Any = None
+  of_teacher: Any = None  # hidden states (B, C, D), or acceptance.Stored
   draft_valid_BC: Any = None
   slope_BC: Any = None
 
@@ -151,8 +151,8 @@ def _of_tokens(head: HeadBatch, teacher, is_head_1) -> _Chunk:
     return _Chunk(head.target_BT, head.valid_BT)
   d = head.drafts
   assert d is not None
-  teacher_BTD = acceptance.shifted(teacher, d.shift)
-  return _Chunk(head.target_BT, head.valid_BT, teacher_BTD, d.valid_BT, d.slope_BT)
+  of_teacher = acceptance.shifted(teacher, d.shift)
+  return _Chunk(head.target_BT, head.valid_BT, of_teacher, d.valid_BT, d.slope_BT)
 
 
 class _Read(NamedTuple):
@@ -175,11 +175,14 @@ def _of_chunk(
   of = cross_entropy.of_scores(logits_BCV, x.target_BC, ids_X)
   stats = cross_entropy.stats(of, x.target_BC, x.valid_BC, cfg)
   found = detail(of, x.target_BC) if detail else None
-  if x.teacher_BCD is None or head.drafts is None:
+  if x.of_teacher is None or head.drafts is None:
     value = head.scale * stats.loss
     return value, (value, stats, None, found)
-  teacher_BCV = cross_entropy.scores(x.teacher_BCD, teacher.unembed_DV, cfg.model)
-  alpha_BC, loss_BC = acceptance.of_chunk(of, teacher_BCV, cfg.loss, ids_X)
+  if isinstance(teacher, acceptance.Stored):
+    alpha_BC, loss_BC = acceptance.of_stored(of, x.of_teacher, cfg, ids_X)
+  else:
+    teacher_BCV = cross_entropy.scores(x.of_teacher, teacher.unembed_DV, teacher.model)
+    alpha_BC, loss_BC = acceptance.of_chunk(of, teacher_BCV, cfg.loss, ids_X)
   drafts = acceptance.Found(jnp.sum(x.draft_valid_BC * loss_BC), alpha_BC)
   share = cfg.loss.head_ce_share
   value = head.scale * (share * (stats.loss - stats.z_loss) + stats.z_loss)

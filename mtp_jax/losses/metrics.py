@@ -58,13 +58,16 @@ def scalars(metrics: dict) -> dict[str, Any]:
 
 def _drafts(metrics: dict) -> dict[str, float | None]:
   """Returns what drafts that are sampled at --loss.temperature are accepted by: alpha of
-  each head, the mean acceptance length, and each head's --loss.head_loss but for ce."""
+  each head, the mean acceptance length, and each head's --loss.head_loss but for ce; with
+  --loss.teacher sum min(p, q) of that as teacher_alpha, and alpha in evaluations only."""
   out = {}
-  for name in ('alpha', 'draft_loss'):
+  for name in ('alpha', 'teacher_alpha', 'draft_loss'):
     total = f'{name}_sum_K'
-    count = 'alpha_count_K' if name == 'alpha' else 'draft_count_K'
+    if total not in metrics:
+      continue
+    count = 'draft_count_K' if name == 'draft_loss' else 'alpha_count_K'
     of = zip(metrics[total][1:], metrics[count][1:], strict=True)
-    if name == 'alpha' or np.any(metrics[total]):
+    if name != 'draft_loss' or np.any(metrics[total]):
       out |= {f'{name}_{k}': mean(*sums) for k, sums in enumerate(of, 2)}
   if 'alpha_in_a_row_K' in metrics:
     n_queries, *in_a_row = metrics['alpha_in_a_row_K']

@@ -17,8 +17,9 @@ more positions than one chunk.
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import schema
+from mtp_jax.config import fields, schema
 from mtp_jax.losses import acceptance, backward, head_loss, targets, token_order
+from mtp_jax.losses import teacher as teacher_lib
 from mtp_jax.model import heads, lm
 
 
@@ -32,6 +33,7 @@ def mtp_loss(
   n_active: int,
   cfg: schema.Config,
   step=None,
+  teacher: teacher_lib.Model | None = None,
 ):
   """Computes the multi-head loss of one micro-batch.
 
@@ -41,38 +43,56 @@ def mtp_loss(
       squared norm, over all tokens, of the gradient at head k's input: of its own loss,
       and in a chain of the losses of the heads after it too.
     batch: tokens_BU and position_BU, int32, U = T + span; loss_mask_BU, bool,
-      where there is a mask.
+      where there is a mask; with a stored teacher teacher_ids_BTP and teacher_logp_BTP1.
     counts: each head's valid targets and drafts in the whole step, over all
       micro-batches and devices.
     weight_K: the heads' weights.
     n_active: heads 1..n_active are computed.
     cfg: --loss.backward and --loss.chunk_size change memory and time, not the value.
     step: the optimizer step, by which --heads.mix_hidden_states draws; None = no mixing.
+    teacher: that of --loss.teacher; it has no gradient.
 
   Returns:
     (total, sums). Totals and sums of micro-batches add up to those of the step;
     sums carry no gradient: loss_sum_K (nats with z-loss, unweighted),
     z_loss_sum_K and correct_K over each head's valid targets,
     token_order_loss_sum over head 1's, and accepted_K, see `targets.acceptance`; where
-    drafts are compared with head 1, also those of `_draft_sums`.
+    drafts are compared with head 1, also those of `_draft_sums`, and with another
+    teacher those of `_teacher_sums`.
     A head without a valid target adds 0 to the total; means are computed on the
     host, where a mean over nothing is None rather than 0.
   """
+  if cfg.loss.teacher and n_active > 1 and teacher is None and 'teacher_ids' not in batch:
+    raise fields.ConfigError(
+      'loss.teacher', cfg.loss.teacher, 'neither its parameters nor its probabilities are given'
+    )
   weights, ctx = _heads_input(model, probe_K, batch, n_active, cfg)
-  inputs = nondiff_inputs(batch, ctx, counts, weight_K, compare=cfg.loss.head_loss != 'ce', cfg=cfg)
+  compare = cfg.loss.head_loss != 'ce'
+  inputs = nondiff_inputs(batch, ctx, counts, weight_K, compare=compare, cfg=cfg, teacher=teacher)
   if cfg.heads.mix_hidden_states:
     inputs = inputs._replace(window=inputs.window._replace(step=step))
   with jax.named_scope('heads'):
     total, stats = backward.run(weights, inputs, cfg)
-  return total, jax.lax.stop_gradient(_sums(stats, batch, cfg))
+  of_teacher = None
+  if inputs.teacher is not None:
+    stats, of_teacher = stats._replace(drafts=None), stats.drafts
+  return total, jax.lax.stop_gradient(_sums(stats, batch, cfg, of_teacher))
 
 
-def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, detail=None):
+def evaluate(
+  model: lm.LM,
+  batch: dict,
+  *,
+  n_active: int,
+  cfg: schema.Config,
+  detail=None,
+  teacher: teacher_lib.Model | None = None,
+):
   """Computes the sums of `mtp_loss` without a backward pass, drafts compared with head 1
-  for every --loss.head_loss.
+  for every --loss.head_loss, as it verifies them, and with the teacher if there is one.
 
   Args:
-    model, batch, n_active, cfg: as of `mtp_loss`.
+    model, batch, n_active, cfg, teacher: as of `mtp_loss`.
     detail: called with each chunk's (cross_entropy.Logits, target_BC); its results,
       (B, C), are joined over T and stacked over K.
 
@@ -83,15 +103,26 @@ def evaluate(model: lm.LM, batch: dict, *, n_active: int, cfg: schema.Config, de
   one_K = jnp.ones(cfg.heads.n)  # means are formed on the host
   weights, ctx = _heads_input(model, jnp.zeros_like(one_K), batch, n_active, cfg)
   counts = targets.Counts(one_K[:n_active], one_K[:n_active])
-  inputs = nondiff_inputs(batch, ctx, counts, one_K, compare=True, cfg=cfg)
+  inputs = nondiff_inputs(batch, ctx, counts, one_K, compare=True, cfg=cfg, teacher=teacher)
+  of_teacher = None
   with jax.named_scope('heads'):
-    _, stats = backward.remat(weights, inputs, cfg, detail)
+    _, stats = backward.remat(weights, inputs._replace(teacher=None), cfg, detail)
+    if inputs.teacher is not None:
+      of_teacher = backward.remat(weights, inputs, cfg)[1].drafts
   targets_KBT, valid_KBT = targets.targets(batch, cfg)
-  return _sums(stats, batch, cfg), stats, targets.scored(targets_KBT, valid_KBT, cfg)
+  scored_KBT = targets.scored(targets_KBT, valid_KBT, cfg)
+  return _sums(stats, batch, cfg, of_teacher), stats, scored_KBT
 
 
 def nondiff_inputs(
-  batch: dict, ctx, counts: targets.Counts, weight_K, *, compare: bool, cfg: schema.Config
+  batch: dict,
+  ctx,
+  counts: targets.Counts,
+  weight_K,
+  *,
+  compare: bool,
+  cfg: schema.Config,
+  teacher: teacher_lib.Model | None = None,
 ) -> backward.NondiffInputs:
   """Returns the targets, drafts and scales of heads 1..n_active, of a micro-batch.
 
@@ -100,15 +131,20 @@ def nondiff_inputs(
     ctx: block.Context of the window.
     counts: of the active heads.
     weight_K: weights of all heads.
-    compare: whether drafts are compared with head 1.
+    compare: whether drafts are compared with a teacher.
     cfg: the Config.
+    teacher: None = that of the batch, or else head 1.
   """
   n_active = counts.target_K.shape[0]
   targets_KBT, valid_KBT = (x_KBT[:n_active] for x_KBT in targets.targets(batch, cfg))
   weight_K = weight_K[:n_active]
   over_K = 1 / jnp.maximum(counts.target_K, 1)
-  drafts_K = None
+  drafts_K = of_teacher = None
   if compare and n_active > 1:
+    if teacher is not None:
+      of_teacher = teacher_lib.read(teacher, batch, targets_KBT.shape[2])
+    elif 'teacher_ids' in batch:
+      of_teacher = acceptance.Stored(batch['teacher_ids'], batch['teacher_logp'])
     drafts_K = acceptance.Drafts(
       shift=jnp.array(cfg.heads.offsets[:n_active]) - 1,
       valid_BT=targets.drafts(valid_KBT, cfg),
@@ -127,6 +163,7 @@ def nondiff_inputs(
       order_scale=cfg.loss.token_order_weight * over_K[0],
     ),
     drafts_K=drafts_K,
+    teacher=of_teacher,
   )
 
 
@@ -148,8 +185,9 @@ def _heads_input(model: lm.LM, probe_K, batch, n_active: int, cfg):
   return weights, ctx
 
 
-def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config) -> dict:
-  """Returns the sums of `mtp_loss`; every leaf of `stats` has a leading K."""
+def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config, of_teacher=None) -> dict:
+  """Returns the sums of `mtp_loss`; every leaf of `stats` has a leading K. stats.drafts: of
+  the comparison with head 1; of_teacher: of that with another model."""
   _, valid_KBT = targets.targets(batch, cfg)
   sums = dict(
     loss_sum_K=stats.xent.loss,
@@ -163,6 +201,8 @@ def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config) -> dict:
     sums['token_order_loss_sum'] = jnp.sum(stats.order_loss)
   if stats.drafts is not None:
     sums |= _draft_sums(stats.drafts, valid_KBT[: stats.order_loss.shape[0]], cfg)
+  if of_teacher is not None:
+    sums |= _teacher_sums(of_teacher, valid_KBT[: stats.order_loss.shape[0]], cfg)
   return sums
 
 
@@ -184,6 +224,18 @@ def _draft_sums(found: acceptance.Found, valid_KBT, cfg: schema.Config) -> dict:
     products_KBT = complete_BT[None] * acceptance.products(alpha_KBT)
     sums['alpha_in_a_row_K'] = jnp.sum(products_KBT, axis=(1, 2))
   return sums
+
+
+def _teacher_sums(found: acceptance.Found, valid_KBT, cfg: schema.Config) -> dict:
+  """Returns sums over drafts that are compared with --loss.teacher: the loss, and
+  teacher_alpha_sum_K of sum min(p, q), which is no acceptance rate, as head 1 verifies."""
+  compared_KBT = targets.compared(valid_KBT, cfg)
+  return dict(
+    draft_count_K=jnp.sum(targets.drafts(valid_KBT, cfg), axis=(1, 2), dtype=jnp.float32),
+    draft_loss_sum_K=found.loss,
+    alpha_count_K=jnp.sum(compared_KBT, axis=(1, 2), dtype=jnp.float32),
+    teacher_alpha_sum_K=jnp.sum(compared_KBT * found.alpha_BT, axis=(1, 2)),
+  )
 
 
 def _trunk(model: lm.LM, batch: dict, n_active: int, cfg: schema.Config):

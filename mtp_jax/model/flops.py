@@ -13,7 +13,9 @@ from mtp_jax.model import heads as heads_lib
 from mtp_jax.model import lm, params
 
 
-def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
+def flops_per_token(
+  cfg: schema.Config, n_active: int, causal: bool = True, teacher: schema.Config | None = None
+) -> float:
   """Returns the model FLOPs per training token: forward, and twice that backward.
 
   Two per weight of a matrix product (the unembedding once per head and once for
@@ -22,8 +24,10 @@ def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> f
   convention of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311, appendix B) and
   the cost of a program that masks scores instead of skipping them. Frozen weights have
   no gradient, and a frozen trunk has no backward pass. Recomputation is excluded.
+
+  teacher: the Config of the teacher.Model of --loss.teacher, which runs forward.
   """
-  of = forward(cfg, n_active, causal)
+  of = forward(cfg, n_active, causal, teacher)
   h = cfg.heads
   own = h.unembedding == 'replicated'
   trunk_moves = cfg.train.freeze != 'trunk'
@@ -37,6 +41,7 @@ def flops_per_token(cfg: schema.Config, n_active: int, causal: bool = True) -> f
     + (2 + unembed_others) * of.drafts
     + (2 + heads_move) * (of.order + of.markov)
     + of.teacher
+    + of.teacher_trunk
   )
 
 
@@ -49,10 +54,13 @@ class Forward(NamedTuple):
   drafts: float  # the unembeddings of all heads >= 2
   markov: float  # of all heads >= 2
   order: float  # the unembedding of token order prediction
-  teacher: float  # head 1's logits once more per head that is compared with it
+  teacher: float  # the teacher's logits, per head that is compared with it
+  teacher_trunk: float  # of another model than head 1
 
 
-def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
+def forward(
+  cfg: schema.Config, n_active: int, causal: bool = True, teacher: schema.Config | None = None
+) -> Forward:
   """Returns the FLOPs per token of a forward pass with heads 1..n_active."""
   m, T = cfg.model, cfg.data.seq_len
   types = layer_types.distinct(cfg)
@@ -68,6 +76,8 @@ def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
   if cfg.heads.share_keys_values:
     modules -= max(len(of_heads) - 1, 0) * _keys_values(m)
   unembedding = 2 * m.d_model * m.vocab_size
+  n_compared = (cfg.loss.head_loss != 'ce') * (n_active - 1)
+  width = teacher.model.d_model if teacher else m.d_model
   return Forward(
     trunk,
     modules,
@@ -75,7 +85,8 @@ def forward(cfg: schema.Config, n_active: int, causal: bool = True) -> Forward:
     (n_active - 1) * 2 * m.d_model * draft_vocab.size(cfg),
     (n_active - 1) * 2 * cfg.heads.markov_rank * draft_vocab.size(cfg),
     (cfg.loss.token_order_weight > 0) * unembedding,
-    (cfg.loss.head_loss != 'ce') * (n_active - 1) * unembedding,
+    n_compared * (not cfg.loss.reads_stored_teacher) * 2 * width * m.vocab_size,
+    forward(teacher, 1, causal).trunk if teacher and n_compared else 0.0,
   )
 
 
@@ -83,10 +94,12 @@ def _keys_values(m: schema.ModelConfig) -> int:
   return 2 * 2 * m.d_model * m.kv_heads * m.head_width
 
 
-def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
+def executed(
+  cfg: schema.Config, n_active: int, causal: bool = True, teacher: schema.Config | None = None
+) -> float:
   """Returns the FLOPs per training token with recomputation: of the trunk's layers by
   --model.remat=block, and of heads by --loss.backward; nothing frozen."""
-  of = forward(cfg, n_active, causal)
+  of = forward(cfg, n_active, causal, teacher)
   is_remat = cfg.loss.backward == 'remat'
   compares = cfg.loss.head_loss != 'ce' and n_active > 1
   is_kept = heads_lib.is_kept(cfg, n_active)
@@ -104,6 +117,7 @@ def executed(cfg: schema.Config, n_active: int, causal: bool = True) -> float:
     + (logits - (not moves)) * of.drafts
     + logits * of.markov
     + (logits - 2) * of.teacher
+    + of.teacher_trunk
   )
 
 

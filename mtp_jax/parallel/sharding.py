@@ -275,8 +275,7 @@ def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
 
 
 def put_batch(mesh: Mesh, batch: dict) -> dict:
-  """Returns global (A, B, U) arrays from the rows (A, b, U) of `local_rows`."""
-  sharding = NamedSharding(mesh, pspec(None, 'batch', None))
+  """Returns global (A, B, U, …) arrays from the rows (A, b, U, …) of `local_rows`."""
   n_shards = math.prod(mesh.shape[axis] for axis in BATCH)
   mine = local_rows(mesh, n_shards).tolist()
 
@@ -287,7 +286,8 @@ def put_batch(mesh: Mesh, batch: dict) -> dict:
       first = rows * mine.index((index[1].start or 0) // rows)
       return x[:, first : first + rows]
 
-    shape = (x.shape[0], rows * n_shards, x.shape[2])
+    shape = (x.shape[0], rows * n_shards, *x.shape[2:])
+    sharding = NamedSharding(mesh, pspec(None, 'batch', *(None,) * (x.ndim - 2)))
     return jax.make_array_from_callback(shape, sharding, shard)
 
   with jax.transfer_guard('allow'):  # an intended copy

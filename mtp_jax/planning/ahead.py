@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax
 
+from mtp_jax.checkpoint import teacher as teacher_lib
 from mtp_jax.config import fields, schema
 from mtp_jax.losses import cross_entropy
+from mtp_jax.losses import teacher as teacher_model
 from mtp_jax.model import flops, params
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import hlo, nvidia, profile
@@ -51,6 +53,8 @@ class Plan(NamedTuple):
   clock: float | None = None  # Hz, where the compiler's estimate is calibrated
   per_node: int = 0  # GPUs of a node; 0 = on a TPU
   peak: peak_lib.Peak | None = None  # temporaries, with --plan.profile
+  teacher: schema.Config | None = None  # of the teacher.Model of --loss.teacher
+  teacher_bytes: int = 0  # of its parameters
 
   @property
   def chip(self) -> chips.Chip | None:
@@ -62,7 +66,7 @@ class Plan(NamedTuple):
 
   @property
   def state_bytes(self) -> int:
-    return self.params_bytes + self.opt_state_bytes
+    return self.params_bytes + self.opt_state_bytes + self.teacher_bytes
 
   @property
   def total_bytes(self) -> float | None:
@@ -110,7 +114,7 @@ class Plan(NamedTuple):
   @property
   def model_flops(self) -> float:
     """Model FLOPs per step, over all devices, with causal attention."""
-    return self.tokens * flops.flops_per_token(self.cfg, self.cfg.heads.n)
+    return self.tokens * flops.flops_per_token(self.cfg, self.cfg.heads.n, teacher=self.teacher)
 
   @property
   def estimated_s(self) -> float | None:
@@ -228,7 +232,8 @@ def plan(cfg: schema.CommandConfig) -> Plan:
     found = found._replace(per_node=at.per_node if at else jax.local_device_count())
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
-    traced = step.trace(cfg, mesh, cfg.heads.n)
+    stored = cfg.data.teacher_top_k if cfg.loss.reads_stored_teacher else None
+    traced = step.trace(cfg, mesh, cfg.heads.n, teacher=found.teacher or stored)
     rows = cfg.data.batch_size // cfg.train.grad_accum_steps
     of_program = functools.partial(
       flops.of_program, traced.jaxpr, cfg.data.seq_len, flops.window_shares(cfg)
@@ -318,13 +323,24 @@ def _slice(cfg) -> tuple[int, str]:
 
 def _of_state(cfg, mesh, device_kind) -> Plan:
   abstract = state.abstract(cfg, mesh)
+  teacher = teacher_of(cfg, mesh)
+  of_teacher = teacher_model.abstract(teacher, mesh) if teacher else None
   return Plan(
     cfg,
     dict(mesh.shape),
     device_kind,
     params.bytes_per_device(abstract.params),
     params.bytes_per_device(abstract.opt_state),
+    teacher=teacher,
+    teacher_bytes=params.bytes_per_device(of_teacher),
   )
+
+
+def teacher_of(cfg: schema.Config, mesh) -> schema.Config | None:
+  """Returns the Config of the teacher.Model of --loss.teacher, from its metadata alone; None
+  where the step has none."""
+  found = teacher_lib.find(cfg, mesh.shape, verify=False) if cfg.heads.n > 1 else None
+  return found and found.cfg
 
 
 def _needed(error: str):

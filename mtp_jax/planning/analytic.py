@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from mtp_jax.config import fields, kernels, schema, validate
 from mtp_jax.losses import cross_entropy
+from mtp_jax.losses import teacher as teacher_lib
 from mtp_jax.model import block, flops, heads, params
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import ahead
@@ -45,12 +46,15 @@ class _Sizes(NamedTuple):
   unembed: int
   tensor: int
   batch: int  # devices over which the batch is sharded
+  teacher: schema.Config | None  # of the teacher.Model of --loss.teacher
+  teacher_bytes: int  # of its parameters
 
 
 def estimate(cfg: schema.CommandConfig, mesh: dict[str, int], chip) -> Estimate:
   """Returns the estimate; raises ConfigError if the mesh does not divide the model."""
   m, n = cfg.model, cfg.heads.n
   batch = mesh['data'] * mesh['fsdp']
+  on_mesh = dataclasses.replace(cfg, mesh=schema.MeshConfig(**mesh)), tuple(mesh.values())
   sizes = _Sizes(
     cfg.data.batch_size // cfg.train.grad_accum_steps // batch,
     cfg.train.grad_accum_steps,
@@ -60,11 +64,10 @@ def estimate(cfg: schema.CommandConfig, mesh: dict[str, int], chip) -> Estimate:
     m.d_model * m.vocab_size,
     mesh['tensor'],
     batch,
+    *_teacher(_same_state(on_mesh[0]), on_mesh[1]),
   )
-  held = _state_bytes(
-    dataclasses.replace(cfg, mesh=schema.MeshConfig(**mesh)), tuple(mesh.values())
-  )
-  total = sum(held) + _temp_bytes(cfg, sizes, held[0])
+  held = _state_bytes(*on_mesh)
+  total = sum(held) + sizes.teacher_bytes + _temp_bytes(cfg, sizes, held[0])
   return Estimate(cfg, mesh, total, _seconds(cfg, sizes, mesh, held, chip))
 
 
@@ -76,12 +79,24 @@ def _state_of(cfg, shape) -> tuple[int, int]:
 
 
 def _state_bytes(cfg, shape) -> tuple[int, int]:
-  """Returns bytes of (parameters, optimizer state). Neither micro-batches nor remat
-  change them, so that a search computes them once per mesh."""
-  same = schema.replace(
+  """Returns bytes of (parameters, optimizer state)."""
+  return _state_of(_same_state(cfg), shape)
+
+
+def _same_state(cfg):
+  """Returns cfg without micro-batches and remat, which do not change the bytes of state and
+  teacher, so that a search computes them once per mesh."""
+  return schema.replace(
     cfg, **{'train.grad_accum_steps': 1, 'model.remat': 'block', 'loss.chunk_size': 0}
   )
-  return _state_of(same, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _teacher(cfg, shape) -> tuple[schema.Config | None, int]:
+  """Returns the teacher's Config and the bytes of its parameters."""
+  mesh = sharding.abstract_mesh(cfg, shape[0] * shape[1] * shape[2])
+  found = ahead.teacher_of(cfg, mesh)
+  return found, params.bytes_per_device(teacher_lib.abstract(found, mesh)) if found else 0
 
 
 def _width(cfg) -> int:
@@ -120,8 +135,10 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
   if cfg.loss.head_loss != 'ce' and cfg.heads.n > 1:
     logits *= 2  # and the teacher's
     kept_of_head += 2 * w * tokens * m.d_model  # hidden states and their cotangents
+  of_teacher = _width(s.teacher) * tokens * s.teacher.model.d_model if s.teacher else 0
   return (
     s.layers * kept
+    + of_teacher
     + gradients
     + max(
       logits + unembed + inside + kept_of_head * cfg.heads.n,
@@ -135,7 +152,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   m, n, w = cfg.model, cfg.heads.n, _width(cfg)
   tokens = s.rows * cfg.data.seq_len
   A, t = s.micro_batches, s.tensor
-  executed = flops.executed(cfg, n)
+  executed = flops.executed(cfg, n, teacher=s.teacher)
   again_trunk = m.remat == 'block'
   eager = cfg.loss.backward == 'interleaved'
   compares = (cfg.loss.head_loss != 'ce') * (n - 1)  # heads whose teacher's logits are computed
@@ -144,6 +161,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   stream = blocks * tokens * w * (20 * m.d_model + 8 * m.ff_width / t)
   memory = A * (
     weights * (5 * w + 3 * 4)
+    + s.teacher_bytes
     + stream * (3 + again_trunk)
     + (n + compares) * 4 * tokens * m.vocab_size / t * (4 if eager else 6)
   ) + 2 * sum(held)

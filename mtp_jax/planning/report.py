@@ -82,6 +82,7 @@ def values_of(plan: ahead.Plan) -> dict:
     micro_batches=cfg.train.grad_accum_steps,
     params_bytes=plan.params_bytes,
     opt_state_bytes=plan.opt_state_bytes,
+    teacher_bytes=plan.teacher_bytes or None,
     temp_bytes=plan.temp_bytes,
     code_bytes=plan.code_bytes,
     held_bytes=plan.held_bytes,
@@ -188,6 +189,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   rows = [
     ('parameters', plan.params_bytes),
     ('optimizer state', plan.opt_state_bytes),
+    ('teacher', plan.teacher_bytes or None),
     ('batch and layout padding', _beside_state(plan)),
     ('activations, gradients, temporaries', plan.temp_bytes),
     ('program', plan.code_bytes or None),

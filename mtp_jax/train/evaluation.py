@@ -81,7 +81,7 @@ def _evaluate(run, done, state, *, evaluate, wanted, log_line):
     if ('eval', source) not in wanted:
       continue
     with run.stop.interrupting():
-      values = metrics_lib.scalars(evaluate(state.params, _fed(run, batches), done))
+      values = metrics_lib.scalars(evaluate(state.params, _fed(run, batches), done, run.teacher))
     run_lib.write_record(run, 'eval', done, values, source)
     log_line(f'held-out{f" {source}" if source else ""}, after step {done}:')
     for line in metrics_lib.table(values):

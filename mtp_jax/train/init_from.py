@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import fields, schedule, schema
-from mtp_jax.model import block, heads, lm, params
+from mtp_jax.config import fields, schema
+from mtp_jax.model import block, heads, lm, next_token, params
 
 # Fields of the model that may differ.
 FREE = ('model.n_layers', 'model.param_dtype', 'model.compute_dtype', 'model.remat')
@@ -44,34 +44,6 @@ def _beside_head_1(cfg: schema.Config) -> bool:
   """Whether heads 2..n are layers beside head 1. An anticausal chain is below
   head 1, hence part of what computes the next token."""
   return cfg.heads.block_first and not heads.family(cfg.heads).reverse
-
-
-def trained_heads(was: schema.Config, step: int) -> int:
-  """Returns n such that heads 1..n trained within `step` steps; all heads of an
-  import (step 0)."""
-  if not was.loss.curriculum or not step:
-    return was.heads.n
-  phases = schedule.parse_steps(was.loss.curriculum)
-  return max(int(values[0]) for start, values in phases if start < step)
-
-
-def as_trained(was: schema.Config, step: int) -> schema.Config:
-  """Returns `was` without the heads that have not trained yet."""
-  n = trained_heads(was, step)
-  fewer = was.heads.n - n if was.heads.block_first else 0
-  return schema.replace(
-    was, **{'heads.n': n, 'model.n_layers': was.model.n_layers - fewer, 'loss.curriculum': ''}
-  )
-
-
-def trained_part(old: lm.LM, was: schema.Config) -> lm.LM:
-  """Returns the parameters of `was` without heads beyond those of `as_trained`."""
-  n_modules = heads.n_modules(was.heads, was.heads.n)
-  trained = jax.tree.map(lambda w: w[:n_modules], old.heads)
-  old = old.replace(heads=trained if n_modules else None)
-  if was.heads.unembedding == 'replicated':
-    old = old.replace(unembed=old.unembed[: was.heads.n])
-  return old
 
 
 def kept(was: schema.Config, cfg: schema.Config) -> int:
@@ -119,8 +91,8 @@ def parameters(fresh: lm.LM, old: lm.LM, was: schema.Config, cfg: schema.Config)
     old: parameters of `was`, possibly with more heads, in the dtype of cfg.
     was, cfg: configs that passed `check`.
   """
-  old = trained_part(old, was)
-  layers = _next_token_layers(old, was)
+  old = next_token.trained_part(old, was)
+  layers = next_token.layers(old, was)
   n_trunk, uses_order = heads.trunk_layers(cfg), cfg.loss.token_order_weight
   return lm.LM(
     embed=old.embed,
@@ -138,16 +110,6 @@ def _same_markov(was: schema.Config, cfg: schema.Config) -> bool:
   ranks = [c.heads.markov_rank * (c.heads.n > 1) for c in (was, cfg)]
   same_tokens = was.heads.draft_vocab == cfg.heads.draft_vocab
   return ranks[0] == ranks[1] and same_tokens and kept(was, cfg) > 1
-
-
-def _next_token_layers(old: lm.LM, was: schema.Config) -> block.Block:
-  """Returns the layers of trunk and head 1, stacked in order."""
-  if not was.heads.block_first:
-    return old.trunk
-  last = slice(None, None, -1) if heads.family(was.heads).reverse else slice(0, 1)
-  return jax.tree.map(
-    lambda trunk, head: jnp.concatenate([trunk, head[last]]), old.trunk, old.heads
-  )
 
 
 def _heads(fresh, old, layers, was, cfg):

@@ -38,7 +38,9 @@ def log_step(run, done, n_active, values, log_line):
   cfg = run.cfg
   step_time_s, waited, worked = run.clock.lap()
   tokens_per_s = cfg.data.batch_size * cfg.data.seq_len / step_time_s
-  flops_per_s = tokens_per_s * flops.flops_per_token(cfg, n_active)
+  flops_per_s = tokens_per_s * flops.flops_per_token(
+    cfg, n_active, teacher=run.teacher and run.teacher.cfg
+  )
   values |= dict(
     step_time_s=step_time_s,
     tokens_per_s=tokens_per_s,
@@ -80,6 +82,12 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
       f'head 1 of the {cfg.heads.family} family is a layer of its own and is'
       ' trained, not frozen; with modules beside the trunk (linear, residual,'
       ' sequential, recursive) the next-token logits would not change'
+    )
+  if run.teacher is not None:
+    of_teacher = params.bytes_per_device(run.teacher.params)
+    print(
+      f'teacher {cfg.loss.teacher}: {params.count(run.teacher.params):,} parameters,'
+      f' {of_teacher / 2**20:.1f} MiB per device'
     )
   for line in kernels.fallbacks(cfg, run.mesh.devices.flat[0].platform):
     print(line)

@@ -12,6 +12,7 @@ import jax
 
 from mtp_jax.checkpoint import metadata, restore
 from mtp_jax.checkpoint import saver as saver_lib
+from mtp_jax.checkpoint import teacher as teacher_lib
 from mtp_jax.config import fields, schedule, schema
 from mtp_jax.data import batches as batches_lib
 from mtp_jax.io import paths
@@ -55,6 +56,9 @@ def train(cfg: schema.CommandConfig, progress: run_lib.Progress = run_lib.plain_
   workdir = cfg.train.workdir
   # Checked before anything is written; a resumed run needs no source.
   source = None if resume.newest(workdir) else resume.source(cfg)
+  teacher = resume.teacher(cfg, mesh)
+  if teacher:  # the checkpoint, as that of the teacher's run may change
+    cfg = schema.replace(cfg, **{'loss.teacher': teacher.path})
   with contextlib.ExitStack() as stack:
     held = sinks = ledger = None  # set in the primary process only
     with distributed.fail_together():
@@ -85,6 +89,7 @@ def train(cfg: schema.CommandConfig, progress: run_lib.Progress = run_lib.plain_
       mesh=mesh,
       tokens=tokens,
       bytes_V=batches_lib.bytes_of_tokens(tokens, cfg, mesh),
+      teacher=teacher_lib.load(teacher, mesh) if teacher else None,
       held=held,
       sinks=sinks,
       saver=saver,
@@ -155,7 +160,7 @@ def _loop(run: run_lib.Run, position: resume.Position, source) -> int | rollback
       batch = next(batches)
       clock.at('host')
       batch = sharding.put_batch(run.mesh, batch)
-      state, values = step(state, batch, run.bytes_V)
+      state, values = step(state, batch, *run.step_args)
       clock.steps += 1
       clock.at('device')
       spike = spikes(done, values, log_line)
@@ -256,14 +261,15 @@ def _compiler(run: run_lib.Run, abstract):
   number of active heads. Its bytes per device are written to goodput.jsonl: they
   may differ between sessions, and metrics.jsonl must not."""
   cfg, steps = run.cfg, {}
-  masked = run.tokens.train().masked
+  train = run.tokens.train()
+  of_teacher = run.teacher.cfg if run.teacher else train.teacher_top_k or None
 
   def step_of(n_active, done, log_line):
     if n_active not in steps:
       run.heartbeat()
       run.clock.at('compile')
       begin = time.perf_counter()
-      traced = step_lib.trace(cfg, run.mesh, n_active, masked)
+      traced = step_lib.trace(cfg, run.mesh, n_active, train.masked, of_teacher)
       steps[n_active] = traced.lower().compile()
       memory = steps[n_active].memory_analysis()
       log_line(

@@ -5,13 +5,17 @@ Collective: all processes call these functions and get what process 0 found, as
 file systems may be inconsistent and another run may save in the meantime.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import jax
 
 from mtp_jax.checkpoint import metadata, restore
-from mtp_jax.config import fields, schema
+from mtp_jax.checkpoint import teacher as teacher_lib
+from mtp_jax.config import fields, parse, schema
 from mtp_jax.data import loader
+from mtp_jax.io import paths
+from mtp_jax.model import next_token
 from mtp_jax.parallel import distributed
 from mtp_jax.train import init_from, lock
 
@@ -65,7 +69,7 @@ def source(cfg) -> Source | None:
   workdir, step = distributed.broadcast_one_to_all(found)
   with distributed.fail_together():
     saved = metadata.read(workdir, step).cfg
-    was = init_from.as_trained(saved, step)
+    was = next_token.as_trained(saved, step)
     init_from.check(was, cfg, path)
     if was.data.tokenizer not in ('', cfg.data.tokenizer):
       raise fields.ConfigError(
@@ -75,6 +79,25 @@ def source(cfg) -> Source | None:
         f' {was.data.tokenizer}',
       )
   return Source(workdir, step, saved, was)
+
+
+def teacher(cfg, mesh) -> teacher_lib.Source | None:
+  """Returns the checkpoint of --loss.teacher. A resumed run has the teacher that it started
+  with, which config.json records, although the teacher's run may have newer checkpoints."""
+  path = cfg.loss.teacher
+  if path and newest(cfg.train.workdir):
+    recorded = distributed.broadcast_one_to_all(_recorded_teacher(cfg.train.workdir))
+    if re.fullmatch(re.escape(path) + r'/checkpoints/\d+', recorded):
+      path = recorded
+  return teacher_lib.find(cfg, mesh.shape, path=path)
+
+
+def _recorded_teacher(workdir: str) -> str:
+  try:
+    text = (paths.as_path(workdir) / 'config.json').read_text()
+    return parse.from_json(text).loss.teacher
+  except (OSError, ValueError):  # the checkpoint's own config is compared later
+    return ''
 
 
 def newest_valid(workdir: str, suits=lambda step: True) -> tuple[int | None, list]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from mtp_jax.config import schema
 from mtp_jax.data import corpus
+from mtp_jax.losses import teacher as teacher_lib
 from mtp_jax.parallel import distributed
 from mtp_jax.train import goodput, lock, metrics
 
@@ -26,6 +27,7 @@ class Run(NamedTuple):
   mesh: Any
   tokens: corpus.Corpus
   bytes_V: Any
+  teacher: teacher_lib.Model | None  # of --loss.teacher
   held: lock.Lock | None
   sinks: metrics.Sinks | None
   saver: Any
@@ -34,6 +36,11 @@ class Run(NamedTuple):
   ledger: goodput.Ledger | None
   heartbeat: Callable[[], None]  # resets the watchdog
   progress: Progress
+
+  @property
+  def step_args(self) -> tuple:
+    """What the step reads besides state and batch."""
+    return (self.bytes_V,) if self.teacher is None else (self.bytes_V, self.teacher)
 
 
 def check_held(run, closely=True):

@@ -8,18 +8,28 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import schema
 from mtp_jax.losses import multi_token, targets
+from mtp_jax.losses import teacher as teacher_lib
 from mtp_jax.optim import update
 from mtp_jax.parallel import sharding
 from mtp_jax.train import state as state_lib
 
 
-def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, cfg: schema.Config):
+def train_step(
+  state: state_lib.State,
+  batch: dict,
+  bytes_V,
+  teacher: teacher_lib.Model | None = None,
+  *,
+  n_active: int,
+  cfg: schema.Config,
+):
   """Computes loss and gradients, and updates the parameters.
 
   Args:
     state: donated by the caller.
     batch: tokens and position (A, B, U) int32; A micro-batches, summed.
     bytes_V: UTF-8 bytes of each token, for bits per byte.
+    teacher: that of --loss.teacher; None = head 1.
     n_active: number of heads that train (--loss.curriculum).
     cfg: static.
 
@@ -42,6 +52,7 @@ def train_step(state: state_lib.State, batch: dict, bytes_V, *, n_active: int, c
       n_active=n_active,
       cfg=cfg,
       step=state.step,
+      teacher=teacher,
     )
 
   def micro_batch(rows):
@@ -109,17 +120,25 @@ def sum_micro_batches(micro_batch, batch, cfg):
 def compiled(cfg: schema.Config, n_active: int):
   """Returns the jitted step, its state donated. Call it under jax.set_mesh."""
 
-  def step(state, batch, bytes_V):
-    return train_step(state, batch, bytes_V, n_active=n_active, cfg=cfg)
+  def step(state, batch, bytes_V, teacher=None):
+    return train_step(state, batch, bytes_V, teacher, n_active=n_active, cfg=cfg)
 
   return jax.jit(step, donate_argnums=0)
 
 
-def trace(cfg: schema.Config, mesh: Mesh, n_active: int, masked: bool = False):
+def trace(
+  cfg: schema.Config,
+  mesh: Mesh,
+  n_active: int,
+  masked: bool = False,
+  teacher: schema.Config | int | None = None,
+):
   """Returns `compiled` traced for abstract inputs: lowering and compiling it needs
   neither data nor the mesh's devices. Call it under jax.set_mesh.
 
-  masked: whether batches have a loss mask.
+  masked: whether batches have a loss mask. teacher: the Config of the teacher.Model that is
+  the last argument of the step; or, of a stored teacher, the number of tokens per position
+  that batches have; None = neither.
   """
   rows_sharding = NamedSharding(mesh, sharding.pspec(None, 'batch', None))
   rows = (
@@ -134,7 +153,15 @@ def trace(cfg: schema.Config, mesh: Mesh, n_active: int, masked: bool = False):
     name: jax.ShapeDtypeStruct(rows, dtype, sharding=rows_sharding)
     for name, dtype in dtypes.items()
   }
+  if isinstance(teacher, int):
+    by_token = NamedSharding(mesh, sharding.pspec(None, 'batch', None, None))
+    queries = (*rows[:2], cfg.data.seq_len)
+    batch |= dict(
+      teacher_ids=jax.ShapeDtypeStruct((*queries, teacher), jnp.int32, sharding=by_token),
+      teacher_logp=jax.ShapeDtypeStruct((*queries, teacher + 1), jnp.float16, sharding=by_token),
+    )
   bytes_V = jax.ShapeDtypeStruct(
     (cfg.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P())
   )
-  return compiled(cfg, n_active).trace(state_lib.abstract(cfg, mesh), batch, bytes_V)
+  more = (teacher_lib.abstract(teacher, mesh),) if isinstance(teacher, schema.Config) else ()
+  return compiled(cfg, n_active).trace(state_lib.abstract(cfg, mesh), batch, bytes_V, *more)

@@ -59,10 +59,10 @@ def _one_program_per_number_of_heads(monkeypatch, name) -> list:
   chunks; returns the requested Configs. Their times are not tested here."""
   make, made, requested = getattr(run, name), {}, []
 
-  def once(cfg, mesh):
+  def once(cfg, mesh, teacher):
     requested.append(cfg)
     if cfg.heads.n not in made:
-      made[cfg.heads.n] = make(cfg, mesh)
+      made[cfg.heads.n] = make(cfg, mesh, teacher)
     return made[cfg.heads.n]
 
   monkeypatch.setattr(run, name, once)

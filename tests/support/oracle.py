@@ -400,13 +400,16 @@ class Comparison(NamedTuple):
   min_p: float = 0.0
 
 
-def compared(logits_KBTV, teacher_BTV, position_BU, shape, how, *, held=None, mask_BU=None):
+def compared(
+  logits_KBTV, teacher_BTV, position_BU, shape, how, *, held=None, mask_BU=None, stored=None
+):
   """Mean loss and acceptance rate of each head's drafts, by loops over the vocabulary.
 
   The teacher's logits are head 1's, of parameters that do not move; `held`: acceptance
-  rates by (k, b, t) in the share of lk_hybrid, which do not move either.
+  rates by (k, b, t) in the share of lk_hybrid, which do not move either. `stored`: instead of
+  the teacher's logits, (ids_BTP, log-probabilities of these and of all others).
   """
-  logits_KBTV, teacher_BTV = np.asarray(logits_KBTV), np.asarray(teacher_BTV)
+  logits_KBTV = np.asarray(logits_KBTV)
   K, B, T, V = logits_KBTV.shape
   alpha, loss_of = {}, {}
 
@@ -421,13 +424,25 @@ def compared(logits_KBTV, teacher_BTV, position_BU, shape, how, *, held=None, ma
       for t in range(T):
         if not verified(b, t, k):
           continue
-        z_V, y_V = logits_KBTV[k - 1, b, t], teacher_BTV[b, t + shape.offset(k) - 1]
-        q_V, p_V = (kept(x_V, how.temperature, *filters) for x_V in (z_V, y_V))
+        z_V, there = logits_KBTV[k - 1, b, t], t + shape.offset(k) - 1
+        q_V, rest, known = kept(z_V, how.temperature, *filters), 0.0, range(V)
+        if stored is None:
+          p_V = kept(teacher_BTV[b, there], how.temperature, *filters)
+        else:
+          p_V, known = np.zeros(V), [int(v) for v in stored[0][b, there]]
+          mass = [math.exp(x) for x in stored[1][b, there]]
+          for v, x in zip(known, mass, strict=False):
+            p_V[v] = x / sum(mass)
+          rest = mass[-1] / sum(mass)
+          if filters != (0, 1.0, 0.0):  # those of the filters are all known
+            p_V, rest = kept(np.log(np.maximum(p_V, 1e-300)), how.temperature, *filters), 0.0
         open_V = kept(z_V, how.temperature)
         rate = sum(min(p_V[v], q_V[v]) for v in range(V))
         drafted = [v for v in range(V) if p_V[v] > 0 and z_V[v] > -np.inf]
-        mass = sum(p_V[v] for v in drafted)
+        mass = sum(p_V[v] for v in drafted) if shape.drafted else 1.0
         kl = sum(p_V[v] * math.log(p_V[v] / mass / open_V[v]) for v in drafted)
+        if rest and not shape.drafted:
+          kl += rest * math.log(rest / sum(open_V[v] for v in range(V) if v not in known))
         alpha[k, b, t] = rate
         share = math.exp(-how.eta * (held or alpha)[k, b, t])
         loss_of[k, b, t] = {

@@ -14,7 +14,7 @@ from mtp_jax.config import schema
 # Flags that the programs of a run depend on, though its result may not (another
 # kernel), or only by them (a learning rate that falls until the last step).
 OF_A_PROGRAM = {*schema.fixed(), 'model.attention', 'train.steps'}
-OF_NO_PROGRAM = {'data.tokenizer', 'train.init_from'}
+OF_NO_PROGRAM = {'data.tokenizer', 'train.init_from', 'loss.teacher'}
 
 
 def _key(cfg: schema.Config) -> tuple:
@@ -66,10 +66,10 @@ def shared_programs():
 
   trace, evaluator, init = step.trace, heldout.evaluator, state.init_program
 
-  def shared_trace(cfg, mesh, n_active, masked=False):
+  def shared_trace(cfg, mesh, n_active, masked=False, teacher=None):
     return _once(
-      ('step', _key(cfg), mesh, n_active, masked),
-      lambda: _Lowered(trace(cfg, mesh, n_active, masked)),
+      ('step', _key(cfg), mesh, n_active, masked, teacher),
+      lambda: _Lowered(trace(cfg, mesh, n_active, masked, teacher)),
     )
 
   def shared_evaluator(cfg, mesh, bytes_V, calibrated=False):

@@ -128,7 +128,7 @@ def batch(c: schema.Config, *, packed=True, seed=0) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=('c', 'n_active'))
-def _value_and_grad(w, rows, step=None, *, c, n_active):
+def _value_and_grad(w, rows, step=None, teacher=None, *, c, n_active):
   counts = targets.counts(rows, c, n_active)
   grad = jax.value_and_grad(multi_token.mtp_loss, argnums=(0, 1), has_aux=True)
 
@@ -142,6 +142,7 @@ def _value_and_grad(w, rows, step=None, *, c, n_active):
       n_active=n_active,
       cfg=c,
       step=step,
+      teacher=teacher,
     )
 
   return step_lib.sum_micro_batches(micro_batch, rows, c)
@@ -160,14 +161,15 @@ def means(sums: dict, count_K) -> dict:
   return sums | out
 
 
-def value_and_grad(c: schema.Config, rows, w=None, n_active=None, step=None):
+def value_and_grad(c: schema.Config, rows, w=None, n_active=None, step=None, *, teacher=None):
   """((total, sums and means), (parameter gradients, |dL/dz|^2 by head)), on the
   host."""
   m = mesh(c)
   w = model(c, m) if w is None else w
   with jax.set_mesh(m):
     step = None if step is None else jnp.int32(step)
-    out = _value_and_grad(w, sharding.put_batch(m, rows), step, c=c, n_active=n_active or c.heads.n)
+    placed = sharding.put_batch(m, rows)
+    out = _value_and_grad(w, placed, step, teacher, c=c, n_active=n_active or c.heads.n)
   (total, sums), grads = jax.device_get(out)
   valid_AKBT = [
     targets.targets(dict(zip(rows, of, strict=True)), c)[1]

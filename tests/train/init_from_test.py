@@ -13,7 +13,7 @@ from mtp_jax.checkpoint import metadata, restore, saver
 from mtp_jax.config import schema
 from mtp_jax.data import tokenizers
 from mtp_jax.io import paths
-from mtp_jax.model import flops, heads, lm, params
+from mtp_jax.model import flops, heads, lm, next_token, params
 from mtp_jax.parallel import sharding
 from mtp_jax.train import init_from
 from mtp_jax.train import state as state_lib
@@ -137,14 +137,14 @@ def test_warm_start_drops_heads_of_another_stride():
 def test_warm_start_drops_untrained_heads():
   """With the curriculum 0:1;5:3 heads 2 and 3 start at the sixth step."""
   was = _cfg('parallel', 3, loss__curriculum='0:1;5:3')
-  assert [init_from.trained_heads(was, step) for step in (1, 5, 6)] == [1, 1, 3]
-  assert init_from.trained_heads(was, 0) == 3  # an import
+  assert [next_token.trained_heads(was, step) for step in (1, 5, 6)] == [1, 1, 3]
+  assert next_token.trained_heads(was, 0) == 3  # an import
   falls = _cfg('parallel', 3, loss__curriculum='0:3;5:1')
-  assert init_from.trained_heads(falls, 9) == 3
+  assert next_token.trained_heads(falls, 9) == 3
   for family in ('parallel', 'anticausal', 'sequential'):
     for unembedding in 'shared', 'replicated':
       was = _cfg(family, 3, unembedding, loss__curriculum='0:1;5:3')
-      fewer = init_from.as_trained(was, 5)
+      fewer = next_token.as_trained(was, 5)
       assert fewer.heads.n == 1
       layers = len(heads.next_token_layers(fewer))
       more = 1 if family == 'parallel' else 0
@@ -153,7 +153,7 @@ def test_warm_start_drops_untrained_heads():
       m = tiny.mesh(cfg)
       old = tiny.model(was, m)
       new = state_lib.init(cfg, m, (old, fewer)).params
-      a = _logits(init_from.trained_part(old, fewer), fewer)
+      a = _logits(next_token.trained_part(old, fewer), fewer)
       np.testing.assert_allclose(_logits(new, cfg)[0], a[0], atol=1e-6)
 
 
