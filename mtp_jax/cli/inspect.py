@@ -28,6 +28,7 @@ def inspect_batch(cfg: schema.CommandConfig) -> tuple[list[str], dict]:
   from mtp_jax.data import loader
   from mtp_jax.losses import targets
 
+  cfg = schema.replace(cfg, **{'loss.teacher': ''})  # of a store, it is not printed
   tokens = batches_lib.open_tokens(cfg)
   mixture, window = tokens.train(), (cfg.data.seq_len, cfg.span)
   batch = next(batches_lib.train_batches(tokens, cfg, cfg.inspect.step))

@@ -29,7 +29,7 @@ def _cfg(family='residual', n=3, mesh=(1, 1, 1), **changes):
 
 def _was(family='causal', n=2, **changes):
   """The config of a wider teacher with another family of heads."""
-  none = dict(loss__teacher='', loss__head_loss='ce', loss__weights='0:1')
+  none = dict(loss__teacher='', loss__head_loss='ce', loss__weights='0:1', model__logits_scale=1.5)
   return _cfg(family, n, **none | dict(model__d_model=24, model__n_attn_heads=2) | changes)
 
 
@@ -43,7 +43,7 @@ def _teacher(was, c, m) -> teacher_lib.Model:
 
 def _teacher_logits(was, flat, T):
   w = tiny.flat(tiny.model(was, tiny.mesh(was)))
-  shape = oracle.Shape(was.heads.family, was.heads.n)
+  shape = oracle.Shape(was.heads.family, was.heads.n, block=oracle.Block(logits_scale=1.5))
   return oracle.forward(w, flat['tokens'], flat['position'], shape)[0][:, :T]
 
 

@@ -15,7 +15,8 @@ from mtp_jax.cli import main
 from mtp_jax.config import fields, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.model import flops, lm, params
-from mtp_jax.parallel import sharding
+from mtp_jax.parallel import chips, sharding
+from mtp_jax.planning import analytic
 from tests.support import runs, tiny
 
 OF_RUN = dict(
@@ -148,3 +149,8 @@ def test_plan_has_the_memory_of_the_teacher(root, undisturbed, tmp_path, capsys)
   assert found['model_flops_per_token'] == flops.flops_per_token(cfg, 2, teacher=source.cfg)
   assert found['executed_flops_per_step'] != alone['executed_flops_per_step']
   assert '  teacher  ' in out
+  on = dict(data=1, fsdp=n, tensor=1)
+  chip = chips.chip('TPU v5 lite')
+  without = schema.replace(cfg, **{'loss.teacher': ''})
+  a, b = (analytic.estimate(schema.command_config(c), on, chip) for c in (without, cfg))
+  assert b.total_bytes > a.total_bytes + bytes_ and b.seconds['compute'] != a.seconds['compute']
