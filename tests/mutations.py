@@ -1669,7 +1669,7 @@ FAULTS = (
   Fault(
     'weights-after-the-end',
     0,
-    'mtp_jax/config/validate.py',
+    'mtp_jax/config/validate_loss.py',
     'if step < cfg.train.steps',
     'if step >= 0',
     _in('config/config', 'test_error_names_the_given_flag'),
@@ -2470,8 +2470,8 @@ FAULTS = (
     'stored-teacher-renormalised',
     0,
     ACCEPTANCE,
-    'return _compared(of_q, (log_BCV, jnp.zeros_like(rest_BC)), rest_BC, l)',
-    'return _compared(of_q, _tempered(log_BCV, None, l), rest_BC, l)',
+    'of_p = log_BCV, jnp.zeros_like(rest_BC)',
+    'of_p = _tempered(log_BCV, None, l)',
     _in('losses/teacher', 'test_stored_teacher_equals_oracle[tv-interleaved-0-1-mesh1-filters1]'),
   ),
   Fault(
