@@ -140,6 +140,7 @@ def loss_program(cfg: schema.CommandConfig, mesh, teacher=None):
       unembed=model.embed if tied else model.unembed,
       order_VD=model.order,
       markov=model.markov,
+      confidence_D=model.confidence,
       probe_K=jnp.zeros(cfg.heads.n),
     )
 

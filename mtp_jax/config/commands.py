@@ -44,6 +44,13 @@ class DecodeConfig:
     'forward pass verifies (16 tokens here); greedy only; empty = the best candidate of '
     'each head',
   )
+  min_confidence: float = fields.field(
+    0.0,
+    'stop drafting where the product of the predicted acceptance rates of the drafts so far is '
+    'below, in all rows; of a model with --heads.confidence; 0 = never',
+    min=0,
+    max=1,
+  )
   max_new_tokens: int = fields.field(
     256, 'maximum number of new tokens per prompt', **fields.limits(MOST_POSITIONS - 1)
   )

@@ -294,6 +294,11 @@ class HeadsConfig:
     'each step of a recursive module attends to the keys and values of its first step, which '
     'alone has a cache; a decoder then computes the later steps at one position of a row',
   )
+  confidence: bool = fields_lib.field(
+    False,
+    'train a vector that predicts the acceptance rate of each draft, for --decode.min_confidence; '
+    'needs --heads.share_keys_values, by which steps can be left out (arXiv 2607.05147)',
+  )
   isolated: bool = fields_lib.field(
     False,
     'stop the gradients of heads >= 2 at what they share with head 1: trunk, embedding, '

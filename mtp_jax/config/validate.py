@@ -296,6 +296,8 @@ def _check_decode(cfg):
   for flag, unused in (('top_k', 0), ('top_p', 1), ('min_p', 0)):
     need(sampled or getattr(d, flag) == unused, flag, 'needs --decode.temperature above 0')
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
+  need(cfg.heads.confidence or not d.min_confidence, 'min_confidence', 'needs --heads.confidence')
+  need(not widths or not d.min_confidence, 'tree', 'must be empty with --decode.min_confidence')
   of_all = d.num_draft_tokens in ('all', 'auto')
   drafts = None if of_all else _natural(d.num_draft_tokens)
   need(

@@ -82,6 +82,13 @@ def check_loss(cfg: schema.Config) -> None:
       'heads.mix_hidden_states', True, f'needs sequential or recursive heads; these are {h.family}'
     )
   draft_vocab.check(cfg)
+  for ok, needed in (
+    (h.share_keys_values, '--heads.share_keys_values: the other heads cannot be left out'),
+    (h.unembedding != 'replicated', 'one unembedding, shared or tied'),
+    (l.head_loss != 'ce', 'another --loss.head_loss than ce, which computes acceptance rates'),
+  ):
+    if h.confidence and not ok:
+      raise fields.ConfigError('heads.confidence', True, f'needs {needed}')
   if h.isolated and h.family == 'anticausal':
     raise fields.ConfigError(
       'heads.isolated', True, 'head 1 of --heads.family=anticausal is computed from the others'

@@ -201,7 +201,7 @@ def resized(state: state_lib.State, *, old: setup_lib.Setup, s: setup_lib.Setup)
     none_BJ = jnp.zeros((B, J), jnp.int32)
     return state._replace(
       tokens_BS=to(state.tokens_BS, S + s.window),
-      drafted_B=state.drafted_B & (s.window <= old.window),
+      n_drafts_B=jnp.minimum(state.n_drafts_B, J) * (s.window <= old.window),
       candidates_BJX=jnp.zeros((B, J, 1), jnp.int32)
       .at[:, : old.window - 1]
       .set(state.candidates_BJX[:, :J]),

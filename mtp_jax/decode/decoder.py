@@ -79,7 +79,8 @@ class Decoder:
     """
     cfg, active = _with_reuse(cfg, active)
     self.cfg, self.mesh, self.active = cfg, mesh, active
-    self._widest = setup.setup(cfg, active, widths(cfg, active))
+    widest = setup.setup(cfg, active, widths(cfg, active))
+    self._widest = widest._replace(min_confidence=cfg.decode.min_confidence * (widest.window > 1))
     with jax.set_mesh(mesh):
       self._weights = _weights(model, s=self._widest)
     # By the shape of a batch:

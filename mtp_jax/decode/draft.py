@@ -9,7 +9,7 @@ from mtp_jax.decode import sample
 from mtp_jax.decode import setup as setup_lib
 from mtp_jax.decode import state as state_lib
 from mtp_jax.decode import window as window_lib
-from mtp_jax.model import heads, layers, lm
+from mtp_jax.model import confidence, heads, layers, lm
 from mtp_jax.parallel import sharding
 
 
@@ -47,12 +47,11 @@ def draft(
 
   def propose(state, logits_BKX, first):
     logits_BKV = lm.of_all_tokens(logits_BKX, cfg)
-    return sharding.by_rows(
-      functools.partial(_propose, first=first, s=s), state, logits_BKV, last_B1, same=(sampling,)
-    )
+    same = sampling, jnp.int32(first)
+    return sharding.by_rows(_propose, state, logits_BKV, last_B1, same=same)
 
   of_head, hidden, written = window_lib.OfHead(carry_BTD, None), [], []
-  for k in range(2, W + 1):
+  for k in range(2, 3 if s.min_confidence else W + 1):
     if f.reverse:
       raw_B1D = window_lib.take_position(states[len(states) - k], at_B)
       h_B1D = layers.rms_norm(raw_B1D, w.norm, cfg.model)
@@ -77,7 +76,9 @@ def draft(
     if f.uses_next_token:
       state = propose(state, window_lib.logits(w, h_B1D, k, cfg), k)
     hidden.append(h_B1D)
-  if w.markov is not None:
+  if s.min_confidence:
+    state = _while_confident(w, state, of_head, propose, last_B1, query=query, s=s)
+  elif w.markov is not None:
     logits_BKV = window_lib.all_logits(w, hidden, cfg)
     for k in range(2, W + 1):
       before_B1 = sharding.by_rows(
@@ -92,20 +93,51 @@ def draft(
   return state, caches
 
 
-def _next_tokens(tokens_BS, position_BT, offset: int):
+def _while_confident(w, state: state_lib.State, of_head, propose, last_B1, *, query, s):
+  """Drafts with heads 3..W, of each row while the product of the confidences in the drafts so
+  far is at least s.min_confidence, as long as there is such a row. Whether a draft is made
+  does not depend on the draft, so that rejection sampling stays exact."""
+
+  def confident(of_head, product_B):
+    c_B = jax.nn.sigmoid(confidence.logits(of_head.h_BTD, w.confidence))[:, 0]
+    return product_B * jax.reshard(c_B, jax.typeof(product_B).sharding.spec)
+
+  def more(carry):
+    state, _, product_B, k = carry
+    return (k <= s.window) & jnp.any((product_B >= s.min_confidence) & ~state.done_B)
+
+  def step(carry):
+    state, carry_B1D, product_B, k = carry
+    offset = heads.next_token_offset(k, s.cfg.heads.stride)
+    next_B1 = sharding.by_rows(_next_tokens, state.tokens_BS, last_B1, same=(offset,))
+    before = of_head._replace(carry_BTD=carry_B1D)
+    found = window_lib.later_step(w, k, before, next_B1, here=query.window, s=s)
+    state = propose(state, window_lib.logits(w, found.h_BTD, 2, s.cfg), k)
+    n_drafts_B = state.n_drafts_B + (product_B >= s.min_confidence)
+    state = state._replace(n_drafts_B=n_drafts_B)
+    return state, found.carry_BTD, confident(found, product_B), k + 1
+
+  one_B = jnp.ones_like(state.n_drafts_B)
+  state = state._replace(n_drafts_B=one_B)
+  first = state, of_head.carry_BTD, confident(of_head, one_B.astype(jnp.float32)), jnp.int32(3)
+  return jax.lax.while_loop(more, step, first)[0]
+
+
+def _next_tokens(tokens_BS, position_BT, offset):
   """Returns the token `offset` ahead of each position."""
   at_BT = jnp.maximum(position_BT + offset, 0)
   return jnp.take_along_axis(tokens_BS, at_BT, axis=1)
 
 
-def _propose(
-  state: state_lib.State, logits_BKV, last_B1, sampling, *, first: int, s: setup_lib.Setup
-):
+def _propose(state: state_lib.State, logits_BKV, last_B1, sampling, first):
   """Drafts with heads first, first + 1 …; the best candidate of each is appended to
   the known tokens, where heads that use the next token read it."""
   K = logits_BKV.shape[1]
   at_BK = last_B1 + first + jnp.arange(K)[None]
-  of_heads = slice(first - 2, first - 2 + K)
+
+  def put(of_all, new):
+    return jax.lax.dynamic_update_slice_in_dim(of_all, new, first - 2, axis=1)
+
   q_BJV, candidates_BJX = state.q_BJV, state.candidates_BJX
   X = candidates_BJX.shape[2]
   if sampling is not None:
@@ -114,7 +146,7 @@ def _propose(
     purpose = sample.DRAW if q_BJV is None else sample.DRAFT
     new_BKX = sample.draw(q_BKV, state.seed_B, at_BK, purpose)[:, :, None]
     if q_BJV is not None:
-      q_BJV = q_BJV.at[:, of_heads].set(q_BKV)
+      q_BJV = put(q_BJV, q_BKV)
   elif X == 1:
     new_BKX = jnp.argmax(logits_BKV, axis=-1, keepdims=True).astype(jnp.int32)
   else:
@@ -122,6 +154,6 @@ def _propose(
   b_B1 = jnp.arange(logits_BKV.shape[0])[:, None]
   return state._replace(
     tokens_BS=state.tokens_BS.at[b_B1, at_BK].set(new_BKX[:, :, 0], mode='drop'),
-    candidates_BJX=candidates_BJX.at[:, of_heads].set(new_BKX),
+    candidates_BJX=put(candidates_BJX, new_BKX),
     q_BJV=q_BJV,
   )

@@ -19,7 +19,7 @@ class State(NamedTuple):
   limit_B: Any  # maximum length of a row
   done_B: Any
   seed_B: Any
-  drafted_B: Any  # whether the row has drafts
+  n_drafts_B: Any  # drafts of the row, at most W - 1
   candidates_BJX: Any  # drafts of heads 2..W, best first
   q_BJV: Any  # the distributions of the drafts; None if accepted only where equal
   tail_BRD: Any  # z of the R positions before the window; None if R = 0
@@ -54,7 +54,7 @@ def start(tokens_BS, length_B, limit_B, seed_B, *, rejection: bool, s: setup_lib
       limit_B,
       length_B >= limit_B,
       seed_B,
-      zeros(dtype=bool),
+      zeros(),
       zeros(J, width),
       zeros(J, V, dtype=jnp.float32) if rejection else None,
       zeros(R, s.cfg.model.d_model, dtype=s.cfg.model.compute_dtype) if R else None,

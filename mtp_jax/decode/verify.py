@@ -12,7 +12,7 @@ def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, 
   """Returns (state with the emitted tokens, accepted drafts (B,), path_BW)."""
   W, J = s.window, s.window - 1
   tokens_BS, length_B, live_B = state.tokens_BS, state.length_B, ~state.done_B
-  allowed_B = jnp.where(state.drafted_B & live_B, jnp.minimum(max_accept, J), 0)
+  allowed_B = jnp.where(live_B, jnp.minimum(max_accept, state.n_drafts_B), 0)
   index_1W = jnp.arange(W)[None]
   if state.q_BJV is None:
     wanted_BM = sample.tokens(logits_BMV, state.seed_B, length_B[:, None] + index_1W, sampling)
@@ -47,7 +47,7 @@ def verify(state: state_lib.State, tokens_BM, logits_BMV, max_accept, sampling, 
       tokens_BS=tokens_BS.at[b_B1, at_BW].set(emitted_BW, mode='drop'),
       length_B=length_B + new_B,
       done_B=~live_B | stopped_B | (length_B + new_B >= state.limit_B),
-      drafted_B=jnp.ones_like(live_B),
+      n_drafts_B=jnp.full_like(length_B, J),
       forwards_B=state.forwards_B + live_B,
       proposed_BJ=state.proposed_BJ + proposed_BJ,
       accepted_BJ=state.accepted_BJ + (proposed_BJ & (draft_1J <= n_B[:, None])),

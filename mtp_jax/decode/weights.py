@@ -21,6 +21,7 @@ class Weights(NamedTuple):
   unembed: tuple  # of heads 1, 2 …, or one shared by all
   draft_unembed: Any  # (D, X) of heads >= 2 with a draft vocabulary, or None
   markov: Any  # of heads >= 2, or None
+  confidence: Any  # of heads >= 2, or None
 
 
 def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
@@ -60,6 +61,7 @@ def weights(model: lm.LM, s: setup_lib.Setup) -> Weights:
     }[cfg.heads.unembedding](),
     _draft_unembed(model, s),
     model.markov if s.window > 1 else None,
+    model.confidence if s.window > 1 else None,
   )
 
 
@@ -78,6 +80,7 @@ def in_use(w: Weights, s: setup_lib.Setup) -> Weights:
     unembed=w.unembed[: s.window],
     draft_unembed=w.draft_unembed if s.window > 1 else None,
     markov=w.markov if s.window > 1 else None,
+    confidence=w.confidence if s.window > 1 else None,
   )
 
 

@@ -58,6 +58,7 @@ class Drafts(NamedTuple):
   shift: Any  # o_k - 1, from the query to the one that verifies
   valid_BT: Any  # of `targets.drafts`
   scale: Any  # weight_k x share of the loss / number of drafts
+  over_count: Any  # 1 / number of drafts
   # Derivative of the loss by alpha, of e2e_tv's gradients; else None.
   slope_BT: Any = None
 
@@ -67,6 +68,7 @@ class Found(NamedTuple):
 
   loss: Any  # sum over valid drafts
   alpha_BT: Any
+  confidence_loss: Any = None  # sum over valid drafts; None without --heads.confidence
 
 
 def no_drafts(h_BTD) -> Found:

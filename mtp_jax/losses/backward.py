@@ -38,6 +38,7 @@ class DiffInputs(NamedTuple):
   unembed: Any  # at rest: (D, V), tied (V, D), or replicated (K, D, V)
   order_VD: Any  # None without token order prediction
   markov: Any  # None without a Markov head
+  confidence_D: Any  # None without --heads.confidence
   probe_K: Any
 
 
@@ -54,7 +55,8 @@ class NondiffInputs(NamedTuple):
 
 
 def _gather(w: DiffInputs, cfg) -> head_loss.SharedWeights:
-  return head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, w.markov, cfg)
+  shared = head_loss.gather_shared(w.norm_D, w.unembed, w.order_VD, w.markov, cfg)
+  return shared._replace(confidence_D=w.confidence_D)  # on each device
 
 
 def _per_head(w: DiffInputs, inputs: NondiffInputs, cfg) -> head_loss.HeadBatch:
@@ -241,14 +243,17 @@ def _interleaved(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
 def _interleaved_fwd(w: DiffInputs, inputs: NondiffInputs, cfg):
   gather = functools.partial(head_loss.gather_shared, cfg=cfg)
   shared, gather_vjp = jax.vjp(gather, w.norm_D, w.unembed, w.order_VD, w.markov)
+  shared = shared._replace(confidence_D=w.confidence_D)
   both_ways = _chained if heads.family(cfg.heads).is_chained else _independent
   if inputs.drafts_K is not None:
     both_ways = _compared
   grads, dshared, own, out = both_ways(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
+  dconfidence_D, dshared = dshared.confidence_D, dshared._replace(confidence_D=None)
   dnorm_D, dunembed, dorder_VD, dmarkov = gather_vjp(dshared)
   if cfg.heads.unembedding == 'replicated':
     dunembed = own
   grads = grads._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD, markov=dmarkov)
+  grads = grads._replace(confidence_D=dconfidence_D)
   return out, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
 
 

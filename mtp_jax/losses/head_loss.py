@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import draft_vocab, schema
 from mtp_jax.losses import acceptance, cross_entropy, token_order
-from mtp_jax.model import block, lm, markov, params
+from mtp_jax.model import block, confidence, lm, markov, params
 from mtp_jax.parallel import sharding
 
 
@@ -28,6 +28,7 @@ class SharedWeights(NamedTuple):
   draft_unembed_DX: Any = None
   order_VD: Any = None  # None without token order prediction
   markov: Any = None  # None without a Markov head
+  confidence_D: Any = None  # None without --heads.confidence
 
   def of_head(self, is_head_1) -> str:
     """Returns the name of the unembedding of a head."""
@@ -133,6 +134,8 @@ def of(window: Window, cfg: schema.Config, detail=None, teacher=None) -> HeadLos
   detail(Logits, target_BC) of each position. With a Teacher, drafts are compared with
   it."""
   loss = _chunked(window, cfg, detail, teacher)
+  if cfg.heads.confidence and teacher is not None:
+    loss = _with_confidence(loss)
   return loss if window.order_WBT is None else _with_token_order(loss, window, cfg)
 
 
@@ -277,6 +280,38 @@ def _chunked(window: Window, cfg: schema.Config, detail, teacher) -> HeadLoss:
 
 def _is_isolated(is_head_1, cfg: schema.Config) -> bool:
   return cfg.heads.isolated and not is_head_1
+
+
+def _with_confidence(loss: HeadLoss) -> HeadLoss:
+  """Adds the loss of the confidence head to that of heads >= 2."""
+
+  def of_head(stats: HeadStats, h_BTD, w_D, head: HeadBatch):
+    assert stats.drafts is not None and head.drafts is not None
+    d = head.drafts
+    found = confidence.loss(h_BTD, w_D, stats.drafts.alpha_BT, d.valid_BT)
+    return d.over_count * found, stats._replace(drafts=stats.drafts._replace(confidence_loss=found))
+
+  def of_head_1(stats: HeadStats) -> HeadStats:
+    assert stats.drafts is not None
+    return stats._replace(drafts=stats.drafts._replace(confidence_loss=jnp.zeros(())))
+
+  def value(h_BTD, shared: SharedWeights, head: HeadBatch, is_head_1):
+    total, stats = loss.value(h_BTD, shared, head, is_head_1)
+    if is_head_1:
+      return total, of_head_1(stats)
+    found, stats = of_head(stats, h_BTD, shared.confidence_D, head)
+    return total + found, stats
+
+  def value_and_grad(h_BTD, shared: SharedWeights, dshared, head: HeadBatch, is_head_1):
+    dshared, grads, total, stats = loss.value_and_grad(h_BTD, shared, dshared, head, is_head_1)
+    if is_head_1:
+      return dshared, grads, total, of_head_1(stats)
+    both_ways = jax.value_and_grad(lambda w_D: of_head(stats, h_BTD, w_D, head), has_aux=True)
+    (found, stats), d_D = both_ways(shared.confidence_D)
+    dshared = dshared._replace(confidence_D=dshared.confidence_D + d_D)
+    return dshared, grads, total + found, stats
+
+  return HeadLoss(value, value_and_grad)
 
 
 def _with_token_order(loss: HeadLoss, window: Window, cfg: schema.Config) -> HeadLoss:

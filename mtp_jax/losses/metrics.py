@@ -69,6 +69,9 @@ def _drafts(metrics: dict) -> dict[str, float | None]:
     of = zip(metrics[total][1:], metrics[count][1:], strict=True)
     if name != 'draft_loss' or np.any(metrics[total]):
       out |= {f'{name}_{k}': mean(*sums) for k, sums in enumerate(of, 2)}
+  if 'confidence_loss_sum_K' in metrics:
+    of = zip(metrics['confidence_loss_sum_K'][1:], metrics['draft_count_K'][1:], strict=True)
+    out |= {f'confidence_loss_{k}': mean(*sums) for k, sums in enumerate(of, 2)}
   if 'alpha_in_a_row_K' in metrics:
     n_queries, *in_a_row = metrics['alpha_in_a_row_K']
     out['mean_acceptance_length_sampled'] = mean(n_queries + sum(in_a_row), n_queries)

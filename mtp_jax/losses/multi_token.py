@@ -145,10 +145,12 @@ def nondiff_inputs(
       of_teacher = teacher_lib.read(teacher, batch, targets_KBT.shape[2])
     elif 'teacher_ids' in batch:
       of_teacher = acceptance.Stored(batch['teacher_ids'], batch['teacher_logp'])
+    over_count_K = 1 / jnp.maximum(counts.draft_K, 1)
     drafts_K = acceptance.Drafts(
       shift=jnp.array(cfg.heads.offsets[:n_active]) - 1,
       valid_BT=targets.drafts(valid_KBT, cfg),
-      scale=weight_K * (1 - cfg.loss.head_ce_share) / jnp.maximum(counts.draft_K, 1),
+      scale=weight_K * (1 - cfg.loss.head_ce_share) * over_count_K,
+      over_count=over_count_K,
     )
   ordered = bool(cfg.loss.token_order_weight)
   return backward.NondiffInputs(
@@ -180,6 +182,7 @@ def _heads_input(model: lm.LM, probe_K, batch, n_active: int, cfg):
     unembed=unembed[:n_active] if cfg.heads.unembedding == 'replicated' else unembed,
     order_VD=model.order,
     markov=model.markov if n_active > 1 else None,
+    confidence_D=model.confidence if n_active > 1 else None,
     probe_K=probe_K[:n_active],
   )
   return weights, ctx
@@ -201,6 +204,9 @@ def _sums(stats: head_loss.HeadStats, batch: dict, cfg: schema.Config, of_teache
     sums['token_order_loss_sum'] = jnp.sum(stats.order_loss)
   if stats.drafts is not None:
     sums |= _draft_sums(stats.drafts, valid_KBT[: stats.order_loss.shape[0]], cfg)
+  compared = of_teacher or stats.drafts
+  if cfg.heads.confidence and compared is not None:
+    sums['confidence_loss_sum_K'] = compared.confidence_loss
   if of_teacher is not None:
     sums |= _teacher_sums(of_teacher, valid_KBT[: stats.order_loss.shape[0]], cfg)
   return sums

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import draft_vocab, schema
-from mtp_jax.model import block, heads, layers, markov, params, trunk
+from mtp_jax.model import block, confidence, heads, layers, markov, params, trunk
 
 
 class LM(flax.struct.PyTreeNode, Generic[params.Leaf]):
@@ -23,16 +23,20 @@ class LM(flax.struct.PyTreeNode, Generic[params.Leaf]):
   unembed: Any  # one, one per head, or None
   order: Any  # second unembedding of head 1, for --loss.token_order_weight
   markov: Any = None  # markov.Markov of heads >= 2, for --heads.markov_rank
+  confidence: Any = None  # a vector of heads >= 2, for --heads.confidence
 
 
 def without_unused(tree):
-  """Returns a pytree with each LM that has no Markov head as a dict without that field, as
-  checkpoints have it: those of before the field can be read."""
+  """Returns a pytree with each LM as a dict without the fields that were added later and are
+  not in use, as checkpoints have it: those of before the fields can be read."""
 
   def fields_of(x):
-    if not isinstance(x, LM) or x.markov is not None:
+    if not isinstance(x, LM):
       return x
-    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.name != 'markov'}
+    unused = {name for name in ('markov', 'confidence') if getattr(x, name) is None}
+    if not unused:
+      return x
+    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.name not in unused}
 
   return jax.tree.map(fields_of, tree, is_leaf=lambda x: isinstance(x, LM))
 
@@ -70,6 +74,7 @@ def specs(cfg: schema.Config) -> LM[params.Spec]:
     ],
     order=table if cfg.loss.token_order_weight else None,
     markov=markov.specs(cfg),
+    confidence=confidence.specs(cfg),
   )
 
 

@@ -70,7 +70,7 @@ def _clip_apart(cfg: schema.Config) -> optax.GradientTransformation:
   def of_further_heads(path, x):
     """1 where an entry of a leaf is of heads >= 2, else 0."""
     field = path[0].name
-    if field == 'markov':
+    if field in ('markov', 'confidence'):
       return 1.0
     if not (field == 'heads' or (field == 'unembed' and h.unembedding == 'replicated')):
       return 0.0
@@ -119,6 +119,7 @@ def learning_rates(cfg: schema.Config) -> lm.LM:
     unembed=head if own else trunk,
     order=head,
     markov=head,
+    confidence=head,
   )
   return jax.tree.map(
     lambda rate, specs: jax.tree.map(lambda _: rate, specs), groups, lm.specs(cfg)
@@ -180,7 +181,7 @@ def _keep_inactive_heads(new, old, n_active: int, cfg: schema.Config):
 
   def leaf(path, new, old):
     names = {getattr(key, 'name', None) for key in path}
-    if 'markov' in names:  # of heads >= 2
+    if names & {'markov', 'confidence'}:  # of heads >= 2
       return new if n_active > 1 else old
     for name in in_use.keys() & names:
       active_K = jnp.arange(new.shape[0]) < in_use[name]

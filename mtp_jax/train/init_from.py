@@ -102,6 +102,7 @@ def parameters(fresh: lm.LM, old: lm.LM, was: schema.Config, cfg: schema.Config)
     unembed=_unembed(fresh, old, was, cfg),
     order=old.order if uses_order and old.order is not None else fresh.order,
     markov=old.markov if _same_markov(was, cfg) else fresh.markov,
+    confidence=old.confidence if _same_confidence(was, cfg) else fresh.confidence,
   )
 
 
@@ -110,6 +111,11 @@ def _same_markov(was: schema.Config, cfg: schema.Config) -> bool:
   ranks = [c.heads.markov_rank * (c.heads.n > 1) for c in (was, cfg)]
   same_tokens = was.heads.draft_vocab == cfg.heads.draft_vocab
   return ranks[0] == ranks[1] and same_tokens and kept(was, cfg) > 1
+
+
+def _same_confidence(was: schema.Config, cfg: schema.Config) -> bool:
+  both = [c.heads.confidence and c.heads.n > 1 for c in (was, cfg)]
+  return all(both) and kept(was, cfg) > 1
 
 
 def _heads(fresh, old, layers, was, cfg):

@@ -68,7 +68,7 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
     params.count(tree)
     for tree in (
       specs.trunk,
-      (specs.heads, specs.markov),
+      (specs.heads, specs.markov, specs.confidence),
       (specs.embed, specs.unembed, specs.order),
     )
   )

@@ -14,6 +14,7 @@ from tests.support import values
 # Every field that may differ when a run is resumed; all others may not.
 FREE = """
   data.store data.documents data.valid_fraction data.overwrite data.verify
+  data.teacher data.teacher_top_k data.teacher_seq_len
   data.read_threads data.workers data.max_shard_gib data.max_document_mib
   model.attention
   mesh.data mesh.fsdp mesh.tensor

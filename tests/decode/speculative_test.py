@@ -270,6 +270,57 @@ def test_drafts_with_shared_keys_and_values(changes):
     assert deeper.accepted_J.tolist() == found.accepted_J.tolist()
 
 
+@pytest.mark.parametrize('temperature', [0.0, 1.3])
+def test_drafting_stops_where_confidence_is_low(temperature):
+  """Each row has the drafts of a product of confidences above the threshold, and one more."""
+  c = decoding.cfg(
+    'recursive',
+    4,
+    heads__share_keys_values=True,
+    heads__confidence=True,
+    loss__head_loss='kl',
+    decode__temperature=temperature,
+    decode__min_confidence=0.3,
+  )
+  model = tiny.model(c, tiny.mesh(c))
+  w = tiny.flat(model)
+  assert np.any(w['confidence'])
+  decode, sampling = decoding.make(c, model), sample.sampling(c)
+  s, prompts = decode._widest, [np.array(p) for p in PROMPTS]
+  assert s.min_confidence == 0.3
+  with jax.set_mesh(decode.mesh):
+    of = weights.in_use(decode._weights, s)
+    now, caches = decode._start(
+      prompts, range(4), 49, B=decoding.ROWS, slots=64, sampling=sampling, s=s
+    )
+    for first in range(0, 8, 4):
+      now, caches = speculative.prefill(of, now, caches, first, C=4, s=s)
+    seen = set()
+    for _ in range(8):
+      now, caches = speculative.run(
+        of, now, caches, max_forwards=1, max_accept=99, sampling=sampling, s=s
+      )
+      here = jax.device_get(now)
+      for row in range(4):
+        q = here.length_B[row] - 2
+        known = here.tokens_BS[row, : q + 2].tolist()
+        window = np.array([(known + here.candidates_BJX[row, :, 0].tolist() + [0] * 4)[: q + 5]])
+        h = oracle.hidden(
+          w, window, np.arange(window.shape[1])[None], oracle.Shape('recursive', 4, share_kv=True)
+        )
+        product, wanted = 1.0, 1
+        for k in (2, 3):
+          product /= 1 + np.exp(-h[k][0, q] @ w['confidence'])
+          wanted += product >= 0.3
+        assert here.n_drafts_B[row] == wanted
+        seen.add(wanted)
+  assert seen == {1, 2, 3}
+  if not temperature:
+    texts = [decoding.with_rows(c, model)(max_accept=most) for most in (0, 99)]
+    assert decoding.lists(texts[0]) == decoding.lists(texts[1])
+    assert texts[1].accepted_J.sum() > 0
+
+
 @pytest.mark.parametrize(
   'family, unembedding, rank',
   [('parallel', 'shared', 4), ('recursive', 'tied', 0), ('anticausal', 'shared', 0)],

@@ -485,6 +485,48 @@ def test_shared_keys_and_values_equal_oracle(changes):
   assert abs(sum(np.sum(grads[path] * along[path]) for path in along) - numeric) < 1e-4
 
 
+@pytest.mark.parametrize(
+  'changes',
+  [
+    dict(loss__head_loss='lk_hybrid', loss__backward='interleaved', train__grad_accum_steps=2),
+    dict(loss__head_loss='e2e_tv', loss__backward='remat', mesh__fsdp=2, mesh__tensor=2),
+    dict(loss__head_loss='e2e_tv', loss__backward='interleaved', heads__isolated=True),
+  ],
+)
+def test_confidence_head_equals_oracle(changes):
+  """Its loss and gradient; no bit of any other gradient changes."""
+  shape = dict(heads__n=4, heads__family='recursive', heads__share_keys_values=True, **changes)
+  c = tiny.cfg(heads__confidence=True, model__n_layers=2, **shape)
+  without = tiny.cfg(model__n_layers=2, **shape)
+  rows, m = tiny.batch(c), tiny.mesh(c)
+  model = tiny.model(c, m)
+  (total, sums), (grads, _) = tiny.value_and_grad(c, rows)
+  (plain, _), (same, _) = tiny.value_and_grad(without, rows, model.replace(confidence=None))
+  for a, b in zip(
+    jax.tree.leaves(grads.replace(confidence=None)), jax.tree.leaves(same), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  flat = {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()}
+  w = tiny.flat(model)
+  of = oracle.Shape('recursive', 4, share_kv=True)
+  logits = oracle.forward(w, flat['tokens'], flat['position'], of)
+  how = oracle.Comparison(c.loss.head_loss)
+  found = oracle.compared(logits, logits[0], flat['position'], of, how)
+  h = oracle.hidden(w, flat['tokens'], flat['position'], of)
+  complete = {(b, t) for k, b, t in found['alpha'] if k == 4}
+  loss_K, d_D = np.zeros(4), np.zeros(c.model.d_model)
+  for (k, b, t), alpha in found['alpha'].items():
+    if c.loss.head_loss == 'e2e_tv' and (b, t) not in complete:
+      continue
+    z, over = h[k][b, t] @ w['confidence'], 1 / found['count_K'][k - 1]
+    loss_K[k - 1] += over * (np.log1p(np.exp(z)) - alpha * z)
+    d_D += over * (1 / (1 + np.exp(-z)) - alpha) * h[k][b, t]
+  np.testing.assert_allclose(total - plain, loss_K.sum(), rtol=1e-4)
+  means_K = sums['confidence_loss_sum_K'] / np.maximum(found['count_K'], 1)
+  np.testing.assert_allclose(means_K, loss_K, rtol=1e-5)
+  np.testing.assert_allclose(grads.confidence, d_D, rtol=1e-4, atol=1e-6)
+
+
 def test_draws_of_mixing_are_uniform_and_independent():
   rng = np.random.default_rng(0)
   tokens_BU = jnp.array(rng.integers(0, 500, (64, 129)))

@@ -268,6 +268,15 @@ def _ready(params, z_BTD, tokens_BU, position_BT, shape):
   return ready
 
 
+def hidden(params, tokens_BU, position_BU, shape):
+  """{k: what the unembedding of head k reads}, (B, T, D) each."""
+  params = _float64(params)
+  position_BT = np.asarray(position_BU)[:, : np.shape(tokens_BU)[1] - shape.span]
+  T = position_BT.shape[1]
+  z_BTD = trunk(params, tokens_BU[:, :T], position_BT, shape)
+  return _ready(params, z_BTD, np.asarray(tokens_BU), position_BT, shape)
+
+
 def forward(params, tokens_BU, position_BU, shape):
   """Logits_KBTV of every head at the first T = U - span tokens."""
   params = _float64(params)
