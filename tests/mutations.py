@@ -46,6 +46,7 @@ ADAPTIVE = 'mtp_jax/decode/adaptive.py'
 TRANSFORMS, DIALECTS = 'mtp_jax/interop/transforms.py', 'mtp_jax/interop/dialects.py'
 CONFIG_JSON, BLOCK = 'mtp_jax/interop/config_json.py', 'mtp_jax/model/block.py'
 MAPPING, TOKENS = 'mtp_jax/interop/mapping.py', 'mtp_jax/interop/tokens.py'
+ROWS, HF = 'mtp_jax/interop/rows.py', 'mtp_jax/interop/hf.py'
 LLAMA_CPP = 'mtp_jax/interop/llama_cpp.py'
 FLASH, CHAT = 'mtp_jax/model/flash.py', 'mtp_jax/data/chat.py'
 BY_HAND = 'test_exported_modules_draft_like_the_model'
@@ -888,7 +889,7 @@ FAULTS = (
   Fault(
     'norms-of-modules-swapped',
     10,
-    MAPPING,
+    ROWS,
     "transformers_mtp='hnorm', gguf_mtp='nextn.hnorm',",
     "transformers_mtp='enorm', gguf_mtp='nextn.enorm',",
     _in('interop/engines', f'{BY_HAND}[transformers_mtp-sequential]'),
@@ -896,7 +897,7 @@ FAULTS = (
   Fault(
     'final-norm-is-that-of-the-embedding',
     10,
-    MAPPING,
+    ROWS,
     "transformers_mtp='shared_head.norm', gguf_mtp='nextn.shared_head_norm',",
     "transformers_mtp='shared_head.norm', gguf_mtp='nextn.enorm',",
     _in('interop/forms', 'test_tensor_names_match_the_program[gguf-sequential]'),
@@ -904,7 +905,7 @@ FAULTS = (
   Fault(
     'embedding-second-in-gguf',
     10,
-    MAPPING,
+    ROWS,
     "gguf_mtp=('nextn.eh_proj', transforms.EMBEDDING_FIRST),",
     "gguf_mtp='nextn.eh_proj',",
     _in('interop/engines', f'{BY_HAND}[gguf-sequential]'),
@@ -912,7 +913,7 @@ FAULTS = (
   Fault(
     'hidden-state-second-in-mimo',
     10,
-    MAPPING,
+    ROWS,
     "'proj', transforms.TRANSPOSED, hf='proj', mimo='input_proj',",
     "'proj', transforms.TRANSPOSED, hf='proj', mimo=('input_proj', transforms.EMBEDDING_FIRST),",
     _in('interop/engines', f'{BY_HAND}[mimo-recursive]'),
@@ -928,7 +929,7 @@ FAULTS = (
   Fault(
     'rope-of-a-plain-gguf-not-permuted',
     10,
-    MAPPING,
+    ROWS,
     'if a.in_pairs and self.ours in ROTATED:',
     'if False:',
     _in('interop/engines', 'test_plain_gguf_logits_match'),
@@ -993,9 +994,33 @@ FAULTS = (
     'several-modules-in-mimo',
     10,
     MAPPING,
-    "if form == 'mimo' and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:",
-    "if form == 'mimo' and (several := heads_lib.n_modules(cfg.heads, h.n)) > 9:",
+    'if form in ONE_MODULE and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:',
+    'if form in ONE_MODULE and (several := heads_lib.n_modules(cfg.heads, h.n)) > 9:',
     _in('interop/forms', 'test_models_unsupported_by_a_form_raise'),
+  ),
+  Fault(
+    'hidden-state-first-in-speculators',
+    10,
+    ROWS,
+    "speculators=('input_proj', transforms.EMBEDDING_FIRST),",
+    '',
+    _in('interop/speculators', 'test_module_beside_its_verifier'),
+  ),
+  Fault(
+    'one-draft-more-in-speculators',
+    1,
+    HF,
+    'speculative_tokens=cfg.heads.n - 1,',
+    'speculative_tokens=cfg.heads.n,',
+    _in('interop/speculators', 'test_module_beside_its_verifier'),
+  ),
+  Fault(
+    'module-of-another-model-in-speculators',
+    10,
+    HF,
+    'if odd := [name for name in values if values[name] != of_module.get(name)]:',
+    'if odd := []:',
+    _in('interop/speculators', 'test_other_modules_raise'),
   ),
   Fault(
     'first-row-of-every-shard',
@@ -1962,7 +1987,7 @@ FAULTS = (
   Fault(
     'pairs-of-glm-not-permuted',
     10,
-    MAPPING,
+    ROWS,
     'dialect.rope_in_pairs and self.ours in ROTATED',
     'False',
     _literal('glm4'),

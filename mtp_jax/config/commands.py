@@ -113,8 +113,17 @@ class ExportConfig:
     "paper's models were released; mtp_llama: Fast-LLM's; transformers_mtp: sequential "
     'and recursive modules as Transformers drafts with them; gguf: llama.cpp, which '
     'drafts with the same modules; mimo: one module, for engines that know MiMo; medusa: '
-    'residual heads in a directory of their own',
-    choices=('hf', 'meta', 'mtp_llama', 'transformers_mtp', 'gguf', 'mimo', 'medusa'),
+    'residual heads in a directory of their own; speculators: one module of a Qwen 3, as '
+    'that library trains it, in a directory beside the model',
+    choices=(
+      *('hf', 'meta', 'mtp_llama', 'transformers_mtp', 'gguf', 'mimo', 'medusa'),
+      'speculators',
+    ),
+  )
+  verifier: str = fields.field(
+    '',
+    'of --export.format=speculators: the name on the Hugging Face hub, or path, under which '
+    'the library finds the model beside the module; default: export.out',
   )
   dtype: str = fields.field(
     'param', 'dtype of the tensors; param = model.param_dtype', choices=('param', *fields.DTYPES)

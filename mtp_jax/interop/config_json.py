@@ -255,7 +255,7 @@ def prefix(cfg: schema.Config) -> str:
 def unfit_types(cfg: schema.CommandConfig, form: str) -> str:
   """Returns why a format cannot state the types of a model's layers; '' if it can."""
   m = cfg.model
-  if form in ('meta', 'mtp_llama', 'mimo') and not layer_types.all_full(cfg):
+  if form in ('meta', 'mtp_llama', 'mimo', 'speculators') and not layer_types.all_full(cfg):
     return 'has full attention with RoPE in every layer; this model has layers of other types'
   if form == 'mimo' and (m.o_bias or m.mlp_bias):
     return 'has no tensor for --model.o_bias or --model.mlp_bias'

@@ -25,9 +25,12 @@ def of_engine(cfg: schema.CommandConfig) -> str:
   form, state, n = mapping.of(cfg), cfg.heads.trunk_state, cfg.heads.n
   if n == 1 or not heads_lib.family(cfg.heads).normed_chain:
     return state
+  normed_chain = 'post_norm' if state == 'post_norm' else 'pre_norm_first'
   found = {
     # tie_last_hidden_states says which state module 1 reads.
-    'transformers_mtp': 'post_norm' if state == 'post_norm' else 'pre_norm_first',
+    'transformers_mtp': normed_chain,
+    # The library's caller has the state that module 1 reads.
+    'speculators': normed_chain,
     'mimo': 'post_norm',
     'gguf_mtp': 'pre_norm',
   }.get(form, state)
@@ -48,7 +51,12 @@ def warning(model, cfg: schema.CommandConfig, tokenizer, mesh) -> str:
     state: ', '.join(f'{x:.2f}' for x in accepted(model, text, cfg, state, mesh))
     for state in (cfg.heads.trunk_state, there)
   }
-  engine = {'transformers_mtp': 'Transformers', 'mimo': 'vLLM and SGLang', 'gguf_mtp': 'llama.cpp'}
+  engine = {
+    'transformers_mtp': 'Transformers',
+    'mimo': 'vLLM and SGLang',
+    'gguf_mtp': 'llama.cpp',
+    'speculators': 'speculators',
+  }
   return (
     f'{engine[mapping.of(cfg)]} will accept fewer drafts, the text is the same: modules are'
     f' handed states of --heads.trunk_state={there}, and were trained on'

@@ -1,6 +1,7 @@
 """config.json of Hugging Face's Llama and of formats derived from it."""
 
 import json
+import os
 
 from mtp_jax.config import fields, layer_types, schema, validate
 from mtp_jax.interop import config_json, dialects, mapping, rope
@@ -27,6 +28,8 @@ def describe(cfg: schema.CommandConfig, tokenizer, dtype, about) -> dict[str, st
     texts[name.format(kind=config_json.prefix(cfg).lower())] = _code_of(code, cfg)
   if form == 'medusa':
     texts['medusa/config.json'] = json.dumps(_medusa(cfg, dtype), indent=2)
+  if form == 'speculators':
+    texts['speculator/config.json'] = json.dumps(_speculator(values, cfg), indent=2)
   return texts
 
 
@@ -164,6 +167,35 @@ def _medusa(cfg: schema.CommandConfig, dtype: str) -> dict:
   )
 
 
+def _speculator(values: dict, cfg: schema.CommandConfig) -> dict:
+  """Returns config.json of the module only, as MTPSpeculatorConfig of speculators 0.9.0.
+
+  values: config.json of the model that verifies, of which the library takes embedding
+    and unembedding.
+  """
+  greedy = dict(
+    proposal_type='greedy',
+    speculative_tokens=cfg.heads.n - 1,
+    verifier_accept_k=1,
+    accept_tolerance=0.0,
+  )
+  verifier = dict(name_or_path=cfg.export.verifier, architectures=values['architectures'])
+  return dict(
+    architectures=['MTPDraftModel'],
+    speculators_model_type='mtp',
+    speculators_version='0.9.0',
+    speculators_config=dict(
+      algorithm='mtp',
+      proposal_methods=[greedy],
+      default_proposal_method='greedy',
+      verifier=verifier,
+    ),
+    num_nextn_predict_layers=1,
+    transformer_layer_config=values,
+    dtype=values['dtype'],
+  )
+
+
 def _card(cfg: schema.CommandConfig, about: str) -> str:
   form = mapping.of(cfg)
   extra = [k for k, p in mapping.tensors(cfg, form).items() if p.extra]
@@ -197,6 +229,11 @@ USE = {
   'medusa': [
     'As the draft model of a serving engine: the folder medusa/, with'
     ' num_speculative_tokens the number of its heads.',
+    '',
+  ],
+  'speculators': [
+    'The folder speculator/ is read by SpeculatorModel.from_pretrained of the library'
+    ' speculators, whose trainer continues its training.',
     '',
   ],
   'mtp_llama': ["The layout is that of Fast-LLM's mtp_llama, whose modeling code runs it.", ''],
@@ -280,6 +317,48 @@ def _error(folder: str, problem: str) -> fields.ConfigError:
   return fields.ConfigError('import.path', folder, problem)
 
 
+SPECULATOR = os.path.join('speculator', 'config.json')
+OF_SPECULATOR = {
+  'speculators_model_type?': object,
+  'speculators_config?': {
+    'proposal_methods': [{'speculative_tokens': SIZE, ...: object}],
+    ...: object,
+  },
+  'transformer_layer_config?': {...: object},
+  ...: object,
+}
+
+
+def _speculator_beside(folder: str, about: dict, values: dict) -> int:
+  """Returns the number of drafts of a folder's module of the format speculators; 0 if
+  it has none.
+
+  Args:
+    folder: of the model that verifies, a Qwen 3.
+    about: its config.json; the library leaves out fields that have transformers' default.
+    values: the fields of a Config of it, which must be the module's too.
+  """
+  try:
+    with open(os.path.join(folder, SPECULATOR), 'rb') as file:
+      found = jsonl.loads(file.read(), OF_SPECULATOR)
+    methods = found.get('speculators_config', {}).get('proposal_methods')
+    if found.get('speculators_model_type') != 'mtp' or not methods:
+      return 0
+    layer = found.get('transformer_layer_config', {})
+    jsonl.check(about | layer, ABOUT)
+  except OSError:
+    return 0
+  except ValueError as error:
+    raise _error(folder, f'{SPECULATOR}: {error}') from error
+  try:
+    of_module = config_json.read('qwen3', about | layer)
+  except rope.Unsupported as error:
+    raise _error(folder, f'{error}, in {SPECULATOR}') from error
+  if odd := [name for name in values if values[name] != of_module.get(name)]:
+    raise _error(folder, f'{SPECULATOR} and config.json differ in --{odd[0]}')
+  return methods[0]['speculative_tokens']
+
+
 def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
   """Converts a third-party config.json to a Config."""
   try:
@@ -307,8 +386,11 @@ def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
     raise _error(folder, f'{error}{missing}') from error
   if _dtype(about) not in DTYPES:
     raise _error(folder, f'dtype={_dtype(about)!r} in config.json; only {", ".join(DTYPES)}')
+  drafts = _speculator_beside(folder, about, values) if (form, kind) == ('hf', 'qwen3') else 0
+  form = 'speculators' if drafts else form
   n = {
     'hf': 1,
+    'speculators': drafts + 1,
     'mtp_llama': of_modules.get('prediction_heads') or 1,
     'transformers_mtp': (of_modules.get('num_mtp_layers') or 0) + 1,
     'mimo': (of_modules.get('num_nextn_predict_layers') or 0) + 1,
@@ -320,7 +402,7 @@ def read(folder: str, about: dict, given: dict) -> schema.CommandConfig:
     'model.n_layers': about['num_hidden_layers'] + block_first * (n - 1),
     'model.max_position_embeddings': context,
     'heads.n': n,
-    'heads.family': 'parallel' if block_first else 'sequential',
+    'heads.family': 'parallel' if block_first else 'recursive' if drafts else 'sequential',
     'heads.unembedding': 'tied' if (d.tied if tied is None else tied) else 'shared',
     'data.seq_len': context,
     # The dtypes of the weights, unless a flag sets others.

@@ -36,6 +36,9 @@ MOST_LAYERS = 10_000  # limit of plausible models
 
 def check(cfg: schema.CommandConfig, tokenizer) -> None:
   """Raises ConfigError if the format cannot represent the model or tokenizer."""
+  name = cfg.export.verifier
+  if name and cfg.export.format != 'speculators':
+    raise fields.ConfigError('export.verifier', name, 'is of --export.format=speculators only')
   unfit = mapping.unfit(cfg, cfg.export.format)
   if not unfit and cfg.export.format == 'gguf':
     unfit = llama_cpp_vocabulary.check(tokenizer)
@@ -63,6 +66,8 @@ def export(
     ConfigError: the format cannot represent the model.
   """
   check(cfg, tokenizer)
+  if cfg.export.format == 'speculators':
+    cfg = schema.replace(cfg, **{'export.verifier': cfg.export.verifier or out})
   form = mapping.of(cfg)
   describe = meta.describe if form == 'meta' else hf.describe
   written = {name: text.encode() for name, text in describe(cfg, tokenizer, dtype, about).items()}

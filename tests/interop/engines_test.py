@@ -144,6 +144,7 @@ BLOCKS = [
   pytest.param('transformers_mtp', 'sequential', QWEN3, id='transformers_mtp-qwen3'),
   pytest.param('transformers_mtp', 'recursive', GEMMA3_SLIDING, id='transformers_mtp-gemma3'),
   pytest.param('mimo', 'recursive', MIMO, id='mimo-qwen2'),
+  pytest.param('speculators', 'recursive', QWEN3, id='speculators-qwen3'),
 ]
 
 
@@ -162,7 +163,7 @@ def test_exported_modules_draft_like_the_model(form, family, changes, tmp_path, 
   proposed, *accepted = targets.acceptance(jnp.argmax(logits, -1), jnp.ones((1, 256), bool))
   assert proposed == 256 - N + 1
   np.testing.assert_allclose(found, np.asarray(accepted) / float(proposed), atol=1e-9)
-  engine = {'gguf': 'llama_cpp', 'mimo': 'vllm'}.get(form, form.split('_')[0])
+  engine = {'gguf': 'llama_cpp', 'mimo': 'vllm'}.get(form, 'transformers')
   there = handover.accepted(_of(tmp_path / 'out', form), ids, engine, N - 1)
   assert 0.2 < found[0] < 1 and abs(there[0] - found[0]) < 0.01
 
@@ -568,6 +569,8 @@ def test_state_that_modules_read_is_exported_and_imported(state, tmp_path, piece
     ('gguf', 2, 'pre_norm_first', 'pre_norm_first'),
     ('mimo', 2, 'pre_norm', 'post_norm'),
     ('mimo', 2, 'post_norm', 'post_norm'),
+    ('speculators', 4, 'post_norm', 'post_norm'),
+    ('speculators', 4, 'pre_norm', 'pre_norm_first'),
     ('hf', 4, 'pre_norm', 'pre_norm'),
   ],
 )

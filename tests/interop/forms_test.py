@@ -45,8 +45,12 @@ FITS = [
   ('medusa', 'residual', 'shared'),
   ('medusa', 'residual', 'tied'),
   ('medusa', 'residual', 'replicated'),
+  ('speculators', 'recursive', 'shared'),
+  ('speculators', 'recursive', 'tied'),
 ]
 N = 3
+# Options of the families that a format is of.
+OPTIONS = {'speculators': dict(model__qk_norm='head')}
 
 
 def _needs_torch(row):
@@ -63,7 +67,7 @@ def _cfg(form, family, unembedding='shared', n=N, **changes):
     model__n_layers=2 + (n if schema.HEAD_FAMILIES[family] else 0),
     model__vocab_size=264,
     data__seq_len=64,
-    **changes,
+    **OPTIONS.get(form, {}) | changes,
   )
 
 
@@ -121,6 +125,7 @@ LLAMA = [
   'mlp.up_proj',
   'mlp.down_proj',
 ]
+QWEN3 = [*LLAMA, 'self_attn.q_norm', 'self_attn.k_norm']
 META = [
   'attention_norm',
   'attention.wq',
@@ -212,6 +217,13 @@ KEYS = {
     'medusa/blocks.1.layers.0.weight',
     'medusa/lm_head.weight',
   },
+  ('speculators', 'recursive'): _weights([*TRUNK, 'speculator/mtp_layers.0.'], QWEN3)
+  | _weights(
+    ['speculator/mtp_layers.0.'],
+    ['token_layernorm', 'hidden_layernorm', 'input_proj', 'final_layernorm'],
+  )
+  | ENDS
+  | {'model.norm.weight'},
 }
 
 
@@ -538,6 +550,18 @@ def test_meta_width_fields_represent_any_d_ff():
     ),
     ('medusa', 'residual', dict(heads__stride=2), '--heads.stride=2'),
     ('medusa', 'residual', dict(heads__markov_rank=4), '--heads.markov_rank=4'),
+    ('speculators', 'parallel', {}, 'sequential and recursive heads; these are parallel'),
+    ('speculators', 'sequential', {}, 'supports one module, this model has 2'),
+    ('speculators', 'recursive', dict(n=1), 'this model has one head'),
+    ('speculators', 'recursive', dict(model__qk_norm='none'), 'of qwen3; this model is of llama'),
+    ('speculators', 'recursive', dict(unembedding='replicated'), 'has one unembedding'),
+    ('speculators', 'recursive', dict(heads__stride=2), '--heads.stride=2'),
+    (
+      'speculators',
+      'recursive',
+      dict(heads__layer_type='sliding', heads__window=8),
+      'full attention with RoPE in every layer',
+    ),
   ],
 )
 def test_models_unsupported_by_a_form_raise(form, family, changes, problem, tmp_path):

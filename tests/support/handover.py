@@ -12,7 +12,7 @@ module:
   pre_norm_first  ours: the trunk's state before its norm, later ones after
   transformers  as post_norm, or where config.json has tie_last_hidden_states =
                 false as pre_norm_first; and the first place reads its embedding
-                (MtpModel, transformers 5.24)
+                (MtpModel, transformers 5.24; MTPDraftModel, speculators 0.9.0)
   llama_cpp     what the module before gave before its norm, and that only in
                 places drafted since the last verified one: in places before it
                 every module reads the trunk's state, and so attends to. The
@@ -177,7 +177,7 @@ MOST_MODULES = 8
 
 
 def of_folder(folder: str) -> Model:
-  """Of hf, transformers_mtp, mimo and medusa."""
+  """Of hf, transformers_mtp, mimo, medusa and speculators."""
   w, about = _folder(folder)
   width, n = about['head_dim'], about['num_hidden_layers']
   gemma = 'gemma' in about['model_type']
@@ -220,6 +220,19 @@ def of_folder(folder: str) -> Model:
         w[f'{p}input_proj.weight'],
         _folder_layer(w, p, about, kinds[n + j]),
         w[f'{p}final_layernorm.weight'],
+        unembed,
+      )
+    )
+  if os.path.isdir(beside := os.path.join(folder, 'speculator')):
+    m, more = _folder(beside)
+    p, of_layer = 'mtp_layers.0.', more['transformer_layer_config']
+    modules.append(
+      Module(
+        m[f'{p}hidden_layernorm.weight'],
+        m[f'{p}token_layernorm.weight'],
+        np.roll(m[f'{p}input_proj.weight'], embed.shape[1], 1),
+        _folder_layer(m, p, of_layer, 'full_attention'),
+        m[f'{p}final_layernorm.weight'],
         unembed,
       )
     )
