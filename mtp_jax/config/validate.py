@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import re
 
-from mtp_jax.config import fields, kernels, schema
+from mtp_jax.config import fields, kernels, schema, teacher
 from mtp_jax.config import parse as parse_lib
 from mtp_jax.config import schedule as schedule_lib
 
@@ -244,14 +244,8 @@ def _check_loss(cfg):
     'head_ce_weight',
     'needs another --loss.head_loss than ce',
   )
-  need(l.head_loss != 'ce' or not l.teacher, 'teacher', 'needs another --loss.head_loss than ce')
-  for flag, unused in (('temperature', 1), ('top_p', 1), ('min_p', 0)):
-    need(
-      l.top_k or not l.reads_stored_teacher or getattr(l, flag) == unused,
-      flag,
-      f'must be {unused} with --loss.teacher=store: of a stored distribution no more than its most'
-      ' probable tokens are known; or give --loss.top_k, at most as many as are stored',
-    )
+  if unfit := teacher.problem(l):
+    raise unfit
   if h.markov_rank and (h.family in ('sequential', 'recursive') or h.stride > 1):
     raise fields.ConfigError(
       'heads.markov_rank',
