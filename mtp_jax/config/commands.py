@@ -47,7 +47,7 @@ class DecodeConfig:
   min_confidence: float = fields.field(
     0.0,
     'stop drafting where the product of the predicted acceptance rates of the drafts so far is '
-    'below, in all rows; of a model with --heads.confidence; 0 = never',
+    'below this, in all rows; of a model with --heads.confidence; 0 = off',
     min=0,
     max=1,
   )

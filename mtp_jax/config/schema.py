@@ -297,7 +297,7 @@ class HeadsConfig:
   confidence: bool = fields_lib.field(
     False,
     'train a vector that predicts the acceptance rate of each draft, for --decode.min_confidence; '
-    'needs --heads.share_keys_values, by which steps can be left out (arXiv 2607.05147)',
+    'needs --heads.share_keys_values, by which later steps can be skipped (arXiv 2607.05147)',
   )
   isolated: bool = fields_lib.field(
     False,

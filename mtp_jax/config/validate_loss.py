@@ -83,7 +83,7 @@ def check_loss(cfg: schema.Config) -> None:
     )
   draft_vocab.check(cfg)
   for ok, needed in (
-    (h.share_keys_values, '--heads.share_keys_values: the other heads cannot be left out'),
+    (h.share_keys_values, '--heads.share_keys_values: other heads cannot be skipped'),
     (h.unembedding != 'replicated', 'one unembedding, shared or tied'),
     (l.head_loss != 'ce', 'another --loss.head_loss than ce, which computes acceptance rates'),
   ):

@@ -50,7 +50,7 @@ class Setup(NamedTuple):
   active: int  # number of trained heads
   tree: Tree  # of depth W - 1, the number of drafts
   stop_ids: tuple[int, ...]
-  min_confidence: float = 0.0  # of the product, or later steps are left out
+  min_confidence: float = 0.0  # of the product, or later steps are skipped
 
   @property
   def window(self) -> int:

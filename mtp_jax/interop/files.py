@@ -20,6 +20,7 @@ import numpy as np
 from mtp_jax.io import jsonl, paths
 
 DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+D2T = 'd2t'  # of EAGLE-3 checkpoints: token id - index, of each token that heads draft
 WHOLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 HEADER_BYTES = 100 * 2**20  # the limit of the library
 
@@ -112,9 +113,10 @@ def read(path: str) -> dict[str, Tensor]:
       raise wrong(f'{name} has a corrupt entry in the header')
     kind, shape = about['dtype'], tuple(about['shape'])
     begin, end = about['data_offsets']
-    if kind not in DTYPES:
-      raise wrong(f'{name} is {kind}; only {", ".join(DTYPES)} are supported')
-    dtype = np.dtype(DTYPES[kind])
+    dtypes = DTYPES if name != D2T else {'I64': np.int64}
+    if kind not in dtypes:
+      raise wrong(f'{name} is {kind}; only {", ".join(dtypes)} are supported')
+    dtype = np.dtype(dtypes[kind])
     if not 0 <= begin <= end:
       raise wrong(f'{name} is at bytes {begin:,} to {end:,} of the data')
     if end - begin != dtype.itemsize * math.prod(shape):

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from mtp_jax.config import fields, parse, schema, validate
+from mtp_jax.config import draft_vocab, fields, parse, schema, validate
 from mtp_jax.interop import (
   config_json,
   dialects,
@@ -166,10 +166,18 @@ def _write_tensors(model, cfg, tokenizer, folder, *, dtype, about) -> dict[str, 
     in_file = fused.joined(arrays(), dialects.DIALECTS[config_json.of(cfg)])
     shards = _write_shards(folder, in_file, cfg.export.max_shard_gib * 2**30)
     _name_shards(folder, shards, indexed=bool(extra) and not beside)
+  if extra and form == 'hf' and (d2t := _d2t(cfg)) is not None:
+    extra[files.D2T], digests[files.D2T] = d2t, files.digest(d2t)
   if extra:
     os.makedirs(os.path.join(folder, beside), exist_ok=True)
     files.write(os.path.join(folder, extra_file), extra)
   return digests
+
+
+def _d2t(cfg) -> np.ndarray | None:
+  """Returns the draft vocabulary as EAGLE-3 checkpoints have it, token id - index in it."""
+  ids_X = draft_vocab.of(cfg)
+  return None if ids_X is None else ids_X.astype(np.int64) - np.arange(len(ids_X))
 
 
 def _write_shards(folder: str, arrays, limit: float) -> list[list[str]]:
@@ -358,6 +366,9 @@ def read(folder: str, cfg: schema.CommandConfig, mesh) -> lm.LM:
   abstract = params.abstract(lm.specs(cfg), cfg.model.param_dtype, mesh)
   leaves = params.by_path(abstract)
   head = found.pop(HEAD, None) if cfg.heads.unembedding == 'tied' else None
+  d2t, ours = found.pop(files.D2T, None), _d2t(cfg)
+  if d2t is not None and (ours is None or not np.array_equal(d2t.read(), ours)):
+    raise _error(folder, f'{files.D2T} is not the --heads.draft_vocab of its configuration')
   found = {
     name: x for name, x in found.items() if not name.endswith(('rotary_emb.inv_freq', 'rope.freqs'))
   }

@@ -313,6 +313,8 @@ def tensors(cfg: schema.CommandConfig, form: str = 'hf') -> dict[str, Place]:
     put(rows.ORDER, extra=True)
   for row in (rows.OF_TOKENS, rows.OF_DRAFTS) if cfg.heads.markov_rank and n > 1 else ():
     put(row, extra=True)
+  if cfg.heads.confidence and n > 1:
+    put(rows.CONFIDENCE, extra=True)
   return found | layout.more(cfg, found)
 
 

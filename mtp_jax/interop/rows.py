@@ -106,6 +106,7 @@ TIED = _row('embed', transforms.SAME, hf='lm_head', meta='output', gguf='output'
 ORDER = _row('order', transforms.SAME, hf='mtp_order')
 OF_TOKENS = _row('markov.embed', transforms.SAME, hf='mtp_markov.embed')
 OF_DRAFTS = _row('markov.unembed', transforms.TRANSPOSED, hf='mtp_markov.unembed')
+CONFIDENCE = _row('confidence', transforms.SAME, hf='mtp_confidence')
 # Parameters of a head's module, in addition to its layer or instead of one.
 MODULE = {
   'linear': (_row('proj', transforms.TRANSPOSED, hf='proj'),),

@@ -16,7 +16,6 @@ FREE = """
   data.store data.documents data.valid_fraction data.overwrite data.verify
   data.teacher data.teacher_top_k data.teacher_seq_len
   data.read_threads data.workers data.max_shard_gib data.max_document_mib
-  data.teacher data.teacher_top_k data.teacher_seq_len
   model.attention
   mesh.data mesh.fsdp mesh.tensor
   train.workdir train.steps

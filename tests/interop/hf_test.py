@@ -12,7 +12,7 @@ import pytest
 
 from mtp_jax.checkpoint import metadata, restore, saver
 from mtp_jax.cli import main
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.interop import files, hf_folder, mapping
 from mtp_jax.io import paths
@@ -57,9 +57,22 @@ def _workdir(c, path):
 @pytest.mark.parametrize('unembedding', ['shared', 'replicated', 'tied'])
 def test_export_import_round_trip(family, unembedding, tmp_path):
   rank = 0 if heads.FAMILIES[family].uses_next_token or unembedding == 'tied' else 4
-  c = _cfg(family, heads__unembedding=unembedding, heads__markov_rank=rank)
+  drafted = np.arange(3, 264, 4)
+  is_recursive = family == 'recursive' and unembedding != 'replicated'
+  c = _cfg(
+    family,
+    heads__unembedding=unembedding,
+    heads__markov_rank=rank,
+    heads__draft_vocab='' if unembedding == 'replicated' else draft_vocab.recorded(drafted, 264),
+    heads__share_keys_values=is_recursive,
+    heads__confidence=is_recursive,
+    loss__head_loss='kl' if is_recursive else 'ce',
+  )
   model = tiny.model(c, tiny.mesh(c))
   _export(c, model, tmp_path / 'out')
+  if unembedding != 'replicated' and family != 'anticausal':
+    of_heads = files.read(str(tmp_path / 'out' / mapping.FORMS['hf'].file))
+    assert np.array_equal(of_heads['d2t'].read() + np.arange(len(drafted)), drafted)
   cfg, ours = hf_folder.find(str(tmp_path / 'out'), {})
   assert ours and (cfg.model, cfg.heads) == (c.model, c.heads)
   back = hf_folder.read(str(tmp_path / 'out'), cfg, tiny.mesh(c))
@@ -96,6 +109,9 @@ def test_every_parameter_has_a_place():
         family,
         heads__unembedding=unembedding,
         heads__markov_rank=rank,
+        heads__share_keys_values=family == 'recursive',
+        heads__confidence=family == 'recursive' and unembedding != 'replicated',
+        loss__head_loss='kl',
         loss__token_order_weight=1.0,
       )
       leaves = params.by_path(lm.specs(c))
