@@ -84,7 +84,7 @@ def test_every_part_runs_with_jax_flax_and_optax_alone(complete):
 
 def test_equalities_are_judged_and_bars_of_time_are_not_at_tiny_sizes(complete):
   for name, f in _figures(complete[0]).items():
-    equality = 'against' in name or 'texts equal' in name or 'loss of head 1' in name
+    equality = 'against' in name or 'texts equal' in name or 'loss of head' in name
     expected = 'met' if equality else 'not judged' if f['bar'] else ''
     assert f['verdict'] == expected, name
 
@@ -117,6 +117,15 @@ def test_drafts_of_the_trained_model_are_accepted(complete):
   assert trained['tokens_per_forward'] > 1
   assert trained['over_plain']['median'] > 0 and trained['predicted'] > 0
   assert figures['decoding, trained, batch 1, W = 1']['tokens_per_forward'] == 1
+
+
+def test_heads_are_added_to_a_frozen_trunk(complete):
+  figures = _figures(complete[0])
+  for loss in ('ce', 'lk_hybrid'):
+    for temperature in (0, 1):
+      found = figures[f'heads by {loss}, temperature {temperature}']
+      assert 1 < found['measured'] <= 4
+  assert figures['heads added to a frozen trunk: the whole recipe']['measured'] > 0
 
 
 def test_markdown_has_a_row_per_figure_in_the_words_of_the_field(complete):

@@ -91,11 +91,11 @@ def run(work: session.Session) -> None:
   """Measures both models at every batch size and W."""
   sizes = SMALL if work.is_tiny else FULL
   cfg = work.config(*MODEL, *sizes.flags, f'--decode.max_new_tokens={sizes.new}')
-  mesh, (train_N, held_out) = work.mesh(cfg), corpus(sizes)
-  models = [Model('random', _decoder(_initial(cfg, mesh), cfg, mesh))]
-  train = functools.partial(_trained, work, cfg, mesh, train_N)
-  trained = work.attempt('a quickly trained model', 90, train)
-  models += [Model('trained', trained)] if trained else []
+  mesh, (train_N, held_out) = work.mesh(cfg), corpus(sizes, max(sizes.batches))
+  models = [Model('random', decoder(_initial(cfg, mesh), cfg, mesh))]
+  train = functools.partial(trained, work, cfg, mesh, train_N)
+  model = work.attempt('a quickly trained model', 90, train)
+  models += [Model('trained', decoder(model, cfg, mesh))] if model else []
   for B in sizes.batches:
     prompts = held_out[: B * -(-2 // B)]  # two at least
     expected_s = 60.0 * len(models)
@@ -109,9 +109,9 @@ def run(work: session.Session) -> None:
 # Models.
 
 
-def corpus(sizes: Sizes) -> tuple[np.ndarray, list[np.ndarray]]:
+def corpus(sizes, n_prompts: int) -> tuple[np.ndarray, list[np.ndarray]]:
   """Returns bytes of Python's standard library to train on, and prompts of other files, which
-  start at the beginning of a file: 42 at least."""
+  start at the beginning of a file: n_prompts at least."""
   paths = sorted(pathlib.Path(sysconfig.get_path('stdlib')).glob('*.py'))
   texts = [np.frombuffer(path.read_bytes(), np.uint8).astype(np.int32) for path in paths]
   texts = [text for text in texts if len(text) > sizes.prompt]
@@ -123,7 +123,7 @@ def corpus(sizes: Sizes) -> tuple[np.ndarray, list[np.ndarray]]:
     for text in held_out
     if len(text) >= at + sizes.prompt
   ]
-  assert len(pieces) >= max(sizes.batches)
+  assert len(pieces) >= n_prompts
   return np.concatenate(train)[: sizes.corpus_bytes], pieces
 
 
@@ -134,18 +134,21 @@ def _initial(cfg: schema.Config, mesh) -> lm.LM:
     return init(key)
 
 
-def _decoder(model: lm.LM, cfg: schema.CommandConfig, mesh) -> decoder_lib.Decoder:
+def decoder(model: lm.LM, cfg: schema.CommandConfig, mesh) -> decoder_lib.Decoder:
   return decoder_lib.Decoder(model, cfg, mesh, cfg.heads.n)
 
 
-def _trained(work: session.Session, cfg: schema.CommandConfig, mesh, train_N):
-  """Returns a Decoder of the model after --train.steps on windows drawn from the bytes."""
+def trained(
+  work: session.Session, cfg: schema.CommandConfig, mesh, train_N, *, of='', start=None
+) -> lm.LM:
+  """Returns the model after --train.steps on windows drawn from the bytes; of: the start of the
+  figure's name; start: the State at first, which is donated."""
   rng = np.random.default_rng(cfg.train.seed)
   U = cfg.data.seq_len + cfg.span
   position = np.broadcast_to(np.arange(U, dtype=np.int32), (1, cfg.data.batch_size, U))
   bytes_V = np.ones(cfg.model.vocab_size, np.int32)
   with jax.set_mesh(mesh):
-    state = state_lib.init(cfg, mesh)
+    state = start or state_lib.init(cfg, mesh)
     step = step_lib.compiled(cfg, cfg.heads.n)
     bytes_V = jax.device_put(bytes_V, jax.NamedSharding(mesh, jax.P()))
     begin, losses = time.monotonic(), []
@@ -154,17 +157,17 @@ def _trained(work: session.Session, cfg: schema.CommandConfig, mesh, train_N):
       tokens = train_N[at_B1 + np.arange(U)][None]
       batch = sharding.put_batch(mesh, dict(tokens=tokens, position=position))
       state, metrics = step(state, batch, bytes_V)
-      losses.append((metrics['loss_sum_K'][0], metrics['count_K'][0]))
+      losses.append((metrics['loss_sum_K'][-1], metrics['count_K'][-1]))
   first, last = (float(total) / float(count) for total, count in (losses[0], losses[-1]))
   work.figure(
-    f'loss of head 1 after {cfg.train.steps} steps of'
+    f'{of}loss of head {cfg.heads.n} after {cfg.train.steps} steps of'
     f' {cfg.data.batch_size * cfg.data.seq_len} bytes',
     last / first,
     'ratio',
     bar=report.Bar('at most', 0.95, is_equality=True, note='it learns'),
     note=f'{first:.2f} to {last:.2f} nats, {time.monotonic() - begin:.0f} s',
   )
-  return _decoder(state.params, cfg, mesh)
+  return state.params
 
 
 # Decoding.

@@ -2,7 +2,16 @@
 
 import functools
 
-from tests.hardware import against_cpu, cross_entropy, decoding, kernels, machine, session, step
+from tests.hardware import (
+  add_heads,
+  against_cpu,
+  cross_entropy,
+  decoding,
+  kernels,
+  machine,
+  session,
+  step,
+)
 
 
 def _step(**options):
@@ -50,5 +59,12 @@ PARTS = (
   ),
   session.Part(
     'step_0.3b', _step(heads=(1, 4), size='0.3b'), 1.5, 0.7, 'the step at 0.3B, n = 1, 4'
+  ),
+  session.Part(
+    'add_heads',
+    add_heads.run,
+    5.0,
+    1.0,
+    'heads added to a frozen trunk at 0.3B: time, tokens per forward pass by loss',
   ),
 )

@@ -17,6 +17,8 @@ UNITS = {  # of a figure -> how its value is shown
   'share': lambda x: f'{x:.1%}',
   'ratio': lambda x: f'{x:.3f}',
   'difference': lambda x: f'{x:.1e}',
+  'tokens/forward': lambda x: f'{x:.2f} tokens per forward pass',
+  'minutes': lambda x: f'{x:.1f} minutes',
   'text': str,
 }
 MET, MISSED, NOT_JUDGED, OUT_OF_TIME, FAILED = VERDICTS = (
