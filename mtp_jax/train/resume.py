@@ -14,7 +14,7 @@ from mtp_jax.checkpoint import metadata, restore
 from mtp_jax.checkpoint import teacher as teacher_lib
 from mtp_jax.config import fields, parse, schema
 from mtp_jax.data import loader
-from mtp_jax.io import paths
+from mtp_jax.io import jsonl, paths
 from mtp_jax.model import next_token
 from mtp_jax.parallel import distributed
 from mtp_jax.train import init_from, lock
@@ -148,7 +148,7 @@ def _check_same_run(cfg, tokens, saved: metadata.Metadata) -> None:
     raise fields.ConfigError(
       name,
       now,
-      f'the run in --train.workdir={workdir} was started with {was};'
+      f'the run in --train.workdir={workdir} was started with {jsonl.one_line(was)};'
       ' use that value, or another workdir',
     )
   if old.train.steps != cfg.train.steps and cfg.optim.schedule != 'constant':
