@@ -147,7 +147,7 @@ def loss_program(cfg: schema.CommandConfig, mesh, teacher=None):
   def value(w: backward.DiffInputs, batch, teacher):
     batch = jax.tree.map(lambda x: x[0], batch)
     ctx = block.context(batch['position'][:, :T], cfg)
-    compare = cfg.loss.head_loss != 'ce'
+    compare = cfg.loss.compares
     counts = targets.counts(jax.tree.map(lambda x: x[None], batch), cfg, cfg.heads.n)
     weight_K = jnp.ones(cfg.heads.n)
     inputs = multi_token.nondiff_inputs(

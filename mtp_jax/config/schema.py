@@ -416,9 +416,14 @@ class LossConfig:
   )
 
   @property
+  def compares(self) -> bool:
+    """Whether heads >= 2 are trained on a comparison with a teacher."""
+    return self.head_loss != 'ce'
+
+  @property
   def head_ce_share(self) -> float:
     """The share of cross-entropy in the loss of heads >= 2."""
-    return 1.0 if self.head_loss == 'ce' else self.head_ce_weight
+    return self.head_ce_weight if self.compares else 1.0
 
   @property
   def reads_stored_teacher(self) -> bool:

@@ -57,11 +57,9 @@ def check_loss(cfg: schema.Config) -> None:
     ' of drafts in a row; one of kl, tv, lk, lk_hybrid',
   )
   need(
-    l.head_loss != 'ce' or not l.head_ce_weight,
-    'head_ce_weight',
-    'needs another --loss.head_loss than ce',
+    l.compares or not l.head_ce_weight, 'head_ce_weight', 'needs another --loss.head_loss than ce'
   )
-  need(l.head_loss != 'ce' or not l.teacher, 'teacher', 'needs another --loss.head_loss than ce')
+  need(l.compares or not l.teacher, 'teacher', 'needs another --loss.head_loss than ce')
   for flag, unused in (('temperature', 1), ('top_p', 1), ('min_p', 0)):
     need(
       l.top_k or not l.reads_stored_teacher or getattr(l, flag) == unused,
@@ -85,7 +83,7 @@ def check_loss(cfg: schema.Config) -> None:
   for ok, needed in (
     (h.share_keys_values, '--heads.share_keys_values: other heads cannot be skipped'),
     (h.unembedding != 'replicated', 'one unembedding, shared or tied'),
-    (l.head_loss != 'ce', 'another --loss.head_loss than ce, which computes acceptance rates'),
+    (l.compares, 'another --loss.head_loss than ce, which computes acceptance rates'),
   ):
     if h.confidence and not ok:
       raise fields.ConfigError('heads.confidence', True, f'needs {needed}')

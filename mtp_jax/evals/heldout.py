@@ -61,7 +61,7 @@ def _finish(total: dict, weight_K, l: schema.LossConfig) -> dict:
   """Adds the total loss to the sums, over heads that have a target."""
   over_K = 1 / np.maximum(total['count_K'], 1)
   loss_K = total['loss_sum_K'] * over_K
-  if l.head_loss != 'ce' and len(loss_K) > 1:
+  if l.compares and len(loss_K) > 1:
     z_loss_K = total['z_loss_sum_K'] * over_K
     draft_K = total['draft_loss_sum_K'] / np.maximum(total['draft_count_K'], 1)
     share = l.head_ce_share

@@ -67,7 +67,7 @@ def mtp_loss(
       'loss.teacher', cfg.loss.teacher, 'neither its parameters nor its probabilities are given'
     )
   weights, ctx = _heads_input(model, probe_K, batch, n_active, cfg)
-  compare = cfg.loss.head_loss != 'ce'
+  compare = cfg.loss.compares
   inputs = nondiff_inputs(batch, ctx, counts, weight_K, compare=compare, cfg=cfg, teacher=teacher)
   if cfg.heads.mix_hidden_states:
     inputs = inputs._replace(window=inputs.window._replace(step=step))

@@ -76,7 +76,7 @@ def forward(
   if cfg.heads.share_keys_values:
     modules -= max(len(of_heads) - 1, 0) * _keys_values(m)
   unembedding = 2 * m.d_model * m.vocab_size
-  n_compared = (cfg.loss.head_loss != 'ce') * (n_active - 1)
+  n_compared = cfg.loss.compares * (n_active - 1)
   width = teacher.model.d_model if teacher else m.d_model
   return Forward(
     trunk,
@@ -101,7 +101,7 @@ def executed(
   --model.remat=block, and of heads by --loss.backward; nothing frozen."""
   of = forward(cfg, n_active, causal, teacher)
   is_remat = cfg.loss.backward == 'remat'
-  compares = cfg.loss.head_loss != 'ce' and n_active > 1
+  compares = cfg.loss.compares and n_active > 1
   is_kept = heads_lib.is_kept(cfg, n_active)
   again = (is_remat and not is_kept) or compares or heads_lib.family(cfg.heads).is_chained
   # e2e_tv: acceptance rates first.

@@ -132,7 +132,7 @@ def _temp_bytes(cfg, s: _Sizes, params_bytes: float) -> float:
   kept_of_head = w * tokens * m.d_model * heads.family(cfg.heads).is_chained
   if cfg.loss.backward == 'interleaved':  # its cotangent in addition to its input
     kept_of_head *= 2
-  if cfg.loss.head_loss != 'ce' and cfg.heads.n > 1:
+  if cfg.loss.compares and cfg.heads.n > 1:
     logits *= 2  # and the teacher's
     kept_of_head += 2 * w * tokens * m.d_model  # hidden states and their cotangents
   of_teacher = _width(s.teacher) * tokens * s.teacher.model.d_model if s.teacher else 0
@@ -155,7 +155,7 @@ def _seconds(cfg, s: _Sizes, mesh, held, chip: chips.Chip) -> dict[str, float]:
   executed = flops.executed(cfg, n, teacher=s.teacher)
   again_trunk = m.remat == 'block'
   eager = cfg.loss.backward == 'interleaved'
-  compares = (cfg.loss.head_loss != 'ce') * (n - 1)  # heads whose teacher's logits are computed
+  compares = cfg.loss.compares * (n - 1)  # heads whose teacher's logits are computed
   blocks = s.layers + s.blocks
   weights = (s.layer * blocks + 2 * s.unembed) / t
   stream = blocks * tokens * w * (20 * m.d_model + 8 * m.ff_width / t)
