@@ -1,6 +1,6 @@
 """Measures losses of acceptance, isolated heads and Markov heads, and writes docs/heads.md.
 
-  python -m tools.heads                      runs what is missing, resumes the rest
+  python -m tools.heads --data=DIR           runs what is missing, resumes the rest
   python -m tools.heads --only frozen        this part only
   python -m tools.heads --write              runs nothing, writes the page
 
@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'heads.jsonl'
 REPORT = ROOT / 'docs' / 'heads.md'
 PROSE = ROOT / 'tools' / 'heads.md'
+CODE = 'python:stdlib'
 TRUNK, FROZEN = 'experiments/heads/code_trunk.flags', 'experiments/heads/frozen.flags'
 PRETRAINING = 'experiments/small/code.flags'
 MEASURED = 1  # raised by hand where the same flags would give other figures
@@ -46,6 +47,7 @@ VARIANTS = {
     'residual, ce, Markov head': ('--heads.family=residual', _loss('ce'), MARKOV),
     'residual, lk_hybrid, Markov head': ('--heads.family=residual', _loss('lk_hybrid'), MARKOV),
   },
+  'books': {f'sequential, {name}': (_loss(name),) for name in ('ce', 'kl', 'lk_hybrid')},
   'pretraining': {
     'parallel': (),
     'parallel, isolated': ('--heads.isolated',),
@@ -72,10 +74,11 @@ class Job(NamedTuple):
 
   @property
   def key(self) -> str:
-    files = {'frozen': (TRUNK, FROZEN), 'pretraining': (PRETRAINING,)}[self.part]
+    files = (PRETRAINING,) if self.part == 'pretraining' else (TRUNK, FROZEN)
     of_files = [results.flags_of(ROOT / name) for name in files]
-    then = [OWN_TEXT[self.variant]] if self.variant in OWN_TEXT else []
-    return induction.hashed(MEASURED, of_files, N_PROMPTS, PROMPT, NEW, self.flags, *then)
+    more = [OWN_TEXT[self.variant]] if self.variant in OWN_TEXT else []
+    more += [self.part] if self.part == 'books' else []
+    return induction.hashed(MEASURED, of_files, N_PROMPTS, PROMPT, NEW, self.flags, *more)
 
 
 def jobs() -> list[Job]:
@@ -91,32 +94,23 @@ def _mtp(*args: object) -> float:
   return induction.mtp(sorted(os.sched_getaffinity(0)), *map(str, args))
 
 
-def _code(folder: pathlib.Path) -> pathlib.Path:
-  store = folder / 'code'
+def _text(folder: pathlib.Path, documents: str) -> pathlib.Path:
+  """Returns the store of documents, in a folder of its own."""
+  store = folder / ('code' if documents == CODE else 'books')
   if not (store / 'manifest.json').exists():
-    documents = '--data.documents=python:stdlib'
-    _mtp('prepare', f'--data.store={store}', documents, '--data.valid_fraction=0.05')
+    of_text = f'--data.documents={documents}', '--data.valid_fraction=0.05'
+    _mtp('prepare', f'--data.store={store}', *of_text)
   return store
 
 
-def _trunk(folder: pathlib.Path) -> pathlib.Path:
-  _mtp(
-    'train',
-    f'--flagfile={TRUNK}',
-    f'--data.store={_code(folder)}',
-    f'--train.workdir={folder}/trunk',
-  )
-  return folder / 'trunk'
-
-
-def _own_text(folder: pathlib.Path, run: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
-  """Returns a store in a folder of what a run generates after bytes of training files."""
+def _own_text(text_of: pathlib.Path, run: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
+  """Returns a store in the folder `to` of what a run generates after bytes of a store."""
   store, prompts, text = (to / name for name in ('own', 'prompts.jsonl', 'own.jsonl'))
   if (store / 'manifest.json').exists():
     return store
   bytes_ = tokenizers.get('bytes')
   found = []
-  for tokens in store_lib.open_store(str(_code(folder)), verify=False).split('train').documents():
+  for tokens in store_lib.open_store(str(text_of), verify=False).split('train').documents():
     for start in range(1, len(tokens) - PROMPT, 64 * PROMPT):
       found.append(bytes_.decode(tokens[start : start + PROMPT].tolist()))
   random.Random(0).shuffle(found)
@@ -136,12 +130,15 @@ def _train(flag_file: str, flags: tuple[str, ...], store, run) -> float:
   return _mtp('train', f'--flagfile={flag_file}', *flags, *of_run)
 
 
-def measure(job: Job, folder: pathlib.Path) -> dict:
+def measure(job: Job, folder: pathlib.Path, books: str) -> dict:
   """Trains and evaluates what is missing; returns the run's row."""
-  run, prompts = folder / f'run_{job.key}', _code(folder)
-  if job.part == 'frozen':
-    trunk = _trunk(folder)
-    prompts = _own_text(folder, trunk, folder)
+  run, prompts = folder / f'run_{job.key}', _text(folder, books if job.part == 'books' else CODE)
+  if job.part != 'pretraining':
+    trunk = folder / ('books_trunk' if job.part == 'books' else 'trunk')
+    _train(TRUNK, (), prompts, trunk)
+    own = folder / 'own_books' if job.part == 'books' else folder
+    own.mkdir(exist_ok=True)
+    prompts = _own_text(prompts, trunk, own)
     init = (f'--train.init_from={trunk}',)
     cpu_s = _train(FROZEN, job.flags + init, prompts, run)
   elif job.variant in OWN_TEXT:
@@ -151,7 +148,7 @@ def measure(job: Job, folder: pathlib.Path) -> dict:
     before = run / 'before'
     cpu_s = _train(PRETRAINING, (*job.flags, first), prompts, before)
     then = (*job.flags, *OWN_TEXT[job.variant], last, f'--train.init_from={before}')
-    cpu_s += _train(PRETRAINING, then, _own_text(folder, before, run), run)
+    cpu_s += _train(PRETRAINING, then, _own_text(prompts, before, run), run)
   else:
     cpu_s = _train(PRETRAINING, job.flags, prompts, run)
   row = dict(key=job.key, **job._asdict(), cpu_s=round(cpu_s, 1))
@@ -226,6 +223,7 @@ def main(args: list[str]) -> None:
     description='Trains and measures what is missing, and writes docs/heads.md.',
   )
   parser.add_argument('--only', choices=[*VARIANTS], help='a part')
+  parser.add_argument('--data', metavar='DIR', help='has books.jsonl.gz; without it no books')
   parser.add_argument('--runs', metavar='DIR', default=str(ROOT / 'runs' / 'heads'))
   parser.add_argument('--write', action='store_true', help='run nothing, write the page')
   given = parser.parse_args(args)
@@ -234,8 +232,10 @@ def main(args: list[str]) -> None:
   for job in jobs():
     if given.write or job.key in induction.rows(ROWS) or given.only not in (None, job.part):
       continue
+    if job.part == 'books' and not given.data:
+      continue
     print(*job, flush=True)
-    row = measure(job, folder)
+    row = measure(job, folder, f'jsonl:{given.data}/books.jsonl.gz#text')
     with open(ROWS, 'a') as file:
       file.write(json.dumps(row) + '\n')
     found = {t: row[f'T{t}']['tokens_per_forward'] for t in TEMPERATURES}
