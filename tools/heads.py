@@ -54,6 +54,8 @@ VARIANTS = {
     'parallel, Markov head': (MARKOV,),
     'parallel, lk_hybrid': (_loss('lk_hybrid'),),
     'parallel, lk_hybrid, Markov head': (_loss('lk_hybrid'), MARKOV),
+    'parallel, isolated, Markov head': ('--heads.isolated', MARKOV),
+    'parallel, isolated, lk_hybrid, Markov head': ('--heads.isolated', _loss('lk_hybrid'), MARKOV),
     'parallel, Markov head, own text': (MARKOV,),
   },
 }
