@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax.config import draft_vocab
 from mtp_jax.decode import sample
 from tests.support import decoding, oracle, tiny
 
@@ -107,12 +108,23 @@ def test_minimal_filter_values_are_greedy(low):
     assert p.tolist() == [[0, 0, 1, 0]]
 
 
-def test_rejection_sampling_is_unbiased_for_repeated_drafts():
+# Drafts of two of three tokens, and of as many heads as are confident.
+FEW = dict(
+  heads__family='recursive',
+  heads__share_keys_values=True,
+  heads__confidence=True,
+  heads__draft_vocab=draft_vocab.recorded(np.array([0, 2]), 3),
+  loss__head_loss='kl',
+  decode__min_confidence=0.5,
+)
+
+
+@pytest.mark.parametrize('changes', [dict(heads__family='sequential'), FEW], ids=['all', 'few'])
+def test_rejection_sampling_is_unbiased_for_repeated_drafts(changes):
   """Six tokens at three per forward pass: an index whose draft was dropped with a
   rejected one before it is drafted again, also by heads that read the next token."""
   V, new, rows = 3, 6, 10_000
   c = tiny.cfg(
-    heads__family='sequential',
     heads__n=3,
     model__n_layers=1,
     model__d_model=8,
@@ -123,10 +135,11 @@ def test_rejection_sampling_is_unbiased_for_repeated_drafts():
     decode__max_new_tokens=new,
     decode__temperature=1.2,
     data__seq_len=64,
+    **changes,
   )
   model = tiny.model(c, tiny.mesh(c))
   model = model.replace(unembed=5 * model.unembed)
-  prompt, shape = [1, 2], oracle.Shape('sequential', 3)
+  prompt, shape = [1, 2], oracle.Shape(c.heads.family, 3)
   params, exact = tiny.flat(model), {(): 1.0}
   for _ in range(new):
     window = np.array([prompt + list(t) + [0] * shape.span for t in exact])
@@ -141,6 +154,9 @@ def test_rejection_sampling_is_unbiased_for_repeated_drafts():
   statistic, bound = _chi_square(decoding.lists(decoded), exact)
   assert statistic < bound
   assert 0.2 < decoded.acceptance_J[0] < 0.95
+  # Of the second drafts, some are not made.
+  made = decoded.proposed_J[1] / decoded.accepted_J[0]
+  assert 0.1 < made < 0.8 if c.decode.min_confidence else made > 0.8
 
 
 @pytest.mark.parametrize('heads', ['good', 'bad'])
