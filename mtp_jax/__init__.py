@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from mtp_jax.api.model import forward, generate, init, init_state, logits, loss, mesh, train_step
   from mtp_jax.api.runs import Model, load, plan, save
+  from mtp_jax.config.draft_vocab import recorded as draft_vocab
   from mtp_jax.config.schema import (
     Config,
     DataConfig,
@@ -58,6 +59,7 @@ __all__ = [
   'ModelConfig',
   'OptimConfig',
   'TrainConfig',
+  'draft_vocab',
   'forward',
   'generate',
   'init',
@@ -79,7 +81,12 @@ _MODULES = {
   ),
   **dict.fromkeys(('Model', 'load', 'plan', 'save'), 'mtp_jax.api.runs'),
   **dict.fromkeys(('Family', 'register_family'), 'mtp_jax.model.heads'),
+  'draft_vocab': 'mtp_jax.config.draft_vocab',
 }
+
+
+# Where a function has another name.
+_NAMES = {'register_family': 'register', 'draft_vocab': 'recorded'}
 
 
 def __getattr__(name: str):
@@ -87,7 +94,7 @@ def __getattr__(name: str):
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   module = importlib.import_module(_MODULES.get(name, 'mtp_jax.config.schema'))
-  return getattr(module, 'register' if name == 'register_family' else name)
+  return getattr(module, _NAMES.get(name, name))
 
 
 def __dir__() -> list[str]:

@@ -282,5 +282,5 @@ def test_full_sizes_are_those_of_the_bars(tmp_path):
   assert (loss.shape, dh_BTD.shape, dunembed_DV.shape) == ((), (8, 4096, 2560), (2560, 128256))
   c = work.config(*decoding.MODEL, *decoding.FULL.flags)
   assert c.heads.n == max(decoding.FULL.widths) == 8
-  _, prompts = decoding.corpus(decoding.FULL)
+  _, prompts = decoding.corpus(decoding.FULL, 42)
   assert len(prompts) >= 42 and {len(prompt) for prompt in prompts} == {512}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import schedule, schema, validate
+from mtp_jax.config import draft_vocab, schedule, schema, validate
 from mtp_jax.losses import metrics as metrics_lib
 from mtp_jax.losses import multi_token, targets
 from mtp_jax.model import lm
@@ -90,6 +90,7 @@ def init(cfg: schema.Config, key) -> lm.LM:
     ConfigError: a field of cfg is invalid.
   """
   validate.validate(cfg)
+  draft_vocab.check_ids(cfg)
 
   def make(key):
     return params_lib.init(key, lm.specs(cfg), cfg.model.param_dtype)
@@ -171,6 +172,7 @@ def init_state(cfg: schema.Config, key=None) -> state_lib.State:
     key: of `jax.random.key`; None = from cfg.train.seed.
   """
   validate.validate(cfg)
+  draft_vocab.check_ids(cfg)
   key = jax.random.key(cfg.train.seed) if key is None else key
   with jax.set_mesh(sharding.context_mesh()):
     return state_lib.init_program(cfg, None)(key, None)
@@ -203,7 +205,7 @@ def _train_step(state, batch, *, n_active: int, cfg):
   batch = _with_positions(batch)
   spec = sharding.pspec(None, 'batch', None)
   batch = {
-    name: jax.reshard(x.reshape(A, -1, x.shape[-1], out_sharding=spec), spec)
+    name: jax.reshard(x.reshape(A, -1, *x.shape[1:], out_sharding=spec), spec)
     for name, x in batch.items()
   }
   bytes_V = jnp.ones(cfg.model.vocab_size, jnp.int32)  # no tokenizer: one byte per token

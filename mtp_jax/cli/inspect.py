@@ -30,6 +30,7 @@ def inspect_batch(cfg: schema.CommandConfig) -> tuple[list[str], dict]:
 
   cfg = schema.replace(cfg, **{'loss.teacher': ''})  # of a store, it is not printed
   tokens = batches_lib.open_tokens(cfg)
+  cfg = batches_lib.recorded(tokens, cfg)
   mixture, window = tokens.train(), (cfg.data.seq_len, cfg.span)
   batch = next(batches_lib.train_batches(tokens, cfg, cfg.inspect.step))
   rows = loader.row_indices(
@@ -38,7 +39,9 @@ def inspect_batch(cfg: schema.CommandConfig) -> tuple[list[str], dict]:
   of_row = [mixture.find(row, *window) for row in rows]
   names = [tokens.sources[s].ref.name for s, _ in of_row]
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-  targets_KBT, valid_KBT = jax.device_get(targets.targets(flat, cfg))
+  targets_KBT, valid_KBT = targets.targets(flat, cfg)
+  valid_KBT = targets.predicted(targets_KBT, valid_KBT, cfg)
+  targets_KBT, valid_KBT = jax.device_get((targets_KBT, valid_KBT))
   count_K = valid_KBT.sum(axis=(1, 2))
 
   def piece(token):

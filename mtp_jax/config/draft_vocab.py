@@ -41,10 +41,20 @@ def size(cfg: schema.Config) -> int:
   return cfg.model.vocab_size if ids_X is None else len(ids_X)
 
 
-def recorded(ids_X: np.ndarray, vocab_size: int) -> str:
-  """Returns the flag's value that holds these ids."""
+def check_ids(cfg: schema.Config) -> None:
+  """Raises ConfigError for a size without ids, which only a store could give."""
+  text = cfg.heads.draft_vocab
+  if text and ':' not in text:
+    raise fields.ConfigError(
+      FLAG, text, 'a size is of `mtp train`, which counts tokens; use draft_vocab(ids, vocab_size)'
+    )
+
+
+def recorded(ids_X, vocab_size: int) -> str:
+  """Returns the value of --heads.draft_vocab, of HeadsConfig(draft_vocab=…), that holds these
+  ids; vocab_size: that of the model."""
   bits_V = np.zeros(vocab_size, bool)
-  bits_V[ids_X] = True
+  bits_V[np.asarray(ids_X)] = True
   packed = zlib.compress(np.packbits(bits_V).tobytes(), 9)
   return f'{bits_V.sum()}:{base64.b64encode(packed).decode()}'
 
@@ -55,7 +65,8 @@ def parse(text: str, vocab_size: int) -> np.ndarray | None:
   if not text:
     return None
   number, _, bits = text.partition(':')
-  n = int(number) if number.isascii() and number.isdigit() else 0
+  is_number = number.isascii() and number.isdigit() and len(number) < 10
+  n = int(number) if is_number else 0
   if not 1 <= n <= vocab_size:
     raise fields.ConfigError(
       FLAG, number, f'must be a number of tokens from 1 to --model.vocab_size={vocab_size}'

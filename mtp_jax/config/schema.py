@@ -280,8 +280,8 @@ class HeadsConfig:
   )
   draft_vocab: str = fields_lib.field(
     '',
-    'number of tokens that heads >= 2 score and draft, the most frequent of --data.store; head 1 '
-    'verifies with all; empty = all (arXiv 2502.14856)',
+    'number of tokens that heads >= 2 predict and draft: the most frequent of the first 2^28 of '
+    'each store of --data.store; head 1 verifies with all; empty = all (arXiv 2502.14856)',
   )
   mix_hidden_states: bool = fields_lib.field(
     False,

@@ -297,6 +297,12 @@ def _check_decode(cfg):
     need(sampled or getattr(d, flag) == unused, flag, 'needs --decode.temperature above 0')
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
   need(cfg.heads.confidence or not d.min_confidence, 'min_confidence', 'needs --heads.confidence')
+  need(
+    d.num_draft_tokens != 'auto' or not d.min_confidence,
+    'min_confidence',
+    'needs --decode.num_draft_tokens=all or a number: auto measures a time that does not depend'
+    ' on the text',
+  )
   need(not widths or not d.min_confidence, 'tree', 'must be empty with --decode.min_confidence')
   of_all = d.num_draft_tokens in ('all', 'auto')
   drafts = None if of_all else _natural(d.num_draft_tokens)

@@ -83,6 +83,7 @@ def check_loss(cfg: schema.Config) -> None:
   for ok, needed in (
     (h.share_keys_values, '--heads.share_keys_values: other heads cannot be skipped'),
     (h.unembedding != 'replicated', 'one unembedding, shared or tied'),
+    (not l.teacher, 'no --loss.teacher: it predicts what head 1 accepts'),
     (l.compares, 'another --loss.head_loss than ce, which computes acceptance rates'),
   ):
     if h.confidence and not ok:

@@ -116,12 +116,23 @@ def write_teacher(folder: pathlib.Path, entry: dict, dtype: str, predict: Predic
   for number, shard in enumerate(entry['shards']):
     one = split._replace(tokens=split.tokens[number:][:1], offsets=split.offsets[number:][:1])
     parts = (
-      (np.ascontiguousarray(ids_MP, dtype), np.ascontiguousarray(logp_MP1, LOGP_DTYPE))
+      (_narrow(ids_MP, dtype), np.ascontiguousarray(logp_MP1, LOGP_DTYPE))
       for ids_MP, logp_MP1 in predict(one.documents())
     )
     names = [folder / f'teacher_{name}-{number:05d}.bin' for name in ('ids', 'logp')]
     shard['teacher_ids_file'], shard['teacher_logp_file'] = write_files(names, parts)
   sync_folder(folder)
+
+
+def _narrow(ids_MP, dtype: str) -> np.ndarray:
+  if ids_MP.size and ids_MP.max() > np.iinfo(dtype).max:
+    raise fields.ConfigError(
+      'data.teacher_top_k',
+      ids_MP.shape[1],
+      f'token {ids_MP.max()} of the teacher does not fit the {np.dtype(dtype)} of a store of this'
+      ' tokenizer, which has fewer tokens; use fewer',
+    )
+  return np.ascontiguousarray(ids_MP, dtype)
 
 
 def write_file(path: pathlib.Path, parts: Iterable) -> dict:

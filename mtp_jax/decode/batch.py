@@ -98,7 +98,9 @@ class Batch:
       self._read = self.lacking()[0]
     self.state, self._counts = resized(self.state, old=old, s=s), None
     self.s = s
-    if s.window > old.window:
+    # Keys and values that heads share are head 2's.
+    has_all = s.cfg.heads.share_keys_values and old.window > 1
+    if s.window > old.window and not has_all:
       self._catch_up()
 
   def lacking(self) -> tuple[int, int]:

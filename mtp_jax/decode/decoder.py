@@ -79,8 +79,7 @@ class Decoder:
     """
     cfg, active = _with_reuse(cfg, active)
     self.cfg, self.mesh, self.active = cfg, mesh, active
-    widest = setup.setup(cfg, active, widths(cfg, active))
-    self._widest = widest._replace(min_confidence=cfg.decode.min_confidence * (widest.window > 1))
+    self._widest = self._with_confidence(setup.setup(cfg, active, widths(cfg, active)))
     with jax.set_mesh(mesh):
       self._weights = _weights(model, s=self._widest)
     # By the shape of a batch:
@@ -94,7 +93,11 @@ class Decoder:
     other = copy.copy(self)
     changes = {f'decode.{name}': value for name, value in decode.items()}
     other.cfg = schema.replace(self.cfg, **changes)
+    other._widest = other._with_confidence(self._widest)
     return other
+
+  def _with_confidence(self, s: setup.Setup) -> setup.Setup:
+    return s._replace(min_confidence=self.cfg.decode.min_confidence * (s.window > 1))
 
   @property
   def widths(self) -> tuple[int, ...]:

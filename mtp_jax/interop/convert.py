@@ -66,6 +66,8 @@ def export(path: str, given: dict[str, object]) -> list[str]:
   )
   if handed := hand_over.warning(model, cfg, tokenizer, mesh):
     lines.insert(1, handed)
+  if cfg.heads.draft_vocab and cfg.heads.n > 1 and mapping.of(cfg) != 'hf':
+    lines.insert(1, hand_over.of_all_tokens(cfg))
   if cut := tokens.warning(config_json.of(cfg), mapping.of(cfg), tokenizer):
     lines.insert(1, cut)
   trained = next_token.trained_heads(cfg, step)

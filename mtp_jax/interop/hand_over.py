@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 from mtp_jax.decode import decoder
 from mtp_jax.interop import mapping
 from mtp_jax.losses import multi_token
@@ -62,6 +62,15 @@ def warning(model, cfg: schema.CommandConfig, tokenizer, mesh) -> str:
     f' handed states of --heads.trunk_state={there}, and were trained on'
     f' {cfg.heads.trunk_state}; accepted of its own text, each draft with those before it:'
     f' {rates[there]} there, {rates[cfg.heads.trunk_state]} here'
+  )
+
+
+def of_all_tokens(cfg: schema.CommandConfig) -> str:
+  """Returns a line on drafts of formats that have no draft vocabulary."""
+  X, V = draft_vocab.size(cfg), cfg.model.vocab_size
+  return (
+    f'heads draft any of {V:,} tokens there, and were trained on {X:,} (--heads.draft_vocab): fewer'
+    ' drafts may be accepted, the text is the same'
   )
 
 

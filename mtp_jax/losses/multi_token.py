@@ -2,7 +2,8 @@
 section 2: head k predicts token t + k from the shared trunk's output z_t, and
 
   total = sum_k weight_k  sum_t valid_kt (nll_kt + zloss_kt) / count_k
-          + token_order_weight  sum_t valid_1t order_t / count_1 ,
+          + token_order_weight  sum_t valid_1t order_t / count_1
+          + sum_{k >= 2} the loss of the confidence head, see model/confidence.py ,
 
 targets, counts and weights as in targets.py; z-loss and token order prediction (on head
 1's hidden state) are off by default. With --loss.head_loss heads >= 2 are trained to be
@@ -41,7 +42,8 @@ def mtp_loss(
     model: parameters, as sharded at rest.
     probe_K: zeros, for a diagnostic. A custom_vjp makes the gradient by probe_k the
       squared norm, over all tokens, of the gradient at head k's input: of its own loss,
-      and in a chain of the losses of the heads after it too.
+      and in a chain of the losses of the heads after it too; but not of what flows through
+      keys and values that steps share.
     batch: tokens_BU and position_BU, int32, U = T + span; loss_mask_BU, bool,
       where there is a mask; with a stored teacher teacher_ids_BTP and teacher_logp_BTP1.
     counts: each head's valid targets and drafts in the whole step, over all
@@ -97,7 +99,7 @@ def evaluate(
       (B, C), are joined over T and stacked over K.
 
   Returns:
-    (sums, head_loss.HeadStats of the active heads with detail_KBT, `targets.scored` of all n
+    (sums, head_loss.HeadStats of the active heads with detail_KBT, `targets.predicted` of all n
     heads).
   """
   one_K = jnp.ones(cfg.heads.n)  # means are formed on the host
@@ -110,8 +112,8 @@ def evaluate(
     if inputs.teacher is not None:
       of_teacher = backward.remat(weights, inputs, cfg)[1].drafts
   targets_KBT, valid_KBT = targets.targets(batch, cfg)
-  scored_KBT = targets.scored(targets_KBT, valid_KBT, cfg)
-  return _sums(stats, batch, cfg, of_teacher), stats, scored_KBT
+  predicted_KBT = targets.predicted(targets_KBT, valid_KBT, cfg)
+  return _sums(stats, batch, cfg, of_teacher), stats, predicted_KBT
 
 
 def nondiff_inputs(
@@ -156,7 +158,7 @@ def nondiff_inputs(
   return backward.NondiffInputs(
     k_K=jnp.arange(1, n_active + 1),
     targets_KBT=targets_KBT,
-    valid_KBT=targets.scored(targets_KBT, valid_KBT, cfg),
+    valid_KBT=targets.predicted(targets_KBT, valid_KBT, cfg),
     scale_K=weight_K * over_K,
     window=head_loss.Window(
       ctx=ctx,

@@ -56,7 +56,7 @@ def ahead(rows, offset: int, T: int):
   return rows['tokens'][:, there], valid_BT
 
 
-def scored(targets_KBT, valid_KBT, cfg: schema.Config):
+def predicted(targets_KBT, valid_KBT, cfg: schema.Config):
   """Returns which valid targets a head has a logit of, (K, B, T): with --heads.draft_vocab
   tokens outside of it are no targets of heads >= 2."""
   ids_X = draft_vocab.of(cfg)
@@ -98,8 +98,10 @@ def counts(batch: dict, cfg: schema.Config, n_active: int) -> Counts:
 
   def of_micro_batch(rows):
     targets_KBT, valid_KBT = (x_KBT[:n_active] for x_KBT in targets(rows, cfg))
-    scored_KBT = scored(targets_KBT, valid_KBT, cfg)
-    return Counts(*(jnp.sum(x_KBT, axis=(1, 2)) for x_KBT in (scored_KBT, drafts(valid_KBT, cfg))))
+    predicted_KBT = predicted(targets_KBT, valid_KBT, cfg)
+    return Counts(
+      *(jnp.sum(x_KBT, axis=(1, 2)) for x_KBT in (predicted_KBT, drafts(valid_KBT, cfg)))
+    )
 
   summed = jax.tree.map(lambda of_A: jnp.sum(of_A, axis=0), jax.vmap(of_micro_batch)(batch))
   return jax.tree.map(lambda n: n.astype(jnp.float32), summed)

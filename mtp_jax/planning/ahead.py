@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 
-from mtp_jax.checkpoint import teacher as teacher_lib
 from mtp_jax.config import fields, schema
 from mtp_jax.losses import cross_entropy
 from mtp_jax.losses import teacher as teacher_model
@@ -339,7 +338,12 @@ def _of_state(cfg, mesh, device_kind) -> Plan:
 def teacher_of(cfg: schema.Config, mesh) -> schema.Config | None:
   """Returns the Config of the teacher.Model of --loss.teacher, from its metadata alone; None
   where the step has none."""
-  found = teacher_lib.find(cfg, mesh.shape, verify=False) if cfg.heads.n > 1 else None
+  if not cfg.loss.teacher or cfg.heads.n == 1:
+    return None
+  # A plan without a teacher needs no library of checkpoints.
+  from mtp_jax.checkpoint import teacher as teacher_lib
+
+  found = teacher_lib.find(cfg, mesh.shape, verify=False)
   return found and found.cfg
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import fields, schema
+from mtp_jax.config import draft_vocab, fields, schema
 from mtp_jax.model import block, heads, lm, next_token, params
 
 # Fields of the model that may differ.
@@ -47,8 +47,8 @@ def _beside_head_1(cfg: schema.Config) -> bool:
 
 
 def kept(was: schema.Config, cfg: schema.Config) -> int:
-  """Returns the number of heads, from head 1 on, whose function is unchanged.
-  All heads of `was` must have trained."""
+  """Returns the number of heads, from head 1 on, whose parameters are kept; their function is,
+  but for shared keys and values. All heads of `was` must have trained."""
   families = was.heads.family, cfg.heads.family
   names = ['stride', 'layer_type', 'window']
   if heads.family(cfg.heads).normed_chain:
@@ -66,6 +66,9 @@ def described(was: schema.Config, cfg: schema.Config) -> str:
   parts = [f'{_numbers(1, first)} unchanged']
   if first > 1 and was.heads.unembedding == 'replicated' != cfg.heads.unembedding:
     parts = [f"head 1 unchanged; {_numbers(2, first)} with head 1's unembedding"]
+  if first > 2 and was.heads.share_keys_values != cfg.heads.share_keys_values:
+    of_others = 'with' if cfg.heads.share_keys_values else 'without'
+    parts = [f'heads 1 to 2 unchanged; {_numbers(3, first)} {of_others} shared keys and values']
   if n > first:
     new = 'copied from head 1' if cfg.train.head_init == 'copy' else 'randomly initialized'
     new = 'from layers of the trunk' if heads.family(cfg.heads).reverse else new
@@ -76,6 +79,10 @@ def described(was: schema.Config, cfg: schema.Config) -> str:
     parts.append(f'{_numbers(n + 1, was.heads.n)} dropped')
   if first > 1 and not _same_markov(was, cfg):
     parts.append(f'Markov head {"new" if cfg.heads.markov_rank else "dropped"}')
+  if first > 1 and was.heads.draft_vocab != cfg.heads.draft_vocab:
+    parts.append(f'drafts of {draft_vocab.size(cfg):,} tokens, before of {draft_vocab.size(was):,}')
+  if first > 1 and was.heads.confidence != cfg.heads.confidence:
+    parts.append(f'confidence head {"new" if cfg.heads.confidence else "dropped"}')
   return '; '.join(parts)
 
 
@@ -109,7 +116,7 @@ def parameters(fresh: lm.LM, old: lm.LM, was: schema.Config, cfg: schema.Config)
 def _same_markov(was: schema.Config, cfg: schema.Config) -> bool:
   """Whether the Markov head of `was` is that of cfg."""
   ranks = [c.heads.markov_rank * (c.heads.n > 1) for c in (was, cfg)]
-  same_tokens = was.heads.draft_vocab == cfg.heads.draft_vocab
+  same_tokens = was.heads.draft_vocab == cfg.heads.draft_vocab or not ranks[0]
   return ranks[0] == ranks[1] and same_tokens and kept(was, cfg) > 1
 
 

@@ -1,6 +1,7 @@
 """The library as a user imports it: statements of the documentation, on one device and
 on a mesh, beside the train step and decoder of the command line."""
 
+import dataclasses
 import doctest
 import itertools
 
@@ -111,6 +112,23 @@ def test_generate_measures_the_number_of_drafts_by_default():
   for row, wanted in zip(measured.tokens, plain.tokens, strict=True):
     np.testing.assert_array_equal(row, wanted)
   assert model.decode(prompts, max_new_tokens=6, num_draft_tokens='all').auto is None
+
+
+def test_drafts_of_few_tokens_and_few_steps():
+  tokens = mtp.draft_vocab(range(0, 256, 2), 264)
+  of = dict(draft_vocab=tokens, share_keys_values=True, confidence=True)
+  cfg = _cfg('recursive', **of)
+  cfg = dataclasses.replace(cfg, loss=mtp.LossConfig(head_loss='kl'))
+  model = runs.Model(mtp.init(cfg, jax.random.key(1)), cfg)
+  at = dict(max_new_tokens=20, num_draft_tokens=2)
+  plain, none = (model.decode([[1, 2, 3]], min_confidence=c, **at) for c in (0.0, 1.0))
+  np.testing.assert_array_equal(plain.tokens[0], none.tokens[0])
+  assert none.proposed_J[1] == 0 < none.proposed_J[0]  # after the first draft, none is sure
+  with pytest.raises(ValueError, match='needs --decode.num_draft_tokens=all or a number'):
+    model.decode([[1]], min_confidence=0.5)
+  size = dataclasses.replace(cfg, heads=mtp.HeadsConfig(n=3, draft_vocab='128'))
+  with pytest.raises(ValueError, match=r'--heads.draft_vocab=128: .* use draft_vocab\(ids'):
+    mtp.init(size, jax.random.key(0))
 
 
 def test_save_then_load_is_identity_and_refuses_what_exists(tmp_path):

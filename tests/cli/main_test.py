@@ -451,7 +451,8 @@ def test_eval_of_another_model_is_refused(undisturbed, capsys, flag):
   assert line.startswith(f'--{flag}: the checkpoint {undisturbed} was trained')
 
 
-def test_inspect_shows_the_batch_of_a_step(store, tmp_path, capsys):
+@pytest.mark.parametrize('n_drafted', [0, 20])
+def test_inspect_shows_the_batch_of_a_step(store, tmp_path, capsys, n_drafted):
   args = [f'--{n}={v}' for n, v in runs.FLAGS.items()]
   out, shown = _with_report(
     tmp_path,
@@ -462,8 +463,11 @@ def test_inspect_shows_the_batch_of_a_step(store, tmp_path, capsys):
     '--inspect.step=3',
     '--inspect.rows=8',
     '--inspect.tokens=16',
+    f'--heads.draft_vocab={n_drafted or ""}',
   )
   split = store_lib.open_store(store).split('train')
+  count_V = np.bincount(np.concatenate([*split.documents()]), minlength=264)
+  drafted = np.argsort(-count_V, stable=True)[: n_drafted or 264]
   rows = loader.row_indices([split.n_windows(16, 2)], [1], 0, 8, 3).tolist()
   assert shown['step'] == 3 and shown['windows'] == rows
   lines = [line for line in out if line[:5].strip().isdigit()]
@@ -475,6 +479,7 @@ def test_inspect_shows_the_batch_of_a_step(store, tmp_path, capsys):
     for k in (1, 2):
       for t in range(16):
         same = position_U[t + k] - position_U[t] == k
+        same &= k == 1 or tokens_U[t + k] in drafted
         assert valid_KBT[k - 1, b, t] == same
         assert shown['targets'][k - 1][b][t] == tokens_U[t + k]
   assert shown['counts'] == valid_KBT.sum((1, 2)).tolist()

@@ -293,6 +293,8 @@ def test_head_weights_refuses(text):
     ('heads.draft_vocab', dict(heads__draft_vocab='0')),
     ('heads.draft_vocab', dict(heads__draft_vocab='33', model__vocab_size=32)),
     ('heads.draft_vocab', dict(heads__draft_vocab='many')),
+    ('heads.draft_vocab', dict(heads__draft_vocab='9' * 5000)),
+    ('heads.confidence', dict(heads__confidence=True, loss__head_loss='kl')),
     ('heads.draft_vocab', dict(heads__draft_vocab='9:AAAA')),
     ('heads.draft_vocab', dict(heads__draft_vocab='9:eJw', model__vocab_size=32)),
   ],

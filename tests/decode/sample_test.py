@@ -116,6 +116,7 @@ FEW = dict(
   heads__draft_vocab=draft_vocab.recorded(np.array([0, 2]), 3),
   loss__head_loss='kl',
   decode__min_confidence=0.5,
+  decode__num_draft_tokens='all',
 )
 
 

@@ -281,6 +281,7 @@ def test_drafting_stops_where_confidence_is_low(temperature):
     loss__head_loss='kl',
     decode__temperature=temperature,
     decode__min_confidence=0.3,
+    decode__num_draft_tokens='all',
   )
   model = tiny.model(c, tiny.mesh(c))
   w = tiny.flat(model)

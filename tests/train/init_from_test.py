@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.checkpoint import metadata, restore, saver
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 from mtp_jax.data import tokenizers
 from mtp_jax.io import paths
 from mtp_jax.model import flops, heads, lm, next_token, params
@@ -202,6 +202,15 @@ def test_description_of_a_warm_start():
   )
   assert expected(_cfg('recursive', 2), _cfg('recursive', 4)) == (
     'heads 1 to 2 unchanged; heads 3 to 4 new, with the shared module'
+  )
+  few, r = draft_vocab.recorded([1, 2, 9], 32), 'recursive'
+  assert expected(_cfg(p, 2), _cfg(p, 2, heads__draft_vocab=few)) == (
+    'heads 1 to 2 unchanged; drafts of 3 tokens, before of 32'
+  )
+  assert expected(_cfg(p, 2), _cfg(p, 2, heads__markov_rank=4)).endswith('; Markov head new')
+  shared = dict(heads__share_keys_values=True, heads__confidence=True, loss__head_loss='kl')
+  assert expected(_cfg(r, 4), _cfg(r, 4, **shared)) == (
+    'heads 1 to 2 unchanged; heads 3 to 4 with shared keys and values; confidence head new'
   )
   assert expected(_cfg(p, 1), _cfg('anticausal', 2)) == (
     'head 1 unchanged; head 2 new, from layers of the trunk'
