@@ -2,7 +2,7 @@
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
-from mtp_jax.config import schema
+from mtp_jax.config import draft_vocab, schema
 
 
 def run(parsed: flags.Parsed) -> int:
@@ -21,7 +21,6 @@ def inspect_batch(cfg: schema.CommandConfig) -> tuple[list[str], dict]:
   Per position: the token, its position and segment, and the target of each head,
   bracketed where it is not valid.
   """
-  import jax
   import numpy as np
 
   from mtp_jax.data import batches as batches_lib
@@ -39,9 +38,9 @@ def inspect_batch(cfg: schema.CommandConfig) -> tuple[list[str], dict]:
   of_row = [mixture.find(row, *window) for row in rows]
   names = [tokens.sources[s].ref.name for s, _ in of_row]
   flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-  targets_KBT, valid_KBT = targets.targets(flat, cfg)
-  valid_KBT = targets.predicted(targets_KBT, valid_KBT, cfg)
-  targets_KBT, valid_KBT = jax.device_get((targets_KBT, valid_KBT))
+  targets_KBT, valid_KBT = map(np.array, targets.targets(flat, cfg))
+  if (ids_X := draft_vocab.of(cfg)) is not None:
+    valid_KBT[1:] &= np.isin(targets_KBT[1:], ids_X)
   count_K = valid_KBT.sum(axis=(1, 2))
 
   def piece(token):

@@ -451,7 +451,7 @@ def test_eval_of_another_model_is_refused(undisturbed, capsys, flag):
   assert line.startswith(f'--{flag}: the checkpoint {undisturbed} was trained')
 
 
-@pytest.mark.parametrize('n_drafted', [0, 20])
+@pytest.mark.parametrize('n_drafted', [0, 4])
 def test_inspect_shows_the_batch_of_a_step(store, tmp_path, capsys, n_drafted):
   args = [f'--{n}={v}' for n, v in runs.FLAGS.items()]
   out, shown = _with_report(
