@@ -59,6 +59,12 @@ def recorded(ids_X, vocab_size: int) -> str:
   return f'{bits_V.sum()}:{base64.b64encode(packed).decode()}'
 
 
+def shown(text: str) -> str:
+  """Returns a value for a message: the size, and what tells sets of ids apart."""
+  number, _, bits = text.partition(':')
+  return f'{number} (ids {zlib.crc32(bits.encode()):08x})' if bits else number
+
+
 @functools.lru_cache(maxsize=16)
 def parse(text: str, vocab_size: int) -> np.ndarray | None:
   """Returns the ids of a flag's value; raises ConfigError."""

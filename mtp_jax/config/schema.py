@@ -291,13 +291,15 @@ class HeadsConfig:
   )
   share_keys_values: bool = fields_lib.field(
     False,
-    'each step of a recursive module attends to the keys and values of its first step, which '
-    'alone has a cache; a decoder then computes the later steps at one position of a row',
+    'of --heads.family=recursive: each step of the module attends to the keys and values of its '
+    'first step, which alone has a cache; a decoder then computes the later steps at one '
+    'position of a row',
   )
   confidence: bool = fields_lib.field(
     False,
     'train a vector that predicts the acceptance rate of each draft, for --decode.min_confidence; '
-    'needs --heads.share_keys_values, by which later steps can be skipped (arXiv 2607.05147)',
+    'needs --heads.share_keys_values, by which later steps can be skipped, and a --loss.head_loss '
+    'other than ce (arXiv 2607.05147)',
   )
   isolated: bool = fields_lib.field(
     False,

@@ -80,11 +80,16 @@ def check_loss(cfg: schema.Config) -> None:
       'heads.mix_hidden_states', True, f'needs sequential or recursive heads; these are {h.family}'
     )
   draft_vocab.check(cfg)
+  others = ('parallel', 'causal', 'anticausal', 'linear', 'residual', 'sequential')
+  if h.share_keys_values and h.family in others:
+    raise fields.ConfigError(
+      'heads.share_keys_values', True, f'needs --heads.family=recursive; these are {h.family}'
+    )
   for ok, needed in (
     (h.share_keys_values, '--heads.share_keys_values: other heads cannot be skipped'),
     (h.unembedding != 'replicated', 'one unembedding, shared or tied'),
     (not l.teacher, 'no --loss.teacher: it predicts what head 1 accepts'),
-    (l.compares, 'another --loss.head_loss than ce, which computes acceptance rates'),
+    (l.compares, 'a --loss.head_loss that computes acceptance rates: any but ce'),
   ):
     if h.confidence and not ok:
       raise fields.ConfigError('heads.confidence', True, f'needs {needed}')

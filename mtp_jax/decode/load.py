@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 from mtp_jax.checkpoint import metadata, restore
-from mtp_jax.config import fields, parse, schedule, schema, validate
+from mtp_jax.config import draft_vocab, fields, parse, schedule, schema, validate
 from mtp_jax.data import store as store_lib
 from mtp_jax.data import tokenizers
 from mtp_jax.decode import decoder as decoder_lib
-from mtp_jax.io import jsonl, paths
+from mtp_jax.io import paths
 from mtp_jax.parallel import distributed, sharding
 
 
@@ -38,9 +38,9 @@ def open_checkpoint(
   other_tree = bool(saved.loss.token_order_weight) != bool(cfg.loss.token_order_weight)
   for name, was, now in schema.changed(saved, cfg):
     if restore.is_of_model(name) or (name == 'loss.token_order_weight' and other_tree):
-      raise fields.ConfigError(
-        name, now, f'the checkpoint {path} was trained with {jsonl.one_line(was)}'
-      )
+      if name == draft_vocab.FLAG:
+        was, now = map(draft_vocab.shown, (was, now))
+      raise fields.ConfigError(name, now, f'the checkpoint {path} was trained with {was}')
   return workdir, step, saved, cfg
 
 

@@ -147,5 +147,7 @@ def pieces(cfg: schema.CommandConfig, n: int) -> list[np.ndarray]:
       if len(found) == n:
         return found
   raise paths.InputError(
-    path, f'has {len(found)} held-out pieces of --bench.prompt_len={P} tokens; {n} are needed'
+    path,
+    f'has {len(found)} held-out pieces of --bench.prompt_len={P} tokens; {n} are needed: fewer with'
+    f' --eval.limit={max(len(found), 1)} (or --bench.num_prompts), shorter with --bench.prompt_len',
   )

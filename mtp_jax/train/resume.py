@@ -12,9 +12,9 @@ import jax
 
 from mtp_jax.checkpoint import metadata, restore
 from mtp_jax.checkpoint import teacher as teacher_lib
-from mtp_jax.config import fields, parse, schema
+from mtp_jax.config import draft_vocab, fields, parse, schema
 from mtp_jax.data import loader
-from mtp_jax.io import jsonl, paths
+from mtp_jax.io import paths
 from mtp_jax.model import next_token
 from mtp_jax.parallel import distributed
 from mtp_jax.train import init_from, lock
@@ -145,10 +145,12 @@ def position(cfg, tokens) -> Position | None:
 def _check_same_run(cfg, tokens, saved: metadata.Metadata) -> None:
   workdir, old = cfg.train.workdir, saved.cfg
   for name, was, now in schema.changed(old, cfg):
+    if name == draft_vocab.FLAG:
+      was, now = map(draft_vocab.shown, (was, now))
     raise fields.ConfigError(
       name,
       now,
-      f'the run in --train.workdir={workdir} was started with {jsonl.one_line(was)};'
+      f'the run in --train.workdir={workdir} was started with {was};'
       ' use that value, or another workdir',
     )
   if old.train.steps != cfg.train.steps and cfg.optim.schedule != 'constant':
