@@ -59,9 +59,9 @@ def recorded(ids_X, vocab_size: int) -> str:
   return f'{bits_V.sum()}:{base64.b64encode(packed).decode()}'
 
 
-def shown(text: str) -> str:
+def shown(text: object) -> str:
   """Returns a value for a message: the size, and what tells sets of ids apart."""
-  number, _, bits = text.partition(':')
+  number, _, bits = str(text).partition(':')
   return f'{number} (ids {zlib.crc32(bits.encode()):08x})' if bits else number
 
 
