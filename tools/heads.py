@@ -30,7 +30,13 @@ TRUNK, FROZEN = 'experiments/heads/code_trunk.flags', 'experiments/heads/frozen.
 PRETRAINING = 'experiments/small/code.flags'
 MEASURED = 1  # raised by hand where the same flags would give other figures
 SEEDS = (1, 2, 3)
-TEMPERATURES = ('0', '1')
+SHORT = '--eval.limit=64 --bench.prompt_len=32 --decode.max_new_tokens=192'
+LONG = 'long'  # prompts and texts of docs/results.md
+EVALUATIONS = {
+  'T0': f'{SHORT} --decode.temperature=0',
+  'T1': f'{SHORT} --decode.temperature=1',
+  LONG: '--eval.limit=32 --bench.prompt_len=128 --decode.max_new_tokens=128',
+}
 N_PROMPTS, PROMPT, NEW = 1200, 32, 224  # of the trunk's own text, in bytes
 LOSSES = ('ce', 'kl', 'tv', 'lk', 'lk_hybrid', 'e2e_tv')
 MARKOV = '--heads.markov_rank=16'
@@ -154,22 +160,18 @@ def measure(job: Job, folder: pathlib.Path, books: str) -> dict:
   else:
     cpu_s = _train(PRETRAINING, job.flags, prompts, run)
   row = dict(key=job.key, **job._asdict(), cpu_s=round(cpu_s, 1))
-  for temperature in TEMPERATURES:
-    out = run / f'eval_{temperature}.json'
-    _mtp(
-      *(
-        'eval',
-        run,
-        f'--data.store={prompts}',
-        '--eval.tasks=heldout,acceptance',
-        '--eval.limit=64',
-        f'--out={out}',
-      ),
-      *(f'--bench.prompt_len={PROMPT}', '--decode.max_new_tokens=192'),
-      *(f'--decode.temperature={temperature}', '--decode.num_draft_tokens=all'),
-    )
-    row[f'T{temperature}'] = _of_eval(json.loads(out.read_text()))
-  return row
+  return row | {name: evaluated(job, name, run, prompts) for name in EVALUATIONS}
+
+
+def evaluated(job: Job, name: str, run, prompts) -> dict:
+  """Returns an evaluation of a run; {} of one that its part does not have."""
+  if name == LONG and job.part != 'pretraining':
+    return {}
+  out = run / f'eval_{name}.json'
+  of_all = '--eval.tasks=heldout,acceptance', '--decode.num_draft_tokens=all'
+  where = f'--data.store={prompts}', f'--out={out}'
+  _mtp('eval', run, *of_all, *EVALUATIONS[name].split(), *where)
+  return _of_eval(json.loads(out.read_text()))
 
 
 def _of_eval(found: dict) -> dict:
@@ -182,26 +184,29 @@ def _of_eval(found: dict) -> dict:
 
 
 def table(part: str, there: dict[str, dict]) -> list[str]:
-  lines = [
-    '| variant | tokens per forward pass, T = 0 | T = 1 | T = 1 over the first'
-    ' | alpha of head 2 | of head 3 | of head 4 | held-out nats of head 1 | seeds |',
-    '|---' * 9 + '|',
-  ]
+  columns = {'T0': 'tokens per forward pass, T = 0', LONG: 'T = 0, longer prompts', 'T1': 'T = 1'}
+  if part != 'pretraining':
+    del columns[LONG]
+  head = ['variant', *columns.values(), 'T = 1 over the first', 'alpha of head 2', 'of head 3']
+  head += ['of head 4', 'held-out nats of head 1', 'seeds']
+  lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
   first = next(iter(VARIANTS[part]))
 
   def of(variant):
     keys = {seed: Job(part, variant, seed).key for seed in SEEDS}
     return {seed: there[key] for seed, key in keys.items() if key in there}
 
-  def passes(row, temperature):
-    return row[f'T{temperature}']['tokens_per_forward']
+  def passes(found, name):
+    rows = [row[name] for row in found.values() if row.get(name)]
+    return [row['tokens_per_forward'] for row in rows]
 
   base = of(first)
   for variant in VARIANTS[part]:
     found = of(variant)
-    ratios = [passes(r, 1) / passes(base[s], 1) for s, r in found.items() if s in base]
+    of_seeds = [(row['T1'], base[seed]['T1']) for seed, row in found.items() if seed in base]
+    ratios = [row['tokens_per_forward'] / b['tokens_per_forward'] for row, b in of_seeds]
     held = [r['T1'] for r in found.values()]
-    cells = [induction.shown([passes(r, t) for r in found.values()], '.2f') for t in (0, 1)]
+    cells = [induction.shown(passes(found, name), '.2f') for name in columns]
     cells.append('1' if variant == first else induction.shown(ratios, '.3f'))
     cells += [induction.shown([h[f'alpha_{k}'] for h in held], '.1%') for k in (2, 3, 4)]
     cells.append(induction.shown([h['loss_1'] for h in held], '.4f'))
@@ -240,7 +245,7 @@ def main(args: list[str]) -> None:
     row = measure(job, folder, f'jsonl:{given.data}/books.jsonl.gz#text')
     with open(ROWS, 'a') as file:
       file.write(json.dumps(row) + '\n')
-    found = {t: row[f'T{t}']['tokens_per_forward'] for t in TEMPERATURES}
+    found = {name: row[name].get('tokens_per_forward') for name in EVALUATIONS}
     print(*job, found, f'{row["cpu_s"]:.0f} CPU-seconds', flush=True)
   write()
 
