@@ -77,6 +77,12 @@ def log_setup(run: run_lib.Run, abstract, start: int) -> None:
   axes = ' x '.join(f'{a}={s}' for a, s in run.mesh.shape.items())
   tokens = cfg.data.batch_size * cfg.data.seq_len
   kind = jax.devices()[0].device_kind
+  shares = not cfg.heads.isolated and cfg.train.freeze == 'none'
+  if cfg.loss.compares and cfg.heads.n > 1 and shares:
+    print(
+      f'--loss.head_loss={cfg.loss.head_loss}: gradients of heads >= 2 reach the trunk, and make'
+      ' head 1 worse; --heads.isolated or --train.freeze=trunk stops them'
+    )
   if cfg.train.freeze == 'trunk' and cfg.heads.block_first:
     print(
       f'head 1 of the {cfg.heads.family} family is a layer of its own and is'
