@@ -1,5 +1,6 @@
 """Runs whose heads have another run as their teacher (--loss.teacher)."""
 
+import contextlib
 import json
 import os
 import re
@@ -51,8 +52,13 @@ def _train(root, workdir, **changes):
 
 @pytest.fixture(scope='module')
 def undisturbed(root):
-  assert _train(root, root / 'run') == 0
+  with open(root / 'log.txt', 'w') as log, contextlib.redirect_stdout(log):
+    assert _train(root, root / 'run') == 0
   return root / 'run'
+
+
+def test_a_trunk_that_heads_make_worse_is_reported(root, undisturbed):
+  assert 'make head 1 worse; --heads.isolated or --train.freeze' in (root / 'log.txt').read_text()
 
 
 def test_run_records_the_checkpoint_of_its_teacher(root, undisturbed, capsys):
