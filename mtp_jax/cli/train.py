@@ -2,7 +2,7 @@
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
-from mtp_jax.config import parse, schema
+from mtp_jax.config import fields, parse, schema
 from mtp_jax.io import paths
 
 
@@ -15,6 +15,12 @@ def run(parsed: flags.Parsed) -> int:
   cfg = parsed.config()
   command_lib.require(cfg, 'train.workdir', 'the directory of the run')
   command_lib.require(cfg, 'data.store', 'the store that `mtp prepare` wrote')
+  if cfg.data.teacher:
+    raise fields.ConfigError(
+      'data.teacher',
+      cfg.data.teacher,
+      'is of `mtp prepare`; a run reads --loss.teacher=RUN or store',
+    )
   # Absolute paths: the run can be resumed from any working directory.
   cfg = schema.replace(
     cfg,

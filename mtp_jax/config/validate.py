@@ -298,10 +298,10 @@ def _check_decode(cfg):
   need(not widths or not d.temperature, 'tree', 'needs --decode.temperature=0')
   need(cfg.heads.confidence or not d.min_confidence, 'min_confidence', 'needs --heads.confidence')
   need(
-    d.num_draft_tokens != 'auto' or not d.min_confidence,
+    d.num_draft_tokens not in ('auto', '0') or not d.min_confidence,
     'min_confidence',
-    'needs --decode.num_draft_tokens=all or a number: auto measures a time that does not depend'
-    ' on the text',
+    'needs --decode.num_draft_tokens=all or a number above 0: auto measures a time that does not'
+    ' depend on the text',
   )
   need(not widths or not d.min_confidence, 'tree', 'must be empty with --decode.min_confidence')
   of_all = d.num_draft_tokens in ('all', 'auto')

@@ -59,6 +59,11 @@ def check_loss(cfg: schema.Config) -> None:
   need(
     l.compares or not l.head_ce_weight, 'head_ce_weight', 'needs another --loss.head_loss than ce'
   )
+  need(
+    l.head_loss == 'lk_hybrid' or l.lk_eta == schema.LossConfig().lk_eta,
+    'lk_eta',
+    'is of --loss.head_loss=lk_hybrid',
+  )
   need(l.compares or not l.teacher, 'teacher', 'needs another --loss.head_loss than ce')
   for flag, unused in (('temperature', 1), ('top_p', 1), ('min_p', 0)):
     need(

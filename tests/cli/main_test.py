@@ -167,6 +167,16 @@ IMPOSSIBLE = [
   ('train.max_nonfinite', 0, {}, 'must be at least 1'),
   ('train.workdir', '', {}, 'give the directory of the run'),
   ('data.store', '', {}, 'give the store that `mtp prepare` wrote'),
+  ('data.teacher', 'runs/x', {}, 'is of `mtp prepare`; a run reads --loss.teacher=RUN or store'),
+  (
+    'heads.share_keys_values',
+    True,
+    {'heads.family': 'sequential'},
+    'needs --heads.family=recursive',
+  ),
+  ('heads.draft_vocab', '300', {}, 'from 1 to --model.vocab_size=264'),
+  ('heads.draft_vocab', '101', {'mesh.tensor': 2, 'mesh.fsdp': 4}, 'a multiple of mesh tensor=2'),
+  ('decode.min_confidence', 0.5, {}, 'needs --heads.confidence'),
   (
     'data.batch_size',
     4,

@@ -285,6 +285,7 @@ def test_head_weights_refuses(text):
     ('heads.isolated', dict(heads__isolated=True, heads__family='anticausal')),
     ('loss.head_loss', dict(loss__head_loss='e2e_tv', heads__stride=2)),
     ('loss.head_ce_weight', dict(loss__head_ce_weight=0.5)),
+    ('loss.lk_eta', dict(loss__lk_eta=1.0, loss__head_loss='lk')),
     ('loss.curriculum', dict(loss__curriculum='0:1~5:2')),
     ('loss.head_loss', dict(loss__head_loss='nll')),
     ('heads.markov_rank', dict(heads__markov_rank=4, heads__family='sequential')),

@@ -80,7 +80,7 @@ def test_equals_oracle(row):
     heads__draft_vocab=draft_vocab.recorded(list(drafted), 32) if drafted else '',
     loss__head_loss=loss,
     loss__head_ce_weight=share,
-    loss__lk_eta=2.0,
+    loss__lk_eta=2.0 if loss == 'lk_hybrid' else 3.0,
     loss__z_loss=1e-2,
     loss__weights='0:1,.5,.3',
     loss__token_order_weight=order_weight,

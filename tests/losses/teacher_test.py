@@ -80,7 +80,7 @@ def test_equals_oracle(loss, family, other, unembedding, backward, chunk, accumu
     family,
     mesh=mesh,
     loss__head_loss=loss,
-    loss__lk_eta=2.0,
+    loss__lk_eta=2.0 if loss == 'lk_hybrid' else 3.0,
     loss__head_ce_weight=0.3,
     loss__backward=backward,
     loss__chunk_size=chunk,
