@@ -2582,9 +2582,9 @@ FAULTS = (
   Fault(
     'drafts-the-first-tokens',
     0,
-    'mtp_jax/decode/weights.py',
-    'return of_all_DV.at[:, ids_X]',
-    'return of_all_DV.at[:, : len(ids_X)]',
+    'mtp_jax/model/lm.py',
+    'return unembed_DV.at[:, ids_X]',
+    'return unembed_DV.at[:, : len(ids_X)]',
     _in(
       'decode/speculative', 'test_text_and_drafts_with_a_draft_vocabulary[0.0-parallel-shared-4]'
     ),

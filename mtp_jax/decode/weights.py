@@ -69,8 +69,8 @@ def _draft_unembed(model: lm.LM, s: setup_lib.Setup):
   ids_X = draft_vocab.of(s.cfg)
   if ids_X is None or s.window == 1:
     return None
-  of_all_DV = model.embed.T if s.cfg.heads.unembedding == 'tied' else model.unembed
-  return of_all_DV.at[:, ids_X].get(out_sharding=sharding.whole('embed', 'vocab'))
+  unembed = model.embed if model.unembed is None else model.unembed
+  return lm.draft_unembed(unembed, ids_X, s.cfg, sharding.whole('embed', 'vocab'))
 
 
 def in_use(w: Weights, s: setup_lib.Setup) -> Weights:

@@ -65,25 +65,27 @@ def _layer(
   if query is not None:
     x_BTD, y_BTD = take_position(x_BTD, query.at_B), take_position(y_BTD, query.at_B)
     here = query.window
-  q_BTNH = block.queries(w, y_BTD, block.of_type(here.ctx, layer_type, cfg), m)
   attended = Attended(kv, here.seen_BTS)
   if sliding:
     seen_BTX, slot_BT = _ring(here, whole, kv.k_BGSH.shape[2], sliding)
     attended = Attended(cache_lib.joined(kv, *new), seen_BTX)
     kv = cache_lib.write(kv, *new, slot_BT)
+  ctx = block.of_type(here.ctx, layer_type, cfg)
+  return _after_keys(w, x_BTD, y_BTD, attended, ctx=ctx, m=m), kv, attended
+
+
+def _after_keys(w, x_BTD, y_BTD, attended: Attended, *, ctx: block.Context, m):
+  """Computes what follows a layer's keys and values; y is attention's input."""
+  q_BTNH = block.queries(w, y_BTD, ctx, m)
   a_BTNH = cache_lib.attend(q_BTNH, *attended, w.sink, m)
-  y_BTD = block.add_mlp(w, block.add_attended(w, x_BTD, y_BTD, a_BTNH, m), m)
-  return y_BTD, kv, attended
+  return block.add_mlp(w, block.add_attended(w, x_BTD, y_BTD, a_BTNH, m), m)
 
 
 def _layer_of_others(layer, x_B1D, attended: Attended, ctx: block.Context, *, cfg, layer_type):
   """Computes a layer at one position that attends to keys and values of another."""
-  w = params.gather_cast(layer, block.specs(cfg.model), cfg)
-  y_B1D = block.attention_input(w, x_B1D, cfg.model)
-  q_B1NH = block.queries(w, y_B1D, block.of_type(ctx, layer_type, cfg), cfg.model)
-  a_B1NH = cache_lib.attend(q_B1NH, *attended, w.sink, cfg.model)
-  x_B1D = block.add_attended(w, x_B1D, y_B1D, a_B1NH, cfg.model)
-  return block.add_mlp(w, x_B1D, cfg.model)
+  w, m = params.gather_cast(layer, block.specs(cfg.model), cfg), cfg.model
+  y_B1D, ctx = block.attention_input(w, x_B1D, m), block.of_type(ctx, layer_type, cfg)
+  return _after_keys(w, x_B1D, y_B1D, attended, ctx=ctx, m=m)
 
 
 def _ring(query: Window, written: Window, S: int, window: int):

@@ -109,12 +109,10 @@ def gather_shared(norm_D, unembed, order_VD, markov_head, cfg: schema.Config) ->
 
 def _draft_unembed(unembed, cfg: schema.Config):
   """Gathers the columns of --heads.draft_vocab of an unembedding at rest."""
-  ids_X, axes = draft_vocab.of(cfg), ('embed', 'vocab')
+  ids_X = draft_vocab.of(cfg)
   if ids_X is None:
     return None
-  unembed_DV = unembed.T if cfg.heads.unembedding == 'tied' else unembed
-  unembed_DX = unembed_DV.at[:, ids_X].get(out_sharding=sharding.pspec(*axes))
-  return sharding.gather(unembed_DX, axes, cfg.model.compute_dtype, cfg.loss.grad_dtype)
+  return gather_own(lm.draft_unembed(unembed, ids_X, cfg, sharding.pspec('embed', 'vocab')), cfg)
 
 
 def gather_own(unembed_DV, cfg: schema.Config):

@@ -229,6 +229,12 @@ def logits(model: LM[jax.Array], tokens_BT, cfg: schema.Config):
   return jnp.stack(drafted)
 
 
+def draft_unembed(unembed, ids_X, cfg: schema.Config, out_sharding):
+  """Returns the columns (D, X) of a draft vocabulary, of an unembedding (D, V) or tied (V, D)."""
+  unembed_DV = unembed.T if cfg.heads.unembedding == 'tied' else unembed
+  return unembed_DV.at[:, ids_X].get(out_sharding=out_sharding)
+
+
 def of_all_tokens(logits_BTX, cfg: schema.Config):
   """Returns a further head's logits of all tokens: -inf outside of --heads.draft_vocab."""
   ids_X = draft_vocab.of(cfg)

@@ -66,6 +66,19 @@ CASES = [
 ]
 
 
+def _check_gradients(grads, value, base):
+  """Along a random direction, against the oracle's."""
+  rng = np.random.default_rng(0)
+  grads = tiny.flat(grads)
+  along = {
+    path: rng.normal(size=grad.shape) / max(np.linalg.norm(grad), 1e-9)
+    for path, grad in grads.items()
+  }
+  numeric = oracle.derivative(value, base, along, eps=1e-8)
+  analytic = sum(np.sum(grads[path] * along[path]) for path in along)
+  assert abs(analytic - numeric) < 3e-5
+
+
 @pytest.mark.parametrize(
   'loss, family, other, unembedding, backward, chunk, accumulate, mesh, masked',
   [
@@ -121,15 +134,7 @@ def test_equals_oracle(loss, family, other, unembedding, backward, chunk, accumu
   np.testing.assert_array_equal(sums['draft_count_K'], found['count_K'])
   np.testing.assert_allclose(sums['teacher_alpha_sum_K'], found['alpha_sum_K'], rtol=1e-5)
   assert 'alpha_sum_K' not in sums  # of head 1, which verifies: in evaluations
-  rng = np.random.default_rng(0)
-  grads = tiny.flat(grads)
-  along = {
-    path: rng.normal(size=grad.shape) / max(np.linalg.norm(grad), 1e-9)
-    for path, grad in grads.items()
-  }
-  numeric = oracle.derivative(value, base, along, eps=1e-8)
-  analytic = sum(np.sum(grads[path] * along[path]) for path in along)
-  assert abs(analytic - numeric) < 3e-5
+  _check_gradients(grads, value, base)
 
 
 @pytest.mark.parametrize(
@@ -224,15 +229,7 @@ def test_stored_teacher_equals_oracle(loss, backward, chunk, accumulate, mesh, f
 
   np.testing.assert_allclose(total, value(base), rtol=1e-5)
   np.testing.assert_allclose(sums['teacher_alpha_sum_K'], found['alpha_sum_K'], rtol=1e-5)
-  rng = np.random.default_rng(0)
-  grads = tiny.flat(grads)
-  along = {
-    path: rng.normal(size=grad.shape) / max(np.linalg.norm(grad), 1e-9)
-    for path, grad in grads.items()
-  }
-  numeric = oracle.derivative(value, base, along, eps=1e-8)
-  analytic = sum(np.sum(grads[path] * along[path]) for path in along)
-  assert abs(analytic - numeric) < 3e-5
+  _check_gradients(grads, value, base)
 
 
 @pytest.mark.slow
