@@ -786,9 +786,17 @@ FAULTS = (
     'drafts-are-tried-again-at-any-cost',
     0,
     ADAPTIVE,
-    'wait_s = (self._lost_s + cost_s) / BUDGET - self._elapsed_s',
+    'wait_s = (self.measured.lost_s + cost_s) / BUDGET - self.measured.elapsed_s',
     'wait_s = 0.0',
     _in('decode/adaptive', 'test_bad_heads_cost_no_more_than_the_measurement[1]'),
+  ),
+  Fault(
+    'every-batch-tries-drafts-anew',
+    0,
+    ADAPTIVE,
+    'known_2J = measured.drafts_2J * ',
+    'known_2J = 0 * measured.drafts_2J * ',
+    _in('decode/adaptive', 'test_later_batches_start_with_what_the_first_ones_accepted'),
   ),
   Fault(
     'later-drafts-count-without-those-before',
