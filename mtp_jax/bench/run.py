@@ -37,6 +37,9 @@ def run(cfg: schema.CommandConfig, what: str) -> tuple[list[str], dict]:
     f' {m.n_layers} layers, V {m.vocab_size:,}, T {cfg.data.seq_len:,},'
     f' {cfg.data.batch_size} rows, {m.compute_dtype}'
   )
+  if what != 'data' and cfg.loss.compares:
+    head += f', head_loss {cfg.loss.head_loss}'
+    head += f' of teacher {cfg.loss.teacher}' * bool(cfg.loss.teacher)
   return [head, *lines], about | values
 
 

@@ -68,7 +68,7 @@ def decode_prompts(
       f'{opened.name}: {total.n_tokens:,} tokens in'
       f' {int(total.forwards.sum()):,} forward passes,'
       f' {total.tokens_per_forward:.2f} tokens per forward pass with'
-      f' {"up to " * (widths == adaptive.AUTO)}{len(decode.widths) + 1} of {cfg.heads.n} heads'
+      f' {"up to " * (widths == adaptive.AUTO)}{_heads(1 + len(decode.widths), cfg.heads.n)}'
       + summary_lib.sampled(cfg),
       *summary_lib.acceptance_lines(total),
       *summary_lib.auto_lines(total),
@@ -80,6 +80,12 @@ def decode_prompts(
   if cfg.decode.compare:
     _log(['plain decoding with head 1 only: nothing to compare'])
   return summary_lib.summary(total) | dict(rows=rows)
+
+
+def _heads(used: int, trained: int) -> str:
+  if used > trained:  # a shared module, applied again
+    return f'{used} heads, {trained} of them trained'
+  return f'{used} of {trained} heads'
 
 
 def _log(lines: list[str]) -> None:

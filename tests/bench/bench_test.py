@@ -95,6 +95,7 @@ def test_loss_bench_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
   'more',
   [
     dict(heads__family='sequential', loss__token_order_weight=0.5),
+    dict(heads__family='residual', loss__head_loss='kl'),
     dict(heads__unembedding='tied', loss__curriculum='0:1;5:2', loss__weights='0:1,.3'),
     dict(
       heads__unembedding='replicated',
@@ -105,7 +106,7 @@ def test_loss_bench_has_a_row_for_each_variant(tmp_path, capsys, monkeypatch):
   ],
 )
 def test_loss_bench_of_every_head_family(tmp_path, capsys, more):
-  _, values = _bench(
+  out, values = _bench(
     tmp_path,
     capsys,
     bench__heads='3',
@@ -116,6 +117,7 @@ def test_loss_bench_of_every_head_family(tmp_path, capsys, more):
   )
   for row in values['rows']:
     _positive(row)
+  assert ('head_loss kl' in out[0]) == ('loss__head_loss' in more)
 
 
 def test_step_bench_compares_time_with_flops(tmp_path, capsys, monkeypatch):

@@ -39,6 +39,7 @@ def test_generated_text_equals_reference_and_reports_statistics(undisturbed, cap
   assert out == f'ab({text}\n'
   assert re.search(r'step 6: \d+ tokens in \d+ forward passes, ', err)
   assert 'with 2 of 2 heads, greedy' in err
+  assert streaming._heads(7, 3) == '7 heads, 3 of them trained'
   assert re.search(r'conditional acceptance rate of drafts: t\+2: [01]\.\d\d\n', err)
   assert re.search(r'decoding [\d.]+ s: [\d,]+ tokens/s', err)
 
