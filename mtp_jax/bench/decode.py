@@ -148,11 +148,7 @@ def measure(opened: load_lib.LoadedModel) -> tuple[list[str], dict]:
     drafts = tuple(range(n))
   if max(drafts, default=0) >= n:
     raise fields.ConfigError(
-      'bench.num_draft_tokens',
-      b.num_draft_tokens,
-      f'at most {n - 1}: {n} heads are in use'
-      + '; a shared module drafts more, up to --decode.num_draft_tokens'
-      * (cfg.heads.most_drafts >= n),
+      'bench.num_draft_tokens', b.num_draft_tokens, f'at most {n - 1}: {n} heads are in use'
     )
   variants: list[tuple[int, ...] | str] = [(1,) * J for J in (0, *(J for J in drafts if J))]
   if not all(width == 1 for width in decode.widths):

@@ -339,6 +339,10 @@ def _check_bench(cfg):
   b = cfg.bench
   schedules = {f.name: f for f in dataclasses.fields(schema.LossConfig)}['backward']
   known = schedules.metadata['choices']
+  most_drafts = max(cfg.heads.n - 1, _natural(cfg.decode.num_draft_tokens) or 0)
+  of_module = ', of a shared module to --decode.num_draft_tokens' * (
+    cfg.heads.most_drafts >= cfg.heads.n
+  )
   for flag, parse, ok, allowed in (
     ('heads', parse_lib.parse_numbers, lambda n: n >= 1, 'numbers above 0'),
     ('chunk_size', parse_lib.parse_numbers, lambda c: c >= 0, 'numbers of positions'),
@@ -346,8 +350,8 @@ def _check_bench(cfg):
     (
       'num_draft_tokens',
       lambda text: parse_lib.parse_drafts(text)[0],
-      lambda drafts: 0 <= drafts < cfg.heads.n,
-      f'auto, and numbers from 0 to --heads.n - 1 = {cfg.heads.n - 1}',
+      lambda drafts: 0 <= drafts <= most_drafts,
+      f'auto, and numbers from 0 to --heads.n - 1 = {cfg.heads.n - 1}{of_module}',
     ),
     (
       'backward',

@@ -22,8 +22,8 @@ MEMORY = 32  # forward passes after which half of a count is forgotten
 SHORTEST, LONGEST = 8, 128  # forward passes between choices
 
 
-class Measured:
-  """What is known of one shape, which batches of that shape share.
+class Times:
+  """Seconds of the programs of one shape, which batches of that shape share.
 
   Attributes:
     forward_s: the least seconds per forward pass by number of draft tokens: 0, the
@@ -31,17 +31,11 @@ class Measured:
     call_s: seconds of a call without a forward pass.
     compile_s: of the programs so far, the maximum.
     missed_s: seconds that a program not yet compiled would have saved.
-    drafts_2J: counts of verified and of accepted drafts; half of them are of the last MEMORY
-      forward passes with drafts.
-    elapsed_s: seconds of decoding.
-    lost_s: of these, what trying drafts lost.
   """
 
   def __init__(self, forward_s: Mapping[int, float], call_s: float = 0.0, compile_s: float = 0.0):
     self.forward_s, self.call_s, self.compile_s = dict(forward_s), call_s, compile_s
     self.missed_s: dict[int, float] = {}
-    self.drafts_2J = np.zeros((2, max(self.forward_s)))
-    self.elapsed_s = self.lost_s = 0.0
 
   def can_pay(self, most: int) -> bool:
     return can_pay(self.forward_s, most)
@@ -51,6 +45,20 @@ class Measured:
     if forwards >= SHORTEST or num_drafts not in self.forward_s:
       found = max(seconds - self.call_s, 0.0) / max(forwards, 1)
       self.forward_s[num_drafts] = min(found, self.forward_s.get(num_drafts, math.inf))
+
+
+class Accepted:
+  """What batches of one shape and sampling have accepted; they share it.
+
+  Attributes:
+    drafts_2J: counts of verified and of accepted drafts; half of them are of the last MEMORY
+      forward passes with drafts.
+    spare_s: seconds that trying drafts may lose: BUDGET of the time so far, less what was
+      lost; one try at most.
+  """
+
+  def __init__(self, most: int):
+    self.drafts_2J, self.spare_s = np.zeros((2, most)), 0.0
 
 
 def tokens_per_forward(acceptance_J: Sequence[float], num_drafts: int) -> float:
@@ -116,19 +124,22 @@ class Policy:
   within BUDGET.
   """
 
-  def __init__(self, measured: Measured, most: int, rows: int):
+  def __init__(self, times: Times, most: int, rows: int, accepted: Accepted | None = None):
     """Starts a batch.
 
     Args:
-      measured: of its shape; updated.
+      times: of its shape; updated.
       most: maximum number of draft tokens.
       rows: of the batch.
+      accepted: of its shape and sampling; updated. None = this is the only batch.
     """
-    self.measured, self.most = measured, most
+    self.times, self.most = times, most
+    self._accepted = accepted or Accepted(most)
+    known_2J = self._accepted.drafts_2J
+    self._known_2J = known_2J * min(1.0, MEMORY / max(known_2J[0, 0], 1.0))
     self._current, self._stretch = most, SHORTEST
-    known_2J = measured.drafts_2J * min(1.0, MEMORY / max(measured.drafts_2J[0, 0], 1.0))
-    self._counts_2BJ = np.repeat(known_2J[:, None] / rows, rows, axis=1)  # verified, accepted
-    self._trying = measured.can_pay(most)
+    self._counts_2BJ = np.zeros((2, rows, most))  # verified, accepted
+    self._trying = times.can_pay(most)
     self._tokens: dict[int, int] = {}
     self._row_forwards: dict[int, int] = {}
     self._forwards: dict[int, int] = {}
@@ -142,15 +153,17 @@ class Policy:
       behind_s: seconds that heads need to read what was decoded without them;
         infinite if they cannot.
     """
-    measured, n_live = self.measured, max(int(live_B.sum()), 1)
-    if not measured.can_pay(self.most):
+    times, n_live = self.times, max(int(live_B.sum()), 1)
+    if not times.can_pay(self.most):
       self._current, self._trying = 0, False
       return Plan(0, NO_LIMIT)
+    self._counts_2BJ[:, live_B] += self._known_2J[:, None] / n_live
+    self._known_2J = 0.0 * self._known_2J
     verified_J, accepted_J = self._counts_2BJ[:, live_B].sum(1)
     if self._trying:
       if self._is_open(verified_J, accepted_J):
         lacking = (ENOUGH if verified_J[0] >= FEW else FEW) - verified_J[0]
-        first = 0 if self._current == self.most and verified_J[0] else 1
+        first = 0 if self._current == self.most and self._forwards else 1
         self._current = self.most
         return Plan(self.most, first + math.ceil(lacking / n_live))
       self._trying = False
@@ -174,43 +187,45 @@ class Policy:
       return False
     rate_J = accepted_J / np.maximum(verified_J, 1e-9)
     all_J = range(self.most + 1)
-    if choose(self.measured.forward_s, rate_J, all_J):
+    if choose(self.times.forward_s, rate_J, all_J):
       return False
     error_J = 0.5 / np.sqrt(np.maximum(verified_J, 1.0))
-    return choose(self.measured.forward_s, np.minimum(rate_J + error_J, 1.0), all_J) > 0
+    return choose(self.times.forward_s, np.minimum(rate_J + error_J, 1.0), all_J) > 0
 
   def _compiled_or_worth_it(self, acceptance_J, left: int) -> int:
     """The fastest that is compiled, or a faster one that saves its compilation, with what
     it would have saved before."""
-    measured = self.measured
-    compiled = [j for j in measured.forward_s if j <= self.most]
-    found = choose(measured.forward_s, acceptance_J, compiled)
-    ideal = choose(measured.forward_s, acceptance_J, range(self.most + 1))
+    times = self.times
+    compiled = [j for j in times.forward_s if j <= self.most]
+    found = choose(times.forward_s, acceptance_J, compiled)
+    ideal = choose(times.forward_s, acceptance_J, range(self.most + 1))
     if ideal in compiled:
       return found
-    per_token_s, ideal_s = (token_s(measured.forward_s, acceptance_J, j) for j in (found, ideal))
+    per_token_s, ideal_s = (token_s(times.forward_s, acceptance_J, j) for j in (found, ideal))
     saved_s = left * (per_token_s - ideal_s)
-    missed_s = measured.missed_s.get(ideal, 0.0)
-    if missed_s + saved_s > measured.compile_s:
+    missed_s = times.missed_s.get(ideal, 0.0)
+    if missed_s + saved_s > times.compile_s:
       return ideal
     stretch = self._stretch * tokens_per_forward(acceptance_J, found)
-    measured.missed_s[ideal] = missed_s + min(stretch, left) * (per_token_s - ideal_s)
+    times.missed_s[ideal] = missed_s + min(stretch, left) * (per_token_s - ideal_s)
     return found
 
   def _pays(self, acceptance_J, wanted: int, left: int, behind_s: float) -> bool:
     per_s, wanted_s = (
-      token_s(self.measured.forward_s, acceptance_J, j) for j in (self._current, wanted)
+      token_s(self.times.forward_s, acceptance_J, j) for j in (self._current, wanted)
     )
     # The first forward pass has no drafts.
-    return left * (per_s - wanted_s) > behind_s + interpolated_s(self.measured.forward_s, wanted)
+    return left * (per_s - wanted_s) > behind_s + interpolated_s(self.times.forward_s, wanted)
 
   def _plain(self, n_live: int, left: int, behind_s: float) -> Plan:
     """Plain decoding, or drafts again, if what that may lose is within the budget."""
-    plain_s = self.measured.forward_s[0]
+    plain_s = self.times.forward_s[0]
     tries = 1 + math.ceil(FEW / n_live)
-    cost_s = behind_s + tries * max(self.measured.forward_s[self.most] - plain_s, 0.0)
-    wait_s = (self.measured.lost_s + cost_s) / BUDGET - self.measured.elapsed_s
-    if wait_s <= 0 and left > MIN_NEW_TOKENS:
+    cost_s = behind_s + tries * max(self.times.forward_s[self.most] - plain_s, 0.0)
+    accepted = self._accepted
+    accepted.spare_s = min(accepted.spare_s, cost_s)
+    wait_s = (cost_s - accepted.spare_s) / BUDGET
+    if wait_s <= 0 and left > tries:
       self._trying, self._current = True, self.most
       self._counts_2BJ[:] = 0
       return Plan(self.most, tries)
@@ -220,16 +235,19 @@ class Policy:
 
   def record(self, done: Segment) -> None:
     """Records what a planned call has done."""
-    J, measured = done.num_drafts, self.measured
-    measured.update(J, done.forwards, done.seconds)
-    measured.elapsed_s += done.seconds
+    J, times = done.num_drafts, self.times
+    times.update(J, done.forwards, done.seconds)
     new_2BJ = np.stack([done.proposed_BJ[:, :J], done.accepted_BJ[:, :J]])
-    for counts, new in ((self._counts_2BJ, new_2BJ), (measured.drafts_2J, new_2BJ.sum(1))):
+    shared = self._accepted
+    for counts, new in ((self._counts_2BJ, new_2BJ), (shared.drafts_2J, new_2BJ.sum(1))):
       counts[..., :J] *= 0.5 ** (done.forwards / MEMORY)
       counts[..., :J] += new
+    # By the least times: other work on the machine is neither gained nor lost.
+    shared.spare_s += BUDGET * done.forwards * times.forward_s[J]
     if self._trying:
       mean = done.n_tokens / max(done.row_forwards, 1)
-      measured.lost_s += max(done.seconds - done.forwards * mean * measured.forward_s[0], 0.0)
+      lost_s = times.forward_s[J] - mean * times.forward_s[0]
+      shared.spare_s -= done.forwards * max(lost_s, 0.0)
     for counts, n in (
       (self._tokens, done.n_tokens),
       (self._row_forwards, done.row_forwards),
@@ -239,13 +257,13 @@ class Policy:
 
   def spend(self, seconds: float) -> None:
     """Records seconds of a change to more drafts, the reading included."""
-    self.measured.elapsed_s += seconds
+    self._accepted.spare_s += BUDGET * seconds
     if self._trying:
-      self.measured.lost_s += seconds
+      self._accepted.spare_s -= seconds
 
   def report(self) -> 'Report':
     rates = {j: self._tokens[j] / max(n, 1) for j, n in self._row_forwards.items()}
-    return Report(self.most, dict(self._forwards), rates, dict(self.measured.forward_s))
+    return Report(self.most, dict(self._forwards), rates, dict(self.times.forward_s))
 
 
 class Report(NamedTuple):

@@ -18,7 +18,7 @@ MOST_FORWARDS = 7  # of a timed call: all rounds fit into adaptive.MIN_NEW_TOKEN
 LONG_S = 0.05  # a forward pass of so many seconds is timed once, after a first call
 
 
-def measure(batch: batch_lib.Batch, most: int) -> adaptive.Measured:
+def measure(batch: batch_lib.Batch, most: int) -> adaptive.Times:
   """Compiles the programs of 0 and of the most drafts and times them, before the prefill.
 
   The time of a forward pass depends on shapes alone, not on tokens.
@@ -46,7 +46,7 @@ def measure(batch: batch_lib.Batch, most: int) -> adaptive.Measured:
       if not r or forward_s[J] < LONG_S:
         n = int(np.clip(CALL_S / max(forward_s[J], 1e-9), 1, MOST_FORWARDS))
         forward_s[J] = min(forward_s[J], seconds(J, n))
-  return adaptive.Measured(forward_s, call_s, compile_s)
+  return adaptive.Times(forward_s, call_s, compile_s)
 
 
 class Auto:

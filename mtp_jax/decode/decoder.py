@@ -84,7 +84,8 @@ class Decoder:
       self._weights = _weights(model, s=self._widest)
     # By the shape of a batch:
     self._compiled: dict[Any, set] = {}  # Setups whose programs have run
-    self._measured: dict[Any, adaptive.Measured] = {}
+    self._times: dict[Any, adaptive.Times] = {}
+    self._accepted: dict[Any, adaptive.Accepted] = {}  # by shape and sampling
     self._seen: dict[Any, int] = {}  # new tokens per row so far
 
   def with_sampling(self, **decode) -> 'Decoder':
@@ -165,7 +166,7 @@ class Decoder:
     if is_auto and not self._is_measured((B, slots, s), d.max_new_tokens):
       s, is_auto = batch_lib.with_drafts(s, 0), False
     shape = (B, slots, C, bool(chunks), sampling is None, is_auto, s)
-    if shape in self._measured and not self._measured[shape].can_pay(most):
+    if shape in self._times and not self._times[shape].can_pay(most):
       s = batch_lib.with_drafts(s, 0)  # no cache of heads
     with jax.set_mesh(self.mesh):
       state, caches = self._start(
@@ -183,9 +184,9 @@ class Decoder:
         self._weights, state, caches, sampling=sampling, max_accept=max_accept, s=s
       )
       begin = time.perf_counter()
-      if is_auto and shape not in self._measured:
-        self._measured[shape] = auto.measure(batch, most)
-        if not self._measured[shape].can_pay(most):
+      if is_auto and shape not in self._times:
+        self._times[shape] = auto.measure(batch, most)
+        if not self._times[shape].can_pay(most):
           batch.change(0)
       compile_s, run = 0.0, batch
       compiled = self._compiled.setdefault(shape, set())
@@ -199,7 +200,9 @@ class Decoder:
       batch.prefill(chunks, C)
       prefill_s, decode_s = time.perf_counter() - begin, 0.0
       if is_auto:
-        policy = adaptive.Policy(self._measured[shape], most, B)
+        kind = shape, sampling, max_accept
+        accepted = self._accepted.setdefault(kind, adaptive.Accepted(most))
+        policy = adaptive.Policy(self._times[shape], most, B, accepted)
         read_s = prefill_s / max(len(chunks) * C, 1)
         run = auto.Auto(batch, policy, read_s=read_s, compiled=compiled)
       done = False

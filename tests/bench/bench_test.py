@@ -9,7 +9,7 @@ import pytest
 
 from mtp_jax.bench import run
 from mtp_jax.cli import flags, main
-from mtp_jax.config import schema
+from mtp_jax.config import fields, schema, validate
 from mtp_jax.model import flops
 from mtp_jax.parallel import chips
 from tests.baselines import compare, n_logits
@@ -206,6 +206,14 @@ def test_bad_bench_flags_raise(capsys, flag, value, problem):
   out, error = capsys.readouterr()
   assert out == '' and error.count('\n') == 1
   assert error.startswith(f'mtp: --{flag}={value}: {problem}')
+
+
+def test_drafts_of_a_shared_module_may_be_more_than_its_heads():
+  found = {'heads.n': 2, 'heads.family': 'recursive', 'bench.num_draft_tokens': '0,6'}
+  cfg = schema.replace(schema.CommandConfig(), **found)
+  with pytest.raises(fields.ConfigError, match='= 1, of a shared module to --decode.num_draft'):
+    validate.validate(cfg)
+  validate.validate(schema.replace(cfg, **{'decode.num_draft_tokens': '6'}))
 
 
 def test_data_bench_requires_a_store(capsys):

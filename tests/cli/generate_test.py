@@ -54,7 +54,7 @@ def test_auto_reports_its_choice(undisturbed, tmp_path, capsys, monkeypatch):
     ({0: 1.0, 1: 9.0}, 70, line + r'[\d.e-]+ ms per forward pass; 1 draft tokens take 9e.03 ms'),
     (None, 12, line + 'fewer than 64 new tokens are not measured'),
   ):
-    monkeypatch.setattr(auto, 'measure', lambda *args, times=times: adaptive.Measured(times))
+    monkeypatch.setattr(auto, 'measure', lambda *args, times=times: adaptive.Times(times))
     out = tmp_path / 'out.json'
     flags = (f'--decode.max_new_tokens={new}', f'--out={out}')
     assert _generate(undisturbed, '--prompt_ids=1,5,9', *flags) == 0

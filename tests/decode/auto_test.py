@@ -24,12 +24,12 @@ def given(monkeypatch):
   def give(forward_s, plans=None):
     def measure(batch, most):
       known = {j: s for j, s in forward_s.items() if j <= most}
-      return adaptive.Measured(known, compile_s=0.0)
+      return adaptive.Times(known, compile_s=0.0)
 
     monkeypatch.setattr(auto, 'measure', measure)
     monkeypatch.setattr(adaptive, 'MIN_NEW_TOKENS', 1)
     # What a clock says does not count.
-    monkeypatch.setattr(adaptive.Measured, 'update', lambda self, *args: None)
+    monkeypatch.setattr(adaptive.Times, 'update', lambda self, *args: None)
     if plans is not None:
       planned = itertools.cycle(plans)
       monkeypatch.setattr(
