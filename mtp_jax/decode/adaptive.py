@@ -124,19 +124,16 @@ class Policy:
   within BUDGET.
   """
 
-  def __init__(self, times: Times, most: int, rows: int, accepted: Accepted | None = None):
+  def __init__(self, times: Times, most: int, rows: int, accepted: Accepted):
     """Starts a batch.
 
     Args:
       times: of its shape; updated.
       most: maximum number of draft tokens.
       rows: of the batch.
-      accepted: of its shape and sampling; updated. None = this is the only batch.
+      accepted: of its shape and sampling; updated.
     """
-    self.times, self.most = times, most
-    self._accepted = accepted or Accepted(most)
-    known_2J = self._accepted.drafts_2J
-    self._known_2J = known_2J * min(1.0, MEMORY / max(known_2J[0, 0], 1.0))
+    self.times, self.most, self._accepted = times, most, accepted
     self._current, self._stretch = most, SHORTEST
     self._counts_2BJ = np.zeros((2, rows, most))  # verified, accepted
     self._trying = times.can_pay(most)
@@ -157,8 +154,10 @@ class Policy:
     if not times.can_pay(self.most):
       self._current, self._trying = 0, False
       return Plan(0, NO_LIMIT)
-    self._counts_2BJ[:, live_B] += self._known_2J[:, None] / n_live
-    self._known_2J = 0.0 * self._known_2J
+    if not self._forwards:
+      known_2J = self._accepted.drafts_2J
+      known_2J = known_2J * min(1.0, MEMORY / max(known_2J[0, 0], 1.0))
+      self._counts_2BJ[:, live_B] = known_2J[:, None] / n_live
     verified_J, accepted_J = self._counts_2BJ[:, live_B].sum(1)
     if self._trying:
       if self._is_open(verified_J, accepted_J):

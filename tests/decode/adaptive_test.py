@@ -49,7 +49,8 @@ class Machine:
   def __init__(self, times, rates, lengths, *, most=MOST, compile_s=1e9, noise=None, **kwargs):
     self.true_s, self.rates = times, rates
     self.measured = adaptive.Times(noise or {j: times[j] for j in (0, most)}, 0.0, compile_s)
-    self.policy = adaptive.Policy(self.measured, most, len(lengths), kwargs.get('accepted'))
+    accepted = kwargs.get('accepted') or adaptive.Accepted(most)
+    self.policy = adaptive.Policy(self.measured, most, len(lengths), accepted)
     self.left_B = np.array(lengths)
     self.rng, self.seconds, self.plans = np.random.default_rng(0), 0.0, []
     self.behind_s = kwargs.get('behind_s', 0.0)
@@ -206,7 +207,7 @@ def test_only_live_rows_count():
   machine = Machine({0: 1.0, 3: 1.6}, lambda m, b: rates(m, 7 - b), [3000] + [300] * 7)
   machine.run()
   assert machine.forwards[3] > 500
-  policy = adaptive.Policy(adaptive.Times({0: 1.0, 3: 1.6}), 3, 2)
+  policy = adaptive.Policy(adaptive.Times({0: 1.0, 3: 1.6}), 3, 2, adaptive.Accepted(3))
   good, bad = np.array([[20, 19, 18], [0, 0, 0]]), np.array([[0, 0, 0], [40, 0, 0]])
   policy.record(
     adaptive.Segment(3, 20, 32.0, 80, 40, np.array([good[0], bad[1]]), np.array([good[0], bad[0]]))
@@ -229,7 +230,7 @@ def test_intermediate_number_is_compiled_once_it_saves_its_compilation():
   shared = adaptive.Times({0: 1.0, 3: 1.9}, compile_s=60.0)
   chosen = []
   for _ in range(12):
-    policy = adaptive.Policy(shared, 3, 1)
+    policy = adaptive.Policy(shared, 3, 1, adaptive.Accepted(3))
     policy.record(
       adaptive.Segment(3, 30, 57.0, 57, 30, np.array([[30, 27, 2]]), np.array([[27, 2, 0]]))
     )
