@@ -35,6 +35,12 @@ def test_interval_of_students_t():
   assert induction.interval([3.0]) == (3.0, -math.inf, math.inf)
 
 
+def test_intervals_of_accuracies_end_where_accuracies_do():
+  assert induction.shown([0.6, 0.9], '.1%') == '75.0% (0.0% to 100.0%)'
+  assert induction.shown([0.1, 0.5], '+.1%') == '+30.0% (-100.0% to +100.0%)'
+  assert induction.shown([0.5, 1.5], '.1f') == '1.0 (-5.4 to 7.4)'
+
+
 def test_ratios_pair_the_seeds():
   def group(**tokens):
     curves = {int(seed[1:]): [dict(tokens=n, accuracy=1.0)] for seed, n in tokens.items()}
@@ -93,6 +99,8 @@ def test_the_page_shows_what_is_measured(monkeypatch, tmp_path):
   for curve in (row['curve'] for row in there.values()):
     for point in curve:
       point['nats_other'] = 1.25
+      point |= {f'accuracy_{name}': 0.5 for name in ('first', 'seen_1', 'seen_2', 'seen_4')}
+      point['accuracy_decided'] = 0.75
   monkeypatch.setattr(induction, 'rows', lambda: there)
   monkeypatch.setattr(induction, 'REPORT', tmp_path / 'induction.md')
   induction.write()
@@ -100,5 +108,7 @@ def test_the_page_shows_what_is_measured(monkeypatch, tmp_path):
   assert '16 of 80 runs' in text
   assert '| n = 2 | 1e-3 | 20.0% (20.0% to 20.0%) |' in text
   assert '0.300 (0.104 to 0.496)' in text  # nats .1 to .5: t of 4 degrees of freedom
+  assert '| 4.00 (4.00 to 4.00) | 5 of 5 |' in text  # to 80%
+  assert '| n = 2 | 50.0% (50.0% to 50.0%) |' in text and '| 75.0% (75.0% to 75.0%) |' in text
   assert '| n = 4 | open |' in text and '| 1.4M parameters, 5 layers | +0.0%' in text
   assert (tmp_path / 'induction_accuracy.png').stat().st_size > 1000

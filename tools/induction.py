@@ -15,6 +15,7 @@ is in tools/induction.md. --data holds childrens_stories.jsonl.gz, JSON lines wi
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
@@ -45,6 +46,7 @@ RATES = ('1e-3', '2e-3', '4e-3')
 RATE_SEED = 100  # of the choice of the learning rate
 SEEDS, FEWER = (1, 2, 3, 4, 5), (1, 2, 3)
 AT = (1, 2, 4)  # million tokens at which variants are compared
+LEARNED = 0.8  # above the accuracy of guessing among the story's second syllables
 
 # Equal parameters: 1,385,856, and 2,432 more or 1,536 fewer.
 VARIANTS = {
@@ -321,14 +323,14 @@ def shown(values: list[float], form: str) -> str:
   if not values:
     return 'open'
   mean, low, high = interval(values)
+  if form.endswith('%'):  # Student's t knows no bounds, an accuracy has them
+    low, high = max(low, -1.0 if form.startswith('+') else 0.0), min(high, 1.0)
   text = format(mean, form)
   return text if len(values) < 2 else f'{text} ({format(low, form)} to {format(high, form)})'
 
 
 def _ratio(a: Group, b: Group, value) -> str:
   found = ratios(a, b, value)
-  if a.variant == b.variant:
-    return '1'
   if not found:
     return 'open'
   mean, low, high = (math.exp(x) if abs(x) < 50 else math.inf for x in interval(found))
@@ -340,22 +342,45 @@ def _half(of: list[dict]) -> float | None:
 
 
 def main_table(there: dict) -> list[str]:
-  lines = [
+  """Returns the table of values, that of ratios to n = 1, and that of places."""
+  values = [
     '| variant | learning rate | '
     + ' | '.join(f'accuracy at {m}M tokens' for m in AT)
-    + ' | nats at 4M | tokens to half of its final accuracy (millions) | ratio to n = 1 |',
-    '|---' * (5 + len(AT)) + '|',
+    + ' | nats at 4M | tokens to half of its final accuracy (millions)'
+    + f' | tokens to {LEARNED:.0%} (millions) | seeds that reach it |',
+    '|---' * (7 + len(AT)) + '|',
+  ]
+  compared = [
+    '| over n = 1, by seed | '
+    + ' | '.join(f'accuracy at {m}M tokens' for m in AT)
+    + ' | nats at 4M | tokens to half of its final accuracy |',
+    '|---' * (3 + len(AT)) + '|',
+  ]
+  places = [
+    '| variant, at 4M tokens | first occurrence | second | third | fifth and later'
+    ' | later ones that the first token decides |',
+    '|---' * 6 + '|',
   ]
   first = group('main', 'n = 1', there)
+  at_each = [functools.partial(at, millions=m) for m in AT]
+  nats = functools.partial(at, millions=4, name='nats')
   for variant in VARIANTS:
     of = group('main', variant, there)
-    cells = [shown([at(c, m) for c in of.curves.values()], '.1%') for m in AT]
-    cells.append(shown([at(c, 4, 'nats') for c in of.curves.values()], '.3f'))
-    halves = [half / 1e6 for c in of.curves.values() if (half := _half(c))]
-    cells += [shown(halves, '.2f'), _ratio(of, first, _half)]
-    rate = rates_of(there).get(variant, 'open')
-    lines.append(f'| {variant} | {rate} | ' + ' | '.join(cells) + ' |')
-  return lines
+    curves = of.curves.values()
+    cells = [variant, rates_of(there).get(variant, 'open')]
+    cells += [shown([value(c) for c in curves], '.1%') for value in at_each]
+    cells.append(shown([nats(c) for c in curves], '.3f'))
+    cells.append(shown([half / 1e6 for c in curves if (half := _half(c))], '.2f'))
+    reached = [tokens / 1e6 for c in curves if (tokens := tokens_to(c, LEARNED))]
+    cells += [shown(reached, '.2f') if reached else '-', f'{len(reached)} of {len(curves)}']
+    values.append('| ' + ' | '.join(cells) + ' |')
+    if variant != first.variant:
+      cells = [variant, *(_ratio(of, first, value) for value in (*at_each, nats, _half))]
+      compared.append('| ' + ' | '.join(cells) + ' |')
+    names = ('first', 'seen_1', 'seen_2', 'seen_4', 'decided')
+    cells = [shown([at(c, 4, f'accuracy_{n}') for c in curves], '.1%') for n in names]
+    places.append(f'| {variant} | ' + ' | '.join(cells) + ' |')
+  return [*values, '', *compared, '', *places]
 
 
 def difference_table(there: dict) -> list[str]:
@@ -422,7 +447,7 @@ def _band(of: Group) -> figures.Series | None:
 
 
 def draw(there: dict) -> None:
-  """Draws accuracy against tokens, and the tokens that n = 2 saves against size."""
+  """Draws accuracy against tokens, and the ratio of n = 2 to n = 1 against size."""
   series = [band for v in VARIANTS if (band := _band(group('main', v, there)))]
   if series:
     figure = figures.Lines(
@@ -436,7 +461,8 @@ def draw(there: dict) -> None:
     (REPORT.parent / f'{figure.name}.png').write_bytes(figures.draw(figure)[1])
   points, low, high = [], [], []
   for part, millions in (('small', 0.4), ('main', 1.4), ('large', 5.0)):
-    found = ratios(*(group(part, v, there) for v in reversed(BOTH)), _half)
+    value = functools.partial(at, millions=AT[-1])
+    found = ratios(*(group(part, v, there) for v in reversed(BOTH)), value)
     if found:
       mean, *ends = map(math.exp, interval(found) if len(found) > 1 else [found[0]] * 3)
       points.append((millions, mean))
@@ -445,7 +471,7 @@ def draw(there: dict) -> None:
   if len(points) > 1:
     figure = figures.Lines(
       'induction_size',
-      'Tokens to half of the final accuracy, n = 2 over n = 1',
+      'Accuracy at 4M tokens, n = 2 over n = 1',
       'million parameters',
       'ratio',
       [figures.Series('n = 2', points, 1, marker='o', band=(low, high))],
@@ -456,8 +482,8 @@ def draw(there: dict) -> None:
 CAPTIONS = {
   'induction_accuracy': 'Accuracy on the second tokens of names that occurred before, over the'
   ' tokens of training; mean and range over seeds.',
-  'induction_size': 'Tokens to half of the final accuracy, n = 2 over n = 1, by size of the'
-  ' model; mean and 95% interval over seeds.',
+  'induction_size': 'Accuracy at 4M tokens, n = 2 over n = 1, by size of the model; geometric'
+  ' mean and 95% interval over seeds.',
 }
 
 
