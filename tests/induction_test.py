@@ -66,6 +66,9 @@ def test_the_learning_rate_is_that_of_the_lowest_loss_on_another_seed():
   assert induction.RATE_SEED not in {s for of in induction.SETTINGS.values() for s in of.seeds}
   todo = induction.jobs(there)
   assert {job.rate for job in todo if job.part != 'rate'} == {'2e-3'}
+  there[induction.Job('rate', 'n = 2', induction.RATE_SEED, '4e-3').key]['curve'][-1]['nats'] = 0.1
+  rates = {job.part: job.rate for job in induction.jobs(there)}
+  assert (rates['main'], rates['rate_2e-3']) == ('4e-3', '2e-3')
   assert {job.variant for job in todo if job.part != 'rate'} == {'n = 2'}
   long, main = (induction.Job(part, 'n = 2', 1, '2e-3') for part in ('long', 'main'))
   assert long.folder == main.folder and long.key != main.key  # it goes on with the same run
@@ -105,10 +108,10 @@ def test_the_page_shows_what_is_measured(monkeypatch, tmp_path):
   monkeypatch.setattr(induction, 'REPORT', tmp_path / 'induction.md')
   induction.write()
   text = (tmp_path / 'induction.md').read_text()
-  assert '16 of 80 runs' in text
+  assert '16 of 115 runs' in text
   assert '| n = 2 | 1e-3 | 20.0% (20.0% to 20.0%) |' in text
   assert '0.300 (0.104 to 0.496)' in text  # nats .1 to .5: t of 4 degrees of freedom
   assert '| 4.00 (4.00 to 4.00) | 5 of 5 |' in text  # to 80%
   assert '| n = 2 | 50.0% (50.0% to 50.0%) |' in text and '| 75.0% (75.0% to 75.0%) |' in text
-  assert '| n = 4 | open |' in text and '| 1.4M parameters, 5 layers | +0.0%' in text
+  assert '| n = 4 | open |' in text and '| 1.4M parameters, 5 layers: n = 2 | +0.0%' in text
   assert (tmp_path / 'induction_accuracy.png').stat().st_size > 1000

@@ -58,7 +58,7 @@ VARIANTS = {
   ),
   'token order prediction': (*('--heads.n=1', '--loss.token_order_weight=1', '--model.d_ff=396'),),
 }
-BOTH = ('n = 1', 'n = 2')
+BOTH, SEQUENTIAL = ('n = 1', 'n = 2'), 'n = 2, sequential'
 
 
 class Setting(NamedTuple):
@@ -67,13 +67,17 @@ class Setting(NamedTuple):
   title: str
   task: str = ''  # further parameters of the stories
   flags: tuple[str, ...] = ()
-  variants: tuple[str, ...] = BOTH
+  sequential: tuple[str, ...] = ()  # further flags of n = 2, sequential: equal parameters
+  variants: tuple[str, ...] = (*BOTH, SEQUENTIAL)
   seeds: tuple[int, ...] = FEWER
   steps: int = STEPS
+  rate: str = ''  # the learning rate; empty: each variant's own
 
 
 SETTINGS = {
   'main': Setting('1.4M parameters, 5 layers', variants=tuple(VARIANTS), seeds=SEEDS),
+  # The choice of n = 1 fell between runs none of which had learned anything by then.
+  'rate_2e-3': Setting('1.4M parameters, 5 layers, all at 2e-3', seeds=SEEDS, rate='2e-3'),
   'long': Setting('the same, 5,000 steps', seeds=(1, 2), steps=LONG),
   'names': Setting('100 x 100 syllables', task='/firsts=100/seconds=100'),
   'characters': Setting('6 characters', task='/characters=6'),
@@ -83,9 +87,21 @@ SETTINGS = {
     flags=('--data.seq_len=256', '--data.batch_size=8'),
   ),
   # The fewest that n = 2 can have: one layer of trunk and one below the next token.
-  'layers': Setting('3 layers', flags=('--model.n_layers=3', '--model.d_ff=864')),
-  'small': Setting('0.4M parameters', flags=('--model.d_model=64', '--model.d_ff=256')),
-  'large': Setting('5M parameters', flags=('--model.d_model=256', '--model.d_ff=832')),
+  'layers': Setting(
+    '3 layers',
+    flags=('--model.n_layers=3', '--model.d_ff=864'),
+    sequential=('--model.n_layers=2', '--model.d_ff=836'),
+  ),
+  'small': Setting(
+    '0.4M parameters',
+    flags=('--model.d_model=64', '--model.d_ff=256'),
+    sequential=('--model.d_ff=248',),
+  ),
+  'large': Setting(
+    '5M parameters',
+    flags=('--model.d_model=256', '--model.d_ff=832'),
+    sequential=('--model.d_ff=796',),
+  ),
 }
 
 
@@ -107,6 +123,8 @@ class Job(NamedTuple):
   def trained(self) -> tuple[str, ...]:
     """The flags of training, but for the number of steps, by which a run goes on."""
     changes = (*VARIANTS[self.variant], *self.setting.flags)
+    if self.variant == SEQUENTIAL:
+      changes += self.setting.sequential
     return (*changes, f'--optim.lr={self.rate}', f'--train.seed={self.seed}')
 
   @property
@@ -150,12 +168,14 @@ def rates_of(rows: dict[str, dict]) -> dict[str, str]:
 
 
 def jobs(rows: dict[str, dict]) -> list[Job]:
-  """Returns the runs whose learning rate is known, in their order."""
+  """Returns the runs whose learning rate is known, in their order: n = 1 and 2 first."""
   found = [Job('rate', v, RATE_SEED, rate) for rate in RATES for v in VARIANTS]
   chosen = rates_of(rows)
-  for part, setting in SETTINGS.items():
-    for seed in setting.seeds:
-      found += [Job(part, v, seed, chosen[v]) for v in setting.variants if v in chosen]
+  for variants in (BOTH, VARIANTS.keys() - BOTH):
+    for part, setting in SETTINGS.items():
+      for seed in setting.seeds:
+        now = [v for v in setting.variants if v in variants and v in chosen]
+        found += [Job(part, v, seed, setting.rate or chosen[v]) for v in now]
   return found
 
 
@@ -297,7 +317,7 @@ class Group(NamedTuple):
 
 
 def group(part: str, variant: str, there: dict[str, dict]) -> Group:
-  rate = rates_of(there).get(variant, '')
+  rate = SETTINGS[part].rate or rates_of(there).get(variant, '')
   found = {
     seed: there[key]
     for seed in SETTINGS[part].seeds
@@ -386,21 +406,23 @@ def main_table(there: dict) -> list[str]:
 def difference_table(there: dict) -> list[str]:
   lines = [
     '| | '
-    + ' | '.join(f'n = 2 minus n = 1 at {m}M' for m in AT)
-    + ' | n = 1 at 4M | n = 2 at 4M | seeds |',
+    + ' | '.join(f'minus n = 1 at {m}M' for m in AT)
+    + ' | accuracy at 4M | n = 1 at 4M | seeds |',
     '|---' * (4 + len(AT)) + '|',
   ]
   for part, setting in SETTINGS.items():
     if part == 'long':
       continue
-    one, two = (group(part, v, there) for v in BOTH)
-    seeds = sorted(one.curves.keys() & two.curves.keys())
-    cells = []
-    for m in AT:
-      ahead = [at(two.curves[s], m) - at(one.curves[s], m) for s in seeds]
-      cells.append(shown(ahead, '+.1%'))
-    cells += [shown([at(g.curves[s], 4) for s in seeds], '.1%') for g in (one, two)]
-    lines.append(f'| {setting.title} | ' + ' | '.join(cells) + f' | {len(seeds)} |')
+    one = group(part, 'n = 1', there)
+    for variant in (v for v in setting.variants if v != one.variant):
+      other = group(part, variant, there)
+      seeds = sorted(one.curves.keys() & other.curves.keys())
+      cells = []
+      for m in AT:
+        ahead = [at(other.curves[s], m) - at(one.curves[s], m) for s in seeds]
+        cells.append(shown(ahead, '+.1%'))
+      cells += [shown([at(g.curves[s], 4) for s in seeds], '.1%') for g in (other, one)]
+      lines.append(f'| {setting.title}: {variant} | ' + ' | '.join(cells) + f' | {len(seeds)} |')
   return lines
 
 
@@ -421,7 +443,7 @@ def long_table(there: dict) -> list[str]:
     ' | real stories, first occurrences |',
     '|---' * 6 + '|',
   ]
-  for variant in BOTH:
+  for variant in SETTINGS['long'].variants:
     for row in group('long', variant, there).rows:
       cells = [f'{at(row["curve"], m):.1%}' for m in (4, 6, 10)]
       real = row.get('real', {})
@@ -447,7 +469,7 @@ def _band(of: Group) -> figures.Series | None:
 
 
 def draw(there: dict) -> None:
-  """Draws accuracy against tokens, and the ratio of n = 2 to n = 1 against size."""
+  """Draws accuracy against tokens, and over that of n = 1 against size."""
   series = [band for v in VARIANTS if (band := _band(group('main', v, there)))]
   if series:
     figure = figures.Lines(
@@ -459,30 +481,36 @@ def draw(there: dict) -> None:
       (0, 1),
     )
     (REPORT.parent / f'{figure.name}.png').write_bytes(figures.draw(figure)[1])
+  series = [of for v in ('n = 2', SEQUENTIAL) if len((of := _by_size(v, there)).points) > 1]
+  if series:
+    figure = figures.Lines(
+      'induction_size',
+      'Accuracy at 4M tokens over that of n = 1',
+      'million parameters',
+      'ratio',
+      series,
+    )
+    (REPORT.parent / f'{figure.name}.png').write_bytes(figures.draw(figure)[1])
+
+
+def _by_size(variant: str, there: dict) -> figures.Series:
+  """Returns a variant's accuracy over that of n = 1, with its interval, by size."""
   points, low, high = [], [], []
+  value = functools.partial(at, millions=AT[-1])
   for part, millions in (('small', 0.4), ('main', 1.4), ('large', 5.0)):
-    value = functools.partial(at, millions=AT[-1])
-    found = ratios(*(group(part, v, there) for v in reversed(BOTH)), value)
-    if found:
-      mean, *ends = map(math.exp, interval(found) if len(found) > 1 else [found[0]] * 3)
+    found = ratios(group(part, variant, there), group(part, 'n = 1', there), value)
+    if len(found) > 1:
+      mean, *ends = map(math.exp, interval(found))
       points.append((millions, mean))
       low.append(ends[0])
       high.append(ends[1])
-  if len(points) > 1:
-    figure = figures.Lines(
-      'induction_size',
-      'Accuracy at 4M tokens, n = 2 over n = 1',
-      'million parameters',
-      'ratio',
-      [figures.Series('n = 2', points, 1, marker='o', band=(low, high))],
-    )
-    (REPORT.parent / f'{figure.name}.png').write_bytes(figures.draw(figure)[1])
+  return figures.Series(variant, points, [*VARIANTS].index(variant), marker='o', band=(low, high))
 
 
 CAPTIONS = {
   'induction_accuracy': 'Accuracy on the second tokens of names that occurred before, over the'
   ' tokens of training; mean and range over seeds.',
-  'induction_size': 'Accuracy at 4M tokens, n = 2 over n = 1, by size of the model; geometric'
+  'induction_size': 'Accuracy at 4M tokens over that of n = 1, by size of the model; geometric'
   ' mean and 95% interval over seeds.',
 }
 
