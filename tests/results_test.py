@@ -13,6 +13,7 @@ from mtp_jax.data import readers
 from mtp_jax.evals import registry
 from mtp_jax.model import lm, params
 from tests.support import runs
+from tools import heads, induction
 
 PATH = pathlib.Path(runs.ROOT, 'tools', 'results.py')
 SPEC = importlib.util.spec_from_file_location('results', PATH)
@@ -25,6 +26,15 @@ def _config(result, label) -> schema.Config:
   name, *args = results.command(result, label, 0, 'STORE', 'RUN')
   assert name == 'train'
   return flags.parse(args).config()
+
+
+def test_no_measured_row_is_lost_to_a_changed_flag_file():
+  assert len(results.rows()) == len(results.ROWS.read_text().splitlines())
+  for path, known in (
+    (induction.ROWS, induction.jobs(induction.rows())),
+    (heads.ROWS, heads.jobs()),
+  ):
+    assert {job.key for job in known} >= induction.rows(path).keys(), path
 
 
 @pytest.mark.parametrize('result, label', RUNS, ids=lambda x: x if isinstance(x, str) else x.name)
