@@ -371,46 +371,57 @@ def _half(of: list[dict]) -> float | None:
   return tokens_to(of, of[-1]['accuracy'] / 2)
 
 
-def main_table(there: dict) -> list[str]:
-  """Returns the table of values, that of ratios to n = 1, and that of places."""
-  values = [
-    '| variant | learning rate | '
-    + ' | '.join(f'accuracy at {m}M tokens' for m in AT)
-    + ' | nats at 4M | tokens to half of its final accuracy (millions)'
-    + f' | tokens to {LEARNED:.0%} (millions) | seeds that reach it |',
+AT_EACH = [functools.partial(at, millions=m) for m in AT]
+NATS = functools.partial(at, millions=4, name='nats')
+ACCURACIES = ' | '.join(f'accuracy at {m}M tokens' for m in AT)
+
+
+def value_table(there: dict) -> list[str]:
+  lines = [
+    f'| variant | learning rate | {ACCURACIES} | nats at 4M | tokens to half of its final accuracy'
+    f' (millions) | tokens to {LEARNED:.0%} (millions) | seeds that reach it |',
     '|---' * (7 + len(AT)) + '|',
   ]
-  compared = [
-    '| over n = 1, by seed | '
-    + ' | '.join(f'accuracy at {m}M tokens' for m in AT)
-    + ' | nats at 4M | tokens to half of its final accuracy |',
+  for variant in VARIANTS:
+    curves = group('main', variant, there).curves.values()
+    reached = [tokens / 1e6 for c in curves if (tokens := tokens_to(c, LEARNED))]
+    cells = [
+      variant,
+      rates_of(there).get(variant, 'open'),
+      *(shown([value(c) for c in curves], '.1%') for value in AT_EACH),
+      shown([NATS(c) for c in curves], '.3f'),
+      shown([half / 1e6 for c in curves if (half := _half(c))], '.2f'),
+      shown(reached, '.2f') if reached else '-',
+      f'{len(reached)} of {len(curves)}',
+    ]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def ratio_table(there: dict) -> list[str]:
+  lines = [
+    f'| over n = 1, by seed | {ACCURACIES} | nats at 4M | tokens to half of its final accuracy |',
     '|---' * (3 + len(AT)) + '|',
   ]
-  places = [
+  one, *others = (group('main', v, there) for v in VARIANTS)
+  for of in others:
+    cells = [of.variant, *(_ratio(of, one, value) for value in (*AT_EACH, NATS, _half))]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return lines
+
+
+def place_table(there: dict) -> list[str]:
+  lines = [
     '| variant, at 4M tokens | first occurrence | second | third and fourth | fifth and later'
     ' | later ones that the first token decides |',
     '|---' * 6 + '|',
   ]
-  first = group('main', 'n = 1', there)
-  at_each = [functools.partial(at, millions=m) for m in AT]
-  nats = functools.partial(at, millions=4, name='nats')
   for variant in VARIANTS:
-    of = group('main', variant, there)
-    curves = of.curves.values()
-    cells = [variant, rates_of(there).get(variant, 'open')]
-    cells += [shown([value(c) for c in curves], '.1%') for value in at_each]
-    cells.append(shown([nats(c) for c in curves], '.3f'))
-    cells.append(shown([half / 1e6 for c in curves if (half := _half(c))], '.2f'))
-    reached = [tokens / 1e6 for c in curves if (tokens := tokens_to(c, LEARNED))]
-    cells += [shown(reached, '.2f') if reached else '-', f'{len(reached)} of {len(curves)}']
-    values.append('| ' + ' | '.join(cells) + ' |')
-    if variant != first.variant:
-      cells = [variant, *(_ratio(of, first, value) for value in (*at_each, nats, _half))]
-      compared.append('| ' + ' | '.join(cells) + ' |')
+    curves = group('main', variant, there).curves.values()
     names = ('first', 'seen_1', 'seen_2', 'seen_4', 'decided')
     cells = [shown([at(c, 4, f'accuracy_{n}') for c in curves], '.1%') for n in names]
-    places.append(f'| {variant} | ' + ' | '.join(cells) + ' |')
-  return [*values, '', *compared, '', *places]
+    lines.append(f'| {variant} | ' + ' | '.join(cells) + ' |')
+  return lines
 
 
 def difference_table(there: dict) -> list[str]:
@@ -544,16 +555,19 @@ def write() -> None:
   known = {job.key for job in jobs(there)}
   hours = sum(there[key]['cpu_s'] for key in known & there.keys()) / 3600
   tables = dict(
-    main=main_table,
-    changes=lambda there: [*difference_table(there), '', *rate_table(there)],
-    cost=cost_table,
-    long=long_table,
+    main=(value_table, ratio_table, place_table),
+    changes=(difference_table, rate_table),
+    cost=(cost_table,),
+    long=(long_table,),
   )
   lines = [texts['head'], '']
   lines += [f'{len(known & there.keys())} of {n_runs()} runs, {hours:.1f} CPU-hours.', '']
   pictures = dict(main='induction_accuracy', changes='induction_size')
-  for name, table in tables.items():
-    lines += [texts[f'{name}: question'], '', *table(there), '', texts[f'{name}: answer'], '']
+  for name, of in tables.items():
+    lines += [texts[f'{name}: question'], '']
+    for table in of:
+      lines += [*table(there), '']
+    lines += [texts[f'{name}: answer'], '']
     picture = REPORT.parent / f'{pictures.get(name)}.png'
     if picture.exists():
       lines += [f'![{CAPTIONS[picture.stem]}]({picture.name})', '', CAPTIONS[picture.stem], '']
