@@ -2212,6 +2212,14 @@ FAULTS = (
     _in('losses/loss', 'test_argmax_is_the_first_of_equals'),
   ),
   Fault(
+    'ids-of-all-positions-before-the-loop',
+    0,
+    'mtp_jax/losses/cross_entropy.py',
+    '  ids_11V, top_BC = jax.lax.optimization_barrier((ids_11V, top_BC))',
+    '',
+    _in('losses/loss', 'test_nothing_per_logit_is_computed_before_the_loop_over_chunks'),
+  ),
+  Fault(
     'gradient-of-the-mlp-without-its-input',
     0,
     'mtp_jax/model/block.py',

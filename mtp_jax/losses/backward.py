@@ -7,7 +7,7 @@
                custom_vjp, and adds into dL/dz, so that nothing is computed twice but
                the blocks of a chain. In memory until the trunk's backward pass: dL/dz
                (B x T x D) and the gradients of heads and unembedding, which are needed
-               anyway; while a chain runs, 2 K B T D numbers of the compute dtype.
+               anyway; while a chain runs, 2 K B T D numbers of the compute dtype (3 if wide).
 
 Neither ever holds the logits of two heads. Losses that compare drafts with head 1
 (acceptance.py) need its hidden state first: there, and with an external teacher, both
@@ -174,6 +174,14 @@ def remat(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config, detail=None)
   return jnp.sum(value_K), stats
 
 
+def _kept_of_chain(cfg):
+  """Returns what is kept of each block, as a policy: of a wide one its output, which costs no
+  memory, since the peak is in the trunk's backward pass, and saves a product."""
+  if cfg.model.d_model < block.WIDE:
+    return None
+  return jax.checkpoint_policies.save_only_these_names(heads.BLOCK_OUTPUT, layers.MEAN_SQUARE)
+
+
 def _hidden_states(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
   """Computes h_KBTD of all heads; the backward pass recomputes their blocks."""
 
@@ -186,7 +194,7 @@ def _hidden_states(w: DiffInputs, inputs: NondiffInputs, cfg: schema.Config):
   per_head = head_loss.HeadBatch(
     k=inputs.k_K, target_BT=None, valid_BT=None, scale=None, probe=w.probe_K
   )
-  visit = jax.checkpoint(visit, static_argnums=(3,))
+  visit = jax.checkpoint(visit, policy=_kept_of_chain(cfg), static_argnums=(3,))
   z_BTD = w.z_BTD.astype(cfg.model.compute_dtype)
   return _scan_heads(visit, z_BTD, w.modules, per_head, cfg)[1][0]
 
@@ -292,7 +300,7 @@ def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
 def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   """Runs the chain forward with each head's loss forward and backward, then the
   chain backward, recomputing its blocks only. In memory between the two: each
-  head's input and dL/dh_k."""
+  head's input and dL/dh_k, and what is kept of its block."""
   loss = head_loss.of(inputs.window, cfg)
 
   def chain(modules, z_BTD, emb_BUD, norm_D, probe_K):
@@ -302,7 +310,8 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
     def visit(carry, module, head, is_head_1):
       carry_BTD, dshared = carry
       number = head._replace(target_BT=None, valid_BT=None, scale=None, unembed_DV=None)
-      checkpointed = jax.checkpoint(functools.partial(hidden, is_head_1=is_head_1, **of_all))
+      state = functools.partial(hidden, is_head_1=is_head_1, **of_all)
+      checkpointed = jax.checkpoint(state, policy=_kept_of_chain(cfg))
       carry_BTD, h_BTD = checkpointed(module, number, carry_BTD, here)
       dshared, grads, value, stats = loss.value_and_grad(
         jax.lax.stop_gradient(h_BTD), shared, dshared, head, is_head_1

@@ -15,7 +15,7 @@ from mtp_jax.config import layer_types, schema
 from mtp_jax.model import attention, layers, params
 from mtp_jax.parallel import sharding
 
-# From this width, a TPU's products of the MLP are faster if elementwise functions are not
+# From this width, a TPU's products of a layer are faster if elementwise functions are not
 # computed within them (docs/performance.md, "Cycles by the compiler").
 WIDE = 4096
 
@@ -150,6 +150,7 @@ def block(
   ctx = of_type(ctx, layer_type, cfg)
   with jax.named_scope('qkv'):
     y_BTD = attention_input(w, x_BTD, m)
+    y_BTD = layers.gradient_in_memory(y_BTD) if _is_apart(m) else y_BTD
     q_BTNH = queries(w, y_BTD, ctx, m)
     k_BTGH, v_BTGH = of_others or keys_values(w, y_BTD, ctx, m)
   with jax.named_scope('attend'):
@@ -217,17 +218,21 @@ def add_attended(w: Block[jax.Array], x_BTD, y_BTD, a_BTNH, m: schema.ModelConfi
     return x_BTD + _added(_biased(o_BTD, w.o_bias), w.attn_out_norm, m)
 
 
+def _is_apart(m: schema.ModelConfig) -> bool:
+  """Whether elementwise functions of products are not computed within them."""
+  return m.d_model >= WIDE and sharding.platform() == 'tpu'
+
+
 def add_mlp(w: Block[jax.Array], x_BTD, m: schema.ModelConfig):
   with jax.named_scope('mlp'):
     y_BTD = x_BTD if w.mlp_norm is None else layers.rms_norm(x_BTD, w.mlp_norm, m)
-    apart = m.d_model >= WIDE and sharding.platform() == 'tpu'
-    y_BTD = layers.gradient_in_memory(y_BTD) if apart else y_BTD
+    y_BTD = layers.gradient_in_memory(y_BTD) if _is_apart(m) else y_BTD
     gate_BTF = _biased(layers.product('BTD,DF->BTF', y_BTD, w.gate), w.gate_bias)
     up_BTF = _biased(layers.product('BTD,DF->BTF', y_BTD, w.up), w.up_bias)
-    if apart:
+    if _is_apart(m):
       gate_BTF, up_BTF = layers.gradient_in_memory((gate_BTF, up_BTF))
     active_BTF = layers.ACTIVATIONS[m.activation](gate_BTF) * up_BTF
-    o_BTD = (_down_apart if apart else _down)(active_BTF, w.down)
+    o_BTD = (_down_apart if _is_apart(m) else _down)(active_BTF, w.down)
     return x_BTD + _added(_biased(o_BTD, w.down_bias), w.mlp_out_norm, m)
 
 

@@ -16,10 +16,13 @@ from typing import Any, Generic, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import fields, layer_types, schema
 from mtp_jax.model import block, layers, params
 from mtp_jax.parallel import sharding
+
+BLOCK_OUTPUT = 'block_output'  # of a head, before its norm
 
 
 class Inputs(NamedTuple):
@@ -90,6 +93,7 @@ def step(module, k, x: Inputs, ctx, cfg, *, apply_block=block.block):
   if f.layer is not None:
     layer_type = layers.at(types_of_heads(cfg), k - 1)
     y_BTD = apply_block(f.layer(module), y_BTD, ctx, cfg, layer_type)
+    y_BTD = checkpoint_name(y_BTD, BLOCK_OUTPUT)
   return f.block_output(module, y_BTD, x, cfg)
 
 

@@ -215,6 +215,10 @@ def gather(w, axes, compute_dtype, grad_dtype):
 
   @jax.custom_vjp
   def use(w):
+    if w.ndim == 2 and jnp.dtype(compute_dtype) == jnp.bfloat16:
+      # Or XLA casts a stack of layers before the loop over them, and keeps it. Of q, k, v and o,
+      # which a TPU reads in another order, it would keep copies in float32 instead.
+      w = jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
     return jax.reshard(w.astype(compute_dtype), gathered).astype(held_dtype)
 
   def use_bwd(_, dw):

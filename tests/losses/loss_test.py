@@ -686,6 +686,31 @@ def test_memory_with_all_logits_grows_with_heads():
   assert _temp_bytes(8, 'dense') > 4 * _temp_bytes(1, 'remat')
 
 
+def _outside_of_loops(jaxpr):
+  """Yields the shapes of what a program computes once from arrays: what it computes from a
+  number XLA computes where it is read."""
+  for eqn in jaxpr.eqns:
+    called = list(jax.extend.core.jaxprs_in_params(eqn.params))
+    if not called and any(v.aval.size > 1 for v in eqn.invars):
+      yield from (v.aval.shape for v in eqn.outvars)
+    for sub in called if eqn.primitive.name != 'scan' else ():
+      yield from _outside_of_loops(sub)
+
+
+@pytest.mark.parametrize('family', ['parallel', 'sequential'])
+def test_nothing_per_logit_is_computed_before_the_loop_over_chunks(family):
+  """JAX computes what a loop does not change, as the ids of tokens, before a loop that it
+  differentiates."""
+  c = tiny.cfg(heads__n=3, heads__family=family, loss__backward='interleaved', loss__chunk_size=4)
+  m = tiny.mesh(c)
+  with jax.set_mesh(m):
+    w, rows = tiny.model(c, m), sharding.put_batch(m, tiny.batch(c))
+    jaxpr = jax.make_jaxpr(lambda w, rows: tiny._value_and_grad(w, rows, c=c, n_active=3))(w, rows)
+  V, found = c.model.vocab_size, set(_outside_of_loops(jaxpr.jaxpr))
+  assert (c.model.d_model, V) in found
+  assert {x for x in found if len(x) == 3 and x[-1] == V} <= {(1, 1, V)}
+
+
 @pytest.mark.parametrize('schedule', ['remat', 'interleaved'])
 @pytest.mark.parametrize('grad_dtype', ['float32', 'bfloat16'])
 def test_gradients_are_reduced_over_devices_in_grad_dtype(schedule, grad_dtype):
