@@ -29,6 +29,7 @@ def run(parsed: flags.Parsed) -> int:
       raise fields.ConfigError('out', parsed.out, 'is the file of --decode.prompts')
   prompts = prompts_lib.read_prompts(parsed, found)
   opened = load.load(found)
+  streaming.warn_of_length(prompts, opened.cfg)
   if d.compare and opened.decoder.widths:
     from mtp_jax.bench import decode
 

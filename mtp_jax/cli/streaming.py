@@ -34,7 +34,6 @@ def decode_prompts(
   stop_ids = summary_lib.stop_ids(cfg, opened)
   widths = decoder_lib.requested(cfg, decode.active)
   rows, done = [], []
-  _log(_warn_context(cfg, prompts, cache))
   for first in range(0, len(prompts), B):
     batch = prompts[first : first + B]
     stream = _stream(opened, batch[0], write) if len(prompts) == 1 else None
@@ -95,15 +94,14 @@ def _log(lines: list[str]) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _warn_context(cfg, prompts, cache: int) -> list[str]:
+def warn_of_length(prompts: list[prompts_lib.Prompt], cfg) -> None:
+  """Prints a line to stderr if rows may become longer than what the model was trained on."""
+  cache = decoder_lib.cache_length([p.ids for p in prompts], cfg)
   longest = max(len(p.ids) for p in prompts) + cfg.decode.max_new_tokens
   longest = min(longest, cache)
-  if longest <= subject_lib.context(cfg):
-    return []
-  return [
-    f'rows of up to {longest:,} tokens exceed the sequence length that the model was'
-    f' trained on (--data.seq_len={cfg.data.seq_len:,})'
-  ]
+  if longest > subject_lib.context(cfg):
+    line = f'rows of up to {longest:,} tokens exceed the sequence length that the model was'
+    _log([f'{line} trained on (--data.seq_len={cfg.data.seq_len:,})'])
 
 
 def row(prompt: prompts_lib.Prompt, tokens, forwards, opened, stop_ids) -> dict:

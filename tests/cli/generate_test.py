@@ -119,7 +119,7 @@ def test_prompt_file_in_batches(undisturbed, tmp_path, capsys):
   assert found['tokens'] == 12 and len(found['acceptance']) == 1
 
 
-def test_samples_depend_on_seed_only(undisturbed, tmp_path):
+def test_samples_depend_on_seed_only(undisturbed, tmp_path, capsys):
   lines = tmp_path / 'prompts.txt'
   lines.write_text('a\na\na\n')
 
@@ -140,6 +140,7 @@ def test_samples_depend_on_seed_only(undisturbed, tmp_path):
     return [json.loads(x)['ids'] for x in out.read_text().splitlines()]
 
   first = texts()
+  assert 'exceed the sequence length' in capsys.readouterr().err
   assert first[0] != first[1]
   assert texts('--decode.batch_size=2') == first
   assert texts('--decode.seed=1')[:2] == first[1:]
@@ -169,14 +170,15 @@ def test_compare_reports_equal_text(undisturbed, tmp_path, capsys):
       '--prompt=ab',
       '--decode.compare',
       '--decode.num_draft_tokens=all',
-      '--decode.max_new_tokens=12',
+      '--decode.max_new_tokens=14',
       '--bench.rounds=2',
       f'--out={out}',
       '--decode.stop_token_ids=none',
     )
     == 0
   )
-  shown = capsys.readouterr().out
+  shown, error = capsys.readouterr()
+  assert re.search(r'rows of up to 1\d tokens exceed the sequence length', error)
   assert 'identical, all 1 rows' in shown and '2 heads compared with head 1 only' in shown
   assert re.search(r'speed-up [\d.]+ \([\d.]+-[\d.]+\), tokens per forward pass', shown)
   found = json.loads(out.read_text())
