@@ -108,7 +108,7 @@ def test_the_page_shows_what_is_measured(monkeypatch, tmp_path):
   monkeypatch.setattr(induction, 'REPORT', tmp_path / 'induction.md')
   induction.write()
   text = (tmp_path / 'induction.md').read_text()
-  assert '16 of 133 runs' in text
+  assert '16 of 131 runs' in text
   assert '| n = 2 | 1e-3 | 20.0% (20.0% to 20.0%) |' in text
   assert '0.300 (0.104 to 0.496)' in text  # nats .1 to .5: t of 4 degrees of freedom
   assert '| 4.00 (4.00 to 4.00) | 5 of 5 |' in text  # to 80%
