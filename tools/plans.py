@@ -171,10 +171,10 @@ parameters and moments, bfloat16 compute, and all chips along `--mesh.fsdp`. Mem
 per chip. The roofline is the step time of the busiest resource at its peak; more sequences per
 chip raise the MFU (`mtp plan --plan.search_mesh`). `*`: by formula, where jaxlib cannot read
 back what libtpu compiled. Of a GPU's memory, a program may have the share that JAX allocates,
-.92; the rest is for CUDA and NCCL ([Plan a run](guides/plan.md)). Rows of published models on
-TPUs are of the step before its temporaries were reduced
-([Performance](performance.md#cycles-by-the-compiler)): upper bounds. No step of these tables has
-run on a chip ([Hardware](hardware.md)).
+.92; the rest is for CUDA and NCCL ([Plan a run](guides/plan.md)). Rows on TPUs are of the
+step before it cast layers within the loop over them, by which 7B on v5e:4x4 takes .5 GiB less
+([Performance](performance.md#cycles-by-the-compiler)); those of published models, of an earlier
+one: upper bounds. No step of these tables has run on a chip ([Hardware](hardware.md)).
 """
 
 
