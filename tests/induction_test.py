@@ -74,12 +74,6 @@ def test_the_learning_rate_is_that_of_the_lowest_loss_on_another_seed():
   assert long.folder == main.folder and long.key != main.key  # it goes on with the same run
 
 
-def test_a_run_is_resumed_with_the_remat_that_it_was_started_with(tmp_path):
-  assert induction._remat(tmp_path / 'new') == 'block'
-  (tmp_path / 'config.json').write_text('{"model": {"remat": "none"}}')
-  assert induction._remat(tmp_path) == 'none'
-
-
 def test_variants_have_equal_parameters():
   counts = {}
   for part, setting in induction.SETTINGS.items():

@@ -233,7 +233,6 @@ def measure(job: Job, folder: pathlib.Path, data: pathlib.Path | None, core: int
     'train',
     f'--flagfile={FLAGS}',
     *job.trained,
-    f'--model.remat={_remat(run)}',
     f'--train.steps={job.setting.steps}',
     f'--data.store={store}',
     f'--train.workdir={run}',
@@ -255,12 +254,6 @@ def measure(job: Job, folder: pathlib.Path, data: pathlib.Path | None, core: int
     )['induction']
     row['real'] = {name: x for name, x in found.items() if name != 'items'}
   return row
-
-
-def _remat(run: pathlib.Path) -> str:
-  """Returns what a run was started with; that of new runs takes five sixths of the time."""
-  config = run / 'config.json'
-  return json.loads(config.read_text())['model']['remat'] if config.exists() else 'block'
 
 
 def _evaluated(core: int, run: pathlib.Path, *flags: str) -> dict:
