@@ -511,7 +511,7 @@ def draw(there: dict) -> None:
       (0, 1),
     )
     (REPORT.parent / f'{figure.name}.png').write_bytes(figures.draw(figure)[1])
-  by_size = _by_size('n = 2', there)
+  by_size = _by_size(there)
   if len(by_size.points) > 1:
     figure = figures.Lines(
       'induction_size',
@@ -523,18 +523,19 @@ def draw(there: dict) -> None:
     (REPORT.parent / f'{figure.name}.png').write_bytes(figures.draw(figure)[1])
 
 
-def _by_size(variant: str, there: dict) -> figures.Series:
-  """Returns a variant's accuracy over that of n = 1, with its interval, by size."""
+def _by_size(there: dict) -> figures.Series:
+  """Returns the accuracy of n = 2 over that of n = 1, with its interval, by size."""
+  one, two = BOTH
   points, low, high = [], [], []
   value = functools.partial(at, millions=AT[-1])
   for part, millions in (('small', 0.4), ('rate_1e-3', 1.4), ('large', 5.0)):
-    found = ratios(group(part, variant, there), group(part, 'n = 1', there), value)
+    found = ratios(group(part, two, there), group(part, one, there), value)
     if len(found) > 1:
       mean, *ends = map(math.exp, interval(found))
       points.append((millions, mean))
       low.append(ends[0])
       high.append(ends[1])
-  return figures.Series(variant, points, [*VARIANTS].index(variant), marker='o', band=(low, high))
+  return figures.Series(two, points, [*VARIANTS].index(two), marker='o', band=(low, high))
 
 
 CAPTIONS = {
