@@ -252,20 +252,34 @@ def _interleaved_fwd(w: DiffInputs, inputs: NondiffInputs, cfg):
   gather = functools.partial(head_loss.gather_shared, cfg=cfg)
   shared, gather_vjp = jax.vjp(gather, w.norm_D, w.unembed, w.order_VD, w.markov)
   shared = shared._replace(confidence_D=w.confidence_D)
+
+  def reduced(grads: DiffInputs, dshared: head_loss.SharedWeights, own) -> DiffInputs:
+    dnorm_D, dunembed, dorder_VD, dmarkov = gather_vjp(dshared._replace(confidence_D=None))
+    if cfg.heads.unembedding == 'replicated':
+      dunembed = own
+    grads = grads._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD, markov=dmarkov)
+    return grads._replace(confidence_D=dshared.confidence_D)
+
   both_ways = _chained if heads.family(cfg.heads).is_chained else _independent
   if inputs.drafts_K is not None:
     both_ways = _compared
-  grads, dshared, own, out = both_ways(w._replace(norm_D=shared.norm_D), shared, inputs, cfg)
-  dconfidence_D, dshared = dshared.confidence_D, dshared._replace(confidence_D=None)
-  dnorm_D, dunembed, dorder_VD, dmarkov = gather_vjp(dshared)
-  if cfg.heads.unembedding == 'replicated':
-    dunembed = own
-  grads = grads._replace(norm_D=dnorm_D, unembed=dunembed, order_VD=dorder_VD, markov=dmarkov)
-  grads = grads._replace(confidence_D=dconfidence_D)
+  grads, out = both_ways(w._replace(norm_D=shared.norm_D), shared, reduced, inputs, cfg)
   return out, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
 
 
-def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
+def _reduced_before(pull, d, reduced, w: DiffInputs, dshared, own) -> DiffInputs:
+  """Computes all gradients: of what heads share from dshared, of the rest by pull(d), the backward
+  pass of all blocks. On a TPU in this order, or the unembedding's gradient would wait for the
+  blocks, unsharded on each device; a GPU reduces it beside them."""
+  grads = reduced(w, dshared._replace(norm_D=jnp.zeros_like(w.norm_D)), own)
+  if sharding.platform() == 'tpu':
+    pull, grads = jax.lax.optimization_barrier((pull, grads))
+  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(d)
+  grads = grads._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
+  return grads._replace(norm_D=dnorm_D)
+
+
+def _independent(w: DiffInputs, shared, reduced, inputs: NondiffInputs, cfg):
   """Runs forward and backward of each head within one scan."""
   loss = head_loss.of(inputs.window, cfg)
 
@@ -294,10 +308,10 @@ def _independent(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   if heads.family(cfg.heads).shared_module and inputs.k_K.shape[0] > 1:
     dmodules = jax.tree.map(lambda d: jnp.sum(d, axis=0), dmodules)
   grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
-  return grads, dshared, own, (jnp.sum(value_K), stats)
+  return reduced(grads, dshared, own), (jnp.sum(value_K), stats)
 
 
-def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
+def _chained(w: DiffInputs, shared, reduced, inputs: NondiffInputs, cfg):
   """Runs the chain forward with each head's loss forward and backward, then the
   chain backward, recomputing its blocks only. In memory between the two: each
   head's input and dL/dh_k, and what is kept of its block."""
@@ -330,12 +344,11 @@ def _chained(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
   surrogate, pull, (dshared, value_K, stats, own) = jax.vjp(
     chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K, has_aux=True
   )
-  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(jnp.ones_like(surrogate))
-  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
-  return grads, dshared._replace(norm_D=dnorm_D), own, (jnp.sum(value_K), stats)
+  grads = _reduced_before(pull, jnp.ones_like(surrogate), reduced, w, dshared, own)
+  return grads, (jnp.sum(value_K), stats)
 
 
-def _compared(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
+def _compared(w: DiffInputs, shared, reduced, inputs: NondiffInputs, cfg):
   """Computes all hidden states, then each head's loss forward and backward, then the
   heads' backward pass, recomputing their blocks only. For e2e_tv acceptance rates come
   first, as the gradient by one draft depends on the others."""
@@ -370,12 +383,11 @@ def _compared(w: DiffInputs, shared, inputs: NondiffInputs, cfg):
 
   zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
   dshared, (grads_K, value_K, stats) = _scan_losses(visit, zeros, per_head, h_KBTD)
-  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(grads_K.h_BTD)
-  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
+  grads = _reduced_before(pull, grads_K.h_BTD, reduced, w, dshared, grads_K.unembed_DV)
   out = jnp.sum(value_K), stats
   if cfg.loss.head_loss == 'e2e_tv':
     out = _with_drafts_in_a_row(*out, drafts)
-  return grads, dshared._replace(norm_D=dnorm_D), grads_K.unembed_DV, out
+  return grads, out
 
 
 def _interleaved_bwd(cfg, grads: DiffInputs, cotangents):

@@ -1,6 +1,7 @@
 """The loss: equal values and gradients of every implementation and option."""
 
 import functools
+import importlib.util
 import itertools
 
 import jax
@@ -20,7 +21,7 @@ from mtp_jax.losses import (
 )
 from mtp_jax.model import block, heads, layers, lm, params
 from mtp_jax.parallel import sharding
-from tests.support import oracle, pairwise, tiny
+from tests.support import ahead, oracle, pairwise, runs, tiny
 
 # float32 rounding: sums of a few thousand terms, in another order.
 TOLERANCE = dict(rtol=2e-4, atol=2e-6)
@@ -755,6 +756,29 @@ def test_unembedding_is_gathered_once(schedule, family):
   # Gathered, and its gradient scattered over fsdp, then added over data.
   assert unembed_DV == [False, False, False]
   assert any(in_loop for _, in_loop in found)  # as layers are
+
+
+TPU = """
+import re
+from tests.support import ahead, kernels, tiny
+of = dict(heads__family='sequential', heads__n=4, loss__backward='interleaved', mesh__fsdp=4)
+of |= dict(data__seq_len=512, data__batch_size=4, mesh__tensor=1)
+text = ahead.tpu_step(tiny.cfg(**kernels.STEP | of))
+entry = text[text.index('ENTRY '):]
+parts = 'jvp(heads)/jvp()/reshard', 'jvp(heads)/transpose(jvp())/while'
+found = re.findall('op_name="jit.step./([^"]*)"', entry)
+print(*(name for name in dict.fromkeys(found) if name in parts))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
+def test_a_tpu_reduces_the_unembedding_before_the_backward_pass_of_a_chain():
+  """Or its gradient would be in memory, unsharded, through it."""
+  process = runs.process(['-c', TPU], variables=ahead.VARIABLES)
+  out, error = process.communicate()
+  assert process.returncode == 0, error
+  assert out.split() == ['jvp(heads)/jvp()/reshard', 'jvp(heads)/transpose(jvp())/while']
 
 
 @pytest.mark.parametrize('family', ['parallel', 'causal'])
