@@ -630,6 +630,14 @@ FAULTS = (
     LEDGER,
   ),
   Fault(
+    'collectives-of-sparsecores-lost',
+    0,
+    'mtp_jax/planning/hlo.py',
+    "'call-start', 'async-start'",
+    "'async-start'",
+    _in('planning/hlo', 'test_ledger_of_what_a_sparsecore_runs'),
+  ),
+  Fault(
     'all-reduce-sent-once',
     0,
     'mtp_jax/planning/hlo.py',

@@ -66,7 +66,7 @@ def chips_of(shape: str) -> int:
 def fits_by_formula(size, n, generation, shape) -> bool:
   devices = chips_of(shape)
   cfg = configured(size, n, f'{generation}:{shape}', devices)
-  kind = ahead.GENERATIONS.get(generation) or nvidia.GPUS[generation].device_kind
+  kind = (ahead.TPUS.get(generation) or nvidia.GPUS[generation]).device_kind
   chip = chips.chip(kind)
   try:
     estimate = analytic.estimate(cfg, dict(data=1, fsdp=devices, tensor=1), chip)

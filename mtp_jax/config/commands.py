@@ -164,9 +164,9 @@ class PlanConfig:
 
   topology: str = fields.field(
     '',
-    'devices to compile for ahead of time: a TPU slice, e.g. v5e:4x4 or v5p:4x4x4; NVIDIA '
-    'GPUs of one node or of several, e.g. h100:8 or h100:2x8 (a100-40g, a100, h100, h200, '
-    'b200); empty = the devices here',
+    'devices to compile for ahead of time: a TPU slice, e.g. v5e:4x4 or v5p:4x4x4 (v4, v5e, '
+    'v5p, v6e, tpu7x); NVIDIA GPUs of one node or of several, e.g. h100:8 or h100:2x8 (a100-40g, '
+    'a100, h100, h200, b200); empty = the devices here',
   )
   slices: int = fields.field(
     1,

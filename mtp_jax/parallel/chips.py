@@ -1,8 +1,9 @@
 """Peak FLOP/s, memory and bandwidths of accelerators, for plans and MFU.
 
-Standard library only. Sources: Google Cloud's pages on TPU v4, v5e, v5p and v6e
+Standard library only. Sources: Google Cloud's pages on TPU v4, v5e, v5p, v6e and TPU7x
 (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm), NVIDIA's data
-sheets of A100, H100, H200 and B200 (dense, SXM).
+sheets of A100, H100, H200 and B200 (dense, SXM). Memory of TPU v4 and TPU7x is what libtpu
+0.0.50.1 lets a program have.
 """
 
 import glob
@@ -22,13 +23,15 @@ class Chip(NamedTuple):
 
 GIB = 2**30
 CHIPS = {  # by the start of jax's device_kind
-  'TPU v4': Chip(275e12, 31.25 * GIB, 1228e9, 300e9, 6.25e9),
+  'TPU v4': Chip(275e12, 30.75 * GIB, 1228e9, 300e9, 6.25e9),
   'TPU v5 lite': Chip(197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9),
   'TPU v5e': Chip(197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9),
   'TPU v5': Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
   'TPU v5p': Chip(459e12, 95 * GIB, 2765e9, 600e9, 6.25e9),
   'TPU v6 lite': Chip(918e12, 31.25 * GIB, 1640e9, 400e9, 12.5e9),
   'TPU v6e': Chip(918e12, 31.25 * GIB, 1640e9, 400e9, 12.5e9),
+  # Half of a chip, which has two devices.
+  'TPU7x': Chip(1153.5e12, 94.74 * GIB, 3690e9, 300e9, 6.25e9),
   'NVIDIA A100-SXM4-40GB': Chip(312e12, 39 * GIB, 1555e9, 300e9, 25e9),
   'NVIDIA A100-PCIE-40GB': Chip(312e12, 39 * GIB, 1555e9, 32e9, 25e9),
   'NVIDIA A100': Chip(312e12, 79 * GIB, 2039e9, 300e9, 25e9),
@@ -42,7 +45,13 @@ CHIPS = {  # by the start of jax's device_kind
 
 # Hz, by jax's device_kind, of chips whose compiler's estimates are calibrated by them
 # (planning/profile.py): peak FLOP/s over the FLOPs per cycle of the matrix units.
-CLOCKS = {'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9, 'TPU v4': 1.05e9}
+CLOCKS = {
+  'TPU v4': 1.05e9,
+  'TPU v5 lite': 1.5e9,
+  'TPU v5': 1.75e9,
+  'TPU v6 lite': 1.75e9,
+  'TPU7x': 2.2e9,
+}
 
 
 def chip(device_kind: str) -> Chip | None:

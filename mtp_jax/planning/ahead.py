@@ -5,7 +5,7 @@ import importlib.util
 import math
 import re
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,11 +22,23 @@ NO_LIBTPU = (
   "the TPU compiler is not installed: pip install 'mtp_jax[tpu]';"
   ' below is the sharding-only estimate, without activations'
 )
-GENERATIONS = {  # of --plan.topology -> device_kind in jax
-  'v4': 'TPU v4',
-  'v5e': 'TPU v5 lite',
-  'v5p': 'TPU v5',
-  'v6e': 'TPU v6 lite',
+
+
+class Tpu(NamedTuple):
+  """A generation of TPU: its devices in jax, and what libtpu describes its chips by."""
+
+  device_kind: str
+  per_chip: int = 1  # devices
+  options: dict[str, str] = {}
+
+
+TPUS = {  # of --plan.topology
+  # As jax runs it; libtpu's own default has a device for each of two cores.
+  'v4': Tpu('TPU v4', options=dict(chip_config_name='megacore')),
+  'v5e': Tpu('TPU v5 lite'),
+  'v5p': Tpu('TPU v5'),
+  'v6e': Tpu('TPU v6 lite'),
+  'tpu7x': Tpu('TPU7x', per_chip=2),
 }
 
 
@@ -170,9 +182,11 @@ def devices(cfg: schema.CommandConfig) -> list:
   chips.answer_libtpu()
   from jax.experimental import topologies
 
-  several = dict(num_slices=p.slices) if p.slices > 1 else {}
+  generation = TPUS.get(p.topology.partition(':')[0])
+  options: dict[str, Any] = dict(num_slices=p.slices) if p.slices > 1 else {}
+  options |= generation.options if generation else {}
   try:
-    return topologies.get_topology_desc(p.topology, platform='tpu', **several).devices
+    return topologies.get_topology_desc(p.topology, platform='tpu', **options).devices
   except Exception as error:  # of various types
     raise fields.ConfigError(
       'plan.topology',
@@ -313,11 +327,12 @@ def _slice(cfg) -> tuple[int, str]:
   """Returns the TPUs of --plan.topology and --plan.slices, and their device_kind."""
   generation, _, shape = cfg.plan.topology.partition(':')
   sizes = re.findall(r'\d+', shape)
-  if generation not in GENERATIONS or not sizes:
-    allowed = f'{" or ".join(GENERATIONS)}, a colon, and e.g. 4x4'
+  if generation not in TPUS or not sizes:
+    allowed = f'{" or ".join(TPUS)}, a colon, and e.g. 4x4'
     gpus = f'{" or ".join(nvidia.GPUS)}, a colon, and e.g. 8 or 2x8'
     raise fields.ConfigError('plan.topology', cfg.plan.topology, f'{allowed}; or {gpus}')
-  return cfg.plan.slices * math.prod(map(int, sizes)), GENERATIONS[generation]
+  tpu = TPUS[generation]
+  return cfg.plan.slices * math.prod(map(int, sizes)) * tpu.per_chip, tpu.device_kind
 
 
 def _of_state(cfg, mesh, device_kind) -> Plan:

@@ -7,11 +7,12 @@ entry, multiplies by the trip count of each loop, and sums
   memory       bytes read from and written to memory per instruction, with a
                fusion as one instruction, and slices counted by their size.
 
-Three peculiarities of TPU programs are handled: an async collective is spread
-over several fusions, which share a chain id; a reduce-scatter is an all-reduce
-inside a computation of that name; arrays in memory space S(1), the on-chip VMEM,
-cause no memory traffic. And three of GPU programs: async fusions; products as calls of
-cuBLAS; collectives between nodes, known by their replica groups alone.
+Four peculiarities of TPU programs are handled: an async collective is spread
+over several fusions, which share a chain id; or a SparseCore runs it, an async call; a
+reduce-scatter is an all-reduce inside a computation of that name; arrays in memory
+space S(1), the on-chip VMEM, cause no memory traffic. And three of GPU programs: async
+fusions; products as calls of cuBLAS; collectives between nodes, known by their replica
+groups alone.
 """
 
 import functools
@@ -42,9 +43,10 @@ FREE = frozenset(
   """
   parameter constant tuple get-tuple-element bitcast while conditional call after-all
   partition-id replica-id send send-done recv recv-done opt-barrier async-start async-
-  update async-done copy-done slice-done add-dependency
+  update async-done call-start call-update call-done copy-done slice-done add-dependency
   """.split()
 )
+UNKNOWN = 2**63 - 1  # cycles, of an operation that a SparseCore runs
 NOTHING = 0.05  # relative cost below which a branch counts as empty
 ARRAY = re.compile(r'(\w+)\[([\d,]*)\](\{[^}]*\})?')
 HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -173,7 +175,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
       if header:
         current = computations.setdefault(header[2], [])
         entry = header[2] if header[1] else entry
-    elif line == '}':
+    elif line == '}' or line.startswith('}, execution_thread='):
       current = None
     elif instruction := _instruction(line):
       current.append(instruction)
@@ -227,8 +229,12 @@ def ledger(text: str, per_node: int = 0) -> Ledger:
 
   Of a conditional it takes the most expensive branch, but only once per loop if
   another branch costs next to nothing (as for work of head 1 only).
+
+  Raises:
+    ValueError: the trips of a loop, or what runs a collective, are unknown.
   """
   computations, entry = parse(text)
+  run = set()
 
   def inside(i, times, trips, loops, fused) -> list[Ledger]:
     """Returns the ledgers of the computations that an instruction runs."""
@@ -249,6 +255,7 @@ def ledger(text: str, per_node: int = 0) -> Ledger:
 
   def walk(name, times, trips, loops, fused) -> Ledger:
     found, operations, syncs = {}, [], 0
+    run.add(name)
     here = {i.name: i for i in computations.get(name, ())}
     for i in here.values():
       i = _started_fusion(i, here)
@@ -272,7 +279,11 @@ def ledger(text: str, per_node: int = 0) -> Ledger:
           found.setdefault((c.chain, c.loops) if c.chain else len(found), c)
     return Ledger(tuple(found.values()), tuple(operations), syncs)
 
-  return walk(entry, 1, 1, (), False)
+  found = walk(entry, 1, 1, (), False)
+  for name, instructions in computations.items():
+    if name not in run and any(map(_kind, instructions)):
+      raise ValueError(f'{name} has a collective, and no known instruction runs it')
+  return found
 
 
 def _started_fusion(i: Instruction, here) -> Instruction:
@@ -316,7 +327,7 @@ def trip_count(loop: Instruction, computations) -> int:
 
 def called(i: Instruction) -> list[str]:
   """Returns the computations that an instruction runs once."""
-  if i.opcode in ('fusion', 'call', 'async-start', 'custom-call'):
+  if i.opcode in ('fusion', 'call', 'call-start', 'async-start', 'custom-call'):
     found = re.findall(r'(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)', i.rest)
     return found
   if i.opcode == 'conditional':
@@ -327,9 +338,15 @@ def called(i: Instruction) -> list[str]:
   return []
 
 
-def _collective(i, here, computation, times, loops) -> Collective | None:
+def _kind(i: Instruction) -> str | None:
+  """Returns the kind of a collective; None of another instruction."""
   kind = i.opcode.removesuffix('-start')
-  if kind not in COLLECTIVES or i.opcode == 'send-done':
+  return kind if kind in COLLECTIVES else None
+
+
+def _collective(i, here, computation, times, loops) -> Collective | None:
+  kind = _kind(i)
+  if kind is None:
     return None
   arrays, group = i.arrays, groups.size(i.rest, i.name)
   given = tuple(a for name in i.operands for a in here[name].arrays)
@@ -357,6 +374,7 @@ def _operation(i: Instruction, times: int, here, computations) -> Operation | No
   """Returns what an instruction outside of fusions does; None if that is nothing."""
   traffic = _traffic(i, here, computations)
   cycles = int(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+  cycles = 0 if cycles == UNKNOWN else cycles
   flops = _flops(i, here, computations)
   if not (traffic or cycles or flops):
     return None

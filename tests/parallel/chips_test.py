@@ -13,6 +13,7 @@ from mtp_jax.parallel import chips
     ('TPU v5', 459e12),
     ('TPU v5p', 459e12),
     ('TPU v6 lite', 918e12),
+    ('TPU7x', 1153.5e12),
     ('NVIDIA A100-SXM4-80GB', 312e12),
     ('NVIDIA H100 80GB HBM3', 989e12),
     ('NVIDIA H100 PCIe', 756e12),

@@ -133,6 +133,38 @@ def test_ledger_of_async_operations_and_conditionals():
   assert ledger.memory_bytes == 6 * (2 * x + 8) + 3 * x + 2 * x
 
 
+# Of XLA:TPU for TPU7x, whose SparseCores run collectives beside the program, and some gathers.
+SPARSECORE = """\
+HloModule jit_f, is_scheduled=true
+
+%gather (p.0: bf16[4,8]) -> bf16[16,8] {
+  %p.0 = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[16,8]{1,0} all-gather(%p.0), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: bf16[4,8]) -> bf16[16,8] {
+  %w = bf16[4,8]{1,0} parameter(0)
+  %start = ((), (), (s32[1]{0:S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %update = ((bf16[4,8]{1,0}), bf16[16,8]{1,0}) call-update(%start, %w)
+  %all = bf16[16,8]{1,0} call-done(%update)
+  ROOT %rows = bf16[16,8]{1,0} fusion(%all), kind=kCustom, calls=%gather_offload, backend_config={"estimated_cycles":"9223372036854775807"}
+}
+"""  # noqa: E501
+
+
+def test_ledger_of_what_a_sparsecore_runs():
+  found = hlo.ledger(SPARSECORE)
+  # 3/4 of 16 x 8 x 2 bytes.
+  assert found.by_kind() == {'all-gather': dict(count=1, sent_bytes=192.0)}
+  assert found.cycles == 0  # unknown
+
+
+def test_collective_that_nothing_runs_raises():
+  """Or the plan would lack its bytes, in silence."""
+  with pytest.raises(ValueError, match='gather has a collective'):
+    hlo.ledger(SPARSECORE.replace('call-start', 'offload-start'))
+
+
 def test_loop_without_trip_count_raises():
   endless = TPU.replace('%constant.5 = s32[]{:T(128)} constant(5)', '')
   with pytest.raises(ValueError, match='while.1'):

@@ -15,6 +15,7 @@ from mtp_jax.model import params
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import ahead, analytic, hlo, report
 from mtp_jax.train import state
+from tests.support import ahead as compiled
 from tests.support import runs, tiny
 
 SMALL = [f'--{name}={value}' for name, value in (tiny.BASE | {'mesh.fsdp': -1}).items()]
@@ -311,6 +312,43 @@ def _tpu(*args, timeout=600):
     text=True,
     timeout=timeout,
   )
+
+
+DEVICES = """
+from mtp_jax.config import schema
+from mtp_jax.planning import ahead
+for generation in ahead.TPUS:
+  shape = '2x2' if generation.endswith('e') else '2x2x1'
+  of = schema.replace(schema.CommandConfig(), **{'plan.topology': f'{generation}:{shape}'})
+  on = ahead.devices(of)
+  print(generation, len(on), (len(on), on[0].device_kind) == ahead._slice(of))
+"""
+
+
+def test_a_slice_has_the_devices_that_jax_will_have():
+  """A TPU v4 is one device of two cores, a TPU7x is two devices."""
+  pytest.importorskip('libtpu')
+  process = runs.process(['-c', DEVICES], variables=compiled.VARIABLES)
+  out, error = process.communicate()
+  assert process.returncode == 0, error
+  found = {generation: of for generation, *of in map(str.split, out.splitlines())}
+  four = dict.fromkeys(['v4', 'v5e', 'v5p', 'v6e'], ['4', 'True'])
+  assert found == four | dict(tpu7x=['8', 'True'])
+
+
+@pytest.mark.slow
+def test_collectives_of_a_sparsecore_are_counted(tmp_path):
+  """Each gradient is reduced and scattered once over eight devices, in float32."""
+  model = ['--model.d_model=512', '--model.n_layers=4', '--model.vocab_size=8192']
+  data = ['--heads.n=2', '--data.seq_len=512', '--data.batch_size=16']
+  out = str(tmp_path / 'plan.json')
+  done = _tpu(*model, *data, '--plan.topology=tpu7x:2x2x1', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  with open(out) as f:
+    found = json.load(f)
+  sent = found['collectives']['reduce-scatter']['sent_bytes']
+  assert found['devices'] == 8
+  assert sent == pytest.approx(7 / 8 * 4 * found['parameters'], rel=0.03)
 
 
 def test_plan_compiles_ahead_of_time_for_a_tpu(tmp_path):
