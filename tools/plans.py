@@ -6,13 +6,14 @@
 
 For each size, n = 1 and 4 (a published model: n = 1), and each generation of TPU and NVIDIA
 GPU: the smallest slice, or the fewest GPUs, that hold the whole train step with one sequence
-of 4096 tokens per chip, trunk remat=block and parameters sharded over all chips. The formula of
+of 4096 tokens per device, trunk remat=block and parameters sharded over all chips. The formula of
 mtp_jax/planning/analytic.py gives the first candidate; the answer, and the next smaller
 slice, are compiled. Each compile is a line of docs/plans.jsonl, written at once.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
 from importlib import metadata
@@ -35,14 +36,15 @@ PUBLISHED = (
   *('gemma3_1b', 'gemma3_4b', 'olmo2_1b', 'olmo2_7b'),
 )
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-TPUS = {'v5e': FLAT, 'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'), 'v6e': FLAT}
+CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4')
+TPUS = {'v5e': FLAT, 'v5p': CUBES, 'v6e': FLAT, 'tpu7x': CUBES}
 NODES = ('1', '2', '4', '8', '2x8', '4x8', '8x8')
 SLICES = TPUS | {name: NODES for name in nvidia.GPUS}
 HEADS = (1, 4)
 
 
 def configured(size: str, n: int, topology: str, devices: int):
-  """Returns the Config of a row, one sequence per chip."""
+  """Returns the Config of a row, one sequence per device."""
   return flags.parse(
     [
       f'--flagfile={ROOT}/experiments/size/{size}.flags',
@@ -56,15 +58,13 @@ def configured(size: str, n: int, topology: str, devices: int):
   ).config()
 
 
-def chips_of(shape: str) -> int:
-  n = 1
-  for side in shape.split('x'):
-    n *= int(side)
-  return n
+def devices_of(generation: str, shape: str) -> int:
+  per_chip = ahead.TPUS[generation].per_chip if generation in TPUS else 1
+  return per_chip * math.prod(map(int, shape.split('x')))
 
 
 def fits_by_formula(size, n, generation, shape) -> bool:
-  devices = chips_of(shape)
+  devices = devices_of(generation, shape)
   cfg = configured(size, n, f'{generation}:{shape}', devices)
   kind = (ahead.TPUS.get(generation) or nvidia.GPUS[generation]).device_kind
   chip = chips.chip(kind)
@@ -91,7 +91,7 @@ class Compiled:
     topology = f'{generation}:{shape}'
     key = (size, n, topology)
     if key not in self.rows:
-      cfg = configured(size, n, topology, chips_of(shape))
+      cfg = configured(size, n, topology, devices_of(generation, shape))
       row = dict(key=key, by=compilers(generation)) | report.values_of(ahead.plan(cfg))
       with open(ROWS, 'a') as f:
         f.write(json.dumps(row) + '\n')
@@ -166,7 +166,7 @@ Written by `python tools/plans.py`, which compiles the whole train step (model, 
 AdamW, donation, shardings) ahead of time, with libtpu and with the CUDA wheels of `[plan]`.
 
 For each size, the tables give the smallest slice, or the fewest GPUs, that hold it with one
-sequence of 4096 tokens per chip, `--model.remat=block`, `--loss.backward=remat`, float32
+sequence of 4096 tokens per device, `--model.remat=block`, `--loss.backward=remat`, float32
 parameters and moments, bfloat16 compute, and all chips along `--mesh.fsdp`. Memory is in GiB
 per chip. The roofline is the step time of the busiest resource at its peak; more sequences per
 chip raise the MFU (`mtp plan --plan.search_mesh`). `*`: by formula, where jaxlib cannot read
