@@ -299,7 +299,8 @@ def temp_bytes(memory, platform: str) -> int:
 def _ledger(compiled, per_node: int = 0) -> hlo.Ledger | None:
   """Returns the ledger of a program. None if jaxlib cannot parse the output of a newer
   libtpu (it is stricter about operands of an async-update, which programs for v5p
-  have), or a trip count is unknown: the rest of the plan remains valid."""
+  have), or a trip count or what runs a collective is unknown: the rest of the plan
+  remains valid."""
   try:
     return hlo.ledger(compiled.as_text(), per_node)
   except (jax.errors.JaxRuntimeError, ValueError):

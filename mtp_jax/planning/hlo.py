@@ -42,8 +42,8 @@ COLLECTIVES = (
 FREE = frozenset(
   """
   parameter constant tuple get-tuple-element bitcast while conditional call after-all
-  partition-id replica-id send send-done recv recv-done opt-barrier async-start async-
-  update async-done call-start call-update call-done copy-done slice-done add-dependency
+  partition-id replica-id send send-done recv recv-done opt-barrier add-dependency
+  async-start async-update async-done call-start call-update call-done copy-done slice-done
   """.split()
 )
 UNKNOWN = 2**63 - 1  # cycles, of an operation that a SparseCore runs
@@ -328,8 +328,9 @@ def trip_count(loop: Instruction, computations) -> int:
 def called(i: Instruction) -> list[str]:
   """Returns the computations that an instruction runs once."""
   if i.opcode in ('fusion', 'call', 'call-start', 'async-start', 'custom-call'):
-    found = re.findall(r'(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)', i.rest)
-    return found
+    several = i.attribute(r'called_computations=\{([^}]*)\}') or ''
+    found = re.findall(r'(?:calls|to_apply)=%?([\w.\-]+)', i.rest)
+    return found + re.findall(r'[\w.\-]+', several)
   if i.opcode == 'conditional':
     branches = i.attribute(r'branch_computations=\{([^}]*)\}')
     if branches:

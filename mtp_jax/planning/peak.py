@@ -188,6 +188,9 @@ class _Program:
     aliased: dict[int, frozenset[int]] = _stated(i, here, live)
     if i.opcode == 'copy-start':  # destination, source, context
       aliased[1] = _any(given[:1])
+    elif i.opcode == 'call-update':  # its operands but the start, then its results
+      given = [s for o in i.operands[1:] for s in live.slots.get(o, ())]
+      aliased |= dict(enumerate(given))
     elif i.opcode.endswith('-start') and n > len(given):
       aliased |= dict(enumerate(given))
     updated = self._updated(i)
@@ -265,7 +268,8 @@ def _finished(i: hlo.Instruction, here, given: Slots) -> Slots:
     return [_any(given)] * len(i.arrays)
   if i.opcode == 'copy-done':
     return given[:1]
-  before = sum(len(here[o].arrays) for o in start.operands if o in here)
+  operands = start.operands[1:] if start.opcode == 'call-update' else start.operands
+  before = sum(len(here[o].arrays) for o in operands if o in here)
   own = list(zip(start.arrays, given, strict=True))[before if len(given) > before else 0 :]
   found = []
   for array in i.arrays:

@@ -219,7 +219,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   if unread(plan):
     lines += [
       '',
-      'this jaxlib cannot parse the compiled program: no ledger, and the roofline is by formula',
+      'the compiled program cannot be read here: no ledger, and the roofline is by formula',
     ]
   lines += _time_lines(v) + _estimate_lines(plan)
   if cfg.plan.profile and is_gpu:
@@ -237,7 +237,7 @@ def _memory_rows(plan: ahead.Plan) -> list[tuple[str, float | None]]:
   """Returns the rows of a device's memory: what programs may have of it, and what a process
   needs beside that."""
   if not (plan.chip and nvidia.is_gpu(plan.device_kind)):
-    return [('memory per chip', plan.chip and plan.chip.hbm_bytes)]
+    return [('memory of the device', plan.chip and plan.chip.hbm_bytes)]
   usable = ahead.usable_bytes(plan.device_kind, plan.cfg) or 0.0
   return [
     (f'JAX allocates {usable / plan.chip.hbm_bytes:.3g} of {_gib(plan.chip.hbm_bytes)}', usable),

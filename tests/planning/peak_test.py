@@ -221,6 +221,30 @@ ENTRY %main (p: f32[256], c: pred[]) -> f32[256] {
 TOLERANCE = 0.1  # of what the compiler allocates
 
 
+SPARSECORE = """\
+HloModule offloaded, is_scheduled=true
+
+%gather (q: f32[512]) -> f32[1024] {
+  %q = f32[512]{0} parameter(0)
+  ROOT %all-gather.1 = f32[1024]{0} all-gather(%q), replica_groups={{0,1}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[256]) -> f32[256] {
+  %p = f32[256]{0:T(256)} parameter(0)
+  %start = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %a = f32[512]{0:T(256)} custom-call(%p), custom_call_target="f"
+  %update = ((f32[512]{0:T(256)}), f32[1024]{0:T(256)}) call-update(%start, %a)
+  %all = f32[1024]{0:T(256)} call-done(%update)
+  ROOT %c = f32[256]{0:T(256)} custom-call(%all), custom_call_target="f"
+}
+"""  # noqa: E501
+
+
+def test_async_call_of_a_sparsecore_has_one_operand_and_one_result():
+  """The operand comes with the update, whose type has both."""
+  assert _found(SPARSECORE) == [('a', 2.0), ('update', 4.0)]
+
+
 def _step(w, x):
   """A step with a loop over layers, whose activations are saved for the backward pass."""
 
