@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -756,6 +757,21 @@ def test_unembedding_is_gathered_once(schedule, family):
   # Gathered, and its gradient scattered over fsdp, then added over data.
   assert unembed_DV == [False, False, False]
   assert any(in_loop for _, in_loop in found)  # as layers are
+
+
+@pytest.mark.parametrize('changes', [{}, dict(loss__head_loss='e2e_tv')], ids=['ce', 'compared'])
+def test_the_order_of_a_tpu_has_the_same_gradients(changes, monkeypatch):
+  """Of `backward._reduced_before`, which other devices do not take."""
+  of = dict(heads__family='sequential', heads__n=3, loss__backward='interleaved', mesh__fsdp=2)
+  c = tiny.cfg(**of | changes)
+  found = []
+  for platform in ('cpu', 'tpu'):
+    patched = types.SimpleNamespace(**vars(sharding) | dict(platform=lambda at=platform: at))
+    monkeypatch.setattr(backward, 'sharding', patched)
+    tiny._value_and_grad.clear_cache()
+    found.append(tiny.value_and_grad(c, tiny.batch(c, packed=True)))
+  tiny._value_and_grad.clear_cache()
+  jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 TPU = """
