@@ -267,18 +267,6 @@ def _interleaved_fwd(w: DiffInputs, inputs: NondiffInputs, cfg):
   return out, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, w)
 
 
-def _reduced_before(pull, d, reduced, w: DiffInputs, dshared, own) -> DiffInputs:
-  """Computes all gradients: of what heads share from dshared, of the rest by pull(d), the backward
-  pass of all blocks. On a TPU in this order, or the unembedding's gradient would wait for the
-  blocks, unsharded on each device; a GPU reduces it beside them."""
-  grads = reduced(w, dshared._replace(norm_D=jnp.zeros_like(w.norm_D)), own)
-  if sharding.platform() == 'tpu':
-    pull, grads = jax.lax.optimization_barrier((pull, grads))
-  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(d)
-  grads = grads._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
-  return grads._replace(norm_D=dnorm_D)
-
-
 def _independent(w: DiffInputs, shared, reduced, inputs: NondiffInputs, cfg):
   """Runs forward and backward of each head within one scan."""
   loss = head_loss.of(inputs.window, cfg)
@@ -344,8 +332,14 @@ def _chained(w: DiffInputs, shared, reduced, inputs: NondiffInputs, cfg):
   surrogate, pull, (dshared, value_K, stats, own) = jax.vjp(
     chain, w.modules, w.z_BTD, w.emb_BUD, shared.norm_D, w.probe_K, has_aux=True
   )
-  grads = _reduced_before(pull, jnp.ones_like(surrogate), reduced, w, dshared, own)
-  return grads, (jnp.sum(value_K), stats)
+  grads = reduced(w, dshared._replace(norm_D=jnp.zeros_like(w.norm_D)), own)
+  if sharding.platform() == 'tpu':
+    # Or the unembedding's gradient would wait for the backward pass of the blocks, unsharded on
+    # each device. A GPU reduces it beside them.
+    pull, grads = jax.lax.optimization_barrier((pull, grads))
+  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(jnp.ones_like(surrogate))
+  grads = grads._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
+  return grads._replace(norm_D=dnorm_D), (jnp.sum(value_K), stats)
 
 
 def _compared(w: DiffInputs, shared, reduced, inputs: NondiffInputs, cfg):
@@ -383,7 +377,9 @@ def _compared(w: DiffInputs, shared, reduced, inputs: NondiffInputs, cfg):
 
   zeros = jax.tree.map(sharding.zeros_cotangent, shared._replace(norm_D=None))
   dshared, (grads_K, value_K, stats) = _scan_losses(visit, zeros, per_head, h_KBTD)
-  grads = _reduced_before(pull, grads_K.h_BTD, reduced, w, dshared, grads_K.unembed_DV)
+  dmodules, dz_BTD, demb_BUD, dnorm_D, dprobe_K = pull(grads_K.h_BTD)
+  grads = w._replace(modules=dmodules, z_BTD=dz_BTD, emb_BUD=demb_BUD, probe_K=dprobe_K)
+  grads = reduced(grads, dshared._replace(norm_D=dnorm_D), grads_K.unembed_DV)
   out = jnp.sum(value_K), stats
   if cfg.loss.head_loss == 'e2e_tv':
     out = _with_drafts_in_a_row(*out, drafts)
