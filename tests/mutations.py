@@ -648,7 +648,7 @@ FAULTS = (
   Fault(
     'slices-read-whole',
     0,
-    'mtp_jax/planning/hlo.py',
+    'mtp_jax/planning/traffic.py',
     'total += user.result_bytes',
     'total += size',
     _in('planning/hlo', 'test_loop_over_slices_reads_the_array_once'),

@@ -19,7 +19,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from mtp_jax.planning import groups, products
+from mtp_jax.planning import groups, products, traffic
 
 BYTES = {
   **dict.fromkeys('pred s8 u8 f8e4m3fn f8e5m2'.split(), 1),
@@ -373,14 +373,14 @@ def _collective(i, here, computation, times, loops) -> Collective | None:
 
 def _operation(i: Instruction, times: int, here, computations) -> Operation | None:
   """Returns what an instruction outside of fusions does; None if that is nothing."""
-  traffic = _traffic(i, here, computations)
+  moved = _traffic(i, here, computations)
   cycles = int(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
   cycles = 0 if cycles == UNKNOWN else cycles
   flops = _flops(i, here, computations)
-  if not (traffic or cycles or flops):
+  if not (moved or cycles or flops):
     return None
   origin = i.attribute(r'op_name="([^"]*)"') or ''
-  return Operation(i.name, origin, times, traffic, flops, cycles)
+  return Operation(i.name, origin, times, moved, flops, cycles)
 
 
 def _flops(i: Instruction, here, computations) -> float:
@@ -402,8 +402,8 @@ def _traffic(i: Instruction, here, computations) -> float:
     moved = i.arrays[0 if i.opcode == 'copy-start' else 1]
     ends = [moved, *(a for o in i.operands for a in here[o].arrays)]
     return moved.bytes * sum(not a.on_chip for a in ends)
-  read = [_off_chip(here[o].arrays) for o in i.operands if o in here]
-  written = _off_chip(a for a in i.arrays if not products.is_workspace(a, i))
+  read = [traffic.off_chip(here[o].arrays) for o in i.operands if o in here]
+  written = traffic.off_chip(a for a in i.arrays if not products.is_workspace(a, i))
   if i.opcode.endswith('-start'):  # its result includes its input
     written -= sum(read)
   if i.opcode == 'dynamic-slice' or i.opcode == 'gather':
@@ -411,58 +411,5 @@ def _traffic(i: Instruction, here, computations) -> float:
   if i.opcode == 'dynamic-update-slice':
     return 2 * read[1]
   if i.opcode == 'fusion':
-    return _fusion_traffic(i, here, computations.get(called(i)[0], ()))
+    return traffic.of_fusion(i, here, computations.get(called(i)[0], ()))
   return sum(read) + written
-
-
-def _off_chip(arrays) -> float:
-  return sum(a.bytes for a in arrays if not a.on_chip)
-
-
-def _fusion_traffic(i, here, body) -> float:
-  """Returns the bytes of operands and results; for those that are only sliced, or
-  only updated in a slice, those of the slice."""
-  inside = {x.name: x for x in body}
-  users = {}
-  for x in body:
-    for o in x.operands:
-      users.setdefault(o, []).append(x)
-  total = 0.0
-  for x in body:
-    if x.opcode != 'parameter':
-      continue
-    number = int(x.operands[0])
-    if number >= len(i.operands) or i.operands[number] not in here:
-      continue
-    size = _off_chip(here[i.operands[number]].arrays)
-    if size:
-      total += _touched(x, users, inside, size)
-  root = next((x for x in body if x.root), None)
-  outs = [root] if root is not None else []
-  if root is not None and root.opcode == 'tuple':
-    outs = [inside[o] for o in root.operands if o in inside]
-  for array, out in zip(i.arrays, outs, strict=False):
-    if array.on_chip:
-      continue
-    while out.opcode == 'bitcast' and out.operands[0] in inside:
-      out = inside[out.operands[0]]
-    updates = out.opcode == 'dynamic-update-slice'
-    total += inside[out.operands[1]].result_bytes if updates else array.bytes
-  return total
-
-
-def _touched(parameter, users, inside, size) -> float:
-  """Returns the bytes that a fusion reads of an operand."""
-  total, waiting = 0.0, [parameter]
-  while waiting:
-    x = waiting.pop()
-    for user in users.get(x.name, ()):
-      if user.opcode == 'bitcast':
-        waiting.append(user)
-      elif user.opcode in ('dynamic-slice', 'slice', 'gather'):
-        total += user.result_bytes
-      elif user.opcode == 'dynamic-update-slice' and user.operands[0] == x.name:
-        total += inside[user.operands[1]].result_bytes
-      else:
-        return size
-  return min(total, size)
