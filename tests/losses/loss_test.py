@@ -790,9 +790,7 @@ print(*(name for name in dict.fromkeys(found) if name in parts))
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
 def test_a_tpu_reduces_the_unembedding_before_the_backward_pass_of_a_chain():
   """Or its gradient would be in memory, unsharded, through it."""
-  process = runs.process(['-c', TPU], variables=ahead.VARIABLES)
-  out, error = process.communicate()
-  assert process.returncode == 0, error
+  out = runs.printed(TPU, variables=ahead.VARIABLES)
   assert out.split() == ['jvp(heads)/jvp()/reshard', 'jvp(heads)/transpose(jvp())/while']
 
 

@@ -49,7 +49,5 @@ print(*(dtype + '[4,16,192]' in text for dtype in ('f32', 'bf16')))
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
 def test_a_tpu_casts_a_layer_at_a_time():
   """No stack of all layers in bfloat16 is in memory along with that in float32."""
-  process = runs.process(['-c', TPU], variables=ahead.VARIABLES)
-  out, error = process.communicate()
-  assert process.returncode == 0, error
+  out = runs.printed(TPU, variables=ahead.VARIABLES)
   assert out.split() == ['True', 'False']

@@ -328,9 +328,7 @@ for generation in ahead.TPUS:
 def test_a_slice_has_the_devices_that_jax_will_have():
   """A TPU v4 is one device of two cores, a TPU7x is two devices."""
   pytest.importorskip('libtpu')
-  process = runs.process(['-c', DEVICES], variables=compiled.VARIABLES)
-  out, error = process.communicate()
-  assert process.returncode == 0, error
+  out = runs.printed(DEVICES, variables=compiled.VARIABLES)
   found = {generation: of for generation, *of in map(str.split, out.splitlines())}
   four = dict.fromkeys(['v4', 'v5e', 'v5p', 'v6e'], ['4', 'True'])
   assert found == four | dict(tpu7x=['8', 'True'])

@@ -86,6 +86,14 @@ def process(
   )
 
 
+def printed(program: str, *args: str, variables: dict) -> str:
+  """Returns what Python code prints in a process of its own, which must succeed."""
+  python = process(['-c', program, *args], variables=variables)
+  out, error = python.communicate()
+  assert python.returncode == 0, error
+  return out
+
+
 def restored(workdir, step: int, **mesh) -> state.State:
   """Returns the saved state, restored onto a mesh, on the host."""
   cfg = metadata.read(str(workdir), step).cfg
