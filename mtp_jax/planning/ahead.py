@@ -179,6 +179,7 @@ def devices(cfg: schema.CommandConfig) -> list:
     return jax.devices()
   if at := gpus(cfg):
     return nvidia.devices(at)
+  _sides(cfg)  # libtpu divides by a side
   chips.answer_libtpu()
   from jax.experimental import topologies
 
@@ -326,14 +327,24 @@ def of_shardings(cfg: schema.CommandConfig) -> Plan:
 
 def _slice(cfg) -> tuple[int, str]:
   """Returns the TPUs of --plan.topology and --plan.slices, and their device_kind."""
-  generation, _, shape = cfg.plan.topology.partition(':')
-  sizes = re.findall(r'\d+', shape)
-  if generation not in TPUS or not sizes:
-    allowed = f'{" or ".join(TPUS)}, a colon, and e.g. 4x4'
-    gpus = f'{" or ".join(nvidia.GPUS)}, a colon, and e.g. 8 or 2x8'
-    raise fields.ConfigError('plan.topology', cfg.plan.topology, f'{allowed}; or {gpus}')
-  tpu = TPUS[generation]
-  return cfg.plan.slices * math.prod(map(int, sizes)) * tpu.per_chip, tpu.device_kind
+  tpu, sides = TPUS.get(cfg.plan.topology.partition(':')[0]), _sides(cfg)
+  if tpu is None:
+    raise _not_allowed(cfg)
+  return cfg.plan.slices * math.prod(sides) * tpu.per_chip, tpu.device_kind
+
+
+def _sides(cfg) -> list[int]:
+  """Returns the sides of a slice of --plan.topology, in chips."""
+  sides = [int(side) for side in re.findall(r'\d+', cfg.plan.topology.partition(':')[2])]
+  if not all(sides) or not sides:
+    raise _not_allowed(cfg)
+  return sides
+
+
+def _not_allowed(cfg) -> fields.ConfigError:
+  allowed = f'{" or ".join(TPUS)}, a colon, and e.g. 4x4'
+  gpus = f'{" or ".join(nvidia.GPUS)}, a colon, and e.g. 8 or 2x8'
+  return fields.ConfigError('plan.topology', cfg.plan.topology, f'{allowed}; or {gpus}')
 
 
 def _of_state(cfg, mesh, device_kind) -> Plan:

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from mtp_jax.cli import main
-from mtp_jax.config import schema
+from mtp_jax.config import fields, schema
 from mtp_jax.model import params
 from mtp_jax.parallel import chips, sharding
 from mtp_jax.planning import ahead, analytic, hlo, report
@@ -117,7 +117,13 @@ def test_plan_without_libtpu_detects_too_large_state(monkeypatch):
   assert main.main(['plan', *flags, '--plan.topology=v5e:4x4']) == 4
 
 
-@pytest.mark.parametrize('topology', ['v9:4x4', '4x4', 'v5e:'])
+def test_a_side_of_zero_is_refused_before_the_compiler_divides_by_it():
+  of = schema.replace(schema.CommandConfig(), **{'plan.topology': 'v4:0x2'})
+  with pytest.raises(fields.ConfigError, match='v4:0x2'):
+    ahead.devices(of)
+
+
+@pytest.mark.parametrize('topology', ['v9:4x4', '4x4', 'v5e:', 'v5e:0x2'])
 def test_bad_topology_raises(topology, monkeypatch, capsys):
   monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
   assert main.main(['plan', *SMALL, f'--plan.topology={topology}']) == 2
