@@ -2223,8 +2223,16 @@ FAULTS = (
     'ids-of-all-positions-before-the-loop',
     0,
     'mtp_jax/losses/cross_entropy.py',
-    '  ids_11V, top_BC = jax.lax.optimization_barrier((ids_11V, top_BC))',
-    '',
+    '    ids_11V, _ = jax.lax.optimization_barrier((ids_11V, top_BC))',
+    '    pass',
+    _in('losses/loss', 'test_nothing_per_logit_is_computed_before_the_loop_over_chunks'),
+  ),
+  Fault(
+    'ids-on-a-tpu-before-the-loop',
+    0,
+    'mtp_jax/losses/cross_entropy.py',
+    '    ids_11V = zero + ids_11V',
+    '    pass',
     _in('losses/loss', 'test_nothing_per_logit_is_computed_before_the_loop_over_chunks'),
   ),
   Fault(

@@ -93,7 +93,11 @@ def of_scores(logits_BCV, target_BC, ids_V=None) -> Logits:
   ids_11V = (jnp.arange(V) if ids_V is None else jnp.array(ids_V))[None, None, :]
   last = V - 1 if ids_V is None else ids_V[-1]
   # Of this chunk, or JAX computes them for each position before a loop that it differentiates.
-  ids_11V, top_BC = jax.lax.optimization_barrier((ids_11V, top_BC))
+  if sharding.platform() == 'tpu':  # An iota, as ids from memory slow its products of logits.
+    zero, _ = jax.lax.optimization_barrier((jnp.int32(0), top_BC))
+    ids_11V = zero + ids_11V
+  else:
+    ids_11V, _ = jax.lax.optimization_barrier((ids_11V, top_BC))
   lse_BC = log_sum_exp(logits_BCV, top_BC)
   label_BC = jnp.sum(jnp.where(ids_11V == target_BC[:, :, None], logits_BCV, 0), axis=-1)
   ids_of_top_BCV = jnp.where(found_BCV == top_BC[:, :, None], ids_11V.astype(jnp.float32), last)

@@ -699,10 +699,26 @@ def _outside_of_loops(jaxpr):
       yield from _outside_of_loops(sub)
 
 
+@pytest.fixture
+def trace_losses_for(monkeypatch):
+  def patch(platform):
+    patched = types.SimpleNamespace(**vars(sharding) | dict(platform=lambda: platform))
+    for module in (backward, cross_entropy):
+      monkeypatch.setattr(module, 'sharding', patched)
+    tiny._value_and_grad.clear_cache()
+
+  yield patch
+  tiny._value_and_grad.clear_cache()
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 @pytest.mark.parametrize('family', ['parallel', 'sequential'])
-def test_nothing_per_logit_is_computed_before_the_loop_over_chunks(family):
+def test_nothing_per_logit_is_computed_before_the_loop_over_chunks(
+  family, platform, trace_losses_for
+):
   """JAX computes what a loop does not change, as the ids of tokens, before a loop that it
   differentiates."""
+  trace_losses_for(platform)
   c = tiny.cfg(heads__n=3, heads__family=family, loss__backward='interleaved', loss__chunk_size=4)
   m = tiny.mesh(c)
   with jax.set_mesh(m):
@@ -759,17 +775,14 @@ def test_unembedding_is_gathered_once(schedule, family):
   assert any(in_loop for _, in_loop in found)  # as layers are
 
 
-def test_the_order_of_a_tpu_has_the_same_gradients(monkeypatch):
-  """Of a chain's backward pass, interleaved, after its unembedding's."""
+def test_what_is_done_on_a_tpu_has_the_same_gradients(trace_losses_for):
+  """A chain's backward pass, interleaved, after its unembedding's; ids of tokens."""
   of = dict(heads__family='sequential', heads__n=3, loss__backward='interleaved', mesh__fsdp=2)
   c = tiny.cfg(**of)
   found = []
   for platform in ('cpu', 'tpu'):
-    patched = types.SimpleNamespace(**vars(sharding) | dict(platform=lambda at=platform: at))
-    monkeypatch.setattr(backward, 'sharding', patched)
-    tiny._value_and_grad.clear_cache()
+    trace_losses_for(platform)
     found.append(tiny.value_and_grad(c, tiny.batch(c, packed=True)))
-  tiny._value_and_grad.clear_cache()
   jax.tree.map(np.testing.assert_array_equal, *found)
 
 
