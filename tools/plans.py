@@ -36,7 +36,8 @@ PUBLISHED = (
   *('gemma3_1b', 'gemma3_4b', 'olmo2_1b', 'olmo2_7b'),
 )
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-TPUS = {'v5e': FLAT, 'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'), 'v6e': FLAT}
+CUBES = '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4'
+TPUS = {'v4': CUBES, 'v5e': FLAT, 'v5p': CUBES, 'v6e': FLAT, 'tpu7x': CUBES}
 NODES = ('1', '2', '4', '8', '2x8', '4x8', '8x8')
 SLICES = TPUS | {name: NODES for name in nvidia.GPUS}
 HEADS = (1, 4)
@@ -57,12 +58,13 @@ def configured(size: str, n: int, topology: str, devices: int):
   ).config()
 
 
-def devices_of(shape: str) -> int:
-  return math.prod(map(int, shape.split('x')))
+def devices_of(generation: str, shape: str) -> int:
+  tpu = ahead.TPUS.get(generation)
+  return math.prod(map(int, shape.split('x'))) * (tpu.per_chip if tpu else 1)
 
 
 def fits_by_formula(size, n, generation, shape) -> bool:
-  devices = devices_of(shape)
+  devices = devices_of(generation, shape)
   cfg = configured(size, n, f'{generation}:{shape}', devices)
   kind = (ahead.TPUS.get(generation) or nvidia.GPUS[generation]).device_kind
   chip = chips.chip(kind)
@@ -89,7 +91,7 @@ class Compiled:
     topology = f'{generation}:{shape}'
     key = (size, n, topology)
     if key not in self.rows:
-      cfg = configured(size, n, topology, devices_of(shape))
+      cfg = configured(size, n, topology, devices_of(generation, shape))
       row = dict(key=key, by=compilers(generation)) | report.values_of(ahead.plan(cfg))
       with open(ROWS, 'a') as f:
         f.write(json.dumps(row) + '\n')
