@@ -43,8 +43,9 @@ class Path:
 
     def __init__(self, name):
         self.'
-run mtp generate "$run" --prompt="$prompt" \
-  --decode.max_new_tokens=128 --decode.compare --out="$run/decode.json"
+# Greedy, so small a model repeats itself.
+run mtp generate "$run" --prompt="$prompt" --decode.max_new_tokens=128 \
+  --decode.temperature=0.7 --decode.num_draft_tokens=3 --decode.compare --out="$run/decode.json"
 [ -z "$dry_run" ] || exit 0
 echo "checkpoints: $run/checkpoints"
 echo "report:      $run/report.html"

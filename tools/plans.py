@@ -25,7 +25,7 @@ import jax  # noqa: E402
 from mtp_jax.cli import flags  # noqa: E402
 from mtp_jax.config import fields  # noqa: E402
 from mtp_jax.parallel import chips  # noqa: E402
-from mtp_jax.planning import ahead, analytic, nvidia, report  # noqa: E402
+from mtp_jax.planning import ahead, analytic, nvidia, report, tpu  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / 'docs' / 'plans.jsonl'
@@ -59,14 +59,14 @@ def configured(size: str, n: int, topology: str, devices: int):
 
 
 def devices_of(generation: str, shape: str) -> int:
-  tpu = ahead.TPUS.get(generation)
-  return math.prod(map(int, shape.split('x'))) * (tpu.per_chip if tpu else 1)
+  per_chip = tpu.TPUS[generation].per_chip if generation in tpu.TPUS else 1
+  return math.prod(map(int, shape.split('x'))) * per_chip
 
 
 def fits_by_formula(size, n, generation, shape) -> bool:
   devices = devices_of(generation, shape)
   cfg = configured(size, n, f'{generation}:{shape}', devices)
-  kind = (ahead.TPUS.get(generation) or nvidia.GPUS[generation]).device_kind
+  kind = (tpu.TPUS.get(generation) or nvidia.GPUS[generation]).device_kind
   chip = chips.chip(kind)
   try:
     estimate = analytic.estimate(cfg, dict(data=1, fsdp=devices, tensor=1), chip)
@@ -171,8 +171,8 @@ parameters and moments, bfloat16 compute, and all devices along `--mesh.fsdp`. M
 GiB per device. The roofline is the step time of the busiest resource at its peak; more
 sequences per device raise the MFU (`mtp plan --plan.search_mesh`). `*`: by formula, where
 what libtpu compiled cannot be read. Of a GPU's memory, a program may have the share
-that JAX allocates, .92; the rest is for CUDA and NCCL ([Plan a run](guides/plan.md)). `mtp plan`
-has TPU v4 and TPU7x as well. Rows on GPUs are of a step that cast layers before the loop over
+that JAX allocates, .92; the rest is for CUDA and NCCL ([Plan a run](guides/plan.md)). A TPU7x is
+two devices. Rows on GPUs are of a step that cast layers before the loop over
 them: seven of them, compiled again, take the same memory within 10 KiB, and their rooflines are
 from 2.4% shorter to .3% longer. No step of these tables has run on a chip
 ([Hardware](hardware.md)).

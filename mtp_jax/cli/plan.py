@@ -1,6 +1,8 @@
 """`mtp plan`: compiles the train step ahead of time."""
 
+import contextlib
 import os
+import signal
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
@@ -19,8 +21,21 @@ def run(parsed: flags.Parsed) -> int:
     raise fields.ConfigError('plan.slices', cfg.plan.slices, 'needs --plan.topology')
   else:
     command_lib.start_jax(cfg)
-  from mtp_jax.planning import report as report_lib
+  from mtp_jax.planning import run as run_lib
 
-  values, status = report_lib.run(cfg, lambda line: print(line, flush=True))
+  with _ends_at_once():
+    values, status = run_lib.run(cfg, lambda line: print(line, flush=True))
   command_lib.print_report([], values, parsed.out)
   return status
+
+
+@contextlib.contextmanager
+def _ends_at_once():
+  """Python acts on Ctrl-C only once the compiler returns, which takes minutes."""
+  handler = signal.getsignal(signal.SIGINT)
+  if handler is signal.default_int_handler:  # not ignored, as in the background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)

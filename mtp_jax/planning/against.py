@@ -42,15 +42,11 @@ def read(cfg: schema.CommandConfig) -> dict | None:
   """Returns the plan of --plan.against; None without the flag. Compiles nothing.
 
   Raises:
-    ConfigError: another flag excludes it; or the file cannot be read, or is not a plan with
-      operations.
+    ConfigError: the file cannot be read, or is not a plan with operations.
   """
   path = cfg.plan.against
   if not path:
     return None
-  for other, given in ('sweep', cfg.plan.sweep), ('search_mesh', cfg.plan.search_mesh):
-    if given:
-      raise fields.ConfigError(FLAG, path, f'not supported together with --plan.{other}')
   allowed = 'a file that mtp plan --plan.profile --out wrote'
   try:
     before = saved.parse(paths.as_path(paths.absolute(path)).read_bytes())

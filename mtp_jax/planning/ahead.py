@@ -1,11 +1,9 @@
 """Compiles the real train step ahead of time, for devices that need not be present."""
 
 import functools
-import importlib.util
-import math
 import re
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -14,32 +12,9 @@ from mtp_jax.losses import cross_entropy
 from mtp_jax.losses import teacher as teacher_model
 from mtp_jax.model import flops, params
 from mtp_jax.parallel import chips, sharding
-from mtp_jax.planning import hlo, nvidia, profile
+from mtp_jax.planning import hlo, nvidia, profile, tpu
 from mtp_jax.planning import peak as peak_lib
 from mtp_jax.train import state, step
-
-NO_LIBTPU = (
-  "the TPU compiler is not installed: pip install 'mtp_jax[tpu]';"
-  ' below is the sharding-only estimate, without activations'
-)
-
-
-class Tpu(NamedTuple):
-  """A generation of TPU: its devices in jax, and what libtpu describes its chips by."""
-
-  device_kind: str
-  per_chip: int = 1  # devices
-  options: dict[str, str] = {}
-
-
-TPUS = {  # of --plan.topology
-  # As jax runs it; libtpu's own default has a device for each of two cores.
-  'v4': Tpu('TPU v4', options=dict(chip_config_name='megacore')),
-  'v5e': Tpu('TPU v5 lite'),
-  'v5p': Tpu('TPU v5'),
-  'v6e': Tpu('TPU v6 lite'),
-  'tpu7x': Tpu('TPU7x', per_chip=2),
-}
 
 
 class Plan(NamedTuple):
@@ -174,27 +149,10 @@ def devices(cfg: schema.CommandConfig) -> list:
   Raises:
     ConfigError: an unknown topology.
   """
-  p = cfg.plan
-  if not p.topology:
+  if not cfg.plan.topology:
     return jax.devices()
-  if at := gpus(cfg):
-    return nvidia.devices(at)
-  _sides(cfg)  # libtpu divides by a side
-  chips.answer_libtpu()
-  from jax.experimental import topologies
-
-  generation = TPUS.get(p.topology.partition(':')[0])
-  options: dict[str, Any] = dict(num_slices=p.slices) if p.slices > 1 else {}
-  options |= generation.options if generation else {}
-  try:
-    return topologies.get_topology_desc(p.topology, platform='tpu', **options).devices
-  except Exception as error:  # of various types
-    raise fields.ConfigError(
-      'plan.topology',
-      p.topology,
-      'e.g. v5e:4x4, v5p:4x4x4, h100:8 or h100:2x8; the TPU compiler reports:'
-      f' {str(error).splitlines()[0][:120]}',
-    ) from error
+  at = topology(cfg)
+  return tpu.devices(at) if isinstance(at, tpu.Topology) else nvidia.devices(at)
 
 
 def check_mesh(cfg: schema.CommandConfig) -> None:
@@ -206,20 +164,31 @@ def check_mesh(cfg: schema.CommandConfig) -> None:
     sharding.check_batch(cfg, sharding.make_mesh(cfg, devices(cfg)).shape)
 
 
-def gpus(cfg: schema.CommandConfig) -> nvidia.Topology | None:
-  """Returns the GPUs of --plan.topology; None of another topology, or none.
+def topology(cfg: schema.CommandConfig) -> tpu.Topology | nvidia.Topology:
+  """Returns --plan.topology, which must be given.
 
   Raises:
-    ConfigError: a topology of GPUs that is invalid, or with --plan.slices.
+    ConfigError: an unknown or invalid topology, or GPUs with --plan.slices.
   """
-  at = nvidia.topology(cfg.plan.topology)
-  if at and cfg.plan.slices > 1:
+  p = cfg.plan
+  at = tpu.topology(p.topology, p.slices) or nvidia.topology(p.topology)
+  if at is None:
+    tpus, gpus = (' or '.join(names) for names in (tpu.TPUS, nvidia.GPUS))
+    allowed = f'{tpus}, a colon, and e.g. 4x4; or {gpus}, a colon, and e.g. 8 or 2x8'
+    raise fields.ConfigError('plan.topology', p.topology, allowed)
+  if isinstance(at, nvidia.Topology) and p.slices > 1:
     raise fields.ConfigError(
       'plan.slices',
-      cfg.plan.slices,
-      f'only TPUs have slices; --plan.topology={cfg.plan.topology} takes nodes, as in h100:2x8',
+      p.slices,
+      f'only TPUs have slices; --plan.topology={p.topology} takes nodes, as in h100:2x8',
     )
   return at
+
+
+def gpus(cfg: schema.CommandConfig) -> nvidia.Topology | None:
+  """Returns the GPUs of --plan.topology; None of TPUs, or none."""
+  at = topology(cfg) if cfg.plan.topology else None
+  return at if isinstance(at, nvidia.Topology) else None
 
 
 def has_compiler(cfg: schema.CommandConfig) -> bool:
@@ -227,11 +196,7 @@ def has_compiler(cfg: schema.CommandConfig) -> bool:
   wheels of CUDA."""
   if not cfg.plan.topology:
     return True
-  return nvidia.has_compiler() if gpus(cfg) else has_libtpu()
-
-
-def has_libtpu() -> bool:
-  return importlib.util.find_spec('libtpu') is not None
+  return nvidia.has_compiler() if gpus(cfg) else tpu.has_compiler()
 
 
 def plan(cfg: schema.CommandConfig) -> Plan:
@@ -318,33 +283,13 @@ def _peak(compiled) -> peak_lib.Peak | None:
 
 def of_shardings(cfg: schema.CommandConfig) -> Plan:
   """Returns the sharding-only estimate: the bytes of the state."""
-  at = gpus(cfg)
-  n, kind = (at.devices, at.gpu.device_kind) if at else _slice(cfg)
-  mesh = sharding.abstract_mesh(cfg, n)
+  at = topology(cfg)
+  mesh = sharding.abstract_mesh(cfg, at.devices)
   sharding.check_batch(cfg, mesh.shape)
-  return _of_state(cfg, mesh, kind)._replace(per_node=at.per_node if at else 0)
-
-
-def _slice(cfg) -> tuple[int, str]:
-  """Returns the TPUs of --plan.topology and --plan.slices, and their device_kind."""
-  tpu, sides = TPUS.get(cfg.plan.topology.partition(':')[0]), _sides(cfg)
-  if tpu is None:
-    raise _not_allowed(cfg)
-  return cfg.plan.slices * math.prod(sides) * tpu.per_chip, tpu.device_kind
-
-
-def _sides(cfg) -> list[int]:
-  """Returns the sides of a slice of --plan.topology, in chips."""
-  sides = [int(side) for side in re.findall(r'\d+', cfg.plan.topology.partition(':')[2])]
-  if not all(sides) or not sides:
-    raise _not_allowed(cfg)
-  return sides
-
-
-def _not_allowed(cfg) -> fields.ConfigError:
-  allowed = f'{" or ".join(TPUS)}, a colon, and e.g. 4x4'
-  gpus = f'{" or ".join(nvidia.GPUS)}, a colon, and e.g. 8 or 2x8'
-  return fields.ConfigError('plan.topology', cfg.plan.topology, f'{allowed}; or {gpus}')
+  kind, per_node = (
+    (at.tpu.device_kind, 0) if isinstance(at, tpu.Topology) else (at.gpu.device_kind, at.per_node)
+  )
+  return _of_state(cfg, mesh, kind)._replace(per_node=per_node)
 
 
 def _of_state(cfg, mesh, device_kind) -> Plan:

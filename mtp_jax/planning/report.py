@@ -1,58 +1,10 @@
-"""The output of `mtp plan`: one plan, a sweep of flags, a search.
-
-Each function prints line by line, since a compilation takes minutes, and returns
-(the same as a JSON-able dict, exit status).
-"""
-
-import itertools
-import math
-import time
-from collections.abc import Callable
+"""A plan as values and as lines of text."""
 
 import jax
 
-from mtp_jax.config import fields, kernels, schema, validate
+from mtp_jax.config import kernels
 from mtp_jax.model import heads, lm, params
-from mtp_jax.planning import against, ahead, analytic, hlo, nvidia, peak, profile
-
-FITS, UNKNOWN, TOO_LARGE = 0, 4, 3  # exit statuses
-COMPILES = 4  # fitting candidates that a search compiles
-
-
-def status(plans: list[ahead.Plan]) -> int:
-  """Returns the worst exit status of several plans."""
-  fits = [plan.fits for plan in plans]
-  if False in fits:
-    return TOO_LARGE
-  # The memory limit of a CPU is unknown; allocations succeed.
-  known = all(
-    plan.fits or (plan.device_kind == 'cpu' and plan.temp_bytes is not None) for plan in plans
-  )
-  return FITS if known else UNKNOWN
-
-
-def run(cfg: schema.CommandConfig, report: Callable[[str], None]) -> tuple[dict, int]:
-  """Runs what the flags of cfg request: a plan, a sweep or a search."""
-  if cfg.plan.search_mesh and cfg.plan.sweep:
-    raise fields.ConfigError(
-      'plan.sweep', cfg.plan.sweep[0], 'not supported together with --plan.search_mesh'
-    )
-  before = against.read(cfg)
-  if cfg.plan.search_mesh:
-    return search(cfg, report)
-  if cfg.plan.sweep:
-    return sweep(cfg, report)
-  if before:
-    cfg = schema.replace(cfg, **{'plan.profile': True})
-  plan = ahead.plan(cfg)
-  values = values_of(plan)
-  for line in lines_of(plan):
-    report(line)
-  if before:
-    values['against'] = against.compared(before, values, cfg.plan.against)
-    for line in against.lines(values['against']):
-      report(line)
-  return values, status([plan])
+from mtp_jax.planning import ahead, analytic, hlo, nvidia, peak, profile, tpu
 
 
 def values_of(plan: ahead.Plan) -> dict:
@@ -168,6 +120,8 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   where = cfg.plan.topology or 'local devices'
   if cfg.plan.slices > 1:
     where = f'{cfg.plan.slices} slices of {where}'
+  if plan.nodes > 1:
+    where += f', {plan.nodes} nodes of {plan.per_node}'
   axes = ' x '.join(f'{axis}={size}' for axis, size in plan.mesh.items())
   lines = [
     f'{where}: {plan.devices} x {plan.device_kind}, mesh {axes}',
@@ -181,7 +135,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
   ]
   is_gpu = nvidia.is_gpu(plan.device_kind)
   if plan.temp_bytes is None:
-    lines += [nvidia.NO_COMPILER if is_gpu else ahead.NO_LIBTPU, '']
+    lines += [(nvidia if is_gpu else tpu).NO_COMPILER, '']
   platform = 'tpu' if plan.device_kind.startswith('TPU') else jax.devices()[0].platform
   platform = 'gpu' if is_gpu else platform
   if fallbacks := kernels.fallbacks(cfg, platform):
@@ -197,7 +151,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     *_memory_rows(plan),
   ]
   lines += ['per device' + ' ' * 33 + 'GiB']
-  lines += [f'  {name:36} {_gib(n):>7}' for name, n in rows if n is not None]
+  lines += [f'  {name:36} {gib(n):>7}' for name, n in rows if n is not None]
   fits = {True: 'fits', False: 'DOES NOT FIT', None: 'unknown whether it fits'}
   lines += [f'  {fits[plan.fits]}', '']
   if plan.chip and sum(plan.reserves.values()) > plan.chip.hbm_bytes - v['usable_bytes']:
@@ -223,7 +177,7 @@ def lines_of(plan: ahead.Plan) -> list[str]:
     ]
   lines += _time_lines(v) + _estimate_lines(plan)
   if cfg.plan.profile and is_gpu:
-    lines += ['no profile: the compiler for NVIDIA GPUs estimates no cycles']
+    lines += ['the profile has no cycles: the compiler for NVIDIA GPUs estimates none']
   if cfg.plan.profile and plan.ledger and plan.ledger.cycles and plan.chip:
     lines += profile.lines(plan.ledger, plan.chip, plan.clock)
   if plan.peak:
@@ -240,7 +194,7 @@ def _memory_rows(plan: ahead.Plan) -> list[tuple[str, float | None]]:
     return [('memory of the device', plan.chip and plan.chip.hbm_bytes)]
   usable = ahead.usable_bytes(plan.device_kind, plan.cfg) or 0.0
   return [
-    (f'JAX allocates {usable / plan.chip.hbm_bytes:.3g} of {_gib(plan.chip.hbm_bytes)}', usable),
+    (f'JAX allocates {usable / plan.chip.hbm_bytes:.3g} of {gib(plan.chip.hbm_bytes)}', usable),
     *((f'reserve beside it: {name}', n) for name, n in plan.reserves.items()),
   ]
 
@@ -281,155 +235,25 @@ def _time_lines(v) -> list[str]:
     '',
     f'roofline: {v["step_s"]:.3g} s per step, the largest of (seconds at peak) {parts}',
     f'  {v["tokens_per_s_all"]:,.0f} tokens/s over all devices, MFU {v["mfu"]:.1%} at best',
-    f'  {v["steps"]:,} steps: {v["tokens_all"] / 1e9:,.3g}B tokens, {v["days"]:,.3g} days at best',
+    f'  {v["steps"]:,} steps: {_count(v["tokens_all"])} tokens, {_time(v["days"])} at best',
   ]
 
 
-def _gib(n: float) -> str:
+def _count(n: float) -> str:
+  return f'{n / 1e9:,.3g}B' if n >= 1e9 else f'{n / 1e6:,.3g}M'
+
+
+def _time(days: float) -> str:
+  for unit, of_day in ('days', 1), ('hours', 24), ('minutes', 1440):
+    if days * of_day >= 1:
+      return f'{days * of_day:,.3g} {unit}'
+  return f'{days * 86400:,.3g} seconds'
+
+
+def gib(n: float) -> str:
   return _short(n / 2**30)
 
 
 def _short(x: float) -> str:
   """Formats with two decimals, or two significant digits below 0.1."""
   return f'{x:.2f}' if x >= 0.1 else f'{x:.2g}'
-
-
-def variants(cfg: schema.CommandConfig) -> list[tuple[dict, schema.CommandConfig]]:
-  """Returns the configurations of --plan.sweep: (the flags that each sets, Config).
-
-  Raises:
-    ConfigError: an entry is not FLAG=VALUE,…, or a value is invalid.
-  """
-  axes, swept = [], set()
-  for text in cfg.plan.sweep:
-    name, _, values = text.partition('=')
-    name = name.removeprefix('--')
-    field = schema.fields().get(name)
-    wrong = {
-      f'{name} is not a flag': field is None,
-      f'{name} cannot be swept': name.startswith('plan.'),
-      'no values after =': not values,
-    }
-    if any(wrong.values()):
-      reason = next(text for text, is_so in wrong.items() if is_so)
-      raise fields.ConfigError('plan.sweep', text, f'{reason}; FLAG=VALUE,VALUE,… of a run')
-    if name in swept:
-      raise fields.ConfigError('plan.sweep', text, f'duplicate flag {name}')
-    swept.add(name)
-    assert field
-    try:
-      axes.append([(name, _typed(field, v)) for v in values.split(',')])
-    except ValueError:
-      raise fields.ConfigError(
-        'plan.sweep', text, f'values must be {schema.type_of(field).__name__}'
-      ) from None
-  return [
-    (dict(point), validate.validate(schema.replace(cfg, **dict(point))))
-    for point in itertools.product(*axes)
-  ]
-
-
-def _typed(field, text: str):
-  if field.type is bool:
-    if text.lower() not in ('true', 'false'):
-      raise ValueError(text)
-    return text.lower() == 'true'
-  return field.type(text)
-
-
-COLUMNS = ('GiB state', 'temp', 'total', 'fits', 'step s', 'days', 'compile s')
-
-
-def sweep(cfg: schema.CommandConfig, report) -> tuple[dict, int]:
-  """Prints one row per value of --plan.sweep, a grid for several flags."""
-  points = variants(cfg)
-  for _, one in points:  # check all before compiling the first
-    ahead.check_mesh(one)
-  widths = [max(len(name), 14) for name in points[0][0]]
-
-  def cells(texts):
-    return [f'{text!s:>{w}}' for text, w in zip(texts, widths, strict=True)]
-
-  report('  '.join([*cells(points[0][0]), *_cells(COLUMNS)]))
-  plans, rows = [], []
-  for point, one in points:
-    plan = ahead.plan(one)
-    plans.append(plan)
-    rows.append(dict(set=point) | values_of(plan))
-    report('  '.join([*cells(point.values()), *_row(plan)]))
-  return dict(sweep=list(cfg.plan.sweep), rows=rows), status(plans)
-
-
-def _cells(texts) -> list[str]:
-  return [f'{text:>9}' for text in texts]
-
-
-def _row(plan: ahead.Plan) -> list[str]:
-  v = values_of(plan)
-  return _cells(
-    '-' if x is None else x
-    for x in (
-      _gib(plan.state_bytes),
-      None if plan.temp_bytes is None else _gib(plan.temp_bytes),
-      None if plan.total_bytes is None else _gib(plan.total_bytes),
-      {True: 'yes', False: 'NO', None: '?'}[plan.fits],
-      v['step_s'] and f'{v["step_s"]:.3g}',
-      v['days'] and f'{v["days"]:.2f}',
-      None if plan.compile_s is None else f'{plan.compile_s:.0f}',
-    )
-  )
-
-
-def search(cfg: schema.CommandConfig, report) -> tuple[dict, int]:
-  """Ranks meshes, micro-batches and remat by formula, and compiles the best."""
-  if not ahead.has_compiler(cfg):
-    one = ahead.of_shardings(cfg)
-    n, kind = one.devices, one.device_kind
-  else:
-    on = ahead.devices(cfg)
-    n, kind = len(on), on[0].device_kind
-  found = analytic.ranked(cfg, n, kind)
-  if not found:
-    raise fields.ConfigError(
-      'plan.search_mesh',
-      True,
-      f'no mesh of {n} devices divides --data.batch_size={cfg.data.batch_size} and the model',
-    )
-  usable = ahead.usable_bytes(kind, cfg)
-  assert usable  # or `ranked` has raised
-  fitting = sum(e.total_bytes <= usable for e in found)
-  report(f'{n} x {kind}: {len(found)} candidates, {fitting} fit by formula; the best, compiled:')
-  columns = ('by formula', 'step s', *COLUMNS)
-  report(
-    '  '.join([f'{"data x fsdp x tensor":>20}', *_cells(('micro', 'remat'))] + _cells(columns))
-  )
-  plans, rows, begin = [], [], time.perf_counter()
-  for e in found:
-    if sum(p.fits is not False for p in plans) == COMPILES:
-      break
-    if plans and time.perf_counter() - begin > cfg.plan.search_timeout_s:
-      report(f'stopped after --plan.search_timeout_s={cfg.plan.search_timeout_s}')
-      break
-    plan = ahead.plan(e.cfg)
-    plans.append(plan)
-    chosen = e.cfg.train.grad_accum_steps, e.cfg.model.remat
-    formula = _gib(e.total_bytes), f'{e.step_s:.3f}'
-    mesh = ' x '.join(map(str, plan.mesh.values()))
-    report('  '.join([f'{mesh:>20}', *_cells((*chosen, *formula)), *_row(plan)]))
-    rows.append(dict(formula_bytes=e.total_bytes, formula_s=e.seconds) | values_of(plan))
-  best = min(
-    (p for p in plans if p.fits), default=None, key=lambda p: values_of(p)['step_s'] or math.inf
-  )
-  if best:
-    report('')
-    report('the fastest that fits:')
-    report(_flags(best.cfg))
-  return (
-    dict(candidates=len(found), rows=rows, best=_flags(best.cfg) if best else None),
-    FITS if best else status(plans),
-  )
-
-
-def _flags(cfg: schema.CommandConfig) -> str:
-  names = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.grad_accum_steps', 'model.remat')
-  return ' '.join(f'--{name}={schema.get(cfg, name)}' for name in names)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from mtp_jax.cli import main
-from mtp_jax.planning import against, ahead, hlo, peak, profile, report
+from mtp_jax.planning import against, ahead, hlo, peak, profile, report, run
 from tests.support import tiny
 
 SMALL = [f'--{name}={value}' for name, value in (tiny.BASE | {'mesh.fsdp': -1}).items()]
@@ -62,7 +62,7 @@ def test_scopes_totals_and_flags_that_differ(tmp_path, monkeypatch, capsys):
   now = _plan(qkv=10**6, ce=10**6, muon=5 * 10**6)
   flags = '--heads.n=2', '--data.seq_len=32'
   status, values = _run(tmp_path, monkeypatch, before, now, *flags)
-  assert status == report.FITS
+  assert status == run.FITS
   found = values['against']
   assert found['file'] == f'{tmp_path}/before.json'
   assert found['differs'] == {'heads': [4, 2], 'seq_len': [16, 32]}
@@ -108,7 +108,7 @@ def test_gpus_are_compared_without_cycles(tmp_path, monkeypatch, capsys):
   kind = 'NVIDIA H100 80GB HBM3'
   before, now = _plan(kind=kind, temp=2**31, qkv=0), _plan(kind=kind, qkv=0)
   status, values = _run(tmp_path, monkeypatch, before, now)
-  assert status == report.FITS and values['against']['scopes'] is None
+  assert status == run.FITS and values['against']['scopes'] is None
   assert values['against']['totals']['temp_bytes']['ratio'] == 0.5
   assert values['against']['totals']['executed_flops_per_step']['ratio'] == 1
   printed = capsys.readouterr().out
@@ -158,13 +158,14 @@ def test_bad_file_raises_before_compiling(name, tmp_path, capsys, monkeypatch):
   assert problem in error and 'a file that mtp plan --plan.profile --out wrote' in error
 
 
+@pytest.mark.parametrize('flag', ['against=x.json', 'profile=True'])
 @pytest.mark.parametrize('other', ['sweep=heads.n=1,2', 'search_mesh'])
-def test_sweeps_and_searches_are_refused(other, tmp_path, capsys, monkeypatch):
+def test_sweeps_and_searches_are_refused(other, flag, capsys, monkeypatch):
   monkeypatch.setattr(ahead, 'plan', None)
-  assert main.main(['plan', *SMALL, '--plan.against=x.json', f'--plan.{other}']) == 2
+  assert main.main(['plan', *SMALL, f'--plan.{flag}', f'--plan.{other}']) == 2
   error = capsys.readouterr().err
   name = other.partition('=')[0]
-  assert f'--plan.against=x.json: not supported together with --plan.{name}' in error
+  assert f'--plan.{flag}: not supported together with --plan.{name}' in error
 
 
 def test_profile_is_written_and_printed_with_peak_buffers(capsys):

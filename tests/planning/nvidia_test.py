@@ -12,7 +12,7 @@ from mtp_jax.cli import main
 from mtp_jax.config import fields, schema
 from mtp_jax.io import paths
 from mtp_jax.parallel import chips
-from mtp_jax.planning import ahead, analytic, groups, hlo, nvidia, report
+from mtp_jax.planning import ahead, analytic, groups, hlo, nvidia, report, tpu
 from tests.support import runs, tiny
 
 MIB = 2**20
@@ -51,7 +51,7 @@ def test_bad_topology_is_one_line(text, capsys):
 
 
 def test_unknown_chip_lists_gpus(monkeypatch, capsys):
-  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  monkeypatch.setattr(tpu, 'has_compiler', lambda: False)
   assert main.main(['plan', *SMALL, '--plan.topology=h300:8']) == 2
   assert 'a100-40g or a100 or h100 or h200 or b200' in capsys.readouterr().err
 
@@ -158,8 +158,8 @@ def test_plan_without_wheels_is_sharding_only(monkeypatch, capsys):
   assert main.main(['plan', *SMALL, *args]) == 4
   printed = capsys.readouterr().out
   assert "pip install 'mtp_jax[plan]'" in printed
-  assert '16 x NVIDIA H100 80GB HBM3, mesh data=1 x fsdp=16 x tensor=1' in printed
-  assert 'no profile: the compiler for NVIDIA GPUs estimates no cycles' in printed
+  assert 'h100:2x8, 2 nodes of 8: 16 x NVIDIA H100 80GB HBM3' in printed
+  assert 'the profile has no cycles: the compiler for NVIDIA GPUs estimates none' in printed
 
 
 def test_plan_without_wheels_detects_too_large_state(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,10 +11,10 @@ import jax
 import pytest
 
 from mtp_jax.cli import main
-from mtp_jax.config import fields, schema
+from mtp_jax.config import schema
 from mtp_jax.model import params
 from mtp_jax.parallel import chips, sharding
-from mtp_jax.planning import ahead, analytic, hlo, report
+from mtp_jax.planning import ahead, analytic, hlo, report, run, tpu
 from mtp_jax.train import state
 from tests.support import ahead as compiled
 from tests.support import runs, tiny
@@ -94,13 +95,13 @@ def test_duplicate_sweep_flag_raises(capsys, monkeypatch):
 
 def test_fit_on_unknown_accelerator_is_unknown():
   plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'NVIDIA L40S', 1, 1, 1.0)
-  assert plan.fits is None and report.status([plan]) == 4
-  assert report.status([plan._replace(device_kind='cpu')]) == 0
-  assert report.status([plan._replace(device_kind='TPU v5e')]) == 0
+  assert plan.fits is None and run.status([plan]) == 4
+  assert run.status([plan._replace(device_kind='cpu')]) == 0
+  assert run.status([plan._replace(device_kind='TPU v5e')]) == 0
 
 
 def test_plan_without_libtpu_is_sharding_only(monkeypatch, capsys):
-  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  monkeypatch.setattr(tpu, 'has_compiler', lambda: False)
   args = ['--plan.topology=v5e:2x4', '--plan.slices=2', '--mesh.data=2']
   assert main.main(['plan', *SMALL, *args, '--data.batch_size=16']) == 4
   printed = capsys.readouterr().out
@@ -110,25 +111,41 @@ def test_plan_without_libtpu_is_sharding_only(monkeypatch, capsys):
 
 
 def test_plan_without_libtpu_detects_too_large_state(monkeypatch):
-  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  monkeypatch.setattr(tpu, 'has_compiler', lambda: False)
   flags = ['--flagfile=experiments/size/13b.flags', '--data.seq_len=4096']
   assert main.main(['plan', *flags, '--plan.topology=v5e:2x2']) == 3
   flags += ['--data.batch_size=16']
   assert main.main(['plan', *flags, '--plan.topology=v5e:4x4']) == 4
 
 
-def test_a_side_of_zero_is_refused_before_the_compiler_divides_by_it():
-  of = schema.replace(schema.CommandConfig(), **{'plan.topology': 'v4:0x2'})
-  with pytest.raises(fields.ConfigError, match='v4:0x2'):
-    ahead.devices(of)
-
-
-@pytest.mark.parametrize('topology', ['v9:4x4', '4x4', 'v5e:', 'v5e:0x2'])
-def test_bad_topology_raises(topology, monkeypatch, capsys):
-  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+@pytest.mark.parametrize('has_compiler', [False, True])
+@pytest.mark.parametrize(
+  'topology, allowed',
+  [
+    ('v9:4x4', 'v4 or v5e or v5p or v6e or tpu7x, a colon, and e.g. 4x4; or a100-40g or'),
+    ('4x4', 'v4 or v5e'),
+    ('v5e:', 'v5e:4x4, a slice by its 2 sides in chips'),
+    ('v5e:22', '2 sides'),
+    ('v5e:0x2', '2 sides'),
+    ('v5e:2X2', '2 sides'),
+    ('v5e:2x2x2', '2 sides'),
+    ('v6e:2x3', 'the first two 1 or even'),
+    ('v6e:16x32', 'at most 256 chips'),
+    ('v4:2x2', 'v4:2x2x4, a slice by its 3 sides in chips'),
+    ('v4:0x2x1', '3 sides'),
+    ('v5p:3x2x1', 'the first two 1 or even'),
+    ('tpu7x:99x99x99', 'at most 9,216 chips'),
+  ],
+)
+def test_bad_topology_is_refused_by_the_same_line_without_the_compiler(
+  topology, allowed, has_compiler, monkeypatch, capsys
+):
+  monkeypatch.setattr(tpu, 'has_compiler', lambda: has_compiler)
+  monkeypatch.setattr(tpu, 'devices', None)
   assert main.main(['plan', *SMALL, f'--plan.topology={topology}']) == 2
   error = capsys.readouterr().err
-  assert f'--plan.topology={topology}' in error and error.count('\n') == 1
+  assert f'--plan.topology={topology}: ' in error and allowed in error
+  assert error.count('\n') == 1
 
 
 def test_slices_need_a_topology(capsys):
@@ -151,7 +168,7 @@ def test_needed_memory_is_parsed_from_compiler_errors(message, temp):
   plan = ahead.Plan(tiny.cfg(), dict(data=1, fsdp=1, tensor=1), 'TPU v5 lite', 100, 200)
   plan = plan._replace(temp_bytes=ahead._needed(message)(plan))
   assert plan.temp_bytes == pytest.approx(temp)
-  assert plan.fits is False and report.status([plan]) == 3
+  assert plan.fits is False and run.status([plan]) == 3
   barely = plan._replace(temp_bytes=1.0, refused=True)
   assert barely.fits is False  # whatever the message states
   assert ahead._needed('INTERNAL: something else') is None
@@ -284,7 +301,7 @@ def test_formula_is_exact_for_state_and_monotonic_in_cost():
 
 
 def test_search_ranks_and_compiles_candidates(monkeypatch, capsys):
-  monkeypatch.setattr(ahead, 'has_libtpu', lambda: False)
+  monkeypatch.setattr(tpu, 'has_compiler', lambda: False)
   flags = ['--flagfile=experiments/scaling/1.3b_n4.flags']
   args = [*flags, '--plan.topology=v5e:8x8', '--plan.search_mesh']
   compiled = []
@@ -295,7 +312,7 @@ def test_search_ranks_and_compiles_candidates(monkeypatch, capsys):
 
   monkeypatch.setattr(ahead, 'plan', plan)
   assert main.main(['plan', *args]) == 4
-  assert len(compiled) == report.COMPILES
+  assert len(compiled) == run.COMPILES
   assert 'candidates' in capsys.readouterr().out
   for cfg in compiled:
     assert cfg.mesh.data * cfg.mesh.fsdp * cfg.mesh.tensor == 64
@@ -322,13 +339,42 @@ def _tpu(*args, timeout=600):
 
 DEVICES = """
 from mtp_jax.config import schema
-from mtp_jax.planning import ahead
-for generation in ahead.TPUS:
-  shape = '2x2' if generation.endswith('e') else '2x2x1'
+from mtp_jax.planning import ahead, tpu
+for generation, of_tpu in tpu.TPUS.items():
+  shape = '2x2' if of_tpu.sides == 2 else '2x2x1'
   of = schema.replace(schema.CommandConfig(), **{'plan.topology': f'{generation}:{shape}'})
-  on = ahead.devices(of)
-  print(generation, len(on), (len(on), on[0].device_kind) == ahead._slice(of))
+  at, on = ahead.topology(of), ahead.devices(of)
+  print(generation, len(on), (len(on), on[0].device_kind) == (at.devices, of_tpu.device_kind))
 """
+
+
+def test_ctrl_c_ends_a_compilation_at_once(monkeypatch):
+  before, during = signal.getsignal(signal.SIGINT), []
+
+  def plan(*_):
+    during.append(signal.getsignal(signal.SIGINT))
+    return {}, 0
+
+  monkeypatch.setattr(run, 'run', plan)
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  assert main.main(['plan', *SMALL, '--plan.topology=v5e:2x2']) == 0
+  assert before is signal.default_int_handler and during == [signal.SIG_DFL]
+  assert signal.getsignal(signal.SIGINT) is before
+
+
+TERMINATED = """
+import os, signal
+from mtp_jax.planning import tpu
+tpu.devices(tpu.topology('v5e:2x2', 1))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_sigterm_prints_nothing_of_libtpu():
+  pytest.importorskip('libtpu')
+  python = runs.process(['-c', TERMINATED], variables=compiled.VARIABLES)
+  _, error = python.communicate()
+  assert (python.returncode, error) == (-signal.SIGTERM, '')
 
 
 def test_a_slice_has_the_devices_that_jax_will_have():
