@@ -286,10 +286,7 @@ def of_shardings(cfg: schema.CommandConfig) -> Plan:
   at = topology(cfg)
   mesh = sharding.abstract_mesh(cfg, at.devices)
   sharding.check_batch(cfg, mesh.shape)
-  kind, per_node = (
-    (at.tpu.device_kind, 0) if isinstance(at, tpu.Topology) else (at.gpu.device_kind, at.per_node)
-  )
-  return _of_state(cfg, mesh, kind)._replace(per_node=per_node)
+  return _of_state(cfg, mesh, at.device_kind)._replace(per_node=at.per_node)
 
 
 def _of_state(cfg, mesh, device_kind) -> Plan:

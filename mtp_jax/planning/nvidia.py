@@ -86,6 +86,10 @@ class Topology(NamedTuple):
   per_node: int
 
   @property
+  def device_kind(self) -> str:
+    return self.gpu.device_kind
+
+  @property
   def devices(self) -> int:
     return self.nodes * self.per_node
 

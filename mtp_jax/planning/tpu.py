@@ -46,6 +46,11 @@ class Topology(NamedTuple):
   tpu: Tpu
   chips: int  # of a slice
   slices: int
+  per_node = 0  # GPUs
+
+  @property
+  def device_kind(self) -> str:
+    return self.tpu.device_kind
 
   @property
   def devices(self) -> int:
