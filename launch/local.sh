@@ -45,7 +45,7 @@ class Path:
         self.'
 # Greedy, so small a model repeats itself.
 run mtp generate "$run" --prompt="$prompt" --decode.max_new_tokens=128 \
-  --decode.temperature=0.7 --decode.num_draft_tokens=all --decode.compare --out="$run/decode.json"
+  --decode.temperature=0.7 --decode.num_draft_tokens=all --out="$run/decode.json"
 [ -z "$dry_run" ] || exit 0
 echo "checkpoints: $run/checkpoints"
 echo "report:      $run/report.html"
