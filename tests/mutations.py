@@ -665,8 +665,8 @@ FAULTS = (
     'slice-larger-than-a-pod',
     0,
     'mtp_jax/planning/tpu.py',
-    'and 1 <= math.prod(sides) <= tpu.chips',
-    'and 1 <= math.prod(sides)',
+    'and 1 <= math.prod(sizes) <= tpu.chips',
+    'and 1 <= math.prod(sizes)',
     _in('planning/plan', 'test_bad_topology_is_refused_by_the_same_line_without_the_compiler'),
   ),
   Fault(
@@ -683,7 +683,7 @@ FAULTS = (
     'mtp_jax/cli/plan.py',
     'signal.signal(signal.SIGINT, signal.SIG_DFL)',
     'pass',
-    _in('planning/plan', 'test_ctrl_c_ends_a_compilation_at_once'),
+    _in('planning/plan', 'test_ctrl_c_has_its_default_effect_during_a_plan'),
   ),
   Fault(
     'largest-becomes-sum',

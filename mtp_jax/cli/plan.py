@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 
 from mtp_jax.cli import command as command_lib
 from mtp_jax.cli import flags
@@ -23,18 +24,22 @@ def run(parsed: flags.Parsed) -> int:
     command_lib.start_jax(cfg)
   from mtp_jax.planning import run as run_lib
 
-  with _ends_at_once():
+  with _default_sigint():
     values, status = run_lib.run(cfg, lambda line: print(line, flush=True))
   command_lib.print_report([], values, parsed.out)
   return status
 
 
 @contextlib.contextmanager
-def _ends_at_once():
-  """Python acts on Ctrl-C only once the compiler returns, which takes minutes."""
+def _default_sigint():
+  """Ctrl-C ends the process: Python would act on it only once the compiler returns, minutes
+  later. Where it is ignored, as in the background, it stays so."""
   handler = signal.getsignal(signal.SIGINT)
-  if handler is signal.default_int_handler:  # not ignored, as in the background
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  is_main = threading.current_thread() is threading.main_thread()
+  if handler is not signal.default_int_handler or not is_main:
+    yield
+    return
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     yield
   finally:

@@ -176,7 +176,7 @@ class PlanConfig:
   profile: bool = fields.field(
     False,
     "print the scopes with the most cycles, by the TPU compiler's estimate, and the largest "
-    'temporaries at the peak',
+    'temporaries at the peak; of one plan, not of a sweep or search',
   )
   against: str = fields.field(
     '',

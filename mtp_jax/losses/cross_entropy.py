@@ -93,7 +93,8 @@ def of_scores(logits_BCV, target_BC, ids_V=None) -> Logits:
   ids_11V = (jnp.arange(V) if ids_V is None else jnp.array(ids_V))[None, None, :]
   last = V - 1 if ids_V is None else ids_V[-1]
   # Of this chunk, or JAX computes them for each position before a loop that it differentiates.
-  if sharding.platform() == 'tpu':  # An iota, as ids from memory slow its products of logits.
+  if sharding.platform() == 'tpu':
+    # So all ids remain an iota: read from memory, they slow the products of logits.
     zero, _ = jax.lax.optimization_barrier((jnp.int32(0), top_BC))
     ids_11V = zero + ids_11V
   else:

@@ -174,7 +174,7 @@ def topology(cfg: schema.CommandConfig) -> tpu.Topology | nvidia.Topology:
   at = tpu.topology(p.topology, p.slices) or nvidia.topology(p.topology)
   if at is None:
     tpus, gpus = (' or '.join(names) for names in (tpu.TPUS, nvidia.GPUS))
-    allowed = f'{tpus}, a colon, and e.g. 4x4; or {gpus}, a colon, and e.g. 8 or 2x8'
+    allowed = f'{tpus}, a colon, and e.g. 4x4 or 2x2x4; or {gpus}, a colon, and e.g. 8 or 2x8'
     raise fields.ConfigError('plan.topology', p.topology, allowed)
   if isinstance(at, nvidia.Topology) and p.slices > 1:
     raise fields.ConfigError(

@@ -240,14 +240,21 @@ def _time_lines(v) -> list[str]:
 
 
 def _count(n: float) -> str:
-  return f'{n / 1e9:,.3g}B' if n >= 1e9 else f'{n / 1e6:,.3g}M'
+  for unit, size in ('T', 1e12), ('B', 1e9), ('M', 1e6):
+    if n >= size:
+      return f'{three_digits(n / size)}{unit}'
+  return f'{n:,.0f}'
 
 
 def _time(days: float) -> str:
   for unit, of_day in ('days', 1), ('hours', 24), ('minutes', 1440):
     if days * of_day >= 1:
-      return f'{days * of_day:,.3g} {unit}'
-  return f'{days * 86400:,.3g} seconds'
+      return f'{three_digits(days * of_day)} {unit}'
+  return f'{three_digits(days * 86400)} seconds'
+
+
+def three_digits(x: float) -> str:
+  return f'{x:,.0f}' if x >= 999.5 else f'{x:.3g}'
 
 
 def gib(n: float) -> str:

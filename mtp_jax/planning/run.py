@@ -140,7 +140,7 @@ def _row(plan: ahead.Plan) -> list[str]:
       None if plan.total_bytes is None else report_lib.gib(plan.total_bytes),
       {True: 'yes', False: 'NO', None: '?'}[plan.fits],
       v['step_s'] and f'{v["step_s"]:.3g}',
-      v['days'] and f'{v["days"]:.3g}',
+      v['days'] and report_lib.three_digits(v['days']),
       None if plan.compile_s is None else f'{plan.compile_s:.0f}',
     )
   )

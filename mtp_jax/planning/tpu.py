@@ -23,7 +23,7 @@ class Tpu(NamedTuple):
   """
 
   device_kind: str
-  sides: int  # of a slice
+  dims: int  # of a slice
   chips: int  # of a pod
   per_chip: int = 1  # devices
   options: dict[str, str] = {}
@@ -31,11 +31,11 @@ class Tpu(NamedTuple):
 
 TPUS = {  # of --plan.topology
   # As jax runs it; libtpu's own default has a device for each of two cores.
-  'v4': Tpu('TPU v4', sides=3, chips=4096, options=dict(chip_config_name='megacore')),
-  'v5e': Tpu('TPU v5 lite', sides=2, chips=256),
-  'v5p': Tpu('TPU v5', sides=3, chips=8960),
-  'v6e': Tpu('TPU v6 lite', sides=2, chips=256),
-  'tpu7x': Tpu('TPU7x', sides=3, chips=9216, per_chip=2),
+  'v4': Tpu('TPU v4', dims=3, chips=4096, options=dict(chip_config_name='megacore')),
+  'v5e': Tpu('TPU v5 lite', dims=2, chips=256),
+  'v5p': Tpu('TPU v5', dims=3, chips=8960),
+  'v6e': Tpu('TPU v6 lite', dims=2, chips=256),
+  'tpu7x': Tpu('TPU7x', dims=3, chips=9216, per_chip=2),
 }
 
 
@@ -61,26 +61,26 @@ def topology(text: str, slices: int) -> Topology | None:
   """Parses --plan.topology; None if it does not name a TPU.
 
   Raises:
-    ConfigError: of a TPU, but no slice of it. libtpu takes v5e:2x2x2 and v4:2x2, and divides
-      by a side of zero.
+    ConfigError: other dimensions than a slice of this TPU has, or more chips than a pod.
+      libtpu takes v5e:2x2x2 and v4:2x2, and divides by zero in v4:0x2x1.
   """
   name, _, shape = text.partition(':')
   if name not in TPUS:
     return None
   tpu = TPUS[name]
-  found = re.fullmatch('x'.join([r'([1-9]\d{0,3})'] * tpu.sides), shape)
-  sides = [int(side) for side in found.groups()] if found else [0]
-  # A host has 2 x 2 chips, or a part of them in a slice of one host.
-  of_hosts = all(side == 1 or side % 2 == 0 for side in sides[:2])
-  if not (of_hosts and 1 <= math.prod(sides) <= tpu.chips):
-    one = '4x4' if tpu.sides == 2 else '2x2x4'
+  found = re.fullmatch('x'.join([r'([1-9]\d{0,3})'] * tpu.dims), shape)
+  sizes = [int(size) for size in found.groups()] if found else [0]
+  # Of libtpu's hosts, which have 2 x 2 chips, or the chips of the slice along a dimension of 1.
+  is_whole = all(size == 1 or size % 2 == 0 for size in sizes[:2])
+  if not (is_whole and 1 <= math.prod(sizes) <= tpu.chips):
+    one = '4x4' if tpu.dims == 2 else '2x2x4'
     raise fields.ConfigError(
       'plan.topology',
       text,
-      f'{name}:{one}, a slice by its {tpu.sides} sides in chips, the first two 1 or even; at most'
+      f'{name}:{one}, a slice of {tpu.dims} dimensions in chips, the first two 1 or even; at most'
       f' {tpu.chips:,} chips',
     )
-  return Topology(text, tpu, math.prod(sides), slices)
+  return Topology(text, tpu, math.prod(sizes), slices)
 
 
 def has_compiler() -> bool:

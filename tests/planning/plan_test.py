@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -122,17 +123,17 @@ def test_plan_without_libtpu_detects_too_large_state(monkeypatch):
 @pytest.mark.parametrize(
   'topology, allowed',
   [
-    ('v9:4x4', 'v4 or v5e or v5p or v6e or tpu7x, a colon, and e.g. 4x4; or a100-40g or'),
+    ('v9:4x4', 'v4 or v5e or v5p or v6e or tpu7x, a colon, and e.g. 4x4 or 2x2x4; or a100-40g or'),
     ('4x4', 'v4 or v5e'),
-    ('v5e:', 'v5e:4x4, a slice by its 2 sides in chips'),
-    ('v5e:22', '2 sides'),
-    ('v5e:0x2', '2 sides'),
-    ('v5e:2X2', '2 sides'),
-    ('v5e:2x2x2', '2 sides'),
+    ('v5e:', 'v5e:4x4, a slice of 2 dimensions in chips'),
+    ('v5e:22', '2 dimensions'),
+    ('v5e:0x2', '2 dimensions'),
+    ('v5e:2X2', '2 dimensions'),
+    ('v5e:2x2x2', '2 dimensions'),
     ('v6e:2x3', 'the first two 1 or even'),
     ('v6e:16x32', 'at most 256 chips'),
-    ('v4:2x2', 'v4:2x2x4, a slice by its 3 sides in chips'),
-    ('v4:0x2x1', '3 sides'),
+    ('v4:2x2', 'v4:2x2x4, a slice of 3 dimensions in chips'),
+    ('v4:0x2x1', '3 dimensions'),
     ('v5p:3x2x1', 'the first two 1 or even'),
     ('tpu7x:99x99x99', 'at most 9,216 chips'),
   ],
@@ -341,15 +342,19 @@ DEVICES = """
 from mtp_jax.config import schema
 from mtp_jax.planning import ahead, tpu
 for generation, of_tpu in tpu.TPUS.items():
-  shape = '2x2' if of_tpu.sides == 2 else '2x2x1'
+  shape = '2x2' if of_tpu.dims == 2 else '2x2x1'
   of = schema.replace(schema.CommandConfig(), **{'plan.topology': f'{generation}:{shape}'})
   at, on = ahead.topology(of), ahead.devices(of)
   print(generation, len(on), (len(on), on[0].device_kind) == (at.devices, of_tpu.device_kind))
 """
 
 
-def test_ctrl_c_ends_a_compilation_at_once(monkeypatch):
-  before, during = signal.getsignal(signal.SIGINT), []
+@pytest.mark.parametrize(
+  'handler, expected',
+  [(signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)],
+)
+def test_ctrl_c_has_its_default_effect_during_a_plan(handler, expected, monkeypatch):
+  during = []
 
   def plan(*_):
     during.append(signal.getsignal(signal.SIGINT))
@@ -357,9 +362,27 @@ def test_ctrl_c_ends_a_compilation_at_once(monkeypatch):
 
   monkeypatch.setattr(run, 'run', plan)
   monkeypatch.setattr(jax.config, 'update', lambda *_: None)
-  assert main.main(['plan', *SMALL, '--plan.topology=v5e:2x2']) == 0
-  assert before is signal.default_int_handler and during == [signal.SIG_DFL]
-  assert signal.getsignal(signal.SIGINT) is before
+  args = ['plan', *SMALL, '--plan.topology=v5e:2x2']
+  before = signal.signal(signal.SIGINT, handler)
+  try:
+    assert main.main(args) == 0
+    assert signal.getsignal(signal.SIGINT) is handler
+    thread = threading.Thread(target=main.main, args=(args,))
+    thread.start()
+    thread.join()
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert during == [expected, handler]
+
+
+def test_times_and_counts_have_units_of_their_size():
+  days = 1234.5, 3.014, 1.0, 0.5, 1 / 48, 2e-5
+  assert [report._time(d) for d in days] == [
+    *('1,234 days', '3.01 days', '1 days', '12 hours', '30 minutes', '1.73 seconds')
+  ]
+  assert [report._count(n) for n in (15e12, 2.1e11, 16.4e6, 65536)] == [
+    *('15T', '210B', '16.4M', '65,536')
+  ]
 
 
 TERMINATED = """
