@@ -76,7 +76,7 @@ def mesh_sizes(cfg: schema.Config, n_devices: int) -> dict[str, int]:
       f'mesh.{name}',
       sizes[name],
       f'{" x ".join(f"{a}={s}" for a, s in sizes.items())} does not fit {n_devices} devices:'
-      f' the product must {"divide" if free else "be"} it',
+      f' the product must {"divide" if free else "be"} {n_devices}',
     )
   for axis in free:
     sizes[axis] = n_devices // fixed

@@ -77,8 +77,8 @@ def topology(text: str, slices: int) -> Topology | None:
     raise fields.ConfigError(
       'plan.topology',
       text,
-      f'{name}:{one}, a slice of {tpu.dims} dimensions in chips, the first two 1 or even; at most'
-      f' {tpu.chips:,} chips',
+      f'a slice has {tpu.dims} dimensions in chips, e.g. {name}:{one}, the first two 1 or even; at'
+      f' most {tpu.chips:,} chips',
     )
   return Topology(text, tpu, math.prod(sizes), slices)
 

@@ -189,7 +189,7 @@ IMPOSSIBLE = [
     {'train.grad_accum_steps': 2},
     'must be a multiple of mesh data x fsdp = 8 times --train.grad_accum_steps=2',
   ),
-  ('mesh.fsdp', 3, {}, 'data=1 x fsdp=3 x tensor=1 does not fit 8 devices'),
+  ('mesh.fsdp', 3, {}, 'data=1 x fsdp=3 x tensor=1 does not fit 8 devices: the product must be 8'),
   ('mesh.fsdp', 4, {}, 'does not fit 8 devices'),
   ('mesh.data', 16, {}, 'does not fit 8 devices'),
   ('mesh.data', -1, {}, 'at least 1, or -1 on a single axis'),  # so is fsdp
