@@ -13,7 +13,6 @@ slice, are compiled. Each compile is a line of docs/plans.jsonl, written at once
 
 import argparse
 import json
-import math
 import os
 import pathlib
 from importlib import metadata
@@ -43,14 +42,20 @@ SLICES = TPUS | {name: NODES for name in nvidia.GPUS}
 HEADS = (1, 4)
 
 
-def configured(size: str, n: int, topology: str, devices: int):
+def parsed(topology: str) -> tpu.Topology | nvidia.Topology:
+  at = tpu.topology(topology, slices=1) or nvidia.topology(topology)
+  assert at
+  return at
+
+
+def configured(size: str, n: int, topology: str):
   """Returns the Config of a row, one sequence per device."""
   return flags.parse(
     [
       f'--flagfile={ROOT}/experiments/size/{size}.flags',
       f'--heads.n={n}',
       '--data.seq_len=4096',
-      f'--data.batch_size={devices}',
+      f'--data.batch_size={parsed(topology).devices}',
       '--mesh.fsdp=-1',
       '--model.remat=block',
       f'--plan.topology={topology}',
@@ -58,21 +63,15 @@ def configured(size: str, n: int, topology: str, devices: int):
   ).config()
 
 
-def devices_of(generation: str, shape: str) -> int:
-  per_chip = tpu.TPUS[generation].per_chip if generation in tpu.TPUS else 1
-  return math.prod(map(int, shape.split('x'))) * per_chip
-
-
 def fits_by_formula(size, n, generation, shape) -> bool:
-  devices = devices_of(generation, shape)
-  cfg = configured(size, n, f'{generation}:{shape}', devices)
-  kind = (tpu.TPUS.get(generation) or nvidia.GPUS[generation]).device_kind
-  chip = chips.chip(kind)
+  topology = f'{generation}:{shape}'
+  at, cfg = parsed(topology), configured(size, n, topology)
+  chip = chips.chip(at.device_kind)
   try:
-    estimate = analytic.estimate(cfg, dict(data=1, fsdp=devices, tensor=1), chip)
+    estimate = analytic.estimate(cfg, dict(data=1, fsdp=at.devices, tensor=1), chip)
   except fields.ConfigError:  # more chips than the width divides
     return False
-  return estimate.total_bytes <= ahead.usable_bytes(kind, cfg)
+  return estimate.total_bytes <= ahead.usable_bytes(at.device_kind, cfg)
 
 
 def compilers(generation: str) -> str:
@@ -91,7 +90,7 @@ class Compiled:
     topology = f'{generation}:{shape}'
     key = (size, n, topology)
     if key not in self.rows:
-      cfg = configured(size, n, topology, devices_of(generation, shape))
+      cfg = configured(size, n, topology)
       row = dict(key=key, by=compilers(generation)) | report.values_of(ahead.plan(cfg))
       with open(ROWS, 'a') as f:
         f.write(json.dumps(row) + '\n')
