@@ -712,6 +712,24 @@ def trace_losses_for(monkeypatch):
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('ids', [None, (1, 4, 5, 9, 30)], ids=['all', 'of_a_draft_vocabulary'])
+def test_logits_of_a_chunk_equal_numpy(platform, ids, trace_losses_for):
+  trace_losses_for(platform)
+  V = 32 if ids is None else len(ids)
+  tokens_V = np.arange(V) if ids is None else np.array(ids)
+  logits_BCV = np.random.default_rng(0).normal(size=(2, 4, V)).astype(np.float32)
+  logits_BCV[1, 2] = 0.5  # a tie
+  target_BC = np.array([[4, 5, 9, 1], [30, 4, 1, 7]])
+  found = jax.jit(cross_entropy.of_scores, static_argnums=2)(logits_BCV, target_BC, ids)
+  wide_BCV = logits_BCV.astype(np.float64)
+  is_target_BCV = tokens_V == target_BC[:, :, None]
+  np.testing.assert_array_equal(found.argmax_BC, tokens_V[np.argmax(wide_BCV, axis=-1)])
+  np.testing.assert_allclose(found.label_BC, np.sum(is_target_BCV * wide_BCV, axis=-1), rtol=1e-6)
+  np.testing.assert_allclose(found.lse_BC, np.log(np.sum(np.exp(wide_BCV), axis=-1)), rtol=1e-6)
+  np.testing.assert_array_equal(found.ids_11V, tokens_V[None, None])
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 @pytest.mark.parametrize('family', ['parallel', 'sequential'])
 def test_nothing_per_logit_is_computed_before_the_loop_over_chunks(
   family, platform, trace_losses_for

@@ -158,7 +158,8 @@ def test_plan_without_wheels_is_sharding_only(monkeypatch, capsys):
   assert main.main(['plan', *SMALL, *args]) == 4
   printed = capsys.readouterr().out
   assert "pip install 'mtp_jax[plan]'" in printed
-  assert 'h100:2x8, 2 nodes of 8: 16 x NVIDIA H100 80GB HBM3' in printed
+  assert printed.startswith('h100:2x8, 2 nodes of 8: 16 x NVIDIA H100 80GB HBM3, mesh')
+  assert '16 x NVIDIA H100 80GB HBM3, mesh data=1 x fsdp=16 x tensor=1' in printed
   assert 'the profile has no cycles: the compiler for NVIDIA GPUs estimates none' in printed
 
 
